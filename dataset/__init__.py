@@ -1,0 +1,1 @@
+"""From files on disk to rows: decoding, readers, and the data sets of the pipelines."""

@@ -1,0 +1,129 @@
+"""Conversation files to encoded rows, for supervised fine-tuning."""
+
+from __future__ import annotations
+
+import math
+import random
+from collections.abc import Sequence
+from pathlib import Path
+
+from torch.utils.data import Dataset
+from transformers import PreTrainedTokenizerBase
+
+from dataset.readers import Record, read_conversation_rows
+from novelgpt.settings.arguments import ConversationArguments
+from novelgpt.settings.errors import UserError
+from novelgpt.settings.process import is_first_process
+from novelgpt.text.conversation import IGNORED, EncodedRow, encode_conversation
+from novelgpt.text.statistics import TokenCounts, show_counts, show_row
+
+SPLIT_SEED = 42
+
+
+class EncodedRows(Dataset[dict[str, list[int]]]):
+    """Encoded conversations, in memory."""
+
+    def __init__(self, rows: Sequence[EncodedRow]) -> None:
+        self.rows = rows
+
+    def __len__(self) -> int:
+        return len(self.rows)
+
+    def __getitem__(self, index: int) -> dict[str, list[int]]:
+        """{"input_ids", "labels"}, each [tokens]."""
+        return vars(self.rows[index])
+
+
+def read_conversations(
+    data: ConversationArguments, tokenizer: PreTrainedTokenizerBase
+) -> tuple[EncodedRows, EncodedRows]:
+    """Rows to train on and rows to evaluate on, with a table of what became of them.
+
+    Raises:
+        UserError: what `read_conversation_rows` raises, an over-long row under `refuse`, or no trainable token left.
+    """
+    train = [row for file in data.train_files for row in read_conversation_rows(Path(file))]
+    if data.valid_files:
+        valid = [row for file in data.valid_files for row in read_conversation_rows(Path(file))]
+    else:
+        kept = math.ceil(len(train) * data.valid_fraction)
+        if not 0 < kept < len(train):
+            raise UserError(
+                f"{len(train)} rows cannot be split into training and evaluation "
+                f"with --valid_fraction {data.valid_fraction}",
+                "name --valid_files or bring more rows",
+            )
+        random.Random(SPLIT_SEED).shuffle(train)
+        valid, train = train[:kept], train[kept:]
+    encoded = {}
+    counts = {}
+    for name, rows in (("train", train), ("valid", valid)):
+        encoded[name], counts[name] = encode_rows(rows, tokenizer, data)
+        if not counts[name].trained:
+            raise UserError(
+                f"no trainable token is left in the {len(rows)} {name} rows within --max_length {data.max_length}",
+                "raise --max_length, or bring rows with answers",
+            )
+    if is_first_process():
+        show_counts(counts)
+        first = encoded["train"][0]
+        show_row(first.input_ids, first.labels, tokenizer)
+    return EncodedRows(encoded["train"]), EncodedRows(encoded["valid"])
+
+
+def encode_rows(
+    rows: list[Record], tokenizer: PreTrainedTokenizerBase, data: ConversationArguments
+) -> tuple[list[EncodedRow], TokenCounts]:
+    """Rows of at most `max_length` tokens, each with something to train, and the count of what happened to the rest."""
+    kept: list[EncodedRow] = []
+    counts = TokenCounts()
+    for row in rows:
+        messages = row["messages"]
+        pieces = encode_conversation(messages, tokenizer)
+        if not pieces:
+            counts.notes["rows without an answer, left out"] += 1
+        elif messages[-1]["role"] != "assistant":
+            counts.notes["rows whose last messages have no answer, which were left out"] += 1
+        for piece in pieces:
+            counts.tokens_in += len(piece.input_ids)
+            if len(piece.input_ids) <= data.max_length:
+                _keep(piece, kept, counts)
+                continue
+            if data.overlong == "refuse":
+                raise UserError(
+                    f"{row['source']}: {len(piece.input_ids)} tokens, above --max_length {data.max_length}",
+                    "raise --max_length, or choose --overlong truncate or split",
+                )
+            counts.notes[f"rows above {data.max_length} tokens ({data.overlong})"] += 1
+            if data.overlong == "truncate":
+                counts.dropped += len(piece.input_ids) - data.max_length
+                _keep(EncodedRow(piece.input_ids[: data.max_length], piece.labels[: data.max_length]), kept, counts)
+            else:
+                _keep_split(piece, data.max_length, kept, counts)
+    return kept, counts
+
+
+def _keep(row: EncodedRow, kept: list[EncodedRow], counts: TokenCounts, repeated: int = 0) -> None:
+    """Keep a row that has something to train; its first `repeated` tokens were counted before."""
+    trained = sum(label != IGNORED for label in row.labels)
+    if trained == 0:
+        counts.notes["rows without a trainable token, left out"] += 1
+        counts.dropped += len(row.input_ids) - repeated
+        return
+    kept.append(row)
+    counts.rows += 1
+    counts.trained += trained
+    counts.context += len(row.input_ids) - repeated - trained
+    counts.lengths.append(len(row.input_ids))
+
+
+def _keep_split(row: EncodedRow, max_length: int, kept: list[EncodedRow], counts: TokenCounts) -> None:
+    """Cut a row into several; each but the first starts with half a row of what came before, untrained."""
+    context = max_length // 2
+    end = 0
+    while end < len(row.input_ids):
+        begin = max(0, end - context)
+        stop = min(begin + max_length, len(row.input_ids))
+        labels = [IGNORED] * (end - begin) + row.labels[end:stop]
+        _keep(EncodedRow(row.input_ids[begin:stop], labels), kept, counts, repeated=end - begin)
+        end = stop

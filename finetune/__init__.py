@@ -1,0 +1,1 @@
+"""Full-parameter supervised fine-tuning."""

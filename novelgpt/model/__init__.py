@@ -1,0 +1,1 @@
+"""Loading a base through AutoModel, and the small embedded base."""

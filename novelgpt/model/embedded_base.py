@@ -1,0 +1,106 @@
+"""A small Qwen3 base built from the samples in seconds, so that everything runs without a download.
+
+    python -m novelgpt.model.embedded_base [FOLDER]
+
+About 5 M random weights and a byte-level BPE tokenizer with Qwen's special tokens and ChatML. The same samples give the
+same files, byte for byte.
+"""
+
+from __future__ import annotations
+
+import json
+import sys
+import tempfile
+from pathlib import Path
+
+import torch
+from tokenizers import AddedToken, Regex, Tokenizer, decoders, models, normalizers, pre_tokenizers, trainers
+from transformers import PreTrainedTokenizerFast, Qwen3Config, Qwen3ForCausalLM
+
+from novelgpt.settings.errors import exit_on_user_error
+from novelgpt.settings.paths import EMBEDDED_BASE, SAMPLES
+from novelgpt.text.tokenizer import CHATML_TEMPLATE
+
+VOCABULARY = 1000
+SEED = 20
+SPECIAL_TOKENS = ["<|endoftext|>", "<|im_start|>", "<|im_end|>"]
+# Qwen's cut of text into pieces within which byte pairs are merged (the pattern in its tokenizer.json).
+PIECES = (
+    r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}| ?[^\s\p{L}\p{N}]+[\r\n]*|\s*[\r\n]+|\s+(?!\S)|\s+"
+)
+
+
+def build_tokenizer(texts: list[str]) -> PreTrainedTokenizerFast:
+    """A byte-level BPE tokenizer trained on `texts`."""
+    tokenizer = Tokenizer(models.BPE())
+    tokenizer.normalizer = normalizers.NFC()
+    tokenizer.pre_tokenizer = pre_tokenizers.Sequence(
+        [pre_tokenizers.Split(Regex(PIECES), "isolated"), pre_tokenizers.ByteLevel(False, use_regex=False)]
+    )
+    tokenizer.decoder = decoders.ByteLevel()
+    trainer = trainers.BpeTrainer(
+        vocab_size=VOCABULARY - len(SPECIAL_TOKENS),
+        min_frequency=2,
+        initial_alphabet=sorted(pre_tokenizers.ByteLevel.alphabet()),
+        max_token_length=12,  # four Chinese characters: longer pieces of so small a text would be whole phrases
+        show_progress=False,
+    )
+    tokenizer.train_from_iterator(texts, trainer)
+    tokenizer.add_special_tokens([AddedToken(token, special=True, normalized=False) for token in SPECIAL_TOKENS])
+    return PreTrainedTokenizerFast(
+        tokenizer_object=tokenizer,
+        eos_token="<|im_end|>",
+        pad_token="<|endoftext|>",
+        chat_template=CHATML_TEMPLATE,
+        clean_up_tokenization_spaces=False,
+        model_max_length=4096,
+    )
+
+
+def build_model(vocabulary: int) -> Qwen3ForCausalLM:
+    """A Qwen3 of 4 layers and width 256 with random weights, the same ones each time."""
+    config = Qwen3Config(
+        vocab_size=vocabulary,
+        hidden_size=256,
+        intermediate_size=1280,
+        num_hidden_layers=4,
+        num_attention_heads=4,
+        num_key_value_heads=2,
+        head_dim=64,
+        max_position_embeddings=4096,
+        tie_word_embeddings=True,
+    )
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(SEED)
+        return Qwen3ForCausalLM(config)
+
+
+def build_embedded_base(folder: Path) -> None:
+    """Write the base into `folder`, which holds it wholly or not at all. The held-out samples are not read."""
+    book = (SAMPLES / "novels" / "deng_ta_xia_de_xin.txt").read_text(encoding="utf-8")
+    lines = (SAMPLES / "papers" / "train.jsonl").read_text(encoding="utf-8").splitlines()
+    papers = [f"{row['title']}\n{row['abstract']}" for row in map(json.loads, lines)]
+    tokenizer = build_tokenizer([book, *papers])
+    model = build_model(VOCABULARY)
+    model.generation_config.eos_token_id = tokenizer.eos_token_id
+    model.generation_config.pad_token_id = tokenizer.pad_token_id
+    folder.parent.mkdir(parents=True, exist_ok=True)
+    with tempfile.TemporaryDirectory(dir=folder.parent) as work:
+        unfinished = Path(work) / "base"
+        model.save_pretrained(unfinished)
+        tokenizer.save_pretrained(unfinished)
+        unfinished.replace(folder)
+    print(f"embedded base: {model.num_parameters() / 1e6:.1f} M weights, {len(tokenizer)} tokens, in {folder}")
+
+
+@exit_on_user_error
+def main(argv: list[str] | None = None) -> None:
+    """Build the base unless it is there."""
+    words = sys.argv[1:] if argv is None else argv
+    folder = Path(words[0]) if words else EMBEDDED_BASE
+    if not (folder / "config.json").is_file():
+        build_embedded_base(folder)
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,1 @@
+"""Scores of generated Chinese text against its reference."""

@@ -1,0 +1,1 @@
+"""Arguments, how they are read, and the checks before a run."""

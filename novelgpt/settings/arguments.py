@@ -1,0 +1,176 @@
+"""The groups of arguments. Own fields are few; everything else is transformers.TrainingArguments."""
+
+from __future__ import annotations
+
+import sys
+from dataclasses import dataclass, field
+from typing import Any, ClassVar, Literal
+
+import torch
+from transformers import TrainingArguments
+
+from novelgpt.settings.paths import EMBEDDED_BASE, SAMPLES
+
+
+def _samples(*names: str) -> list[str]:
+    return [str(SAMPLES / name) for name in names]
+
+
+def option(default: Any, help_text: str) -> Any:
+    """A dataclass field with a help text; a list default is copied for each instance."""
+    if isinstance(default, list):
+        return field(default_factory=lambda: list(default), metadata={"help": help_text})
+    return field(default=default, metadata={"help": help_text})
+
+
+@dataclass
+class ModelArguments:
+    """Which base to load, and how."""
+
+    _argument_group_name: ClassVar[str] = "Model"
+
+    model: str = option(str(EMBEDDED_BASE), "Folder or hub name of the base model, loaded through AutoModel.")
+    attention: Literal["sdpa", "eager", "flash_attention_2"] = option(
+        "sdpa", "Attention kernel. flash_attention_2 needs the flash-attn package and a GPU."
+    )
+
+
+@dataclass
+class CorpusArguments:
+    """Raw text for continued pretraining."""
+
+    _argument_group_name: ClassVar[str] = "Data"
+
+    train_files: list[str] = option(
+        _samples("novels/deng_ta_xia_de_xin.txt"), "Text files to train on: .txt .jsonl .json .csv .parquet."
+    )
+    valid_files: list[str] = option([], "Text files to evaluate on. Without them, the end of the training text.")
+    valid_fraction: float = option(0.02, "Share of the training blocks kept for evaluation where no valid_files are.")
+    text_column: str = option("text", "Column or key that holds the text, for all formats but .txt.")
+    max_length: int = option(2048, "Tokens per block. Text that does not fit goes on in the next block.")
+
+
+@dataclass
+class ConversationArguments:
+    """Conversations for supervised fine-tuning."""
+
+    _argument_group_name: ClassVar[str] = "Data"
+
+    train_files: list[str] = option(
+        _samples("papers/train.jsonl"),
+        "Files to train on, .jsonl .json .csv .parquet: Alpaca, ShareGPT, OpenAI messages, prompt/completion "
+        "or title/abstract rows.",
+    )
+    valid_files: list[str] = option([], "Files to evaluate on. Without them, a share of the training rows.")
+    valid_fraction: float = option(0.05, "Share of the training rows kept for evaluation where no valid_files are.")
+    max_length: int = option(2048, "Tokens per row, prompt and answers together.")
+    overlong: Literal["truncate", "split", "refuse"] = option(
+        "truncate",
+        "What to do with rows above max_length: truncate cuts the end off, split goes on in a further row that "
+        "starts with half a row of context, refuse stops before training. What happened is counted and shown.",
+    )
+
+
+@dataclass
+class LoraArguments:
+    """The low-rank adapter (peft)."""
+
+    _argument_group_name: ClassVar[str] = "LoRA"
+
+    lora_rank: int = option(16, "Rank of the update matrices.")
+    lora_alpha: int = option(32, "Scale: the update counts alpha/rank times (alpha/sqrt(rank) with use_rslora).")
+    lora_dropout: float = option(0.05, "Dropout before the adapter, as a share.")
+    lora_targets: list[str] = option(["all-linear"], "Module names to adapt, e.g. q_proj v_proj, or all-linear.")
+    use_rslora: bool = option(False, "Rank-stabilised scaling (arXiv:2312.03732).")
+    use_dora: bool = option(False, "Weight-decomposed LoRA (arXiv:2402.09353).")
+    qlora: bool = option(
+        False, "Hold the base in 4 bits (arXiv:2305.14314). Needs CUDA and `pip install bitsandbytes`."
+    )
+
+
+@dataclass
+class TrainArguments(TrainingArguments):
+    """transformers.TrainingArguments with defaults for this toolkit."""
+
+    _argument_group_name: ClassVar[str] = "Training (transformers.TrainingArguments)"
+
+    output_dir: str | None = option(None, "Run folder. Default: output/PIPELINE, or the next free number after it.")
+    overwrite_output_dir: bool = option(False, "Replace the run that output_dir holds.")
+    precision: Literal["auto", "fp32", "bf16", "fp16"] = option(
+        "auto",
+        "Precision of the computation: auto takes bf16 where the GPU has it, else fp32. Full training keeps "
+        "fp32 weights.",
+    )
+    num_train_epochs: float = option(3.0, "Passes over the training data.")
+    per_device_train_batch_size: int = option(4, "Rows per device and micro-batch.")
+    per_device_eval_batch_size: int = option(4, "Rows per device in evaluation.")
+    learning_rate: float = option(2e-5, "Highest learning rate of the schedule.")
+    lr_scheduler_type: str = option("cosine", "Shape of the learning rate: cosine, linear, constant_with_warmup, …")
+    warmup_steps: float = option(0.03, "Warm-up, in steps, or as a share of the run where below 1.")
+    weight_decay: float = option(0.0, "AdamW weight decay.")
+    logging_steps: float = option(5, "Steps between two points of the curves.")
+    logging_first_step: bool = option(True, "Log step 1 as well.")
+    eval_strategy: str = option("epoch", "When to evaluate: no, steps (every eval_steps) or epoch.")
+    eval_on_start: bool = option(True, "Evaluate before step 1, so that curves start at the untouched model.")
+    save_strategy: str = option("epoch", "When to save a checkpoint: no, steps (every save_steps) or epoch.")
+    save_total_limit: int | None = option(2, "Checkpoints kept; the oldest go first.")
+    report_to: None | str | list[str] = option("none", "Further loggers (wandb, …). TensorBoard is always on.")
+    ddp_find_unused_parameters: bool | None = option(False, "Only for models that leave out weights in some steps.")
+    remove_unused_columns: bool = option(False, "Not needed: rows hold tokens only.")
+
+    # Shown by --help; every other field of TrainingArguments by --help_all.
+    everyday_fields: ClassVar[tuple[str, ...]] = (
+        "output_dir", "overwrite_output_dir", "precision", "num_train_epochs", "max_steps", "learning_rate",
+        "per_device_train_batch_size", "per_device_eval_batch_size", "gradient_accumulation_steps",
+        "lr_scheduler_type", "warmup_steps", "weight_decay", "max_grad_norm", "activation_checkpointing", "seed",
+        "logging_steps", "eval_strategy", "eval_steps", "eval_on_start", "save_strategy", "save_steps",
+        "save_total_limit", "resume_from_checkpoint", "deepspeed",
+    )  # fmt: skip
+
+    def __post_init__(self) -> None:
+        """Turn `precision` into the switches of TrainingArguments, and leave pinned memory to machines with a GPU."""
+        cuda = torch.cuda.is_available() and not self.use_cpu
+        if self.precision == "auto" and not (self.bf16 or self.fp16):
+            self.bf16 = cuda and torch.cuda.is_bf16_supported()
+        else:
+            self.bf16 = self.bf16 or self.precision == "bf16"
+            self.fp16 = self.fp16 or self.precision == "fp16"
+        self.dataloader_pin_memory = self.dataloader_pin_memory and cuda
+        if self.disable_tqdm is None:
+            self.disable_tqdm = not sys.stderr.isatty()
+        output_dir = self.output_dir
+        super().__post_init__()
+        self.output_dir = output_dir
+
+
+@dataclass
+class PredictArguments:
+    """Which rows to answer, and where the answers go."""
+
+    _argument_group_name: ClassVar[str] = "Prediction"
+
+    model: str | None = option(
+        None, "Full checkpoint, adapter folder or hub name. Default: the newest finished fine-tuning under output/."
+    )
+    data_files: list[str] = option(_samples("papers/valid.jsonl"), "Rows to answer, in any format of fine-tuning.")
+    output_dir: str | None = option(None, "Folder for predictions.jsonl and scores.json. Default: MODEL/predict.")
+    max_rows: int | None = option(None, "Answer the first rows only.")
+    batch_size: int = option(16, "Prompts answered at once.")
+    attention: Literal["sdpa", "eager", "flash_attention_2"] = option("sdpa", "Attention kernel.")
+
+
+@dataclass
+class GenerationArguments:
+    """How answers are drawn; greedy unless do_sample."""
+
+    _argument_group_name: ClassVar[str] = "Generation"
+
+    max_new_tokens: int = option(512, "Longest answer, in tokens.")
+    do_sample: bool = option(False, "Draw tokens at random instead of always taking the likeliest.")
+    temperature: float = option(0.7, "With do_sample: below 1 is safer, above 1 wilder.")
+    top_p: float = option(0.8, "With do_sample: draw from the likeliest tokens that hold this share.")
+    top_k: int = option(20, "With do_sample: draw from this many likeliest tokens; 0 for all.")
+    num_beams: int = option(1, "Beams of beam search; 1 is greedy.")
+    repetition_penalty: float = option(1.0, "Above 1 makes tokens that were seen before less likely.")
+    no_repeat_ngram_size: int = option(0, "Forbid n-grams of this many tokens from coming back; 0 is off.")
+    seed: int = option(42, "Seed of the draws.")

@@ -1,0 +1,40 @@
+"""Errors that a user can cause: one line of cause, one of remedy, exit status 2."""
+
+from __future__ import annotations
+
+import functools
+import os
+import sys
+from collections.abc import Callable
+
+
+class UserError(Exception):
+    """A problem that the user can mend.
+
+    Args:
+        cause: what is wrong, in one line, naming file, line and field where there are any.
+        remedy: what to do about it, in one line.
+    """
+
+    def __init__(self, cause: str, remedy: str) -> None:
+        super().__init__(cause)
+        self.cause = " ".join(cause.split())
+        self.remedy = " ".join(remedy.split())
+
+
+def exit_on_user_error(main: Callable[..., None]) -> Callable[..., None]:
+    """Decorate a `main` so that a UserError ends in two lines on standard error and exit status 2.
+
+    Of several processes on a host only the first prints, as all of them meet the same error.
+    """
+
+    @functools.wraps(main)
+    def wrapped(argv: list[str] | None = None) -> None:
+        try:
+            main(argv)
+        except UserError as error:
+            if os.environ.get("LOCAL_RANK", "0") == "0":
+                print(f"error: {error.cause}\n  fix: {error.remedy}", file=sys.stderr, flush=True)
+            raise SystemExit(2) from None
+
+    return wrapped

@@ -1,0 +1,67 @@
+"""What each pipeline takes: a run is its groups of arguments."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import ClassVar
+
+from novelgpt.settings.arguments import (
+    ConversationArguments,
+    CorpusArguments,
+    GenerationArguments,
+    LoraArguments,
+    ModelArguments,
+    PredictArguments,
+    TrainArguments,
+    option,
+)
+
+
+@dataclass
+class LoraTrainArguments(TrainArguments):
+    """Adapters start at zero and bear a higher learning rate."""
+
+    learning_rate: float = option(1e-4, "Highest learning rate of the schedule.")
+
+
+@dataclass
+class PretrainRun:
+    """Continued pretraining: raw text, all weights."""
+
+    pipeline: ClassVar[str] = "pretrain"
+    model: ModelArguments
+    data: CorpusArguments
+    training: TrainArguments
+
+
+@dataclass
+class FinetuneRun:
+    """Full-parameter SFT: conversations, all weights."""
+
+    pipeline: ClassVar[str] = "finetune"
+    model: ModelArguments
+    data: ConversationArguments
+    training: TrainArguments
+
+
+@dataclass
+class LoraRun:
+    """LoRA SFT: conversations, adapter weights."""
+
+    pipeline: ClassVar[str] = "finetune_lora"
+    model: ModelArguments
+    data: ConversationArguments
+    lora: LoraArguments
+    training: LoraTrainArguments
+
+
+@dataclass
+class PredictRun:
+    """Generation and scores."""
+
+    pipeline: ClassVar[str] = "predict"
+    data: PredictArguments
+    generation: GenerationArguments
+
+
+TrainingRun = PretrainRun | FinetuneRun | LoraRun

@@ -1,0 +1,1 @@
+"""Tokenizer, conversations to tokens and labels, packing, the collator."""

@@ -1,0 +1,49 @@
+"""Rows to batches: the one collator of all pipelines."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+
+from novelgpt.text.conversation import IGNORED
+
+
+@dataclass
+class Collator:
+    """Pad rows on the right to the longest one. Padding is told by position, so the padding token may be any id.
+
+    >>> rows = [{"input_ids": [5, 9], "labels": [-100, 9]}, {"input_ids": [7], "labels": [7]}]
+    >>> batch = Collator(pad_token_id=9)(rows)
+    >>> batch["input_ids"].tolist(), batch["labels"].tolist()
+    ([[5, 9], [7, 9]], [[-100, 9], [7, -100]])
+
+    Batches hold "input_ids", "labels", each [rows, tokens] int64, and either "attention_mask" (rows of one document
+    each) or "position_ids" (where a row holds several: positions restart at each document and at the padding, which
+    transformers' masks read as borders that attention does not cross).
+    """
+
+    pad_token_id: int
+
+    def __call__(self, rows: list[dict[str, Any]]) -> dict[str, torch.Tensor]:
+        """Rows are {"input_ids", "labels"} and, where they are packed, "position_ids"."""
+        longest = max(len(row["input_ids"]) for row in rows)
+        batch = {
+            "input_ids": _pad([row["input_ids"] for row in rows], longest, self.pad_token_id),
+            "labels": _pad([row["labels"] for row in rows], longest, IGNORED),
+        }
+        if all("position_ids" in row for row in rows):
+            batch["position_ids"] = torch.stack(
+                [torch.cat([row["position_ids"], torch.arange(longest - len(row["position_ids"]))]) for row in rows]
+            )
+        else:
+            batch["attention_mask"] = _pad([[1] * len(row["input_ids"]) for row in rows], longest, 0)
+        return batch
+
+
+def _pad(rows: list[Any], length: int, value: int) -> torch.Tensor:
+    padded = torch.full((len(rows), length), value, dtype=torch.int64)
+    for index, row in enumerate(rows):
+        padded[index, : len(row)] = torch.as_tensor(row, dtype=torch.int64)
+    return padded

@@ -1,0 +1,1 @@
+"""The Trainer subclass, evaluation, and what a run writes into its folder."""

@@ -1,0 +1,105 @@
+"""What a run shows and writes while it goes on: the progress bar, metrics.jsonl, loss.png. Rank 0 alone does."""
+
+from __future__ import annotations
+
+import json
+import time
+from pathlib import Path
+from typing import Any
+
+from tqdm import tqdm
+from transformers import ProgressCallback, TrainerCallback, TrainerControl, TrainerState, TrainingArguments
+
+from novelgpt.training.loss_plot import draw_losses
+
+# The plot may take this share of the run's time.
+PLOT_SHARE = 0.02
+
+
+class RunRecorder(TrainerCallback):
+    """Appends every log entry to metrics.jsonl and redraws loss.png, from step 1 on, so that both survive a crash."""
+
+    def __init__(self, folder: Path) -> None:
+        self.folder = folder
+        self.history: list[dict[str, Any]] = []
+        self.next_plot = 0.0
+
+    def on_train_begin(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **_: Any) -> None:
+        """Go on from the curves of the checkpoint that the run was resumed from."""
+        if state.is_world_process_zero and state.global_step:
+            self.history = [dict(entry) for entry in state.log_history]
+
+    def on_log(
+        self,
+        args: TrainingArguments,
+        state: TrainerState,
+        control: TrainerControl,
+        logs: dict[str, Any] | None = None,
+        **_: Any,
+    ) -> None:
+        """Write the entry; draw unless the last drawing is too recent."""
+        if not state.is_world_process_zero or logs is None:
+            return
+        entry = {"step": state.global_step, **logs}
+        self.history.append(entry)
+        with (self.folder / "metrics.jsonl").open("a", encoding="utf-8") as file:
+            file.write(json.dumps(entry, ensure_ascii=False) + "\n")
+        if time.monotonic() >= self.next_plot:
+            self.draw()
+
+    def draw(self) -> None:
+        """Redraw loss.png now."""
+        begin = time.monotonic()
+        draw_losses(self.history, self.folder / "loss.png")
+        now = time.monotonic()
+        # The first drawings come at step 1, whatever they cost: loading the plotting library is most of it.
+        self.next_plot = 0.0 if self.history[-1]["step"] <= 1 else now + (now - begin) / PLOT_SHARE
+
+
+class Progress(ProgressCallback):
+    """The stock bar with time left, and one line of figures a log entry; lines only where no terminal shows a bar."""
+
+    def on_log(
+        self,
+        args: TrainingArguments,
+        state: TrainerState,
+        control: TrainerControl,
+        logs: dict[str, Any] | None = None,
+        **_: Any,
+    ) -> None:
+        """Print the figures of one log entry."""
+        if not state.is_world_process_zero or not logs:
+            return
+        if "eval_loss" in logs:
+            line = (
+                f"step {state.global_step:>5}/{state.max_steps}  eval loss {logs['eval_loss']:.4f}  "
+                f"perplexity {logs['eval_perplexity']:.2f}  token accuracy {logs['eval_token_accuracy']:.1%}"
+            )
+        elif "loss" in logs:
+            line = (
+                f"step {state.global_step:>5}/{state.max_steps}  loss {logs['loss']:.4f}  "
+                f"lr {logs['learning_rate']:.2e}  grad norm {logs.get('grad_norm', 0.0):.3f}  "
+                f"{logs['tokens_per_second']:,.0f} tokens/s  {logs['memory_gb']:.2f} GB"
+            )
+        else:
+            return
+        tqdm.write(line)
+
+
+class ProgressLines(Progress):
+    """The same lines without a bar, for logs and pipes."""
+
+    def on_train_begin(self, *arguments: Any, **keywords: Any) -> None:
+        """No bar."""
+
+    def on_step_end(self, *arguments: Any, **keywords: Any) -> None:
+        """No bar."""
+
+    def on_prediction_step(self, *arguments: Any, **keywords: Any) -> None:
+        """No bar."""
+
+    def on_evaluate(self, *arguments: Any, **keywords: Any) -> None:
+        """No bar."""
+
+    def on_train_end(self, *arguments: Any, **keywords: Any) -> None:
+        """No bar."""

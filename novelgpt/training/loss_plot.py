@@ -1,0 +1,37 @@
+"""loss.png: the curves of one run."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+from matplotlib.backends.backend_agg import FigureCanvasAgg
+from matplotlib.figure import Figure
+
+
+def draw_losses(history: list[dict[str, Any]], path: Path) -> None:
+    """Draw training and evaluation loss against steps; the file is whole at any moment.
+
+    Args:
+        history: log entries with "step" and "loss" or "eval_loss" (nats per token).
+        path: of the PNG.
+    """
+    figure = Figure(figsize=(8, 4.5), dpi=110, layout="constrained")
+    FigureCanvasAgg(figure)
+    axes = figure.add_subplot()
+    for key, label, style in (("loss", "training", "-"), ("eval_loss", "evaluation", "o-")):
+        points = [(entry["step"], entry[key]) for entry in history if key in entry]
+        if points:
+            steps, losses = zip(*points, strict=True)
+            axes.plot(steps, losses, style if len(points) > 1 else "o", label=label, markersize=4, linewidth=1.5)
+            axes.annotate(f"{losses[-1]:.3f}", (steps[-1], losses[-1]), textcoords="offset points", xytext=(6, -3))
+    axes.set_xlabel("step")
+    axes.set_ylabel("loss (nats per token)")
+    axes.set_title(path.parent.name)
+    axes.grid(alpha=0.3)
+    axes.margins(x=0.08)
+    if axes.lines:
+        axes.legend()
+    unfinished = path.with_suffix(".partial.png")
+    figure.savefig(unfinished)
+    unfinished.replace(path)

@@ -1,0 +1,144 @@
+"""output/RUN/: which folder a run gets, and its run.json."""
+
+from __future__ import annotations
+
+import dataclasses
+import hashlib
+import json
+import os
+import platform
+import shutil
+import subprocess
+from datetime import datetime, timezone
+from importlib.metadata import version
+from pathlib import Path
+from typing import Any
+
+import torch.distributed
+
+from novelgpt.settings.errors import UserError
+from novelgpt.settings.paths import OUTPUT, ROOT
+from novelgpt.settings.process import is_first_process
+from novelgpt.settings.runs import TrainingRun
+
+PACKAGES = ("torch", "transformers", "accelerate", "peft", "deepspeed", "tokenizers")
+
+
+def prepare_run_folder(run: TrainingRun) -> Path:
+    """The run's folder, settled the same on all ranks, with run.json of status "running" in it.
+
+    Raises:
+        UserError: the folder that the user named holds another run.
+    """
+    folder = _agree(_choose_folder(run) if is_first_process() else None)
+    if isinstance(folder, UserError):
+        raise folder
+    run.training.output_dir = str(folder)
+    if is_first_process():
+        folder.mkdir(parents=True, exist_ok=True)
+        _write(folder, _description(run) | {"status": "running"})
+    return folder
+
+
+def finish_run_folder(folder: Path, results: dict[str, Any]) -> None:
+    """Note in run.json that the run is complete, with its final figures."""
+    description = json.loads((folder / "run.json").read_text(encoding="utf-8"))
+    finished = datetime.now(timezone.utc).isoformat(timespec="seconds")
+    _write(folder, description | {"status": "finished", "finished": finished, "results": results})
+
+
+def read_run(folder: Path) -> dict[str, Any] | None:
+    """run.json of a folder, None where it is no run."""
+    path = folder / "run.json"
+    if not path.is_file():
+        return None
+    description: dict[str, Any] = json.loads(path.read_text(encoding="utf-8"))
+    return description
+
+
+def newest_finetuning(root: Path = OUTPUT) -> Path | None:
+    """The fine-tuning run under `root` that finished last."""
+    runs = [(read_run(path.parent) or {}, path.parent) for path in root.glob("**/run.json")]
+    finished = [
+        (str(description["finished"]), folder)
+        for description, folder in runs
+        if description.get("status") == "finished" and description["pipeline"] in ("finetune", "finetune_lora")
+    ]
+    return max(finished)[1] if finished else None
+
+
+def _choose_folder(run: TrainingRun) -> Path | UserError:
+    named = run.training.output_dir
+    if named is None:
+        names = [run.pipeline, *(f"{run.pipeline}-{number}" for number in range(2, 10_000))]
+        return next(OUTPUT / name for name in names if not (OUTPUT / name).exists())
+    folder = Path(named).absolute()
+    if folder.is_file():
+        return UserError(f"--output_dir {named} is a file", "name a folder")
+    description = read_run(folder)
+    if run.training.overwrite_output_dir and description is not None:
+        shutil.rmtree(folder)
+    elif description is not None and not run.training.resume_from_checkpoint:
+        return UserError(
+            f"{named} holds another run ({description['pipeline']}, {description['status']}, "
+            f"started {description['started']})",
+            "choose another --output_dir, go on with --resume_from_checkpoint, or replace it: --overwrite_output_dir",
+        )
+    elif description is None and folder.is_dir() and any(folder.iterdir()):
+        return UserError(f"--output_dir {named} holds files that are no run's", "choose an empty or a new folder")
+    return folder
+
+
+def _agree(value: Any) -> Any:
+    """The first rank's value, on all ranks."""
+    if not (torch.distributed.is_available() and torch.distributed.is_initialized()):
+        return value
+    values = [value]
+    torch.distributed.broadcast_object_list(values, src=0)
+    return values[0]
+
+
+def _description(run: TrainingRun) -> dict[str, Any]:
+    files = [*run.data.train_files, *run.data.valid_files]
+    return {
+        "pipeline": run.pipeline,
+        "started": datetime.now(timezone.utc).isoformat(timespec="seconds"),
+        "model": run.model.model,
+        "seed": run.training.seed,
+        "processes": int(os.environ.get("WORLD_SIZE", "1")),
+        "arguments": {
+            field.name: _plain(vars(run)[field.name]) for field in dataclasses.fields(run)
+        },
+        "data_sha256": {name: _sha256(Path(name)) for name in files},
+        "versions": {"python": platform.python_version()} | {name: version(name) for name in PACKAGES},
+        "git_commit": _git_commit(),
+    }  # fmt: skip
+
+
+def _plain(group: Any) -> dict[str, Any]:
+    arguments = group.to_dict() if hasattr(group, "to_dict") else dataclasses.asdict(group)
+    # Keys for hubs and trackers have no place in a file that people pass on.
+    return {key: value for key, value in arguments.items() if not key.endswith("_token")}
+
+
+def _sha256(path: Path) -> str:
+    digest = hashlib.sha256()
+    with path.open("rb") as file:
+        while block := file.read(1 << 20):
+            digest.update(block)
+    return digest.hexdigest()
+
+
+def _git_commit() -> str | None:
+    try:
+        done = subprocess.run(["git", "-C", str(ROOT), "rev-parse", "HEAD"], capture_output=True, text=True, check=True)
+    except (OSError, subprocess.CalledProcessError):
+        return None
+    return done.stdout.strip()
+
+
+def _write(folder: Path, description: dict[str, Any]) -> None:
+    unfinished = folder / "run.json.partial"
+    text = json.dumps(description, ensure_ascii=False, indent=2, default=str)
+    unfinished.write_text(text + "\n", encoding="utf-8")
+    unfinished.replace(folder / "run.json")

@@ -1,0 +1,27 @@
+"""Continued pretraining: raw text -> packed blocks -> causal language modelling of all weights."""
+
+from __future__ import annotations
+
+from dataset.corpus import read_corpus
+from novelgpt.model.loading import load_model
+from novelgpt.settings.errors import exit_on_user_error
+from novelgpt.settings.parser import parse_arguments
+from novelgpt.settings.runs import PretrainRun
+from novelgpt.text.tokenizer import load_tokenizer
+from novelgpt.training.fit import fit
+from novelgpt.training.launch_checks import check_before_launch
+
+
+@exit_on_user_error
+def main(argv: list[str] | None = None) -> None:
+    """Run the pipeline on the words of a command line."""
+    run = parse_arguments(PretrainRun, argv)
+    check_before_launch(run)
+    tokenizer = load_tokenizer(run.model.model)
+    train, valid = read_corpus(run.data, tokenizer)
+    model = load_model(run.model, tokenizer)
+    fit(model, tokenizer, train, valid, run.training)
+
+
+if __name__ == "__main__":
+    main()

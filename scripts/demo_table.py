@@ -1,0 +1,76 @@
+"""The last step of run_demo.sh: gather the figures of its runs into summary.json and one table."""
+
+from __future__ import annotations
+
+import json
+import sys
+from pathlib import Path
+from typing import Any
+
+from rich.console import Console
+from rich.table import Table
+
+MODELS = {
+    "base": "base",
+    "pretrain": "pretrained",
+    "finetune": "full SFT",
+    "finetune_lora": "LoRA SFT",
+}
+SCORES = ("rouge-1", "rouge-2", "rouge-l")
+
+
+def summarise_demo(demo: Path) -> dict[str, dict[str, float]]:
+    """Figures of each model. The base is not trained: its seconds and tokens per second are those of answering."""
+    runs = {name: _read(demo / name / "run.json")["results"] for name in MODELS if name != "base"}
+    summary = {}
+    for name in MODELS:
+        scores = _read(demo / name / ("scores.json" if name == "base" else "predict/scores.json"))
+        figures = {"eval_loss": scores["loss"], "perplexity": scores["perplexity"]}
+        figures |= {metric: scores[metric] for metric in SCORES}
+        trained = runs.get(name)
+        figures["seconds"] = trained["train_runtime"] if trained else scores["seconds"]
+        figures["tokens_per_second"] = (trained or scores)["tokens_per_second"]
+        summary[name] = figures
+    summary["base"]["heldout_book_perplexity"] = runs["pretrain"]["start_eval_perplexity"]
+    summary["pretrain"]["heldout_book_perplexity"] = runs["pretrain"]["eval_perplexity"]
+    return summary
+
+
+def show_summary(summary: dict[str, dict[str, float]], demo: Path) -> None:
+    """Print the table and where everything lies."""
+    console = Console(soft_wrap=True)
+    table = Table(title="Held-out title -> abstract pairs", title_justify="left")
+    for heading in ("model", "eval loss", "perplexity", *SCORES, "seconds", "tokens/s", "held-out book ppl"):
+        table.add_column(heading, justify="left" if heading == "model" else "right")
+    for name, label in MODELS.items():
+        figures = summary[name]
+        book = figures.get("heldout_book_perplexity")
+        table.add_row(
+            label,
+            f"{figures['eval_loss']:.3f}",
+            f"{figures['perplexity']:.1f}",
+            *(f"{100 * figures[metric]:.2f}" for metric in SCORES),
+            f"{figures['seconds']:.0f}",
+            f"{figures['tokens_per_second']:,.0f}",
+            "" if book is None else f"{book:.1f}",
+        )
+    console.print(table)
+    console.print(
+        "Loss in nats per token, ROUGE in %; seconds and tokens/s of training (base: of answering).\n"
+        f"  curves        {demo}/*/loss.png\n"
+        f"  predictions   {demo}/base/predictions.jsonl, {demo}/*/predict/predictions.jsonl\n"
+        f"  figures       {demo}/summary.json\n"
+        f"  all curves    .venv/bin/tensorboard --logdir {demo}"
+    )
+
+
+def _read(path: Path) -> dict[str, Any]:
+    content: dict[str, Any] = json.loads(path.read_text(encoding="utf-8"))
+    return content
+
+
+if __name__ == "__main__":
+    folder = Path(sys.argv[1])
+    figures = summarise_demo(folder)
+    (folder / "summary.json").write_text(json.dumps(figures, indent=2) + "\n", encoding="utf-8")
+    show_summary(figures, folder)

@@ -1,0 +1,94 @@
+#!/usr/bin/env bash
+# Start a pipeline: plain python, the DeepSpeed launcher on this host's devices, or a hostfile of several hosts.
+#   bash scripts/launch.sh pretrain|finetune|finetune_lora|predict [--flag value …]
+# MODEL=…     base (folder or hub name). Default: the small embedded base with its settings; predict: the newest run
+# NPROC=…     processes on this host. Default: one a GPU, 1 without
+# ZERO=0-3    DeepSpeed ZeRO stage; 0 is plain data parallelism. Default: 0 for one process, 2 for several
+# OFFLOAD=1   optimizer states in host memory (ZERO=2), weights too (ZERO=3)
+# HOSTFILE=…  lines of `host slots=N`, for several hosts
+set -euo pipefail
+here="$(cd "$(dirname "${BASH_SOURCE[0]}")" && pwd)"
+root="$(dirname "$here")"
+pipeline="$1"
+shift
+
+die() {
+  echo "error: $1" >&2
+  echo "  fix: $2" >&2
+  exit 2
+}
+
+bash "$here/setup.sh" requirements.txt
+venv="${VENV:-$root/.venv}"
+python="$venv/bin/python"
+export PATH="$venv/bin:$PATH"
+export PYTHONPATH="$root${PYTHONPATH:+:$PYTHONPATH}"
+export TOKENIZERS_PARALLELISM="${TOKENIZERS_PARALLELISM:-true}"
+
+gpus=0
+if command -v nvidia-smi > /dev/null 2>&1; then
+  if [ -n "${CUDA_VISIBLE_DEVICES+set}" ]; then
+    gpus="$(tr ',' '\n' <<< "$CUDA_VISIBLE_DEVICES" | grep -c '[0-9A-Za-z]' || true)"
+  else
+    gpus="$({ nvidia-smi -L 2> /dev/null || true; } | grep -c '^GPU' || true)"
+  fi
+fi
+if [ "$gpus" -eq 0 ]; then export DS_ACCELERATOR="${DS_ACCELERATOR:-cpu}"; fi
+
+processes="${NPROC:-$((gpus > 1 ? gpus : 1))}"
+case "$processes" in
+  '' | *[!0-9]* | 0) die "NPROC=$processes is no number of processes" "NPROC=2, for example" ;;
+esac
+several=0
+if [ "$processes" -gt 1 ] || [ -n "${HOSTFILE:-}" ]; then several=1; fi
+zero="${ZERO:-$((several ? 2 : 0))}"
+case "$zero" in
+  0 | 1 | 2 | 3) ;;
+  *) die "ZERO=$zero is no stage" "take 0, 1, 2 or 3" ;;
+esac
+
+options=()
+help=0
+for word in "$@"; do
+  case "$word" in
+    --model | --model=*) MODEL="" ;; # the flag stands among the arguments already
+    --help | -h | --help_all) help=1 ;;
+  esac
+done
+if [ -n "${MODEL:-}" ]; then
+  options+=(--model "$MODEL")
+elif [ -z "${MODEL+set}" ]; then
+  "$python" -m novelgpt.model.embedded_base 2> >(grep -v 'Writing model shards' >&2)
+  config="$root/$pipeline/configs/embedded_base.yaml"
+  if [ -e "$config" ]; then options+=(--config "$config"); fi
+fi
+if [ "$help" -eq 1 ]; then exec "$python" -m "$pipeline" "$@"; fi
+
+if [ "$pipeline" != predict ] && [ "$zero" -gt 0 ]; then
+  variant="zero$zero"
+  if [ "${OFFLOAD:-0}" = 1 ]; then
+    [ "$zero" -ge 2 ] || die "OFFLOAD=1 has nothing to move at ZERO=$zero" "take ZERO=2 or ZERO=3"
+    variant="${variant}_offload"
+  fi
+  options+=(--deepspeed "$here/deepspeed/$variant.json")
+elif [ "$pipeline" != predict ] && [ "${OFFLOAD:-0}" = 1 ]; then
+  die "OFFLOAD=1 needs DeepSpeed" "take ZERO=2 or ZERO=3"
+fi
+
+# Ranks on one host share its cores.
+if [ -z "${OMP_NUM_THREADS:-}" ]; then
+  threads=$(($(nproc) / processes))
+  export OMP_NUM_THREADS=$((threads > 0 ? threads : 1))
+fi
+
+if [ "$several" -eq 0 ] && [ "$zero" -eq 0 ]; then
+  exec "$python" -m "$pipeline" "${options[@]}" "$@"
+fi
+launcher=("$python" -m deepspeed.launcher.runner --no_local_rank --module)
+if [ -n "${HOSTFILE:-}" ]; then
+  [ -e "$HOSTFILE" ] || die "HOSTFILE=$HOSTFILE does not exist" "write a file with lines of \`host slots=N\`"
+  launcher+=(--hostfile "$HOSTFILE")
+else
+  launcher+=(--num_accelerators "$processes" --master_port "${MASTER_PORT:-$((20000 + RANDOM % 20000))}")
+fi
+exec "${launcher[@]}" "$pipeline" "${options[@]}" "$@"

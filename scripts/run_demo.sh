@@ -1,0 +1,38 @@
+#!/usr/bin/env bash
+# The whole job on the embedded base and samples: pretrain, fine-tune, LoRA-fine-tune, predict, one table.
+# Needs git, Python >= 3.10 and a package index; no model hub, no GPU. Replaces output/demo and the embedded base.
+set -euo pipefail
+here="$(cd "$(dirname "${BASH_SOURCE[0]}")" && pwd)"
+root="$(dirname "$here")"
+bash "$here/setup.sh" requirements.txt
+unset MODEL NPROC ZERO OFFLOAD HOSTFILE
+export HF_HUB_OFFLINE=1
+export PYTHONPATH="$root${PYTHONPATH:+:$PYTHONPATH}"
+python="${VENV:-$root/.venv}/bin/python"
+
+demo="$root/output/demo"
+samples="$root/dataset/samples"
+base="$root/output/bases/tiny-qwen3"
+rm -rf "$demo" "$base"
+
+step() { printf '\n== %s\n' "$1"; }
+
+step "1/5 The untouched base answers the held-out pairs"
+bash "$here/run_predict.sh" --model "$base" --output_dir "$demo/base" --max_new_tokens 320
+
+step "2/5 Continued pretraining on one novel, evaluated on another"
+bash "$here/run_pretrain.sh" --valid_files "$samples/novels/shan_zhong_yao_pu.txt" --output_dir "$demo/pretrain"
+bash "$here/run_predict.sh" --model "$demo/pretrain" --max_new_tokens 320
+
+step "3/5 Full fine-tuning on title -> abstract pairs"
+bash "$here/run_finetune.sh" --model "$demo/pretrain" --config "$root/finetune/configs/embedded_base.yaml" \
+  --valid_files "$samples/papers/valid.jsonl" --output_dir "$demo/finetune"
+bash "$here/run_predict.sh" --model "$demo/finetune" --max_new_tokens 320
+
+step "4/5 LoRA fine-tuning on the same pairs"
+bash "$here/run_lora.sh" --model "$demo/pretrain" --config "$root/finetune_lora/configs/embedded_base.yaml" \
+  --valid_files "$samples/papers/valid.jsonl" --output_dir "$demo/finetune_lora"
+bash "$here/run_predict.sh" --model "$demo/finetune_lora" --max_new_tokens 320
+
+step "5/5 Results"
+"$python" "$here/demo_table.py" "$demo"

@@ -1,0 +1,16 @@
+#!/usr/bin/env bash
+# Set up like every script, then check the style, the types and the layering, and run every test.
+# Further words go to pytest: bash scripts/run_tests.sh -k rouge
+set -euo pipefail
+here="$(cd "$(dirname "${BASH_SOURCE[0]}")" && pwd)"
+root="$(dirname "$here")"
+cd "$root"
+bash "$here/setup.sh" requirements-dev.txt
+export PATH="${VENV:-$root/.venv}/bin:$PATH"
+export HF_HUB_OFFLINE=1
+export PYTHONPATH="$root${PYTHONPATH:+:$PYTHONPATH}"
+ruff check .
+ruff format --check .
+mypy
+lint-imports
+pytest "$@"
