@@ -42,6 +42,8 @@ def read_conversations(
     Raises:
         UserError: what `read_conversation_rows` raises, an over-long row under `refuse`, or no trainable token left.
     """
+    if data.max_length < 2:
+        raise UserError(f"--max_length {data.max_length} leaves no token to predict", "take at least 2")
     train = [row for file in data.train_files for row in read_conversation_rows(Path(file))]
     if data.valid_files:
         valid = [row for file in data.valid_files for row in read_conversation_rows(Path(file))]
@@ -79,7 +81,13 @@ def encode_rows(
     counts = TokenCounts()
     for row in rows:
         messages = row["messages"]
-        pieces = encode_conversation(messages, tokenizer)
+        while messages and messages[0]["role"] == "assistant":
+            messages = messages[1:]
+            counts.notes["answers before any question, left out"] += 1
+        try:
+            pieces = encode_conversation(messages, tokenizer)
+        except UserError as error:
+            raise UserError(f"{row['source']}: {error.cause}", error.remedy) from error
         if not pieces:
             counts.notes["rows without an answer, left out"] += 1
         elif messages[-1]["role"] != "assistant":

@@ -62,10 +62,11 @@ def _documents(files: list[str], text_column: str) -> Iterator[str]:
     book = ""
     for file in files:
         for row in read_text_rows(Path(file), text_column):
-            if parts and not (book and row["book"] == book):
+            this = file if file.endswith(".txt") else row["book"]  # files of one name in two folders are two books
+            if parts and not (this and this == book):
                 yield "\n\n".join(parts)
                 parts = []
-            book = row["book"]
+            book = this
             parts.append(row["text"].strip("\n"))
     if parts:
         yield "\n\n".join(parts)

@@ -22,21 +22,25 @@ def decode_text(data: bytes, source: str) -> str:
         UserError: no encoding fits; names the offset of the first bad byte.
     """
     marked = next((encoding for mark, encoding in _MARKS if data.startswith(mark)), None)
-    text = None
+    encoding = marked or "utf-8"
     failures: dict[str, UnicodeDecodeError] = {}
-    for encoding in (marked,) if marked else ("utf-8",):
-        text = _try(data, encoding, failures)
+    text = _try(data, encoding, failures)
     if text is None and not marked:
         # Strict GBK and Big5 fail on most real files of these names; their supersets do not.
-        candidates = [_try(data, encoding, failures) for encoding in ("gb18030", "big5hkscs")]
-        text = max((c for c in candidates if c is not None), key=_share_of_frequent, default=None)
+        texts = {name: _try(data, name, failures) for name in ("gb18030", "big5hkscs")}
+        # The one that reads best was meant, even where it fails: damaged UTF-8 can pass for GB18030.
+        encoding = max(("utf-8", *texts), key=lambda name: (_count_frequent(data, name), name not in failures))
+        text = texts.get(encoding)
     if text is None:
-        encoding, failure = max(failures.items(), key=lambda item: item[1].start)
+        failure = failures[encoding]
+        offset = failure.start + len(data) - len(failure.object)  # utf-8-sig counts from behind its mark
         raise UserError(
-            f"{source}: byte {data[failure.start]:#04x} at offset {failure.start} fits no encoding "
-            f"(tried {', '.join(failures)}; {encoding} came farthest)",
+            f"{source}: byte {data[offset]:#04x} at offset {offset} fits no encoding "
+            f"(tried {', '.join(failures)}; {encoding} reads best)",
             "mend or remove that byte, or save the file as UTF-8",
         )
+    if not text.strip():
+        raise UserError(f"{source} is empty", "name a file with content, or leave this one out")
     return text.replace("\r\n", "\n").replace("\r", "\n")
 
 
@@ -63,6 +67,6 @@ def _try(data: bytes, encoding: str, failures: dict[str, UnicodeDecodeError]) ->
         return None
 
 
-def _share_of_frequent(text: str) -> float:
-    sample = text[:100_000]
-    return sum(character in _FREQUENT for character in sample) / max(1, len(sample))
+def _count_frequent(data: bytes, encoding: str) -> int:
+    """Frequent characters in what can be read of the beginning."""
+    return sum(character in _FREQUENT for character in data[:200_000].decode(encoding, errors="ignore"))

@@ -85,8 +85,8 @@ def _json_lines(path: Path) -> Iterator[tuple[str, Any]]:
 
 
 def _json(path: Path) -> Iterator[tuple[str, Any]]:
-    text = decode_text(read_bytes(path), str(path)).strip()
-    if not text.startswith("["):
+    text = decode_text(read_bytes(path), str(path))
+    if not text.lstrip().startswith("["):
         # JSON lines under the name .json are common.
         yield from _json_lines(path)
         return
@@ -96,7 +96,13 @@ def _json(path: Path) -> Iterator[tuple[str, Any]]:
 
 def _load_json(text: str, where: str) -> Any:
     try:
-        return json.loads(text)
+        value = json.loads(text)
+        if "\\ud" in text.lower():  # may spell half of a character, which no tokenizer takes
+            json.dumps(value, ensure_ascii=False).encode("utf-8")
+        return value
+    except UnicodeEncodeError as error:
+        raise UserError(f"{where}: a \\ud… escape spells half of a character (a lone surrogate)",
+                        "remove it, or write both halves") from error  # fmt: skip
     except json.JSONDecodeError as error:
         line = f" line {error.lineno}" if error.lineno > 1 else ""
         raise UserError(f"{where}{line}: invalid JSON, column {error.colno}: {error.msg}",
@@ -104,13 +110,15 @@ def _load_json(text: str, where: str) -> Any:
 
 
 def _csv(path: Path) -> Iterator[tuple[str, Any]]:
+    csv.field_size_limit(2**31 - 1)  # a field may hold a whole book; the default ends at 128 KiB
     reader = csv.DictReader(io.StringIO(decode_text(read_bytes(path), str(path)), newline=""))
     for record in reader:
         yield f"{path}:{reader.line_num}", record
 
 
 def _parquet(path: Path) -> Iterator[tuple[str, Any]]:
-    read_bytes(path)
+    if not path.is_file() or not path.stat().st_size:
+        read_bytes(path)  # raises, with the reason
     try:
         rows = pyarrow.parquet.ParquetFile(path).iter_batches(batch_size=1024)
         index = 0
@@ -131,7 +139,7 @@ def messages_of(record: Record, where: str) -> list[Message]:
         UserError: no shape fits, a field is no text, or a role is unknown.
     """
     if "messages" in record:
-        return _turns(record["messages"], "role", "content", where, "messages")
+        return _with_system(record, where, _turns(record["messages"], "role", "content", where, "messages"))
     if "conversations" in record:
         turns = _turns(record["conversations"], "from", "value", where, "conversations")
         return _with_system(record, where, turns)
@@ -151,7 +159,10 @@ def messages_of(record: Record, where: str) -> list[Message]:
 
 def _alpaca(record: Record, where: str) -> list[Message]:
     messages = []
-    for number, turn in enumerate(record.get("history") or []):
+    history = record.get("history") or []
+    if isinstance(history, str):
+        history = _load_json(history, f"{where} field history")  # a column of a .csv
+    for number, turn in enumerate(history):
         if not (isinstance(turn, (list, tuple)) and len(turn) == 2 and all(isinstance(text, str) for text in turn)):
             raise UserError(f"{where}: field history[{number}] is no pair of texts", 'write ["question", "answer"]')
         messages += [_message("user", turn[0]), _message("assistant", turn[1])]
@@ -188,7 +199,7 @@ def _turns(turns: Any, role_key: str, content_key: str, where: str, field: str) 
         if not isinstance(turn, dict):
             raise UserError(f"{where}: field {name} is no message", f"write {{{role_key!r}: …, {content_key!r}: …}}")
         role = turn.get(role_key, turn.get("role"))
-        if role not in _ROLES:
+        if not isinstance(role, str) or role not in _ROLES:
             raise UserError(f"{where}: field {name}.{role_key} is {role!r}", f"use one of {', '.join(_ROLES)}")
         key = content_key if content_key in turn else "content"
         messages.append(_message(_ROLES[role], _text(turn, key, where, f"{name}.{key}")))

@@ -22,7 +22,7 @@ def main(argv: list[str] | None = None) -> None:
     train, valid = read_conversations(run.data, tokenizer)
     base = load_model(run.model, tokenizer, dtype=base_dtype(), qlora=run.lora.qlora)
     model = attach_lora(base, run.lora)
-    fit(model, tokenizer, train, valid, run.training)
+    fit(model, tokenizer, train, valid, run)
 
 
 if __name__ == "__main__":

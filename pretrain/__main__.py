@@ -20,7 +20,7 @@ def main(argv: list[str] | None = None) -> None:
     tokenizer = load_tokenizer(run.model.model)
     train, valid = read_corpus(run.data, tokenizer)
     model = load_model(run.model, tokenizer)
-    fit(model, tokenizer, train, valid, run.training)
+    fit(model, tokenizer, train, valid, run)
 
 
 if __name__ == "__main__":

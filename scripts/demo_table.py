@@ -7,6 +7,7 @@ import sys
 from pathlib import Path
 from typing import Any
 
+from rich.box import SIMPLE_HEAD
 from rich.console import Console
 from rich.table import Table
 
@@ -39,12 +40,18 @@ def summarise_demo(demo: Path) -> dict[str, dict[str, float]]:
 def show_summary(summary: dict[str, dict[str, float]], demo: Path) -> None:
     """Print the table and where everything lies."""
     console = Console(soft_wrap=True)
-    table = Table(title="Held-out title -> abstract pairs", title_justify="left")
-    for heading in ("model", "eval loss", "perplexity", *SCORES, "seconds", "tokens/s", "held-out book ppl"):
+    table = Table(
+        title="Held-out title -> abstract pairs",
+        title_justify="left",
+        box=SIMPLE_HEAD,
+        show_edge=False,
+        pad_edge=False,
+        padding=(0, 1, 0, 0),
+    )
+    for heading in ("model", "eval loss", "perplexity", *SCORES, "seconds", "tokens/s"):
         table.add_column(heading, justify="left" if heading == "model" else "right")
     for name, label in MODELS.items():
         figures = summary[name]
-        book = figures.get("heldout_book_perplexity")
         table.add_row(
             label,
             f"{figures['eval_loss']:.3f}",
@@ -52,10 +59,11 @@ def show_summary(summary: dict[str, dict[str, float]], demo: Path) -> None:
             *(f"{100 * figures[metric]:.2f}" for metric in SCORES),
             f"{figures['seconds']:.0f}",
             f"{figures['tokens_per_second']:,.0f}",
-            "" if book is None else f"{book:.1f}",
         )
     console.print(table)
+    before, after = (summary[name]["heldout_book_perplexity"] for name in ("base", "pretrain"))
     console.print(
+        f"Held-out book: perplexity {before:.1f} -> {after:.1f} by pretraining, {before / after:.1f} times lower.\n"
         "Loss in nats per token, ROUGE in %; seconds and tokens/s of training (base: of answering).\n"
         f"  curves        {demo}/*/loss.png\n"
         f"  predictions   {demo}/base/predictions.jsonl, {demo}/*/predict/predictions.jsonl\n"

@@ -9,14 +9,17 @@
 set -euo pipefail
 here="$(cd "$(dirname "${BASH_SOURCE[0]}")" && pwd)"
 root="$(dirname "$here")"
-pipeline="$1"
-shift
-
 die() {
   echo "error: $1" >&2
   echo "  fix: $2" >&2
   exit 2
 }
+
+pipeline="${1:-}"
+case "$pipeline" in
+  pretrain | finetune | finetune_lora | predict) shift ;;
+  *) die "no pipeline named ${pipeline:-(nothing)}" "bash scripts/launch.sh pretrain|finetune|finetune_lora|predict [--flag value …]" ;;
+esac
 
 bash "$here/setup.sh" requirements.txt
 venv="${VENV:-$root/.venv}"
@@ -42,6 +45,7 @@ esac
 several=0
 if [ "$processes" -gt 1 ] || [ -n "${HOSTFILE:-}" ]; then several=1; fi
 zero="${ZERO:-$((several ? 2 : 0))}"
+if [ "$pipeline" = predict ]; then zero=0; fi # whole weights on each device
 case "$zero" in
   0 | 1 | 2 | 3) ;;
   *) die "ZERO=$zero is no stage" "take 0, 1, 2 or 3" ;;
@@ -58,9 +62,12 @@ done
 if [ -n "${MODEL:-}" ]; then
   options+=(--model "$MODEL")
 elif [ -z "${MODEL+set}" ]; then
-  "$python" -m novelgpt.model.embedded_base 2> >(grep -v 'Writing model shards' >&2)
+  "$python" -m novelgpt.model.embedded_base 
   config="$root/$pipeline/configs/embedded_base.yaml"
-  if [ -e "$config" ]; then options+=(--config "$config"); fi
+  if [ -e "$config" ]; then
+    options+=(--config "$config")
+    [ "$help" -eq 1 ] || echo "no MODEL given: training the small embedded base with the settings of $config"
+  fi
 fi
 if [ "$help" -eq 1 ]; then exec "$python" -m "$pipeline" "$@"; fi
 
@@ -76,19 +83,31 @@ elif [ "$pipeline" != predict ] && [ "${OFFLOAD:-0}" = 1 ]; then
 fi
 
 # Ranks on one host share its cores.
-if [ -z "${OMP_NUM_THREADS:-}" ]; then
+if [ -z "${OMP_NUM_THREADS:-}" ] && [ -z "${HOSTFILE:-}" ]; then
   threads=$(($(nproc) / processes))
   export OMP_NUM_THREADS=$((threads > 0 ? threads : 1))
 fi
 
 if [ "$several" -eq 0 ] && [ "$zero" -eq 0 ]; then
+  # One process means one device: with several in sight, the Trainer would split every batch among them.
+  if [ "$gpus" -gt 1 ]; then
+    devices="${CUDA_VISIBLE_DEVICES:-0}"
+    export CUDA_VISIBLE_DEVICES="${devices%%,*}"
+  fi
   exec "$python" -m "$pipeline" "${options[@]}" "$@"
 fi
 launcher=("$python" -m deepspeed.launcher.runner --no_local_rank --module)
 if [ -n "${HOSTFILE:-}" ]; then
   [ -e "$HOSTFILE" ] || die "HOSTFILE=$HOSTFILE does not exist" "write a file with lines of \`host slots=N\`"
   launcher+=(--hostfile "$HOSTFILE")
+  if [ -n "${MASTER_PORT:-}" ]; then launcher+=(--master_port "$MASTER_PORT"); fi
 else
-  launcher+=(--num_accelerators "$processes" --master_port "${MASTER_PORT:-$((20000 + RANDOM % 20000))}")
+  launcher+=(--master_port "${MASTER_PORT:-$((20000 + RANDOM % 20000))}")
+  if [ "$gpus" -gt 0 ] && [ -n "${CUDA_VISIBLE_DEVICES:-}" ]; then
+    # The launcher would ignore the variable beside --num_accelerators.
+    launcher+=(--include "localhost:$(cut -d, -f "1-$processes" <<< "$CUDA_VISIBLE_DEVICES")")
+  else
+    launcher+=(--num_accelerators "$processes")
+  fi
 fi
 exec "${launcher[@]}" "$pipeline" "${options[@]}" "$@"

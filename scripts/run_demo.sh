@@ -1,6 +1,7 @@
 #!/usr/bin/env bash
 # The whole job on the embedded base and samples: pretrain, fine-tune, LoRA-fine-tune, predict, one table.
 # Needs git, Python >= 3.10 and a package index; no model hub, no GPU. Replaces output/demo and the embedded base.
+#   bash scripts/run_demo.sh [FOLDER]     FOLDER takes the place of output/demo
 set -euo pipefail
 here="$(cd "$(dirname "${BASH_SOURCE[0]}")" && pwd)"
 root="$(dirname "$here")"
@@ -10,10 +11,13 @@ export HF_HUB_OFFLINE=1
 export PYTHONPATH="$root${PYTHONPATH:+:$PYTHONPATH}"
 python="${VENV:-$root/.venv}/bin/python"
 
-demo="$root/output/demo"
+demo="$(realpath -m "${1:-$root/output/demo}")"
 samples="$root/dataset/samples"
 base="$root/output/bases/tiny-qwen3"
-rm -rf "$demo" "$base"
+# Only what an earlier demo left there.
+rm -rf "$base" "$demo"/{base,pretrain,finetune,finetune_lora} "$demo/summary.json"
+if ! command -v nvidia-smi > /dev/null 2>&1; then export DS_ACCELERATOR=cpu; fi
+"$python" -m novelgpt.model.embedded_base
 
 step() { printf '\n== %s\n' "$1"; }
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import sys
 from dataclasses import dataclass, field
 from typing import Any, ClassVar, Literal
@@ -114,6 +115,9 @@ class TrainArguments(TrainingArguments):
     eval_on_start: bool = option(True, "Evaluate before step 1, so that curves start at the untouched model.")
     save_strategy: str = option("epoch", "When to save a checkpoint: no, steps (every save_steps) or epoch.")
     save_total_limit: int | None = option(2, "Checkpoints kept; the oldest go first.")
+    resume_from_checkpoint: str | None = option(
+        None, "Go on from a checkpoint-N folder, or, with `true`, from the newest one in output_dir."
+    )
     report_to: None | str | list[str] = option("none", "Further loggers (wandb, …). TensorBoard is always on.")
     ddp_find_unused_parameters: bool | None = option(False, "Only for models that leave out weights in some steps.")
     remove_unused_columns: bool = option(False, "Not needed: rows hold tokens only.")
@@ -129,6 +133,8 @@ class TrainArguments(TrainingArguments):
 
     def __post_init__(self) -> None:
         """Turn `precision` into the switches of TrainingArguments, and leave pinned memory to machines with a GPU."""
+        if not torch.accelerator.is_available() and int(os.environ.get("WORLD_SIZE", "1")) > 1:
+            self.use_cpu = True  # without it, accelerate takes several ranks on CPUs for one process each
         cuda = torch.cuda.is_available() and not self.use_cpu
         if self.precision == "auto" and not (self.bf16 or self.fp16):
             self.bf16 = cuda and torch.cuda.is_bf16_supported()

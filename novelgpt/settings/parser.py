@@ -14,6 +14,7 @@ import yaml
 from rich.console import Console
 from rich.table import Table
 from transformers import HfArgumentParser
+from transformers.hf_argparser import string_to_bool
 
 from novelgpt.settings.arguments import TrainArguments
 from novelgpt.settings.errors import UserError
@@ -76,6 +77,8 @@ def _read_yaml(path: Path, actions: dict[str, argparse.Action]) -> dict[str, Any
         if key not in actions or key == "config":
             raise _unknown_key(str(key), str(path), actions)
         action = actions[key]
+        if isinstance(value, bool) and action.type is not string_to_bool:
+            value = settings[key] = "yes" if value else "no"  # YAML 1.1 reads a bare `no` as false
         if action.nargs in ("+", "*"):
             settings[key] = value if isinstance(value, list) else [value]
         elif isinstance(value, (list, dict)):
@@ -120,11 +123,11 @@ def _print_help(parser: _Parser, run_type: type, everything: bool) -> None:
                 default = " ".join(map(str, default)) or "none"
             elif isinstance(default, Enum):
                 default = default.value
-            text = " ".join((action.help or "").split())
+            text = " ".join((action.help or "").replace("%%", "%").split())
             if action.choices:
                 text += f" One of: {', '.join(map(str, action.choices))}."
             table.add_row(f"--{name}", f"{text} [default: {default}]".replace("[", r"\["))
         console.print(f"\n[bold]{group.title}[/bold]")
         console.print(table)
-    if not everything:
+    if TrainArguments._argument_group_name in {group.title for group in parser._action_groups} and not everything:
         console.print("\nEvery other field of transformers.TrainingArguments is accepted too: --help_all lists them.")

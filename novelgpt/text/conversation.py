@@ -104,7 +104,10 @@ def _add_answer(row: EncodedRow, prompt: str, messages: list[Message], tokenizer
     content = messages[-1]["content"]
     full = _render(messages, tokenizer, add_generation_prompt=False)
     rest = full[len(prompt) :]
-    answer = next((text for text in (content, content.strip("\n"), content.strip()) if rest.startswith(text)), None)
+    # Templates trim blanks at either end (Qwen3's: line feeds in front); the longest form that stands there is it.
+    forms = [form for blanks in ("\n", None)
+             for form in (content, content.lstrip(blanks), content.rstrip(blanks), content.strip(blanks))]  # fmt: skip
+    answer = max((form for form in forms if rest.startswith(form)), key=len, default=None)
     if not full.startswith(prompt) or answer is None:
         raise UserError(
             f"the chat template changes the answer {content[:20]!r}…, so what to train on is unclear",

@@ -76,14 +76,15 @@ def show_row(
     """Print one row, trained tokens green, the others dim."""
     console = console or Console()
     text = Text()
-    run: list[int] = []
-    for index, token in enumerate(input_ids[:most_tokens]):
+    shown = ""
+    for index in range(min(most_tokens, len(input_ids))):
         trained = labels[index] != IGNORED
-        run.append(token)
         last = index + 1 == min(most_tokens, len(input_ids))
         if last or (labels[index + 1] != IGNORED) != trained:
-            text.append(str(tokenizer.decode(run)), style="green" if trained else "dim")
-            run = []
+            # From the start each time: a character's bytes may lie in several tokens, on both sides of a border.
+            decoded = str(tokenizer.decode(input_ids[: index + 1])).rstrip("\ufffd")
+            text.append(decoded[len(shown) :], style="green" if trained else "dim")
+            shown = decoded
     if len(input_ids) > most_tokens:
         text.append(f" … ({len(input_ids) - most_tokens:,} more tokens)", style="dim italic")
     console.print("One row ([green]trained[/green], [dim]context[/dim]):")

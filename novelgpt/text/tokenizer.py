@@ -39,6 +39,11 @@ def load_tokenizer(model: str) -> PreTrainedTokenizerBase:
             f"no tokenizer can be loaded from {model}: {str(error).strip().splitlines()[0]}",
             "put the tokenizer's files (tokenizer.json, tokenizer_config.json) beside the weights",
         ) from error
+    if not encode("字", tokenizer):
+        # Without its files, some classes load as an empty shell instead of failing.
+        raise UserError(
+            f"{model} holds no tokenizer: it gives no token for any text", "put tokenizer.json beside the weights"
+        )
     if tokenizer.eos_token_id is None:
         raise UserError(f"the tokenizer of {model} has no end token", "set eos_token in its tokenizer_config.json")
     if tokenizer.pad_token_id is None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import sys
 from pathlib import Path
 from typing import Any
 
@@ -14,10 +15,11 @@ from transformers.integrations import TensorBoardCallback
 
 from novelgpt.settings.arguments import TrainArguments
 from novelgpt.settings.errors import UserError
+from novelgpt.settings.runs import TrainingRun
 from novelgpt.text.collator import Collator
 from novelgpt.text.conversation import end_token_ids
 from novelgpt.training.callbacks import Progress, ProgressLines, RunRecorder
-from novelgpt.training.run_folder import finish_run_folder
+from novelgpt.training.run_folder import finish_run_folder, start_run_folder
 from novelgpt.training.trainer import NovelTrainer
 
 
@@ -26,15 +28,17 @@ def fit(
     tokenizer: PreTrainedTokenizerBase,
     train: Dataset[Any],
     valid: Dataset[Any],
-    training: TrainArguments,
+    run: TrainingRun,
 ) -> dict[str, float]:
-    """Train, evaluate, and save the final weights with the tokenizer into `training.output_dir`.
+    """Train, evaluate, and save the final weights with the tokenizer into the run folder.
 
     Returns:
         The figures that run.json keeps: eval_loss, eval_perplexity, eval_token_accuracy, those of the untouched model
         as start_…, train_runtime (seconds, evaluations included) and tokens_per_second (of training alone).
     """
-    folder = Path(str(training.output_dir))
+    training = run.training
+    resumed = _checkpoint(training)
+    folder = start_run_folder(run)
     recorder = RunRecorder(folder)
     trainer = NovelTrainer(
         model=model,
@@ -52,7 +56,7 @@ def fit(
         trainer.add_callback(TensorBoardCallback(SummaryWriter(str(folder / "logs"))))
     _set_end_tokens(model, tokenizer)
     try:
-        outcome = trainer.train(resume_from_checkpoint=_checkpoint(training))
+        outcome = trainer.train(resume_from_checkpoint=resumed)
         last = trainer.state.log_history
         if not any("eval_loss" in entry and entry["step"] == trainer.state.global_step for entry in last):
             trainer.evaluate()
@@ -69,7 +73,7 @@ def fit(
             f"[bold]Done.[/bold] eval loss {results.get('start_eval_loss', float('nan')):.4f} -> "
             f"{results['eval_loss']:.4f}, perplexity {results['eval_perplexity']:.2f}\n"
             f"  weights       {folder}\n  curve         {folder / 'loss.png'}\n"
-            f"  all figures   tensorboard --logdir {folder.parent}"
+            f"  all figures   {Path(sys.executable).with_name('tensorboard')} --logdir {folder.parent}"
         )
     trainer.accelerator.wait_for_everyone()
     return results

@@ -24,8 +24,8 @@ from novelgpt.settings.runs import TrainingRun
 PACKAGES = ("torch", "transformers", "accelerate", "peft", "deepspeed", "tokenizers")
 
 
-def prepare_run_folder(run: TrainingRun) -> Path:
-    """The run's folder, settled the same on all ranks, with run.json of status "running" in it.
+def choose_run_folder(run: TrainingRun) -> None:
+    """Settle `run.training.output_dir`, the same on all ranks. Nothing is written yet.
 
     Raises:
         UserError: the folder that the user named holds another run.
@@ -34,7 +34,14 @@ def prepare_run_folder(run: TrainingRun) -> Path:
     if isinstance(folder, UserError):
         raise folder
     run.training.output_dir = str(folder)
+
+
+def start_run_folder(run: TrainingRun) -> Path:
+    """Make the chosen folder, in place of the run there where that was asked for, with run.json of status "running"."""
+    folder = Path(str(run.training.output_dir))
     if is_first_process():
+        if run.training.overwrite_output_dir and read_run(folder) is not None:
+            shutil.rmtree(folder)
         folder.mkdir(parents=True, exist_ok=True)
         _write(folder, _description(run) | {"status": "running"})
     return folder
@@ -76,15 +83,14 @@ def _choose_folder(run: TrainingRun) -> Path | UserError:
     if folder.is_file():
         return UserError(f"--output_dir {named} is a file", "name a folder")
     description = read_run(folder)
-    if run.training.overwrite_output_dir and description is not None:
-        shutil.rmtree(folder)
-    elif description is not None and not run.training.resume_from_checkpoint:
+    replaced = run.training.overwrite_output_dir or run.training.resume_from_checkpoint
+    if description is not None and not replaced:
         return UserError(
             f"{named} holds another run ({description['pipeline']}, {description['status']}, "
             f"started {description['started']})",
             "choose another --output_dir, go on with --resume_from_checkpoint, or replace it: --overwrite_output_dir",
         )
-    elif description is None and folder.is_dir() and any(folder.iterdir()):
+    if description is None and folder.is_dir() and any(folder.iterdir()):
         return UserError(f"--output_dir {named} holds files that are no run's", "choose an empty or a new folder")
     return folder
 

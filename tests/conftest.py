@@ -1,0 +1,23 @@
+"""What the tests share: the embedded base, built once, and its tokenizer."""
+
+from pathlib import Path
+
+import pytest
+from transformers import PreTrainedTokenizerBase
+
+from novelgpt.model.embedded_base import build_embedded_base
+from novelgpt.text.tokenizer import load_tokenizer
+
+
+@pytest.fixture(scope="session")
+def base_folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A freshly built embedded base."""
+    folder = tmp_path_factory.mktemp("bases") / "tiny-qwen3"
+    build_embedded_base(folder)
+    return folder
+
+
+@pytest.fixture(scope="session")
+def tokenizer(base_folder: Path) -> PreTrainedTokenizerBase:
+    """The tokenizer of the embedded base."""
+    return load_tokenizer(str(base_folder))

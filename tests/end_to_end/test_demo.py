@@ -1,0 +1,38 @@
+"""The demo, as a new user runs it, keeps its promises."""
+
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).resolve().parents[2]
+ROUGE = ("rouge-1", "rouge-2", "rouge-l")
+
+
+@pytest.mark.slow
+def test_demo_improves_on_the_base(tmp_path: Path) -> None:
+    done = subprocess.run(
+        ["bash", str(ROOT / "scripts" / "run_demo.sh"), str(tmp_path)],
+        env=os.environ | {"VENV": sys.prefix}, capture_output=True, text=True, timeout=1200, check=False,
+    )  # fmt: skip
+    assert done.returncode == 0, done.stdout[-3000:] + done.stderr[-3000:]
+    summary = json.loads((tmp_path / "summary.json").read_text(encoding="utf-8"))
+
+    assert list(summary) == ["base", "pretrain", "finetune", "finetune_lora"]
+    for figures in summary.values():
+        assert {"eval_loss", "perplexity", *ROUGE, "seconds", "tokens_per_second"} <= figures.keys()
+    base = summary["base"]
+    for name in ("finetune", "finetune_lora"):
+        assert summary[name]["eval_loss"] < base["eval_loss"]
+        assert all(summary[name][metric] > base[metric] for metric in ROUGE)
+    assert summary["pretrain"]["heldout_book_perplexity"] * 5 < base["heldout_book_perplexity"]
+
+    for name in ("pretrain", "finetune", "finetune_lora"):
+        run = tmp_path / name
+        assert (run / "loss.png").read_bytes().startswith(b"\x89PNG")
+        assert list((run / "logs").glob("events.out.tfevents.*"))
+        assert len((run / "predict" / "predictions.jsonl").read_text(encoding="utf-8").splitlines()) == 20
+    assert str(tmp_path) in done.stdout and "predictions.jsonl" in done.stdout

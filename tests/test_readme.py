@@ -1,0 +1,181 @@
+"""What the READMEs and the pages of docs/ name exists: files, links, scripts, options, formats of rows."""
+
+import dataclasses
+import json
+import re
+import shlex
+import subprocess
+import typing
+from pathlib import Path
+
+import pytest
+
+from dataset.readers import messages_of, read_text_rows
+from novelgpt.settings.runs import FinetuneRun, LoraRun, PredictRun, PretrainRun
+
+ROOT = Path(__file__).resolve().parents[1]
+READMES = {"README.md": "## File map", "README_zh.md": "## 文件地图"}
+PAGES = [*READMES, "CONTRIBUTING.md", *sorted(str(path.relative_to(ROOT)) for path in ROOT.glob("docs/**/*.md"))]
+ROOMS = ("pretrain", "finetune", "finetune_lora", "predict", "dataset", "novelgpt", "benchmarks")
+CACHES = {".git", ".venv", "output", "__pycache__", ".pytest_cache", ".mypy_cache", ".ruff_cache"}
+CACHES |= {".import_linter_cache"}
+PIPELINES = {run.pipeline: run for run in (PretrainRun, FinetuneRun, LoraRun, PredictRun)}
+SCRIPTS = {"pretrain": "pretrain", "finetune": "finetune", "lora": "finetune_lora", "predict": "predict"}
+OPTION = re.compile(r"(?<![\w-])--([A-Za-z_][\w-]*)")
+
+
+def text_of(page: str) -> str:
+    return (ROOT / page).read_text(encoding="utf-8")
+
+
+def project_files() -> list[str]:
+    """Paths of the files that git tracks and that are there; without git, all but caches and results."""
+    try:
+        done = subprocess.run(["git", "-C", str(ROOT), "ls-files", "-z"], capture_output=True, text=True, check=True)
+        tracked = [name for name in done.stdout.split("\0") if name and (ROOT / name).is_file()]
+    except (OSError, subprocess.CalledProcessError):
+        tracked = []
+    if tracked:
+        return tracked
+    paths = (path.relative_to(ROOT) for path in ROOT.rglob("*") if path.is_file())
+    return [path.as_posix() for path in paths if not CACHES & set(path.parts)]
+
+
+def paths_to_map(files: list[str]) -> set[str]:
+    """Every top-level file and folder, every file and folder in scripts/, every module of the rooms."""
+    wanted = set()
+    for name in files:
+        top, *rest = name.split("/")
+        wanted.add(f"{top}/" if rest else top)
+        if top == "scripts":
+            wanted.add(f"scripts/{rest[0]}/" if len(rest) > 1 else name)
+        if top in ROOMS and name.endswith(".py") and not name.endswith("__init__.py"):
+            wanted.add(name)
+    return wanted
+
+
+def file_map(page: str) -> list[str]:
+    """The paths of the only code block under the map's heading."""
+    section = re.split(r"^## ", text_of(page).split(f"{READMES[page]}\n", 1)[1], flags=re.MULTILINE)[0]
+    blocks = re.findall(r"^```\w*\n(.*?)^```$", section, flags=re.MULTILINE | re.DOTALL)
+    assert len(blocks) == 1
+    lines = [re.fullmatch(r"(\S+) {2,}(\S.*)", line) for line in blocks[0].splitlines()]
+    assert all(lines), f"{page}: each line is a path, two blanks or more, a purpose"
+    return [line[1] for line in lines if line]
+
+
+def commands(page: str) -> list[list[str]]:
+    """Words of each command line in the page's bash blocks and of each code span that calls one of ours."""
+    text = text_of(page)
+    blocks = re.findall(r"^```bash\n(.*?)^```$", text, flags=re.MULTILINE | re.DOTALL)
+    lines = "\n".join(blocks).replace("\\\n", " ").splitlines()
+    prose = re.sub(r"^```.*?^```$", "", text, flags=re.MULTILINE | re.DOTALL)
+    spans = (" ".join(span.split()) for span in re.findall(r"`([^`]+)`", prose))
+    lines += [span for span in spans if "scripts/" in span and " " in span or " -m " in span]
+    return [words for words in (shlex.split(line, comments=True) for line in lines) if words]
+
+
+def options_of(run: type) -> set[str]:
+    """Names of all options that a pipeline takes."""
+    groups = [hint for hint in typing.get_type_hints(run).values() if dataclasses.is_dataclass(hint)]
+    fields = [field for group in groups for field in dataclasses.fields(group)]
+    assert fields
+    return {field.name for field in fields} | {"config", "help", "help_all"}
+
+
+def options_in_source(path: str) -> set[str]:
+    """Names of the options that a module with an argparse parser of its own adds."""
+    return set(re.findall(r'add_argument\("--([\w-]+)"', text_of(path))) | {"help"}
+
+
+def known_options(command: list[str]) -> set[str] | None:
+    """Names of the options of the program that a command starts; None where it is none of ours."""
+    line = " ".join(command)
+    script = re.search(r"scripts/run_(\w+)\.sh", line)
+    if script and script[1] in SCRIPTS:
+        return options_of(PIPELINES[SCRIPTS[script[1]]])
+    module = re.search(r" -m ([\w.]+)", line)
+    if module and module[1] in PIPELINES:
+        return options_of(PIPELINES[module[1]])
+    if module and (ROOT / (path := module[1].replace(".", "/") + ".py")).is_file():
+        return options_in_source(path)
+    return None
+
+
+@pytest.mark.parametrize("page", READMES)
+def test_the_file_map_names_each_file_once_and_nothing_else(page: str) -> None:
+    mapped = file_map(page)
+    assert len(mapped) == len(set(mapped))
+    missing = [path for path in mapped if not (ROOT / path).exists() or (ROOT / path).is_dir() != path.endswith("/")]
+    assert missing == []
+    assert paths_to_map(project_files()) - set(mapped) == set()
+
+
+def test_both_readmes_map_the_same_paths_in_the_same_order() -> None:
+    first, second = map(file_map, READMES)
+    assert first == second
+
+
+def test_each_english_page_has_its_chinese_page() -> None:
+    english = {path.name for path in (ROOT / "docs").glob("*.md")}
+    chinese = {path.name for path in (ROOT / "docs" / "zh").glob("*.md")}
+    assert english == chinese != set()
+
+
+@pytest.mark.parametrize("page", PAGES)
+def test_scripts_and_links_of_a_page_exist(page: str) -> None:
+    text = text_of(page)
+    scripts = set(re.findall(r"scripts/[\w/]+\.(?:sh|py|json)", text))
+    scripts |= {f"scripts/{name}" for name in re.findall(r"(?<![\w/*])run_\w+\.sh", text)}
+    assert [name for name in scripts if not (ROOT / name).is_file()] == []
+    for target in re.findall(r"\]\(([^)\s]+)\)", text):
+        if re.match(r"[a-z]+:", target):
+            continue
+        name, _, heading = target.partition("#")
+        file = (ROOT / page).parent / name if name else ROOT / page
+        assert file.exists(), target
+        if heading:
+            titles = re.findall(r"^#+ (.+)$", file.read_text(encoding="utf-8"), flags=re.MULTILINE)
+            assert heading in [title.lower().replace(" ", "-") for title in titles], target
+
+
+@pytest.mark.parametrize("page", PAGES)
+def test_options_in_commands_belong_to_the_program_they_start(page: str) -> None:
+    for command in commands(page):
+        known = known_options(command)
+        if known is not None:
+            wrong = {name for word in command for name in OPTION.findall(word)} - known
+            assert wrong == set(), " ".join(command)
+
+
+@pytest.mark.parametrize("page", PAGES)
+def test_options_in_the_text_exist_somewhere(page: str) -> None:
+    known = {"logdir"}.union(*map(options_of, PIPELINES.values()))
+    for path in ROOT.glob("*/*.py"):
+        if path.parent.name in ROOMS:
+            known |= options_in_source(str(path.relative_to(ROOT)))
+    assert set(OPTION.findall(text_of(page))) - known == set()
+
+
+@pytest.mark.parametrize("page", READMES)
+def test_settings_of_the_yaml_example_exist(page: str) -> None:
+    (example,) = re.findall(r"^```yaml\n(.*?)^```$", text_of(page), flags=re.MULTILINE | re.DOTALL)
+    assert set(re.findall(r"^(\w+):", example, flags=re.MULTILINE)) <= options_of(LoraRun)
+
+
+@pytest.mark.parametrize("page", ["docs/data.md", "docs/zh/data.md"])
+def test_example_rows_can_be_read(page: str, tmp_path: Path) -> None:
+    blocks = re.findall(r"^```jsonl( text)?\n(.*?)^```$", text_of(page), flags=re.MULTILINE | re.DOTALL)
+    shapes = set()
+    for kind, block in blocks:
+        for row in map(json.loads, block.splitlines()):
+            if kind:
+                file = tmp_path / "text.jsonl"
+                file.write_text(block, encoding="utf-8")
+                assert [read["text"] for read in read_text_rows(file)] == [row["text"]]
+            else:
+                assert messages_of(row, page)[-1]["role"] == "assistant"
+                shapes.add(
+                    next(key for key in row if key in {"instruction", "conversations", "messages", "prompt", "title"})
+                )
+    assert shapes == {"instruction", "conversations", "messages", "prompt", "title"}

@@ -1,0 +1,50 @@
+"""Padding is told by position."""
+
+import doctest
+import random
+
+import torch
+
+import novelgpt.text.collator
+from novelgpt.text.collator import Collator
+from novelgpt.text.conversation import IGNORED
+
+
+def test_doctest() -> None:
+    outcome = doctest.testmod(novelgpt.text.collator)
+    assert outcome.attempted > 0 and outcome.failed == 0
+
+
+def test_padding_by_position_whatever_the_padding_token() -> None:
+    draw = random.Random(3)
+    for _ in range(50):
+        pad = draw.randint(0, 4)
+        rows = []
+        for _ in range(draw.randint(1, 5)):
+            ids = [draw.randint(0, 4) for _ in range(draw.randint(1, 9))]
+            rows.append({"input_ids": ids, "labels": [draw.choice([token, IGNORED]) for token in ids]})
+        before = repr(rows)
+        batch = Collator(pad)(rows)
+        assert repr(rows) == before
+        assert set(batch) == {"input_ids", "labels", "attention_mask"}
+        longest = max(len(row["input_ids"]) for row in rows)
+        for index, row in enumerate(rows):
+            rest = longest - len(row["input_ids"])
+            assert batch["input_ids"][index].tolist() == row["input_ids"] + [pad] * rest
+            assert batch["labels"][index].tolist() == row["labels"] + [IGNORED] * rest
+            assert batch["attention_mask"][index].tolist() == [1] * len(row["input_ids"]) + [0] * rest
+        assert all(tensor.dtype == torch.int64 for tensor in batch.values())
+
+
+def test_padding_of_packed_rows_is_a_document_of_its_own() -> None:
+    rows = [
+        {"input_ids": torch.tensor([5, 6, 7, 8]), "labels": torch.tensor([-100, 6, -100, 8]),
+         "position_ids": torch.tensor([0, 1, 0, 1])},
+        {"input_ids": torch.tensor([9]), "labels": torch.tensor([-100]), "position_ids": torch.tensor([0])},
+    ]  # fmt: skip
+    batch = Collator(pad_token_id=9)(rows)
+    assert {name: tensor.tolist() for name, tensor in batch.items()} == {
+        "input_ids": [[5, 6, 7, 8], [9, 9, 9, 9]],
+        "labels": [[-100, 6, -100, 8], [-100, -100, -100, -100]],
+        "position_ids": [[0, 1, 0, 1], [0, 0, 1, 2]],
+    }
