@@ -24,8 +24,10 @@ step() { printf '\n== %s\n' "$1"; }
 step "1/5 The untouched base answers the held-out pairs"
 bash "$here/run_predict.sh" --model "$base" --output_dir "$demo/base" --max_new_tokens 320
 
-step "2/5 Continued pretraining on one novel, evaluated on another"
-bash "$here/run_pretrain.sh" --valid_files "$samples/novels/shan_zhong_yao_pu.txt" --output_dir "$demo/pretrain"
+step "2/5 Continued pretraining on one novel and on abstracts, evaluated on another novel"
+bash "$here/run_pretrain.sh" \
+  --train_files "$samples/novels/deng_ta_xia_de_xin.txt" "$samples/papers/train.jsonl" --text_column abstract \
+  --valid_files "$samples/novels/shan_zhong_yao_pu.txt" --output_dir "$demo/pretrain"
 bash "$here/run_predict.sh" --model "$demo/pretrain" --max_new_tokens 320
 
 step "3/5 Full fine-tuning on title -> abstract pairs"
