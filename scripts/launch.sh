@@ -27,6 +27,7 @@ python="$venv/bin/python"
 export PATH="$venv/bin:$PATH"
 export PYTHONPATH="$root${PYTHONPATH:+:$PYTHONPATH}"
 export TOKENIZERS_PARALLELISM="${TOKENIZERS_PARALLELISM:-true}"
+export PYTHONUNBUFFERED=1 # lines appear as they are written, in files and pipes too
 
 gpus=0
 if command -v nvidia-smi > /dev/null 2>&1; then

@@ -2,12 +2,15 @@
 
 import json
 import os
+import shutil
 import subprocess
 import sys
 from pathlib import Path
 
 import pytest
+import torch
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+from transformers import Qwen2Config, Qwen2ForCausalLM
 
 ROOT = Path(__file__).resolve().parents[2]
 SCRIPTS = ROOT / "scripts"
@@ -69,8 +72,8 @@ def test_lora_then_predict_then_merge(tmp_path: Path) -> None:
     }
 
 
-def test_two_processes_predict_what_one_does(tmp_path: Path) -> None:
-    words = ["--model", str(ROOT / "output" / "bases" / "tiny-qwen3"), "--max_rows", "5", "--max_new_tokens", "6"]
+def test_two_processes_predict_what_one_does(base_folder: Path, tmp_path: Path) -> None:
+    words = ["--model", str(base_folder), "--max_rows", "5", "--max_new_tokens", "6"]
     bash("run_predict.sh", *words, "--output_dir", str(tmp_path / "one"), cwd=SCRIPTS)
     bash("run_predict.sh", *words, "--output_dir", str(tmp_path / "two"), cwd=SCRIPTS, NPROC="2")
     assert (tmp_path / "one" / "predictions.jsonl").read_text() == (tmp_path / "two" / "predictions.jsonl").read_text()
@@ -92,3 +95,20 @@ def test_real_data_runs_as_it_is(tmp_path: Path) -> None:
     bash("run_pretrain.sh", "--train_files", str(novel), *QUICK, "--output_dir", str(tmp_path / "p"), cwd=SCRIPTS)
     bash("run_lora.sh", "--train_files", str(papers), *QUICK, "--output_dir", str(tmp_path / "l"), cwd=SCRIPTS)
     assert len(losses(tmp_path / "p")) == len(losses(tmp_path / "l")) == 3
+
+
+@pytest.mark.slow
+def test_a_real_qwen2_tokenizer_with_a_small_model_beside_it(tmp_path: Path) -> None:
+    tokenizer = ROOT.parent / "shared" / "tokenizers" / "qwen2"
+    if not tokenizer.is_dir():
+        pytest.skip("the real tokenizer is not beside the checkout")
+    shutil.copytree(tokenizer, tmp_path / "qwen2")
+    torch.manual_seed(0)
+    small = {"hidden_size": 32, "intermediate_size": 64, "num_hidden_layers": 2, "num_attention_heads": 2}
+    Qwen2ForCausalLM(Qwen2Config(vocab_size=151936, num_key_value_heads=1, **small)).save_pretrained(tmp_path / "qwen2")
+    quick = [*QUICK, "--max_length", "256", "--per_device_train_batch_size", "1"]
+    bash("run_lora.sh", *quick, "--output_dir", str(tmp_path / "l"), cwd=SCRIPTS, MODEL=str(tmp_path / "qwen2"))
+    assert len(losses(tmp_path / "l")) == 3
+    words = ["--max_rows", "2", "--max_new_tokens", "4"]
+    bash("run_predict.sh", *words, cwd=SCRIPTS, MODEL=str(tmp_path / "l"))
+    assert (tmp_path / "l" / "predict" / "scores.json").is_file()
