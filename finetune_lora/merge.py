@@ -8,10 +8,8 @@ of a logit is printed, and above the tolerance the checkpoint is removed and the
 
 from __future__ import annotations
 
-import argparse
 import shutil
 from pathlib import Path
-from typing import NoReturn
 
 import torch
 from peft import PeftModel
@@ -20,6 +18,7 @@ from transformers import PreTrainedTokenizerBase
 from novelgpt.model.loading import adapter_base, load_model
 from novelgpt.settings.arguments import ModelArguments
 from novelgpt.settings.errors import UserError, exit_on_user_error
+from novelgpt.settings.parser import CommandParser
 from novelgpt.text.conversation import encode_prompt
 from novelgpt.text.tokenizer import load_tokenizer
 from novelgpt.training.fit import save_generation_config
@@ -27,15 +26,10 @@ from novelgpt.training.fit import save_generation_config
 PROMPTS = ("你好", "请写一段关于海的文字。", "论文标题：基于深度学习的图像去噪方法", "第一章 雨夜")
 
 
-class _Parser(argparse.ArgumentParser):
-    def error(self, message: str) -> NoReturn:
-        raise UserError(message, "python -m finetune_lora.merge ADAPTER OUTPUT")
-
-
 @exit_on_user_error
 def main(argv: list[str] | None = None) -> None:
     """Merge the adapter that the command line names."""
-    parser = _Parser(prog="python -m finetune_lora.merge", description="An adapter merged into its base.")
+    parser = CommandParser(prog="python -m finetune_lora.merge", description="An adapter merged into its base.")
     parser.add_argument("adapter", help="folder of a finetune_lora run or of one of its checkpoints")
     parser.add_argument("output", type=Path, help="new folder for the full checkpoint")
     parser.add_argument("--tolerance", type=float, default=1e-3, help="largest difference of a logit [default: 0.001]")

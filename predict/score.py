@@ -7,10 +7,9 @@ FILE: any .jsonl, .json, .csv or .parquet whose rows have `prediction` and `refe
 
 from __future__ import annotations
 
-import argparse
 import json
 from pathlib import Path
-from typing import Any, NoReturn
+from typing import Any
 
 from rich.console import Console
 from rich.table import Table
@@ -18,6 +17,7 @@ from rich.table import Table
 from dataset.readers import read_records
 from novelgpt.scoring.rouge import mean_f, score_texts
 from novelgpt.settings.errors import UserError, exit_on_user_error
+from novelgpt.settings.parser import CommandParser
 
 DEFINITIONS = {
     "rouge-1": "mean F of the sets of jieba words, as rouge_chinese 1.0.3 gives it; empty texts count as 0",
@@ -53,15 +53,10 @@ def write_scores(scores: dict[str, Any], path: Path) -> None:
     Console().print(table)
 
 
-class _Parser(argparse.ArgumentParser):
-    def error(self, message: str) -> NoReturn:
-        raise UserError(message, "python -m predict.score FILE.jsonl --output scores.json")
-
-
 @exit_on_user_error
 def main(argv: list[str] | None = None) -> None:
     """Score the file that the command line names."""
-    parser = _Parser(prog="python -m predict.score", description="Scores of a predictions file.")
+    parser = CommandParser(prog="python -m predict.score", description="Scores of a predictions file.")
     parser.add_argument("file", type=Path, help="rows with the texts `prediction` and `reference`")
     parser.add_argument("--output", type=Path, help="where to write [default: scores.json beside the file]")
     words = parser.parse_args(argv)

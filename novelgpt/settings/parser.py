@@ -22,11 +22,16 @@ from novelgpt.settings.errors import UserError
 Run = TypeVar("Run")
 
 
-class _Parser(HfArgumentParser):
-    """HfArgumentParser whose errors are UserErrors."""
+class CommandParser(argparse.ArgumentParser):
+    """argparse whose errors are UserErrors."""
 
     def error(self, message: str) -> NoReturn:
-        raise UserError(message, f"see `python -m {self.prog} --help`")
+        """Raise what argparse would print below a page of usage."""
+        raise UserError(message, f"see `{self.prog} --help`")
+
+
+class _Parser(CommandParser, HfArgumentParser):
+    """HfArgumentParser whose errors are UserErrors."""
 
 
 def parse_arguments(run_type: type[Run], argv: list[str] | None = None) -> Run:
@@ -42,7 +47,9 @@ def parse_arguments(run_type: type[Run], argv: list[str] | None = None) -> Run:
     words = list(sys.argv[1:] if argv is None else argv)
     groups = {name: hint for name, hint in typing.get_type_hints(run_type).items() if isinstance(hint, type)}
     pipeline: str = vars(run_type)["pipeline"]
-    parser = _Parser(typing.cast(Any, list(groups.values())), prog=pipeline, allow_abbrev=False, add_help=False)
+    parser = _Parser(
+        typing.cast(Any, list(groups.values())), prog=f"python -m {pipeline}", allow_abbrev=False, add_help=False
+    )
     parser.add_argument("--config", action="append", default=[], metavar="FILE", help="YAML file; may be repeated.")
     actions = {action.dest: action for action in parser._actions}
     if {"--help", "-h", "--help_all"} & set(words):
@@ -106,7 +113,7 @@ def _unknown_key(key: str, where: str, actions: dict[str, argparse.Action]) -> U
 def _print_help(parser: _Parser, run_type: type, everything: bool) -> None:
     """Our own arguments first, then the training arguments of everyday use (all of them with --help_all)."""
     console = Console()
-    console.print(f"[bold]python -m {parser.prog}[/bold] [--config FILE.yaml] [--option value …]\n{run_type.__doc__}")
+    console.print(f"[bold]{parser.prog}[/bold] [--config FILE.yaml] [--option value …]\n{run_type.__doc__}")
     for group in parser._action_groups:
         if not group._group_actions or group.title in ("positional arguments", "options"):
             continue
