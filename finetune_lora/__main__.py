@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from transformers import set_seed
+
 from dataset.conversations import read_conversations
 from finetune_lora.adapter import attach_lora, base_dtype
 from novelgpt.model.loading import load_model
@@ -21,6 +23,7 @@ def main(argv: list[str] | None = None) -> None:
     tokenizer = load_tokenizer(run.model.model)
     train, valid = read_conversations(run.data, tokenizer)
     base = load_model(run.model, tokenizer, dtype=base_dtype(), qlora=run.lora.qlora)
+    set_seed(run.training.seed)  # the adapter is drawn before the Trainer sets the seed
     model = attach_lora(base, run.lora)
     fit(model, tokenizer, train, valid, run)
 

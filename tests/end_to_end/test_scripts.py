@@ -47,6 +47,12 @@ def test_pretrain_twice_gives_the_same_losses_and_a_complete_run_folder(tmp_path
     assert wanted <= set(events.Tags()["scalars"])
 
 
+def test_lora_twice_gives_the_same_losses(tmp_path: Path) -> None:
+    for name in ("a", "b"):
+        bash("run_lora.sh", *QUICK, "--output_dir", str(tmp_path / name), "--learning_rate", "1e-2", cwd=SCRIPTS)
+    assert losses(tmp_path / "a") == losses(tmp_path / "b")
+
+
 def test_lora_then_predict_then_merge(tmp_path: Path) -> None:
     bash("run_lora.sh", *QUICK, "--output_dir", str(tmp_path / "lora"), "--learning_rate", "1e-3", cwd=SCRIPTS)
     words = ["--max_rows", "3", "--max_new_tokens", "8"]
