@@ -63,7 +63,7 @@ done
 if [ -n "${MODEL:-}" ]; then
   options+=(--model "$MODEL")
 elif [ -z "${MODEL+set}" ]; then
-  "$python" -m novelgpt.model.embedded_base 
+  "$python" -m novelgpt.model.embedded_base
   config="$root/$pipeline/configs/embedded_base.yaml"
   if [ -e "$config" ]; then
     options+=(--config "$config")

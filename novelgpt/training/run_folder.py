@@ -83,6 +83,10 @@ def _choose_folder(run: TrainingRun) -> Path | UserError:
     if folder.is_file():
         return UserError(f"--output_dir {named} is a file", "name a folder")
     description = read_run(folder)
+    if run.training.overwrite_output_dir and run.training.resume_from_checkpoint:
+        return UserError(
+            "--overwrite_output_dir would delete what --resume_from_checkpoint goes on from", "take one of the two"
+        )
     replaced = run.training.overwrite_output_dir or run.training.resume_from_checkpoint
     if description is not None and not replaced:
         return UserError(

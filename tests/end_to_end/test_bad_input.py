@@ -85,6 +85,11 @@ CASES = {
         "tokens, above --max_length 5",
     ),
     "folder of another run": ("finetune", ["--output_dir", "{taken}"], "holds another run (pretrain, finished"),
+    "overwrite and resume at once": (
+        "finetune",
+        ["--output_dir", "{taken}", "--overwrite_output_dir", "--resume_from_checkpoint", "true"],
+        "--overwrite_output_dir would delete",
+    ),
     "folder with other files": ("finetune", ["--output_dir", "."], "holds files that are no run's"),
     "no LoRA target": ("finetune_lora", ["--lora_targets", "w_pack"], "--lora_targets w_pack"),
     "QLoRA without a GPU": ("finetune_lora", ["--qlora", "True"], "--qlora needs a CUDA device"),
