@@ -15,6 +15,7 @@ from novelgpt.settings.arguments import ConversationArguments
 from novelgpt.settings.errors import UserError
 from novelgpt.settings.process import is_first_process
 from novelgpt.text.conversation import IGNORED, EncodedRow, encode_conversation
+from novelgpt.text.packing import PackedRows
 from novelgpt.text.statistics import TokenCounts, show_counts, show_row
 
 SPLIT_SEED = 42
@@ -36,8 +37,8 @@ class EncodedRows(Dataset[dict[str, list[int]]]):
 
 def read_conversations(
     data: ConversationArguments, tokenizer: PreTrainedTokenizerBase
-) -> tuple[EncodedRows, EncodedRows]:
-    """Rows to train on and rows to evaluate on, with a table of what became of them.
+) -> tuple[EncodedRows | PackedRows, EncodedRows | PackedRows]:
+    """Rows to train on and rows to evaluate on, packed if asked, with a table of what became of them.
 
     Raises:
         UserError: what `read_conversation_rows` raises, an over-long row under `refuse`, or no trainable token left.
@@ -70,7 +71,15 @@ def read_conversations(
         show_counts(counts)
         first = encoded["train"][0]
         show_row(first.input_ids, first.labels, tokenizer)
-    return EncodedRows(encoded["train"]), EncodedRows(encoded["valid"])
+    if not data.packing:
+        return EncodedRows(encoded["train"]), EncodedRows(encoded["valid"])
+    train_packs, valid_packs = (PackedRows(encoded[name], data.max_length) for name in ("train", "valid"))
+    if is_first_process():
+        print(
+            f"{len(train_packs.rows):,} rows in {len(train_packs):,} packs of {data.max_length:,} tokens, "
+            f"{train_packs.fill():.1%} full: {len(train_packs.rows) / len(train_packs):.1f} rows a pack\n"
+        )
+    return train_packs, valid_packs
 
 
 def encode_rows(

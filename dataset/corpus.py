@@ -53,7 +53,7 @@ def _pack(files: list[str], data: CorpusArguments, tokenizer: PreTrainedTokenize
     ]
     if sum(len(document) - 1 for document in documents) == 0:
         raise UserError(f"no trainable token in {', '.join(files)}", "name files that hold text")
-    return PackedBlocks(documents, data.max_length)
+    return PackedBlocks(documents, data.max_length, mixed=data.packing)
 
 
 def _documents(files: list[str], text_column: str) -> Iterator[str]:

@@ -10,6 +10,7 @@ from novelgpt.settings.runs import FinetuneRun
 from novelgpt.text.tokenizer import load_tokenizer
 from novelgpt.training.fit import fit
 from novelgpt.training.launch_checks import check_before_launch
+from novelgpt.training.memory_plan import plan_memory
 
 
 @exit_on_user_error
@@ -19,8 +20,9 @@ def main(argv: list[str] | None = None) -> None:
     check_before_launch(run)
     tokenizer = load_tokenizer(run.model.model)
     train, valid = read_conversations(run.data, tokenizer)
+    plan = plan_memory(run, train)
     model = load_model(run.model, tokenizer)
-    fit(model, tokenizer, train, valid, run)
+    fit(model, tokenizer, train, valid, run, plan)
 
 
 if __name__ == "__main__":

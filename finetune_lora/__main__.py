@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from functools import partial
+
 from transformers import set_seed
 
 from dataset.conversations import read_conversations
@@ -13,6 +15,7 @@ from novelgpt.settings.runs import LoraRun
 from novelgpt.text.tokenizer import load_tokenizer
 from novelgpt.training.fit import fit
 from novelgpt.training.launch_checks import check_before_launch
+from novelgpt.training.memory_plan import plan_memory
 
 
 @exit_on_user_error
@@ -22,10 +25,11 @@ def main(argv: list[str] | None = None) -> None:
     check_before_launch(run)
     tokenizer = load_tokenizer(run.model.model)
     train, valid = read_conversations(run.data, tokenizer)
+    plan = plan_memory(run, train, base_dtype(), run.lora.qlora, partial(attach_lora, lora=run.lora))
     base = load_model(run.model, tokenizer, dtype=base_dtype(), qlora=run.lora.qlora)
     set_seed(run.training.seed)  # the adapter is drawn before the Trainer sets the seed
     model = attach_lora(base, run.lora)
-    fit(model, tokenizer, train, valid, run)
+    fit(model, tokenizer, train, valid, run, plan)
 
 
 if __name__ == "__main__":

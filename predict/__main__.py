@@ -11,6 +11,7 @@ import numpy
 from accelerate import PartialState
 from accelerate.utils import gather_object
 
+from novelgpt.model.generation import Answer
 from novelgpt.model.loading import load_for_generation
 from novelgpt.scoring.perplexity import summarise
 from novelgpt.settings.arguments import ModelArguments
@@ -20,7 +21,7 @@ from novelgpt.settings.paths import EMBEDDED_BASE
 from novelgpt.settings.runs import PredictRun
 from novelgpt.text.tokenizer import load_tokenizer
 from novelgpt.training.run_folder import newest_finetuning
-from predict.generate import Answer, generate_answers, reference_sums
+from predict.generate import generate_answers, reference_sums
 from predict.rows import PromptRow, read_prompt_rows
 from predict.score import score_predictions, write_scores
 

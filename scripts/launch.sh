@@ -27,6 +27,9 @@ python="$venv/bin/python"
 export PATH="$venv/bin:$PATH"
 export PYTHONPATH="$root${PYTHONPATH:+:$PYTHONPATH}"
 export TOKENIZERS_PARALLELISM="${TOKENIZERS_PARALLELISM:-true}"
+# glibc would hand the large blocks of each step back to the system and ask for them again.
+export MALLOC_MMAP_THRESHOLD_="${MALLOC_MMAP_THRESHOLD_:-4294967296}"
+export MALLOC_TRIM_THRESHOLD_="${MALLOC_TRIM_THRESHOLD_:-8589934592}"
 export PYTHONUNBUFFERED=1 # lines appear as they are written, in files and pipes too
 
 gpus=0

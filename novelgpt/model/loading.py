@@ -4,11 +4,20 @@ from __future__ import annotations
 
 import json
 from pathlib import Path
+from typing import Any
 
 import torch
 from peft import PeftModel
-from transformers import AutoModelForCausalLM, PreTrainedModel, PreTrainedTokenizerBase
+from transformers import (
+    MODEL_FOR_CAUSAL_LM_MAPPING,
+    AutoConfig,
+    AutoModelForCausalLM,
+    PreTrainedConfig,
+    PreTrainedModel,
+    PreTrainedTokenizerBase,
+)
 
+from novelgpt.model.attention import PACKED_ATTENTION
 from novelgpt.settings.arguments import ModelArguments
 from novelgpt.settings.errors import UserError
 
@@ -32,9 +41,11 @@ def load_model(
     # Absolute, as checkpoints and adapters note where their base lies.
     source = str(Path(model.model).absolute()) if Path(model.model).is_dir() else model.model
     try:
+        config = AutoConfig.from_pretrained(source, trust_remote_code=False)
         loaded = AutoModelForCausalLM.from_pretrained(
-            source, dtype=dtype, attn_implementation=model.attention, trust_remote_code=False, **options
-        )
+            source, config=config, dtype=dtype, attn_implementation=_attention(model, config),
+            trust_remote_code=False, **options,
+        )  # fmt: skip
     except (OSError, ValueError, KeyError, ImportError) as error:
         raise UserError(
             f"no model can be loaded from {model.model}: {str(error).strip().splitlines()[0]}",
@@ -48,6 +59,14 @@ def load_model(
         )
     loaded.config.use_cache = False
     return loaded
+
+
+def _attention(model: ModelArguments, config: PreTrainedConfig) -> str | None:
+    """The kernel asked for; transformers' choice where the architecture cannot take ours."""
+    architecture: Any = MODEL_FOR_CAUSAL_LM_MAPPING.get(type(config), None)
+    if model.attention == PACKED_ATTENTION and (architecture is None or not architecture.is_backend_compatible()):
+        return None
+    return model.attention
 
 
 def load_for_generation(model: ModelArguments, tokenizer: PreTrainedTokenizerBase) -> PreTrainedModel:

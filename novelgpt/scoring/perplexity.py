@@ -6,34 +6,41 @@ import math
 
 import numpy
 import torch
-from torch.nn import functional
 
 from novelgpt.text.conversation import IGNORED
 
 
-def row_sums(logits: torch.Tensor, labels: torch.Tensor) -> torch.Tensor:
+def row_sums(token_losses: torch.Tensor, token_hits: torch.Tensor, labels: torch.Tensor) -> torch.Tensor:
     """Sum of negative log likelihoods (nats), trained tokens and tokens predicted right, of each row.
 
     Args:
-        logits: [rows, tokens, vocabulary], any float type; each row is made fp32 on its own.
+        token_losses: [trained tokens], row by row.
+        token_hits: [trained tokens] bool.
         labels: [rows, tokens], not shifted, -100 where nothing is to be predicted.
 
     Returns:
         [rows, 3], float64.
     """
-    sums = torch.zeros(len(labels), 3, dtype=torch.float64, device=logits.device)
-    for index in range(len(labels)):
-        wanted = labels[index, 1:] != IGNORED
-        targets = labels[index, 1:][wanted]
-        predicted = logits[index, :-1][wanted].float()
-        sums[index, 0] = functional.cross_entropy(predicted, targets, reduction="sum").double()
-        sums[index, 1] = len(targets)
-        sums[index, 2] = (predicted.argmax(-1) == targets).sum()
-    return sums
+    rows = (labels[:, 1:] != IGNORED).nonzero()[:, 0]
+    values = torch.stack([token_losses.double(), torch.ones_like(token_losses).double(), token_hits.double()], dim=1)
+    return torch.zeros(len(labels), 3, dtype=torch.float64, device=labels.device).index_add_(0, rows, values)
 
 
-def summarise(sums: numpy.ndarray) -> dict[str, float]:
-    """Token means over all rows: {"loss" (nats), "perplexity", "token_accuracy"} of [rows, 3] sums."""
+def summarise(sums: numpy.ndarray, characters: int | None = None) -> dict[str, float]:
+    """Means over all rows.
+
+    Args:
+        sums: [rows, 3], as `row_sums` gives them.
+        characters: of the text that the trained tokens stand for.
+
+    Returns:
+        {"loss" (nats per token), "perplexity", "token_accuracy"} and, where characters are given,
+        "bits_per_character": all nats, those of end tokens too, / ln 2 / characters. Unlike the others, it compares
+        models of different tokenizers.
+    """
     nll, tokens, right = (float(total) for total in sums.sum(axis=0))
     loss = nll / max(tokens, 1.0)
-    return {"loss": loss, "perplexity": math.exp(min(loss, 700.0)), "token_accuracy": right / max(tokens, 1.0)}
+    means = {"loss": loss, "perplexity": math.exp(min(loss, 700.0)), "token_accuracy": right / max(tokens, 1.0)}
+    if characters is not None:
+        means["bits_per_character"] = nll / math.log(2.0) / max(characters, 1)
+    return means

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-import os
+import importlib.util
 import sys
 from dataclasses import dataclass, field
 from typing import Any, ClassVar, Literal
@@ -10,6 +10,7 @@ from typing import Any, ClassVar, Literal
 import torch
 from transformers import TrainingArguments
 
+from novelgpt.settings.errors import UserError
 from novelgpt.settings.paths import EMBEDDED_BASE, SAMPLES
 
 
@@ -31,8 +32,10 @@ class ModelArguments:
     _argument_group_name: ClassVar[str] = "Model"
 
     model: str = option(str(EMBEDDED_BASE), "Folder or hub name of the base model, loaded through AutoModel.")
-    attention: Literal["sdpa", "eager", "flash_attention_2"] = option(
-        "sdpa", "Attention kernel. flash_attention_2 needs the flash-attn package and a GPU."
+    attention: Literal["packed", "sdpa", "eager", "flash_attention_2"] = option(
+        "packed",
+        "Attention kernel. packed: torch's own, which keeps packed documents apart at the cost of each alone. "
+        "flash_attention_2 needs the flash-attn package and a GPU.",
     )
 
 
@@ -49,6 +52,9 @@ class CorpusArguments:
     valid_fraction: float = option(0.02, "Share of the training blocks kept for evaluation where no valid_files are.")
     text_column: str = option("text", "Column or key that holds the text, for all formats but .txt.")
     max_length: int = option(2048, "Tokens per block. Text that does not fit goes on in the next block.")
+    packing: bool = option(
+        True, "Let a block hold several documents, which do not see each other. Off: blocks end where documents do."
+    )
 
 
 @dataclass
@@ -64,7 +70,10 @@ class ConversationArguments:
     )
     valid_files: list[str] = option([], "Files to evaluate on. Without them, a share of the training rows.")
     valid_fraction: float = option(0.05, "Share of the training rows kept for evaluation where no valid_files are.")
-    max_length: int = option(2048, "Tokens per row, prompt and answers together.")
+    max_length: int = option(2048, "Tokens per row, prompt and answers together, and per pack of rows.")
+    packing: bool = option(
+        True, "Fit whole rows into packs of max_length tokens, in which they do not see each other. Off: pad each row."
+    )
     overlong: Literal["truncate", "split", "refuse"] = option(
         "truncate",
         "What to do with rows above max_length: truncate cuts the end off, split goes on in a further row that "
@@ -104,6 +113,18 @@ class TrainArguments(TrainingArguments):
     )
     num_train_epochs: float = option(3.0, "Passes over the training data.")
     per_device_train_batch_size: int = option(4, "Rows per device and micro-batch.")
+    auto_batch: bool = option(
+        False, "Find the largest micro-batch that fits into memory. Rows per optimizer step stay what they are."
+    )
+    activation_checkpointing: bool | None = field(
+        default=None,
+        metadata={
+            "help": "Compute activations again in the backward pass: less memory, about a fifth more time. Default: "
+            "only where the run would not fit otherwise.",
+            "nargs": "?",
+            "const": True,
+        },
+    )
     per_device_eval_batch_size: int = option(4, "Rows per device in evaluation.")
     learning_rate: float = option(2e-5, "Highest learning rate of the schedule.")
     lr_scheduler_type: str = option("cosine", "Shape of the learning rate: cosine, linear, constant_with_warmup, …")
@@ -113,6 +134,10 @@ class TrainArguments(TrainingArguments):
     logging_first_step: bool = option(True, "Log step 1 as well.")
     eval_strategy: str = option("epoch", "When to evaluate: no, steps (every eval_steps) or epoch.")
     eval_on_start: bool = option(True, "Evaluate before step 1, so that curves start at the untouched model.")
+    predict_during_eval: int = option(
+        0, "At each evaluation, answer this many of its rows and log the texts, their ROUGE and repetition; 0 is off."
+    )
+    predict_max_new_tokens: int = option(256, "Longest of these answers, in tokens.")
     save_strategy: str = option("epoch", "When to save a checkpoint: no, steps (every save_steps) or epoch.")
     save_total_limit: int | None = option(2, "Checkpoints kept; the oldest go first.")
     resume_from_checkpoint: str | None = option(
@@ -125,28 +150,40 @@ class TrainArguments(TrainingArguments):
     # Shown by --help; every other field of TrainingArguments by --help_all.
     everyday_fields: ClassVar[tuple[str, ...]] = (
         "output_dir", "overwrite_output_dir", "precision", "num_train_epochs", "max_steps", "learning_rate",
-        "per_device_train_batch_size", "per_device_eval_batch_size", "gradient_accumulation_steps",
+        "per_device_train_batch_size", "per_device_eval_batch_size", "gradient_accumulation_steps", "auto_batch",
         "lr_scheduler_type", "warmup_steps", "weight_decay", "max_grad_norm", "activation_checkpointing", "seed",
-        "logging_steps", "eval_strategy", "eval_steps", "eval_on_start", "save_strategy", "save_steps",
-        "save_total_limit", "resume_from_checkpoint", "deepspeed",
+        "logging_steps", "eval_strategy", "eval_steps", "eval_on_start", "predict_during_eval",
+        "predict_max_new_tokens", "save_strategy", "save_steps", "save_total_limit", "resume_from_checkpoint",
+        "deepspeed",
     )  # fmt: skip
 
     def __post_init__(self) -> None:
         """Turn `precision` into the switches of TrainingArguments, and leave pinned memory to machines with a GPU."""
-        if not torch.accelerator.is_available() and int(os.environ.get("WORLD_SIZE", "1")) > 1:
-            self.use_cpu = True  # without it, accelerate takes several ranks on CPUs for one process each
+        if not torch.accelerator.is_available():
+            # Without it, bf16 is refused, and accelerate takes several ranks on CPUs for one process each.
+            self.use_cpu = True
         cuda = torch.cuda.is_available() and not self.use_cpu
         if self.precision == "auto" and not (self.bf16 or self.fp16):
             self.bf16 = cuda and torch.cuda.is_bf16_supported()
         else:
             self.bf16 = self.bf16 or self.precision == "bf16"
             self.fp16 = self.fp16 or self.precision == "fp16"
+        if self.use_liger_kernel:
+            self._choose_liger_kernels()
         self.dataloader_pin_memory = self.dataloader_pin_memory and cuda
+        self.checkpointing_is_open = self.activation_checkpointing is None and self.gradient_checkpointing is None
         if self.disable_tqdm is None:
             self.disable_tqdm = not sys.stderr.isatty()
         output_dir = self.output_dir
         super().__post_init__()
         self.output_dir = output_dir
+
+    def _choose_liger_kernels(self) -> None:
+        """Norm, rotary and SwiGLU; the loss is this toolkit's own."""
+        if importlib.util.find_spec("liger_kernel") is None:
+            raise UserError("--use_liger_kernel needs the package liger-kernel", "pip install liger-kernel")
+        chosen = {"rope": True, "rms_norm": True, "swiglu": True, "cross_entropy": False}
+        self.liger_kernel_config = chosen | {"fused_linear_cross_entropy": False} | (self.liger_kernel_config or {})
 
 
 @dataclass

@@ -20,26 +20,36 @@ class Collator:
     ([[5, 9], [7, 9]], [[-100, 9], [7, -100]])
 
     Batches hold "input_ids", "labels", each [rows, tokens] int64, and either "attention_mask" (rows of one document
-    each) or "position_ids" (where a row holds several: positions restart at each document and at the padding, which
-    transformers' masks read as borders that attention does not cross).
+    each) or, where rows hold several, "position_ids", which restart at each document and at the padding, with the
+    borders that attention must not cross in transformers' terms: "cu_seq_lens_q" and "cu_seq_lens_k", [documents + 1]
+    int32, where documents start in the rows laid end to end, then the number of all tokens; "max_length_q" and
+    "max_length_k", tokens of the longest.
     """
 
     pad_token_id: int
 
-    def __call__(self, rows: list[dict[str, Any]]) -> dict[str, torch.Tensor]:
+    def __call__(self, rows: list[dict[str, Any]]) -> dict[str, Any]:
         """Rows are {"input_ids", "labels"} and, where they are packed, "position_ids"."""
         longest = max(len(row["input_ids"]) for row in rows)
-        batch = {
+        batch: dict[str, Any] = {
             "input_ids": _pad([row["input_ids"] for row in rows], longest, self.pad_token_id),
             "labels": _pad([row["labels"] for row in rows], longest, IGNORED),
         }
-        if all("position_ids" in row for row in rows):
-            batch["position_ids"] = torch.stack(
-                [torch.cat([row["position_ids"], torch.arange(longest - len(row["position_ids"]))]) for row in rows]
-            )
-        else:
-            batch["attention_mask"] = _pad([[1] * len(row["input_ids"]) for row in rows], longest, 0)
-        return batch
+        if not all("position_ids" in row for row in rows):
+            return batch | {"attention_mask": _pad([[1] * len(row["input_ids"]) for row in rows], longest, 0)}
+        positions = torch.stack(
+            [torch.cat([row["position_ids"], torch.arange(longest - len(row["position_ids"]))]) for row in rows]
+        )
+        starts = (positions == 0).flatten().nonzero()[:, 0]
+        borders = torch.cat([starts, torch.tensor([positions.numel()])]).to(torch.int32)
+        most = int(borders.diff().max())
+        return batch | {
+            "position_ids": positions,
+            "cu_seq_lens_q": borders,
+            "cu_seq_lens_k": borders,
+            "max_length_q": most,
+            "max_length_k": most,
+        }
 
 
 def _pad(rows: list[Any], length: int, value: int) -> torch.Tensor:

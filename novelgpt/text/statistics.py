@@ -2,17 +2,29 @@
 
 from __future__ import annotations
 
+import itertools
+import re
 from collections import Counter
+from collections.abc import Sequence
 from dataclasses import dataclass, field
+from typing import Any
 
 import numpy
 from rich.console import Console
 from rich.markup import escape
 from rich.table import Table
 from rich.text import Text
+from tokenizers import pre_tokenizers
+from torch.utils.data import Dataset
 from transformers import PreTrainedTokenizerBase
 
 from novelgpt.text.conversation import IGNORED
+from novelgpt.text.tokenizer import encode
+
+# How a decoder shows bytes that are no whole character.
+BROKEN = "\ufffd"
+# How a token of one byte is written by tokenizers whose other tokens are text.
+BYTE_TOKEN = re.compile(r"<0x([0-9A-F]{2})>")
 
 
 @dataclass
@@ -82,7 +94,7 @@ def show_row(
         last = index + 1 == min(most_tokens, len(input_ids))
         if last or (labels[index + 1] != IGNORED) != trained:
             # From the start each time: a character's bytes may lie in several tokens, on both sides of a border.
-            decoded = str(tokenizer.decode(input_ids[: index + 1])).rstrip("\ufffd")
+            decoded = str(tokenizer.decode(input_ids[: index + 1])).rstrip(BROKEN)
             text.append(decoded[len(shown) :], style="green" if trained else "dim")
             shown = decoded
     if len(input_ids) > most_tokens:
@@ -90,3 +102,65 @@ def show_row(
     console.print("One row ([green]trained[/green], [dim]context[/dim]):")
     console.print(text)
     console.print()
+
+
+def trained_runs(labels: Sequence[int] | numpy.ndarray) -> list[tuple[int, int]]:
+    """Begin and end (exclusive) of each run of trained tokens, in order; each answer of a conversation is one.
+
+    >>> trained_runs([-100, 5, 6, -100, 7])
+    [(1, 3), (4, 5)]
+    """
+    trained = numpy.pad(numpy.asarray(labels) != IGNORED, 1)
+    borders = numpy.flatnonzero(trained[1:] != trained[:-1]).tolist()
+    return list(zip(borders[::2], borders[1::2], strict=True))
+
+
+def trained_characters(dataset: Dataset[Any], tokenizer: PreTrainedTokenizerBase) -> int:
+    """How many characters the trained tokens of all rows stand for; special tokens stand for none.
+
+    A character whose bytes lie in several tokens counts where it begins, so that blocks cut anywhere from a text count
+    each of its characters once. (Older SentencePiece tokenizers put a blank before each text; it counts.)
+
+    Args:
+        dataset: rows with "labels", [tokens], as a list or on the CPU.
+        tokenizer: what made the rows, byte-level or SentencePiece.
+    """
+    begun = _characters_begun(tokenizer)
+    characters = 0
+    for index in range(len(dataset)):  # type: ignore[arg-type]
+        labels = numpy.asarray(dataset[index]["labels"])
+        characters += int(begun[labels[labels != IGNORED]].sum())
+    return characters
+
+
+def _characters_begun(tokenizer: PreTrainedTokenizerBase) -> numpy.ndarray:
+    """[vocabulary] int64: how many characters begin in each token."""
+    vocabulary, added = tokenizer.get_vocab(), tokenizer.added_tokens_decoder
+    byte_letters = _byte_letters()
+    probe = "字é"
+    byte_level = "".join(tokenizer.convert_ids_to_tokens(encode(probe, tokenizer))) == "".join(
+        byte_letters[byte] for byte in probe.encode()
+    )
+    first_letters = {letter for byte, letter in enumerate(byte_letters) if _begins(byte)}
+    begun = numpy.zeros(max(vocabulary.values()) + 1, dtype=numpy.int64)
+    for token, number in vocabulary.items():
+        if number in added:
+            begun[number] = 0 if added[number].special else len(added[number].content)
+        elif byte_level:
+            begun[number] = sum(letter in first_letters for letter in token)
+        else:
+            byte_token = BYTE_TOKEN.fullmatch(token)
+            begun[number] = _begins(int(byte_token[1], 16)) if byte_token else len(token)
+    return begun
+
+
+def _byte_letters() -> list[str]:
+    """How byte-level tokenizers write each byte (GPT-2's way): as itself where printable, else as the next letter."""
+    printable = pre_tokenizers.ByteLevel.alphabet()
+    others = itertools.count(256)
+    return [chr(byte) if chr(byte) in printable else chr(next(others)) for byte in range(256)]
+
+
+def _begins(byte: int) -> bool:
+    """Whether a byte of UTF-8 is the first of a character."""
+    return byte & 0b1100_0000 != 0b1000_0000

@@ -4,12 +4,15 @@ from __future__ import annotations
 
 import json
 import time
+from datetime import timedelta
 from pathlib import Path
 from typing import Any
 
 from tqdm import tqdm
 from transformers import ProgressCallback, TrainerCallback, TrainerControl, TrainerState, TrainingArguments
+from transformers.integrations import TensorBoardCallback
 
+from novelgpt.scoring.rouge import METRICS
 from novelgpt.training.loss_plot import draw_losses
 
 # The plot may take this share of the run's time.
@@ -56,6 +59,13 @@ class RunRecorder(TrainerCallback):
         self.next_plot = 0.0 if self.history[-1]["step"] <= 1 else now + (now - begin) / PLOT_SHARE
 
 
+class Curves(TensorBoardCallback):
+    """TensorBoard events by a writer of the caller, who closes it."""
+
+    def on_train_end(self, *arguments: Any, **keywords: Any) -> None:
+        """Stay open: an evaluation may follow, whose events the stock callback would write to a folder of its own."""
+
+
 class Progress(ProgressCallback):
     """The stock bar with time left, and one line of figures a log entry; lines only where no terminal shows a bar."""
 
@@ -75,11 +85,17 @@ class Progress(ProgressCallback):
                 f"step {state.global_step:>5}/{state.max_steps}  eval loss {logs['eval_loss']:.4f}  "
                 f"perplexity {logs['eval_perplexity']:.2f}  token accuracy {logs['eval_token_accuracy']:.1%}"
             )
+            if "eval_bits_per_character" in logs:
+                line += f"  bits/character {logs['eval_bits_per_character']:.3f}"
+            if "eval_rouge-l" in logs:
+                rouge = "/".join(f"{logs[f'eval_{metric}']:.3f}" for metric in METRICS)
+                line += f"  rouge-1/2/l {rouge}  rep4 {logs['eval_rep4_char']:.3f}"
         elif "loss" in logs:
             line = (
                 f"step {state.global_step:>5}/{state.max_steps}  loss {logs['loss']:.4f}  "
                 f"lr {logs['learning_rate']:.2e}  grad norm {logs.get('grad_norm', 0.0):.3f}  "
-                f"{logs['tokens_per_second']:,.0f} tokens/s  {logs['memory_gb']:.2f} GB"
+                f"{logs['tokens_per_second']:,.0f} tokens/s  {logs['utilisation']:.0%} of peak  "
+                f"{logs['memory_gb']:.2f} GB  {timedelta(seconds=round(logs['seconds_left']))} left"
             )
         else:
             return

@@ -11,16 +11,20 @@ from rich.console import Console
 from torch.utils.data import Dataset
 from torch.utils.tensorboard import SummaryWriter
 from transformers import GenerationConfig, PreTrainedModel, PreTrainedTokenizerBase, PrinterCallback, ProgressCallback
-from transformers.integrations import TensorBoardCallback
 
 from novelgpt.settings.arguments import TrainArguments
 from novelgpt.settings.errors import UserError
 from novelgpt.settings.runs import TrainingRun
 from novelgpt.text.collator import Collator
 from novelgpt.text.conversation import end_token_ids
-from novelgpt.training.callbacks import Progress, ProgressLines, RunRecorder
+from novelgpt.text.statistics import trained_characters
+from novelgpt.training.callbacks import Curves, Progress, ProgressLines, RunRecorder
+from novelgpt.training.forward_checks import check_packing
+from novelgpt.training.memory_plan import MemoryPlan
 from novelgpt.training.run_folder import finish_run_folder, start_run_folder
-from novelgpt.training.trainer import NovelTrainer
+from novelgpt.training.sample_predictions import SamplePredictions
+from novelgpt.training.throughput import peak_memory
+from novelgpt.training.trainer import NovelTrainer, base_model
 
 
 def fit(
@@ -29,6 +33,7 @@ def fit(
     train: Dataset[Any],
     valid: Dataset[Any],
     run: TrainingRun,
+    plan: MemoryPlan,
 ) -> dict[str, float]:
     """Train, evaluate, and save the final weights with the tokenizer into the run folder.
 
@@ -38,9 +43,16 @@ def fit(
     """
     training = run.training
     resumed = _checkpoint(training)
+    if "position_ids" in train[0]:
+        check_packing(base_model(model))
+    plan.settle_micro_batch(model)
     folder = start_run_folder(run)
     recorder = RunRecorder(folder)
+    # Events of every run lie under logs/, where `tensorboard --logdir output` finds them by the run's name.
+    writer = SummaryWriter(str(folder / "logs")) if training.process_index == 0 else None
     trainer = NovelTrainer(
+        samples=SamplePredictions(valid, tokenizer, training, folder, writer),
+        characters=trained_characters(valid, tokenizer),
         model=model,
         args=training,
         train_dataset=train,
@@ -51,9 +63,8 @@ def fit(
     )
     trainer.remove_callback(PrinterCallback if training.disable_tqdm else ProgressCallback)
     trainer.add_callback(ProgressLines() if training.disable_tqdm else Progress())
-    if trainer.is_world_process_zero():
-        # Events of every run lie under logs/, where `tensorboard --logdir output` finds them by the run's name.
-        trainer.add_callback(TensorBoardCallback(SummaryWriter(str(folder / "logs"))))
+    if writer is not None:
+        trainer.add_callback(Curves(writer))
     _set_end_tokens(model, tokenizer)
     try:
         outcome = trainer.train(resume_from_checkpoint=resumed)
@@ -63,6 +74,8 @@ def fit(
     finally:
         if recorder.history:
             recorder.draw()
+        if writer is not None:
+            writer.close()
     trainer.save_model(str(folder))
     results = _results(trainer.state.log_history, outcome.metrics)
     if trainer.is_world_process_zero():
@@ -72,6 +85,7 @@ def fit(
         console.print(
             f"[bold]Done.[/bold] eval loss {results.get('start_eval_loss', float('nan')):.4f} -> "
             f"{results['eval_loss']:.4f}, perplexity {results['eval_perplexity']:.2f}\n"
+            f"  {plan.compare(peak_memory(training.device))}\n"
             f"  weights       {folder}\n  curve         {folder / 'loss.png'}\n"
             f"  all figures   {Path(sys.executable).with_name('tensorboard')} --logdir {folder.parent}"
         )

@@ -21,6 +21,9 @@ def check_before_launch(run: TrainingRun) -> None:
             raise UserError(f"{name} is no file", "check the path; relative ones start where you type")
     if not 0 < run.data.valid_fraction < 1:
         raise UserError(f"--valid_fraction {run.data.valid_fraction} is no share", "take a number between 0 and 1")
+    for name, least in (("predict_during_eval", 0), ("predict_max_new_tokens", 1)):
+        if vars(run.training)[name] < least:
+            raise UserError(f"--{name} {vars(run.training)[name]} is too small", f"take at least {least}")
     if adapter_base(run.model.model) is not None:
         raise UserError(
             f"{run.model.model} is an adapter, not a base",

@@ -14,11 +14,9 @@ from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
-import torch.distributed
-
 from novelgpt.settings.errors import UserError
 from novelgpt.settings.paths import OUTPUT, ROOT
-from novelgpt.settings.process import is_first_process
+from novelgpt.settings.process import first_process_value, is_first_process
 from novelgpt.settings.runs import TrainingRun
 
 PACKAGES = ("torch", "transformers", "accelerate", "peft", "deepspeed", "tokenizers")
@@ -30,7 +28,7 @@ def choose_run_folder(run: TrainingRun) -> None:
     Raises:
         UserError: the folder that the user named holds another run.
     """
-    folder = _agree(_choose_folder(run) if is_first_process() else None)
+    folder = first_process_value(_choose_folder(run) if is_first_process() else None)
     if isinstance(folder, UserError):
         raise folder
     run.training.output_dir = str(folder)
@@ -97,15 +95,6 @@ def _choose_folder(run: TrainingRun) -> Path | UserError:
     if description is None and folder.is_dir() and any(folder.iterdir()):
         return UserError(f"--output_dir {named} holds files that are no run's", "choose an empty or a new folder")
     return folder
-
-
-def _agree(value: Any) -> Any:
-    """The first rank's value, on all ranks."""
-    if not (torch.distributed.is_available() and torch.distributed.is_initialized()):
-        return value
-    values = [value]
-    torch.distributed.broadcast_object_list(values, src=0)
-    return values[0]
 
 
 def _description(run: TrainingRun) -> dict[str, Any]:

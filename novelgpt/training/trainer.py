@@ -1,38 +1,52 @@
-"""The stock Trainer with evaluation in flat memory, throughput and memory in its logs.
+"""The stock Trainer with the chunked loss, evaluation in flat memory, and throughput and memory in its logs.
 
-The loss stays the model's own: with `num_items_in_batch` from the Trainer it is the token mean over the whole optimizer
-step, micro-batches and ranks together.
+With `num_items_in_batch` from the Trainer, the loss is the token mean over the whole optimizer step, micro-batches and
+ranks together.
 """
 
 from __future__ import annotations
 
-import resource
 import time
-from typing import Any
+from functools import partial
+from typing import Any, cast
 
 import numpy
 import torch
+from peft import PeftModel
 from torch import nn
-from transformers import EvalPrediction, Trainer
+from transformers import EvalPrediction, PreTrainedModel, Trainer
 
 from novelgpt.scoring.perplexity import row_sums, summarise
+from novelgpt.training.forward_checks import head_is_last
+from novelgpt.training.loss import attach_chunked_loss
+from novelgpt.training.sample_predictions import SamplePredictions
+from novelgpt.training.throughput import Throughput
 
 
 class NovelTrainer(Trainer):
     """Trainer whose metrics are token-weighted and whose evaluation keeps three numbers a row."""
 
-    def __init__(self, **arguments: Any) -> None:
-        super().__init__(**arguments, compute_metrics=_metrics)
-        self._tokens = 0
-        self._since = time.perf_counter()
-        self._outside = 0.0
+    def __init__(
+        self, *, samples: SamplePredictions | None = None, characters: int | None = None, **arguments: Any
+    ) -> None:
+        """Evaluations also answer `samples`, and divide by the `characters` of the rows for bits per character."""
+        super().__init__(**arguments, compute_metrics=partial(_metrics, characters=characters))
+        self.samples = samples
+        base = base_model(self.model)
+        attach_chunked_loss(base, head_is_last(base))
+        self.model_accepts_loss_kwargs = True  # the loss is divided by num_items_in_batch, whatever the architecture
+        self.throughput: Throughput | None = None  # from the first step on
+        self._first_step = 0
 
     def training_step(
         self, model: nn.Module, inputs: dict[str, Any], num_items_in_batch: torch.Tensor | int | None = None
     ) -> torch.Tensor:
-        """The stock step; counts the tokens read."""
-        mask = inputs.get("attention_mask")
-        self._tokens += inputs["input_ids"].numel() if mask is None else int(mask.sum())
+        """The stock step; counts what it trains on."""
+        if self.throughput is None:
+            dtype = torch.bfloat16 if self.args.bf16 else torch.float16 if self.args.fp16 else torch.float32
+            self._first_step = self.state.global_step
+            self.throughput = Throughput(base_model(self.model), self.args.device, dtype)
+        self.throughput.count(inputs)
         return super().training_step(model, inputs, num_items_in_batch)
 
     def prediction_step(
@@ -44,9 +58,9 @@ class NovelTrainer(Trainer):
     ) -> tuple[None, torch.Tensor, torch.Tensor]:
         """[rows, 3] sums in place of logits, so that memory does not grow with the evaluation set."""
         inputs = self._prepare_inputs(inputs)
-        labels = inputs.pop("labels")
         with torch.no_grad(), self.compute_loss_context_manager():
-            sums = row_sums(model(**inputs).logits, labels)
+            outputs = model(**inputs)
+        sums = row_sums(outputs.token_losses, outputs.token_hits, inputs["labels"])
         return None, sums, sums[:, 1]
 
     def evaluate(self, *arguments: Any, **keywords: Any) -> dict[str, float]:
@@ -55,26 +69,28 @@ class NovelTrainer(Trainer):
         try:
             return super().evaluate(*arguments, **keywords)
         finally:
-            self._outside += time.perf_counter() - begin
+            if self.throughput is not None:
+                self.throughput.outside += time.perf_counter() - begin
 
     def log(self, logs: dict[str, float], start_time: float | None = None) -> None:
-        """Add tokens per second (all ranks, since the last log) and peak memory in GB (of this rank)."""
-        if "loss" in logs:
-            tokens = torch.tensor(self._tokens, device=self.args.device)
-            total = int(self.accelerator.reduce(tokens, "sum"))
-            now = time.perf_counter()
-            logs["tokens_per_second"] = round(total / max(1e-9, now - self._since - self._outside), 1)
-            logs["memory_gb"] = round(_peak_memory() / 1e9, 3)
-            self._tokens, self._since, self._outside = 0, now, 0.0
+        """Add speeds, peak memory and the time left to the entries of training."""
+        if "loss" in logs and self.throughput is not None:
+            logs |= self.throughput.read(lambda sums: self.accelerator.reduce(sums, "sum"), self.args.world_size)
+            steps = self.state.global_step - self._first_step
+            logs["seconds_left"] = round(logs["seconds"] / steps * (self.state.max_steps - self.state.global_step), 1)
+        if "eval_loss" in logs and self.samples is not None:
+            # Here and not in the evaluation loop: its rows a second are then those of the loss.
+            model = cast(PreTrainedModel, self.model)  # or the same with an adapter
+            logs |= self.samples.scores(model, self.accelerator, self.state.global_step)
         super().log(logs, start_time)
 
 
-def _metrics(prediction: EvalPrediction) -> dict[str, float]:
-    return summarise(numpy.asarray(prediction.predictions))
+def base_model(model: nn.Module | None) -> PreTrainedModel:
+    """The model itself, within an adapter if there is one."""
+    base = model.get_base_model() if isinstance(model, PeftModel) else model
+    assert isinstance(base, PreTrainedModel)
+    return base
 
 
-def _peak_memory() -> int:
-    """Bytes: of the device where there is one, else of the process."""
-    if torch.cuda.is_available():
-        return torch.cuda.max_memory_allocated()
-    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
+def _metrics(prediction: EvalPrediction, characters: int | None) -> dict[str, float]:
+    return summarise(numpy.asarray(prediction.predictions), characters)

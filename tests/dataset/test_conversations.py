@@ -139,7 +139,7 @@ def test_a_template_that_refuses_a_row_names_it(tmp_path: Path, tokenizer: PreTr
 def test_a_share_of_the_rows_is_held_out(tmp_path: Path, tokenizer: PreTrainedTokenizerBase) -> None:
     lines = [json.dumps({"prompt": f"第{number}问", "completion": f"第{number}答"}) for number in range(30)]
     (tmp_path / "rows.jsonl").write_text("\n".join(lines), encoding="utf-8")
-    data = ConversationArguments(train_files=[str(tmp_path / "rows.jsonl")], valid_fraction=0.1)
+    data = ConversationArguments(train_files=[str(tmp_path / "rows.jsonl")], valid_fraction=0.1, packing=False)
     train, valid = read_conversations(data, tokenizer)
     assert (len(train), len(valid)) == (27, math.ceil(30 * 0.1))
     answers = [tokenizer.decode(trained(row)) for part in (train, valid) for row in part.rows]

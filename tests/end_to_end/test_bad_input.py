@@ -84,6 +84,11 @@ CASES = {
         ["--train_files", "rows.jsonl", "--max_length", "5", "--overlong", "refuse", "--valid_fraction", "0.5"],
         "tokens, above --max_length 5",
     ),
+    "a negative number of sample predictions": (
+        "finetune",
+        ["--predict_during_eval", "-1"],
+        "--predict_during_eval -1 is too small",
+    ),
     "folder of another run": ("finetune", ["--output_dir", "{taken}"], "holds another run (pretrain, finished"),
     "overwrite and resume at once": (
         "finetune",

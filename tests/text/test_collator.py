@@ -43,8 +43,13 @@ def test_padding_of_packed_rows_is_a_document_of_its_own() -> None:
         {"input_ids": torch.tensor([9]), "labels": torch.tensor([-100]), "position_ids": torch.tensor([0])},
     ]  # fmt: skip
     batch = Collator(pad_token_id=9)(rows)
-    assert {name: tensor.tolist() for name, tensor in batch.items()} == {
+    assert {name: value.tolist() if isinstance(value, torch.Tensor) else value for name, value in batch.items()} == {
         "input_ids": [[5, 6, 7, 8], [9, 9, 9, 9]],
         "labels": [[-100, 6, -100, 8], [-100, -100, -100, -100]],
         "position_ids": [[0, 1, 0, 1], [0, 0, 1, 2]],
+        "cu_seq_lens_q": [0, 2, 4, 5, 8],
+        "cu_seq_lens_k": [0, 2, 4, 5, 8],
+        "max_length_q": 3,
+        "max_length_k": 3,
     }
+    assert batch["cu_seq_lens_q"].dtype == torch.int32

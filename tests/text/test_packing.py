@@ -163,7 +163,7 @@ def test_too_little_text_is_a_user_error(
         read_corpus(CorpusArguments(train_files=[str(tmp_path / "book.txt")], **settings), tokenizer)
 
 
-@pytest.fixture(scope="module", params=["sdpa", "eager"])
+@pytest.fixture(scope="module", params=["packed", "eager"])
 def model(request: pytest.FixtureRequest, base_folder: Path, tokenizer: PreTrainedTokenizerBase) -> PreTrainedModel:
     """As training loads it."""
     return load_model(ModelArguments(model=str(base_folder), attention=request.param), tokenizer)

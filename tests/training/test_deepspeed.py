@@ -14,7 +14,7 @@ from transformers import AutoModelForCausalLM, PreTrainedModel, PreTrainedTokeni
 
 from dataset.conversations import read_conversations
 from novelgpt.model.loading import load_for_generation
-from novelgpt.scoring.perplexity import row_sums, summarise
+from novelgpt.scoring.perplexity import summarise
 from novelgpt.settings.arguments import ConversationArguments, ModelArguments
 from novelgpt.settings.paths import SAMPLES
 from novelgpt.text.collator import Collator
@@ -48,7 +48,7 @@ def train(pipeline: str, base: Path, train_file: Path, folder: Path, processes: 
         "--model",
         str(base),
     ]
-    words += ["--num_train_epochs", "1", "--per_device_train_batch_size", str(4 // processes)]
+    words += ["--packing", "False", "--num_train_epochs", "1", "--per_device_train_batch_size", str(4 // processes)]
     words += ["--gradient_accumulation_steps", "2", "--logging_steps", "1", "--learning_rate", "1e-3"]
     words += ["--eval_on_start", "False", "--save_strategy", "no", "--lr_scheduler_type", "constant"]
     environment = {key: value for key, value in os.environ.items() if key not in ("RANK", "WORLD_SIZE", "LOCAL_RANK")}
@@ -77,7 +77,7 @@ def evaluate(
     model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, train_file: Path
 ) -> tuple[float, torch.Tensor]:
     """Loss on the held-out rows, and the logits of the first four, on this process."""
-    data = ConversationArguments(train_files=[str(train_file)], valid_files=VALID)
+    data = ConversationArguments(train_files=[str(train_file)], valid_files=VALID, packing=False)
     _, valid = read_conversations(data, tokenizer)
     sums = []
     first = None
@@ -85,9 +85,18 @@ def evaluate(
         for batch in DataLoader(valid, batch_size=4, collate_fn=Collator(0)):
             logits = model(input_ids=batch["input_ids"], attention_mask=batch["attention_mask"]).logits
             first = logits if first is None else first
-            sums.append(row_sums(logits, batch["labels"]))
+            sums.append(plain_sums(logits, batch["labels"]))
     assert first is not None
     return summarise(torch.cat(sums).numpy())["loss"], first
+
+
+def plain_sums(logits: torch.Tensor, labels: torch.Tensor) -> torch.Tensor:
+    """[1, 3]: summed losses, trained tokens, tokens predicted right, from all logits."""
+    targets = labels[:, 1:].flatten()
+    logits = logits[:, :-1].flatten(0, 1)[targets != -100]
+    targets = targets[targets != -100]
+    nll = torch.nn.functional.cross_entropy(logits, targets, reduction="sum")
+    return torch.tensor([[float(nll), len(targets), int((logits.argmax(-1) == targets).sum())]], dtype=torch.float64)
 
 
 def reported_loss(folder: Path) -> float:

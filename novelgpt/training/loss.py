@@ -1,0 +1,283 @@
+"""The loss of causal language modelling without [batch, sequence, vocabulary].
+
+At the vocabulary of Qwen (151,936) the head and its loss are most of a step of a small model and most of the memory of
+any. Here the head sees only positions that are trained, a chunk at a time, and each chunk's gradients are made in the
+forward pass, while its logits are at hand: they are never kept, and never computed twice.
+"""
+
+from __future__ import annotations
+
+import inspect
+from collections.abc import Callable
+from dataclasses import dataclass
+from types import MethodType
+from typing import Any
+
+import torch
+from torch import nn
+from torch.nn import functional
+from transformers import PreTrainedModel
+from transformers.utils import ModelOutput
+
+from novelgpt.text.conversation import IGNORED
+
+# Bytes of one chunk of logits: large enough that matrix products run near their best.
+CHUNK_BYTES = {"cpu": 160 * 2**20, "cuda": 512 * 2**20}
+# Bytes of one part of the product that is the head's gradient.
+PRODUCT_BYTES = {"cpu": 8 * 2**20, "cuda": 256 * 2**20}
+# Logits whose softmax is made at once on CPUs, in fp32: few enough to stay in the cache.
+CACHED_LOGITS = 2**21
+# Probabilities below this have lost digits in fp32; their logarithms are made from the logits instead.
+TINY = 1e-30
+
+
+@dataclass
+class TokenLoss(ModelOutput):
+    """What a model with `attach_chunked_loss` returns for labelled rows.
+
+    Attributes:
+        loss: [] the sum (of nats) over trained tokens divided by `num_items_in_batch`, or their mean without it.
+        token_losses: [trained tokens] fp32, row by row, where no gradients are made.
+        token_hits: [trained tokens] bool, whether the likeliest token was right, where no gradients are made.
+    """
+
+    loss: torch.Tensor | None = None
+    token_losses: torch.Tensor | None = None
+    token_hits: torch.Tensor | None = None
+
+
+def attach_chunked_loss(model: PreTrainedModel, head_is_last: bool = True) -> None:
+    """Let `model(labels=…)` return a TokenLoss. Without labels, it returns logits as ever.
+
+    The model's forward and its head's are replaced on the instance, so that wrappers (peft, DDP, DeepSpeed) and their
+    hooks go on working: ZeRO-3 gathers the head's weights when the head is called.
+
+    Args:
+        model: a causal language model.
+        head_is_last: whether the head's output is what the model returns. If not (soft caps, scaled logits), all logits
+            are made and the loss is a plain cross-entropy.
+    """
+    head = model.get_output_embeddings()
+    assert isinstance(head, nn.Module)
+    whole_forward: Callable[..., Any] = model.forward
+    head_forward: Callable[..., torch.Tensor] = head.forward
+
+    def forward_head(
+        head: nn.Module, hidden: torch.Tensor, targets: torch.Tensor | None = None, scale: torch.Tensor | float = 1.0
+    ) -> Any:
+        if targets is None:
+            return head_forward(hidden)
+        return head_loss(head, head_forward, hidden, targets, scale)
+
+    def forward(
+        model: PreTrainedModel,
+        *arguments: Any,
+        labels: torch.Tensor | None = None,
+        num_items_in_batch: torch.Tensor | int | None = None,
+        **options: Any,
+    ) -> Any:
+        if labels is None:
+            return whole_forward(*arguments, **options)
+        options.pop("return_dict", None)
+        if not head_is_last:
+            logits = whole_forward(*arguments, **options).logits
+            return _plain_loss(logits, labels, num_items_in_batch)
+        hidden = model.get_decoder()(*arguments, **options).last_hidden_state
+        hidden, targets = _trained(hidden, labels)
+        return head(hidden, targets=targets, scale=_scale(targets, num_items_in_batch))
+
+    # `generate` and the Trainer read in the signature what the model takes.
+    forward.__signature__ = inspect.signature(type(model).forward)  # type: ignore[attr-defined]
+    head.forward = MethodType(forward_head, head)  # type: ignore[method-assign]
+    model.forward = MethodType(forward, model)  # type: ignore[method-assign]
+
+
+def _trained(outputs: torch.Tensor, labels: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+    """[trained tokens, …] of [rows, tokens, …] outputs, and their targets: the token at t is told from t - 1."""
+    trained = labels[:, 1:] != IGNORED
+    return outputs[:, :-1][trained], labels[:, 1:][trained]
+
+
+def _scale(targets: torch.Tensor, num_items_in_batch: torch.Tensor | int | None) -> torch.Tensor | float:
+    """One by the number of items; by one where there are none, as no loss divided by nothing is no loss."""
+    items = len(targets) if num_items_in_batch is None else num_items_in_batch
+    return 1.0 / (items.clamp(min=1) if isinstance(items, torch.Tensor) else max(1, items))
+
+
+def _plain_loss(logits: torch.Tensor, labels: torch.Tensor, num_items_in_batch: torch.Tensor | int | None) -> TokenLoss:
+    logits, targets = _trained(logits, labels)
+    losses = functional.cross_entropy(logits.float(), targets, reduction="none")
+    loss = losses.sum() * _scale(targets, num_items_in_batch)
+    if torch.is_grad_enabled():
+        return TokenLoss(loss=loss)
+    return TokenLoss(loss=loss, token_losses=losses, token_hits=logits.argmax(-1) == targets)
+
+
+def head_loss(
+    head: nn.Module,
+    head_forward: Callable[..., torch.Tensor],
+    hidden: torch.Tensor,
+    targets: torch.Tensor,
+    scale: torch.Tensor | float,
+) -> TokenLoss:
+    """Cross-entropy of `head_forward(hidden)` against targets, in chunks.
+
+    Args:
+        head: the module that turns hidden states into logits; its parameters get gradients.
+        head_forward: its own forward.
+        hidden: [tokens, width].
+        targets: [tokens] token ids; there may be none.
+        scale: factor of the sum of losses.
+    """
+    if torch.is_grad_enabled():
+        trained = [parameter for parameter in head.parameters() if parameter.requires_grad]
+        return TokenLoss(loss=_HeadLoss.apply(head, head_forward, targets, scale, hidden, *trained))
+    losses = torch.zeros(len(targets), dtype=torch.float32, device=hidden.device)
+    hits = torch.zeros(len(targets), dtype=torch.bool, device=hidden.device)
+    for chunk in _chunks(head, hidden):
+        logits = head_forward(hidden[chunk]).float()
+        losses[chunk] = functional.cross_entropy(logits, targets[chunk], reduction="none")
+        hits[chunk] = logits.argmax(-1) == targets[chunk]
+    return TokenLoss(loss=losses.sum() * scale, token_losses=losses, token_hits=hits)
+
+
+class _HeadLoss(torch.autograd.Function):
+    """The scaled sum of losses, with the gradients of hidden states and of the head's trained parameters."""
+
+    @staticmethod
+    def forward(
+        ctx: Any,
+        head: nn.Module,
+        head_forward: Callable[..., torch.Tensor],
+        targets: torch.Tensor,
+        scale: torch.Tensor | float,
+        hidden: torch.Tensor,
+        *trained: torch.Tensor,
+    ) -> torch.Tensor:
+        if isinstance(head, nn.Linear) and head.bias is None and type(head).forward is nn.Linear.forward:
+            loss, grad_hidden, grads = _linear_gradients(head.weight, hidden, targets, scale)
+        else:
+            loss, grad_hidden, grads = _module_gradients(head, head_forward, hidden, targets, scale, trained)
+        ctx.grad_hidden, ctx.grads, ctx.scale, ctx.dtype = grad_hidden, grads, scale, hidden.dtype
+        return loss
+
+    @staticmethod
+    @torch.autograd.function.once_differentiable
+    def backward(ctx: Any, grad_loss: torch.Tensor) -> tuple[torch.Tensor | None, ...]:
+        # Handed over, not shared: autograd copies gradients that somebody else holds.
+        grad_hidden, grads = ctx.grad_hidden, ctx.grads
+        del ctx.grad_hidden, ctx.grads
+        grad_hidden = (grad_hidden.float() * (grad_loss * ctx.scale)).to(ctx.dtype)
+        # On CPUs, telling that there is nothing to scale is cheaper than a pass over the head's gradient.
+        if grad_loss.is_cuda or grad_loss != 1:
+            for grad in grads:
+                grad.mul_(grad_loss)
+        return None, None, None, None, grad_hidden, *grads
+
+
+def _linear_gradients(
+    weight: torch.Tensor, hidden: torch.Tensor, targets: torch.Tensor, scale: torch.Tensor | float
+) -> tuple[torch.Tensor, torch.Tensor, list[torch.Tensor]]:
+    """The scaled loss, its unscaled gradient in hidden states, and its scaled gradient in the weight if it is trained.
+
+    Args:
+        weight: [vocabulary, width].
+        hidden: [tokens, width].
+        targets: [tokens].
+        scale: factor of the sum of losses.
+    """
+    device = hidden.device.type
+    dtype = torch.get_autocast_dtype(device) if torch.is_autocast_enabled(device) else weight.dtype
+    chunks = _chunks(weight, hidden)
+    # fp16 would lose what the scale of thousands of tokens leaves of it; there it comes last.
+    early = 1.0 / max(1, len(hidden)) if dtype == torch.float16 else scale
+    losses = torch.empty(len(targets), dtype=torch.float32, device=hidden.device)
+    grad_hidden = torch.empty(hidden.shape, dtype=dtype, device=hidden.device)
+    grad_weight = torch.empty(weight.shape, dtype=torch.float32, device=weight.device) if weight.requires_grad else None
+    with torch.autocast(device, enabled=False):
+        factor = weight.to(dtype)
+        # Made once and of few sizes: large blocks that come and go in all sizes leave holes that none fits into.
+        rows = chunks[0].stop if chunks else 0
+        buffer = factor.new_empty(rows if rows < 256 else -(-rows // 128) * 128, len(weight))
+        for chunk in chunks:
+            states = hidden[chunk].to(dtype)
+            logits = torch.mm(states, factor.t(), out=buffer[: len(states)])
+            losses[chunk] = _losses_and_gradients(logits, targets[chunk])
+            torch.mm(logits, factor, out=grad_hidden[chunk])
+            if grad_weight is not None:
+                _add_products(grad_weight, logits, (states * early).to(dtype), first=chunk.start == 0)
+    if grad_weight is not None and not chunks:
+        grad_weight.zero_()
+    if grad_weight is not None and dtype == torch.float16:
+        grad_weight *= scale / early
+    grads = [] if grad_weight is None else [grad_weight.to(weight.dtype)]
+    return losses.sum() * scale, grad_hidden, grads
+
+
+def _add_products(total: torch.Tensor, logits: torch.Tensor, states: torch.Tensor, first: bool) -> None:
+    """Add `logits.t() @ states` to the fp32 total (or write it, if first), a few rows of the vocabulary at a time.
+
+    The product comes in the type of its factors: in parts, it costs no second [vocabulary, width], and on CPUs it is
+    added while it lies in the cache.
+    """
+    device = total.device.type
+    rows = max(1, PRODUCT_BYTES.get(device, PRODUCT_BYTES["cuda"]) // (states.element_size() * states.shape[1]))
+    for begin in range(0, len(total), rows):
+        part = logits[:, begin : begin + rows].t() @ states
+        if first:
+            total[begin : begin + rows] = part
+        else:
+            total[begin : begin + rows] += part
+
+
+def _losses_and_gradients(logits: torch.Tensor, targets: torch.Tensor) -> torch.Tensor:
+    """[tokens] fp32 losses of [tokens, vocabulary] logits, which become their gradients: softmax minus one-hot."""
+    losses = torch.empty(len(targets), dtype=torch.float32, device=logits.device)
+    size = max(1, CACHED_LOGITS // logits.shape[1]) if logits.device.type == "cpu" else max(1, len(logits))
+    for begin in range(0, len(logits), size):
+        part, wanted = logits[begin : begin + size], targets[begin : begin + size, None]
+        probabilities = torch.softmax(part, -1, dtype=torch.float32)
+        target_probabilities = probabilities.gather(-1, wanted)
+        losses[begin : begin + size] = -target_probabilities.log()[:, 0]
+        tiny = (target_probabilities[:, 0] < TINY).nonzero()[:, 0]
+        if len(tiny):
+            losses[begin + tiny] = functional.cross_entropy(part[tiny].float(), wanted[tiny, 0], reduction="none")
+        probabilities.scatter_add_(-1, wanted, torch.full_like(target_probabilities, -1.0))
+        part.copy_(probabilities)
+    return losses
+
+
+def _module_gradients(
+    head: nn.Module,
+    head_forward: Callable[..., torch.Tensor],
+    hidden: torch.Tensor,
+    targets: torch.Tensor,
+    scale: torch.Tensor | float,
+    trained: tuple[torch.Tensor, ...],
+) -> tuple[torch.Tensor, torch.Tensor, list[torch.Tensor]]:
+    """As `_linear_gradients`, for any head: each chunk's graph is made, used and forgotten."""
+    grad_hidden = torch.empty(hidden.shape, dtype=torch.float32, device=hidden.device)
+    grads = [torch.zeros_like(parameter) for parameter in trained]
+    loss = torch.zeros((), dtype=torch.float32, device=hidden.device)
+    for chunk in _chunks(head, hidden):
+        with torch.enable_grad():
+            states = hidden[chunk].detach().requires_grad_()
+            part = functional.cross_entropy(head_forward(states).float(), targets[chunk], reduction="sum")
+            grad_states, *grad_parts = torch.autograd.grad(part, [states, *trained])
+        loss += part.detach()
+        grad_hidden[chunk] = grad_states
+        for grad, grad_part in zip(grads, grad_parts, strict=True):
+            grad += grad_part * scale
+    return loss * scale, grad_hidden, grads
+
+
+def _chunks(head: nn.Module | torch.Tensor, hidden: torch.Tensor) -> list[slice]:
+    """Slices of the tokens whose logits take CHUNK_BYTES at most."""
+    weight = head if isinstance(head, torch.Tensor) else next(head.parameters())
+    device = hidden.device.type
+    dtype = torch.get_autocast_dtype(device) if torch.is_autocast_enabled(device) else weight.dtype
+    size = torch.finfo(dtype).bits // 8
+    most = max(32, CHUNK_BYTES.get(device, CHUNK_BYTES["cuda"]) // (size * weight.shape[0]))
+    # Chunks of like size: a short last one would cost as much as a whole one in passes over the head's gradient.
+    tokens = -(-len(hidden) // max(1, -(-len(hidden) // most)))
+    return [slice(begin, min(begin + tokens, len(hidden))) for begin in range(0, len(hidden), max(1, tokens))]

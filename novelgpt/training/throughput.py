@@ -1,0 +1,118 @@
+"""Tokens per second, and the share of the machine's matrix products that training turns into model work."""
+
+from __future__ import annotations
+
+import resource
+import time
+from typing import Any
+
+import torch
+from torch import nn
+from transformers import PreTrainedModel
+
+# Square products timed for the ceiling: large enough to run near the best, small enough to take a moment.
+CEILING_SIZE = {"cpu": 2048, "cuda": 8192}
+CEILING_RUNS = 5
+
+
+def matmul_ceiling(device: torch.device, dtype: torch.dtype) -> float:
+    """FLOP/s of the fastest of a few large matrix products, measured now."""
+    size = CEILING_SIZE.get(device.type, CEILING_SIZE["cuda"])
+    left, right = torch.randn(2, size, size, device=device, dtype=dtype).unbind()
+    best = float("inf")
+    for _ in range(CEILING_RUNS):
+        begin = time.perf_counter()
+        left @ right
+        if device.type == "cuda":
+            torch.cuda.synchronize(device)
+        best = min(best, time.perf_counter() - begin)
+    return 2.0 * size**3 / best
+
+
+class StepCost:
+    """FLOPs of training steps, counted as useful work: what is computed again for checkpointing does not count.
+
+    A weight costs 2 FLOPs a token forward, 2 for the gradient of its input, and 2 for its own where it is trained. The
+    head is charged for trained tokens only. Attention costs 6 L² of a layer's width for a document of L tokens: half of
+    the 12 L² of all pairs, since tokens see only what is before them.
+    """
+
+    def __init__(self, model: PreTrainedModel) -> None:
+        head = model.get_output_embeddings()
+        self.per_token = self.per_trained_token = 0
+        for module in model.modules():
+            if not isinstance(module, nn.Linear):
+                continue
+            # in_features and out_features, since quantised and partitioned weights have other shapes.
+            cost = module.in_features * module.out_features * (6 if module.weight.requires_grad else 4)
+            if module is head:
+                self.per_trained_token += cost
+            else:
+                self.per_token += cost
+        config = model.config
+        width = config.hidden_size // config.num_attention_heads
+        heads = config.num_attention_heads * (getattr(config, "head_dim", None) or width)
+        self.per_pair = 6 * config.num_hidden_layers * heads
+
+    def flops(self, tokens: float, trained: float, pairs: float) -> float:
+        """Of a step with so many tokens, trained tokens, and a sum of squared document lengths."""
+        return self.per_token * tokens + self.per_trained_token * trained + self.per_pair * pairs
+
+
+class Throughput:
+    """Counts what batches hold, and tells speeds since it was last asked."""
+
+    def __init__(self, model: PreTrainedModel, device: torch.device, dtype: torch.dtype) -> None:
+        self.cost = StepCost(model)
+        self.device = device
+        self.ceiling = matmul_ceiling(device, dtype)
+        self.began = self.since = time.perf_counter()
+        self.outside = 0.0
+        self._forget()
+
+    def count(self, inputs: dict[str, Any]) -> None:
+        """Add one micro-batch of the collator. Nothing is read back from the device here."""
+        labels = inputs["labels"]
+        borders, mask = inputs.get("cu_seq_lens_q"), inputs.get("attention_mask")
+        if borders is not None:
+            lengths = borders.diff()
+            self.tokens += labels.numel()
+        else:
+            lengths = torch.full_like(labels[:, 0], labels.shape[1]) if mask is None else mask.sum(1)
+            self.tokens += lengths.sum()
+        self.pairs += lengths.double().square().sum()
+        self.trained += (labels[:, 1:] >= 0).sum()
+
+    def read(self, total: Any, processes: int) -> dict[str, float]:
+        """Speeds since the last reading, of all processes, and peak memory of this one.
+
+        Args:
+            total: sums a tensor over processes.
+            processes: how many there are.
+
+        Returns:
+            {"tokens_per_second" (padding not counted), "trained_tokens_per_second", "utilisation" (share of the ceiling
+            that the device showed at the start), "memory_gb" (highest so far), "seconds" (since training began)}.
+        """
+        tokens, trained, pairs = total(torch.stack([self.tokens, self.trained, self.pairs])).tolist()
+        now = time.perf_counter()
+        passed = max(1e-9, now - self.since - self.outside)
+        self._forget()
+        self.since, self.outside = now, 0.0
+        return {
+            "tokens_per_second": round(tokens / passed, 1),
+            "trained_tokens_per_second": round(trained / passed, 1),
+            "utilisation": round(self.cost.flops(tokens, trained, pairs) / passed / self.ceiling / processes, 4),
+            "memory_gb": round(peak_memory(self.device) / 1e9, 3),
+            "seconds": round(now - self.began, 3),
+        }
+
+    def _forget(self) -> None:
+        self.tokens, self.trained, self.pairs = torch.zeros(3, dtype=torch.float64, device=self.device).unbind()
+
+
+def peak_memory(device: torch.device) -> int:
+    """Bytes: of the device where there is one, else of the process."""
+    if device.type == "cuda":
+        return torch.cuda.max_memory_allocated(device)
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024

@@ -1,0 +1,245 @@
+"""An optimizer step is the same however its rows are shared out: over micro-batches, packs, processes, ZeRO stages.
+
+Started as a script, by torch's launcher, this file is one of several processes that train the CASES.
+"""
+
+import json
+import os
+import socket
+import subprocess
+import sys
+from contextlib import nullcontext
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from accelerate.state import AcceleratorState
+from deepspeed import zero
+from transformers import PreTrainedModel, Qwen3Config, Qwen3ForCausalLM, TrainerCallback
+
+from dataset.conversations import EncodedRows
+from finetune.__main__ import main as finetune
+from novelgpt.model import attention as _attention  # noqa: F401  registers "packed"
+from novelgpt.settings.arguments import TrainArguments
+from novelgpt.text.collator import Collator
+from novelgpt.text.conversation import IGNORED, EncodedRow
+from novelgpt.text.packing import PackedRows
+from novelgpt.training import throughput
+from novelgpt.training.trainer import NovelTrainer
+
+ROOT = Path(__file__).resolve().parents[2]
+VOCABULARY = 71
+# Of rows, in windows of 4 a step: the last one is half a window.
+ROWS, STEPS = 10, 3
+UNTRAINED = (1, 4)
+Weights = dict[str, torch.Tensor]
+
+
+def tiny(tied: bool) -> PreTrainedModel:
+    config = Qwen3Config(
+        vocab_size=VOCABULARY, hidden_size=24, intermediate_size=40, num_hidden_layers=2, num_attention_heads=3,
+        num_key_value_heads=1, head_dim=8, tie_word_embeddings=tied, initializer_range=0.2, pad_token_id=0,
+    )  # fmt: skip
+    torch.manual_seed(1)
+    return Qwen3ForCausalLM._from_config(config, attn_implementation="packed")
+
+
+def encoded(number: int, longest: int = 40) -> list[EncodedRow]:
+    """Rows with few trained tokens and with many."""
+    draw = torch.Generator().manual_seed(2)
+    made = []
+    for index in range(number):
+        size = int(torch.randint(3, longest, (1,), generator=draw))
+        ids = torch.randint(1, VOCABULARY, (size,), generator=draw).tolist()
+        trained = torch.rand(size, generator=draw) < 0.1 + 0.8 * index / number
+        made.append(EncodedRow(ids, [token if wanted else IGNORED for token, wanted in zip(ids, trained, strict=True)]))
+    return made
+
+
+def rows_of(packed: bool) -> Any:
+    """ROWS rows, padded or packs of three; two have no trained token."""
+    made = encoded(ROWS * 3 if packed else ROWS)
+    share = 3 if packed else 1
+    groups = [made[begin : begin + share] for begin in range(0, len(made), share)]
+    for row in (row for index in UNTRAINED for row in groups[index]):
+        row.labels = [IGNORED] * len(row.labels)
+    if packed:
+        return [PackedRows(group, max_length=120)[0] for group in groups]
+    return EncodedRows(made)
+
+
+@dataclass
+class Case:
+    """How the rows of a step are shared out."""
+
+    name: str
+    rows_per_batch: int = 1
+    accumulation: int = 2
+    tied: bool = True
+    packed: bool = False
+    zero: int | None = None
+    clipping: float = 0.0
+    optimizer: str = "sgd"
+
+
+class Recorder(TrainerCallback):
+    """Gradients just before each step."""
+
+    def __init__(self) -> None:
+        self.gradients: list[Weights] = []
+
+    def on_pre_optimizer_step(self, *arguments: Any, model: torch.nn.Module, **options: Any) -> None:
+        self.gradients.append({name: p.grad.clone() for name, p in model.named_parameters() if p.grad is not None})
+
+
+def train(case: Case, folder: Path, rows: Any = None) -> dict[str, Any]:
+    """{"gradients": of each step (none under ZeRO), "weights": after the last, "losses", "norms"}, on each process."""
+    throughput.CEILING_SIZE["cpu"] = 32  # the machine's speed is of no concern here
+    AcceleratorState._reset_state(reset_partial_state=True)
+    deepspeed = {} if case.zero is None else {"deepspeed": str(ROOT / f"scripts/deepspeed/zero{case.zero}.json")}
+    settings = TrainArguments(
+        output_dir=str(folder), num_train_epochs=1, per_device_train_batch_size=case.rows_per_batch,
+        gradient_accumulation_steps=case.accumulation, optim=case.optimizer, learning_rate=0.1,
+        lr_scheduler_type="constant", warmup_steps=0, max_grad_norm=case.clipping, logging_steps=1,
+        save_strategy="no", eval_strategy="no", eval_on_start=False, disable_tqdm=True, use_cpu=True, **deepspeed,
+    )  # fmt: skip
+    recorder = Recorder()
+    trainer = NovelTrainer(
+        model=tiny(case.tied),
+        args=settings,
+        train_dataset=rows_of(case.packed) if rows is None else rows,
+        data_collator=Collator(0),
+        callbacks=[recorder],
+    )
+    trainer.train()
+    parameters = dict(trainer.model.named_parameters())
+    gathered = zero.GatheredParameters(list(parameters.values())) if case.zero == 3 else nullcontext()
+    with gathered:
+        weights = {name: parameter.detach().clone() for name, parameter in parameters.items()}
+    logs = [entry for entry in trainer.state.log_history if "loss" in entry]
+    return {
+        "gradients": recorder.gradients,
+        "weights": weights,
+        "losses": [float(entry["loss"]) for entry in logs],
+        "norms": [float(entry["grad_norm"]) for entry in logs],
+    }
+
+
+CASES = [
+    Case("ddp, padded"),
+    Case("ddp, packed", packed=True, tied=False),
+    Case("ddp, clipped", clipping=0.05),
+    Case("zero 1, padded", zero=1),
+    Case("zero 1, packed, AdamW", zero=1, packed=True, tied=False, optimizer="adamw_torch"),
+    Case("zero 2, padded", zero=2, tied=False),
+    Case("zero 2, packed, clipped", zero=2, packed=True, clipping=0.05),
+    Case("zero 3, padded", zero=3),
+    Case("zero 3, packed", zero=3, packed=True, tied=False),
+    Case("zero 3, clipped", zero=3, clipping=0.05, tied=False),
+]
+
+
+def in_one_process(case: Case, folder: Path) -> dict[str, Any]:
+    """The same rows in whole windows."""
+    return train(replace(case, rows_per_batch=4, accumulation=1, zero=None), folder)
+
+
+def assert_equal(ours: Weights, expected: Weights, tolerance: float) -> None:
+    assert ours.keys() == expected.keys()
+    for name, tensor in ours.items():
+        assert float((tensor - expected[name]).abs().max()) < tolerance, name
+
+
+def assert_same_training(ours: dict[str, Any], expected: dict[str, Any]) -> None:
+    assert len(expected["gradients"]) == STEPS
+    assert all(max(float(gradient.abs().max()) for gradient in step.values()) > 0.05 for step in expected["gradients"])
+    for step, expected_step in zip(ours["gradients"], expected["gradients"], strict=bool(ours["gradients"])):
+        assert_equal(step, expected_step, 1e-6)
+    assert_equal(ours["weights"], expected["weights"], 1e-6)
+    assert ours["losses"] == pytest.approx(expected["losses"], abs=1e-4)
+    assert ours["norms"] == pytest.approx(expected["norms"], rel=1e-4)
+
+
+@pytest.mark.parametrize("packed", [False, True])
+@pytest.mark.parametrize("tied", [True, False])
+@pytest.mark.parametrize(("rows_per_batch", "accumulation"), [(2, 2), (1, 4)])
+def test_gradients_do_not_depend_on_the_shape_of_batches(
+    rows_per_batch: int, accumulation: int, tied: bool, packed: bool, tmp_path: Path
+) -> None:
+    case = Case("", rows_per_batch, accumulation, tied, packed)
+    assert_same_training(train(case, tmp_path), in_one_process(case, tmp_path))
+
+
+def test_packed_rows_give_the_gradients_of_padded_ones(tmp_path: Path) -> None:
+    rows = encoded(8)
+    for row in rows:
+        row.labels[0] = IGNORED
+    packs = PackedRows(rows, max_length=80)
+    assert 1 < len(packs) < 4
+    padded = train(Case("", 8, 1), tmp_path, EncodedRows(rows))
+    for shape in ((len(packs), 1), (1, len(packs))):
+        packed = train(Case("", *shape), tmp_path, packs)
+        assert_equal(packed["gradients"][0], padded["gradients"][0], 1e-6)
+        assert packed["losses"] == pytest.approx(padded["losses"], abs=1e-5)
+
+
+def test_a_step_without_trained_tokens_changes_nothing(tmp_path: Path) -> None:
+    rows = encoded(2)
+    for row in rows:
+        row.labels = [IGNORED] * len(row.labels)
+    outcome = train(Case("", 1, 2), tmp_path, EncodedRows(rows))
+    assert outcome["losses"] == [0.0]
+    assert_equal(outcome["weights"], dict(tiny(tied=True).state_dict()), 1e-12)
+
+
+# Of the embedded base on the sample papers, fp32 on a CPU.
+RECORDED_LOSSES: list[float] = []
+
+
+def test_the_loss_curve_of_the_command_line_is_the_recorded_one(base_folder: Path, tmp_path: Path) -> None:
+    words = ["--model", str(base_folder), "--output_dir", str(tmp_path / "run"), "--precision", "fp32", "--seed", "7"]
+    words += ["--max_length", "320", "--per_device_train_batch_size", "2", "--gradient_accumulation_steps", "2"]
+    words += ["--max_steps", "8", "--learning_rate", "1e-3", "--lr_scheduler_type", "constant", "--logging_steps", "1"]
+    finetune([*words, "--eval_on_start", "False", "--eval_strategy", "no", "--save_strategy", "no"])
+    lines = (tmp_path / "run" / "metrics.jsonl").read_text(encoding="utf-8").splitlines()
+    losses = [entry["loss"] for entry in map(json.loads, lines) if "loss" in entry]
+    assert losses == pytest.approx(RECORDED_LOSSES, abs=2e-4)
+
+
+def main(folder: Path) -> None:
+    """Train all cases as one of several processes; the first one writes down what came out."""
+    for case in CASES:
+        outcome = train(case, folder)
+        if os.environ["RANK"] == "0":
+            torch.save(outcome, folder / f"{case.name}.pt")
+
+
+@pytest.fixture(scope="module")
+def several_processes(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The outcomes of two processes, started once for all cases."""
+    folder = tmp_path_factory.mktemp("two")
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        port = free.getsockname()[1]
+    environment = {key: value for key, value in os.environ.items() if key not in ("RANK", "WORLD_SIZE", "LOCAL_RANK")}
+    environment |= {"OMP_NUM_THREADS": "1", "DS_ACCELERATOR": "cpu", "PYTHONPATH": str(ROOT), "HF_HUB_OFFLINE": "1"}
+    launcher = ["-m", "torch.distributed.run", "--nproc_per_node", "2", "--master_port", str(port)]
+    done = subprocess.run(
+        [sys.executable, *launcher, __file__, str(folder)],
+        env=environment, capture_output=True, text=True, timeout=300, check=False,
+    )  # fmt: skip
+    assert done.returncode == 0, done.stdout[-3000:] + done.stderr[-3000:]
+    return folder
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("case", CASES, ids=lambda case: case.name)
+def test_two_processes_train_as_one(case: Case, several_processes: Path, tmp_path: Path) -> None:
+    ours = torch.load(several_processes / f"{case.name}.pt")
+    assert_same_training(ours, in_one_process(case, tmp_path))
+
+
+if __name__ == "__main__":
+    main(Path(sys.argv[1]))
