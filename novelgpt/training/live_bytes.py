@@ -97,8 +97,8 @@ class LiveBytes(TorchDispatchMode):
             once = [(self._parts[number], size, self._births[number]) for _, number, size in events]
             for _ in range(self.inner if section in INNER else 1):
                 for part, size, birth in once:
-                    # What an inner layer made and goes between forward and backward goes for all of them.
-                    count = self.inner if section == "head" and birth == INNER[0] else 1
+                    # Casts that go with the autocast that made them go for all layers at once.
+                    count = self.inner if section == "head" and birth == INNER[0] and part == "copies" else 1
                     yield part, size, count
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:

@@ -25,7 +25,7 @@ from novelgpt.text.conversation import IGNORED
 CHUNK_BYTES = {"cpu": 160 * 2**20, "cuda": 512 * 2**20}
 # Bytes of one part of the product that is the head's gradient.
 PRODUCT_BYTES = {"cpu": 8 * 2**20, "cuda": 256 * 2**20}
-# Logits whose softmax is made at once on CPUs, in fp32: few enough to stay in the cache.
+# Logits that are made fp32 at once: on CPUs few enough to stay in the cache, on GPUs 32 times as many.
 CACHED_LOGITS = 2**21
 # Probabilities below this have lost digits in fp32; their logarithms are made from the logits instead.
 TINY = 1e-30
@@ -135,9 +135,11 @@ def head_loss(
     losses = torch.zeros(len(targets), dtype=torch.float32, device=hidden.device)
     hits = torch.zeros(len(targets), dtype=torch.bool, device=hidden.device)
     for chunk in _chunks(head, hidden):
-        logits = head_forward(hidden[chunk]).float()
-        losses[chunk] = functional.cross_entropy(logits, targets[chunk], reduction="none")
-        hits[chunk] = logits.argmax(-1) == targets[chunk]
+        logits = head_forward(hidden[chunk])
+        for block in _blocks(logits):
+            part, wanted = logits[block].float(), targets[chunk][block]
+            losses[chunk][block] = functional.cross_entropy(part, wanted, reduction="none")
+            hits[chunk][block] = part.argmax(-1) == wanted
     return TokenLoss(loss=losses.sum() * scale, token_losses=losses, token_hits=hits)
 
 
@@ -233,18 +235,23 @@ def _add_products(total: torch.Tensor, logits: torch.Tensor, states: torch.Tenso
 def _losses_and_gradients(logits: torch.Tensor, targets: torch.Tensor) -> torch.Tensor:
     """[tokens] fp32 losses of [tokens, vocabulary] logits, which become their gradients: softmax minus one-hot."""
     losses = torch.empty(len(targets), dtype=torch.float32, device=logits.device)
-    size = max(1, CACHED_LOGITS // logits.shape[1]) if logits.device.type == "cpu" else max(1, len(logits))
-    for begin in range(0, len(logits), size):
-        part, wanted = logits[begin : begin + size], targets[begin : begin + size, None]
+    for block in _blocks(logits):
+        part, wanted = logits[block], targets[block, None]
         probabilities = torch.softmax(part, -1, dtype=torch.float32)
         target_probabilities = probabilities.gather(-1, wanted)
-        losses[begin : begin + size] = -target_probabilities.log()[:, 0]
+        losses[block] = -target_probabilities.log()[:, 0]
         tiny = (target_probabilities[:, 0] < TINY).nonzero()[:, 0]
         if len(tiny):
-            losses[begin + tiny] = functional.cross_entropy(part[tiny].float(), wanted[tiny, 0], reduction="none")
+            losses[block.start + tiny] = functional.cross_entropy(part[tiny].float(), wanted[tiny, 0], reduction="none")
         probabilities.scatter_add_(-1, wanted, torch.full_like(target_probabilities, -1.0))
         part.copy_(probabilities)
     return losses
+
+
+def _blocks(logits: torch.Tensor) -> list[slice]:
+    """Slices of the rows of logits that are made fp32 at once."""
+    size = max(1, CACHED_LOGITS * (1 if logits.device.type == "cpu" else 32) // logits.shape[1])
+    return [slice(begin, begin + size) for begin in range(0, len(logits), size)]
 
 
 def _module_gradients(

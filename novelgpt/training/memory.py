@@ -12,6 +12,7 @@ from collections import Counter
 from dataclasses import dataclass, fields
 from typing import Any
 
+import psutil
 import torch
 from transformers.training_args import OptimizerNames
 
@@ -70,9 +71,7 @@ class MemoryEstimate:
         return sum(self.parts().values())
 
 
-def estimate_memory(
-    model: SimulatedModel, training: TrainArguments, tokens: int, borders: bool, process: int = 0
-) -> MemoryEstimate:
+def estimate_memory(model: SimulatedModel, training: TrainArguments, tokens: int, borders: bool) -> MemoryEstimate:
     """What a run of `model` takes on each device.
 
     Args:
@@ -80,13 +79,12 @@ def estimate_memory(
         training: batch sizes, checkpointing, number format, optimizer, DeepSpeed, processes.
         tokens: of the longest row.
         borders: rows are packs of documents.
-        process: bytes that this process holds before the weights are loaded; on GPUs 0.
     """
     autocast = None if training.deepspeed else compute_dtype(training)
     checkpointing = checkpointing_options(training) if training.activation_checkpointing else None
     count = sum(numel for numel, _ in model.trained)
     each = optimizer_bytes(training)
-    estimate = MemoryEstimate(process=process, optimizer=count * each, other=LATER_BYTES[model.device.type])
+    estimate = MemoryEstimate(optimizer=count * each, other=LATER_BYTES[model.device.type])
     step = model.step(
         training.per_device_train_batch_size, tokens, borders, autocast, checkpointing=checkpointing,
         accumulated=training.gradient_accumulation_steps > 1 and not training.deepspeed,
@@ -103,6 +101,8 @@ def estimate_memory(
         parts["gradients"] += sum(held for _, held in model.trained)  # the buckets of DDP
     for name, held in parts.items():
         setattr(estimate, name, getattr(estimate, name) + held)
+    if model.device.type == "cpu":
+        estimate.process = psutil.Process().memory_info().rss  # now that what the simulation needed is loaded
     estimate.evaluation = max(0, phases[1].total() - parts.total())
     return estimate
 

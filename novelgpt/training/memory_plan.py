@@ -97,7 +97,6 @@ class MemoryPlan:
         self.estimate: MemoryEstimate | None = None
         self.tokens = _longest(train, run.data.max_length if run.data.packing else None)
         self.capacity = available_memory(self.device)
-        self._process = psutil.Process().memory_info().rss if self.device.type == "cpu" else 0
         self._model: SimulatedModel | None = None  # on the first process
         # Elsewhere a step that fails for want of memory ends the process, or the weights are spread over several.
         self._can_try = self.device.type == "cuda" and not self.training.deepspeed
@@ -153,7 +152,7 @@ class MemoryPlan:
 
     def _estimate(self, training: TrainArguments) -> MemoryEstimate:
         assert self._model is not None
-        return estimate_memory(self._model, training, self.tokens, self.packed, self._process)
+        return estimate_memory(self._model, training, self.tokens, self.packed)
 
     def _most_rows(self, chosen: TrainArguments, one: MemoryEstimate) -> int:
         share = (TRIED_SHARE if self._can_try else ESTIMATED_SHARE) * self.capacity

@@ -122,12 +122,12 @@ def test_text_is_asked_to_go_on_after_its_first_half(tokenizer: PreTrainedTokeni
     for max_length in (64, 2 * MOST_PROMPT_TOKENS, 1024):
         blocks = PackedBlocks([numpy.array(ids)], max_length)
         samples = choose_samples(blocks, tokenizer, len(blocks), 40)
-        for block, sample in zip((blocks[index]["input_ids"].tolist() for index in range(len(blocks))), samples):  # noqa: B905
+        rows = [blocks[index]["input_ids"].tolist() for index in range(len(blocks))]
+        for block, sample in zip(rows, samples, strict=True):
             border = len(sample.prompt_ids)
             assert sample.continues_text
             assert sample.prompt_ids + sample.reference_ids == block[: border + 40]
             assert 0 <= min(len(block) // 2, MOST_PROMPT_TOKENS) - border < 4
-        assert len(samples) == len(blocks)
 
 
 def test_a_prompt_ends_in_a_whole_character(tokenizer: PreTrainedTokenizerBase) -> None:
