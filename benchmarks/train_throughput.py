@@ -33,7 +33,7 @@ SMOOTHED_STEPS = 10
 # Dense bf16 products with fp32 sums, in TFLOP/s, as the data sheets state; the first name that fits counts.
 GPU_PEAKS = {"H100 PCIe": 756, "H100 NVL": 835, "H100": 989, "H200": 989, "H800": 989, "H20": 148, "A100": 312,
              "A800": 312, "L40S": 362, "L4": 121, "RTX 4090": 165, "RTX 3090": 71}  # fmt: skip
-TABLE_WIDTH = 132
+TABLE_WIDTH = 144
 COLUMNS = ["rows/s", "of best peer", "rows timed", "tokens a row", "trained", "peak GB", "last loss", "of bf16 ceiling"]
 
 

@@ -113,6 +113,7 @@ def _plain_loss(logits: torch.Tensor, labels: torch.Tensor, num_items_in_batch: 
     return TokenLoss(loss=loss, token_losses=losses, token_hits=logits.argmax(-1) == targets)
 
 
+@torch.compiler.disable  # its chunks are few and large: nothing to win, and a loop for the compiler to unroll
 def head_loss(
     head: nn.Module,
     head_forward: Callable[..., torch.Tensor],
