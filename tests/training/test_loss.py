@@ -45,12 +45,20 @@ FAMILIES: dict[str, tuple[type, type]] = {
 Batch = dict[str, Any]
 
 
-@pytest.fixture(autouse=True, params=["whole", "in parts"])
-def chunks(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> None:
-    """All logits at once, or 32 tokens at a time, softmax by 5: every contract holds for both."""
-    if request.param == "in parts":
-        monkeypatch.setitem(loss_module.CHUNK_BYTES, "cpu", 1)
-        monkeypatch.setattr(loss_module, "CACHED_LOGITS", 5 * VOCABULARY)
+@pytest.fixture(autouse=True)
+def small_chunks(monkeypatch: pytest.MonkeyPatch) -> None:
+    """32 tokens at a time, softmax by 5, the head's gradient by 3 rows: borders lie within every case."""
+    monkeypatch.setitem(loss_module.CHUNK_BYTES, "cpu", 1)
+    monkeypatch.setitem(loss_module.PRODUCT_BYTES, "cpu", 3 * WIDTH * 4)
+    monkeypatch.setattr(loss_module, "CACHED_LOGITS", 5 * VOCABULARY)
+
+
+@pytest.fixture
+def whole_chunks(monkeypatch: pytest.MonkeyPatch) -> None:
+    """All logits of these small cases at once."""
+    for name, size in (("CHUNK_BYTES", 2**27), ("PRODUCT_BYTES", 2**23)):
+        monkeypatch.setitem(getattr(loss_module, name), "cpu", size)
+    monkeypatch.setattr(loss_module, "CACHED_LOGITS", 2**21)
 
 
 def tiny(family: str = "qwen3", tied: bool = True, **changes: Any) -> PreTrainedModel:
@@ -150,6 +158,13 @@ def assert_same(model: nn.Module, batch: Batch, items: torch.Tensor | int | None
 def test_loss_and_gradients_are_those_of_all_logits(family: str, tied: bool, make_batch: Callable[[], Batch]) -> None:
     changes = {"sliding_window": 6} if family == "mistral" else {}
     assert_same(tiny(family, tied, **changes), make_batch())
+
+
+@pytest.mark.usefixtures("whole_chunks")
+@pytest.mark.parametrize("make_batch", [padded, packed])
+@pytest.mark.parametrize("tied", [True, False])
+def test_all_at_once(tied: bool, make_batch: Callable[[], Batch]) -> None:
+    assert_same(tiny("qwen3", tied), make_batch())
 
 
 @pytest.mark.parametrize("items", [None, 7, 1000, torch.tensor(345), torch.tensor(61.0)])
