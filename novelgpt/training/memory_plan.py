@@ -70,7 +70,9 @@ def plan_memory(
     outcome: Any = None
     if is_first_process():
         try:
-            outcome = plan.decide(lambda: SimulatedModel(run.model, run.training.device, dtype, prepare, qlora))
+            # DeepSpeed casts the weights and keeps fp32 ones beside them, where others cast as they compute.
+            cast = compute_dtype(run.training) if run.training.deepspeed else None
+            outcome = plan.decide(lambda: SimulatedModel(run.model, run.training.device, dtype, prepare, qlora, cast))
         except UserError as error:
             outcome = error
     outcome = first_process_value(outcome)

@@ -89,8 +89,9 @@ class SimulatedModel:
         tokens: int,
         borders: bool,
         autocast: torch.dtype | None,
+        checkpointing: dict[str, Any] | None = None,
         accumulated: bool = False,
-        **options: Any,
+        evaluation: bool = False,
     ) -> LiveBytes:
         """What `track_step` notes of a micro-step on `rows` rows of `tokens` tokens, all trained."""
         live = LiveBytes()
@@ -99,10 +100,14 @@ class SimulatedModel:
             live.add(size, "weights")
             if accumulated and trained:
                 live.add(size, "gradients")
+        if checkpointing is not None:
+            # States of random number generators are numbers, which nothing has here.
+            given = checkpointing.get("activation_checkpointing_kwargs") or {"use_reentrant": False}
+            checkpointing = checkpointing | {"activation_checkpointing_kwargs": given | {"preserve_rng_state": False}}
         with self._mode, _untouched_surroundings(), _few_chunks(), _sections(self._layers, live):
             batch = worst_batch(rows, tokens, borders, self.device)
             return track_step(
-                self._model, batch, autocast, live=live, accumulated=accumulated, simulated=True, **options
+                self._model, batch, autocast, checkpointing, accumulated, evaluation, simulated=True, live=live
             )
 
 
