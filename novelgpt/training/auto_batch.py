@@ -147,6 +147,7 @@ def _as_it_was(model: nn.Module, training: TrainArguments) -> Iterator[None]:
     head = base.get_output_embeddings()
     assert isinstance(head, nn.Module)
     gradients = {parameter: parameter.grad for parameter in model.parameters()}
+    model.zero_grad()  # to None: what is there already would be added to
     forwards = [(module, vars(module).get("forward")) for module in (base, head)]
     mode = model.training
     devices = [torch.cuda.current_device()] if next(model.parameters()).is_cuda else []
