@@ -373,6 +373,22 @@ def test_weights_held_in_bf16() -> None:
         assert cosine(gradient, expected[name]) > 0.99, name
 
 
+def test_fp16_keeps_gradients_of_steps_with_many_tokens() -> None:
+    """A loss divided by 100,000 tokens and multiplied again, as gradient scaling does."""
+    model = HEADS["untied"]()
+    reference = copy.deepcopy(model)
+    (2.0**14 * plain_loss(reference, padded(), 100_000)).backward()
+    attached(model)
+    with torch.autocast("cpu", dtype=torch.float16):
+        loss = model(**padded(), num_items_in_batch=torch.tensor(100_000)).loss
+    (2.0**14 * loss).backward()
+    expected = gradients(reference)
+    for name, gradient in gradients(model).items():
+        assert gradient is not None and expected[name] is not None
+        assert cosine(gradient, expected[name]) > 0.999, name
+        assert float(gradient.norm()) == pytest.approx(float(expected[name].norm()), rel=0.01)
+
+
 @pytest.mark.parametrize("kind", HEADS)
 @pytest.mark.parametrize("context", [torch.no_grad, torch.inference_mode])
 def test_evaluation_tells_each_tokens_loss_and_hit(kind: str, context: Callable[[], Any]) -> None:
@@ -496,3 +512,11 @@ def test_a_frozen_head_costs_no_buffer_of_its_size(monkeypatch: pytest.MonkeyPat
         largest = largest_tensor(attached(model), padded())
         assert (head.weight.grad is None, largest < size) == (frozen, frozen)
         assert model.get_decoder().layers[0].mlp.down_proj.weight.grad is not None
+
+
+def test_generation_makes_logits_of_the_last_tokens_only() -> None:
+    model = attached(tiny(**LARGE).eval())
+    prompts = padded()["input_ids"].clamp(min=1)
+    with Largest(model) as made:
+        model.generate(input_ids=prompts, max_new_tokens=2, do_sample=False, pad_token_id=0)
+    assert made.elements < prompts.numel() * LARGE["vocab_size"] / 2
