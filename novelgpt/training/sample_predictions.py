@@ -163,7 +163,7 @@ class SamplePredictions:
                 scores = [self._scores([answer.text for answer in answers])]
         return broadcast_object_list(scores)[0]
 
-    @torch.no_grad()  # not inference mode, whose tensors training could not use: caches of weights outlive this
+    @torch.no_grad()  # not inference mode: under ZeRO-3, training goes on with the weights that were gathered here
     def _answers(self, model: PreTrainedModel) -> list[Answer]:
         ends = answer_end_ids(model, self.tokenizer)
         if any(sample.continues_text for sample in self.samples):
