@@ -24,7 +24,6 @@ from __future__ import annotations
 
 import argparse
 import ctypes
-import json
 import multiprocessing
 import os
 import statistics
@@ -43,6 +42,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 import numpy
 import psutil
 import torch
+from results import make_console, result, show_results, write_results
 from rich.console import Console
 from rich.table import Table
 from torch import nn
@@ -74,7 +74,6 @@ GROWTH_LENGTHS = (1_024, 4_096)
 ROUNDING = {"fp32": 1e-5, "bf16": 2e-2}
 # M_TRIM_THRESHOLD and M_MMAP_MAX of glibc's mallopt: hand nothing back, and take large blocks from the heap, too.
 KEEP_FREED_BLOCKS = {-1: -1, -4: 0}
-TABLE_WIDTH = 120
 
 
 @dataclass(frozen=True)
@@ -318,11 +317,6 @@ def can_keep_blocks(case: Case) -> bool:
     return SCATTER * needed_memory(case) < SHARE_OF_FREE_MEMORY * free_memory(case.device)
 
 
-def make_console() -> Console:
-    """Wide enough for the tables, in a file as well."""
-    return Console(soft_wrap=True, highlight=False, width=None if sys.stdout.isatty() else TABLE_WIDTH)
-
-
 def read_arguments() -> argparse.Namespace:
     """The command line."""
     parser = argparse.ArgumentParser(description="Memory and time of the chunked loss, against the plain one")
@@ -412,18 +406,6 @@ def try_torch(comparisons: list[Comparison], console: Console) -> None:
             console.print(words)
 
 
-def result(name: str, value: float, unit: str, target: float) -> dict[str, Any]:
-    """One entry of --json; each target is a value that must not be exceeded."""
-    return {"name": name, "value": value, "unit": unit, "target": f"<= {target:g}", "holds": value <= target}
-
-
-def show_results(results: list[dict[str, Any]], console: Console) -> None:
-    """A line a target."""
-    for entry in results:
-        verdict = "holds" if entry["holds"] else "MISSED"
-        console.print(f"  {entry['name']:<64}{entry['value']:>10.4g}     target: {entry['target']}: {verdict}")
-
-
 def results_of(comparisons: list[Comparison]) -> list[dict[str, Any]]:
     """The claims that these cases decide."""
     results = []
@@ -477,10 +459,7 @@ def main() -> None:
         try_torch(comparisons, console)
     results = results_of(comparisons)
     show_results(results, console)
-    if arguments.json:
-        measured = [asdict(comparison) for comparison in comparisons]
-        text = json.dumps({"results": results, "cases": measured}, indent=2)
-        arguments.json.write_text(text + "\n", encoding="utf-8")
+    write_results(results, arguments.json, cases=[asdict(comparison) for comparison in comparisons])
     if any(not entry["holds"] for entry in results if entry["name"].startswith("loss_gradients_differ")):
         sys.exit("loss_memory: the gradients differ by more than rounding, so times and memory mean nothing")
 

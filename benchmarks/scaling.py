@@ -38,15 +38,8 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 import numpy
 import torch
-from loss_memory import (
-    in_fresh_process,
-    keep_freed_blocks,
-    make_console,
-    median_seconds,
-    resident,
-    result,
-    show_results,
-)
+from loss_memory import in_fresh_process, keep_freed_blocks, median_seconds, resident
+from results import make_console, result, show_results, write_results
 from rich.console import Console
 from rich.table import Table
 from torch.utils.data import Dataset
@@ -56,7 +49,7 @@ from dataset.conversations import read_conversations
 from dataset.corpus import read_corpus
 from novelgpt.model.attention import PACKED_ATTENTION
 from novelgpt.model.embedded_base import build_embedded_base
-from novelgpt.settings.arguments import ConversationArguments, CorpusArguments, TrainArguments
+from novelgpt.settings.arguments import ConversationArguments, CorpusArguments, ModelArguments, TrainArguments
 from novelgpt.settings.paths import SAMPLES
 from novelgpt.text.collator import Collator
 from novelgpt.text.packing import best_fit
@@ -181,7 +174,7 @@ def wait() -> None:
 
 def read_cost(kind: str, file: Path, tokenizer_folder: Path) -> Cost:
     """Of the rows of a file, from bytes to packs."""
-    tokenizer = load_tokenizer(str(tokenizer_folder))
+    tokenizer = load_tokenizer(ModelArguments(str(tokenizer_folder)))
     reader, arguments = {
         "conversations": (read_conversations, ConversationArguments(train_files=[str(file)])),
         "novel": (read_corpus, CorpusArguments(train_files=[str(file)])),
@@ -363,8 +356,7 @@ def main() -> None:
     studies = dict(zip(PARTS, (study_width, study_length, study_data, study_evaluation), strict=True))
     results = [entry for part in PARTS if part in arguments.only for entry in studies[part](console)]
     show_results(results, console)
-    if arguments.json:
-        arguments.json.write_text(json.dumps({"results": results}, indent=2) + "\n", encoding="utf-8")
+    write_results(results, arguments.json)
 
 
 if __name__ == "__main__":

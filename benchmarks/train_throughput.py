@@ -16,7 +16,6 @@ A run of all takes about an hour on 2 CPU cores; --only and --allocators choose 
 """
 
 import argparse
-import json
 import signal
 import sys
 import tempfile
@@ -24,6 +23,7 @@ from pathlib import Path
 from typing import Any
 
 from peers.contest import ALLOCATORS, OURS, PIP_LINES, ROOT, SHAPES, SMALL, Contest, Run, Setting
+from results import TABLE_WIDTH, show_results, write_results
 from rich.box import SIMPLE
 from rich.console import Console
 from rich.table import Table
@@ -33,7 +33,6 @@ SMOOTHED_STEPS = 10
 # Dense bf16 products with fp32 sums, in TFLOP/s, as the data sheets state; the first name that fits counts.
 GPU_PEAKS = {"H100 PCIe": 756, "H100 NVL": 835, "H100": 989, "H200": 989, "H800": 989, "H20": 148, "A100": 312,
              "A800": 312, "L40S": 362, "L4": 121, "RTX 4090": 165, "RTX 3090": 71}  # fmt: skip
-TABLE_WIDTH = 144
 COLUMNS = ["rows/s", "of best peer", "rows timed", "tokens a row", "trained", "peak GB", "last loss", "of bf16 ceiling"]
 
 
@@ -208,19 +207,13 @@ def main() -> None:
             results += compare_curves(contest, arguments.curve_steps, console)
     if best is not None:
         console.print(f"best peer of those that ran: {best.name}")
-    for entry in results:
-        verdict = "holds" if entry["holds"] else "MISSED"
-        console.print(
-            f"  {entry['name']:<50}{entry['value']:>9.4f}     target: {entry['target']}: {verdict}", highlight=False
-        )
-    if arguments.json:
-        measured = [
-            {"name": run.name, "rows_per_second": contest.rows_per_second(run) or None, "failure": run.failure or None}
-            | (run.figures or {})
-            for run in runs
-        ]
-        text = json.dumps({"results": results, "runs": measured, "ceilings": contest.ceilings}, indent=2)
-        arguments.json.write_text(text + "\n", encoding="utf-8")
+    show_results(results, console)
+    measured = [
+        {"name": run.name, "rows_per_second": contest.rows_per_second(run) or None, "failure": run.failure or None}
+        | (run.figures or {})
+        for run in runs
+    ]
+    write_results(results, arguments.json, runs=measured, ceilings=contest.ceilings)
 
 
 if __name__ == "__main__":

@@ -14,7 +14,7 @@ from dataset.readers import Record, read_conversation_rows
 from novelgpt.settings.arguments import ConversationArguments
 from novelgpt.settings.errors import UserError
 from novelgpt.settings.process import is_first_process
-from novelgpt.text.conversation import IGNORED, EncodedRow, encode_conversation
+from novelgpt.text.conversation import IGNORED, EncodedRow, encode_conversation, record_answers
 from novelgpt.text.packing import PackedRows
 from novelgpt.text.statistics import TokenCounts, show_counts, show_row
 
@@ -58,6 +58,7 @@ def read_conversations(
             )
         random.Random(SPLIT_SEED).shuffle(train)
         valid, train = train[:kept], train[kept:]
+    record_answers((row["messages"] for row in train), tokenizer)
     encoded = {}
     counts = {}
     for name, rows in (("train", train), ("valid", valid)):

@@ -23,12 +23,13 @@ def main(argv: list[str] | None = None) -> None:
     """Run the pipeline on the words of a command line."""
     run = parse_arguments(LoraRun, argv)
     check_before_launch(run)
-    tokenizer = load_tokenizer(run.model.model)
+    tokenizer = load_tokenizer(run.model)
     train, valid = read_conversations(run.data, tokenizer)
-    plan = plan_memory(run, train, base_dtype(), run.lora.qlora, partial(attach_lora, lora=run.lora))
+    adapt = partial(attach_lora, lora=run.lora, tokenizer=tokenizer)
+    plan = plan_memory(run, train, base_dtype(), run.lora.qlora, adapt)
     base = load_model(run.model, tokenizer, dtype=base_dtype(), qlora=run.lora.qlora)
     set_seed(run.training.seed)  # the adapter is drawn before the Trainer sets the seed
-    model = attach_lora(base, run.lora)
+    model = adapt(base)
     fit(model, tokenizer, train, valid, run, plan)
 
 

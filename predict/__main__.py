@@ -32,9 +32,10 @@ def main(argv: list[str] | None = None) -> None:
     run = parse_arguments(PredictRun, argv)
     model_name = run.data.model or str(newest_finetuning() or EMBEDDED_BASE)
     folder = _output_folder(run.data.output_dir, model_name)
-    tokenizer = load_tokenizer(model_name)
+    chosen = ModelArguments(model_name, run.data.attention, run.data.trust_remote_code, run.data.hub)
+    tokenizer = load_tokenizer(chosen)
     rows = read_prompt_rows(run.data.data_files, tokenizer, run.data.max_rows)
-    model = load_for_generation(ModelArguments(model_name, run.data.attention), tokenizer)
+    model = load_for_generation(chosen, tokenizer)
     state = PartialState()
     own = rows[state.process_index :: state.num_processes]
     state.print(f"{len(rows)} rows for {model_name}")

@@ -18,7 +18,7 @@ def main(argv: list[str] | None = None) -> None:
     """Run the pipeline on the words of a command line."""
     run = parse_arguments(PretrainRun, argv)
     check_before_launch(run)
-    tokenizer = load_tokenizer(run.model.model)
+    tokenizer = load_tokenizer(run.model)
     train, valid = read_corpus(run.data, tokenizer)
     plan = plan_memory(run, train)
     model = load_model(run.model, tokenizer)

@@ -6,6 +6,7 @@ import pytest
 from transformers import PreTrainedTokenizerBase
 
 from novelgpt.model.embedded_base import build_embedded_base
+from novelgpt.settings.arguments import ModelArguments
 from novelgpt.text.tokenizer import load_tokenizer
 
 
@@ -20,4 +21,4 @@ def base_folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
 @pytest.fixture(scope="session")
 def tokenizer(base_folder: Path) -> PreTrainedTokenizerBase:
     """The tokenizer of the embedded base."""
-    return load_tokenizer(str(base_folder))
+    return load_tokenizer(ModelArguments(str(base_folder)))

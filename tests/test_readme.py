@@ -12,6 +12,7 @@ import pytest
 
 from dataset.readers import messages_of, read_text_rows
 from novelgpt.settings.runs import FinetuneRun, LoraRun, PredictRun, PretrainRun
+from predict.chat import ChatRun
 
 ROOT = Path(__file__).resolve().parents[1]
 READMES = {"README.md": "## File map", "README_zh.md": "## 文件地图"}
@@ -19,7 +20,7 @@ PAGES = [*READMES, "CONTRIBUTING.md", *sorted(str(path.relative_to(ROOT)) for pa
 ROOMS = ("pretrain", "finetune", "finetune_lora", "predict", "dataset", "novelgpt", "benchmarks")
 CACHES = {".git", ".venv", "output", "__pycache__", ".pytest_cache", ".mypy_cache", ".ruff_cache"}
 CACHES |= {".import_linter_cache"}
-PIPELINES = {run.pipeline: run for run in (PretrainRun, FinetuneRun, LoraRun, PredictRun)}
+PIPELINES = {run.pipeline: run for run in (PretrainRun, FinetuneRun, LoraRun, PredictRun, ChatRun)}
 SCRIPTS = {"pretrain": "pretrain", "finetune": "finetune", "lora": "finetune_lora", "predict": "predict"}
 OPTION = re.compile(r"(?<![\w-])--([A-Za-z_][\w-]*)")
 

@@ -238,6 +238,7 @@ class Contest:
             "per_device_train_batch_size": task["batch_size"], "lr_scheduler_type": "constant", "warmup_steps": 0,
             "optim": "adamw_torch_fused", "max_grad_norm": 1.0, "weight_decay": 0.0, "eval_strategy": "no",
             "eval_on_start": False, "per_device_eval_batch_size": 1, "save_strategy": "no", "logging_steps": 1,
+            "stop_check": 0,
         }  # fmt: skip
         return task | {"words": [word for key, value in options.items() for word in (f"--{key}", str(value))]}
 

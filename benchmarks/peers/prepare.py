@@ -16,8 +16,10 @@ from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedTokenizerBa
 
 from dataset.readers import read_conversation_rows
 from novelgpt.model.embedded_base import build_embedded_base
+from novelgpt.settings.arguments import ModelArguments
 from novelgpt.text.conversation import IGNORED, EncodedRow, encode_conversation
-from novelgpt.text.tokenizer import CHATML_TEMPLATE, load_tokenizer
+from novelgpt.text.templates import CHATML_TEMPLATE, use_template
+from novelgpt.text.tokenizer import load_tokenizer
 
 SEED = 42
 
@@ -58,10 +60,10 @@ def shared_tokenizer(name: str | None, folder: Path) -> PreTrainedTokenizerBase:
     if name is None:
         build_embedded_base(folder / "embedded_base")
         name = str(folder / "embedded_base")
-    tokenizer = load_tokenizer(name)
+    tokenizer = load_tokenizer(ModelArguments(name))
     if not {"<|im_start|>", "<|im_end|>"} <= tokenizer.get_vocab().keys():
         sys.exit(f"{name} has no ChatML marks, and LLaMA-Factory renders fixed templates only")
-    tokenizer.chat_template = CHATML_TEMPLATE
+    use_template(tokenizer, "chatml", CHATML_TEMPLATE)
     tokenizer.padding_side = "right"
     return tokenizer
 

@@ -19,7 +19,7 @@ from transformers import PreTrainedTokenizerFast, Qwen3Config, Qwen3ForCausalLM
 
 from novelgpt.settings.errors import exit_on_user_error
 from novelgpt.settings.paths import EMBEDDED_BASE, SAMPLES
-from novelgpt.text.tokenizer import CHATML_TEMPLATE
+from novelgpt.text.templates import CHATML_TEMPLATE
 
 VOCABULARY = 1000
 SEED = 20

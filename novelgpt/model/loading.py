@@ -1,13 +1,18 @@
-"""Loading a base or a checkpoint through AutoModel, without remote code."""
+"""Loading a base or a checkpoint through AutoModel. Code that lies with a checkpoint does not run unless allowed."""
 
 from __future__ import annotations
 
 import json
+import pickle
+from collections.abc import Collection
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import torch
+from huggingface_hub.errors import StrictDataclassError
 from peft import PeftModel
+from safetensors import SafetensorError
 from transformers import (
     MODEL_FOR_CAUSAL_LM_MAPPING,
     AutoConfig,
@@ -18,14 +23,24 @@ from transformers import (
 )
 
 from novelgpt.model.attention import PACKED_ATTENTION
+from novelgpt.model.fingerprint import check_base
+from novelgpt.model.hub import locate, looks_like_path, runs_own_code
+from novelgpt.model.merging import merge_adapter
+from novelgpt.model.weight_files import stored_tensors, weight_files
 from novelgpt.settings.arguments import ModelArguments
 from novelgpt.settings.errors import UserError
+
+# What transformers, safetensors and torch raise on files that are missing, damaged or of another model.
+UNREADABLE = (
+    OSError, ValueError, KeyError, TypeError, ImportError, RuntimeError, EOFError, SafetensorError,
+    StrictDataclassError, pickle.UnpicklingError,
+)  # fmt: skip
 
 
 def load_model(
     model: ModelArguments, tokenizer: PreTrainedTokenizerBase, dtype: torch.dtype = torch.float32, qlora: bool = False
 ) -> PreTrainedModel:
-    """The causal language model of a folder or hub name.
+    """The causal language model of a folder or hub name, with every weight read from its files.
 
     Args:
         model: where it lies and which attention it uses.
@@ -34,31 +49,58 @@ def load_model(
         qlora: hold the weights in 4 bits.
 
     Raises:
-        UserError: nothing to load, an unknown architecture, 4 bits without their package, or a vocabulary that does
-            not fit.
+        UserError: nothing to load, an unknown architecture, code of its own that may not run, files that are missing,
+            damaged or of another model, 4 bits without their package, or a vocabulary that does not fit.
     """
     options = {"quantization_config": _four_bits()} if qlora else {}
-    # Absolute, as checkpoints and adapters note where their base lies.
-    source = str(Path(model.model).absolute()) if Path(model.model).is_dir() else model.model
+    source = locate(model)
+    config = read_config(model)
     try:
-        config = AutoConfig.from_pretrained(source, trust_remote_code=False)
-        loaded = AutoModelForCausalLM.from_pretrained(
+        # Shapes that differ are told below, with their names.
+        outcome: Any = AutoModelForCausalLM.from_pretrained(
             source, config=config, dtype=dtype, attn_implementation=_attention(model, config),
-            trust_remote_code=False, **options,
+            trust_remote_code=runs_own_code(model), weights_only=True, ignore_mismatched_sizes=True,
+            output_loading_info=True, **options,
         )  # fmt: skip
-    except (OSError, ValueError, KeyError, ImportError) as error:
-        raise UserError(
-            f"no model can be loaded from {model.model}: {str(error).strip().splitlines()[0]}",
-            "check --model: a folder with config.json and safetensors, or a hub name",
-        ) from error
-    rows = loaded.config.vocab_size
-    if len(tokenizer) > rows:
-        raise UserError(
-            f"the tokenizer of {model.model} has {len(tokenizer)} tokens, the model's embedding {rows}",
-            "use the tokenizer that belongs to the model",
-        )
+    except torch.OutOfMemoryError:
+        raise
+    except UNREADABLE as error:
+        raise _unreadable(model.model, source, error) from error
+    loaded, report = outcome
+    _check_weights(model.model, report)
+    _check_vocabulary(model.model, tokenizer, loaded.config.vocab_size)
     loaded.config.use_cache = False
     return loaded
+
+
+def read_config(model: ModelArguments) -> PreTrainedConfig:
+    """The model's configuration, without the names of code that is not needed.
+
+    Raises:
+        UserError: there is none, it cannot be read, or it needs code that may not run.
+    """
+    source, own_code = locate(model), runs_own_code(model)
+    try:
+        config = AutoConfig.from_pretrained(source, trust_remote_code=own_code)
+    except UNREADABLE as error:
+        raise UserError(
+            f"no model can be loaded from {model.model}: {_first_line(error)}",
+            "check --model: a folder with config.json and all its weights, or a hub name",
+        ) from error
+    if not own_code and "auto_map" in vars(config):
+        del config.auto_map  # saved with the weights, it would name files that are not there
+    return config
+
+
+def longest_row(config: PreTrainedConfig) -> int | None:
+    """Tokens up to which a model's positions reach, stretched ones included; None where nothing says so."""
+    text = config.get_text_config()
+    positions = getattr(text, "max_position_embeddings", None)  # under a name of its own in some configurations
+    if positions is None:
+        return None
+    scaling = getattr(text, "rope_parameters", None) or {}
+    original = scaling.get("original_max_position_embeddings") or positions
+    return max(int(positions), int(original * (scaling.get("factor") or 1)))
 
 
 def _attention(model: ModelArguments, config: PreTrainedConfig) -> str | None:
@@ -69,27 +111,114 @@ def _attention(model: ModelArguments, config: PreTrainedConfig) -> str | None:
     return model.attention
 
 
+def _check_weights(name: str, report: dict[str, Any]) -> None:
+    """Refuse a model with weights that no file gave, which would be random."""
+    differing = [f"{key} ({_shape(there)} instead of {_shape(here)})" for key, there, here in report["mismatched_keys"]]
+    if differing:
+        raise UserError(
+            f"{len(differing)} weights of {name} have other shapes than config.json says: {_few(differing)}",
+            "put the config.json that belongs to these weights beside them",
+        )
+    if report["missing_keys"]:
+        missing = report["missing_keys"]
+        raise UserError(
+            f"{len(missing)} weights of {name} are in none of its files: {_few(missing)}",
+            "download the checkpoint again, or put the config.json that belongs to these weights beside them",
+        )
+
+
+def _check_vocabulary(name: str, tokenizer: PreTrainedTokenizerBase, rows: int) -> None:
+    """Refuse a tokenizer with ids that the embedding has no row for."""
+    if len(tokenizer) > rows:
+        raise UserError(
+            f"the tokenizer of {name} has {len(tokenizer)} tokens, the model's embedding {rows}",
+            "use the tokenizer that belongs to the model",
+        )
+    beyond = [f"{token} ({index})" for token, index in tokenizer.get_vocab().items() if index >= rows]
+    if beyond:  # ids may leave gaps
+        raise UserError(
+            f"the tokenizer of {name} has ids that the model's embedding of {rows} rows does not reach: {_few(beyond)}",
+            "use the tokenizer that belongs to the model",
+        )
+
+
+def _unreadable(name: str, source: str, error: Exception) -> UserError:
+    """What is wrong with a model that could not be loaded: the file at fault, where one can be told."""
+    folder = Path(source)
+    try:
+        for file in weight_files(folder) if folder.is_dir() else []:
+            stored_tensors(file)
+    except UserError as precise:
+        if isinstance(precise.__cause__, pickle.UnpicklingError):  # whose text advises to run what is in there
+            return UserError(
+                f"{file} is damaged or holds more than tensors, and nothing else is read from a pickle",
+                "fetch it again, or get the weights as safetensors",
+            )
+        return precise
+    except (ValueError, KeyError):  # the index itself is damaged, of which `error` tells
+        pass
+    return UserError(
+        f"no model can be loaded from {name}: {_first_line(error)}",
+        "check --model: a folder with config.json and all its weights, or a hub name",
+    )
+
+
+def _first_line(error: Exception) -> str:
+    return (str(error).strip().splitlines() or [type(error).__name__])[0]
+
+
+def _few(names: Collection[str]) -> str:
+    return ", ".join(sorted(names)[:3]) + (", …" if len(names) > 3 else "")
+
+
+def _shape(size: Collection[int]) -> str:
+    return "x".join(map(str, size))
+
+
 def load_for_generation(model: ModelArguments, tokenizer: PreTrainedTokenizerBase) -> PreTrainedModel:
     """A full checkpoint, or a base with an adapter merged into it in memory, ready to generate.
 
     Merged, since an unmerged adapter adds two products to each layer of each token.
+
+    Raises:
+        UserError: as load_model; or the adapter's base is not where it was, or is another model.
     """
     dtype = torch.bfloat16 if torch.cuda.is_available() and torch.cuda.is_bf16_supported() else torch.float32
     base = adapter_base(model.model)
-    loaded = load_model(ModelArguments(base or model.model, model.attention), tokenizer, dtype)
+    if base is not None and looks_like_path(base) and not Path(base).is_dir():
+        raise UserError(
+            f"the base of adapter {model.model} is not there any more: {base}",
+            "put it back, or write where it is now into base_model_name_or_path of adapter_config.json",
+        )
     if base is not None:
-        loaded = PeftModel.from_pretrained(loaded, model.model).merge_and_unload()
+        check_base(Path(locate(model)), base, "use the base that the adapter was trained on")
+    loaded = load_model(replace(model, model=base or model.model), tokenizer, dtype)
+    if base is not None:
+        try:
+            loaded = merge_adapter(PeftModel.from_pretrained(loaded, locate(model)))
+        except UNREADABLE as error:
+            raise UserError(
+                f"adapter {model.model} does not fit its base {base}: {_first_line(error)}",
+                "use the base that the adapter was trained on",
+            ) from error
     loaded.config.use_cache = True
     loaded.eval()
     return loaded.to(torch.device("cuda" if torch.cuda.is_available() else "cpu"))  # type: ignore[arg-type]
 
 
 def adapter_base(folder: str) -> str | None:
-    """The base that an adapter folder was trained on; None where the folder is no adapter."""
+    """The base that an adapter folder was trained on; None where the folder is no adapter.
+
+    Raises:
+        UserError: adapter_config.json is damaged or names no base.
+    """
     config = Path(folder) / "adapter_config.json"
     if not config.is_file():
         return None
-    return str(json.loads(config.read_text(encoding="utf-8"))["base_model_name_or_path"])
+    try:
+        return str(json.loads(config.read_text(encoding="utf-8"))["base_model_name_or_path"])
+    except (ValueError, KeyError, TypeError) as error:
+        raise UserError(f"{config} names no base: {_first_line(error)}", "copy the adapter's folder again") from error
 
 
 def _four_bits() -> object:

@@ -37,6 +37,12 @@ class ModelArguments:
         "Attention kernel. packed: torch's own, which keeps packed documents apart at the cost of each alone. "
         "flash_attention_2 needs the flash-attn package and a GPU.",
     )
+    trust_remote_code: bool = option(
+        False, "Run Python code that lies with the checkpoint, where the architecture is not known here. Read it first."
+    )
+    hub: Literal["huggingface", "modelscope"] = option(
+        "huggingface", "Where names are looked up. modelscope needs `pip install modelscope`."
+    )
 
 
 @dataclass
@@ -96,6 +102,11 @@ class LoraArguments:
     qlora: bool = option(
         False, "Hold the base in 4 bits (arXiv:2305.14314). Needs CUDA and `pip install bitsandbytes`."
     )
+    train_mark_tokens: Literal["auto", "always", "never"] = option(
+        "auto",
+        "Train the embedding rows of the chat template's marks (<|im_end|>, …) beside the adapter. auto: where the "
+        "base has never ended an answer with them; never: refuse such a base.",
+    )
 
 
 @dataclass
@@ -138,6 +149,15 @@ class TrainArguments(TrainingArguments):
         0, "At each evaluation, answer this many of its rows and log the texts, their ROUGE and repetition; 0 is off."
     )
     predict_max_new_tokens: int = option(256, "Longest of these answers, in tokens.")
+    guards: bool = option(
+        True, "Before step 1, check that the model computes the same in training and evaluation, finite, and learns."
+    )
+    stop_check: int = option(
+        20, "After fine-tuning, answer this many training prompts and report how many answers end; 0 is off."
+    )
+    stop_check_max_new_tokens: int | None = option(
+        None, "Longest of these answers, in tokens. Default: twice the longest reference, at most 512."
+    )
     save_strategy: str = option("epoch", "When to save a checkpoint: no, steps (every save_steps) or epoch.")
     save_total_limit: int | None = option(2, "Checkpoints kept; the oldest go first.")
     resume_from_checkpoint: str | None = option(
@@ -153,8 +173,8 @@ class TrainArguments(TrainingArguments):
         "per_device_train_batch_size", "per_device_eval_batch_size", "gradient_accumulation_steps", "auto_batch",
         "lr_scheduler_type", "warmup_steps", "weight_decay", "max_grad_norm", "activation_checkpointing", "seed",
         "logging_steps", "eval_strategy", "eval_steps", "eval_on_start", "predict_during_eval",
-        "predict_max_new_tokens", "save_strategy", "save_steps", "save_total_limit", "resume_from_checkpoint",
-        "deepspeed",
+        "predict_max_new_tokens", "guards", "stop_check", "stop_check_max_new_tokens", "save_strategy", "save_steps",
+        "save_total_limit", "resume_from_checkpoint", "deepspeed",
     )  # fmt: skip
 
     def __post_init__(self) -> None:
@@ -200,6 +220,12 @@ class PredictArguments:
     max_rows: int | None = option(None, "Answer the first rows only.")
     batch_size: int = option(16, "Prompts answered at once.")
     attention: Literal["sdpa", "eager", "flash_attention_2"] = option("sdpa", "Attention kernel.")
+    trust_remote_code: bool = option(
+        False, "Run Python code that lies with the checkpoint, where the architecture is not known here. Read it first."
+    )
+    hub: Literal["huggingface", "modelscope"] = option(
+        "huggingface", "Where names are looked up. modelscope needs `pip install modelscope`."
+    )
 
 
 @dataclass

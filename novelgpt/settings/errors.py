@@ -21,6 +21,10 @@ class UserError(Exception):
         self.cause = " ".join(cause.split())
         self.remedy = " ".join(remedy.split())
 
+    def __reduce__(self) -> tuple[type[UserError], tuple[str, str]]:
+        """As processes hand errors to each other; by itself, an exception is made again from its message alone."""
+        return UserError, (self.cause, self.remedy)
+
 
 def exit_on_user_error(main: Callable[..., None]) -> Callable[..., None]:
     """Decorate a `main` so that a UserError ends in two lines on standard error and exit status 2.

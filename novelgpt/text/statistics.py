@@ -88,13 +88,15 @@ def show_row(
     """Print one row, trained tokens green, the others dim."""
     console = console or Console()
     text = Text()
+    # Where the two differ, the label is what is learnt (see EncodedRow).
+    told = [token if label == IGNORED else label for token, label in zip(input_ids, labels, strict=True)]
     shown = ""
     for index in range(min(most_tokens, len(input_ids))):
         trained = labels[index] != IGNORED
         last = index + 1 == min(most_tokens, len(input_ids))
         if last or (labels[index + 1] != IGNORED) != trained:
             # From the start each time: a character's bytes may lie in several tokens, on both sides of a border.
-            decoded = str(tokenizer.decode(input_ids[: index + 1])).rstrip(BROKEN)
+            decoded = str(tokenizer.decode(told[: index + 1])).rstrip(BROKEN)
             text.append(decoded[len(shown) :], style="green" if trained else "dim")
             shown = decoded
     if len(input_ids) > most_tokens:

@@ -2,61 +2,45 @@
 
 from __future__ import annotations
 
-from pathlib import Path
-
 from transformers import AutoTokenizer, PreTrainedTokenizerBase
 
+from novelgpt.model.hub import locate, runs_own_code
+from novelgpt.settings.arguments import ModelArguments
 from novelgpt.settings.errors import UserError
-
-# For bases whose tokenizer brings no chat template: ChatML where its tokens exist, else plain marked paragraphs.
-CHATML_TEMPLATE = (
-    "{% for message in messages %}{{ '<|im_start|>' + message['role'] + '\\n' + message['content'] + '<|im_end|>\\n' }}"
-    "{% endfor %}{% if add_generation_prompt %}{{ '<|im_start|>assistant\\n' }}{% endif %}"
-)
-PLAIN_TEMPLATE = (
-    "{% for message in messages %}"
-    "{% if message['role'] == 'assistant' %}{{ '### 回答\\n' + message['content'] + eos_token + '\\n' }}"
-    "{% elif message['role'] == 'system' %}{{ message['content'] + '\\n\\n' }}"
-    "{% else %}{{ '### 问题\\n' + message['content'] + '\\n\\n' }}{% endif %}"
-    "{% endfor %}{% if add_generation_prompt %}{{ '### 回答\\n' }}{% endif %}"
-)
+from novelgpt.text.templates import settle_template
 
 
-def load_tokenizer(model: str) -> PreTrainedTokenizerBase:
-    """The tokenizer of a model folder or hub name, with a chat template and a padding token for certain.
+def load_tokenizer(model: ModelArguments) -> PreTrainedTokenizerBase:
+    """The tokenizer of a model, with a chat template and a padding token for certain.
 
     Raises:
-        UserError: the folder is missing or holds no tokenizer, or it has no end token.
+        UserError: the folder is missing or holds no tokenizer, it needs code that may not run, or it has no end token.
     """
-    if looks_like_path(model) and not Path(model).is_dir():
-        raise UserError(
-            f"model folder {model} does not exist", "check --model; `bash scripts/run_demo.sh` makes a base"
-        )
+    source, own_code = locate(model), runs_own_code(model)
     try:
-        tokenizer = AutoTokenizer.from_pretrained(model, trust_remote_code=False)
-    except (OSError, ValueError, KeyError, ImportError) as error:
+        tokenizer = AutoTokenizer.from_pretrained(source, trust_remote_code=own_code)
+    except (OSError, ValueError, KeyError, ImportError, TypeError, RuntimeError) as error:
+        reason = (str(error).strip().splitlines() or [type(error).__name__])[0]
         raise UserError(
-            f"no tokenizer can be loaded from {model}: {str(error).strip().splitlines()[0]}",
+            f"no tokenizer can be loaded from {model.model}: {reason}",
             "put the tokenizer's files (tokenizer.json, tokenizer_config.json) beside the weights",
         ) from error
     if not encode("字", tokenizer):
         # Without its files, some classes load as an empty shell instead of failing.
         raise UserError(
-            f"{model} holds no tokenizer: it gives no token for any text", "put tokenizer.json beside the weights"
+            f"{model.model} holds no tokenizer: it gives no token for any text",
+            "put the tokenizer's files (tokenizer.json, tokenizer_config.json) beside the weights",
         )
     if tokenizer.eos_token_id is None:
-        raise UserError(f"the tokenizer of {model} has no end token", "set eos_token in its tokenizer_config.json")
+        raise UserError(
+            f"the tokenizer of {model.model} has no end token", "set eos_token in its tokenizer_config.json"
+        )
     if tokenizer.pad_token_id is None:
         tokenizer.pad_token = tokenizer.eos_token  # harmless: padding is told by position, never by id
-    if not tokenizer.chat_template:
-        chatml = {"<|im_start|>", "<|im_end|>"} <= tokenizer.get_vocab().keys()
-        tokenizer.chat_template = CHATML_TEMPLATE if chatml else PLAIN_TEMPLATE
+    if not own_code:
+        tokenizer.init_kwargs.pop("auto_map", None)  # saved, it would name files that are not there
+    settle_template(tokenizer, source)
     return tokenizer
-
-
-def looks_like_path(model: str) -> bool:
-    """Whether a model's name can only be a folder, as hub names have at most one slash and no leading dot."""
-    return model.startswith(("/", ".", "~")) or model.count("/") > 1 or Path(model).exists()
 
 
 def document_end_id(tokenizer: PreTrainedTokenizerBase) -> int:

@@ -2,27 +2,40 @@
 
 from __future__ import annotations
 
+import json
+import shutil
 import sys
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import torch
 from rich.console import Console
 from torch.utils.data import Dataset
 from torch.utils.tensorboard import SummaryWriter
-from transformers import GenerationConfig, PreTrainedModel, PreTrainedTokenizerBase, PrinterCallback, ProgressCallback
+from transformers import (
+    GenerationConfig,
+    PreTrainedModel,
+    PreTrainedTokenizerBase,
+    PrinterCallback,
+    ProgressCallback,
+)
+from transformers.utils import GENERATION_CONFIG_NAME
 
+from novelgpt.model.generation import answer_end_ids
 from novelgpt.settings.arguments import TrainArguments
 from novelgpt.settings.errors import UserError
+from novelgpt.settings.process import is_first_process
 from novelgpt.settings.runs import TrainingRun
 from novelgpt.text.collator import Collator
 from novelgpt.text.conversation import end_token_ids
 from novelgpt.text.statistics import trained_characters
+from novelgpt.training.base_recorder import BaseRecorder
 from novelgpt.training.callbacks import Curves, Progress, ProgressLines, RunRecorder
 from novelgpt.training.forward_checks import check_packing
 from novelgpt.training.memory_plan import MemoryPlan
 from novelgpt.training.run_folder import finish_run_folder, start_run_folder
 from novelgpt.training.sample_predictions import SamplePredictions
+from novelgpt.training.stop_check import check_stops
 from novelgpt.training.throughput import peak_memory
 from novelgpt.training.trainer import NovelTrainer, base_model
 
@@ -39,58 +52,92 @@ def fit(
 
     Returns:
         The figures that run.json keeps: eval_loss, eval_perplexity, eval_token_accuracy, those of the untouched model
-        as start_…, train_runtime (seconds, evaluations included) and tokens_per_second (of training alone).
+        as start_…, stopped (share of training prompts whose answer ended, in [0, 1]; not for raw text), train_runtime
+        (seconds, evaluations included) and tokens_per_second (of training alone).
+
+    Raises:
+        UserError: the model cannot be trained so; then no run folder is left.
     """
-    training = run.training
-    resumed = _checkpoint(training)
+    resumed = _checkpoint(run.training)
     if "position_ids" in train[0]:
         check_packing(base_model(model))
     plan.settle_micro_batch(model)
     folder = start_run_folder(run)
     recorder = RunRecorder(folder)
+    try:
+        return _fit_into(folder, recorder, model, tokenizer, train, valid, run, plan, resumed)
+    except UserError:
+        # Before the first step: what is there looks like a run, and nothing was trained.
+        if is_first_process() and resumed is None and not any("loss" in entry for entry in recorder.history):
+            shutil.rmtree(folder)
+        raise
+
+
+def _fit_into(
+    folder: Path,
+    recorder: RunRecorder,
+    model: torch.nn.Module,
+    tokenizer: PreTrainedTokenizerBase,
+    train: Dataset[Any],
+    valid: Dataset[Any],
+    run: TrainingRun,
+    plan: MemoryPlan,
+    resumed: str | bool | None,
+) -> dict[str, float]:
+    training = run.training
+    base_recorder = BaseRecorder(model)
     # Events of every run lie under logs/, where `tensorboard --logdir output` finds them by the run's name.
     writer = SummaryWriter(str(folder / "logs")) if training.process_index == 0 else None
-    trainer = NovelTrainer(
-        samples=SamplePredictions(valid, tokenizer, training, folder, writer),
-        characters=trained_characters(valid, tokenizer),
-        model=model,
-        args=training,
-        train_dataset=train,
-        eval_dataset=valid,
-        data_collator=Collator(int(tokenizer.pad_token_id)),
-        processing_class=tokenizer,
-        callbacks=[recorder],
-    )
-    trainer.remove_callback(PrinterCallback if training.disable_tqdm else ProgressCallback)
-    trainer.add_callback(ProgressLines() if training.disable_tqdm else Progress())
-    if writer is not None:
-        trainer.add_callback(Curves(writer))
-    _set_end_tokens(model, tokenizer)
     try:
+        _set_end_tokens(base_model(model), tokenizer)
+        trainer = NovelTrainer(
+            samples=SamplePredictions(valid, tokenizer, training, folder, writer),
+            characters=trained_characters(valid, tokenizer),
+            model=model,
+            args=training,
+            train_dataset=train,
+            eval_dataset=valid,
+            data_collator=Collator(int(tokenizer.pad_token_id)),
+            processing_class=tokenizer,
+            callbacks=[recorder, base_recorder],
+        )
+        trainer.remove_callback(PrinterCallback if training.disable_tqdm else ProgressCallback)
+        trainer.add_callback(ProgressLines() if training.disable_tqdm else Progress())
+        if writer is not None:
+            trainer.add_callback(Curves(writer))
         outcome = trainer.train(resume_from_checkpoint=resumed)
         last = trainer.state.log_history
         if not any("eval_loss" in entry and entry["step"] == trainer.state.global_step for entry in last):
             trainer.evaluate()
+        trainer.save_model(str(folder))
+        if trainer.is_world_process_zero():
+            base_recorder.record(folder)
+        stopped = check_stops(cast(PreTrainedModel, trainer.model), tokenizer, train, training, trainer.accelerator)
+        if stopped is not None:
+            trainer.log({"stopped": stopped})
     finally:
         if recorder.history:
             recorder.draw()
         if writer is not None:
             writer.close()
-    trainer.save_model(str(folder))
     results = _results(trainer.state.log_history, outcome.metrics)
     if trainer.is_world_process_zero():
-        save_generation_config(tokenizer, folder)
         finish_run_folder(folder, results)
-        console = Console(soft_wrap=True)
-        console.print(
-            f"[bold]Done.[/bold] eval loss {results.get('start_eval_loss', float('nan')):.4f} -> "
-            f"{results['eval_loss']:.4f}, perplexity {results['eval_perplexity']:.2f}\n"
-            f"  {plan.compare(peak_memory(training.device))}\n"
-            f"  weights       {folder}\n  curve         {folder / 'loss.png'}\n"
-            f"  all figures   {Path(sys.executable).with_name('tensorboard')} --logdir {folder.parent}"
-        )
+        _show(results, plan.compare(peak_memory(training.device)), folder)
     trainer.accelerator.wait_for_everyone()
     return results
+
+
+def _show(results: dict[str, float], memory: str, folder: Path) -> None:
+    """What came out, and where it lies."""
+    console = Console(soft_wrap=True)
+    console.print(
+        f"[bold]Done.[/bold] eval loss {results.get('start_eval_loss', float('nan')):.4f} -> "
+        f"{results['eval_loss']:.4f}, perplexity {results['eval_perplexity']:.2f}\n"
+        f"  {memory}\n"
+        f"  weights       {folder}\n  curve         {folder / 'loss.png'}\n"
+        f"  all figures   {Path(sys.executable).with_name('tensorboard')} --logdir {folder.parent}"
+    )
 
 
 def _checkpoint(training: TrainArguments) -> str | bool | None:
@@ -107,17 +154,24 @@ def _checkpoint(training: TrainArguments) -> str | bool | None:
     return str(wanted)
 
 
-def _set_end_tokens(model: torch.nn.Module, tokenizer: PreTrainedTokenizerBase) -> None:
-    """Checkpoints saved on the way stop at the same tokens as the final weights."""
-    config = model.generation_config
-    if isinstance(model, PreTrainedModel) and isinstance(config, GenerationConfig):
-        config.eos_token_id = end_token_ids(tokenizer)
-        config.pad_token_id = tokenizer.pad_token_id
+def _set_end_tokens(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase) -> None:
+    """All that is saved stops at the same tokens: those of the template, the tokenizer and the base.
+
+    Nothing else of the base's generation settings is kept: some are not valid, which would stop saving, and those of
+    sampling were chosen for another model.
+    """
+    model.generation_config = GenerationConfig(
+        eos_token_id=answer_end_ids(model, tokenizer), pad_token_id=tokenizer.pad_token_id
+    )
 
 
 def save_generation_config(tokenizer: PreTrainedTokenizerBase, folder: Path) -> None:
-    """All tokens that end an answer, beside full weights and adapters alike."""
-    GenerationConfig(eos_token_id=end_token_ids(tokenizer), pad_token_id=tokenizer.pad_token_id).save_pretrained(folder)
+    """All tokens that end an answer, those that the folder's file names already included, and the padding token."""
+    path = folder / GENERATION_CONFIG_NAME
+    named = json.loads(path.read_text(encoding="utf-8")).get("eos_token_id") if path.is_file() else None
+    known = named if isinstance(named, list) else [] if named is None else [named]
+    ends = sorted({*end_token_ids(tokenizer), *known})
+    GenerationConfig(eos_token_id=ends, pad_token_id=tokenizer.pad_token_id).save_pretrained(folder)
 
 
 def _results(history: list[dict[str, Any]], metrics: dict[str, Any]) -> dict[str, float]:
@@ -130,4 +184,7 @@ def _results(history: list[dict[str, Any]], metrics: dict[str, Any]) -> dict[str
     speeds = sorted(entry["tokens_per_second"] for entry in history if "tokens_per_second" in entry)
     if speeds:
         results["tokens_per_second"] = speeds[len(speeds) // 2]
+    shares = [entry["stopped"] for entry in history if "stopped" in entry]
+    if shares:
+        results["stopped"] = shares[-1]
     return results | {"train_runtime": metrics["train_runtime"]}

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from pathlib import Path
 
-from novelgpt.model.loading import adapter_base
+from novelgpt.model.loading import adapter_base, longest_row, read_config
 from novelgpt.settings.errors import UserError
 from novelgpt.settings.runs import TrainingRun
 from novelgpt.training.run_folder import choose_run_folder
@@ -21,12 +21,20 @@ def check_before_launch(run: TrainingRun) -> None:
             raise UserError(f"{name} is no file", "check the path; relative ones start where you type")
     if not 0 < run.data.valid_fraction < 1:
         raise UserError(f"--valid_fraction {run.data.valid_fraction} is no share", "take a number between 0 and 1")
-    for name, least in (("predict_during_eval", 0), ("predict_max_new_tokens", 1)):
-        if vars(run.training)[name] < least:
-            raise UserError(f"--{name} {vars(run.training)[name]} is too small", f"take at least {least}")
+    leasts = {"predict_during_eval": 0, "predict_max_new_tokens": 1, "stop_check": 0, "stop_check_max_new_tokens": 1}
+    for name, least in leasts.items():
+        value = vars(run.training)[name]
+        if value is not None and value < least:
+            raise UserError(f"--{name} {value} is too small", f"take at least {least}")
     if adapter_base(run.model.model) is not None:
         raise UserError(
             f"{run.model.model} is an adapter, not a base",
             "merge it first: python -m finetune_lora.merge ADAPTER OUTPUT, then train on OUTPUT",
+        )
+    longest = longest_row(read_config(run.model))
+    if longest is not None and run.data.max_length > longest:
+        raise UserError(
+            f"--max_length {run.data.max_length} is more than the {longest} positions that {run.model.model} knows",
+            f"take --max_length {longest} or less; a model whose positions were stretched says so in its config.json",
         )
     choose_run_folder(run)

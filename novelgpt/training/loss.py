@@ -19,6 +19,7 @@ from torch.nn import functional
 from transformers import PreTrainedModel
 from transformers.utils import ModelOutput
 
+from novelgpt.model.baichuan.modeling import NormHead
 from novelgpt.text.conversation import IGNORED
 
 # Bytes of one chunk of logits: large enough that matrix products run near their best.
@@ -159,6 +160,8 @@ class _HeadLoss(torch.autograd.Function):
     ) -> torch.Tensor:
         if isinstance(head, nn.Linear) and head.bias is None and type(head).forward is nn.Linear.forward:
             loss, grad_hidden, grads = _linear_gradients(head.weight, hidden, targets, scale)
+        elif isinstance(head, NormHead) and type(head).forward is NormHead.forward:
+            loss, grad_hidden, grads = _norm_head_gradients(head, hidden, targets, scale)
         else:
             loss, grad_hidden, grads = _module_gradients(head, head_forward, hidden, targets, scale, trained)
         ctx.grad_hidden, ctx.grads, ctx.scale, ctx.dtype = grad_hidden, grads, scale, hidden.dtype
@@ -189,32 +192,68 @@ def _linear_gradients(
         targets: [tokens].
         scale: factor of the sum of losses.
     """
-    device = hidden.device.type
-    dtype = torch.get_autocast_dtype(device) if torch.is_autocast_enabled(device) else weight.dtype
-    chunks = _chunks(weight, hidden)
+    factor = weight.to(_compute_dtype(weight))
+    loss, grad_hidden, grad_weight = _product_gradients(factor, weight.requires_grad, hidden, targets, scale)
+    return loss, grad_hidden, [] if grad_weight is None else [grad_weight.to(weight.dtype)]
+
+
+def _norm_head_gradients(
+    head: NormHead, hidden: torch.Tensor, targets: torch.Tensor, scale: torch.Tensor | float
+) -> tuple[torch.Tensor, torch.Tensor, list[torch.Tensor]]:
+    """As `_linear_gradients`, for logits `hidden @ (W / ||W||).t()`, each row of W by its own norm.
+
+    The normalised rows n are made once a step, and the gradient G in them becomes that in W at the end, in place and a
+    few rows at a time: (G - n <n, G>) / ||W||, what is left of G across the row.
+    """
+    weight = head.weight
+    norms = head.row_norms()[:, None]
+    rows = max(1, _cached_numbers(weight) // weight.shape[1])
+    blocks = [slice(begin, begin + rows) for begin in range(0, len(weight), rows)]
+    factor = torch.empty(weight.shape, dtype=_compute_dtype(weight), device=weight.device)
+    for block in blocks:
+        factor[block] = weight[block].float() / norms[block]
+    loss, grad_hidden, grad_weight = _product_gradients(factor, weight.requires_grad, hidden, targets, scale)
+    if grad_weight is None:
+        return loss, grad_hidden, []
+    for block in blocks:
+        directions = weight[block].float() / norms[block]
+        part = grad_weight[block]
+        part -= directions * (directions * part).sum(-1, keepdim=True)
+        part /= norms[block]
+    return loss, grad_hidden, [grad_weight.to(weight.dtype)]
+
+
+def _product_gradients(
+    factor: torch.Tensor, trained: bool, hidden: torch.Tensor, targets: torch.Tensor, scale: torch.Tensor | float
+) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor | None]:
+    """The scaled loss of the logits `hidden @ factor.t()`, made in the factor's number format.
+
+    Returns:
+        It, its unscaled gradient in hidden states, and, if trained, its scaled one in the factor, which is fp32.
+    """
+    device, dtype = hidden.device.type, factor.dtype
+    chunks = _chunks(factor, hidden)
     # fp16 would lose what the scale of thousands of tokens leaves of it; there it comes last.
     early = 1.0 / max(1, len(hidden)) if dtype == torch.float16 else scale
     losses = torch.empty(len(targets), dtype=torch.float32, device=hidden.device)
     grad_hidden = torch.empty(hidden.shape, dtype=dtype, device=hidden.device)
-    grad_weight = torch.empty(weight.shape, dtype=torch.float32, device=weight.device) if weight.requires_grad else None
+    grad_factor = torch.empty(factor.shape, dtype=torch.float32, device=factor.device) if trained else None
     with torch.autocast(device, enabled=False):
-        factor = weight.to(dtype)
         # Made once and of few sizes: large blocks that come and go in all sizes leave holes that none fits into.
         rows = chunks[0].stop if chunks else 0
-        buffer = factor.new_empty(rows if rows < 256 else -(-rows // 128) * 128, len(weight))
+        buffer = factor.new_empty(rows if rows < 256 else -(-rows // 128) * 128, len(factor))
         for chunk in chunks:
             states = hidden[chunk].to(dtype)
             logits = torch.mm(states, factor.t(), out=buffer[: len(states)])
             losses[chunk] = _losses_and_gradients(logits, targets[chunk])
             torch.mm(logits, factor, out=grad_hidden[chunk])
-            if grad_weight is not None:
-                _add_products(grad_weight, logits, (states * early).to(dtype), first=chunk.start == 0)
-    if grad_weight is not None and not chunks:
-        grad_weight.zero_()
-    if grad_weight is not None and dtype == torch.float16:
-        grad_weight *= scale / early
-    grads = [] if grad_weight is None else [grad_weight.to(weight.dtype)]
-    return losses.sum() * scale, grad_hidden, grads
+            if grad_factor is not None:
+                _add_products(grad_factor, logits, (states * early).to(dtype), first=chunk.start == 0)
+    if grad_factor is not None and not chunks:
+        grad_factor.zero_()
+    if grad_factor is not None and dtype == torch.float16:
+        grad_factor *= scale / early
+    return losses.sum() * scale, grad_hidden, grad_factor
 
 
 def _add_products(total: torch.Tensor, logits: torch.Tensor, states: torch.Tensor, first: bool) -> None:
@@ -251,8 +290,13 @@ def _losses_and_gradients(logits: torch.Tensor, targets: torch.Tensor) -> torch.
 
 def _blocks(logits: torch.Tensor) -> list[slice]:
     """Slices of the rows of logits that are made fp32 at once."""
-    size = max(1, CACHED_LOGITS * (1 if logits.device.type == "cpu" else 32) // logits.shape[1])
+    size = max(1, _cached_numbers(logits) // logits.shape[1])
     return [slice(begin, begin + size) for begin in range(0, len(logits), size)]
+
+
+def _cached_numbers(tensor: torch.Tensor) -> int:
+    """How many numbers to make fp32 at once, on the device of a tensor."""
+    return CACHED_LOGITS * (1 if tensor.device.type == "cpu" else 32)
 
 
 def _module_gradients(
@@ -283,9 +327,14 @@ def _chunks(head: nn.Module | torch.Tensor, hidden: torch.Tensor) -> list[slice]
     """Slices of the tokens whose logits take CHUNK_BYTES at most."""
     weight = head if isinstance(head, torch.Tensor) else next(head.parameters())
     device = hidden.device.type
-    dtype = torch.get_autocast_dtype(device) if torch.is_autocast_enabled(device) else weight.dtype
-    size = torch.finfo(dtype).bits // 8
+    size = torch.finfo(_compute_dtype(weight)).bits // 8
     most = max(32, CHUNK_BYTES.get(device, CHUNK_BYTES["cuda"]) // (size * weight.shape[0]))
     # Chunks of like size: a short last one would cost as much as a whole one in passes over the head's gradient.
     tokens = -(-len(hidden) // max(1, -(-len(hidden) // most)))
     return [slice(begin, min(begin + tokens, len(hidden))) for begin in range(0, len(hidden), max(1, tokens))]
+
+
+def _compute_dtype(weight: torch.Tensor) -> torch.dtype:
+    """Of the head's products: autocast's if it is on, else the weight's."""
+    device = weight.device.type
+    return torch.get_autocast_dtype(device) if torch.is_autocast_enabled(device) else weight.dtype

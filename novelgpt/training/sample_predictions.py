@@ -60,7 +60,7 @@ def choose_samples(
     """
     if count < 1:
         return []
-    rows = [_documents(dataset[index]) for index in range(len(dataset))]  # type: ignore[arg-type]
+    rows = [documents_of(dataset[index]) for index in range(len(dataset))]  # type: ignore[arg-type]
     samples: list[Sample] = []
     for rank in range(max(map(len, rows), default=0)):
         pool = [documents[rank] for documents in rows if rank < len(documents)]
@@ -71,30 +71,32 @@ def choose_samples(
 
 
 @dataclass
-class _Document:
-    """Tokens of one document of a row, and the runs of them that are trained, at least one."""
+class Document:
+    """Tokens of one document of a row, its labels, and the runs of them that are trained, at least one."""
 
     tokens: numpy.ndarray
+    labels: numpy.ndarray
     runs: list[tuple[int, int]]
 
 
-def _documents(row: dict[str, Any]) -> list[_Document]:
+def documents_of(row: dict[str, Any]) -> list[Document]:
     """Those with a trained token, the one with the most first."""
     ids, labels = numpy.asarray(row["input_ids"]), numpy.asarray(row["labels"])
     positions = numpy.asarray(row["position_ids"]) if "position_ids" in row else numpy.arange(len(ids))
     borders = numpy.flatnonzero(positions == 0)[1:]
     parts = zip(numpy.split(ids, borders), numpy.split(labels, borders), strict=True)
-    documents = [_Document(tokens, trained_runs(wanted)) for tokens, wanted in parts]
+    documents = [Document(tokens, wanted, trained_runs(wanted)) for tokens, wanted in parts]
     trained = [document for document in documents if document.runs]
     return sorted(trained, key=lambda document: -sum(end - begin for begin, end in document.runs))
 
 
-def _sample(document: _Document, tokenizer: PreTrainedTokenizerBase, max_new_tokens: int) -> Sample:
+def _sample(document: Document, tokenizer: PreTrainedTokenizerBase, max_new_tokens: int) -> Sample:
     tokens = document.tokens.tolist()
     begin, end = document.runs[-1]
     # The first token of a text has nothing that could tell it; no chat template makes prompts of one token.
     if begin > 1:
-        return Sample(tokens[:begin], tokens[begin:end], continues_text=False)
+        # Labels, as a template's end token may be a label only (see EncodedRow).
+        return Sample(tokens[:begin], document.labels[begin:end].tolist(), continues_text=False)
     border = _between_characters(tokens, max(1, min(len(tokens) // 2, MOST_PROMPT_TOKENS)), tokenizer)
     return Sample(tokens[:border], tokens[border : border + max_new_tokens], continues_text=True)
 
@@ -153,7 +155,7 @@ class SamplePredictions:
             Means over the samples: {"eval_rouge-1", "eval_rouge-2", "eval_rouge-l", "eval_rep4_char", each in [0, 1],
             "eval_predicted_characters"}; nothing where there are no samples.
         """
-        shared_weights = is_deepspeed_zero3_enabled() or accelerator.distributed_type == DistributedType.FSDP
+        shared_weights = weights_are_shared(accelerator)
         scores: list[dict[str, float]] = [{}]
         if self.samples and (accelerator.is_main_process or shared_weights):
             with undisturbed(model), accelerator.autocast():
@@ -197,6 +199,11 @@ class SamplePredictions:
             text = "\n\n".join(f"**{name}**\n\n{_quoted(part)}" for name, part in parts.items())
             self.writer.add_text(f"predictions/{index}", text, step)
         self.writer.flush()
+
+
+def weights_are_shared(accelerator: Accelerator) -> bool:
+    """Whether each layer needs all processes, as each of them holds parts of the weights (ZeRO-3, FSDP)."""
+    return is_deepspeed_zero3_enabled() or accelerator.distributed_type == DistributedType.FSDP
 
 
 def _quoted(text: str) -> str:

@@ -5,7 +5,6 @@ from __future__ import annotations
 import contextlib
 import io
 from collections.abc import Callable, Iterator
-from pathlib import Path
 from typing import Any
 
 import torch
@@ -13,10 +12,11 @@ from peft import PeftModel
 from torch import nn
 from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.nn import functional
-from transformers import AutoConfig, AutoModelForCausalLM, PretrainedConfig, PreTrainedModel
+from transformers import AutoModelForCausalLM, PretrainedConfig, PreTrainedModel
 from transformers.integrations import deepspeed as deepspeed_integration
 
 from novelgpt.model import attention as _attention  # noqa: F401  registers "packed"
+from novelgpt.model.loading import read_config
 from novelgpt.settings.arguments import ModelArguments
 from novelgpt.training import loss
 from novelgpt.training.live_bytes import INNER, Assumptions, LiveBytes
@@ -56,8 +56,7 @@ class SimulatedModel:
         four_bits: bool = False,
         cast_all: torch.dtype | None = None,
     ) -> None:
-        source = str(Path(model.model).absolute()) if Path(model.model).is_dir() else model.model
-        config = AutoConfig.from_pretrained(source, trust_remote_code=False)
+        config = read_config(model)
         # Flash attention keeps what torch's own kernels keep, and cannot be simulated.
         kernel = "sdpa" if model.attention == "flash_attention_2" else model.attention
         self.device = device
@@ -72,8 +71,7 @@ class SimulatedModel:
             if cast_all is not None:
                 self._model.to(cast_all)
         with self._mode:
-            self._model.to_empty(device=device)
-        base.tie_weights()
+            _fill(self._model, device)
         loss.attach_chunked_loss(base, not changes_logits(base.config))
         inner = list(self._layers[1].parameters()) * self._left_out if self._left_out else []
         self._missing = [(parameter.nbytes, parameter.requires_grad) for parameter in inner]
@@ -109,6 +107,20 @@ class SimulatedModel:
             return track_step(
                 self._model, batch, autocast, checkpointing, accumulated, evaluation, simulated=True, live=live
             )
+
+
+def _fill(model: nn.Module, device: torch.device) -> None:
+    """Give all parameters and buffers of a meta model storage. Tied weights and shared parts stay the same tensor."""
+    holders: dict[nn.Parameter, list[tuple[nn.Module, str]]] = {}
+    for part in model.modules():
+        for name, parameter in part.named_parameters(recurse=False):
+            holders.setdefault(parameter, []).append((part, name))
+    shared = [places for places in holders.values() if len(places) > 1]
+    for part in model.modules():
+        part.to_empty(device=device, recurse=False)
+    for (first, first_name), *others in shared:
+        for part, name in others:
+            setattr(part, name, getattr(first, first_name))
 
 
 def _shortened(base: PreTrainedModel) -> tuple[list[nn.Module], int]:

@@ -1,4 +1,4 @@
-"""The stock Trainer with the chunked loss, evaluation in flat memory, and throughput and memory in its logs.
+"""The stock Trainer with the chunked loss, evaluation in flat memory, guards, and throughput and memory in its logs.
 
 With `num_items_in_batch` from the Trainer, the loss is the token mean over the whole optimizer step, micro-batches and
 ranks together.
@@ -7,6 +7,7 @@ ranks together.
 from __future__ import annotations
 
 import time
+from collections.abc import Callable
 from functools import partial
 from typing import Any, cast
 
@@ -14,10 +15,21 @@ import numpy
 import torch
 from peft import PeftModel
 from torch import nn
-from transformers import EvalPrediction, PreTrainedModel, Trainer
+from transformers import (
+    EvalPrediction,
+    GenerationConfig,
+    PreTrainedModel,
+    Trainer,
+    TrainerCallback,
+    TrainerControl,
+    TrainerState,
+    TrainingArguments,
+)
 
 from novelgpt.scoring.perplexity import row_sums, summarise
+from novelgpt.settings.arguments import TrainArguments
 from novelgpt.training.forward_checks import head_is_last
+from novelgpt.training.guards import GradientWatch, check_forward, check_vocabulary
 from novelgpt.training.loss import attach_chunked_loss
 from novelgpt.training.sample_predictions import SamplePredictions
 from novelgpt.training.throughput import Throughput
@@ -37,17 +49,44 @@ class NovelTrainer(Trainer):
         self.model_accepts_loss_kwargs = True  # the loss is divided by num_items_in_batch, whatever the architecture
         self.throughput: Throughput | None = None  # from the first step on
         self._first_step = 0
+        # Where weights may be left out of a step, tensors without a gradient tell nothing.
+        guards = cast(TrainArguments, self.args).guards
+        self._watch_gradients = guards and not self.args.ddp_find_unused_parameters
+        if guards:
+            self.add_callback(_BeforeTraining(self.check_first_rows))
+
+    def check_first_rows(self) -> None:
+        """Try the model on a micro-batch of the first training rows, each process on its own.
+
+        Raises:
+            UserError: what `novelgpt.training.guards` finds.
+        """
+        dataset: Any = self.train_dataset
+        rows = self.args.per_device_train_batch_size
+        first = self.args.process_index * rows
+        chosen = [dataset[index % len(dataset)] for index in range(first, first + rows)]
+        batch = self._prepare_inputs(self.data_collator(chosen))
+        base = base_model(self.model)
+        check_vocabulary(base, batch)
+        dtype = torch.bfloat16 if self.args.bf16 else torch.float16 if self.args.fp16 else base.dtype
+        check_forward(cast(nn.Module, self.model), batch, dtype, self.accelerator.autocast)
 
     def training_step(
         self, model: nn.Module, inputs: dict[str, Any], num_items_in_batch: torch.Tensor | int | None = None
     ) -> torch.Tensor:
-        """The stock step; counts what it trains on."""
+        """The stock step; counts what it trains on, and the first one has to reach every trained tensor."""
         if self.throughput is None:
             dtype = torch.bfloat16 if self.args.bf16 else torch.float16 if self.args.fp16 else torch.float32
             self._first_step = self.state.global_step
             self.throughput = Throughput(base_model(self.model), self.args.device, dtype)
         self.throughput.count(inputs)
-        return super().training_step(model, inputs, num_items_in_batch)
+        if not self._watch_gradients:
+            return super().training_step(model, inputs, num_items_in_batch)
+        self._watch_gradients = False
+        watch = GradientWatch(cast(nn.Module, self.model))
+        loss = super().training_step(model, inputs, num_items_in_batch)
+        watch.check()
+        return loss
 
     def prediction_step(
         self,
@@ -72,6 +111,13 @@ class NovelTrainer(Trainer):
             if self.throughput is not None:
                 self.throughput.outside += time.perf_counter() - begin
 
+    def save_model(self, output_dir: str | None = None, _internal_call: bool = False) -> None:
+        """Beside the weights of an adapter, its end tokens; full weights bring theirs."""
+        super().save_model(output_dir, _internal_call)
+        ends = base_model(self.model).generation_config
+        if isinstance(self.model, PeftModel) and self.args.should_save and isinstance(ends, GenerationConfig):
+            ends.save_pretrained(str(output_dir or self.args.output_dir))
+
     def log(self, logs: dict[str, float], start_time: float | None = None) -> None:
         """Add speeds, peak memory and the time left to the entries of training."""
         if "loss" in logs and self.throughput is not None:
@@ -83,6 +129,17 @@ class NovelTrainer(Trainer):
             model = cast(PreTrainedModel, self.model)  # or the same with an adapter
             logs |= self.samples.scores(model, self.accelerator, self.state.global_step)
         super().log(logs, start_time)
+
+
+class _BeforeTraining(TrainerCallback):
+    """Calls `check` once the model is set up for training, before anything is evaluated or trained."""
+
+    def __init__(self, check: Callable[[], None]) -> None:
+        self.check = check
+
+    def on_train_begin(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **_: Any) -> None:
+        """Check."""
+        self.check()
 
 
 def base_model(model: nn.Module | None) -> PreTrainedModel:

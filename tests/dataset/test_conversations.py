@@ -15,7 +15,7 @@ from novelgpt.settings.arguments import ConversationArguments
 from novelgpt.settings.errors import UserError
 from novelgpt.text.conversation import IGNORED, EncodedRow, encode_conversation
 from novelgpt.text.statistics import TokenCounts
-from novelgpt.text.tokenizer import CHATML_TEMPLATE
+from novelgpt.text.templates import CHATML_TEMPLATE
 
 Row = dict[str, object]
 

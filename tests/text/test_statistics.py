@@ -7,6 +7,7 @@ import numpy
 import pytest
 from transformers import PreTrainedTokenizerBase
 
+from novelgpt.settings.arguments import ModelArguments
 from novelgpt.text.conversation import IGNORED, encode_conversation
 from novelgpt.text.packing import PackedBlocks
 from novelgpt.text.statistics import trained_characters, trained_runs
@@ -20,7 +21,7 @@ CHARACTERS = "天地人，。\n a1é龘𠮷😀"
 
 @pytest.fixture(params=TOKENIZERS)
 def any_tokenizer(request: pytest.FixtureRequest, tokenizer: PreTrainedTokenizerBase) -> PreTrainedTokenizerBase:
-    return tokenizer if request.param == "embedded" else load_tokenizer(str(SHARED / request.param))
+    return tokenizer if request.param == "embedded" else load_tokenizer(ModelArguments(str(SHARED / request.param)))
 
 
 def random_text(draw: random.Random, length: int) -> str:

@@ -51,6 +51,7 @@ def train(pipeline: str, base: Path, train_file: Path, folder: Path, processes: 
     words += ["--packing", "False", "--num_train_epochs", "1", "--per_device_train_batch_size", str(4 // processes)]
     words += ["--gradient_accumulation_steps", "2", "--logging_steps", "1", "--learning_rate", "1e-3"]
     words += ["--eval_on_start", "False", "--save_strategy", "no", "--lr_scheduler_type", "constant"]
+    words += ["--stop_check", "0"]
     environment = {key: value for key, value in os.environ.items() if key not in ("RANK", "WORLD_SIZE", "LOCAL_RANK")}
     environment |= {"NPROC": str(processes), "ZERO": str(zero), "OMP_NUM_THREADS": "1", "HF_HUB_OFFLINE": "1"}
     environment |= {"VENV": sys.prefix}

@@ -5,8 +5,6 @@ Started as a script, this file is one of several processes that train the CASES.
 
 import json
 import os
-import socket
-import subprocess
 import sys
 from contextlib import nullcontext
 from dataclasses import dataclass, replace
@@ -28,6 +26,7 @@ from novelgpt.text.conversation import IGNORED, EncodedRow
 from novelgpt.text.packing import PackedRows
 from novelgpt.training import throughput
 from novelgpt.training.trainer import NovelTrainer
+from tests.ranks import run_ranks
 
 ROOT = Path(__file__).resolve().parents[2]
 VOCABULARY = 71
@@ -225,24 +224,7 @@ def main(folder: Path) -> None:
 def several_processes(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """The outcomes of two processes, started once for all cases."""
     folder = tmp_path_factory.mktemp("two")
-    with socket.socket() as free:
-        free.bind(("127.0.0.1", 0))
-        port = free.getsockname()[1]
-    environment = os.environ | {"OMP_NUM_THREADS": "1", "DS_ACCELERATOR": "cpu", "PYTHONPATH": str(ROOT)}
-    environment |= {"WORLD_SIZE": "2", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port), "HF_HUB_OFFLINE": "1"}
-    logs = [folder / f"{rank}.log" for rank in range(2)]
-    processes = []
-    for rank, log in enumerate(logs):
-        ranks = {"RANK": str(rank), "LOCAL_RANK": str(rank)}
-        with log.open("w") as file:
-            words = [sys.executable, __file__, str(folder)]
-            processes.append(subprocess.Popen(words, env=environment | ranks, stdout=file, stderr=subprocess.STDOUT))
-    try:
-        statuses = [process.wait(timeout=300) for process in processes]
-    finally:
-        for process in processes:
-            process.kill()
-    assert statuses == [0, 0], "\n".join(log.read_text(encoding="utf-8")[-3000:] for log in logs)
+    run_ranks(__file__, str(folder), logs=folder)
     return folder
 
 

@@ -210,19 +210,19 @@ def test_nothing_to_answer_gives_no_figures(
     assert not (tmp_path / PREDICTIONS_FILE).exists()
 
 
-def test_text_stops_at_the_end_of_its_document_and_answers_do_not(
+def test_texts_and_answers_stop_at_the_end_of_a_document(
     model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, tmp_path: Path
 ) -> None:
     end = document_end_id(tokenizer)
-    assert end not in answer_end_ids(model, tokenizer)
+    assert end in answer_end_ids(model, tokenizer)
     only_ends = torch.nn.Linear(model.config.hidden_size, model.config.vocab_size)
     torch.nn.init.zeros_(only_ends.weight)
     only_ends.bias.data = torch.nn.functional.one_hot(torch.tensor(end), model.config.vocab_size).float()
     model.set_output_embeddings(only_ends)
     text = PackedBlocks([numpy.array([*encode("山上有座庙，庙里有个老和尚。", tokenizer), end])], 100)
-    for rows, reason in ((text, "stop"), (encoded(tokenizer), "length")):
+    for rows in (text, encoded(tokenizer)):
         predictions(rows, tokenizer, tmp_path, 1).scores(model, Accelerator(cpu=True), 0)
-        assert lines(tmp_path)[-1]["finish_reason"] == reason
+        assert lines(tmp_path)[-1]["finish_reason"] == "stop"
 
 
 @pytest.mark.parametrize("adapter", [False, True])

@@ -1,0 +1,203 @@
+"""Which weights a model folder holds: a fingerprint of their values, and the record that an adapter keeps of its base.
+
+An adapter is a difference from one base: upon another one it gives text that is wrong without any error. So the
+fingerprint of the base is written beside the adapter, and compared before the two are put together.
+
+The fingerprint is the SHA-256 of every value of every tensor, with their names, types and shapes. To read only samples
+of the values would take less time, but miss what can be the only difference between two bases: some rows of the
+embedding, trained for new tokens. Reading everything costs little where it is done, as the very bytes that are hashed
+are needed next by the loading of the model, which then finds them in memory; several threads share the work, and the
+result is kept for as long as the files stay as they are.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import hashlib
+import json
+import os
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+
+from huggingface_hub.constants import HF_HOME
+from rich.console import Console
+from rich.markup import escape
+from transformers.utils import SAFE_WEIGHTS_INDEX_NAME, SAFE_WEIGHTS_NAME, WEIGHTS_INDEX_NAME, WEIGHTS_NAME, cached_file
+from transformers.utils.hub import get_checkpoint_shard_files
+
+from novelgpt.model.weight_files import StoredTensor, stored_tensors, weight_files
+from novelgpt.settings.errors import UserError
+
+BASE_RECORD = "base.json"
+CACHE = Path(HF_HOME) / "novelgpt" / "fingerprints.json"
+# Smaller folders are hashed each time, in a second or so.
+CACHED_FROM_BYTES = 1 << 30
+CHUNK_BYTES = 1 << 26
+# Of config.json: what tells apart models whose tensors have the same names and shapes.
+ESSENTIALS = ("model_type", "num_attention_heads", "n_head")
+
+
+def weights_fingerprint(folder: Path, cache: Path | None = None, threads: int | None = None) -> str:
+    """The SHA-256 of the weights in a local folder, as 64 hexadecimal digits.
+
+    Two folders have the same one if and only if (as far as SHA-256 can tell) they hold tensors of the same names,
+    types, shapes and values, for the same type of model with as many attention heads. Where the folder lies, the times
+    of its files, how the weights are cut into files, and whether those are .safetensors or .bin make no difference.
+    Other settings of config.json (the scaling of RoPE, lengths, end tokens) and the tokenizer are not part of it.
+
+    Results of large folders are kept by path, size, inode and time of the last change of the weight files.
+
+    Args:
+        folder: with config.json and weights, in one file or in shards.
+        cache: file of kept results; None for the user's own, used from 1 GiB of weights on.
+        threads: that read and hash; None for as many as there are processors, up to 8.
+
+    Raises:
+        UserError: no weights or no config.json there, or a damaged file.
+    """
+    files = weight_files(folder)
+    if not (folder / "config.json").is_file():
+        raise UserError(f"{folder} holds no config.json", "name the folder of a model")
+    if cache is None and sum(file.stat().st_size for file in files) >= CACHED_FROM_BYTES:
+        cache = CACHE
+    key = _state_of_files([folder / "config.json", *files])
+    kept = _read_cache(cache)
+    if key in kept:
+        return kept[key]
+    fingerprint = _hash(folder, files, threads or min(8, os.cpu_count() or 1))
+    if cache is not None:
+        _write_cache(cache, kept | {key: fingerprint})
+    return fingerprint
+
+
+def base_folder(source: str) -> Path:
+    """The local folder of a base: itself, or where the hub's files are kept, which are fetched if they are not there.
+
+    Raises:
+        UserError: there is neither a folder nor a hub's model of that name.
+    """
+    if Path(source).is_dir():
+        return Path(source)
+    try:
+        cached_file(source, "config.json")
+        return _hub_weights(source).parent
+    except (OSError, ValueError) as error:
+        raise UserError(
+            f"the base {source} is not there: {str(error).strip().splitlines()[0]}", "name its folder with --base"
+        ) from error
+
+
+def write_base_record(folder: Path, base_source: str, fingerprint: str | None = None) -> None:
+    """Write base.json beside an adapter: {"base": base_source, "fingerprint": …}.
+
+    Args:
+        folder: of the adapter.
+        base_source: folder or hub name of the base.
+        fingerprint: of the base; None to compute it here.
+    """
+    if fingerprint is None:
+        fingerprint = weights_fingerprint(base_folder(base_source))
+    record = json.dumps({"base": base_source, "fingerprint": fingerprint}, ensure_ascii=False, indent=2)
+    unfinished = folder / f"{BASE_RECORD}.partial"
+    unfinished.write_text(record + "\n", encoding="utf-8")
+    unfinished.replace(folder / BASE_RECORD)
+
+
+def check_base(adapter_folder: Path, base_source: str, remedy: str = "name the right folder with --base") -> None:
+    """Make sure that an adapter was trained on this base. An adapter without a record gives a warning.
+
+    Args:
+        adapter_folder: where base.json lies.
+        base_source: folder or hub name of the base.
+        remedy: what to do about another base.
+
+    Raises:
+        UserError: the record names another fingerprint, or the base is not there.
+    """
+    path = adapter_folder / BASE_RECORD
+    if not path.is_file():
+        note = f"{adapter_folder} has no {BASE_RECORD}: whether {base_source} is the base it was trained on is unknown"
+        Console(stderr=True, soft_wrap=True).print(f"[yellow]{escape(note)}[/yellow]")
+        return
+    try:
+        record = json.loads(path.read_text(encoding="utf-8"))
+        wanted, trained_on = str(record["fingerprint"]), str(record["base"])
+    except (ValueError, KeyError, TypeError) as error:
+        raise UserError(f"{path} is damaged", "copy it again from the training run, or delete it") from error
+    found = weights_fingerprint(base_folder(base_source))
+    if found != wanted:
+        raise UserError(
+            f"{base_source} is not the base that {adapter_folder} was trained on: its weights have the hash "
+            f"{found[:12]}, those of the base ({trained_on}) had {wanted[:12]}",
+            remedy,
+        )
+
+
+def _hub_weights(source: str) -> Path:
+    """A weight file, or the index, of a model on the hub; all its weights are local afterwards."""
+    problem: OSError | None = None
+    for name, index_name in ((SAFE_WEIGHTS_NAME, SAFE_WEIGHTS_INDEX_NAME), (WEIGHTS_NAME, WEIGHTS_INDEX_NAME)):
+        with contextlib.suppress(OSError):
+            return Path(str(cached_file(source, name)))
+        try:
+            index = Path(str(cached_file(source, index_name)))
+        except OSError as error:
+            problem = error
+            continue
+        get_checkpoint_shard_files(source, str(index))
+        return index
+    raise problem or OSError(f"{source} has no weights")
+
+
+def _hash(folder: Path, files: list[Path], threads: int) -> str:
+    tensors = [tensor for file in files for tensor in stored_tensors(file)]
+    chunks = [(tensor, begin) for tensor in tensors for begin in range(0, tensor.size, CHUNK_BYTES)]
+    if threads == 1:  # without a pool, which a process would wait for at its end
+        digests = [_chunk_digest(chunk) for chunk in chunks]
+    else:
+        with ThreadPoolExecutor(threads) as pool:
+            digests = list(pool.map(_chunk_digest, chunks))
+    of_tensor: dict[int, list[bytes]] = {}
+    for (tensor, _), digest in zip(chunks, digests, strict=True):
+        of_tensor.setdefault(id(tensor), []).append(digest)
+    lines = []
+    for tensor in tensors:
+        values = hashlib.sha256(b"".join(of_tensor.get(id(tensor), []))).hexdigest()
+        lines.append(json.dumps([tensor.name, tensor.dtype, tensor.shape, values]))
+    return hashlib.sha256("\n".join([_essentials(folder), *sorted(lines)]).encode()).hexdigest()
+
+
+def _chunk_digest(chunk: tuple[StoredTensor, int]) -> bytes:
+    tensor, begin = chunk
+    digest = hashlib.sha256()
+    for piece in tensor.read(begin, min(begin + CHUNK_BYTES, tensor.size)):
+        digest.update(piece)
+    return digest.digest()
+
+
+def _essentials(folder: Path) -> str:
+    config = json.loads((folder / "config.json").read_text(encoding="utf-8"))
+    return json.dumps({name: config[name] for name in ESSENTIALS if name in config})
+
+
+def _state_of_files(files: list[Path]) -> str:
+    """Changes whenever a file does: the time of its last change (ctime) cannot be set back."""
+    states = [(str(file.absolute()), file.stat()) for file in files]
+    parts = [(path, state.st_size, state.st_ino, state.st_ctime_ns) for path, state in states]
+    return hashlib.sha256(json.dumps(parts).encode()).hexdigest()
+
+
+def _read_cache(cache: Path | None) -> dict[str, str]:
+    # A cache that cannot be read costs time only.
+    with contextlib.suppress(OSError, ValueError):
+        if cache is not None and cache.is_file():
+            return dict(json.loads(cache.read_text(encoding="utf-8")))
+    return {}
+
+
+def _write_cache(cache: Path, kept: dict[str, str]) -> None:
+    with contextlib.suppress(OSError):
+        cache.parent.mkdir(parents=True, exist_ok=True)
+        unfinished = cache.with_name(f"{cache.name}.{os.getpid()}")
+        unfinished.write_text(json.dumps(kept, indent=1), encoding="utf-8")
+        unfinished.replace(cache)

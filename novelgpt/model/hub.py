@@ -1,0 +1,128 @@
+"""Where a model's files lie, and whether code that lies with them may run."""
+
+from __future__ import annotations
+
+import functools
+import getpass
+import tempfile
+from pathlib import Path
+from typing import Any
+
+from filelock import FileLock
+from transformers import MODEL_FOR_CAUSAL_LM_MAPPING, TOKENIZER_MAPPING, PreTrainedConfig
+from transformers.models.auto.configuration_auto import CONFIG_MAPPING
+from transformers.models.auto.tokenization_auto import get_tokenizer_config, tokenizer_class_from_name
+
+from novelgpt.settings.arguments import ModelArguments
+from novelgpt.settings.errors import UserError
+
+# What a checkpoint consists of; weights are safetensors, or pickles where there are none.
+DESCRIPTIONS = ["*.json", "*.model", "*.tiktoken", "*.txt", "*.jinja"]
+SAFETENSORS, PICKLES, CODE = ["*.safetensors"], ["pytorch_model*.bin"], ["*.py"]
+
+
+def locate(model: ModelArguments) -> str:
+    """The model's folder as an absolute path, or its name on the Hugging Face hub, as from_pretrained takes them.
+
+    Checkpoints and adapters note where their base lies, hence absolute. With `--hub modelscope`, a name is downloaded.
+
+    Raises:
+        UserError: the folder does not exist or is empty, or nothing can be downloaded.
+    """
+    folder = Path(model.model)
+    if folder.is_dir():
+        if not any(folder.iterdir()):
+            raise UserError(f"model folder {model.model} is empty", "name one with config.json, weights and tokenizer")
+        return str(folder.absolute())
+    if looks_like_path(model.model):
+        raise UserError(
+            f"model folder {model.model} does not exist", "check --model; `bash scripts/run_demo.sh` makes a base"
+        )
+    if model.hub == "modelscope":
+        return _download_from_modelscope(model.model, model.trust_remote_code)
+    return model.model
+
+
+def looks_like_path(model: str) -> bool:
+    """Whether a model's name can only be a folder, as hub names have at most one slash and no leading dot."""
+    return model.startswith(("/", ".", "~")) or model.count("/") > 1 or Path(model).exists()
+
+
+def runs_own_code(model: ModelArguments) -> bool:
+    """Whether the checkpoint brings code that is needed to load it, and that `--trust_remote_code` allows to run.
+
+    Code that is not needed, as the architecture is known to transformers or to this toolkit, never runs, whatever the
+    flag says. This is what to pass on as `trust_remote_code`: given a plain yes or no, transformers asks nobody.
+
+    Raises:
+        UserError: it is needed and not allowed.
+    """
+    source = locate(model)
+    wanted = _needed_code(source)
+    if wanted is None:
+        return False
+    if not model.trust_remote_code:
+        raise UserError(
+            f"{model.model} cannot be loaded without running code that lies with it: {wanted}",
+            f"read the .py files of {source}; if you trust them, add --trust_remote_code",
+        )
+    return True
+
+
+def _needed_code(source: str) -> str | None:
+    """The class that a checkpoint would run, with the reason; None where transformers and this toolkit will do."""
+    try:
+        config, _ = PreTrainedConfig.get_config_dict(source)
+    except OSError:  # an adapter, or only a tokenizer; loading tells what is missing where it is missing
+        config = {}
+    kind: Any = config.get("model_type")
+    known = CONFIG_MAPPING[kind] if kind in CONFIG_MAPPING else None  # noqa: SIM401  its `get` finds nothing
+    if known is None or known not in MODEL_FOR_CAUSAL_LM_MAPPING:
+        named = config.get("auto_map") or {}
+        for role in ("AutoModelForCausalLM", "AutoModel", "AutoConfig"):
+            if role in named:
+                return f"{_class_in_file(named[role])}, as model_type {kind!r} is not known here"
+    tokenization = get_tokenizer_config(source)
+    named = tokenization.get("auto_map") or {}
+    classes = named if isinstance(named, list) else named.get("AutoTokenizer")
+    known_tokenizer = known is not None and known in TOKENIZER_MAPPING
+    if classes and not known_tokenizer:
+        name = tokenization.get("tokenizer_class")
+        if name is None or tokenizer_class_from_name(name) is None:
+            # The fast one where there are two, as transformers chooses.
+            chosen = [reference for reference in reversed(classes) if reference][0]
+            return f"{_class_in_file(chosen)}, as the tokenizer {name!r} is not known here"
+    return None
+
+
+def _class_in_file(reference: str) -> str:
+    """`repository--file.Class`, where the first part may be missing, in words."""
+    repository, _, rest = reference.rpartition("--")
+    file, _, name = rest.rpartition(".")
+    return f"{name} in {file}.py" + (f" of {repository}" if repository else "")
+
+
+@functools.cache
+def _download_from_modelscope(name: str, with_code: bool) -> str:
+    """The folder that holds a model of modelscope.cn: configuration, weights and tokenizer.
+
+    Of several processes on a host, one downloads while the others wait, and then find the files there.
+    """
+    try:
+        from modelscope import snapshot_download
+    except ImportError as error:
+        raise UserError("--hub modelscope needs the package modelscope", "pip install modelscope") from error
+    patterns = DESCRIPTIONS + (CODE if with_code else [])
+    lock = Path(tempfile.gettempdir()) / f"novelgpt-modelscope-{getpass.getuser()}.lock"
+    try:
+        with FileLock(lock):
+            folder = Path(snapshot_download(name, allow_file_pattern=patterns + SAFETENSORS))
+            if not any(folder.glob(SAFETENSORS[0])):
+                folder = Path(snapshot_download(name, allow_file_pattern=patterns + PICKLES))
+    except Exception as error:  # of many kinds: the package's own, those of its HTTP client, those of the file system
+        reason = (str(error).strip().splitlines() or [type(error).__name__])[0]
+        raise UserError(
+            f"{name} cannot be downloaded from ModelScope: {reason}",
+            "check the name (OWNER/MODEL) and the connection, or download it yourself and name the folder",
+        ) from error
+    return str(folder.absolute())

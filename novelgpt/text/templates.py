@@ -1,0 +1,140 @@
+"""Chat templates: which one a tokenizer uses, and the record of it that goes with every checkpoint.
+
+The tokenizer's own template comes first. Without one: Baichuan's format for Baichuan tokenizers, ChatML where its
+tokens exist, else a plain one for base models. Name and hash are kept in tokenizer_config.json, so that a model is
+asked in the very words it was trained on.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import re
+from pathlib import Path
+from typing import Any
+
+from transformers import AddedToken, PreTrainedTokenizerBase
+
+from novelgpt.model.baichuan.tokenization import BaichuanTokenizer
+from novelgpt.settings.errors import UserError
+
+CHATML_TEMPLATE = (
+    "{% for message in messages %}{{ '<|im_start|>' + message['role'] + '\\n' + message['content'] + '<|im_end|>\\n' }}"
+    "{% endfor %}{% if add_generation_prompt %}{{ '<|im_start|>assistant\\n' }}{% endif %}"
+)
+PLAIN_TEMPLATE = (
+    "{% for message in messages %}"
+    "{% if message['role'] == 'assistant' %}{{ '### 回答\\n' + message['content'] + eos_token + '\\n' }}"
+    "{% elif message['role'] == 'system' %}{{ message['content'] + '\\n\\n' }}"
+    "{% else %}{{ '### 问题\\n' + message['content'] + '\\n\\n' }}{% endif %}"
+    "{% endfor %}{% if add_generation_prompt %}{{ '### 回答\\n' }}{% endif %}"
+)
+# Where Baichuan's chat models expect a question and an answer to begin (user_token_id and assistant_token_id of their
+# generation_config.json). The pieces behind these ids are named differently in the two generations.
+USER_ID, ASSISTANT_ID = 195, 196
+RESERVED_PIECE = re.compile(r"<reserved_\d+>")
+BAICHUAN2_VOCABULARY = 125696
+BAICHUAN_NAMES = ("baichuan", "baichuan2")
+# The key in tokenizer_config.json.
+RECORD = "novelgpt_chat_template"
+
+
+def settle_template(tokenizer: PreTrainedTokenizerBase, model_folder: str) -> None:
+    """Give the tokenizer its chat template for certain, and note name and hash for its checkpoints.
+
+    Args:
+        tokenizer: as loaded from `model_folder`; one without a template gets one.
+        model_folder: folder or hub name; the config.json of a folder tells Baichuan's two generations apart.
+
+    Raises:
+        UserError: the folder was trained with another template than the one it holds now, or holds several templates
+            of which none is the default.
+    """
+    stored = tokenizer.init_kwargs.get(RECORD)
+    if stored is not None:
+        if stored["sha256"] != _digest(tokenizer):
+            raise UserError(
+                f"{model_folder} was trained with another chat template ({stored['name']}) than it holds now",
+                "put chat_template.jinja of the training back; to train on with a new template, "
+                f"delete {RECORD!r} from tokenizer_config.json",
+            )
+    elif tokenizer.chat_template:
+        _note(tokenizer, "own")
+    else:
+        use_template(tokenizer, *_default_template(tokenizer, model_folder))
+
+
+def use_template(tokenizer: PreTrainedTokenizerBase, name: str, text: str) -> None:
+    """Make `text` (Jinja) the tokenizer's chat template, recorded under `name`."""
+    tokenizer.chat_template = text
+    _note(tokenizer, name)
+
+
+def template_record(tokenizer: PreTrainedTokenizerBase) -> dict[str, Any]:
+    """{"name", "sha256"} of the chat template and, once training rows were read, "thinking" (`record_thinking`)."""
+    return dict(tokenizer.init_kwargs.get(RECORD) or {"name": "own", "sha256": _digest(tokenizer)})
+
+
+def record_thinking(tokenizer: PreTrainedTokenizerBase, thinking: bool) -> None:
+    """Note whether answers begin with a thought of their own, so that prompts leave room for one (Qwen3)."""
+    tokenizer.init_kwargs[RECORD] = template_record(tokenizer) | {"thinking": thinking}
+
+
+def baichuan_template(user: str, assistant: str, ends_answers: bool) -> str:
+    """Baichuan's format: `[system] USER question ASSISTANT answer USER …`, without line feeds.
+
+    Args:
+        user: piece of the vocabulary that begins a question.
+        assistant: piece that begins an answer.
+        ends_answers: whether each answer is followed by the end token (Baichuan-13B-Chat), or the next question is all
+            that ends it (Baichuan2-Chat).
+    """
+    end = " + eos_token" if ends_answers else ""
+    return (
+        "{% for message in messages %}"
+        f"{{% if message['role'] == 'assistant' %}}{{{{ {assistant!r} + message['content']{end} }}}}"
+        "{% elif message['role'] == 'system' %}{{ message['content'] }}"
+        f"{{% else %}}{{{{ {user!r} + message['content'] }}}}{{% endif %}}"
+        f"{{% endfor %}}{{% if add_generation_prompt %}}{{{{ {assistant!r} }}}}{{% endif %}}"
+    )
+
+
+def _default_template(tokenizer: PreTrainedTokenizerBase, model_folder: str) -> tuple[str, str]:
+    """Name and text for a tokenizer without a template."""
+    if isinstance(tokenizer, BaichuanTokenizer) and len(tokenizer) > ASSISTANT_ID:
+        pieces = tokenizer.convert_ids_to_tokens([USER_ID, ASSISTANT_ID])
+        if all(map(RESERVED_PIECE.fullmatch, pieces)):
+            if tokenizer("".join(pieces), add_special_tokens=False)["input_ids"] != [USER_ID, ASSISTANT_ID]:
+                # Ordinary pieces, which no text is cut into: the first generation's code puts in the bare ids.
+                tokenizer.add_tokens([AddedToken(piece, normalized=False) for piece in pieces])
+            second = _is_second_generation(tokenizer, Path(model_folder))
+            return BAICHUAN_NAMES[second], baichuan_template(pieces[0], pieces[1], ends_answers=not second)
+    if {"<|im_start|>", "<|im_end|>"} <= tokenizer.get_vocab().keys():
+        return "chatml", CHATML_TEMPLATE
+    return "plain", PLAIN_TEMPLATE
+
+
+def _is_second_generation(tokenizer: PreTrainedTokenizerBase, folder: Path) -> bool:
+    """Baichuan2 has a NormHead, which small configurations name, and nearly twice the vocabulary of Baichuan."""
+    try:
+        config = json.loads((folder / "config.json").read_text(encoding="utf-8"))
+    except (OSError, ValueError):
+        config = {}
+    norm_head = config.get("norm_head")
+    return len(tokenizer) >= BAICHUAN2_VOCABULARY if norm_head is None else bool(norm_head)
+
+
+def _note(tokenizer: PreTrainedTokenizerBase, name: str) -> None:
+    tokenizer.init_kwargs[RECORD] = {"name": name, "sha256": _digest(tokenizer)}
+
+
+def _digest(tokenizer: PreTrainedTokenizerBase) -> str:
+    """Of the template's text; kinds of line feeds do not count, as reading the file back makes them one."""
+    try:
+        text = tokenizer.get_chat_template() if tokenizer.chat_template else ""
+    except ValueError as error:
+        raise UserError(
+            "the tokenizer has several chat templates, none of them named 'default'",
+            "put the one to train with into chat_template.jinja beside the weights",
+        ) from error
+    return hashlib.sha256(text.replace("\r\n", "\n").replace("\r", "\n").encode()).hexdigest()

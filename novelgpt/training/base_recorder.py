@@ -1,0 +1,68 @@
+"""base.json beside every adapter that a run saves: which base it belongs to."""
+
+from __future__ import annotations
+
+import threading
+from concurrent.futures import Future
+from pathlib import Path
+from typing import Any
+
+import torch
+from peft import PeftModel
+from rich.console import Console
+from rich.markup import escape
+from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments
+from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR
+
+from novelgpt.model.fingerprint import base_folder, weights_fingerprint, write_base_record
+from novelgpt.settings.errors import UserError
+
+
+class BaseRecorder(TrainerCallback):
+    """Writes base.json into each checkpoint of an adapter, and into the run folder at its end.
+
+    The base is hashed once, by the first process, in the background from the first step on, in one thread that ends
+    with the process. Runs that train all weights have no base to record: nothing happens there.
+    """
+
+    def __init__(self, model: torch.nn.Module) -> None:
+        self.base: str | None = None
+        if isinstance(model, PeftModel):
+            self.base = str(model.peft_config[model.active_adapter].base_model_name_or_path)
+        self.fingerprint: Future[str] | None = None
+
+    def on_train_begin(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **_: Any) -> None:
+        """Begin to hash."""
+        if self.base is not None and state.is_world_process_zero:
+            self._start(self.base)
+
+    def on_save(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **_: Any) -> None:
+        """Complete the checkpoint that was just written."""
+        if state.is_world_process_zero:
+            self.record(Path(str(args.output_dir)) / f"{PREFIX_CHECKPOINT_DIR}-{state.global_step}")
+
+    def record(self, folder: Path) -> None:
+        """Write base.json into the folder of an adapter; to be called by the first process alone.
+
+        A base that cannot be hashed any more (its folder was moved meanwhile) gives a warning: the adapter is sound.
+        """
+        if self.base is None:
+            return
+        fingerprint = self.fingerprint or self._start(self.base)
+        try:
+            write_base_record(folder, self.base, fingerprint.result())
+        except (UserError, OSError) as error:
+            note = f"{folder} gets no base.json: {error}"
+            Console(stderr=True, soft_wrap=True).print(f"[yellow]{escape(note)}[/yellow]")
+
+    def _start(self, base: str) -> Future[str]:
+        self.fingerprint = future = Future[str]()
+        threading.Thread(target=_fingerprint_into, args=(future, base), name="base-fingerprint", daemon=True).start()
+        return future
+
+
+def _fingerprint_into(future: Future[str], base: str) -> None:
+    try:
+        future.set_result(weights_fingerprint(base_folder(base), threads=1))
+    except Exception as error:  # for the thread that asks for the result
+        future.set_exception(error)

@@ -1,0 +1,255 @@
+"""Talk to a checkpoint, an adapter or a base in the terminal.
+
+    python -m predict.chat [--model FOLDER]
+
+Prompts are those of training, and answers appear while they are made.
+"""
+
+from __future__ import annotations
+
+import io
+import sys
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any, ClassVar, Literal
+
+import torch
+from transformers import GenerationConfig, PreTrainedModel, PreTrainedTokenizerBase, set_seed
+from transformers.generation.streamers import BaseStreamer
+
+from novelgpt.model.generation import answer_end_ids
+from novelgpt.model.loading import load_for_generation, longest_row
+from novelgpt.settings.arguments import GenerationArguments, ModelArguments, option
+from novelgpt.settings.errors import UserError, exit_on_user_error
+from novelgpt.settings.parser import parse_arguments
+from novelgpt.settings.paths import EMBEDDED_BASE
+from novelgpt.text.conversation import Message, encode_prompt
+from novelgpt.text.statistics import BROKEN
+from novelgpt.text.templates import template_record
+from novelgpt.text.tokenizer import load_tokenizer
+from novelgpt.training.run_folder import newest_finetuning
+
+COMMANDS = "/clear forgets the conversation, /exit or Ctrl-D ends it, Ctrl-C stops an answer"
+
+
+@dataclass
+class ChatArguments:
+    """Whom to talk to."""
+
+    _argument_group_name: ClassVar[str] = "Chat"
+
+    model: str | None = option(
+        None, "Full checkpoint, adapter folder or hub name. Default: the newest finished fine-tuning under output/."
+    )
+    system: str = option("", "System message that every conversation starts with; none by default.")
+    attention: Literal["sdpa", "eager", "flash_attention_2"] = option("sdpa", "Attention kernel.")
+    trust_remote_code: bool = option(
+        False, "Run Python code that lies with the checkpoint, where the architecture is not known here. Read it first."
+    )
+    hub: Literal["huggingface", "modelscope"] = option(
+        "huggingface", "Where names are looked up. modelscope needs `pip install modelscope`."
+    )
+
+
+@dataclass
+class ChatGenerationArguments(GenerationArguments):
+    """Answers are drawn, as the likeliest tokens alone make dull talk that tends to go round in circles."""
+
+    max_new_tokens: int = option(1024, "Longest answer, in tokens.")
+    do_sample: bool = option(True, "Draw tokens at random instead of always taking the likeliest.")
+    repetition_penalty: float = option(1.05, "Above 1 makes tokens that were seen before less likely.")
+
+
+@dataclass
+class ChatRun:
+    """A conversation in the terminal."""
+
+    pipeline: ClassVar[str] = "predict.chat"
+    chat: ChatArguments
+    generation: ChatGenerationArguments
+
+
+class Chat:
+    """The history of a conversation, and the prompts it makes.
+
+    Args:
+        tokenizer: of the model.
+        context: tokens that the model takes, prompt and answer together.
+        max_new_tokens: longest answer; at most half of the context is kept free for it.
+        system: message that the conversation starts with; "" for none.
+
+    Attributes:
+        messages: the conversation so far; after `ask`, its last message is the question.
+    """
+
+    def __init__(self, tokenizer: PreTrainedTokenizerBase, context: int, max_new_tokens: int, system: str = "") -> None:
+        self.tokenizer = tokenizer
+        self.context = context
+        self.max_new_tokens = max_new_tokens
+        self.opening: list[Message] = [{"role": "system", "content": system}] if system else []
+        self.messages: list[Message] = []
+        self.clear()
+
+    def clear(self) -> None:
+        """Forget all but the system message."""
+        self.messages = list(self.opening)
+
+    def ask(self, question: str) -> tuple[list[int], int]:
+        """Add a question.
+
+        Returns:
+            Tokens of the prompt, and how many of the oldest turns were forgotten to make it fit.
+
+        Raises:
+            UserError: the question does not fit even alone; it is not added then.
+        """
+        room = self.context - min(self.max_new_tokens, self.context // 2)
+        asked: Message = {"role": "user", "content": question}
+        turns = self.messages[len(self.opening) :]
+        questions = [index for index, message in enumerate(turns) if message["role"] == "user"]
+        for forgotten, start in enumerate([*questions, len(turns)]):
+            kept = [*self.opening, *turns[start:], asked]
+            prompt = encode_prompt(kept, self.tokenizer)
+            if len(prompt) <= room:
+                self.messages = kept
+                return prompt, forgotten
+        raise UserError(
+            f"the question takes {len(prompt)} tokens with the system message, and {room} fit",
+            f"shorten it, or lower --max_new_tokens {self.max_new_tokens}",
+        )
+
+    def answer_room(self, prompt: list[int]) -> int:
+        """Most tokens that the answer to a prompt may have."""
+        return min(self.max_new_tokens, self.context - len(prompt))
+
+    def answered(self, text: str) -> None:
+        """Add the answer to the last question."""
+        self.messages.append({"role": "assistant", "content": text})
+
+
+class StreamedText(BaseStreamer):
+    """Takes tokens one by one and prints the text they make, each character once it is whole.
+
+    Args:
+        tokenizer: of the model.
+        ends: tokens that end an answer, which are not printed.
+
+    Attributes:
+        text: all that was printed.
+    """
+
+    def __init__(self, tokenizer: PreTrainedTokenizerBase, ends: list[int]) -> None:
+        self.tokenizer = tokenizer
+        self.ends = ends
+        self.text = ""
+        self.tokens: list[int] = []
+        # Text is decoded from `start`, a few tokens before those not yet shown, which begin at `shown`: some
+        # tokenizers decode a token by what comes before it, and decoding all each time would take ever longer.
+        self.start = 0
+        self.shown = 0
+        self.in_prompt = True
+
+    def put(self, value: torch.Tensor) -> None:
+        """Take the prompt ([1, tokens], once, not shown), then each new token ([1])."""
+        if self.in_prompt:
+            self.in_prompt = False
+            return
+        self.tokens += [token for token in value.flatten().tolist() if token not in self.ends]
+        if not self._decode(self.start, len(self.tokens)).endswith(BROKEN):
+            self._show()
+
+    def end(self) -> None:
+        """Show what is left: bytes that never became a character."""
+        self._show()
+
+    def _show(self) -> None:
+        shown = self._decode(self.start, self.shown)
+        new = self._decode(self.start, len(self.tokens))[len(shown) :]
+        self.start, self.shown = self.shown, len(self.tokens)
+        self.text += new
+        print(new, end="", flush=True)
+
+    def _decode(self, begin: int, end: int) -> str:
+        return str(self.tokenizer.decode(self.tokens[begin:end], skip_special_tokens=True))
+
+
+@exit_on_user_error
+def main(argv: list[str] | None = None) -> None:
+    """Talk until the input ends."""
+    run = parse_arguments(ChatRun, argv)
+    if run.generation.num_beams > 1:
+        raise UserError("beam search gives no token before the whole answer is done", "leave --num_beams at 1")
+    name = run.chat.model or str(newest_finetuning() or EMBEDDED_BASE)
+    chosen = ModelArguments(name, run.chat.attention, run.chat.trust_remote_code, run.chat.hub)
+    tokenizer = load_tokenizer(chosen)
+    model = load_for_generation(chosen, tokenizer)
+    set_seed(run.generation.seed)
+    context = longest_row(model.config) or int(tokenizer.model_max_length)
+    chat = Chat(tokenizer, context, run.generation.max_new_tokens, run.chat.system)
+    print(f"{Path(name).name}, template {template_record(tokenizer)['name']}, {context:,} tokens: {COMMANDS}")
+    if isinstance(sys.stdin, io.TextIOWrapper):
+        sys.stdin.reconfigure(errors="replace")  # half a character is no reason to end
+    while (question := _read_line()) is not None:
+        command = question.strip()
+        if command == "/exit":
+            break
+        if command == "/clear":
+            chat.clear()
+            print("(forgotten)")
+        elif command.startswith("/"):
+            print(f"({COMMANDS})")
+        elif command:
+            try:
+                _answer(chat, question, model, run.generation)
+            except KeyboardInterrupt:
+                print("\n(stopped)")
+
+
+def _read_line() -> str | None:
+    """What the user wrote; None at the end of the input. Ctrl-C drops the line."""
+    try:
+        return input("\n> ")
+    except KeyboardInterrupt:
+        print(f"\n({COMMANDS})")
+        return ""
+    except EOFError:
+        print()
+        return None
+
+
+def _answer(chat: Chat, question: str, model: PreTrainedModel, generation: GenerationArguments) -> None:
+    """Print the answer while it is made, and keep it, as far as it got."""
+    try:
+        prompt, forgotten = chat.ask(question)
+    except UserError as error:
+        print(f"({error.cause}; {error.remedy})")
+        return
+    if forgotten:
+        print(f"(the conversation no longer fits: its oldest {forgotten} turns were forgotten)")
+    ends = answer_end_ids(model, chat.tokenizer)
+    streamed = StreamedText(chat.tokenizer, ends)
+    config = _generation_config(generation, chat.answer_room(prompt), ends, int(chat.tokenizer.pad_token_id))
+    ids = torch.tensor([prompt], device=model.device)
+    try:
+        with torch.inference_mode():
+            model.generate(  # type: ignore[operator]
+                input_ids=ids, attention_mask=torch.ones_like(ids), generation_config=config, streamer=streamed
+            )
+    finally:
+        chat.answered(streamed.text)
+    print()
+
+
+def _generation_config(
+    generation: GenerationArguments, max_new_tokens: int, ends: list[int], pad: int
+) -> GenerationConfig:
+    """Only what the user chose; the settings of draws only where answers are drawn."""
+    options: dict[str, Any] = asdict(generation) | {"max_new_tokens": max_new_tokens}
+    options.pop("seed")
+    if not generation.do_sample:
+        options = {name: value for name, value in options.items() if name not in ("temperature", "top_p", "top_k")}
+    return GenerationConfig(**options, eos_token_id=ends, pad_token_id=pad, use_cache=True)
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,188 @@
+"""Chat: the history and its limits, text that streams in whole characters, and the command itself."""
+
+import os
+import signal
+import subprocess
+import sys
+import threading
+from pathlib import Path
+
+import pytest
+import torch
+from transformers import PreTrainedTokenizerBase
+
+from novelgpt.model.generation import answer_end_ids, answer_prompts
+from novelgpt.model.loading import load_for_generation
+from novelgpt.settings.arguments import GenerationArguments, ModelArguments
+from novelgpt.settings.errors import UserError
+from novelgpt.text.conversation import encode_prompt, end_token_ids
+from novelgpt.text.tokenizer import encode
+from predict.chat import Chat, StreamedText
+from tests.text.test_templates import build_baichuan_folder, load_baichuan
+
+ROOT = Path(__file__).resolve().parents[2]
+TEXT = "他说：“你好，𠮷野家！”\n\n　　🙂👨\u200d👩\u200d👧 龘 abc  déjà 12\r\n"
+
+
+def user(text: str) -> dict[str, str]:
+    return {"role": "user", "content": text}
+
+
+def assistant(text: str) -> dict[str, str]:
+    return {"role": "assistant", "content": text}
+
+
+def test_the_history_grows_and_is_cleared(tokenizer: PreTrainedTokenizerBase) -> None:
+    chat = Chat(tokenizer, 4096, 64, "你是诗人。")
+    system = {"role": "system", "content": "你是诗人。"}
+    assert chat.ask("一") == (encode_prompt([system, user("一")], tokenizer), 0)
+    chat.answered("甲")
+    assert chat.ask("二") == (encode_prompt([system, user("一"), assistant("甲"), user("二")], tokenizer), 0)
+    chat.answered("乙")
+    assert chat.messages == [system, user("一"), assistant("甲"), user("二"), assistant("乙")]
+    chat.clear()
+    assert chat.messages == [system]
+    assert chat.ask("三") == (encode_prompt([system, user("三")], tokenizer), 0)
+
+
+def test_the_oldest_turns_are_forgotten_where_the_context_ends(tokenizer: PreTrainedTokenizerBase) -> None:
+    context, longest = 160, 40
+    chat = Chat(tokenizer, context, longest, "你是诗人。")
+    asked: list[dict[str, str]] = []
+    total = 0
+    for number in range(30):
+        prompt, forgotten = chat.ask(f"第{number}个问题")
+        asked.append(user(f"第{number}个问题"))
+        total += forgotten
+        # All that is kept, no less than fits: one turn more would be too long.
+        kept = asked[2 * total :]
+        system = {"role": "system", "content": "你是诗人。"}
+        assert chat.messages == [system, *kept]
+        assert prompt == encode_prompt([system, *kept], tokenizer)
+        assert len(prompt) <= context - longest and chat.answer_room(prompt) == longest
+        if forgotten:
+            longer = encode_prompt([system, *asked[2 * (total - 1) :]], tokenizer)
+            assert len(longer) > context - longest
+        chat.answered("答" * 9)
+        asked.append(assistant("答" * 9))
+    assert total > 10
+
+
+def test_a_question_that_does_not_fit_is_refused_and_not_kept(tokenizer: PreTrainedTokenizerBase) -> None:
+    chat = Chat(tokenizer, 64, 1024)
+    prompt, _ = chat.ask("一")
+    assert chat.answer_room(prompt) == 64 - len(prompt)
+    chat.answered("甲")
+    with pytest.raises(UserError, match="and 32 fit"):
+        chat.ask("长" * 64)
+    assert chat.messages == [user("一"), assistant("甲")]
+
+
+@pytest.mark.parametrize("kind", ["byte-level", "sentencepiece"])
+def test_streamed_text_is_whole_characters_and_nothing_else(
+    kind: str, tokenizer: PreTrainedTokenizerBase, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    own = tokenizer if kind == "byte-level" else load_baichuan(build_baichuan_folder(tmp_path / "base", 2))
+    ends = end_token_ids(own)
+    ids = encode(TEXT, own)
+    streamed = StreamedText(own, ends)
+    streamed.put(torch.tensor([encode("问题", own)]))
+    for token in [*ids, ends[0]]:
+        streamed.put(torch.tensor([token]))
+        assert TEXT.startswith(streamed.text)
+    streamed.end()
+    assert streamed.text == capsys.readouterr().out == TEXT
+
+
+def test_half_a_character_comes_only_when_nothing_more_follows(
+    tokenizer: PreTrainedTokenizerBase, capsys: pytest.CaptureFixture[str]
+) -> None:
+    ids = encode("好龘", tokenizer)
+    streamed = StreamedText(tokenizer, end_token_ids(tokenizer))
+    streamed.put(torch.tensor([[1]]))
+    for token in ids[:-1]:
+        streamed.put(torch.tensor([token]))
+    assert streamed.text == "好"
+    streamed.end()
+    assert streamed.text == capsys.readouterr().out == tokenizer.decode(ids[:-1])
+
+
+def chat_command(folder: Path, *words: str) -> list[str]:
+    return [sys.executable, "-m", "predict.chat", "--model", str(folder), *words]
+
+
+# No token twice, so that an answer shows what stands in its prompt.
+GREEDY = ["--do_sample", "false", "--repetition_penalty", "1", "--no_repeat_ngram_size", "1", "--max_new_tokens", "12"]
+
+
+def test_the_command_answers_as_prediction_does(base_folder: Path, tokenizer: PreTrainedTokenizerBase) -> None:
+    lines = ["你好", "", "/clear", "你好", "再说一句", "/what", "/exit", "never read"]
+    done = subprocess.run(
+        chat_command(base_folder, *GREEDY), input="\n".join(lines), capture_output=True, text=True, cwd=ROOT,
+        encoding="utf-8", timeout=240,
+    )  # fmt: skip
+    assert done.returncode == 0, done.stderr
+    model = load_for_generation(ModelArguments(model=str(base_folder), attention="sdpa"), tokenizer)
+    generation = GenerationArguments(max_new_tokens=12, no_repeat_ngram_size=1)
+
+    def answer(messages: list[dict[str, str]]) -> str:
+        prompts = [encode_prompt(messages, tokenizer)]
+        return answer_prompts(model, tokenizer, prompts, generation, 1, answer_end_ids(model, tokenizer))[0].text
+
+    first = answer([user("你好")])
+    second = answer([user("你好"), assistant(first), user("再说一句")])
+    opening, *parts = done.stdout.split("\n> ")
+    assert "template own" in opening and "/clear" in opening
+    assert first and second not in (first, answer([user("你好"), assistant(""), user("再说一句")]))
+    assert parts[:5] == [f"{first}\n", "", "(forgotten)\n", f"{first}\n", f"{second}\n"]
+    assert "/exit" in parts[5] and parts[6:] == [""]
+
+
+def test_interrupt_stops_the_answer_alone_and_the_end_of_input_ends(base_folder: Path) -> None:
+    # With a handler set here, the command gets the default one, even where the tests were told to ignore interrupts.
+    before = signal.signal(signal.SIGINT, signal.default_int_handler)
+    environment = os.environ | {"PYTHONUNBUFFERED": "1"}
+    process = subprocess.Popen(
+        chat_command(base_folder, "--max_new_tokens", "2000"), stdin=subprocess.PIPE, stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE, cwd=ROOT, env=environment,
+    )  # fmt: skip
+    signal.signal(signal.SIGINT, before)
+    assert process.stdin and process.stdout
+    watch = threading.Timer(240, process.kill)
+    watch.start()
+    try:
+        read_until(process, b"> ")
+        for _ in range(2):
+            process.stdin.write("你好\n".encode())
+            process.stdin.flush()
+            read_until(process, b"", least=30)  # the answer runs
+            process.send_signal(signal.SIGINT)
+            output = read_until(process, b"\n> ")
+            assert b"(stopped)" in output
+        process.stdin.close()
+        assert process.wait(timeout=60) == 0
+    finally:
+        watch.cancel()
+        process.kill()
+
+
+def read_until(process: subprocess.Popen[bytes], mark: bytes, least: int = 1) -> bytes:
+    """Output up to a mark, of at least so many bytes."""
+    assert process.stdout
+    output = b""
+    while len(output) < least or mark not in output:
+        byte = process.stdout.read(1)
+        assert byte, process.stderr.read().decode() if process.stderr else ""
+        output += byte
+    return output
+
+
+@pytest.mark.parametrize(
+    ("words", "cause"), [(["--num_beams", "2"], "beam search"), (["--model", "/nowhere/at/all"], "does not exist")]
+)
+def test_what_cannot_be_is_said_before_anything_is_loaded(words: list[str], cause: str) -> None:
+    from predict.chat import main
+
+    with pytest.raises(SystemExit) as caught:
+        main(words)
+    assert caught.value.code == 2

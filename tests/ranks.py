@@ -1,0 +1,34 @@
+"""Several processes of one script, as ranks of one run on this machine."""
+
+import os
+import socket
+import subprocess
+import sys
+from pathlib import Path
+
+ROOT = Path(__file__).resolve().parents[1]
+
+
+def run_ranks(script: str, *words: str, logs: Path, processes: int = 2, timeout: float = 300) -> None:
+    """Run them to their end; the tail of what they printed is in the error where one fails."""
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        port = free.getsockname()[1]
+    environment = os.environ | {"OMP_NUM_THREADS": "1", "DS_ACCELERATOR": "cpu", "PYTHONPATH": str(ROOT)}
+    environment |= {"WORLD_SIZE": str(processes), "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port)}
+    files = [logs / f"{rank}.log" for rank in range(processes)]
+    started = []
+    for rank, path in enumerate(files):
+        ranks = {"RANK": str(rank), "LOCAL_RANK": str(rank), "HF_HUB_OFFLINE": "1"}
+        with path.open("w") as file:
+            started.append(
+                subprocess.Popen(
+                    [sys.executable, script, *words], env=environment | ranks, stdout=file, stderr=subprocess.STDOUT
+                )
+            )
+    try:
+        statuses = [process.wait(timeout=timeout) for process in started]
+    finally:
+        for process in started:
+            process.kill()
+    assert statuses == [0] * processes, "\n".join(path.read_text(encoding="utf-8")[-3000:] for path in files)
