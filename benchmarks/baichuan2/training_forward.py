@@ -34,6 +34,7 @@ from small_model import Source, evaluation_loss, pretrained_model, train
 STEPS, EVALUATE_EVERY = 80, 10
 RATE, HIGH_RATE = 2e-4, 3e-2
 HELD_OUT_ROWS = 64
+SMOOTHED = 5
 # Rise of the evaluation loss over the run, in nats: none to speak of, or one to see.
 FLAT, CLIMB = 0.02, 0.05
 
@@ -83,22 +84,29 @@ CASES = {
 
 
 def draw(curves: dict[str, tuple[list[float], list[float]]], path: Path) -> None:
-    """Training losses left, evaluation losses right, a line for each case."""
-    figure = Figure(figsize=(11, 4.2), dpi=110, layout="constrained")
+    """Training losses, evaluation losses of the faults beside the right forward, and those of the high rate."""
+    figure = Figure(figsize=(13, 4.2), dpi=110, layout="constrained")
     FigureCanvasAgg(figure)
-    left, right = figure.subplots(1, 2)
-    for name, (losses, evaluations) in curves.items():
-        width = 2.4 if name == "right" else 1.5
-        smoothed = [sum(losses[max(0, end - 5) : end]) / len(losses[max(0, end - 5) : end])
-                    for end in range(1, len(losses) + 1)]  # fmt: skip
-        left.plot(range(1, len(losses) + 1), smoothed, label=name, linewidth=width)
-        right.plot(range(0, STEPS + 1, EVALUATE_EVERY), evaluations, "o-", label=name, linewidth=width, markersize=4)
-    for axes, title in ((left, "training loss (mean of 5 steps)"), (right, "evaluation loss")):
+    training, faults, rates = figure.subplots(1, 3)
+    high = f"right, learning rate {HIGH_RATE:g}"
+    for number, (name, (losses, evaluations)) in enumerate(curves.items()):
+        style = {"color": f"C{number}", "label": name, "linewidth": 2.4 if name == "right" else 1.5}
+        windows = [losses[max(0, end - SMOOTHED) : end] for end in range(1, len(losses) + 1)]
+        training.plot(range(1, len(losses) + 1), [sum(window) / len(window) for window in windows], **style)
+        for axes, left_out in ((faults, high), (rates, None)):
+            if name != left_out and (axes is faults or name in ("right", high)):
+                axes.plot(range(0, STEPS + 1, EVALUATE_EVERY), evaluations, "o-", markersize=4, **style)
+    titles = (
+        f"training loss (mean of {SMOOTHED} steps)",
+        "evaluation loss: faults in training",
+        "evaluation loss: rate",
+    )
+    for axes, title in zip((training, faults, rates), titles, strict=True):
         axes.set_title(title)
-        axes.set_xlabel("step of continued training on the model's own distribution")
-        axes.set_ylabel("nats per token")
+        axes.set_xlabel("step of continued training")
         axes.grid(alpha=0.3)
-    right.legend(fontsize=8)
+    training.set_ylabel("nats per token")
+    training.legend(fontsize=8)
     figure.savefig(path)
 
 
