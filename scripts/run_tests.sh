@@ -13,4 +13,6 @@ ruff check .
 ruff format --check .
 mypy
 lint-imports
-pytest "$@"
+# A worker a core, each with one thread: torch processes that share cores with several threads each wait for each other.
+export OMP_NUM_THREADS="${OMP_NUM_THREADS:-1}"
+pytest --numprocesses "$(nproc)" --dist worksteal "$@"

@@ -15,6 +15,7 @@ from transformers import Qwen2Config, Qwen2ForCausalLM
 ROOT = Path(__file__).resolve().parents[2]
 SCRIPTS = ROOT / "scripts"
 QUICK = ["--max_steps", "3", "--logging_steps", "1", "--save_strategy", "no", "--eval_strategy", "no"]
+QUICK += ["--stop_check", "0"]
 
 
 def bash(script: str, *words: str, cwd: Path = ROOT, **variables: str) -> str:

@@ -384,7 +384,16 @@ def test_the_estimate_is_near_what_a_run_takes(
     tokenizer.save_pretrained(tmp_path / "base")
     words = ["--model", str(tmp_path / "base"), "--output_dir", str(tmp_path / "run"), "--max_steps", "2"]
     words += ["--train_files", str(SAMPLES / "papers" / "train.jsonl"), "--max_length", "1024", "--save_strategy", "no"]
-    words += ["--per_device_train_batch_size", "2", "--precision", precision, "--eval_strategy", "no"]
+    words += [
+        "--per_device_train_batch_size",
+        "2",
+        "--precision",
+        precision,
+        "--eval_strategy",
+        "no",
+        "--stop_check",
+        "0",
+    ]
     words += ["--valid_files", str(SAMPLES / "papers" / "valid.jsonl"), "--eval_on_start", "False"]
     environment = os.environ | {"PYTHONPATH": str(ROOT), "HF_HUB_OFFLINE": "1", "CUDA_VISIBLE_DEVICES": ""}
     with (tmp_path / "output.txt").open("w+") as output:

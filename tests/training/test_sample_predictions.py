@@ -297,6 +297,7 @@ def words(base: Path, folder: Path, count: int) -> list[str]:
     return [
         "--model", str(base), "--output_dir", str(folder), "--max_steps", "2", "--logging_steps", "1",
         "--eval_strategy", "steps", "--eval_steps", "1", "--save_strategy", "no", "--learning_rate", "1e-2",
+        "--stop_check", "0",
         "--per_device_train_batch_size", "2", "--predict_during_eval", str(count),
         "--predict_max_new_tokens", str(NEW_TOKENS),
     ]  # fmt: skip
