@@ -1,6 +1,6 @@
 #!/usr/bin/env bash
 # The whole job on the embedded base and samples: pretrain, fine-tune, LoRA-fine-tune, predict, one table.
-# Needs git, Python >= 3.10 and a package index; no model hub, no GPU. Replaces output/demo and the embedded base.
+# Needs git, Python >= 3.10 and a package index; no model hub, no GPU. Replaces output/demo.
 #   bash scripts/run_demo.sh [FOLDER]     FOLDER takes the place of output/demo
 set -euo pipefail
 here="$(cd "$(dirname "${BASH_SOURCE[0]}")" && pwd)"
@@ -13,19 +13,19 @@ python="${VENV:-$root/.venv}/bin/python"
 
 demo="$(realpath -m "${1:-$root/output/demo}")"
 samples="$root/dataset/samples"
-base="$root/output/bases/tiny-qwen3"
+model="$demo/tiny-qwen3"
 # Only what an earlier demo left there.
-rm -rf "$base" "$demo"/{base,pretrain,finetune,finetune_lora} "$demo/summary.json"
+rm -rf "$demo"/{tiny-qwen3,base,pretrain,finetune,finetune_lora} "$demo/summary.json"
 if ! command -v nvidia-smi > /dev/null 2>&1; then export DS_ACCELERATOR=cpu; fi
-"$python" -m novelgpt.model.embedded_base
+"$python" -m novelgpt.model.embedded_base "$model"
 
 step() { printf '\n== %s\n' "$1"; }
 
 step "1/5 The untouched base answers the held-out pairs"
-bash "$here/run_predict.sh" --model "$base" --output_dir "$demo/base" --max_new_tokens 320
+bash "$here/run_predict.sh" --model "$model" --output_dir "$demo/base" --max_new_tokens 320
 
 step "2/5 Continued pretraining on one novel and on abstracts, evaluated on another novel"
-bash "$here/run_pretrain.sh" \
+bash "$here/run_pretrain.sh" --model "$model" --config "$root/pretrain/configs/embedded_base.yaml" \
   --train_files "$samples/novels/deng_ta_xia_de_xin.txt" "$samples/papers/train.jsonl" --text_column abstract \
   --valid_files "$samples/novels/shan_zhong_yao_pu.txt" --output_dir "$demo/pretrain"
 bash "$here/run_predict.sh" --model "$demo/pretrain" --max_new_tokens 320

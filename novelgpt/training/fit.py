@@ -112,6 +112,7 @@ def _fit_into(
         trainer.save_model(str(folder))
         if trainer.is_world_process_zero():
             base_recorder.record(folder)
+        peak = peak_memory(training.device)  # of training; the estimate knows nothing of the answers that follow
         stopped = check_stops(cast(PreTrainedModel, trainer.model), tokenizer, train, training, trainer.accelerator)
         if stopped is not None:
             trainer.log({"stopped": stopped})
@@ -123,7 +124,7 @@ def _fit_into(
     results = _results(trainer.state.log_history, outcome.metrics)
     if trainer.is_world_process_zero():
         finish_run_folder(folder, results)
-        _show(results, plan.compare(peak_memory(training.device)), folder)
+        _show(results, plan.compare(peak), folder)
     trainer.accelerator.wait_for_everyone()
     return results
 
