@@ -30,7 +30,7 @@ from novelgpt.settings.paths import SAMPLES
 from novelgpt.settings.runs import FinetuneRun
 from novelgpt.training import memory_plan, simulated_model
 from novelgpt.training.auto_batch import largest_fitting, micro_batches, set_micro_batch, try_micro_batches
-from novelgpt.training.live_bytes import Heap, LiveBytes
+from novelgpt.training.live_bytes import HOLES, Heap, LiveBytes
 from novelgpt.training.loss import attach_chunked_loss
 from novelgpt.training.memory import MemoryEstimate, estimate_memory
 from novelgpt.training.memory_plan import plan_memory
@@ -165,7 +165,7 @@ def test_a_heap_keeps_small_blocks_and_gives_large_ones_back() -> None:
         torch.empty(1200, dtype=torch.uint8)
     assert live.peak().total() == 1200
     heap = Heap(limit=500)
-    assert live.peak(heap=heap) == {"activations": 1200, "kept": 500}
+    assert live.peak(heap=heap) == {"activations": 1200, "kept": 500 + HOLES * 100}
     assert heap.high == 500
 
 
