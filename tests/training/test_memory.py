@@ -322,7 +322,7 @@ def test_checkpointing_is_chosen_where_the_run_would_not_fit(qwen2: Path, monkey
     need = total(qwen2, per_device_train_batch_size=64)
     less = total(qwen2, per_device_train_batch_size=64, activation_checkpointing=True)
     assert less < 0.9 * need
-    tight = int(need / 0.9 * 0.99)
+    tight = int(need / 0.9 * 0.95)  # not too near, as the process itself grows and shrinks a little
     options: dict[str, Any] = {"per_device_train_batch_size": 64}
     assert not planned(qwen2, 10 * need, monkeypatch, **options).training.activation_checkpointing
     assert planned(qwen2, tight, monkeypatch, **options).training.activation_checkpointing
