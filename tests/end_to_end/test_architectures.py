@@ -8,9 +8,9 @@ from pathlib import Path
 
 import pytest
 from safetensors import safe_open
-from tests.model.original_checkpoints import write_original_baichuan
 from transformers import AutoConfig
 
+from tests.model.original_checkpoints import write_original_baichuan
 from tests.model.original_qwen1 import write_original_qwen1
 
 ROOT = Path(__file__).resolve().parents[2]
