@@ -14,5 +14,6 @@ ruff format --check .
 mypy
 lint-imports
 # A worker a core, each with one thread: torch processes that share cores with several threads each wait for each other.
-export OMP_NUM_THREADS="${OMP_NUM_THREADS:-1}"
-pytest --numprocesses "$(nproc)" --dist worksteal "$@"
+cores="$(env -u OMP_NUM_THREADS nproc)" # which would count threads otherwise
+export OMP_NUM_THREADS=1
+pytest --numprocesses "$cores" --dist worksteal "$@"
