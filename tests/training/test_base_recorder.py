@@ -2,9 +2,9 @@
 
 import json
 from pathlib import Path
+from typing import Any
 
 import pytest
-from datasets import Dataset
 from peft import LoraConfig, get_peft_model
 from transformers import Trainer, TrainingArguments
 
@@ -21,7 +21,7 @@ def test_checkpoints_and_the_final_folder_name_the_base(adapter: bool, base_fold
     model = load_model(source, load_tokenizer(source))
     trained = get_peft_model(model, LoraConfig(r=2, target_modules=["q_proj"])) if adapter else model
     recorder = BaseRecorder(trained)
-    rows = Dataset.from_list([{"input_ids": [5, 6, 7, 8], "labels": [5, 6, 7, 8]}] * 2)
+    rows: Any = [{"input_ids": [5, 6, 7, 8], "labels": [5, 6, 7, 8]}] * 2
     arguments = TrainingArguments(str(tmp_path), max_steps=2, save_steps=1, report_to="none", use_cpu=True)
     Trainer(trained, arguments, train_dataset=rows, callbacks=[recorder]).train()
     recorder.record(tmp_path)
