@@ -42,7 +42,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 import numpy
 import psutil
 import torch
-from results import make_console, result, show_results, write_results
+from results import make_console, make_parser, result, show_results, write_results
 from rich.console import Console
 from rich.table import Table
 from torch import nn
@@ -319,14 +319,13 @@ def can_keep_blocks(case: Case) -> bool:
 
 def read_arguments() -> argparse.Namespace:
     """The command line."""
-    parser = argparse.ArgumentParser(description="Memory and time of the chunked loss, against the plain one")
+    parser = make_parser("Memory and time of the chunked loss, against the plain one")
     parser.add_argument("--vocabularies", nargs="+", type=int, default=VOCABULARIES, metavar="N")
     parser.add_argument("--lengths", nargs="+", type=int, default=LENGTHS, metavar="N", help="tokens of the one row")
     parser.add_argument("--precisions", nargs="+", choices=list(ROUNDING), default=list(ROUNDING))
     parser.add_argument("--trained", nargs="+", choices=["all", "half"], default=["all", "half"])
     parser.add_argument("--width", type=int, default=WIDTH, help="of the hidden states")
     parser.add_argument("--no_torch", action="store_true", help="leave torch's linear_cross_entropy out")
-    parser.add_argument("--json", type=Path, metavar="FILE", help="also write the results to FILE")
     return parser.parse_args()
 
 

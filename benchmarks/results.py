@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import argparse
 import json
 import sys
 from pathlib import Path
@@ -15,6 +16,13 @@ TABLE_WIDTH = 144
 def make_console() -> Console:
     """Wide enough for the tables, in a file as well."""
     return Console(soft_wrap=True, highlight=False, width=None if sys.stdout.isatty() else TABLE_WIDTH)
+
+
+def make_parser(description: str) -> argparse.ArgumentParser:
+    """With the option that all benchmarks have."""
+    parser = argparse.ArgumentParser(description=description)
+    parser.add_argument("--json", type=Path, metavar="FILE", help="also write the results to FILE")
+    return parser
 
 
 def result(name: str, value: float, unit: str, target: float) -> dict[str, Any]:

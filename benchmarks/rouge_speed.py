@@ -6,8 +6,6 @@ Both read the same two unrelated texts in the same process, in turn; each time i
 be equal. rouge_chinese needs some seconds a run and about 1 GB.
 """
 
-import argparse
-import json
 import random
 import statistics
 import sys
@@ -18,6 +16,7 @@ from pathlib import Path
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 import rouge_chinese
+from results import make_parser, write_results
 
 from novelgpt.scoring.rouge import PairScores, score_segmented
 
@@ -68,9 +67,7 @@ def seconds(function: Callable[[], object], loops: int) -> float:
 
 def main() -> None:
     """Check that the scores are equal, time both, print the table; exit with an error where they differ."""
-    parser = argparse.ArgumentParser(description="ROUGE time of one pair, ours against rouge_chinese")
-    parser.add_argument("--json", type=Path, metavar="FILE", help="also write the results to FILE")
-    arguments = parser.parse_args()
+    arguments = make_parser("ROUGE time of one pair, ours against rouge_chinese").parse_args()
 
     prediction, reference = make_text(NOVEL_CHARACTERS, seed=1), make_text(PAPER_CHARACTERS, seed=2)
     oracle = rouge_chinese.Rouge()
@@ -97,15 +94,14 @@ def main() -> None:
     print(f"  {'novelgpt.scoring.rouge':<22}{our_time * 1e3:>12.3f} ms")
     verdict = "holds" if holds else "MISSED"
     print(f"  {'ratio':<22}{'1/' + format(1 / ratio, ',.0f'):>12}     target: under 1/1,000 of its time: {verdict}")
-    if arguments.json:
-        result = {
-            "name": "rouge_time_over_rouge_chinese_4000_characters",
-            "value": ratio,
-            "unit": "ratio of times",
-            "target": "< 0.001",
-            "holds": holds,
-        }
-        arguments.json.write_text(json.dumps({"results": [result]}, indent=2) + "\n", encoding="utf-8")
+    result = {
+        "name": "rouge_time_over_rouge_chinese_4000_characters",
+        "value": ratio,
+        "unit": "ratio of times",
+        "target": "< 0.001",
+        "holds": holds,
+    }
+    write_results([result], arguments.json)
 
 
 if __name__ == "__main__":

@@ -17,7 +17,6 @@ keeps freed blocks, as scripts/launch.sh sets it. The whole takes about 5 minute
 
 from __future__ import annotations
 
-import argparse
 import contextlib
 import io
 import itertools
@@ -39,7 +38,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 import numpy
 import torch
 from loss_memory import in_fresh_process, keep_freed_blocks, median_seconds, resident
-from results import make_console, result, show_results, write_results
+from results import make_console, make_parser, result, show_results, write_results
 from rich.console import Console
 from rich.table import Table
 from torch.utils.data import Dataset
@@ -346,9 +345,8 @@ def study_evaluation(console: Console) -> list[dict[str, Any]]:
 
 def main() -> None:
     """Run the parts asked for, a table each; then the targets."""
-    parser = argparse.ArgumentParser(description="Growth of cost with width, length and data")
+    parser = make_parser("Growth of cost with width, length and data")
     parser.add_argument("--only", nargs="+", choices=PARTS, default=PARTS)
-    parser.add_argument("--json", type=Path, metavar="FILE", help="also write the results to FILE")
     arguments = parser.parse_args()
     for name in [name for name in os.environ if name.startswith("MALLOC_")]:
         del os.environ[name]  # memory is measured with the allocator as shipped

@@ -23,7 +23,7 @@ from pathlib import Path
 from typing import Any
 
 from peers.contest import ALLOCATORS, OURS, PIP_LINES, ROOT, SHAPES, SMALL, Contest, Run, Setting
-from results import TABLE_WIDTH, show_results, write_results
+from results import TABLE_WIDTH, make_parser, show_results, write_results
 from rich.box import SIMPLE
 from rich.console import Console
 from rich.table import Table
@@ -38,7 +38,7 @@ COLUMNS = ["rows/s", "of best peer", "rows timed", "tokens a row", "trained", "p
 
 def read_arguments() -> argparse.Namespace:
     """The command line."""
-    parser = argparse.ArgumentParser(description="Training speed and memory, this toolkit against its peers")
+    parser = make_parser("Training speed and memory, this toolkit against its peers")
     parser.add_argument("--model_size", choices=SHAPES, default=SMALL, help="1.5b and 3b are for a GPU")
     parser.add_argument("--tokenizer", metavar="FOLDER", help="one with ChatML's marks; default: the small base's")
     parser.add_argument("--rows", type=Path, metavar="FILE", default=ROOT / "dataset/samples/papers/train.jsonl")
@@ -56,7 +56,6 @@ def read_arguments() -> argparse.Namespace:
     parser.add_argument("--trl_python", default=sys.executable, help="interpreter that has trl")
     parser.add_argument("--llamafactory_python", default=sys.executable, help="interpreter that has llamafactory")
     parser.add_argument("--work_folder", type=Path, help="where the model lies meanwhile; default: the system's")
-    parser.add_argument("--json", type=Path, metavar="FILE", help="also write the results to FILE")
     return parser.parse_args()
 
 

@@ -5,8 +5,16 @@ import socket
 import subprocess
 import sys
 from pathlib import Path
+from typing import Any
 
 ROOT = Path(__file__).resolve().parents[1]
+# DeepSpeed's settings for weights in parts, however few processes and however small the weights.
+ZERO_3: dict[str, Any] = {
+    "train_micro_batch_size_per_gpu": 1,
+    "zero_allow_untested_optimizer": True,
+    "zero_optimization": {"stage": 3, "stage3_param_persistence_threshold": 0},
+    "bf16": {"enabled": False},
+}
 
 
 def run_ranks(script: str, *words: str, logs: Path, processes: int = 2, timeout: float = 300) -> None:

@@ -11,7 +11,6 @@ a bias among the nearest 64 keys, and the share of attention on wrong keys (tota
 
 from __future__ import annotations
 
-import argparse
 import sys
 from pathlib import Path
 
@@ -20,7 +19,7 @@ import torch
 sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
-from results import make_console, result, show_results, write_results
+from results import make_console, make_parser, result, show_results, write_results
 from rich.table import Table
 
 from novelgpt.model.attention import with_alibi
@@ -59,9 +58,7 @@ def errors(way: str, length: int) -> tuple[float, float]:
 
 def main() -> None:
     """A line for each length."""
-    parser = argparse.ArgumentParser(description="ALiBi's biases in bf16")
-    parser.add_argument("--json", type=Path, metavar="FILE", help="also write the results to FILE")
-    arguments = parser.parse_args()
+    arguments = make_parser("ALiBi's biases in bf16").parse_args()
     console = make_console()
     table = Table("row length", *(f"{way}: {what}" for way in WAYS for what in ("bias error", "misplaced")))
     results = []

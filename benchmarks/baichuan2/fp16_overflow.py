@@ -10,7 +10,6 @@ told otherwise, writes the mean of earlier losses, or 0, in place of a loss that
 
 from __future__ import annotations
 
-import argparse
 import sys
 from pathlib import Path
 
@@ -19,7 +18,7 @@ from rich.table import Table
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
-from results import at_least, make_console, result, show_results, write_results
+from results import at_least, make_console, make_parser, result, show_results, write_results
 from small_model import Source, make_model
 
 # Of the products gate x up inside the MLP of the middle layer.
@@ -47,9 +46,7 @@ def answer(dtype: torch.dtype) -> tuple[bool, float, list[int]]:
 
 def main() -> None:
     """A line for each precision."""
-    parser = argparse.ArgumentParser(description="Baichuan2 in fp16")
-    parser.add_argument("--json", type=Path, metavar="FILE", help="also write the results to FILE")
-    arguments = parser.parse_args()
+    arguments = make_parser("Baichuan2 in fp16").parse_args()
     console = make_console()
     table = Table("precision", "logits", "loss", "greedy answer, as ids")
     shares = {}

@@ -32,7 +32,7 @@ from torch.nn import functional
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
-from results import make_console, result, show_results, write_results
+from results import make_console, make_parser, result, show_results, write_results
 from small_model import Source, evaluation_loss, make_model
 
 VERSIONS = ["v0", "v1", "v2", "native"]
@@ -113,8 +113,7 @@ def in_own_process(version: str, stage: int) -> dict[str, Any]:
 
 def main() -> None:
     """A line for each version and stage."""
-    parser = argparse.ArgumentParser(description="Baichuan2's NormHead under ZeRO")
-    parser.add_argument("--json", type=Path, metavar="FILE", help="also write the results to FILE")
+    parser = make_parser("Baichuan2's NormHead under ZeRO")
     parser.add_argument("--one", nargs=2, metavar=("VERSION", "STAGE"), help=argparse.SUPPRESS)
     arguments = parser.parse_args()
     if arguments.one:

@@ -10,7 +10,6 @@ learning rate far too high. About 3 minutes on 2 CPU cores.
 
 from __future__ import annotations
 
-import argparse
 import copy
 import sys
 from pathlib import Path
@@ -28,7 +27,7 @@ from transformers.masking_utils import sdpa_mask
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
-from results import at_least, make_console, result, show_results, write_results
+from results import at_least, make_console, make_parser, result, show_results, write_results
 from small_model import Source, evaluation_loss, pretrained_model, train
 
 STEPS, EVALUATE_EVERY = 80, 10
@@ -112,9 +111,8 @@ def draw(curves: dict[str, tuple[list[float], list[float]]], path: Path) -> None
 
 def main() -> None:
     """Pretrain once, then a run for each case."""
-    parser = argparse.ArgumentParser(description="Faults of Baichuan2's training forward")
+    parser = make_parser("Faults of Baichuan2's training forward")
     parser.add_argument("--picture", type=Path, metavar="FILE", help="also draw the curves to FILE, a PNG")
-    parser.add_argument("--json", type=Path, metavar="FILE", help="also write the results to FILE")
     arguments = parser.parse_args()
     console = make_console()
     base = pretrained_model()

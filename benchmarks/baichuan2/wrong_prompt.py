@@ -9,7 +9,6 @@ first answered token is </s>. About a minute on 2 CPU cores.
 
 from __future__ import annotations
 
-import argparse
 import sys
 from pathlib import Path
 
@@ -18,7 +17,7 @@ from rich.table import Table
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
-from results import at_least, make_console, result, show_results, write_results
+from results import at_least, make_console, make_parser, result, show_results, write_results
 from small_model import VOCABULARY, Source, make_model
 
 END, USER, ASSISTANT, FULL_STOP = 2, 195, 196, 9
@@ -49,9 +48,7 @@ def conversations(source: Source, rows: int) -> tuple[torch.Tensor, torch.Tensor
 
 def main() -> None:
     """Fine-tune, then ask in both ways."""
-    parser = argparse.ArgumentParser(description="Prompts without the marks of the format")
-    parser.add_argument("--json", type=Path, metavar="FILE", help="also write the results to FILE")
-    arguments = parser.parse_args()
+    arguments = make_parser("Prompts without the marks of the format").parse_args()
     console = make_console()
     model = make_model()
     optimizer = torch.optim.AdamW(model.parameters(), RATE)

@@ -27,6 +27,7 @@ from novelgpt.model.loading import adapter_base, load_model, read_config
 from novelgpt.model.weight_files import stored_dtype
 from novelgpt.settings.arguments import ModelArguments
 from novelgpt.settings.errors import UserError
+from novelgpt.settings.parser import CommandParser
 from novelgpt.settings.paths import complete_folder
 from novelgpt.text.conversation import encode_prompt
 from novelgpt.text.templates import RECORD, template_record
@@ -69,6 +70,17 @@ class Written:
     making: float
     rounding: float
     dtype: torch.dtype
+
+
+def read_export_words(program: str, description: str, architecture: str, argv: list[str] | None) -> argparse.Namespace:
+    """The command line of an export: `checkpoint`, `output`, and what is asked of the files."""
+    parser = CommandParser(prog=program, description=description)
+    parser.add_argument("checkpoint", help="folder or hub name of a full checkpoint; merge adapters first")
+    parser.add_argument("output", type=Path, help=f"new folder for the {architecture}")
+    parser.add_argument("--tolerance", type=float, default=1e-3, help=f"{TOLERANCE_HELP} [default: 0.001]")
+    parser.add_argument("--dtype", choices=DTYPE_CHOICES, default="auto", help=DTYPE_HELP)
+    parser.add_argument("--max_shard_size", default="5GB", help=SHARD_HELP)
+    return parser.parse_args(argv)
 
 
 def chosen_dtype(name: str, source: Path) -> torch.dtype:

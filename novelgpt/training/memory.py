@@ -45,7 +45,7 @@ class MemoryEstimate:
         optimizer: its states.
         activations: what is kept for the backward pass, and what is being computed.
         loss: logits and the other buffers of the head.
-        kept: on CPUs, small blocks that were freed and that the allocator keeps.
+        kept: on CPUs, blocks that were freed and that the allocator keeps, and holes among them.
         evaluation: what the evaluation takes beyond the highest training step.
         other: libraries and their work space.
     """

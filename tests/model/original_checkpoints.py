@@ -2,18 +2,16 @@
 
 import functools
 import io
-import json
 from pathlib import Path
 from typing import Any, Literal
 
 import sentencepiece
 import torch
-from safetensors.torch import save_file
 
 from novelgpt.settings.paths import SAMPLES
+from tests.model.original_weights import CODE, Shards, fill, write_json, write_weights
 
 Position = Literal["rope", "alibi"]
-Shards = Literal["bin", "bin_sharded", "safetensors"]
 
 SIZES = {"intermediate_size": 48, "num_hidden_layers": 2, "positions": 256}
 HEADS = {"rope": {"hidden_size": 32, "num_attention_heads": 4}, "alibi": {"hidden_size": 40, "num_attention_heads": 5}}
@@ -21,8 +19,6 @@ HEADS = {"rope": {"hidden_size": 32, "num_attention_heads": 4}, "alibi": {"hidde
 USER_ID, ASSISTANT_ID = 195, 196
 FIRST_RESERVED_ID, FIRST_RESERVED = 101, 12
 PIECES = 1500
-# Importing any of these files ends the process: nobody asked for them.
-CODE = 'raise SystemExit("code of the checkpoint ran")\n'
 
 
 def write_original_baichuan(
@@ -61,11 +57,9 @@ def write_original_baichuan(
     config = original_config(position, norm_head, sizes)
     if explicit:
         config |= {"position_embedding": position, "norm_head": norm_head}
-    _write_json(folder / "config.json", config)
+    write_json(folder / "config.json", config)
     ends = {"bos_token_id": 1, "eos_token_id": 2, "pad_token_id": 0}
-    _write_json(
-        folder / "generation_config.json", {"_from_model_config": True, "transformers_version": "4.29.2"} | ends
-    )
+    write_json(folder / "generation_config.json", {"_from_model_config": True, "transformers_version": "4.29.2"} | ends)
     write_original_tokenizer(folder, capital=position == "rope" and not norm_head)
     for name in ("configuration_baichuan", "modeling_baichuan"):
         (folder / f"{name}.py").write_text(CODE, encoding="utf-8")
@@ -93,34 +87,7 @@ def original_tensors(golden: bool, sizes: dict[str, int]) -> dict[str, torch.Ten
                 "post_attention_layernorm": (width,),
             }.items()
         }
-    draw = torch.Generator().manual_seed(5)
-    tensors = {}
-    for index, name in enumerate(sorted(shapes)):
-        size = torch.Size(shapes[name])
-        if golden:
-            values = torch.sin(0.37 * torch.arange(size.numel(), dtype=torch.float64) + index).reshape(size)
-        else:
-            values = torch.randn(size, generator=draw, dtype=torch.float64)
-        tensors[name] = ((1 + 0.1 * values) if "norm" in name else 0.3 * values).float()
-    return tensors
-
-
-def write_weights(folder: Path, tensors: dict[str, torch.Tensor], shards: Shards) -> None:
-    """Tensors in one file, or as pickles in two with an index."""
-    if shards == "safetensors":
-        save_file(tensors, folder / "model.safetensors", metadata={"format": "pt"})
-        return
-    if shards == "bin":
-        torch.save(tensors, folder / "pytorch_model.bin")
-        return
-    names = [f"pytorch_model-{part}-of-00002.bin" for part in ("00001", "00002")]
-    places = {name: names[index % 2] for index, name in enumerate(tensors)}
-    for file in names:
-        torch.save({name: tensor for name, tensor in tensors.items() if places[name] == file}, folder / file)
-    size = sum(tensor.nbytes for tensor in tensors.values())
-    _write_json(
-        folder / "pytorch_model.bin.index.json", {"metadata": {"total_size": size}, "weight_map": places}
-    )  # fmt: skip
+    return fill(shapes, 5, golden, "norm")
 
 
 def original_config(position: Position, norm_head: bool, sizes: dict[str, int]) -> dict[str, Any]:
@@ -177,8 +144,8 @@ def write_original_tokenizer(folder: Path, capital: bool = False) -> None:
         "tokenizer_class": name,
     }
     added = {key: {"__type": "AddedToken", "content": token, **flags} for key, token in specials.items()}
-    _write_json(folder / "tokenizer_config.json", settings | added)
-    _write_json(folder / "special_tokens_map.json", {key: {"content": specials[key], **flags} for key in specials})
+    write_json(folder / "tokenizer_config.json", settings | added)
+    write_json(folder / "special_tokens_map.json", {key: {"content": specials[key], **flags} for key in specials})
     (folder / "tokenization_baichuan.py").write_text(CODE, encoding="utf-8")
 
 
@@ -207,7 +174,3 @@ def tokenizer_model() -> bytes:
         minloglevel=2,
     )
     return model.getvalue()
-
-
-def _write_json(path: Path, content: dict[str, Any]) -> None:
-    path.write_text(json.dumps(content, indent=2, ensure_ascii=False), encoding="utf-8")

@@ -1,15 +1,14 @@
 """Small Qwen v1 checkpoints as their makers publish them: names of tensors and fields, qwen.tiktoken, auto_map."""
 
 import base64
-import json
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any, Literal
 
 import torch
-from safetensors.torch import save_file
 
-Shards = Literal["safetensors", "safetensors_sharded", "bin", "bin_sharded"]
+from tests.model.original_weights import CODE, Shards, fill, write_json, write_weights
+
 Style = Literal["later", "first"]
 
 SIZES = {
@@ -33,8 +32,6 @@ FIRST_NAMES = {
 # Pieces of text that get a token of their own, as far as the vocabulary reaches.
 CHARACTERS = "的一了是不我在人有他这个上们来到时大地为子中你说问题回答第海文字好"
 SPECIAL_TOKENS = 208
-# Importing any of these files ends the process: nobody asked for them.
-CODE = 'raise SystemExit("code of the checkpoint ran")\n'
 AUTO_MAP = {
     "AutoConfig": "configuration_qwen.QWenConfig",
     "AutoModel": "modeling_qwen.QWenLMHeadModel",
@@ -61,15 +58,15 @@ def write_original_qwen1(
     sizes = SIZES | sizes
     tensors = original_tensors(golden, sizes)
     write_weights(folder, tensors, shards)
-    _write_json(folder / "config.json", original_config(style, sizes))
+    write_json(folder / "config.json", original_config(style, sizes))
     ranks = rank_file(sizes["vocab_size"] - SPECIAL_TOKENS)
     (folder / "qwen.tiktoken").write_bytes(ranks)
     end_of_text = len(ranks.splitlines())  # the first id after them
     ends = {"eos_token_id": end_of_text, "pad_token_id": end_of_text}
-    _write_json(folder / "generation_config.json", {"chat_format": "raw", "max_new_tokens": 512, "top_k": 0} | ends)
+    write_json(folder / "generation_config.json", {"chat_format": "raw", "max_new_tokens": 512, "top_k": 0} | ends)
     tokenizer = {"AutoTokenizer": ["tokenization_qwen.QWenTokenizer", None]}
     settings = {"model_max_length": 8192, "tokenizer_class": "QWenTokenizer", "auto_map": tokenizer}
-    _write_json(folder / "tokenizer_config.json", settings)
+    write_json(folder / "tokenizer_config.json", settings)
     for name in ("configuration_qwen", "modeling_qwen", "tokenization_qwen"):
         (folder / f"{name}.py").write_text(CODE, encoding="utf-8")
     return tensors
@@ -98,36 +95,7 @@ def original_tensors(golden: bool, sizes: dict[str, int]) -> dict[str, torch.Ten
                 "mlp.c_proj.weight": (width, inner),
             }.items()
         }
-    draw = torch.Generator().manual_seed(3)
-    tensors = {}
-    for index, name in enumerate(sorted(shapes)):
-        size = torch.Size(shapes[name])
-        if golden:
-            values = torch.sin(0.37 * torch.arange(size.numel(), dtype=torch.float64) + index).reshape(size)
-        else:
-            values = torch.randn(size, generator=draw, dtype=torch.float64)
-        tensors[name] = ((1 + 0.1 * values) if "ln_" in name else 0.3 * values).float()
-    return tensors
-
-
-def write_weights(folder: Path, tensors: dict[str, torch.Tensor], shards: Shards) -> None:
-    """Tensors in one file or three, as safetensors or as pickles."""
-    safe = shards.startswith("safetensors")
-    stem, suffix = ("model", "safetensors") if safe else ("pytorch_model", "bin")
-    parts = 3 if shards.endswith("_sharded") else 1
-    numbers = [f"-{part + 1:05}-of-{parts:05}" for part in range(parts)] if parts > 1 else [""]
-    names = [f"{stem}{number}.{suffix}" for number in numbers]
-    places = {name: names[index % parts] for index, name in enumerate(tensors)}
-    for file in names:
-        held = {name: tensor for name, tensor in tensors.items() if places[name] == file}
-        if safe:
-            save_file(held, folder / file, metadata={"format": "pt"})
-        else:
-            torch.save(held, folder / file)
-    if parts > 1:
-        size = sum(tensor.nbytes for tensor in tensors.values())
-        index = {"metadata": {"total_size": size}, "weight_map": places}
-        _write_json(folder / f"{stem}.{suffix}.index.json", index)
+    return fill(shapes, 3, golden, "ln_")
 
 
 def original_config(style: Style, sizes: dict[str, int]) -> dict[str, Any]:
@@ -176,7 +144,3 @@ def _pieces() -> Iterator[bytes]:
         encoded = character.encode()
         yield encoded[:2]
         yield encoded
-
-
-def _write_json(path: Path, content: dict[str, Any]) -> None:
-    path.write_text(json.dumps(content, ensure_ascii=False, indent=2) + "\n", encoding="utf-8")

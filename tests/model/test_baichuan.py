@@ -28,7 +28,8 @@ from novelgpt.training import loss as loss_module
 from novelgpt.training.forward_checks import check_packing, head_is_last
 from novelgpt.training.loss import attach_chunked_loss
 from novelgpt.training.simulated_model import SimulatedModel
-from tests.model.original_checkpoints import Position, Shards, write_original_baichuan
+from tests.model.original_checkpoints import Position, write_original_baichuan
+from tests.model.original_weights import Shards
 
 ROOT = Path(__file__).resolve().parents[2]
 MODELS: dict[str, tuple[Position, bool]] = {

@@ -16,14 +16,8 @@ import torch
 from novelgpt.model.baichuan import BaichuanForCausalLM, NormHead
 from novelgpt.training.loss import attach_chunked_loss
 from tests.model.original_checkpoints import Position, write_original_baichuan
-from tests.ranks import run_ranks
+from tests.ranks import ZERO_3, run_ranks
 
-SETTINGS: dict[str, Any] = {
-    "train_micro_batch_size_per_gpu": 1,
-    "zero_allow_untested_optimizer": True,
-    "zero_optimization": {"stage": 3, "stage3_param_persistence_threshold": 0},
-    "bf16": {"enabled": False},
-}
 IDS = torch.tensor([[3, 17, 42, 5, 9, 60, 1, 33], [8, 2, 30, 30, 7, 12, 51, 40]])
 STEPS = 2
 TRAINED, ITEMS = 14, 16
@@ -102,7 +96,7 @@ def main(folder: Path) -> None:
     from transformers.integrations import HfDeepSpeedConfig
 
     deepspeed.init_distributed("gloo")
-    held = HfDeepSpeedConfig(copy.deepcopy(SETTINGS))
+    held = HfDeepSpeedConfig(copy.deepcopy(ZERO_3))
     losses = {}
     for position in POSITIONS:
         for kind in LOSSES:
@@ -111,7 +105,7 @@ def main(folder: Path) -> None:
             if kind == "chunked":
                 attach_chunked_loss(model)
             optimizer = torch.optim.AdamW(model.parameters(), lr=1e-2)
-            engine, *_ = deepspeed.initialize(model=model, optimizer=optimizer, config=copy.deepcopy(SETTINGS))
+            engine, *_ = deepspeed.initialize(model=model, optimizer=optimizer, config=copy.deepcopy(ZERO_3))
             losses[f"{position}, {kind}"] = events(engine, engine)
             engine.destroy()
     (folder / "losses.json").write_text(json.dumps(losses), encoding="utf-8")

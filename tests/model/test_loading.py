@@ -30,7 +30,8 @@ from novelgpt.model.loading import adapter_base, load_for_generation, load_model
 from novelgpt.settings.arguments import ModelArguments
 from novelgpt.settings.errors import UserError
 from novelgpt.text.tokenizer import load_tokenizer
-from tests.model.original_qwen1 import CODE, write_original_qwen1, write_weights
+from tests.model.original_qwen1 import write_original_qwen1
+from tests.model.original_weights import CODE, write_weights
 
 ROOT = Path(__file__).resolve().parents[2]
 # A model that nobody knows, of one layer type that everybody knows.

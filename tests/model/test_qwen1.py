@@ -15,7 +15,8 @@ from novelgpt.model.qwen1 import QWenConfig, QWenLMHeadModel
 from novelgpt.model.qwen1.modeling import as_qwen2
 from novelgpt.text.collator import Collator
 from novelgpt.text.conversation import IGNORED
-from tests.model.original_qwen1 import SIZES, Shards, Style, write_original_qwen1
+from tests.model.original_qwen1 import SIZES, Style, write_original_qwen1
+from tests.model.original_weights import Shards
 
 # What the original code gives for these sizes, weights and tokens.
 GOLDEN_SIZES: dict[str, Any] = {"vocab_size": 64, "seq_length": 64}

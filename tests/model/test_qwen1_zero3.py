@@ -7,7 +7,6 @@ import json
 import os
 import sys
 from pathlib import Path
-from typing import Any
 
 import pytest
 import torch
@@ -18,14 +17,8 @@ from novelgpt.settings.arguments import ModelArguments
 from novelgpt.settings.errors import UserError
 from novelgpt.text.tokenizer import load_tokenizer
 from tests.model.original_qwen1 import write_original_qwen1
-from tests.ranks import run_ranks
+from tests.ranks import ZERO_3, run_ranks
 
-SETTINGS: dict[str, Any] = {
-    "train_micro_batch_size_per_gpu": 1,
-    "zero_allow_untested_optimizer": True,
-    "zero_optimization": {"stage": 3, "stage3_param_persistence_threshold": 0},
-    "bf16": {"enabled": False},
-}
 IDS = torch.tensor([[3, 17, 42, 5, 9, 60, 1, 33], [8, 2, 30, 30, 7, 12, 51, 40]])
 LEFT_OUT = "transformer.h.1.attn.c_attn.bias"
 
@@ -67,7 +60,7 @@ def hold_the_parts(folder: Path) -> None:
     from transformers.integrations import HfDeepSpeedConfig
 
     deepspeed.init_distributed(dist_backend="gloo")
-    held = HfDeepSpeedConfig(SETTINGS)  # from_pretrained looks for it
+    held = HfDeepSpeedConfig(ZERO_3)  # from_pretrained looks for it
     arguments = ModelArguments(str(folder / "whole"))
     tokenizer = load_tokenizer(arguments)
     model = load_model(arguments, tokenizer)

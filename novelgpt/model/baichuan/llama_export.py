@@ -8,8 +8,6 @@ its LoRA adapters do not fit (merge them before). Models with ALiBi (13B) have n
 
 from __future__ import annotations
 
-from pathlib import Path
-
 import torch
 from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedConfig, PreTrainedModel, PreTrainedTokenizerBase
 from transformers.models.llama.modeling_llama import LlamaRotaryEmbedding
@@ -19,18 +17,14 @@ from novelgpt.model.baichuan.fast_tokenizer import as_fast_tokenizer
 from novelgpt.model.baichuan.modeling import BaichuanForCausalLM, NormHead
 from novelgpt.model.baichuan.tokenization import BaichuanTokenizer
 from novelgpt.model.export import (
-    DTYPE_CHOICES,
-    DTYPE_HELP,
-    SHARD_HELP,
-    TOLERANCE_HELP,
     export_checkpoint,
     print_notes,
+    read_export_words,
     read_full_config,
     with_settings,
 )
 from novelgpt.settings.arguments import ModelArguments
 from novelgpt.settings.errors import UserError, exit_on_user_error
-from novelgpt.settings.parser import CommandParser
 
 PARTS = ("q_proj", "k_proj", "v_proj")
 
@@ -39,13 +33,7 @@ PARTS = ("q_proj", "k_proj", "v_proj")
 def main(argv: list[str] | None = None) -> None:
     """Export the checkpoint that the command line names."""
     program = "python -m novelgpt.model.baichuan.llama_export"
-    parser = CommandParser(prog=program, description="A Baichuan with rotary positions as a Llama.")
-    parser.add_argument("checkpoint", help="folder or hub name of a full checkpoint; merge adapters first")
-    parser.add_argument("output", type=Path, help="new folder for the Llama")
-    parser.add_argument("--tolerance", type=float, default=1e-3, help=f"{TOLERANCE_HELP} [default: 0.001]")
-    parser.add_argument("--dtype", choices=DTYPE_CHOICES, default="auto", help=DTYPE_HELP)
-    parser.add_argument("--max_shard_size", default="5GB", help=SHARD_HELP)
-    words = parser.parse_args(argv)
+    words = read_export_words(program, "A Baichuan with rotary positions as a Llama.", "Llama", argv)
     config = read_full_config(ModelArguments(words.checkpoint, "sdpa"))
     check_has_llama(config, words.checkpoint)
     export_checkpoint(words, as_llama, portable_tokenizer, "Llama")

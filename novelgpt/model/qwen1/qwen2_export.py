@@ -7,17 +7,13 @@ LoRA adapters of the Qwen v1 fit the weights, but not their new names: merge the
 
 from __future__ import annotations
 
-from pathlib import Path
 from typing import cast
 
 from transformers import PreTrainedModel, PreTrainedTokenizerBase, PreTrainedTokenizerFast
 
 from novelgpt.model.export import (
-    DTYPE_CHOICES,
-    DTYPE_HELP,
-    SHARD_HELP,
-    TOLERANCE_HELP,
     export_checkpoint,
+    read_export_words,
     read_full_config,
     with_settings,
 )
@@ -26,19 +22,13 @@ from novelgpt.model.qwen1.modeling import QWenLMHeadModel, as_qwen2
 from novelgpt.model.qwen1.tokenization import QWenTokenizer
 from novelgpt.settings.arguments import ModelArguments
 from novelgpt.settings.errors import UserError, exit_on_user_error
-from novelgpt.settings.parser import CommandParser
 
 
 @exit_on_user_error
 def main(argv: list[str] | None = None) -> None:
     """Export the checkpoint that the command line names."""
-    parser = CommandParser(prog="python -m novelgpt.model.qwen1.qwen2_export", description="A Qwen v1 as a Qwen2.")
-    parser.add_argument("checkpoint", help="folder or hub name of a full checkpoint; merge adapters first")
-    parser.add_argument("output", type=Path, help="new folder for the Qwen2")
-    parser.add_argument("--tolerance", type=float, default=1e-3, help=f"{TOLERANCE_HELP} [default: 0.001]")
-    parser.add_argument("--dtype", choices=DTYPE_CHOICES, default="auto", help=DTYPE_HELP)
-    parser.add_argument("--max_shard_size", default="5GB", help=SHARD_HELP)
-    words = parser.parse_args(argv)
+    program = "python -m novelgpt.model.qwen1.qwen2_export"
+    words = read_export_words(program, "A Qwen v1 as a Qwen2.", "Qwen2", argv)
     config = read_full_config(ModelArguments(words.checkpoint, "sdpa"))
     if not isinstance(config, QWenConfig):
         raise UserError(f"{words.checkpoint} is a {config.model_type}, no Qwen v1", "later Qwens need no export")
