@@ -36,8 +36,8 @@ from novelgpt.model.generation import answer_end_ids
 from novelgpt.model.loading import UNREADABLE, adapter_base, load_model, read_config
 from novelgpt.model.merging import merge_adapter
 from novelgpt.settings.arguments import ModelArguments
+from novelgpt.settings.command_parser import CommandParser
 from novelgpt.settings.errors import UserError, exit_on_user_error
-from novelgpt.settings.parser import CommandParser
 from novelgpt.settings.paths import complete_folder
 from novelgpt.text.tokenizer import load_tokenizer
 

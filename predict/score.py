@@ -16,8 +16,8 @@ from rich.table import Table
 
 from dataset.readers import read_records
 from novelgpt.scoring.rouge import mean_f, score_texts
+from novelgpt.settings.command_parser import CommandParser
 from novelgpt.settings.errors import UserError, exit_on_user_error
-from novelgpt.settings.parser import CommandParser
 
 DEFINITIONS = {
     "rouge-1": "mean F of the sets of jieba words, as rouge_chinese 1.0.3 gives it; empty texts count as 0",

@@ -26,8 +26,8 @@ from novelgpt.model.generation import answer_end_ids
 from novelgpt.model.loading import adapter_base, load_model, read_config
 from novelgpt.model.weight_files import stored_dtype
 from novelgpt.settings.arguments import ModelArguments
+from novelgpt.settings.command_parser import CommandParser
 from novelgpt.settings.errors import UserError
-from novelgpt.settings.parser import CommandParser
 from novelgpt.settings.paths import complete_folder
 from novelgpt.text.conversation import encode_prompt
 from novelgpt.text.templates import RECORD, template_record

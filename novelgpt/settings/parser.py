@@ -8,7 +8,7 @@ import sys
 import typing
 from enum import Enum
 from pathlib import Path
-from typing import Any, NoReturn, TypeVar
+from typing import Any, TypeVar
 
 import yaml
 from rich.console import Console
@@ -17,17 +17,10 @@ from transformers import HfArgumentParser
 from transformers.hf_argparser import string_to_bool
 
 from novelgpt.settings.arguments import TrainArguments
+from novelgpt.settings.command_parser import CommandParser
 from novelgpt.settings.errors import UserError
 
 Run = TypeVar("Run")
-
-
-class CommandParser(argparse.ArgumentParser):
-    """argparse whose errors are UserErrors."""
-
-    def error(self, message: str) -> NoReturn:
-        """Raise what argparse would print below a page of usage."""
-        raise UserError(message, f"see `{self.prog} --help`")
 
 
 class _Parser(CommandParser, HfArgumentParser):

@@ -1,0 +1,42 @@
+"""Data before training: python -m dataset novels | tokens | conversations | preview … (`--help` for each)."""
+
+from __future__ import annotations
+
+import sys
+
+from novelgpt.settings.errors import UserError, exit_on_user_error
+
+COMMANDS = {
+    "novels": "a folder of novels -> clean chapters, without repeats, split by book, and a report",
+    "tokens": "text -> tokens that training maps into memory",
+    "conversations": "papers or prepared novels -> question and answer rows from varied templates",
+    "preview": "rows as training sees them, trained tokens coloured",
+}
+
+
+@exit_on_user_error
+def main(argv: list[str] | None = None) -> None:
+    """Hand the words behind the first to the command it names."""
+    words = list(sys.argv[1:] if argv is None else argv)
+    if words[:1] in ([], ["--help"], ["-h"]):
+        width = max(map(len, COMMANDS))
+        print("python -m dataset COMMAND …\n")
+        print("\n".join(f"  {name:<{width}}  {text}" for name, text in COMMANDS.items()))
+        return
+    command, *rest = words
+    # Imported when called for: a command that needs no model library starts without it.
+    if command == "novels":
+        from dataset.novels.command import main as run
+    elif command == "tokens":
+        from dataset.tokens_command import main as run
+    elif command == "conversations":
+        from dataset.conversations_command import main as run
+    elif command == "preview":
+        from dataset.preview import main as run
+    else:
+        raise UserError(f"no command {command!r}", f"take one of {', '.join(COMMANDS)}")
+    run(rest)
+
+
+if __name__ == "__main__":
+    main()
