@@ -107,7 +107,7 @@ def real_pairs(count: int) -> list[tuple[str, str]]:
 
 def test_score_segmented_equals_rouge_chinese_on_random_pairs() -> None:
     oracle = rouge_chinese.Rouge()
-    pairs = random_pairs(2000)
+    pairs = random_pairs(3000)
     assert sum("" in rouge_tokens(text) for pair in pairs for text in pair) > 200  # the '' words are really there
     for prediction, reference in pairs:
         expected = oracle.get_scores(prediction, reference)[0]
@@ -115,7 +115,7 @@ def test_score_segmented_equals_rouge_chinese_on_random_pairs() -> None:
 
 
 def test_score_texts_and_mean_f_equal_rouge_chinese_on_realistic_pairs() -> None:
-    predictions, references = (list(side) for side in zip(*real_pairs(1000), strict=True))
+    predictions, references = (list(side) for side in zip(*real_pairs(2000), strict=True))
     cut_predictions, cut_references = ([segment(text) for text in side] for side in (predictions, references))
     oracle = rouge_chinese.Rouge()
     scores = score_texts(predictions, references)
@@ -199,7 +199,15 @@ def test_segment_equals_jieba(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -
     monkeypatch.setattr(jieba.dt, "tmp_dir", str(tmp_path))  # else the oracle writes into the shared one
     generator = random.Random(20240603)
     texts = ["", " ", "\r\n"] + [text[:3000] for text in read_real_texts()]
-    texts += [random_text(generator) for _ in range(200)]
+    texts += [random_text(generator) for _ in range(2000)]
+    texts += [
+        "apt-get install x-1.2-3",
+        "a.b%c 3.14%",
+        "㐀𠮷豈 龥龦",
+        "经常在这里",
+        "R&D C++ #1_2",
+        "a\x1cb\x85c\u2028d",
+    ]
     for text in texts:
         assert segment(text) == " ".join(jieba.cut(text))
         assert segment(text).replace(" ", "") == text.replace(" ", "")
@@ -210,6 +218,7 @@ import jieba, sys
 from novelgpt.scoring.rouge import score_texts
 from novelgpt.scoring.segmentation import segment
 jieba.dt.tmp_dir = sys.argv[1]
+segment("一个㐀字")  # which jieba itself cuts
 before = segment("我爱北京天安门广场")
 jieba.add_word("我爱北京", 10**9)
 assert "我爱北京" in jieba.lcut("我爱北京天安门广场")
