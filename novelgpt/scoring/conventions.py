@@ -1,0 +1,145 @@
+"""The figures that other tools would print for the same texts, under their names and on their scale of 0 to 100.
+
+Each function restates one recipe: how texts are cut, what happens to empty ones, how the mean is taken. A published
+figure can only be compared with one made by the same recipe.
+"""
+
+from __future__ import annotations
+
+import itertools
+import re
+from collections.abc import Callable, Sequence
+
+import numpy
+
+from novelgpt.scoring.bleu import bleu4, bleu4_char, bleu_words
+from novelgpt.scoring.rouge import METRICS, mean_f, score_segmented, score_texts
+from novelgpt.scoring.segmentation import segment
+
+
+def llamafactory(predictions: Sequence[str], references: Sequence[str]) -> dict[str, float]:
+    """LLaMA-Factory 0.9.5, `train/sft/metric.py`: {"rouge-1", "rouge-2", "rouge-l", "bleu-4"}.
+
+    rouge_chinese on jieba words, BLEU-4 on characters, each pair rounded to 4 places and then averaged; empty counts 0.
+    """
+    rouge = score_texts(predictions, references)
+    scores = {metric: [round(pair[metric]["f"] * 100, 4) for pair in rouge] for metric in METRICS}
+    pairs = zip(predictions, references, strict=True)
+    scores["bleu-4"] = [round(bleu4_char(prediction, reference) * 100, 4) for prediction, reference in pairs]
+    return {name: float(numpy.mean(values)) for name, values in scores.items()}
+
+
+def swift(predictions: Sequence[str], references: Sequence[str]) -> dict[str, float]:
+    """ms-swift 4.6.0, `metrics/nlg.py`: {"rouge-1", "rouge-2", "rouge-l", "bleu-4"}.
+
+    The `rouge` package (not rouge_chinese) and BLEU-4, both on jieba words without blanks. Pairs without a reference
+    are left out of the mean, empty predictions count 0. `rouge` cuts at each ".", and its rouge-l takes the union of
+    the words of all longest common subsequences; where its recursion breaks off (about 1,000 words), this goes on.
+    """
+    totals = dict.fromkeys((*METRICS, "bleu-4"), 0.0)
+    count = 0
+    for prediction, reference in zip(predictions, references, strict=True):
+        predicted, expected = bleu_words(prediction), bleu_words(reference)
+        if not expected:
+            continue
+        count += 1
+        if not predicted:
+            continue
+        for name, value in _rouge_package(" ".join(predicted), " ".join(expected)).items():
+            totals[name] += value
+        totals["bleu-4"] += bleu4(predicted, expected)
+    return {name: round(total / count * 100, 6) if count else 0.0 for name, total in totals.items()}
+
+
+def opencompass(predictions: Sequence[str], references: Sequence[str]) -> dict[str, float]:
+    """OpenCompass' JiebaRougeEvaluator: {"rouge1", "rouge2", "rougeL"}.
+
+    Of each text, only what stands before the first line end, "." or "," counts, without its punctuation.
+    """
+    sides = []
+    for texts, placeholder in ((predictions, "__PREDPLACEHOLDER__"), (references, "__REFRPLACEHOLDER__")):
+        sides.append([segment(_opencompass_text(text)) or placeholder for text in texts])
+    means = mean_f([score_segmented(*pair) for pair in zip(*sides, strict=True)])
+    return {"rouge1": means["rouge-1"] * 100, "rouge2": means["rouge-2"] * 100, "rougeL": means["rouge-l"] * 100}
+
+
+CONVENTIONS: dict[str, Callable[[Sequence[str], Sequence[str]], dict[str, float]]] = {
+    "llamafactory": llamafactory,
+    "swift": swift,
+    "opencompass": opencompass,
+}
+
+
+def _opencompass_text(text: str) -> str:
+    first = re.split(r"[\n.,]", text, maxsplit=1)[0]
+    bare = re.sub(r"\b(a|an|the)\b", "", re.sub(r"[^\w\s]", "", first), flags=re.IGNORECASE)
+    return " ".join(bare.split())
+
+
+def _rouge_package(prediction: str, reference: str) -> dict[str, float]:
+    """F of rouge-1/2/l as `rouge` 1.0.1 gives them for words with blanks between; all 0 where a side is "." only."""
+    if not prediction.strip(".") or not reference.strip("."):
+        return dict.fromkeys(METRICS, 0.0)
+    predicted, expected = (
+        [" ".join(piece.split()).split(" ") for piece in text.split(".") if piece] for text in (prediction, reference)
+    )
+    common: set[str] = set()
+    for sentence in expected:
+        for other in predicted:
+            common |= _common_words(sentence, other)
+    said, meant = ([word for sentence in side for word in sentence] for side in (predicted, expected))
+    pairs = [set(itertools.pairwise(words)) for words in (said, meant)]
+    words = [set(said), set(meant)]
+    return {
+        "rouge-1": _f(len(words[0] & words[1]), len(words[0]), len(words[1])),
+        "rouge-2": _f(len(pairs[0] & pairs[1]), len(pairs[0]), len(pairs[1])),
+        "rouge-l": _f(len(common), len(words[0]), len(words[1])),
+    }
+
+
+def _f(shared: int, predicted: int, expected: int) -> float:
+    precision = shared / predicted if predicted else 0.0
+    recall = shared / expected if expected else 0.0
+    return 2.0 * ((precision * recall) / (precision + recall + 1e-8))
+
+
+def _common_words(reference: list[str], prediction: list[str]) -> set[str]:
+    """The words of that longest common subsequence which `rouge` finds: from the end, a match is taken at once, and of
+    two equal ways the one that shortens the prediction.
+
+    Rows of the table are kept at every √n-th only and made again block by block, so that long texts fit into memory.
+    """
+    numbers = {word: number for number, word in enumerate({*reference, *prediction})}
+    rows = numpy.array([numbers[word] for word in reference])
+    columns = numpy.array([numbers[word] for word in prediction])
+    step = max(1, int(len(rows) ** 0.5))
+    kept = [numpy.zeros(len(columns) + 1, dtype=numpy.int32)]
+    for begin in range(0, len(rows), step):
+        kept.append(_table(kept[-1], rows[begin : begin + step], columns)[-1])
+    words: set[str] = set()
+    j = len(columns)
+    for block in range(len(kept) - 2, -1, -1):
+        begin = block * step
+        table = _table(kept[block], rows[begin : begin + step], columns)
+        i = len(table) - 1
+        while i > 0 and j > 0:
+            if rows[begin + i - 1] == columns[j - 1]:
+                words.add(prediction[j - 1])
+                i, j = i - 1, j - 1
+            elif table[i - 1, j] > table[i, j - 1]:
+                i -= 1
+            else:
+                j -= 1
+    return words
+
+
+def _table(first: numpy.ndarray, rows: numpy.ndarray, columns: numpy.ndarray) -> numpy.ndarray:
+    """[rows + 1, columns + 1] lengths of longest common subsequences, going on from the row `first`."""
+    table = numpy.empty((len(rows) + 1, len(first)), dtype=numpy.int32)
+    table[0] = first
+    for i, word in enumerate(rows):
+        row = table[i + 1]
+        row[0] = 0
+        numpy.maximum(table[i, 1:], table[i, :-1] + (columns == word), out=row[1:])
+        numpy.maximum.accumulate(row, out=row)
+    return table
