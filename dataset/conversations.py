@@ -10,7 +10,8 @@ from pathlib import Path
 from torch.utils.data import Dataset
 from transformers import PreTrainedTokenizerBase
 
-from dataset.readers import Record, read_conversation_rows
+from dataset.instructions import load_instructions
+from dataset.readers import Record, read_conversation_rows, read_unworded_rows, word_row
 from novelgpt.settings.arguments import ConversationArguments
 from novelgpt.settings.errors import UserError
 from novelgpt.settings.process import is_first_process
@@ -45,19 +46,7 @@ def read_conversations(
     """
     if data.max_length < 2:
         raise UserError(f"--max_length {data.max_length} leaves no token to predict", "take at least 2")
-    train = [row for file in data.train_files for row in read_conversation_rows(Path(file))]
-    if data.valid_files:
-        valid = [row for file in data.valid_files for row in read_conversation_rows(Path(file))]
-    else:
-        kept = math.ceil(len(train) * data.valid_fraction)
-        if not 0 < kept < len(train):
-            raise UserError(
-                f"{len(train)} rows cannot be split into training and evaluation "
-                f"with --valid_fraction {data.valid_fraction}",
-                "name --valid_files or bring more rows",
-            )
-        random.Random(SPLIT_SEED).shuffle(train)
-        valid, train = train[:kept], train[kept:]
+    train, valid = _read_rows(data)
     record_answers((row["messages"] for row in train), tokenizer)
     encoded = {}
     counts = {}
@@ -81,6 +70,24 @@ def read_conversations(
             f"{train_packs.fill():.1%} full: {len(train_packs.rows) / len(train_packs):.1f} rows a pack\n"
         )
     return train_packs, valid_packs
+
+
+def _read_rows(data: ConversationArguments) -> tuple[list[Record], list[Record]]:
+    """Rows to train on, each in a wording drawn for it, and rows to evaluate on, in the first wording of their task."""
+    drawn = load_instructions(data.instruction_templates, data.instruction_seed)
+    rows = [row for file in data.train_files for row in read_unworded_rows(Path(file))]
+    if data.valid_files:
+        train = [word_row(row, drawn) for row in rows]
+        return train, [row for file in data.valid_files for row in read_conversation_rows(Path(file), drawn.fixed())]
+    kept = math.ceil(len(rows) * data.valid_fraction)
+    if not 0 < kept < len(rows):
+        raise UserError(
+            f"{len(rows)} rows cannot be split into training and evaluation "
+            f"with --valid_fraction {data.valid_fraction}",
+            "name --valid_files or bring more rows",
+        )
+    random.Random(SPLIT_SEED).shuffle(rows)
+    return [word_row(row, drawn) for row in rows[kept:]], [word_row(row, drawn.fixed()) for row in rows[:kept]]
 
 
 def encode_rows(

@@ -1,16 +1,51 @@
-"""Bytes of a text file to characters, for the encodings that Chinese text comes in."""
+"""Bytes of a text file to characters, for the encodings that Chinese text comes in.
+
+`likeliest_encoding` tells the encoding from samples; `decode_text` then takes no bad byte, `decode_tolerant` takes a
+few, leaves them out and says where they were.
+"""
 
 from __future__ import annotations
 
 import codecs
+import re
+from collections.abc import Iterator, Sequence
 from pathlib import Path
+from typing import NamedTuple
 
+from dataset.mending import log_probability, mend
+from dataset.novels.records import BadBytes
 from novelgpt.settings.errors import UserError
 
-# The most frequent characters of both scripts: the right decoding of Chinese prose is full of them, a wrong one is not.
-_FREQUENT = frozenset("的一是不了在人有我他这个们中来上大为和国地到以说时要就出会可也你对生能而子那得于着下自之"
-                      "這個們來爲為國說時會對於著")  # fmt: skip
-_MARKS = ((codecs.BOM_UTF8, "utf-8-sig"), (codecs.BOM_UTF16_LE, "utf-16"), (codecs.BOM_UTF16_BE, "utf-16"))
+_MARKS = (
+    (codecs.BOM_UTF8, "utf-8-sig"),
+    (codecs.BOM_UTF16_LE, "utf-16-le"),
+    (codecs.BOM_UTF16_BE, "utf-16-be"),
+)
+_UNMARKED = ("utf-8", "gb18030", "big5hkscs", "utf-16-le", "utf-16-be")
+# Natural logarithm of how likely an encoding is before a byte is read: settles texts of a few characters only.
+_PRIOR = {"utf-8": 2.0, "gb18030": 1.0, "big5hkscs": 0.0, "utf-16-le": -9.0, "utf-16-be": -10.0}
+_WINDOW, _WINDOWS = 512, 5
+_NON_ASCII = re.compile(rb"[\x80-\xff]")
+_LETTER = re.compile(rb"[A-Za-z]")
+_CONTROL_BYTE = re.compile(rb"[\x00-\x08\x0e-\x19\x1c-\x1f\x7f]")
+_CONTROL = re.compile(_CONTROL_BYTE.pattern.decode())
+_NEVER_INSIDE = re.compile(rb"[\x00-\x2f]")
+"""Such a byte is a character of its own in UTF-8, GB18030 and Big5: reading can start anew behind it."""
+_BLOCK, _LONGEST_BLOCK = 16_384, 262_144
+
+
+class Decoded(NamedTuple):
+    """A decoded file.
+
+    Attributes:
+        text: line ends are "\\n"; no NUL and no byte-order mark, also where files with marks were joined.
+        encoding: "utf-8", "utf-8-sig", "utf-16-le", "utf-16-be", "gb18030" or "big5hkscs".
+        bad_bytes: what is left out of `text`, in order, neighbours joined: bytes that fit no character, and NUL.
+    """
+
+    text: str
+    encoding: str
+    bad_bytes: tuple[BadBytes, ...] = ()
 
 
 def decode_text(data: bytes, source: str) -> str:
@@ -21,27 +56,66 @@ def decode_text(data: bytes, source: str) -> str:
     Raises:
         UserError: no encoding fits; names the offset of the first bad byte.
     """
-    marked = next((encoding for mark, encoding in _MARKS if data.startswith(mark)), None)
-    encoding = marked or "utf-8"
-    failures: dict[str, UnicodeDecodeError] = {}
-    text = _try(data, encoding, failures)
-    if text is None and not marked:
-        # Strict GBK and Big5 fail on most real files of these names; their supersets do not.
-        texts = {name: _try(data, name, failures) for name in ("gb18030", "big5hkscs")}
+    mark, encoding = _mark_of(data)
+    try:
+        text = _strict(data, len(mark), len(data), encoding)
+    except UnicodeDecodeError:
         # The one that reads best was meant, even where it fails: damaged UTF-8 can pass for GB18030.
-        encoding = max(("utf-8", *texts), key=lambda name: (_count_frequent(data, name), name not in failures))
-        text = texts.get(encoding)
-    if text is None:
-        failure = failures[encoding]
-        offset = failure.start + len(data) - len(failure.object)  # utf-8-sig counts from behind its mark
-        raise UserError(
-            f"{source}: byte {data[offset]:#04x} at offset {offset} fits no encoding "
-            f"(tried {', '.join(failures)}; {encoding} reads best)",
-            "mend or remove that byte, or save the file as UTF-8",
-        )
+        # Strict GBK and Big5 fail on most real files of these names; their supersets do not.
+        tried = (encoding,) if mark else _UNMARKED[:3]
+        encoding = encoding if mark else likeliest_encoding(data, tried)
+        try:
+            text = _strict(data, len(mark), len(data), encoding)
+        except UnicodeDecodeError as error:
+            raise _no_fit(data, source, len(mark) + error.start, tried, encoding) from None
     if not text.strip():
         raise UserError(f"{source} is empty", "name a file with content, or leave this one out")
-    return text.replace("\r\n", "\n").replace("\r", "\n")
+    return _with_line_feeds(text)
+
+
+def decode_tolerant(data: bytes, source: str) -> Decoded:
+    """Characters of `data`, all but a few bytes: what fits no character is left out and named, never replaced.
+
+    As `decode_text`, and UTF-16 without a mark. Bytes that decode strictly are never touched. Bad bytes may be a
+    thousandth of the file; in a short file up to 8, as two damaged characters have at most, and an eighth of it. NUL is
+    a bad byte too; NULs at the end, which a full disk or a broken download leaves, count as one.
+    Where a byte is lost, all double bytes behind it would pair up wrongly: there the likeliest reading is taken.
+
+    Raises:
+        UserError: empty, no text, or more bad bytes than that; names the offset of the first one.
+    """
+    mark, encoding = _mark_of(data)
+    if not mark:
+        encoding = likeliest_encoding(data)
+        _refuse_binary(data, source, encoding)
+    end = _end_of_text(data, len(mark), encoding)
+    bad: list[BadBytes] = []
+    try:
+        text = _strict(data, len(mark), end, encoding)
+    except UnicodeDecodeError:
+        text = _around_bad_bytes(data, len(mark), end, encoding, source, bad)
+    if "\0" in text:
+        bad = sorted(bad + _nuls(data, len(mark), end, encoding, text.count("\0"), source))
+        text = text.replace("\0", "")
+        _refuse_too_many(data, source, encoding, bad[0].offset, sum(len(run.data) for run in bad))
+    if end < len(data):
+        bad.append(BadBytes(end, data[end:]))
+    text = text.replace("\ufeff", "")
+    if not text or text.isspace():
+        what = "holds nothing but NUL bytes" if bad else "is empty"
+        raise UserError(f"{source} {what}", "name a file with content, or leave this one out")
+    return Decoded(_with_line_feeds(text), encoding, tuple(_join(bad)))
+
+
+def likeliest_encoding(data: bytes, candidates: Sequence[str] = _UNMARKED) -> str:
+    """The encoding, of `candidates`, in which samples of `data` are the most likely Chinese (or plain) text.
+
+    All of them read the same bytes, so the probabilities of what they read can be compared. Takes about a millisecond,
+    whatever the size.
+    """
+    if data.isascii() and "utf-8" in candidates and not _CONTROL_BYTE.search(data):
+        return "utf-8"
+    return max(candidates, key=lambda encoding: _likelihood(data, encoding))
 
 
 def read_bytes(path: Path) -> bytes:
@@ -59,14 +133,168 @@ def read_bytes(path: Path) -> bytes:
     return data
 
 
-def _try(data: bytes, encoding: str, failures: dict[str, UnicodeDecodeError]) -> str | None:
-    try:
-        return data.decode(encoding)
-    except UnicodeDecodeError as error:
-        failures[encoding] = error
-        return None
+def _mark_of(data: bytes) -> tuple[bytes, str]:
+    return next(((mark, encoding) for mark, encoding in _MARKS if data.startswith(mark)), (b"", "utf-8"))
 
 
-def _count_frequent(data: bytes, encoding: str) -> int:
-    """Frequent characters in what can be read of the beginning."""
-    return sum(character in _FREQUENT for character in data[:200_000].decode(encoding, errors="ignore"))
+def _strict(data: bytes, start: int, end: int, encoding: str) -> str:
+    return str(memoryview(data)[start:end], encoding.removesuffix("-sig"))
+
+
+def _with_line_feeds(text: str) -> str:
+    return text.replace("\r\n", "\n").replace("\r", "\n")
+
+
+def _no_fit(data: bytes, source: str, offset: int, tried: Sequence[str], encoding: str, more: str = "") -> UserError:
+    return UserError(
+        f"{source}: byte {data[offset]:#04x} at offset {offset} fits no encoding "
+        f"(tried {', '.join(tried)}; {encoding} reads best){more}",
+        "mend or remove that byte, or save the file as UTF-8",
+    )
+
+
+def _samples(data: bytes, encoding: str) -> Iterator[bytes]:
+    """Stretches of `data` that begin with a character: from the first byte that is not ASCII, and from later places."""
+    if len(data) <= _WINDOW * _WINDOWS:
+        yield data
+        return
+    wide = encoding.startswith("utf-16")
+    first = None if wide else _NON_ASCII.search(data)
+    begin = first.start() if first else 0
+    yield data[begin : begin + _WINDOW]
+    for index in range(1, _WINDOWS):
+        at = begin + (len(data) - begin - _WINDOW) * index // _WINDOWS
+        if wide:
+            at -= at % 2
+        else:
+            anew = _NEVER_INSIDE.search(data, at, at + _BLOCK)
+            if anew is None:
+                continue
+            at = anew.end()
+        yield data[at : at + _WINDOW]
+
+
+def _likelihood(data: bytes, encoding: str) -> float:
+    """Logarithm of the probability of the samples, for the mean number of bytes that samples have."""
+    total, sampled = 0.0, 0
+    valid, high, letters = encoding == "utf-8", 0, 0
+    for sample in _samples(data, encoding):
+        text = sample.decode(encoding, "replace")
+        total += log_probability(text)
+        sampled += len(sample)
+        if valid:
+            valid = "\ufffd" not in text[:-1]
+            high += len(sample) - len(sample.translate(None, bytes(range(128, 256))))
+            letters += len(_LETTER.findall(sample))
+    if valid:
+        # Bytes of another encoding are seldom valid UTF-8; text in Latin letters has few others, and they say little.
+        total += high * (10.0 if letters >= high else 1.0)
+    return total * min(1.0, len(data) / max(1, sampled)) + _PRIOR[encoding]
+
+
+def _refuse_binary(data: bytes, source: str, encoding: str) -> None:
+    """Raise where samples are no text: control characters, or nothing but characters that hardly occur."""
+    text = "".join(sample.decode(encoding, "replace") for sample in _samples(data, encoding)).rstrip("\0")
+    controls = len(_CONTROL.findall(text))
+    mean = log_probability(text) / max(1, len(text))
+    lowest = -13.0 if encoding.startswith("utf-16") else -15.5
+    if controls > max(3, len(text) // 50):
+        where = next(offset for offset, byte in enumerate(data) if byte < 32 and byte not in b"\t\n\v\f\r\x1a\x1b")
+        reason = f"{controls} control characters among {len(text)}, the first at offset {where}"
+    elif encoding != "utf-8" and mean < lowest:
+        bad = _NON_ASCII.search(data)
+        offset = bad.start() if bad else 0
+        reason = f"read as Chinese in no encoding, from byte {data[offset]:#04x} at offset {offset} on"
+    else:
+        return
+    raise UserError(
+        f"{source} is no text: {reason} (tried {', '.join(_UNMARKED)}; {encoding} reads best)",
+        "leave this file out, or save it as UTF-8 text",
+    )
+
+
+def _refuse_too_many(data: bytes, source: str, encoding: str, first: int, count: int) -> None:
+    if count > max(len(data) // 1000, min(8, len(data) // 8)):
+        marked = _mark_of(data)[0]
+        tried = (encoding,) if marked else _UNMARKED
+        raise _no_fit(data, source, first, tried, encoding, f", and {count - 1} or more after it")
+
+
+def _end_of_text(data: bytes, start: int, encoding: str) -> int:
+    """Where the NULs at the end begin."""
+    end = max(start, len(data.rstrip(b"\0")))
+    if encoding.startswith("utf-16") and end < len(data):
+        end += (end - start) % 2  # half of the last character
+    return end
+
+
+def _nuls(data: bytes, start: int, end: int, encoding: str, count: int, source: str) -> list[BadBytes]:
+    if not encoding.startswith("utf-16"):
+        return [BadBytes(found.start(), found[0]) for found in re.finditer(rb"\0+", data[:end])]
+    nuls = [BadBytes(at, b"\0\0") for at in range(start, end - 1, 2) if data[at : at + 2] == b"\0\0"]
+    if len(nuls) != count:
+        raise _no_fit(data, source, data.find(b"\0\0"), (encoding,), encoding)
+    return nuls
+
+
+def _join(bad: Sequence[BadBytes]) -> list[BadBytes]:
+    joined: list[BadBytes] = []
+    for run in bad:
+        if joined and joined[-1].offset + len(joined[-1].data) == run.offset:
+            joined[-1] = BadBytes(joined[-1].offset, joined[-1].data + run.data)
+        else:
+            joined.append(run)
+    return joined
+
+
+def _around_bad_bytes(data: bytes, start: int, end: int, encoding: str, source: str, bad: list[BadBytes]) -> str:
+    """The text without its bad bytes, which go to `bad`; in blocks, so that time is linear in the size."""
+    codec = encoding.removesuffix("-sig")
+    texts: list[str] = []
+    position, count = start, 0
+    while position < end:
+        stop = _block_end(data, position, end, codec)
+        try:
+            texts.append(_strict(data, position, stop, codec))
+            position = stop
+            continue
+        except UnicodeDecodeError as error:
+            first, behind = position + error.start, position + error.end
+        if stop < end and stop - first < 4 and first > position:  # the block may have cut a character
+            texts.append(_strict(data, position, first, codec))
+            position = first
+            continue
+        if codec == "utf-8":
+            texts.append(_strict(data, position, first, codec))
+            runs = [BadBytes(first, data[first:behind])]
+            position = behind
+        else:
+            low, high, fixed = _damaged(data, position, first, end, codec)
+            texts.append(_strict(data, position, low, codec))
+            reading = mend(data[low:high], codec, fixed, high == end)
+            texts.append(reading.text)
+            runs = [BadBytes(low + run.offset, run.data) for run in reading.bad_bytes]
+            position = low + reading.size
+        count += sum(len(run.data) for run in runs)
+        bad += runs
+        _refuse_too_many(data, source, encoding, bad[0].offset if bad else first, count)
+    return "".join(texts)
+
+
+def _block_end(data: bytes, position: int, end: int, codec: str) -> int:
+    if codec.startswith("utf-16"):
+        return min(end, position + _BLOCK)
+    anew = _NEVER_INSIDE.search(data, position + _BLOCK, position + _LONGEST_BLOCK)
+    return min(end, anew.end() if anew else position + _LONGEST_BLOCK)
+
+
+def _damaged(data: bytes, position: int, first: int, end: int, codec: str) -> tuple[int, int, bool]:
+    """Where the stretch around the error at `first` begins and ends, and whether a character is sure to end there."""
+    if codec.startswith("utf-16"):
+        low = max(position, first - 512)
+        high = min(end, first + 512)
+        return low - (low - position) % 2, high, high == end
+    low = max(position, *(data.rfind(byte, position, first) + 1 for byte in (b"\n", b"\r", b" ", b"\0")))
+    anew = _NEVER_INSIDE.search(data, first + 1, first + 512)
+    high = anew.start() if anew else min(end, first + 512)
+    return low, high, anew is not None or high == end

@@ -14,6 +14,7 @@ import pyarrow
 import pyarrow.parquet
 
 from dataset.decode import decode_text, read_bytes
+from dataset.instructions import PAPERS_TASK, Instructions, load_instructions
 from novelgpt.settings.errors import UserError
 
 Record = dict[str, Any]
@@ -47,18 +48,30 @@ def read_text_rows(path: Path, text_column: str = "text") -> Iterator[Record]:
         yield {"text": text.replace("\r\n", "\n"), **extra, "source": where}
 
 
-def read_conversation_rows(path: Path) -> Iterator[Record]:
+def read_conversation_rows(path: Path, instructions: Instructions | None = None) -> Iterator[Record]:
     """Conversation rows of a .jsonl, .json, .csv or .parquet file whose rows are in any accepted shape.
+
+    Args:
+        path: of the file.
+        instructions: puts rows that name a task into words; by default, into the first wording of that task.
 
     Raises:
         UserError: missing or empty file, undecodable bytes, invalid JSON, a row of no known shape.
     """
+    for row in read_unworded_rows(path):
+        yield word_row(row, instructions)
+
+
+def read_unworded_rows(path: Path) -> Iterator[Record]:
+    """{"id", "record", "source"} of each row: conversation rows whose messages `word_row` makes."""
     for index, (where, record) in enumerate(read_records(path)):
-        yield {
-            "id": str(record.get("id", f"{path.stem}-{index}")),
-            "messages": messages_of(record, where),
-            "source": where,
-        }
+        yield {"id": str(record.get("id", f"{path.stem}-{index}")), "record": record, "source": where}
+
+
+def word_row(row: Record, instructions: Instructions | None = None) -> Record:
+    """The conversation row of a row of `read_unworded_rows`."""
+    messages = messages_of(row["record"], row["source"], instructions)
+    return {"id": row["id"], "messages": messages, "source": row["source"]}
 
 
 def read_records(path: Path) -> Iterator[tuple[str, Record]]:
@@ -130,13 +143,15 @@ def _parquet(path: Path) -> Iterator[tuple[str, Any]]:
         raise UserError(f"{path} is no readable parquet file: {error}", "write the file again") from error
 
 
-def messages_of(record: Record, where: str) -> list[Message]:
-    """Messages of a row in Alpaca, ShareGPT, OpenAI, prompt/completion or title/abstract shape.
+def messages_of(record: Record, where: str, instructions: Instructions | None = None) -> list[Message]:
+    """Messages of a row in Alpaca, ShareGPT, OpenAI, prompt/completion, task or title/abstract shape.
 
     The last answer, where there is one, comes last: in every shape the answers are the messages of role "assistant".
+    Rows that name a task are worded by `instructions` (by default, by the first of the built-in wordings);
+    title/abstract rows that name none have one wording, unless `instructions` word them, too.
 
     Raises:
-        UserError: no shape fits, a field is no text, or a role is unknown.
+        UserError: no shape fits, a field is no text, or a role or a task is unknown.
     """
     if "messages" in record:
         return _with_system(record, where, _turns(record["messages"], "role", "content", where, "messages"))
@@ -148,12 +163,16 @@ def messages_of(record: Record, where: str) -> list[Message]:
     for prompt, completion in (("prompt", "completion"), ("prompt", "response"), ("query", "response")):
         if prompt in record and completion in record:
             return _pair(record, prompt, completion, where)
+    if record.get("task"):
+        return (instructions or load_instructions()).messages(record["task"], record, where)
     if "title" in record and "abstract" in record:
+        if instructions is not None and instructions.words_papers:
+            return instructions.messages(PAPERS_TASK, record, where)
         question = TITLE_TO_ABSTRACT.format(title=_text(record, "title", where))
         return [_message("user", question), _message("assistant", _text(record, "abstract", where))]
     raise UserError(
         f"{where}: the row has the fields {', '.join(map(str, record)) or 'none'}, which make no known shape",
-        "use messages, conversations, instruction+output, prompt+completion or title+abstract",
+        "use messages, conversations, instruction+output, prompt+completion, title+abstract or a task",
     )
 
 

@@ -1,19 +1,24 @@
-"""Prediction: checkpoint (+ adapter) -> predictions.jsonl -> scores.json."""
+"""Prediction: checkpoint (+ adapter) or a server -> predictions.jsonl -> scores.json."""
 
 from __future__ import annotations
 
+import hashlib
 import json
 import time
-from dataclasses import asdict
+from collections.abc import Sequence
+from dataclasses import asdict, dataclass
 from pathlib import Path
 
 import numpy
 from accelerate import PartialState
 from accelerate.utils import gather_object
+from tqdm import tqdm
+from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
-from novelgpt.model.generation import Answer
+from dataset.instructions import load_instructions
+from novelgpt.model.generation import Answer, plan_batches
 from novelgpt.model.loading import load_for_generation
-from novelgpt.scoring.perplexity import summarise
+from novelgpt.scoring.summary import reference_scores
 from novelgpt.settings.arguments import ModelArguments
 from novelgpt.settings.errors import UserError, exit_on_user_error
 from novelgpt.settings.parser import parse_arguments
@@ -21,43 +26,96 @@ from novelgpt.settings.paths import EMBEDDED_BASE
 from novelgpt.settings.runs import PredictRun
 from novelgpt.text.tokenizer import load_tokenizer
 from novelgpt.training.run_folder import newest_finetuning
-from predict.generate import generate_answers, reference_sums
+from predict.endpoint import through_endpoint
+from predict.generate import AnswerRows, continuously, in_batches, reference_sums
+from predict.journal import Journal
 from predict.rows import PromptRow, read_prompt_rows
-from predict.score import score_predictions, write_scores
+from predict.score import score_predictions, scored_prediction, write_scores
+
+
+@dataclass
+class Source:
+    """Where answers come from: a model in this process with its tokenizer, or a server, of which neither is here."""
+
+    name: str
+    answer: AnswerRows
+    model: PreTrainedModel | None = None
+    tokenizer: PreTrainedTokenizerBase | None = None
 
 
 @exit_on_user_error
 def main(argv: list[str] | None = None) -> None:
     """Run the pipeline on the words of a command line."""
     run = parse_arguments(PredictRun, argv)
-    model_name = run.data.model or str(newest_finetuning() or EMBEDDED_BASE)
-    folder = _output_folder(run.data.output_dir, model_name)
-    chosen = ModelArguments(model_name, run.data.attention, run.data.trust_remote_code, run.data.hub)
-    tokenizer = load_tokenizer(chosen)
-    rows = read_prompt_rows(run.data.data_files, tokenizer, run.data.max_rows)
-    model = load_for_generation(chosen, tokenizer)
+    folder = _output_folder(run)
+    instructions = load_instructions(run.data.instruction_templates)
+    if run.data.endpoint:
+        rows = read_prompt_rows(run.data.data_files, None, run.data.max_rows, instructions)
+        source = _server(run)
+    else:
+        chosen = _chosen_model(run)
+        tokenizer = load_tokenizer(chosen)
+        rows = read_prompt_rows(run.data.data_files, tokenizer, run.data.max_rows, instructions)
+        source = _model(run, chosen, tokenizer)
     state = PartialState()
-    own = rows[state.process_index :: state.num_processes]
-    state.print(f"{len(rows)} rows for {model_name}")
-    begin = time.perf_counter()
-    answers = generate_answers(
-        model, tokenizer, own, run.generation, run.data.batch_size, show_progress=state.is_main_process
-    )
-    seconds = time.perf_counter() - begin
-    sums = reference_sums(model, tokenizer, own, run.data.batch_size)
-    if state.num_processes > 1:
-        answers = _interleave(gather_object([answers]), len(rows))
-        sums = numpy.concatenate(gather_object([sums]))
-    if state.is_main_process:
-        _write_predictions(rows, answers, folder / "predictions.jsonl")
-        _write_scores(rows, answers, sums, seconds, folder / "scores.json", asdict(run.generation), model_name)
-        print(f"  predictions   {folder / 'predictions.jsonl'}\n  scores        {folder / 'scores.json'}")
+    state.print(f"{len(rows)} rows for {source.name}")
+    with Journal(folder, _identity(run, source.name, rows), state.process_index) as journal:
+        known = len(journal.answers)
+        if known:
+            state.print(f"{known} of them were answered before")
+        state.wait_for_everyone()  # each process has read what all had written
+        begin = time.perf_counter()
+        whole_batches = not run.data.endpoint and run.data.backend == "batches"
+        batches = _unanswered(rows, run.data.batch_size, journal, state, whole_batches)
+        _answer(source.answer, rows, batches, journal, state.is_main_process)
+        seconds = time.perf_counter() - begin
+        sums = numpy.zeros((len(rows), 3))
+        if source.model is not None and source.tokenizer is not None:
+            own = slice(state.process_index, None, state.num_processes)
+            sums[own] = reference_sums(source.model, source.tokenizer, rows[own], run.data.batch_size)
+        answers = journal.answers
+        if state.num_processes > 1:
+            answers = {number: answer for share in gather_object([answers]) for number, answer in share.items()}
+            sums = sum(gather_object([sums]), numpy.zeros_like(sums))
+        if state.is_main_process:
+            ordered = [answers[number] for number in range(len(rows))]
+            _write_predictions(rows, ordered, folder / "predictions.jsonl")
+            figures = {"seconds": seconds, "answered_before": known, "model": source.name}
+            _write_scores(rows, ordered, sums, figures | {"generation": asdict(run.generation)}, folder / "scores.json")
+            journal.remove()
+            print(f"  predictions   {folder / 'predictions.jsonl'}\n  scores        {folder / 'scores.json'}")
 
 
-def _output_folder(output_dir: str | None, model_name: str) -> Path:
-    if output_dir is None and not Path(model_name).is_dir():
-        raise UserError(f"{model_name} is no folder that predictions could be written beside", "name --output_dir")
-    folder = Path(output_dir) if output_dir else Path(model_name) / "predict"
+def _chosen_model(run: PredictRun) -> ModelArguments:
+    name = run.data.model or str(newest_finetuning() or EMBEDDED_BASE)
+    return ModelArguments(name, run.data.attention, run.data.trust_remote_code, run.data.hub)
+
+
+def _model(run: PredictRun, chosen: ModelArguments, tokenizer: PreTrainedTokenizerBase) -> Source:
+    model = load_for_generation(chosen, tokenizer)
+    if run.data.backend == "continuous":
+        answer = continuously(model, tokenizer, run.generation, run.data.batch_size)
+    else:
+        answer = in_batches(model, tokenizer, run.generation)
+    return Source(chosen.model, answer, model, tokenizer)
+
+
+def _server(run: PredictRun) -> Source:
+    url = str(run.data.endpoint)
+    name, answer = through_endpoint(url, run.data.endpoint_model, run.generation, run.data.endpoint_concurrency)
+    return Source(f"{name} at {url}", answer)
+
+
+def _output_folder(run: PredictRun) -> Path:
+    if run.data.output_dir:
+        folder = Path(run.data.output_dir)
+    elif run.data.endpoint:
+        raise UserError("--endpoint has no folder that predictions could be written beside", "name --output_dir")
+    else:
+        model_name = _chosen_model(run).model
+        if not Path(model_name).is_dir():
+            raise UserError(f"{model_name} is no folder that predictions could be written beside", "name --output_dir")
+        folder = Path(model_name) / "predict"
     try:
         folder.mkdir(parents=True, exist_ok=True)
     except OSError as error:
@@ -65,51 +123,80 @@ def _output_folder(output_dir: str | None, model_name: str) -> Path:
     return folder
 
 
-def _interleave(shares: list[list[Answer]], count: int) -> list[Answer]:
-    """Answers of all processes in row order; process p of n answered rows p, p+n, p+2n, …"""
-    return [shares[index % len(shares)][index // len(shares)] for index in range(count)]
+def _identity(run: PredictRun, name: str, rows: Sequence[PromptRow]) -> str:
+    """What the answers depend on, as a hash: the model's files, the prompts, the settings."""
+    files = sorted(path for path in Path(name).iterdir() if path.is_file()) if Path(name).is_dir() else []
+    state = [(path.name, path.stat().st_size, path.stat().st_mtime_ns) for path in files]
+    settings = asdict(run.generation), run.data.batch_size, run.data.backend, run.data.attention
+    asked = [(row.id, row.prompt_ids, row.prompt, row.plain) for row in rows]
+    return hashlib.sha256(json.dumps([name, state, settings, asked]).encode()).hexdigest()
 
 
-def _write_predictions(rows: list[PromptRow], answers: list[Answer], path: Path) -> None:
-    lines = [
-        {
+def _unanswered(
+    rows: Sequence[PromptRow], batch_size: int, journal: Journal, state: PartialState, whole: bool
+) -> list[list[int]]:
+    """The rows of this process that the journal lacks, in batches that are the same however many processes there are.
+
+    Batches that are computed together are answered whole or not at all: in bf16, or where answers are drawn, an answer
+    depends on its neighbours, and a prediction that was killed shall end as one that was not.
+    """
+    batches = plan_batches([len(row.prompt_ids) or len(row.prompt) for row in rows], batch_size)
+    left = [
+        [number for number in batch if number not in journal.answers]
+        for batch in batches[state.process_index :: state.num_processes]
+    ]
+    if whole:
+        own = batches[state.process_index :: state.num_processes]
+        return [batch for batch, missing in zip(own, left, strict=True) if missing]
+    return [missing for missing in left if missing]
+
+
+def _answer(
+    answer_rows: AnswerRows, rows: Sequence[PromptRow], batches: list[list[int]], journal: Journal, show: bool
+) -> None:
+    total = sum(map(len, batches))
+    with tqdm(total=total, desc="answers", unit="row", disable=not (show and total)) as bar:
+        for answers in answer_rows(rows, batches):
+            journal.add(answers)
+            bar.update(len(answers))
+
+
+def _write_predictions(rows: Sequence[PromptRow], answers: Sequence[Answer], path: Path) -> None:
+    lines = []
+    for row, answer in zip(rows, answers, strict=True):
+        line = {
             "id": row.id,
-            "prompt": "\n".join(message["content"] for message in row.messages[: -1 if row.reference else None]),
+            "prompt": row.prompt,
             "reference": row.reference,
             "prediction": answer.text,
             "finish_reason": answer.finish_reason,
-            "prompt_tokens": len(row.prompt_ids),
+            "prompt_tokens": answer.prompt_tokens or len(row.prompt_ids),
             "completion_tokens": answer.completion_tokens,
         }
-        for row, answer in zip(rows, answers, strict=True)
-    ]
+        lines.append(json.dumps(line | row.scoring.fields(), ensure_ascii=False) + "\n")
     unfinished = path.with_name(path.name + ".partial")
-    unfinished.write_text("".join(json.dumps(line, ensure_ascii=False) + "\n" for line in lines), encoding="utf-8")
+    unfinished.write_text("".join(lines), encoding="utf-8", errors="replace")
     unfinished.replace(path)
 
 
 def _write_scores(
-    rows: list[PromptRow],
-    answers: list[Answer],
+    rows: Sequence[PromptRow],
+    answers: Sequence[Answer],
     sums: numpy.ndarray,
-    seconds: float,
+    figures: dict[str, object],
     path: Path,
-    generation: dict[str, object],
-    model_name: str,
 ) -> None:
-    scored = [index for index, row in enumerate(rows) if row.reference]
-    scores: dict[str, object] = {}
-    if scored:
-        scores |= score_predictions([answers[i].text for i in scored], [rows[i].reference for i in scored])
-        scores |= summarise(sums)
-    scores |= {
-        "stopped": sum(answer.finish_reason == "stop" for answer in answers) / len(answers),
-        "seconds": seconds,
-        "tokens_per_second": sum(answer.completion_tokens for answer in answers) / seconds,
-        "model": model_name,
-        "generation": generation,
-    }
-    write_scores(scores, path)
+    predictions = [
+        scored_prediction(row.id, answer.text, row.reference, row.scoring, answer.finish_reason)
+        for row, answer in zip(rows, answers, strict=True)
+    ]
+    of_the_model = {number: reference_scores(row) for number, row in enumerate(sums.tolist()) if row[1]}
+    tokens = sum(answer.completion_tokens for answer in answers)
+    seconds = figures["seconds"]
+    assert isinstance(seconds, float)
+    # Of the answers made before a kill, only these seconds are not known.
+    speed = {} if figures["answered_before"] else {"tokens_per_second": tokens / seconds}
+    write_scores(score_predictions(predictions, of_the_model), path, figures | speed)
 
 
 if __name__ == "__main__":

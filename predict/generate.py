@@ -1,12 +1,18 @@
-"""Answers of the rows, and the loss of their references."""
+"""Answers to the rows as they come, three ways behind one signature; and the loss of the references.
+
+Each way takes the rows and the numbers of those to answer, batch by batch, and yields {number: answer} as soon as some
+are there. The third, a server, is in endpoint.py.
+"""
 
 from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Sequence
 
 import numpy
 import torch
 from transformers import PreTrainedModel, PreTrainedTokenizerBase, set_seed
 
-from novelgpt.model.generation import Answer, answer_end_ids, answer_prompts
+from novelgpt.model.generation import Answer, answer_batch, answer_continuously, answer_end_ids
 from novelgpt.scoring.perplexity import row_sums
 from novelgpt.settings.arguments import GenerationArguments
 from novelgpt.text.collator import Collator
@@ -14,36 +20,60 @@ from novelgpt.training.forward_checks import head_is_last
 from novelgpt.training.loss import attach_chunked_loss
 from predict.rows import PromptRow
 
+AnswerRows = Callable[[Sequence[PromptRow], Sequence[Sequence[int]]], Iterator[dict[int, Answer]]]
+"""(all rows, batches of numbers of the rows to answer) -> answers by number, as they come."""
 
-def generate_answers(
-    model: PreTrainedModel,
-    tokenizer: PreTrainedTokenizerBase,
-    rows: list[PromptRow],
-    generation: GenerationArguments,
-    batch_size: int,
-    show_progress: bool = True,
-) -> list[Answer]:
-    """Answers in the order of `rows`, drawn from the seed of `generation`."""
-    set_seed(generation.seed)
-    prompts = [row.prompt_ids for row in rows]
-    with torch.inference_mode():
-        return answer_prompts(
-            model, tokenizer, prompts, generation, batch_size, answer_end_ids(model, tokenizer), show_progress
-        )
+
+def in_batches(
+    model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, generation: GenerationArguments
+) -> AnswerRows:
+    """Answer batch by batch. Where answers are drawn, each batch has a seed of its own, to be made again alike."""
+    ends = answer_end_ids(model, tokenizer)
+
+    def answer(rows: Sequence[PromptRow], batches: Sequence[Sequence[int]]) -> Iterator[dict[int, Answer]]:
+        for batch in batches:
+            set_seed((generation.seed + batch[0]) % 2**32)
+            prompts = [rows[number].prompt_ids for number in batch]
+            with torch.inference_mode():
+                answers = answer_batch(model, tokenizer, prompts, generation, ends)
+            yield dict(zip(batch, answers, strict=True))
+
+    return answer
+
+
+def continuously(
+    model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, generation: GenerationArguments, batch_size: int
+) -> AnswerRows:
+    """Answer by continuous batching: a new prompt starts whenever an answer ends."""
+    ends = answer_end_ids(model, tokenizer)
+
+    def answer(rows: Sequence[PromptRow], batches: Sequence[Sequence[int]]) -> Iterator[dict[int, Answer]]:
+        numbers = [number for batch in batches for number in batch]
+        if numbers:
+            prompts = [rows[number].prompt_ids for number in numbers]
+            for place, one in answer_continuously(model, tokenizer, prompts, generation, batch_size, ends):
+                yield {numbers[place]: one}
+
+    return answer
 
 
 def reference_sums(
-    model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, rows: list[PromptRow], batch_size: int
+    model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, rows: Sequence[PromptRow], batch_size: int
 ) -> numpy.ndarray:
-    """[rows with a reference, 3] sums of their references under the model, as `row_sums` gives them."""
-    encoded = [row for row in (row.encoded_reference(tokenizer) for row in rows) if row is not None]
+    """[rows, 3] sums of each row's reference under the model, as `row_sums` gives them; 0 where it has none."""
+    encoded = [(number, row.encoded_reference(tokenizer)) for number, row in enumerate(rows)]
+    present = [(number, row) for number, row in encoded if row is not None]
+    # The longest first: what does not fit into memory fails at once, and little is padded.
+    present.sort(key=lambda pair: -len(pair[1].input_ids))
     collate = Collator(int(tokenizer.pad_token_id))
     attach_chunked_loss(model, head_is_last(model))
-    sums = [numpy.zeros((0, 3))]
-    for start in range(0, len(encoded), batch_size):
-        batch = collate([vars(row) for row in encoded[start : start + batch_size]])
+    sums = numpy.zeros((len(rows), 3))
+    for start in range(0, len(present), batch_size):
+        chosen = present[start : start + batch_size]
+        batch = collate([vars(row) for _, row in chosen])
         batch = {name: tensor.to(model.device) for name, tensor in batch.items()}
         with torch.inference_mode():
             outputs = model(**batch, use_cache=False)
-        sums.append(row_sums(outputs.token_losses, outputs.token_hits, batch["labels"]).cpu().numpy())
-    return numpy.concatenate(sums)
+        found = row_sums(outputs.token_losses, outputs.token_hits, batch["labels"])
+        sums[[number for number, _ in chosen]] = found.cpu().numpy()
+    return sums

@@ -2,24 +2,30 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import Any
 
 import torch
-from tqdm import tqdm
 from transformers import GenerationConfig, PreTrainedModel, PreTrainedTokenizerBase
+from transformers.generation.configuration_utils import ContinuousBatchingConfig
 
 from novelgpt.settings.arguments import GenerationArguments
+from novelgpt.settings.errors import UserError
 from novelgpt.text.conversation import end_token_ids
 
 
 @dataclass
 class Answer:
-    """What the model wrote: its text, why it ended ("stop" or "length"), and its tokens, end token included."""
+    """What the model wrote: its text, why it ended ("stop" or "length"), and its tokens, end token included.
+
+    `prompt_tokens` is what a server says of the prompt, which has no tokens here; else 0.
+    """
 
     text: str
     finish_reason: str
     completion_tokens: int
+    prompt_tokens: int = 0
 
 
 def answer_prompts(
@@ -29,12 +35,11 @@ def answer_prompts(
     generation: GenerationArguments,
     batch_size: int,
     ends: list[int],
-    show_progress: bool = False,
 ) -> list[Answer]:
-    """Answers in the order of `prompts`. Batches hold prompts of like length, padded on the left.
+    """Answers in the order of `prompts`, in batches of prompts of like length.
 
-    The caller chooses inference mode, evaluation mode, autocast and, where answers are drawn, the seed. Weights that
-    several processes share (ZeRO-3) need all of them here, with as many batches each.
+    As `answer_batch` otherwise. Weights that several processes share (ZeRO-3) need all of them here, with as many
+    batches each.
 
     Args:
         model: one that generates; adapters too.
@@ -43,25 +48,109 @@ def answer_prompts(
         generation: how tokens are chosen; its seed is left to the caller.
         batch_size: prompts answered at once.
         ends: tokens that end an answer.
-        show_progress: whether to show a bar.
+    """
+    answers: dict[int, Answer] = {}
+    for batch in plan_batches(list(map(len, prompts)), batch_size):
+        chosen = [prompts[number] for number in batch]
+        answers |= zip(batch, answer_batch(model, tokenizer, chosen, generation, ends), strict=True)
+    return [answers[number] for number in range(len(prompts))]
+
+
+def plan_batches(lengths: list[int], batch_size: int) -> list[list[int]]:
+    """Numbers of prompts in batches of like length, the longest first: what does not fit into memory fails at once."""
+    order = sorted(range(len(lengths)), key=lambda number: -lengths[number])
+    return [order[start : start + batch_size] for start in range(0, len(order), batch_size)]
+
+
+def answer_batch(
+    model: PreTrainedModel,
+    tokenizer: PreTrainedTokenizerBase,
+    prompts: list[list[int]],
+    generation: GenerationArguments,
+    ends: list[int],
+) -> list[Answer]:
+    """Answers to prompts that are padded on the left and generated together, in their order.
+
+    The caller chooses inference mode, evaluation mode, autocast and, where answers are drawn, the seed.
     """
     pad = int(tokenizer.pad_token_id)
-    config = _generation_config(generation, ends, pad)
-    answers: dict[int, Answer] = {}
-    # The longest first: what does not fit into memory fails at once.
-    order = sorted(range(len(prompts)), key=lambda index: -len(prompts[index]))
-    with tqdm(total=len(prompts), desc="answers", unit="row", disable=not show_progress) as bar:
-        for start in range(0, len(order), batch_size):
-            chosen = order[start : start + batch_size]
-            batch = _left_padded([prompts[index] for index in chosen], pad)
-            batch = {name: tensor.to(model.device) for name, tensor in batch.items()}
-            sequences = model.generate(  # type: ignore[operator]
-                **batch, generation_config=config
+    batch = {name: tensor.to(model.device) for name, tensor in _left_padded(prompts, pad).items()}
+    sequences = model.generate(  # type: ignore[operator]
+        **batch, generation_config=_generation_config(generation, ends, pad)
+    )
+    return [_answer(ids, ends, tokenizer) for ids in sequences[:, batch["input_ids"].shape[1] :].tolist()]
+
+
+def answer_continuously(
+    model: PreTrainedModel,
+    tokenizer: PreTrainedTokenizerBase,
+    prompts: list[list[int]],
+    generation: GenerationArguments,
+    batch_size: int,
+    ends: list[int],
+) -> Iterator[tuple[int, Answer]]:
+    """(number of the prompt, its answer) as answers end, by transformers' continuous batching.
+
+    The keys and values of all prompts lie in pages of one cache, and a new prompt starts when an answer ends, so that
+    short answers do not wait for long ones.
+
+    Args:
+        model: one that generates, without beams.
+        tokenizer: its tokenizer.
+        prompts: token ids, at least one each.
+        generation: how tokens are chosen; where they are drawn, `seed` is that of all draws.
+        batch_size: prompts answered at once.
+        ends: tokens that end an answer.
+
+    Raises:
+        UserError: the settings or the model's attention cannot be batched so.
+    """
+    if generation.num_beams != 1 or generation.no_repeat_ngram_size:
+        raise UserError("continuous batching has neither beams nor no_repeat_ngram_size", "take --backend batches")
+    if not model._supports_sdpa or not model._can_set_attn_implementation():
+        raise UserError(
+            f"continuous batching cannot replace the attention of {type(model).__name__}", "take --backend batches"
+        )
+    config = _generation_config(generation, ends, int(tokenizer.pad_token_id))
+    with model.continuous_batching_context_manager(  # type: ignore[operator]
+        generation_config=config, continuous_batching_config=_paging(model, prompts, generation, batch_size)
+    ) as manager:
+        # The longest first, as in batches. Names are ours: the manager may take prompts in another order.
+        for number in sorted(range(len(prompts)), key=lambda number: -len(prompts[number])):
+            manager.add_request(
+                prompts[number], request_id=str(number), max_new_tokens=generation.max_new_tokens, eos_token_id=ends
             )
-            for index, ids in zip(chosen, sequences[:, batch["input_ids"].shape[1] :].tolist(), strict=True):
-                answers[index] = _answer(ids, ends, tokenizer)
-            bar.update(len(chosen))
-    return [answers[index] for index in range(len(prompts))]
+        left = len(prompts)
+        while left:
+            output = manager.get_result(timeout=1)
+            if output is None:
+                if not manager.is_running():
+                    raise RuntimeError(f"continuous batching ended with {left} answers missing")
+                continue
+            if not output.is_finished():
+                continue
+            if output.error is not None:
+                raise RuntimeError(f"continuous batching: {output.error}")
+            left -= 1
+            yield int(output.request_id), _answer(output.generated_tokens, ends, tokenizer)
+
+
+def _paging(
+    model: PreTrainedModel, prompts: list[list[int]], generation: GenerationArguments, batch_size: int
+) -> ContinuousBatchingConfig:
+    """Pages for `batch_size` prompts at once; on a GPU the sizes follow from its memory."""
+    if model.device.type == "cuda":
+        return ContinuousBatchingConfig(seed=generation.seed)
+    page_size = 32
+    pages = -(-(max(map(len, prompts)) + generation.max_new_tokens) // page_size)
+    return ContinuousBatchingConfig(
+        page_size=page_size,
+        num_blocks=batch_size * pages,
+        max_batch_tokens=max(512, batch_size),
+        max_requests_per_batch=batch_size,
+        use_cuda_graph=False,
+        seed=generation.seed,
+    )
 
 
 def answer_end_ids(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase) -> list[int]:

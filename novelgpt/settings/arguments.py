@@ -52,9 +52,18 @@ class CorpusArguments:
     _argument_group_name: ClassVar[str] = "Data"
 
     train_files: list[str] = option(
-        _samples("novels/deng_ta_xia_de_xin.txt"), "Text files to train on: .txt .jsonl .json .csv .parquet."
+        _samples("novels/deng_ta_xia_de_xin.txt"),
+        "What to train on: text files (.txt .jsonl .json .csv .parquet), folders made by `python -m dataset novels` or "
+        "`python -m dataset tokens`.",
     )
-    valid_files: list[str] = option([], "Text files to evaluate on. Without them, the end of the training text.")
+    valid_files: list[str] = option(
+        [],
+        "What to evaluate on: text files, or folders (their held-out part). Without them, the held-out part of the "
+        "folders in train_files; where there is none, the end of the training text.",
+    )
+    max_valid_tokens: int = option(
+        1_000_000, "Most tokens of a folder's held-out part, or of the end of the text, to evaluate on; 0 for all."
+    )
     valid_fraction: float = option(0.02, "Share of the training blocks kept for evaluation where no valid_files are.")
     text_column: str = option("text", "Column or key that holds the text, for all formats but .txt.")
     max_length: int = option(2048, "Tokens per block. Text that does not fit goes on in the next block.")
@@ -71,8 +80,8 @@ class ConversationArguments:
 
     train_files: list[str] = option(
         _samples("papers/train.jsonl"),
-        "Files to train on, .jsonl .json .csv .parquet: Alpaca, ShareGPT, OpenAI messages, prompt/completion "
-        "or title/abstract rows.",
+        "Files to train on, .jsonl .json .csv .parquet: Alpaca, ShareGPT, OpenAI messages, prompt/completion or "
+        "title/abstract rows, or rows that name a task.",
     )
     valid_files: list[str] = option([], "Files to evaluate on. Without them, a share of the training rows.")
     valid_fraction: float = option(0.05, "Share of the training rows kept for evaluation where no valid_files are.")
@@ -84,6 +93,14 @@ class ConversationArguments:
         "truncate",
         "What to do with rows above max_length: truncate cuts the end off, split goes on in a further row that "
         "starts with half a row of context, refuse stops before training. What happened is counted and shown.",
+    )
+    instruction_templates: list[str] = option(
+        [],
+        "YAML files with wordings of tasks, in the form of dataset/instructions.yaml. Where given, title/abstract rows "
+        "that name no task draw theirs from title_to_abstract, too.",
+    )
+    instruction_seed: int = option(
+        42, "Seed of the wording that each training row draws for its task. Rows to evaluate on take the first one."
     )
 
 
@@ -218,7 +235,22 @@ class PredictArguments:
     data_files: list[str] = option(_samples("papers/valid.jsonl"), "Rows to answer, in any format of fine-tuning.")
     output_dir: str | None = option(None, "Folder for predictions.jsonl and scores.json. Default: MODEL/predict.")
     max_rows: int | None = option(None, "Answer the first rows only.")
-    batch_size: int = option(16, "Prompts answered at once.")
+    instruction_templates: list[str] = option(
+        [], "The YAML files with wordings of tasks that the training used; the first wording of a task is taken."
+    )
+    batch_size: int = option(32, "Prompts answered at once.")
+    backend: Literal["batches", "continuous"] = option(
+        "batches",
+        "batches: prompts of like length together, until the longest answer ends. continuous: transformers' continuous "
+        "batching, in which a new prompt starts whenever an answer ends; for GPUs and answers of mixed length.",
+    )
+    endpoint: str | None = option(
+        None,
+        "Let a server answer: URL of an OpenAI-compatible API (vLLM, SGLang, `transformers serve`), such as "
+        "http://localhost:8000/v1. Its key is read from the environment variable OPENAI_API_KEY.",
+    )
+    endpoint_model: str | None = option(None, "Name of the model on that server. Default: the first it lists.")
+    endpoint_concurrency: int = option(32, "Requests to that server at once.")
     attention: Literal["sdpa", "eager", "flash_attention_2"] = option("sdpa", "Attention kernel.")
     trust_remote_code: bool = option(
         False, "Run Python code that lies with the checkpoint, where the architecture is not known here. Read it first."

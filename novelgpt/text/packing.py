@@ -11,6 +11,7 @@ from torch.utils.data import Dataset
 
 from novelgpt.text.conversation import IGNORED, EncodedRow
 from novelgpt.text.statistics import TokenCounts
+from novelgpt.text.token_files import TokenArray, TokenText
 
 
 class PackedBlocks(Dataset[dict[str, torch.Tensor]]):
@@ -27,28 +28,31 @@ class PackedBlocks(Dataset[dict[str, torch.Tensor]]):
     """
 
     def __init__(self, documents: list[numpy.ndarray], max_length: int, mixed: bool = True) -> None:
-        self.tokens = numpy.concatenate([numpy.asarray(d, dtype=numpy.int32) for d in documents])
-        lengths = numpy.array([len(document) for document in documents])
-        self.starts = numpy.concatenate([[0], numpy.cumsum(lengths)[:-1]])
+        lengths = [len(document) for document in documents]
+        tokens = numpy.concatenate([numpy.asarray(document, dtype=numpy.int32) for document in documents])
+        self._lay_out(TokenText(TokenArray([tokens]), numpy.cumsum([0, *lengths])[:-1]), max_length, mixed)
+
+    @classmethod
+    def of_text(cls, text: TokenText, max_length: int, mixed: bool = True) -> PackedBlocks:
+        """Blocks of documents that lie end to end already; no token is read before its block is."""
+        blocks = cls.__new__(cls)
+        blocks._lay_out(text, max_length, mixed)
+        return blocks
+
+    def _lay_out(self, text: TokenText, max_length: int, mixed: bool) -> None:
+        self.tokens, self.starts = text
         self.mixed = mixed
-        if mixed:
-            spans = _spans(0, len(self.tokens), max_length)
-        else:
-            spans = [
-                span
-                for start, length in zip(self.starts.tolist(), lengths.tolist(), strict=True)
-                for span in _spans(start, start + length, max_length)
-            ]
-        self.spans = numpy.array(spans)
+        borders = numpy.array([0]) if mixed else self.starts
+        self.spans = _spans(borders, numpy.append(borders[1:], len(self.tokens)), max_length)
 
     def __len__(self) -> int:
         return len(self.spans)
 
-    def subset(self, blocks: range) -> PackedBlocks:
-        """The same text, of which only these blocks are seen."""
+    def subset(self, blocks: range | numpy.ndarray) -> PackedBlocks:
+        """The same text, of which only these blocks are seen; they are numbered upwards."""
         part = PackedBlocks.__new__(PackedBlocks)
         part.tokens, part.starts, part.mixed = self.tokens, self.starts, self.mixed
-        part.spans = self.spans[blocks.start : blocks.stop]
+        part.spans = self.spans[numpy.asarray(blocks, dtype=numpy.int64)]
         return part
 
     def __getitem__(self, index: int) -> dict[str, torch.Tensor]:
@@ -84,10 +88,13 @@ class PackedBlocks(Dataset[dict[str, torch.Tensor]]):
         )
 
 
-def _spans(begin: int, end: int, max_length: int) -> list[tuple[int, int]]:
-    """[begin, end) cut into pieces of max_length that share one token with the piece before."""
-    starts = range(begin, max(begin + 1, end - 1), max_length - 1)
-    return [(start, min(start + max_length, end)) for start in starts]
+def _spans(begins: numpy.ndarray, ends: numpy.ndarray, max_length: int) -> numpy.ndarray:
+    """[pieces, 2]: each [begin, end) cut into pieces of max_length that share one token with the piece before."""
+    step = max_length - 1
+    counts = numpy.maximum(1, -(-(ends - begins - 1) // step))
+    before = numpy.repeat(numpy.cumsum(counts) - counts, counts)
+    starts = numpy.repeat(begins, counts) + (numpy.arange(len(before)) - before) * step
+    return numpy.stack([starts, numpy.minimum(starts + max_length, numpy.repeat(ends, counts))], axis=1)
 
 
 class PackedRows(Dataset[dict[str, torch.Tensor]]):

@@ -3,11 +3,12 @@
 from __future__ import annotations
 
 import itertools
+import os
 import re
 from collections import Counter
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy
 from rich.console import Console
@@ -23,6 +24,8 @@ from novelgpt.text.tokenizer import encode
 
 # How a decoder shows bytes that are no whole character.
 BROKEN = "\ufffd"
+# Tokens in which any character that has begun is complete, and some more.
+LOOKED_AHEAD = 16
 # How a token of one byte is written by tokenizers whose other tokens are text.
 BYTE_TOKEN = re.compile(r"<0x([0-9A-F]{2})>")
 
@@ -88,22 +91,59 @@ def show_row(
     """Print one row, trained tokens green, the others dim."""
     console = console or Console()
     text = Text()
-    # Where the two differ, the label is what is learnt (see EncodedRow).
-    told = [token if label == IGNORED else label for token, label in zip(input_ids, labels, strict=True)]
-    shown = ""
-    for index in range(min(most_tokens, len(input_ids))):
-        trained = labels[index] != IGNORED
-        last = index + 1 == min(most_tokens, len(input_ids))
-        if last or (labels[index + 1] != IGNORED) != trained:
-            # From the start each time: a character's bytes may lie in several tokens, on both sides of a border.
-            decoded = str(tokenizer.decode(told[: index + 1])).rstrip(BROKEN)
-            text.append(decoded[len(shown) :], style="green" if trained else "dim")
-            shown = decoded
+    for span in row_spans(input_ids, labels, tokenizer, most_tokens):
+        text.append(span.text, style="green" if span.trained else "dim")
     if len(input_ids) > most_tokens:
         text.append(f" … ({len(input_ids) - most_tokens:,} more tokens)", style="dim italic")
     console.print("One row ([green]trained[/green], [dim]context[/dim]):")
     console.print(text)
     console.print()
+
+
+class Span(NamedTuple):
+    """Neighbouring tokens of a row that are alike.
+
+    text: what they say; trained: whether they have labels; special: whether they are marks of the template;
+    begin: the first of them.
+    """
+
+    text: str
+    trained: bool
+    special: bool
+    begin: int
+
+
+def row_spans(
+    input_ids: Sequence[int],
+    labels: Sequence[int],
+    tokenizer: PreTrainedTokenizerBase,
+    most_tokens: int | None = None,
+    by_token: bool = False,
+) -> Iterator[Span]:
+    """A row in text, cut where tokens begin or cease to be trained or special; at every token with `by_token`.
+
+    The texts of the trained spans, joined, are the decoded labels. A character whose bytes lie in several tokens is in
+    the span of the last of them, as a rule.
+    """
+    # Where the two differ, the label is what is learnt (see EncodedRow).
+    told = [token if label == IGNORED else label for token, label in zip(input_ids, labels, strict=True)]
+    marks = {number for number, token in tokenizer.added_tokens_decoder.items() if token.special}
+    kinds = [(label != IGNORED, token in marks) for token, label in zip(told, labels, strict=True)]
+    count = len(told) if most_tokens is None else min(most_tokens, len(told))
+    # Decoded from a border before, as a text may lose a blank at its beginning; never from within a character.
+    window, border, begin, shown = 0, 0, 0, ""
+    for end in range(1, count + 1):
+        if end < count and not by_token and kinds[end] == kinds[begin]:
+            continue
+        stable = decoded = str(tokenizer.decode(told[window:end]))
+        if decoded.endswith(BROKEN):  # a part of a character, or this very one: what follows tells
+            stable = os.path.commonprefix([decoded, str(tokenizer.decode(told[window : end + LOOKED_AHEAD]))])
+        yield Span(stable[len(shown) :], *kinds[begin], begin)
+        shown = max(shown, stable, key=len)
+        if not decoded.endswith(BROKEN):
+            window, border = border, end
+            shown = str(tokenizer.decode(told[window:end]))
+        begin = end
 
 
 def trained_runs(labels: Sequence[int] | numpy.ndarray) -> list[tuple[int, int]]:

@@ -17,7 +17,7 @@ def check_before_launch(run: TrainingRun) -> None:
         UserError: otherwise.
     """
     for name in (*run.data.train_files, *run.data.valid_files):
-        if not Path(name).is_file():
+        if not Path(name).exists():
             raise UserError(f"{name} is no file", "check the path; relative ones start where you type")
     if not 0 < run.data.valid_fraction < 1:
         raise UserError(f"--valid_fraction {run.data.valid_fraction} is no share", "take a number between 0 and 1")

@@ -122,7 +122,8 @@ def _plain(group: Any) -> dict[str, Any]:
 
 def _sha256(path: Path) -> str:
     digest = hashlib.sha256()
-    with path.open("rb") as file:
+    # The manifest of a prepared folder holds the hashes of its files.
+    with (path / "manifest.json" if path.is_dir() else path).open("rb") as file:
         while block := file.read(1 << 20):
             digest.update(block)
     return digest.hexdigest()

@@ -1,0 +1,296 @@
+"""Takes advertisements, notices and authors' notes out of the text of novels, by the rules of rules.yaml."""
+
+from __future__ import annotations
+
+import functools
+import hashlib
+import itertools
+import json
+import re
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass, fields
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import numpy as np
+
+from dataset.novels.normalized import SENTENCE_ENDS, NormalizedCopy, Words, character_codes, folding_table
+from dataset.novels.records import Line, Removed
+from dataset.novels.rules import Rule, read_rules
+
+_DECIDING = {field.name for field in fields(Rule)} - {"about", "removes", "keeps"}
+_EDGE_LINES = 40
+_LINES_BELOW_HEADING, _LINES_ABOVE_HEADING = 4, 12
+_OPENERS, _CLOSERS = "（([【［｛{〔<＜《〈", "）)]】］｝}〕>＞》〉”’」』"
+_KEPT_BARE = frozenset("“”‘’「」『』…—！？")
+"""A line of punctuation that has one of these may be somebody's silence or surprise: never junk."""
+_HEADING = re.compile(
+    r"[\s　]*(?:正文|VIP|[上中下]卷)?[\s　]*"
+    r"(?:第[\s　]*[零〇一二三四五六七八九十百千万两0-9０-９]{1,7}[\s　]*[章回节節卷集部篇]"
+    r"|(?:楔子|序章|尾声|尾聲|番外|后记|後記)(?=$|[\s　：:])).{0,40}$"
+)
+
+
+class Cleaned(NamedTuple):
+    """A text without what the rules take out."""
+
+    lines: list[Line]
+    """All lines in order, indents kept; "" where nothing is left. A line broken in two gives two with one number."""
+    removed: list[Removed]
+    """By line. With `lines` it has every character of the text that is not white space, once."""
+
+
+@dataclass(frozen=True)
+class Rules:
+    """Rules in the order in which they are tried.
+
+    Attributes:
+        rules: blocks before lines before parts, else as in the files.
+        digest: hex sha256 of what the rules say, examples and explanations left out.
+        search: finds where words stand that rules ask for, in a text as it is and in its normalised copy.
+        asking: the same words one by one, each with the places in `rules` of the rules that ask for it.
+        always: places of the rules that ask for no word.
+    """
+
+    rules: tuple[Rule, ...]
+    digest: str
+    search: tuple[Words, Words]
+    asking: tuple[dict[str, set[int]], dict[str, set[int]]]
+    always: frozenset[int]
+
+
+def load_rules(extra: Sequence[Path] = ()) -> Rules:
+    """The project's rules, and those of the files `extra`, later ones winning.
+
+    Raises:
+        UserError: a file that cannot be read, an unknown key, a pattern that is wrong or too slow; names file and rule.
+    """
+    rules = read_rules(extra)
+    said = [{key: value for key, value in vars(rule).items() if key in _DECIDING} for rule in rules]
+    asking: tuple[dict[str, set[int]], dict[str, set[int]]] = ({}, {})
+    for place, rule in enumerate(rules):
+        for word in rule.contains:
+            asking[rule.normalized].setdefault(word, set()).add(place)
+    return Rules(
+        rules=rules,
+        digest=hashlib.sha256(json.dumps(said, ensure_ascii=False).encode("utf-8")).hexdigest(),
+        search=(Words(list(asking[False])), Words(list(asking[True]))),
+        asking=asking,
+        always=frozenset(place for place, rule in enumerate(rules) if not rule.contains),
+    )
+
+
+def clean(text: str, rules: Rules) -> Cleaned:
+    """Take out what the rules name; nothing else changes but blanks at the ends of lines.
+
+    Every character of `text` that is no white space is in one of the lines, or in one of what was removed, in order;
+    only what a rule puts in place of what it takes (`becomes`: the character that an entity such as "&ldquo;" means)
+    is there besides.
+
+    Args:
+        text: line ends "\\n".
+        rules: from `load_rules`.
+    """
+    texts = list(map(str.rstrip, text.split("\n")))
+    left: dict[int, str] = {}  # by index of the line, where something was taken
+    removed: list[Removed] = []
+    blocked = -1
+    for index in _suspicious(text, len(texts), rules):
+        if index <= blocked or not texts[index]:
+            continue
+        rule, last = _block(rules, texts, index)
+        if rule:
+            blocked = last
+            for number in range(index, blocked + 1):
+                if texts[number]:
+                    removed.append(Removed(number + 1, rule.name, texts[number].strip()))
+                left[number] = ""
+            continue
+        kept, parts = _clean_line(rules, texts, index)
+        removed.extend(Removed(index + 1, *part) for part in parts)
+        if kept != texts[index]:
+            left[index] = kept
+    lines = list(map(Line, range(1, len(texts) + 1), texts))
+    for index, kept in left.items():
+        lines[index] = Line(index + 1, kept)
+    if any("\n" in kept for kept in left.values()):
+        lines = [Line(number, piece.rstrip()) for number, kept in lines for piece in kept.split("\n")]
+    return Cleaned(lines, removed)
+
+
+def to_simplified(text: str) -> str:
+    """Traditional characters as simplified ones, by OpenCC's t2s (characters and phrases); others stay as they are.
+
+    Where one simplified character stands for several traditional ones their difference is lost; where a traditional
+    character is a simplified one too, OpenCC decides by phrases (乾 in 乾隆 and 著 in 名著 stay).
+    """
+    return _converter().convert(text)
+
+
+@functools.cache
+def _converter() -> Any:
+    import opencc  # on request only: it loads its dictionaries
+
+    return opencc.OpenCC("t2s")
+
+
+# ---- which lines to look at
+
+
+def _suspicious(text: str, count: int, rules: Rules) -> Iterator[int]:
+    """Indices, in order, of the lines that have a word some rule asks for."""
+    if rules.always:
+        return iter(range(count))
+    plain, folded = rules.search
+    table = folding_table()
+    found: list[np.ndarray] = []
+    lines_before, begin = 0, 0
+    while begin < len(text):  # in pieces, so that memory stays flat; they end at line ends, as no word has one
+        end = text.find("\n", begin + (1 << 20)) + 1 or len(text)
+        codes = character_codes(text[begin:end])
+        line_ends = np.flatnonzero(codes == 10)
+        copy = table[codes]
+        kept = np.flatnonzero(copy)
+        places = np.concatenate([plain.find(codes), kept[folded.find(copy[kept])]])
+        found.append(np.unique(np.searchsorted(line_ends, places)) + lines_before)
+        lines_before, begin = lines_before + len(line_ends), end
+    return iter(np.unique(np.concatenate(found)).tolist() if found else ())
+
+
+# ---- what a rule takes
+
+
+def _clean_line(rules: Rules, texts: list[str], index: int) -> tuple[str, list[tuple[str, str]]]:
+    """What is left of a line, and (rule, part) of what is taken. Tags go first: they can break a line in two."""
+    taken: list[tuple[str, str]] = []
+    pieces = [texts[index]]
+    for markup in (True, False):
+        for number, piece in enumerate(pieces):
+            copy = NormalizedCopy.of(piece)
+            for place in sorted(_asked(rules, copy)):
+                rule = rules.rules[place]
+                if rule.where != "block" and piece and markup == (rule.where == "part" and not rule.normalized):
+                    copy = copy if copy.line is piece else NormalizedCopy.of(piece)
+                    piece, parts = _apply(rule, piece, copy, texts, index)
+                    taken += [(rule.name, part) for part in parts]
+            pieces[number] = piece
+        pieces = "\n".join(pieces).split("\n")
+    return "\n".join(pieces).rstrip(), taken
+
+
+def _asked(rules: Rules, copy: NormalizedCopy) -> set[int]:
+    """Places of the rules that ask for a word which the line has, or for none."""
+    texts = (copy.line, copy.text)
+    asked = zip(rules.search, rules.asking, texts, strict=True)
+    found = [asking[word] for search, asking, text in asked for word in search.within(text)]
+    return set(rules.always).union(*found)
+
+
+def _apply(rule: Rule, line: str, copy: NormalizedCopy, texts: list[str], index: int) -> tuple[str, list[str]]:
+    """What a rule of lines or parts leaves of the line, and the parts it takes."""
+    bare = line.strip()
+    if rule.where == "part":
+        return _take_parts(rule, line, copy) if _is_near(rule, texts, index) else (line, [])
+    if len(bare) > rule.longest or not rule.search.fullmatch(copy.text if rule.normalized else bare):
+        return line, []
+    if (rule.refuse and rule.refuse.search(line)) or not _is_near(rule, texts, index):
+        return line, []
+    return "", [bare]
+
+
+def _take_parts(rule: Rule, line: str, copy: NormalizedCopy) -> tuple[str, list[str]]:
+    parts: list[str] = []
+    pieces: list[str] = []
+    done = 0
+    for begin, end in _spans(rule, line, copy):
+        part = line[begin:end]
+        if begin < done or len(part) > rule.longest or (rule.refuse and rule.refuse.search(part)):
+            continue
+        pieces += [line[done:begin], rule.becomes]
+        parts.append(part.strip())
+        done = end
+    if not parts:
+        return line, []
+    kept = "".join([*pieces, line[done:]])
+    if rule.normalized and not any(map(str.isalnum, kept)) and not _KEPT_BARE.intersection(kept):
+        return "", [line.strip()]  # the rest is the advertisement's own punctuation
+    return kept, parts
+
+
+def _spans(rule: Rule, line: str, copy: NormalizedCopy) -> Iterator[tuple[int, int]]:
+    """Where in the line the pattern of a rule of parts fits."""
+    if not rule.normalized:
+        yield from (match.span() for match in rule.search.finditer(line) if match.group())
+        return
+    anywhere = rule.after == "anything"
+    if anywhere:
+        matches: Iterator[re.Match[str] | None] = rule.search.finditer(copy.text)
+    else:
+        matches = (rule.search.match(copy.text, start) for start in copy.starts_before(rule.contains, rule.longest))
+    for match in matches:
+        if match and match.group():
+            begin, end = _widen(line, int(copy.places[match.start()]), int(copy.places[match.end() - 1]) + 1)
+            if _is_balanced(line[begin:end]) and (
+                anywhere or (_ends_sentence(line[:begin]) and _is_closed(line[:begin]))
+            ):
+                yield begin, end
+
+
+def _widen(line: str, begin: int, end: int) -> tuple[int, int]:
+    """Take along the brackets around a match, and punctuation behind it that ends the line."""
+    while begin and (line[begin - 1].isspace() or line[begin - 1] in _OPENERS):
+        begin -= 1
+    rest = line[end:]
+    if not any(map(str.isalnum, rest)) and _is_balanced(line[begin:]):
+        return begin, len(line)
+    while end < len(line) and line[end] in _CLOSERS and _is_balanced(line[begin : end + 1]):
+        end += 1
+    return begin, end
+
+
+def _ends_sentence(front: str) -> bool:
+    last = front[-80:].rstrip()[-1:]
+    return last in SENTENCE_ENDS  # "" too: nothing stands in front
+
+
+def _is_balanced(part: str) -> bool:
+    """Whether the part closes no quotation mark that it does not open."""
+    depth = 0
+    for character in part:
+        depth += (character in "“「『") - (character in "”」』")
+        if depth < 0:
+            return False
+    return True
+
+
+def _is_closed(front: str) -> bool:
+    """Whether no quotation is open at the end of this, so that what follows is nobody's speech."""
+    return front.rfind("“") <= front.rfind("”") and front.rfind("「") <= front.rfind("」")
+
+
+def _is_near(rule: Rule, texts: list[str], index: int) -> bool:
+    if rule.near == "anywhere":
+        return True
+    if rule.near == "edges":
+        return index < _EDGE_LINES or index >= len(texts) - _EDGE_LINES
+    above = itertools.islice(filter(None, reversed(texts[max(0, index - 30) : index])), _LINES_BELOW_HEADING)
+    below = list(itertools.islice(filter(None, texts[index + 1 : index + 60]), _LINES_ABOVE_HEADING))
+    return len(below) < _LINES_ABOVE_HEADING or any(map(_HEADING.match, itertools.chain(above, below)))
+
+
+def _block(rules: Rules, texts: list[str], index: int) -> tuple[Rule | None, int]:
+    """The rule of blocks of which one begins with this line and has an end, and the index of the block's last line."""
+    line = texts[index].strip()
+    for rule in rules.rules:
+        if rule.where != "block" or not any(word in line for word in rule.contains):
+            continue
+        if not rule.search.fullmatch(line) or not _is_near(rule, texts, index):
+            continue
+        lines = 1
+        for number in range(index + 1, len(texts)):
+            if rule.last.fullmatch(texts[number].strip()):
+                return rule, number - 1
+            lines += bool(texts[number])
+            if lines > rule.most_lines:
+                break
+    return None, index

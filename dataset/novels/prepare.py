@@ -1,0 +1,139 @@
+"""The step of one source file: bytes -> chapters, what was taken out, and fingerprints, in a folder of their own.
+
+    decode -> clean -> chapters -> quality -> fingerprints
+
+`prepare_file` depends on nothing but the file and the options, and writes nowhere but under its own name: any engine
+may run it, anywhere, in any order, and twice.
+"""
+
+from __future__ import annotations
+
+import functools
+from dataclasses import dataclass
+from importlib.metadata import version
+from pathlib import Path, PurePosixPath
+
+from dataset.atomic import digest_of, hash_file, new_folder
+from dataset.novels.artefacts import ArtefactWriter
+from dataset.novels.books import prepare_book
+from dataset.novels.cleaning import Rules, load_rules
+from dataset.novels.sources import LeftOut, read_books
+from novelgpt.settings.errors import UserError
+
+# Modules of this folder whose code decides nothing about an artefact; a change of any other makes all artefacts anew.
+LATER_STEPS = ("charts", "cluster", "collection", "command", "decisions", "manifest", "near_duplicates", "overlaps",
+               "report", "run", "shards", "slurm", "split", "terminal", "workers")  # fmt: skip
+LIBRARIES = ("numpy", "opencc", "rensa")
+
+
+@dataclass(frozen=True)
+class FileOptions:
+    """What decides, beside its bytes and its place, how a file comes out.
+
+    Attributes:
+        rules: files of further rules.
+        rules_digest: of all rules, as `load_rules` gives it.
+        code: digest of the code of the steps.
+        to_simplified: whether chapters are converted.
+    """
+
+    rules: tuple[Path, ...] = ()
+    rules_digest: str = ""
+    code: str = ""
+    to_simplified: bool = False
+
+
+def file_options(rules: tuple[Path, ...] = (), simplify: bool = False) -> FileOptions:
+    """Options with the digest of the rules as they are now.
+
+    Raises:
+        UserError: a file of rules is missing or wrong.
+    """
+    return FileOptions(rules, load_rules(rules).digest, code_digest(), simplify)
+
+
+@functools.lru_cache(maxsize=2)
+def code_digest(all_steps: bool = False) -> str:
+    """Of the code that makes artefacts (or of all steps), and of the libraries that decide what comes out.
+
+    A digest forgets nothing, as a version that somebody has to raise would.
+    """
+    here = Path(__file__).resolve().parent
+    modules = [path for path in here.glob("*.py") if all_steps or path.stem not in LATER_STEPS]
+    paths = [here.parent / "decode.py", here.parent / "mending.py", *modules]
+    paths += (here / "report_page").iterdir() if all_steps else ()
+    return digest_of([*([path.name, hash_file(path)[0]] for path in sorted(paths)), *map(version, LIBRARIES)])
+
+
+def artefact_of(sha256: str, source: str, work: Path, options: FileOptions) -> Path:
+    """Where the artefact of a file goes: named for all that decides its content.
+
+    Args:
+        sha256: of the file's bytes.
+        source: its path relative to the folder of raw files.
+        work: the folder of artefacts.
+        options: of the run.
+    """
+    return work / digest_of([sha256, source, options.rules_digest, options.to_simplified, options.code])[:40]
+
+
+def prepare_file(path: Path, folder: Path, work: Path, options: FileOptions) -> Path:
+    """Make the artefact of a source file, unless it is there.
+
+    Args:
+        path: the file, somewhere in `folder`.
+        folder: of raw files.
+        work: where artefacts go; it is made where it is missing.
+        options: of the run.
+
+    Returns:
+        The folder of the artefact. A file that cannot be used gets one, too, whose only book says why.
+
+    Raises:
+        UserError: rules or code are not those of `options`, or the file changed meanwhile.
+    """
+    source = path.relative_to(folder).as_posix()
+    sha256, _ = hash_file(path)
+    artefact = artefact_of(sha256, source, work, options)
+    if artefact.is_dir():
+        return artefact
+    rules = _rules(options.rules)
+    if (rules.digest, code_digest()) != (options.rules_digest, options.code):
+        raise UserError(
+            "the rules or the code have changed since the run began, or differ between machines",
+            "give all machines the same, and run the same command again",
+        )
+    try:
+        with new_folder(artefact) as unfinished:
+            _fill(unfinished, path, folder, rules, options)
+            if hash_file(path)[0] != sha256:
+                raise UserError(f"{path} changed while it was read", "run the same command again when it is written")
+    except OSError:
+        if not artefact.is_dir():  # else another process made it meanwhile
+            raise
+    return artefact
+
+
+def _fill(artefact: Path, path: Path, folder: Path, rules: Rules, options: FileOptions) -> None:
+    source = path.relative_to(folder).as_posix()
+    with ArtefactWriter(artefact) as writer:
+        try:
+            for raw in read_books(path, folder, functools.partial(_leave_out, writer)):
+                writer.add(prepare_book(raw, rules, options.to_simplified), raw.bad_bytes)
+        except UserError as error:
+            # Errors name the file as the user's shell would; an artefact is the same wherever the folder lies.
+            writer.refuse(source, error.cause.replace(str(path), source))
+
+
+def _leave_out(writer: ArtefactWriter, member: LeftOut) -> None:
+    place = PurePosixPath(member.source.partition("!")[2])
+    hidden = any(part.startswith(".") or part == "__MACOSX" for part in place.parts)
+    if place.suffix.lower() == ".txt" and not hidden:
+        writer.refuse(member.source, member.reason)
+    else:
+        writer.skip(member.source, member.reason)
+
+
+@functools.lru_cache(maxsize=1)
+def _rules(files: tuple[Path, ...]) -> Rules:
+    return load_rules(files)

@@ -1,0 +1,100 @@
+"""Answers on disk as they come, so that a killed prediction goes on where it was: no row twice, none missing."""
+
+from __future__ import annotations
+
+import fcntl
+import json
+import os
+import shutil
+from collections.abc import Mapping
+from dataclasses import asdict
+from pathlib import Path
+from types import TracebackType
+from typing import IO
+
+from novelgpt.model.generation import Answer
+from novelgpt.settings.errors import UserError
+
+
+class Journal:
+    """The answers of one prediction: a file a process in `predictions.partial`, a line an answer.
+
+    The first line of each file says which prediction it belongs to. Files of another prediction are no part of this
+    one, and go when it ends; a line that a kill cut off is written again.
+
+    Args:
+        folder: of the results.
+        prediction: what the answers depend on, as one text: model, rows, settings.
+        process: number of this process.
+
+    Attributes:
+        answers: by number of the row, those of all processes, as they were when this one began, and its own.
+
+    Raises:
+        UserError: another prediction is writing here, or nothing can be written.
+    """
+
+    def __init__(self, folder: Path, prediction: str, process: int = 0) -> None:
+        self.folder = folder / "predictions.partial"
+        self.answers: dict[int, Answer] = {}
+        own = self.folder / f"{process}.jsonl"
+        try:
+            self.folder.mkdir(parents=True, exist_ok=True)
+            self.file: IO[bytes] = own.open("a+b")
+        except OSError as error:
+            raise UserError(f"{own}: {error.strerror}", "name a folder that can be written") from error
+        try:
+            fcntl.flock(self.file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except OSError as error:
+            self.file.close()
+            raise UserError(f"another prediction writes into {folder}", "wait for it, or name --output_dir") from error
+        for path in sorted(self.folder.glob("*.jsonl")):
+            complete = self._read(path, prediction)
+            if path == own:
+                self.file.truncate(complete)
+        if self.file.seek(0, os.SEEK_END) == 0:
+            self._append([json.dumps({"prediction": prediction})])
+
+    def add(self, answers: Mapping[int, Answer]) -> None:
+        """Write answers, by number of the row; when this returns, they are on the disk."""
+        self.answers.update(answers)
+        self._append(
+            [json.dumps({"row": number, **asdict(answer)}, ensure_ascii=False) for number, answer in answers.items()]
+        )
+
+    def remove(self) -> None:
+        """Delete all files, once the results are written."""
+        shutil.rmtree(self.folder, ignore_errors=True)
+
+    def _append(self, lines: list[str]) -> None:
+        # Half a character (a lone surrogate) is possible in what a model writes, and no UTF-8.
+        self.file.write("".join(line + "\n" for line in lines).encode("utf-8", errors="replace"))
+        self.file.flush()
+        os.fsync(self.file.fileno())
+
+    def _read(self, path: Path, prediction: str) -> int:
+        """Take the answers of a file of this prediction; how many of its bytes are complete lines of it."""
+        data = path.read_bytes()
+        lines = data[: data.rfind(b"\n") + 1].splitlines(keepends=True)
+        complete = 0
+        for place, line in enumerate(lines):
+            try:
+                entry = json.loads(line)
+                if place == 0:
+                    if entry != {"prediction": prediction}:
+                        return 0
+                else:
+                    number = int(entry.pop("row"))
+                    self.answers[number] = Answer(**entry)
+            except (ValueError, KeyError, TypeError, AttributeError):
+                break  # a disk that lost power may hold anything behind the last line that was synced
+            complete += len(line)
+        return complete
+
+    def __enter__(self) -> Journal:
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        self.file.close()

@@ -1,0 +1,348 @@
+"""Every kind of file gives the books that are in it, exactly; what cannot be used is refused in one line."""
+
+import gzip
+import io
+import json
+import random
+import struct
+import tracemalloc
+import zipfile
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+
+from dataset.novels.records import BadBytes, RawBook, Section
+from dataset.novels.sources import FREE_BYTES, LeftOut, list_folder, list_sources, read_books
+from novelgpt.settings.errors import UserError
+
+SIMPLIFIED = "第一回　雪夜\n　　山里的雪下了一整夜，到天亮才停住。“谁来过？”他问。\n" * 3
+TRADITIONAL = "第一回　雪夜\n　　山裡的雪下了一整夜，到天亮纔停住。「誰來過？」他問。\n" * 3
+
+
+def zipped(members: dict[str, bytes], method: int = zipfile.ZIP_DEFLATED) -> bytes:
+    buffer = io.BytesIO()
+    with zipfile.ZipFile(buffer, "w", method) as archive:
+        for name, data in members.items():
+            archive.writestr(name, data)
+    return buffer.getvalue()
+
+
+def zipped_by_old_program(members: dict[str, bytes], encoding: str) -> bytes:
+    """Names in the code page of a Chinese Windows, without the flag for UTF-8."""
+    data = zipped({f"{index:04}".ljust(len(name.encode(encoding)), "x"): one
+                   for index, (name, one) in enumerate(members.items())})  # fmt: skip
+    for index, name in enumerate(members):
+        data = data.replace(f"{index:04}".ljust(len(name.encode(encoding)), "x").encode(), name.encode(encoding))
+    return data
+
+
+def encrypted(data: bytes) -> bytes:
+    """A .zip whose flags say that its only member is encrypted."""
+    with zipfile.ZipFile(io.BytesIO(data)) as archive:
+        local, central = archive.infolist()[0].header_offset + 6, archive.start_dir + 8
+    changed = bytearray(data)
+    for offset in (local, central):
+        struct.pack_into("<H", changed, offset, struct.unpack_from("<H", changed, offset)[0] | 1)
+    return bytes(changed)
+
+
+def rows(*records: object) -> bytes:
+    return "".join(json.dumps(record, ensure_ascii=False) + "\n" for record in records).encode()
+
+
+CONTAINER = (
+    b'<?xml version="1.0"?><container xmlns="urn:oasis:names:tc:opendocument:xmlns:container"><rootfiles>'
+    b'<rootfile full-path="OEBPS/content.opf" media-type="application/oebps-package+xml"/></rootfiles></container>'
+)
+
+
+def epub(pages: dict[str, str | bytes], contents: str = "", version: int = 3, **more: bytes) -> bytes:
+    """An epub of `pages` in order; `contents` is the body of the nav (EPUB 3) or of the ncx (EPUB 2)."""
+    kind = 'media-type="application/xhtml+xml"'
+    manifest = "".join(f'<item id="p{i}" href="{name.replace(" ", "%20")}" {kind}/>' for i, name in enumerate(pages))
+    spine = "".join(f'<itemref idref="p{index}"/>' for index in range(len(pages)))
+    toc = f'<item id="nav" href="nav.xhtml" properties="nav" {kind}/>'
+    if version == 2:
+        toc = '<item id="ncx" href="toc.ncx" media-type="application/x-dtbncx+xml"/>'
+    package = (
+        '<?xml version="1.0" encoding="utf-8"?><package xmlns="http://www.idpf.org/2007/opf"><metadata/>'
+        f"<manifest>{toc if contents else ''}{manifest}</manifest>"
+        f'<spine><itemref idref="nav"/>{spine}</spine></package>'
+    )
+    ncx = '<?xml version="1.0"?><!DOCTYPE ncx PUBLIC "-//NISO//DTD ncx 2005-1//EN" "ncx-2005-1.dtd">'
+    members: dict[str, bytes] = {"mimetype": b"application/epub+zip", "META-INF/container.xml": CONTAINER}
+    members["OEBPS/content.opf"] = package.encode()
+    if contents and version == 3:
+        ops = 'xmlns="http://www.w3.org/1999/xhtml" xmlns:epub="http://www.idpf.org/2007/ops"'
+        members["OEBPS/nav.xhtml"] = f'<html {ops}><body><nav epub:type="toc">{contents}</nav></body></html>'.encode()
+    elif contents:
+        members["OEBPS/toc.ncx"] = f'{ncx}<ncx xmlns="http://www.daisy.org/z3986/2005/ncx/">{contents}</ncx>'.encode()
+    for name, page in pages.items():
+        members[f"OEBPS/{name}"] = page if isinstance(page, bytes) else page.encode()
+    return zipped(members | {name.replace("__", "/"): data for name, data in more.items()})
+
+
+def page(body: str) -> str:
+    return (
+        '<?xml version="1.0" encoding="utf-8"?><!DOCTYPE html PUBLIC "-//W3C//DTD XHTML 1.1//EN" "x.dtd">'
+        f"<html><head><title>不是正文</title><style>p {{color: red}}</style></head><body>{body}</body></html>"
+    )
+
+
+def point(title: str, href: str) -> str:
+    return f'<navPoint><navLabel><text>{title}</text></navLabel><content src="{href}"/></navPoint>'
+
+
+GBK, BIG5 = SIMPLIFIED.encode("gb18030"), TRADITIONAL.encode("big5hkscs")
+PLAIN = {  # file name -> content, books
+    "书.txt": (GBK, [RawBook("书", "书.txt", SIMPLIFIED, "gb18030")]),
+    "深/书 一 .TXT": (BIG5, [RawBook("书 一", "深/书 一 .TXT", TRADITIONAL, "big5hkscs")]),
+    "bad.txt": (GBK + b"\xff", [RawBook("bad", "bad.txt", SIMPLIFIED, "gb18030", (BadBytes(len(GBK), b"\xff"),))]),
+    "书.txt.gz": (gzip.compress(GBK), [RawBook("书", "书.txt.gz", SIMPLIFIED, "gb18030")]),
+    "书.gz": (gzip.compress(GBK[:50]) + gzip.compress(GBK[50:]), [RawBook("书", "书.gz", SIMPLIFIED, "gb18030")]),
+    "集.zip": (
+        zipped({"一/甲.txt": GBK, "二/乙.TXT": BIG5, "图.jpg": b"\xff\xd8", "__MACOSX/._甲.txt": b"\0\5", "空/": b""}),
+        [
+            RawBook("甲", "集.zip!一/甲.txt", SIMPLIFIED, "gb18030"),
+            RawBook("乙", "集.zip!二/乙.TXT", TRADITIONAL, "big5hkscs"),
+        ],
+    ),
+    "gbk.zip": (
+        zipped_by_old_program({"小说/呼兰河传.txt": GBK, "小说/生死场.txt": GBK}, "gb18030"),
+        [RawBook(name, f"gbk.zip!小说/{name}.txt", SIMPLIFIED, "gb18030") for name in ("呼兰河传", "生死场")],
+    ),
+    "big5.zip": (
+        zipped_by_old_program({"小說/官場現形記.txt": BIG5}, "big5hkscs"),
+        [RawBook("官場現形記", "big5.zip!小說/官場現形記.txt", TRADITIONAL, "big5hkscs")],
+    ),
+    "up.zip": (zipped({"../../up.txt": GBK}), [RawBook("up", "up.zip!../../up.txt", SIMPLIFIED, "gb18030")]),
+    "bz.zip": (zipped({"a.txt": GBK}, zipfile.ZIP_BZIP2), [RawBook("a", "bz.zip!a.txt", SIMPLIFIED, "gb18030")]),
+    "行.jsonl": (
+        rows(
+            {"text": "甲一\r\n甲", "book": "甲", "chapter": "第一回", "title": "雪"},
+            {"text": "甲二", "book": "甲", "chapter": 2},
+            {"text": "乙", "book": "乙"},
+            {"text": "丙", "other": [1]},
+            {"text": "丁", "book": None, "title": ""},
+            {"text": "甲三", "book": "甲", "chapter": "第三回", "title": "第三回 风"},
+        ),
+        [
+            RawBook("甲", "行.jsonl:1", "", "utf-8", (), (Section("第一回 雪", "甲一\n甲"), Section("2", "甲二"))),
+            RawBook("乙", "行.jsonl:3", "乙", "utf-8"),
+            RawBook("行-4", "行.jsonl:4", "丙", "utf-8"),
+            RawBook("行-5", "行.jsonl:5", "丁", "utf-8"),
+            RawBook("甲", "行.jsonl:6", "", "utf-8", (), (Section("第三回 风", "甲三"),)),
+        ],
+    ),
+    "章.jsonl": (
+        b"\xef\xbb\xbf\r\n" + rows({"text": "一", "title": "上"}, {"text": "二", "title": "下"}),
+        [RawBook("章", "章.jsonl:2", "", "utf-8-sig", (), (Section("上", "一"), Section("下", "二")))],
+    ),
+    "gbk.jsonl": (
+        json.dumps({"text": SIMPLIFIED}, ensure_ascii=False).encode("gb18030"),
+        [RawBook("gbk-1", "gbk.jsonl:1", SIMPLIFIED, "gb18030")],
+    ),
+    "行.jsonl.gz": (gzip.compress(rows({"text": "好"})), [RawBook("行-1", "行.jsonl.gz:1", "好", "utf-8")]),
+}  # fmt: skip
+
+EPUBS = {  # content -> sections
+    "epub 3": (
+        epub(
+            {
+                "cover.xhtml": page('<img src="cover.jpg" alt="封面"/>'),
+                "one.xhtml": page(
+                    "<h1>第一章 雪</h1><p>　　他说：“来。”</p>\n<p>第二段，<em>有</em>字<br/>换行</p><script>x</script>"
+                ),
+                "one b.xhtml": page("<p>接着\n说 two\nwords&nbsp;&mdash;好</p>"),
+                "two.xhtml": page(
+                    "<div><h2>第二章</h2><h3>风</h3></div><div>话<p>里</p>话</div><ul><li>甲</li><li>乙</li></ul>"
+                ),
+            },
+            '<ol><li><a href="one.xhtml">第一章 雪</a></li><li><a href="two.xhtml">第二章&nbsp;风</a></li></ol>',
+        ),
+        [
+            Section("第一章 雪", "　　他说：“来。”\n第二段，有字\n换行\n接着说 two words\xa0—好"),
+            Section("第二章 风", "话\n里\n话\n甲\n乙"),
+        ],
+    ),
+    "epub 2, chapters inside a page": (
+        epub(
+            {"all.html": page('<p>题记</p><h2 id="c1">一</h2><p>甲</p><a id="c2"/><h2>二</h2><p>乙</p>').encode("gbk")},
+            "<navMap>" + point("一", "all.html#c1") + point("二", "all.html#c2") + "</navMap>",
+            version=2,
+        ),
+        [Section("", "题记"), Section("一", "甲"), Section("二", "乙")],
+    ),
+    "headings only": (
+        epub({"a": page("<h1>序</h1><p>甲</p>"), "b": page("<h1>一</h1><p>乙</p>"), "c": page("<p>丙</p>")}),
+        [Section("序", "甲"), Section("一", "乙\n丙")],
+    ),
+    "a volume's page": (
+        epub({"v.html": page("<h1>上卷</h1>"), "a.html": page("<h1>一</h1><p>甲</p>")}),
+        [Section("上卷", ""), Section("一", "甲")],
+    ),
+    "no headings": (epub({"a.html": page("<p>甲</p>"), "b.html": page("<p>乙</p>")}), [Section("", "甲\n乙")]),
+}  # fmt: skip
+
+BOMB = zipped({"a.txt": b"\xe5\xa5\xbd" * (FREE_BYTES // 2)})
+BILLION_LAUGHS = CONTAINER.replace(b"?><", b'?><!DOCTYPE x [<!ENTITY a "lol"><!ENTITY b "&a;&a;&a;">]><', 1)
+GOOD_EPUB = epub({"a.html": page("<p>甲</p>")})
+PROTECTED = {"META-INF__encryption.xml": b'<e><CipherReference URI="OEBPS/a"/></e>'}
+REFUSED = {  # file name -> content, what the cause must say
+    "empty.txt": (b"", ["empty"]),
+    "blank.txt": (b" \n", ["empty"]),
+    "png.txt": (b"\x89PNG\r\n\x1a\n\0\0\0\rIHDR" + random.Random(1).randbytes(3000), ["png.txt", "offset"]),
+    "empty.txt.gz": (gzip.compress(b""), ["empty.txt.gz", "empty"]),
+    "no.txt.gz": (GBK, ["no.txt.gz", "damaged"]),
+    "cut.txt.gz": (gzip.compress(GBK)[:-9], ["cut.txt.gz", "damaged"]),
+    "bomb.txt.gz": (gzip.compress(bytes(FREE_BYTES + 1)), ["bomb.txt.gz", "unpacks to more"]),
+    "no.zip": (GBK, ["no.zip", "damaged"]),
+    "cut.zip": (zipped({"a.txt": GBK})[:-30], ["cut.zip", "damaged"]),
+    "wrong.zip": (zipped({"a.txt": GBK}, 0).replace(GBK[:9], GBK[9:18], 1), ["wrong.zip!a.txt", "damaged"]),
+    "locked.zip": (encrypted(zipped({"a.txt": GBK})), ["locked.zip!a.txt", "encrypted"]),
+    "lzma.zip": (zipped({"a.txt": GBK}, zipfile.ZIP_LZMA), ["lzma.zip!a.txt", "method 14"]),
+    "nothing.zip": (zipped({"a.jpg": b"x"}), ["nothing.zip", "no .txt"]),
+    "bomb.zip": (BOMB, ["bomb.zip!a.txt", "unpacks to more"]),
+    "no.epub": (GBK, ["no.epub", "damaged"]),
+    "bare.epub": (zipped({"a.html": b"x"}), ["bare.epub", "META-INF/container.xml"]),
+    "xml.epub": (zipped({"META-INF/container.xml": b"<container>"}), ["xml.epub!META-INF/container.xml", "damaged"]),
+    "lol.epub": (zipped({"META-INF/container.xml": BILLION_LAUGHS}), ["lol.epub!META-INF/container.xml", "entities"]),
+    "wide.epub": (zipped({"META-INF/container.xml": BILLION_LAUGHS.decode().encode("utf-16")}), ["entities"]),
+    "gone.epub": (epub({}), ["gone.epub", "no text"]),
+    "drm.epub": (epub({"a": page("<p>甲</p>")}, **PROTECTED), ["drm.epub", "protected"]),
+    "bad.jsonl": (rows({"text": "好"}) + b'{"text": \n', ["bad.jsonl:2", "invalid JSON"]),
+    "list.jsonl": (rows(["好"]), ["list.jsonl:1", "'text'"]),
+    "other.jsonl": (rows({"text": "好"}, {"content": "好"}), ["other.jsonl:2", "'text'"]),
+    "none.jsonl": (b"\n \n", ["none.jsonl", "empty"]),
+    "utf8.jsonl": (rows({"text": "好"}) + b'{"text": "\xff"}\n', ["utf8.jsonl:2", "0xff at byte 10"]),
+    "wide.jsonl": (rows({"text": "好"}).decode().encode("utf-16"), ["wide.jsonl", "UTF-16"]),
+    "half.jsonl": (b'{"text": "a\\ud800"}\n', ["half.jsonl:1", "half a character"]),
+    "deep.jsonl": (b'{"text": ' + b"[" * 200_000 + b"\n", ["deep.jsonl:1", "invalid JSON"]),
+    "what.docx": (b"x", [".docx"]),
+}  # fmt: skip
+
+
+def written(folder: Path, name: str, content: bytes) -> Path:
+    path = folder / name
+    path.parent.mkdir(parents=True, exist_ok=True)
+    path.write_bytes(content)
+    return path
+
+
+@pytest.mark.parametrize("name", PLAIN)
+def test_books_come_back_exactly(tmp_path: Path, name: str) -> None:
+    content, books = PLAIN[name]
+    assert list(read_books(written(tmp_path, name, content), tmp_path)) == books
+    assert [path.name for path in tmp_path.rglob("*") if path.is_file()] == [Path(name).name]
+
+
+@pytest.mark.parametrize("name", EPUBS)
+def test_chapters_of_an_epub(tmp_path: Path, name: str) -> None:
+    content, sections = EPUBS[name]
+    (book,) = read_books(written(tmp_path, "书.epub", content), tmp_path)
+    assert book.sections == tuple(sections)
+    assert (book.name, book.source, book.text, book.bad_bytes) == ("书", "书.epub", "", ())
+    assert book.encoding == ("gb18030" if "epub 2" in name else "utf-8")
+
+
+@pytest.mark.parametrize("name", REFUSED)
+def test_what_cannot_be_used_is_refused_in_one_line(tmp_path: Path, name: str) -> None:
+    content, parts = REFUSED[name]
+    path = written(tmp_path, name, content)
+    with pytest.raises(UserError) as caught:
+        list(read_books(path, tmp_path))
+    assert "\n" not in caught.value.cause
+    for part in parts:
+        assert part in caught.value.cause
+    assert caught.value.remedy
+
+
+@pytest.mark.parametrize("name", ["a.txt", "a.txt.gz", "a.zip", "a.epub", "a.jsonl"])
+def test_a_missing_file_is_refused(tmp_path: Path, name: str) -> None:
+    with pytest.raises(UserError, match=name):
+        list(read_books(tmp_path / name, tmp_path))
+
+
+def test_members_left_out_are_told_and_the_others_read(tmp_path: Path) -> None:
+    path = written(tmp_path, "集.zip", zipped({"甲.txt": GBK, "空.txt": b"", "图.jpg": b"x", "乙.txt": GBK}))
+    told: list[LeftOut] = []
+    assert [book.name for book in read_books(path, tmp_path, told.append)] == ["乙", "甲"]
+    assert sorted(one.source for one in told) == ["集.zip!图.jpg", "集.zip!空.txt"]
+    with pytest.raises(UserError, match=r"集\.zip!空\.txt is empty"):
+        list(read_books(path, tmp_path))
+    locked = written(tmp_path, "bomb.zip", BOMB)
+    with pytest.raises(UserError, match="unpacks to more"):
+        list(read_books(locked, tmp_path, told.append))
+
+
+def test_rows_are_read_one_by_one(tmp_path: Path) -> None:
+    def peak(count: int) -> int:
+        path = tmp_path / f"{count}.jsonl"
+        with path.open("wb") as stream:
+            stream.writelines(rows({"text": SIMPLIFIED * 9, "book": str(index)}) for index in range(count))
+        tracemalloc.start()
+        assert sum(1 for _ in read_books(path, tmp_path)) == count
+        most = tracemalloc.get_traced_memory()[1]
+        tracemalloc.stop()
+        return most
+
+    peak(10)
+    assert peak(2000) < 2 * peak(20) + 2**18
+
+
+TO_DAMAGE = {
+    "a.zip": zipped({"a.txt": GBK, "b.txt": BIG5}),
+    "a.epub": GOOD_EPUB,
+    "a.txt.gz": gzip.compress(GBK),
+    "a.jsonl": rows({"text": SIMPLIFIED}),
+}
+
+
+@pytest.mark.parametrize("name", TO_DAMAGE)
+@pytest.mark.parametrize("change", ["byte", "cut", "doubled"])
+def test_damage_never_ends_in_another_error(tmp_path: Path, name: str, change: str) -> None:
+    content = TO_DAMAGE[name]
+    choose = random.Random(name + change)
+    changes: dict[str, Callable[[int], bytes]] = {
+        "byte": lambda at: content[:at] + choose.randbytes(1) + content[at + 1 :],
+        "cut": lambda at: content[:at],
+        "doubled": lambda at: content[:at] + content[at // 2 :],
+    }
+    read = 0
+    for _ in range(150):
+        path = written(tmp_path, name, changes[change](choose.randrange(len(content))))
+        try:
+            read += sum(1 for _ in read_books(path, tmp_path))
+        except UserError as error:
+            assert error.cause.startswith((name, str(path)))
+    assert read or change != "byte"
+
+
+def test_listing_a_folder(tmp_path: Path) -> None:
+    folder = tmp_path / "raw"
+    kept = ["b.TXT", "a/c.zip", "a/b/d.jsonl", "e.epub", "f.txt.gz", "z z.txt"]
+    others = [".h.txt", "~$x.txt", "x.txt.part", "y.docx", "z.tar.gz", "README", ".git/a.txt", "x.txt~"]
+    for name in kept + others:
+        written(folder, name, b"x")
+    outside = written(tmp_path, "outside/secret.txt", b"x")
+    (folder / "link.txt").symlink_to(outside)
+    (folder / "linked").symlink_to(outside.parent)
+    listing = list_folder(folder)
+    assert [path.relative_to(folder).as_posix() for path in listing.files] == sorted(kept)
+    told = {one.source: one.reason for one in listing.left_out}
+    assert sorted(told) == sorted([*others[:-2], ".git", "x.txt~", "link.txt", "linked"])
+    assert told["linked"] == told["link.txt"] == "a link"
+    assert told["y.docx"] == ".docx is not read"
+    assert list_sources(folder) == listing.files
+
+
+def test_a_folder_without_novels_is_refused(tmp_path: Path) -> None:
+    written(tmp_path, "x.docx", b"x")
+    for folder, part in (
+        (tmp_path, "1 others"),
+        (tmp_path / "no", "does not exist"),
+        (tmp_path / "x.docx", "no folder"),
+    ):
+        with pytest.raises(UserError, match=part):
+            list_sources(folder)

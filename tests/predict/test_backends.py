@@ -1,0 +1,148 @@
+"""One prediction, three ways: in batches of any size, continuously, and by a real server, all with the same text."""
+
+import importlib.util
+import json
+import os
+import socket
+import subprocess
+import sys
+import time
+import urllib.error
+import urllib.request
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+
+from predict.__main__ import main
+
+ROOT = Path(__file__).resolve().parents[2]
+QUICK = ["--max_rows", "9", "--max_new_tokens", "12"]
+
+
+def predictions(folder: Path) -> list[dict[str, object]]:
+    return [json.loads(line) for line in (folder / "predictions.jsonl").read_text(encoding="utf-8").splitlines()]
+
+
+@pytest.fixture(scope="module")
+def one_by_one(base_folder: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    folder = tmp_path_factory.mktemp("one")
+    main(["--model", str(base_folder), *QUICK, "--batch_size", "1", "--output_dir", str(folder)])
+    return folder
+
+
+@pytest.mark.parametrize(
+    "words", [["--batch_size", "8"], ["--backend", "continuous"], ["--backend", "continuous", "--batch_size", "3"]]
+)
+def test_answers_do_not_depend_on_how_they_are_batched(
+    words: list[str], base_folder: Path, one_by_one: Path, tmp_path: Path
+) -> None:
+    main(["--model", str(base_folder), *QUICK, *words, "--output_dir", str(tmp_path)])
+    assert predictions(tmp_path) == predictions(one_by_one)
+    assert len(predictions(tmp_path)) == 9
+    assert not (tmp_path / "predictions.partial").exists()
+    scores = [json.loads((folder / "scores.json").read_text(encoding="utf-8")) for folder in (tmp_path, one_by_one)]
+    assert scores[0]["perplexity"] == pytest.approx(scores[1]["perplexity"], rel=1e-6)
+    assert scores[0]["rouge-1"] == scores[1]["rouge-1"]
+
+
+def test_drawn_answers_come_again_with_the_seed(base_folder: Path, tmp_path: Path) -> None:
+    words = ["--model", str(base_folder), *QUICK, "--batch_size", "4", "--do_sample", "--temperature", "1.5"]
+    for name, seed in (("a", "1"), ("b", "1"), ("c", "2")):
+        main([*words, "--seed", seed, "--output_dir", str(tmp_path / name)])
+    assert predictions(tmp_path / "a") == predictions(tmp_path / "b") != predictions(tmp_path / "c")
+
+
+def test_rows_may_ask_for_scores_of_short_answers(base_folder: Path, tmp_path: Path) -> None:
+    rows = [
+        {"id": "1", "prompt": "青螺岛在哪里？", "completion": "海上", "metrics": ["exact_match"], "answers": ["海里"]},
+        {"id": "2", "prompt": "谁来了？", "completion": "程小满"},
+    ]
+    (tmp_path / "rows.jsonl").write_text("\n".join(json.dumps(row) for row in rows), encoding="utf-8")
+    words = ["--model", str(base_folder), "--data_files", str(tmp_path / "rows.jsonl"), "--max_new_tokens", "4"]
+    main([*words, "--output_dir", str(tmp_path)])
+    assert predictions(tmp_path)[0]["answers"] == ["海里"]
+    lines = (tmp_path / "row_scores.jsonl").read_text(encoding="utf-8").splitlines()
+    assert ["exact_match" in json.loads(line) for line in lines] == [True, False]
+
+
+@pytest.fixture(scope="module")
+def server(base_folder: Path, tmp_path_factory: pytest.TempPathFactory) -> Iterator[str]:
+    """`transformers serve` in a process of its own; its URL."""
+    missing = [name for name in ("openai", "fastapi", "uvicorn") if importlib.util.find_spec(name) is None]
+    if missing:
+        pytest.skip(f"not installed: {', '.join(missing)}")
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        port = free.getsockname()[1]
+    words = [
+        "serve",
+        str(base_folder),
+        "--host",
+        "127.0.0.1",
+        "--port",
+        str(port),
+        "--device",
+        "cpu",
+        "--dtype",
+        "float32",
+    ]
+    log = tmp_path_factory.mktemp("server") / "log.txt"
+    environment = os.environ | {"HF_HUB_OFFLINE": "1"}
+    with log.open("w", encoding="utf-8") as output:
+        command = [str(Path(sys.executable).with_name("transformers")), *words]
+        process = subprocess.Popen(command, stdout=output, stderr=subprocess.STDOUT, env=environment)
+    try:
+        for _ in range(240):
+            assert process.poll() is None, log.read_text(encoding="utf-8")
+            try:
+                with urllib.request.urlopen(f"http://127.0.0.1:{port}/health", timeout=5):
+                    break
+            except (urllib.error.URLError, OSError):
+                time.sleep(0.5)
+        yield f"http://127.0.0.1:{port}/v1"
+    finally:
+        process.terminate()
+        process.wait(30)
+
+
+def test_a_server_gives_the_same_text(server: str, base_folder: Path, one_by_one: Path, tmp_path: Path) -> None:
+    words = ["--endpoint", server, "--endpoint_model", str(base_folder), "--endpoint_concurrency", "4"]
+    main([*words, *QUICK, "--output_dir", str(tmp_path)])
+    assert predictions(tmp_path) == predictions(one_by_one)
+    scores = json.loads((tmp_path / "scores.json").read_text(encoding="utf-8"))
+    assert "perplexity" not in scores and "rouge-1" in scores
+
+
+@pytest.mark.parametrize(
+    ("words", "message"),
+    [
+        (["--endpoint", "http://127.0.0.1:9/v1", "--output_dir", "x"], "no list of models from http://127.0.0.1:9/v1"),
+        (["--endpoint", "http://127.0.0.1:9/v1"], "no folder that predictions could be written beside"),
+        (["--endpoint", "http://127.0.0.1:9/v1", "--output_dir", "x", "--num_beams", "2"], "--num_beams"),
+        (["--backend", "continuous", "--num_beams", "2", "--output_dir", "x"], "continuous batching has neither beams"),
+    ],
+)
+def test_what_cannot_be_asked_is_said(
+    words: list[str],
+    message: str,
+    base_folder: Path,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    with pytest.raises(SystemExit) as left:
+        main([*words, "--model", str(base_folder), "--max_rows", "1"])
+    assert left.value.code == 2
+    assert message in capsys.readouterr().err
+
+
+def test_a_row_that_the_server_refuses_is_named_and_the_others_are_kept(
+    server: str, base_folder: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    words = ["--endpoint", server, "--endpoint_model", str(base_folder), "--endpoint_concurrency", "1", *QUICK]
+    with pytest.raises(SystemExit):
+        main([*words, "--do_sample", "--top_k", "5", "--output_dir", str(tmp_path)])  # this server knows no top_k
+    printed = capsys.readouterr().err
+    assert "refuses row" in printed and "status 422" in printed and "--top_k" in printed

@@ -1,0 +1,107 @@
+"""Answers survive: what was written is read again, a line cut off is not, another prediction's never are."""
+
+import json
+import os
+import random
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+
+from novelgpt.model.generation import Answer
+from novelgpt.settings.errors import UserError
+from predict.journal import Journal
+
+ROOT = Path(__file__).resolve().parents[2]
+ANSWERS = {3: Answer("雨停了。\u2028", "stop", 5), 0: Answer("", "length", 8), 7: Answer("灯\n亮", "stop", 3, 9)}
+
+
+def test_answers_are_read_again(tmp_path: Path) -> None:
+    with Journal(tmp_path, "one") as journal:
+        journal.add({3: ANSWERS[3]})
+        journal.add({0: ANSWERS[0], 7: ANSWERS[7]})
+    with Journal(tmp_path, "one") as again:
+        assert again.answers == ANSWERS
+        again.remove()
+    with Journal(tmp_path, "one") as empty:
+        assert empty.answers == {}
+
+
+def test_each_process_reads_what_all_have_written(tmp_path: Path) -> None:
+    with Journal(tmp_path, "one", 0) as first, Journal(tmp_path, "one", 1) as second:
+        first.add({3: ANSWERS[3]})
+        second.add({7: ANSWERS[7]})
+    with Journal(tmp_path, "one", 0) as alone:
+        assert alone.answers == {3: ANSWERS[3], 7: ANSWERS[7]}
+
+
+def test_wherever_the_file_is_cut_what_was_complete_is_kept_and_the_rest_written_again(tmp_path: Path) -> None:
+    with Journal(tmp_path, "one") as journal:
+        journal.add(ANSWERS)
+    path = tmp_path / "predictions.partial" / "0.jsonl"
+    whole = path.read_bytes()
+    for cut in range(len(whole)):
+        path.write_bytes(whole[:cut])
+        with Journal(tmp_path, "one") as journal:
+            assert len(journal.answers) == max(0, whole[:cut].count(b"\n") - 1)
+            journal.add({number: one for number, one in ANSWERS.items() if number not in journal.answers})
+        with Journal(tmp_path, "one") as journal:
+            assert journal.answers == ANSWERS
+
+
+def test_another_predictions_answers_are_not_taken(tmp_path: Path) -> None:
+    with Journal(tmp_path, "one", 1) as journal:
+        journal.add(ANSWERS)
+    with Journal(tmp_path, "another", 0) as journal:
+        assert journal.answers == {}
+        journal.add({1: ANSWERS[3]})
+    with Journal(tmp_path, "another", 1) as journal:
+        assert journal.answers == {1: ANSWERS[3]}
+
+
+def test_two_predictions_at_once_are_refused(tmp_path: Path) -> None:
+    with Journal(tmp_path, "one"), pytest.raises(UserError, match="another prediction writes into"):
+        Journal(tmp_path, "one")
+
+
+def command(base_folder: Path, output: Path) -> list[str]:
+    words = ["--model", str(base_folder), "--max_rows", "18", "--max_new_tokens", "30", "--batch_size", "2"]
+    return [sys.executable, "-m", "predict", *words, "--do_sample", "--output_dir", str(output)]
+
+
+@pytest.mark.slow
+def test_killed_at_random_moments_it_ends_as_if_it_never_was(base_folder: Path, tmp_path: Path) -> None:
+    """kill -9 at 10 moments, in one prediction; drawn answers, which depend on their batch."""
+    environment = os.environ | {"HF_HUB_OFFLINE": "1", "PYTHONPATH": str(ROOT)}
+    subprocess.run(command(base_folder, tmp_path / "whole"), env=environment, check=True, capture_output=True)
+    expected = (tmp_path / "whole" / "predictions.jsonl").read_text(encoding="utf-8")
+    generator = random.Random(20240610)
+    journal = tmp_path / "killed" / "predictions.partial" / "0.jsonl"
+    killed_in_between = 0
+    for _ in range(10):
+        process = subprocess.Popen(
+            command(base_folder, tmp_path / "killed"),
+            env=environment,
+            stdout=subprocess.DEVNULL,
+            stderr=subprocess.DEVNULL,
+        )
+        before = journal.stat().st_size if journal.exists() else 0
+        # Until it has written something more, or has ended; then a moment that may fall into the next write.
+        while process.poll() is None and (not journal.exists() or journal.stat().st_size == before):
+            time.sleep(0.01)
+        time.sleep(generator.random() * 0.2)
+        if process.poll() is None:
+            process.send_signal(signal.SIGKILL)
+            killed_in_between += 1
+        process.wait()
+        if (tmp_path / "killed" / "predictions.jsonl").exists():
+            break
+    assert killed_in_between >= 3
+    done = subprocess.run(command(base_folder, tmp_path / "killed"), env=environment, check=True, capture_output=True)
+    assert (tmp_path / "killed" / "predictions.jsonl").read_text(encoding="utf-8") == expected, done.stdout
+    assert not (tmp_path / "killed" / "predictions.partial").exists()
+    scores = [json.loads((tmp_path / name / "scores.json").read_text(encoding="utf-8")) for name in ("whole", "killed")]
+    assert scores[0]["rouge1_char_count"] == scores[1]["rouge1_char_count"]
