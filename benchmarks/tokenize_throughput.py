@@ -63,7 +63,7 @@ def write_books(folder: Path, megabytes: float, fresh: bool = False) -> list[Pat
         folder: made.
         megabytes: of all files.
         fresh: characters follow each other as they do somewhere in the samples, so that phrases are new, as in real
-            books, and no cache knows them; else paragraphs of the samples come again and again, which is quicker to write.
+            books, and no cache knows them. Else paragraphs come again and again, which is quicker to write.
     """
     draw = random.Random(0)
     text = "".join(path.read_text(encoding="utf-8") for path in sorted((SAMPLES / "novels").glob("*.txt")))

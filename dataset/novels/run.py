@@ -1,6 +1,6 @@
 """The whole run: every source file to its artefact, then duplicates and the split, then files that training reads.
 
-OUT/work/files/ holds the artefacts, OUT/work/next/ what is being written; what lies in OUT itself is complete if there
+OUT/cache/files/ holds the artefacts, OUT/cache/next/ what is being written; what lies in OUT itself is complete if there
 is a manifest.json.
 """
 
@@ -64,17 +64,17 @@ def prepare_novels(
     raw, out = raw.resolve(), out.resolve()
     _check_folders(raw, out)
     with only_run(out):
-        return _Run(raw, out, out / "work", files, collection, machines, display).run()
+        return _Run(raw, out, out / "cache", files, collection, machines, display).run()
 
 
 def _check_folders(raw: Path, out: Path) -> None:
     if out == raw or raw in out.parents:
         raise UserError(f"{out} lies in the folder of novels", "name a folder outside of it for what is prepared")
-    taken = out.is_dir() and any(out.iterdir()) and not (out / "work" / "files").is_dir()
+    taken = out.is_dir() and any(out.iterdir()) and not (out / "cache" / "files").is_dir()
     if taken or (out.exists() and not out.is_dir()):
         raise UserError(f"{out} holds something else", "name a new folder")
     try:
-        (out / "work" / "files").mkdir(parents=True, exist_ok=True)
+        (out / "cache" / "files").mkdir(parents=True, exist_ok=True)
     except OSError as error:
         raise UserError(f"{out} cannot be made: {error.strerror}", "name a folder you can write to") from error
 

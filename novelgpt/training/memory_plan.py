@@ -19,6 +19,7 @@ from novelgpt.settings.arguments import TrainArguments
 from novelgpt.settings.errors import UserError
 from novelgpt.settings.process import first_process_value, is_first_process
 from novelgpt.settings.runs import TrainingRun
+from novelgpt.text.packing import PackedBlocks
 from novelgpt.training.auto_batch import (
     TRIED_SHARE,
     cuda_peak,
@@ -226,6 +227,8 @@ def available_memory(device: torch.device) -> int:
 
 def _longest(train: Dataset[Any], packed_length: int | None) -> int:
     """Tokens of the longest row; of the first packs, which are about as long as the others, where rows are packed."""
+    if isinstance(train, PackedBlocks):
+        return max(train.counts().lengths)
     count = len(train)  # type: ignore[arg-type]
     looked_up = range(count if packed_length is None else min(count, MOST_PACKS))
     return max(len(train[index]["input_ids"]) for index in looked_up)

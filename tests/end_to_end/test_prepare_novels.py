@@ -133,7 +133,7 @@ def test_a_full_disk_is_an_error_with_a_remedy_and_what_is_done_stays(tmp_path: 
     small.mkdir()
     command = [sys.executable, "-m", "dataset", "novels", str(tmp_path / "raw"), str(small / "out"), "--workers", "1"]
     script = f'mount -t tmpfs -o size=250k none "{small}" && shift && "$@"; status=$?'
-    script += f'; ls "{small}/out/work/files"; exit $status'
+    script += f'; ls "{small}/out/cache/files"; exit $status'
     done = subprocess.run(
         ["unshare", "-rm", "bash", "-c", script, "bash", "x", *command],
         cwd=ROOT,
@@ -241,5 +241,5 @@ def test_another_engine_gives_the_same_bytes(tmp_path: Path) -> None:
     write_novels(tmp_path / "raw")
     finish(start(tmp_path / "raw", tmp_path / "local"))
     finish(start(tmp_path / "raw", tmp_path / "datatrove", "--engine", "datatrove"))
-    shutil.rmtree(tmp_path / "datatrove" / "work" / "logs")
+    shutil.rmtree(tmp_path / "datatrove" / "cache" / "logs")
     assert tree(tmp_path / "datatrove") == tree(tmp_path / "local")

@@ -145,13 +145,13 @@ def test_the_same_again_does_nothing(copied: tuple[Path, Path], capsys: pytest.C
 
 def test_a_changed_file_is_done_again_and_no_other(copied: tuple[Path, Path]) -> None:
     raw, out = copied
-    before = stamps(out / "work" / "files")
+    before = stamps(out / "cache" / "files")
     path = raw / "海" / "灯塔.txt"
     times = path.stat()
     path.write_text(path.read_text(encoding="utf-8").replace("风雨", "雨风"), encoding="utf-8")
     os.utime(path, ns=(times.st_atime_ns, times.st_mtime_ns))  # neither time nor size tells
     prepare(raw, out, "--held_out", "灯塔")
-    after = stamps(out / "work" / "files")
+    after = stamps(out / "cache" / "files")
     same = {name for name in before.keys() & after.keys() if name != "."}
     assert len([name for name in before.keys() - same if "/" not in name and name != "."]) == 1
     assert len([name for name in after.keys() - same if "/" not in name and name != "."]) == 1
@@ -172,7 +172,7 @@ def test_a_damaged_output_is_made_again(copied: tuple[Path, Path]) -> None:
     before = tree(out)
     (out / "report.html").write_text("", encoding="utf-8")
     (out / "train-00000.parquet").unlink()
-    (out / "work" / "files" / "0000.unfinished-1").mkdir()
+    (out / "cache" / "files" / "0000.unfinished-1").mkdir()
     prepare(raw, out, "--held_out", "灯塔")
     assert tree(out) == before
 
@@ -195,23 +195,23 @@ def test_formats_hold_the_same_rows_and_shards_are_cut_by_size(
     copied: tuple[Path, Path], prepared: tuple[Path, Path, dict[str, str]]
 ) -> None:
     raw, out = copied
-    before = stamps(out / "work" / "files")
+    before = stamps(out / "cache" / "files")
     prepare(raw, out, "--held_out", "灯塔", "--format", "jsonl")
     assert shard_rows(out, "train") == shard_rows(prepared[1], "train")
     assert not list(out.glob("*.parquet"))
-    assert stamps(out / "work" / "files") == before
+    assert stamps(out / "cache" / "files") == before
 
 
 def test_options_redo_what_depends_on_them(copied: tuple[Path, Path]) -> None:
     raw, out = copied
-    before = {path.name for path in (out / "work" / "files").iterdir()}
+    before = {path.name for path in (out / "cache" / "files").iterdir()}
     prepare(raw, out, "--held_out", "甲")
-    assert {path.name for path in (out / "work" / "files").iterdir()} == before
+    assert {path.name for path in (out / "cache" / "files").iterdir()} == before
     assert {source_of_book(row) for row in shard_rows(out, "held_out")} == {"合集.zip!../外面/甲.txt"}
     rules = raw.parent / "more.yaml"
     rules.write_text("rules:\n- {name: lamp, where: line, contains: [风雨], pattern: '.*风雨.*'}\n", encoding="utf-8")
     prepare(raw, out, "--held_out", "甲", "--rules", str(rules))
-    assert not {path.name for path in (out / "work" / "files").iterdir()} & before
+    assert not {path.name for path in (out / "cache" / "files").iterdir()} & before
     assert "lamp" in {row["rule"] for row in json_rows(out / "rejected.jsonl")}
 
 
