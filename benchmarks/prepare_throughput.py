@@ -1,13 +1,12 @@
-"""Preparing novels and tokenising them: speed, memory, and growth with size.
+"""Preparing novels: speed, memory, and growth with size.
 
-    python benchmarks/prepare_throughput.py [--only speed memory growth hashing tokens] [--folder FOLDER] [--json FILE]
+    python benchmarks/prepare_throughput.py [--only speed memory growth hashing] [--folder FOLDER] [--json FILE]
 
 * speed: from GBK files to clean chapters (decode, clean, chapters, quality) in 2 processes, in MB/s of the files; and
   what each step costs, in CPU seconds for a million characters, fingerprints and writing included;
 * memory: the largest sum of the resident sizes of all processes of `python -m dataset novels`, at two sizes of input;
 * growth: its time over sizes of input, fitted with size^exponent;
-* hashing: what the step that looks for changes can read, in MB/s;
-* tokens: `python -m dataset tokens` against the tokenizers library's own encode_batch on the same texts.
+* hashing: what the step that looks for changes can read, in MB/s.
 
 The text is that of the GBK novels under --folder, or of the samples. It is made as long as is needed by copies in which
 half of the pairs of neighbours in the order of frequency are swapped: every copy has the statistics of the original,
@@ -18,9 +17,7 @@ inputs are 0.1 and 1 GB; the whole takes some 10 minutes on 2 CPU cores and 6 GB
 from __future__ import annotations
 
 import argparse
-import contextlib
 import functools
-import io
 import os
 import random
 import statistics
@@ -56,13 +53,11 @@ from dataset.novels.sources import read_books
 from dataset.novels.workers import map_files
 from novelgpt.settings.paths import ROOT, SAMPLES
 
-PARTS = ("speed", "memory", "growth", "hashing", "tokens")
+PARTS = ("speed", "memory", "growth", "hashing")
 WORKERS = 2
 REPEATS = 3
-# Texts that the tokenizers library is given at a time.
-BATCH = 256
 SPEED_TARGET, HASHING_TARGET = 20.0, 500.0
-MEMORY_TARGET, GROWTH_TARGET, TOKENS_TARGET = 1.15, 1.1, 0.9
+MEMORY_TARGET, GROWTH_TARGET = 1.15, 1.1
 SAMPLING_SECONDS = 0.05
 # Numbers and marks by which headings are found stay as they are, and so do the ends of quotations.
 KEPT = set("第章回节節卷部集篇楔子序番外尾声正文上中下零〇一二三四五六七八九十百千万两廿")
@@ -76,8 +71,6 @@ def read_arguments() -> argparse.Namespace:
     parser.add_argument("--speed_mb", type=int, default=100, help="of input for speed and hashing")
     parser.add_argument("--memory_mb", type=int, nargs=2, default=[100, 1000], metavar=("SMALL", "LARGE"))
     parser.add_argument("--growth_mb", type=int, nargs="+", default=[25, 50, 100, 200])
-    parser.add_argument("--tokens_mb", type=int, default=20)
-    parser.add_argument("--tokenizer", type=Path, metavar="FOLDER", help="default: the small base's")
     parser.add_argument("--work_folder", type=Path, help="where the inputs lie meanwhile; default: the system's")
     return parser.parse_args()
 
@@ -265,52 +258,13 @@ def study_hashing(
     return [at_least("prepare_hashing_mb_per_second", statistics.median(rates), "MB/s", HASHING_TARGET)]
 
 
-def study_tokens(arguments: argparse.Namespace, work: Path, texts: list[str], console: Console) -> list[dict[str, Any]]:
-    """Speed of `python -m dataset tokens`, files included, over that of encode_batch on texts in memory."""
-    from dataset.readers import read_text_rows  # they load the model libraries
-    from dataset.tokens_command import TokenRun
-    from novelgpt.model.embedded_base import build_embedded_base
-    from novelgpt.settings.arguments import ModelArguments
-    from novelgpt.text.tokenizer import load_tokenizer
-
-    write_novels(work / "tokens", texts, arguments.tokens_mb)
-    run_command(work / "tokens", work / "tokens-text")
-    shards = sorted((work / "tokens-text").glob("train-*.parquet"))
-    chapters = [row["text"] for shard in shards for row in read_text_rows(shard)]
-    folder = arguments.tokenizer
-    if folder is None:
-        folder = work / "base"
-        with contextlib.redirect_stdout(io.StringIO()):
-            build_embedded_base(folder)
-    tokenizer = load_tokenizer(ModelArguments(str(folder)))
-    backend = tokenizer.backend_tokenizer
-    backend.encode_batch(chapters[:10], add_special_tokens=False)  # starts the library's threads
-    ratios = []
-    for repeat in range(REPEATS):
-        start = time.perf_counter()
-        for begin in range(0, len(chapters), BATCH):
-            backend.encode_batch_fast(chapters[begin : begin + BATCH], add_special_tokens=False)
-        library = time.perf_counter() - start
-        (work / f"made-{repeat}" / "shards").mkdir(parents=True)
-        start = time.perf_counter()
-        TokenRun(work / f"made-{repeat}", tokenizer, str(folder), "text", console).run(list(map(str, shards)))
-        ours = time.perf_counter() - start
-        ratios.append(library / ours)
-        characters = sum(map(len, chapters)) / 1e6
-        console.print(
-            f"Tokens: {characters:,.1f} million characters: {characters / ours:,.2f} million a second, the tokenizers "
-            f"library {characters / library:,.2f}"
-        )
-    return [at_least("prepare_tokenising_over_library", statistics.median(ratios), "ratio of speeds", TOKENS_TARGET)]
-
-
 def main() -> None:
     """Run the parts asked for; then the targets."""
     arguments = read_arguments()
     os.environ |= {"OMP_NUM_THREADS": "1", "MKL_NUM_THREADS": "1"}
     console = make_console()
     texts = source_texts(arguments.folder)
-    studies = dict(zip(PARTS, (study_speed, study_memory, study_growth, study_hashing, study_tokens), strict=True))
+    studies = dict(zip(PARTS, (study_speed, study_memory, study_growth, study_hashing), strict=True))
     results = []
     with tempfile.TemporaryDirectory(dir=arguments.work_folder) as work:
         for part in PARTS:

@@ -23,6 +23,7 @@ _FREQUENT = frozenset(
 _BAD_RUN, _BAD_BYTE, _CUT_END = -12.0, -8.0, -12.0
 # GB18030 gives many pairs of bytes to private use: a stretch that is paired up wrongly has one in about 7 characters.
 _PRIVATE_PAIR = re.compile("[\ue000-\uf8ff][^\n]{0,15}[\ue000-\uf8ff]")
+_NEAR_BEFORE, _NEAR_BEHIND = 40, 160  # characters around such a pair that are read again
 _SURELY_BETTER = 40.0  # logarithm of how many times likelier another reading of a line must be
 
 
@@ -48,8 +49,9 @@ class Shifted(NamedTuple):
     number: int
     """From 1, in the text."""
     text: str
+    """The line, or what lies around the first place in it that tells."""
     reading: str
-    """The line as it was most likely meant."""
+    """The same as it was most likely meant."""
 
 
 class _LogProbabilities(dict[str, float]):
@@ -149,10 +151,11 @@ def find_shifted(text: str) -> Iterator[Shifted]:
         end = len(text) if end < 0 else end
         number += text.count("\n", counted, begin)
         counted, position = begin, end
-        line = text[begin:end]
-        reading = mend(line.encode("gb18030", "ignore"), "gb18030", fixed=True, last=False)
-        if reading.log_probability > log_probability(line) + _SURELY_BETTER:
-            yield Shifted(number, line, reading.text)
+        # Around the pair is enough to tell, and lines may be long.
+        near = text[max(begin, match.start() - _NEAR_BEFORE) : min(end, match.end() + _NEAR_BEHIND)]
+        reading = mend(near.encode("gb18030", "ignore"), "gb18030", fixed=True, last=False)
+        if reading.log_probability > log_probability(near) + _SURELY_BETTER:
+            yield Shifted(number, near, reading.text)
 
 
 def _characters_at(data: bytes, at: int, codec: str) -> Iterator[tuple[int, str]]:

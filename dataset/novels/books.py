@@ -91,7 +91,7 @@ def _describe_shifted(text: str) -> list[str]:
     """A sentence for each stretch that a lost byte before this file was made has turned into other characters."""
     shifted = list(itertools.islice(find_shifted(text), MOST_SHIFTED_SHOWN + 1))
     sentences = [
-        f"line {stretch.number}: double bytes paired up wrongly; it likely said: {stretch.reading[-40:]}"
+        f"line {stretch.number}: double bytes paired up wrongly; it likely said: {stretch.reading[:80]}"
         for stretch in shifted[:MOST_SHIFTED_SHOWN]
     ]
     return [*sentences, "further lines of this kind are not listed"] if len(shifted) > len(sentences) else sentences

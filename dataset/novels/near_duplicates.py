@@ -137,7 +137,7 @@ def find_duplicates(books: Sequence[BookPrints], thresholds: Thresholds = DEFAUL
     """
     order = order_of(books)
     collection = collect([books[i].prints for i in order])
-    shared = shared_shingles(collection)
+    shared = shared_shingles(collection, min(thresholds.related, thresholds.contained))
     pairs, editions, related = _compare_books(books, order, shared, thresholds)
     found = Duplicates(pairs, editions, frozenset(related))
     pairs += _compare_chapters(books, order, collection, shared.chapters, found, thresholds)

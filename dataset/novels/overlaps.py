@@ -8,6 +8,8 @@ as the original is among the first with each of its shingles, frequent ones apar
 
 from __future__ import annotations
 
+import contextlib
+import tempfile
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 
@@ -24,6 +26,7 @@ _AT_ONCE = 1 << 20  # shingles that are sorted together; 100 bytes each while th
 _PAIRS_AT_ONCE = 1 << 13
 _HALF = np.uint64(32)
 _LOW = np.uint64(0xFFFFFFFF)
+_ENTRY = np.dtype([("key", "<u8"), ("count", "<i4")])
 
 
 @dataclass(frozen=True)
@@ -143,20 +146,29 @@ def similar_signatures(collection: Collection, least: float) -> Pairs:
     return Pairs(later[alike], earlier[alike], value[alike])
 
 
-def shared_shingles(collection: Collection) -> Shared:
-    """What chapters and books have in common with earlier ones, single shingles included.
+def shared_shingles(collection: Collection, least: float = 0.0) -> Shared:
+    """What chapters and books have in common with earlier ones.
 
-    Works through the range of sampled shingles in slices, so that little more than the result is in memory.
+    Works through the range of sampled shingles in slices, and through the chapters in parts, so that little more than
+    the result is in memory.
+
+    Args:
+        collection: of the books.
+        least: pairs of chapters matter from this share on: of the later chapter that stands in the book of the
+            earlier one, or of the earlier chapter that stands in the later one. Others, and those with fewer than
+            `LEAST_SHARED` shingles, are left out; all pairs of a chapter with a book are there or none.
     """
     total = int(collection.sampled.sum())
     slices = max(1, -(-total // _AT_ONCE))
     borders = [(i << 32) // slices for i in range(slices + 1)]
-    chapters, books = _Counter(), _Counter()
+    books = _Counter()
     distinct = np.zeros(len(collection.books), np.int64)
-    for low, high in zip(borders, borders[1:], strict=False):
-        keys = _postings(collection, low, high)
-        _count_slice(collection, keys, chapters, books, distinct)
-    return Shared(chapters.pairs(), books.pairs(), distinct)
+    with contextlib.ExitStack() as files:
+        chapters = _ChapterCounter(collection, slices, files)
+        for low, high in zip(borders, borders[1:], strict=False):
+            keys = _postings(collection, low, high)
+            _count_slice(collection, keys, chapters, books, distinct)
+        return Shared(chapters.pairs(least), books.pairs(), distinct)
 
 
 def _postings(collection: Collection, low: int, high: int) -> np.ndarray:
@@ -172,7 +184,7 @@ def _postings(collection: Collection, low: int, high: int) -> np.ndarray:
 
 
 def _count_slice(
-    collection: Collection, keys: np.ndarray, chapters: _Counter, books: _Counter, distinct: np.ndarray
+    collection: Collection, keys: np.ndarray, chapters: _ChapterCounter, books: _Counter, distinct: np.ndarray
 ) -> None:
     shingle, chapter = _split(keys)
     book = collection.book_of[chapter]
@@ -195,6 +207,60 @@ def _count_slice(
         chapters.add(chapter[enough], chapter[partner])
         lead = new_book[enough]
         books.add(book[enough[lead]], book[partner[lead]])
+
+
+class _ChapterCounter:
+    """Counts pairs of chapters, of which most share a phrase or two and nothing that matters: on disk, until a part of
+    the later chapters is complete and can be thinned out.
+
+    Args:
+        collection: of the books.
+        parts: how many.
+        files: closes the temporary files.
+    """
+
+    def __init__(self, collection: Collection, parts: int, files: contextlib.ExitStack) -> None:
+        self._collection = collection
+        spooled = (tempfile.SpooledTemporaryFile(max_size=1 << 16) for _ in range(parts))  # noqa: SIM115
+        self._files = [files.enter_context(file) for file in spooled]
+
+    def add(self, later: np.ndarray, earlier: np.ndarray) -> None:
+        keys, counts = np.unique(later.astype(np.uint64) << _HALF | earlier.astype(np.uint64), return_counts=True)
+        entries = np.empty(len(keys), _ENTRY)
+        entries["key"], entries["count"] = keys, counts
+        parts = len(self._files)
+        chapters = len(self._collection.book_of)
+        firsts = np.array([-(-chapters * part // parts) for part in range(parts + 1)], np.uint64) << _HALF
+        borders = np.searchsorted(keys, firsts)
+        for file, begin, end in zip(self._files, borders, borders[1:], strict=False):
+            file.write(entries[begin:end].tobytes())
+
+    def pairs(self, least: float) -> Pairs:
+        """Those that matter."""
+        found = [self._thinned(file, least) for file in self._files]
+        return Pairs(*(np.concatenate(column) for column in zip(*found, strict=True)))
+
+    def _thinned(
+        self, file: tempfile.SpooledTemporaryFile[bytes], least: float
+    ) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+        file.seek(0)
+        entries = np.frombuffer(file.read(), _ENTRY)
+        order = np.argsort(entries["key"], kind="stable")
+        keys, counts = entries["key"][order], entries["count"][order]
+        new = np.ones(len(keys), bool)
+        new[1:] = keys[1:] != keys[:-1]
+        counts = np.add.reduceat(counts, np.flatnonzero(new)) if len(keys) else counts
+        later, earlier = _split(keys[new])
+        sampled, book = self._collection.sampled, self._collection.book_of[earlier]
+        new_book = np.ones(len(later), bool)
+        new_book[1:] = (later[1:] != later[:-1]) | (book[1:] != book[:-1])
+        starts = np.flatnonzero(new_book)
+        in_book = np.add.reduceat(counts, starts) if len(starts) else counts
+        of_later = in_book >= np.maximum(LEAST_SHARED, least * sampled[later[starts]])
+        of_earlier = counts >= np.maximum(LEAST_SHARED, least * sampled[earlier])
+        whole = np.maximum.reduceat(of_earlier, starts) if len(starts) else of_earlier
+        kept = (of_later | whole)[np.cumsum(new_book) - 1] if len(starts) else np.zeros(0, bool)
+        return later[kept], earlier[kept], counts[kept]
 
 
 class _Counter:

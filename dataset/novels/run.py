@@ -1,7 +1,7 @@
 """The whole run: every source file to its artefact, then duplicates and the split, then files that training reads.
 
-OUT/cache/files/ holds the artefacts, OUT/cache/next/ what is being written; what lies in OUT itself is complete if there
-is a manifest.json.
+OUT/cache/files/ holds the artefacts, OUT/cache/next/ what is being written; what lies in OUT itself is complete if
+there is a manifest.json.
 """
 
 from __future__ import annotations

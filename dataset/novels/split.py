@@ -118,7 +118,7 @@ def decide(
     evidence = _Evidence(
         same_digests(collection),
         similar_signatures(collection, min(thresholds.near, thresholds.leak)),
-        shared_shingles(collection).chapters,
+        shared_shingles(collection, min(thresholds.leak, thresholds.related, thresholds.contained)).chapters,
     )
     left_out = _find_leaks(collection, is_held, evidence, thresholds.leak)
     _find_repeats(collection, is_held, evidence, left_out, thresholds, duplicates, order)

@@ -162,6 +162,26 @@ def test_shared_shingles_are_those_of_the_sets() -> None:
     assert sum(value for earlier, value in last if earlier >= 20) == np.isin(sets[2][9], earlier_here).sum()
 
 
+def test_pairs_below_the_least_share_are_left_out_and_no_others() -> None:
+    chapters = [prose(i, 4_000) for i in range(6)]
+    parts = [chapters[i][: 200 * i] + prose(100 + i, 4_000 - 200 * i) for i in range(6)]
+    long = "".join(prose(200 + i, 3_000) + chapters[i][:1_500] for i in range(6))
+    books = [fingerprint([chapters[0], long]), fingerprint(chapters), fingerprint(parts)]
+    collection = collect(books)
+    everything = shared_shingles(collection).chapters
+    for least in (0.1, 0.2, 0.5):
+        expected = set()
+        for later, earlier, _ in everything.rows():
+            book = collection.book_of[earlier]
+            group = [(e, value) for p, e, value in everything.rows() if p == later and collection.book_of[e] == book]
+            share = sum(value for _, value in group) / collection.sampled[later]
+            if share >= least or any(value >= least * collection.sampled[e] for e, value in group):
+                expected.add((later, earlier))
+        found = shared_shingles(collection, least).chapters
+        assert {(later, earlier) for later, earlier, _ in found.rows()} == expected
+        assert 0 < len(expected) < len(everything.later)
+
+
 def test_similar_chapters_are_found_and_others_are_not() -> None:
     """Of 60 pairs that are alike by 0.8 all; none of those that are not."""
     texts = [prose(i, 600) for i in range(60)]

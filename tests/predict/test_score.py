@@ -1,0 +1,119 @@
+"""The command that scores a file: figures, intervals, comparisons, other tools' conventions; no row is ever dropped."""
+
+import json
+import random
+from pathlib import Path
+from typing import Any
+
+import pytest
+import rouge_chinese
+
+from novelgpt.scoring.conventions import llamafactory
+from novelgpt.scoring.segmentation import segment
+from novelgpt.scoring.text_scores import score_pair
+from predict.score import main
+
+NOVEL = Path(__file__).resolve().parents[2] / "dataset" / "samples" / "novels" / "deng_ta_xia_de_xin.txt"
+HARD = ["", " ", "\n\u3000", "好", "🙂", "ＡＢＣ", "Hello, 世界", "啊" * 3000, "。。。"]
+
+
+def write(path: Path, rows: list[dict[str, Any]]) -> Path:
+    path.write_text("".join(json.dumps(row, ensure_ascii=False) + "\n" for row in rows), encoding="utf-8")
+    return path
+
+
+def rows(shared: float, count: int = 40) -> list[dict[str, Any]]:
+    """Predictions that share so much of their references."""
+    text = NOVEL.read_text(encoding="utf-8")
+    generator = random.Random(20240611)
+    made = []
+    for number in range(count):
+        first, second = (generator.randrange(len(text) - 200) for _ in range(2))
+        reference = text[first : first + 100]
+        kept = int(100 * shared * generator.uniform(0.8, 1.0))
+        prediction = reference[:kept] + text[second : second + 100 - kept]
+        made.append({"id": f"r{number}", "prediction": prediction, "reference": reference, "finish_reason": "stop"})
+    return made
+
+
+def load(path: Path) -> Any:
+    return json.loads(path.read_text(encoding="utf-8"))
+
+
+def test_scores_of_the_file_are_means_of_its_rows(tmp_path: Path) -> None:
+    made = rows(0.5)
+    main([str(write(tmp_path / "predictions.jsonl", made))])
+    scores = load(tmp_path / "scores.json")
+    lines = [json.loads(line) for line in (tmp_path / "row_scores.jsonl").read_text(encoding="utf-8").splitlines()]
+    assert [line["id"] for line in lines] == [row["id"] for row in made]
+    for name in score_pair("一", "二"):
+        assert scores[name] == pytest.approx(sum(line[name] for line in lines) / len(lines))
+        assert scores["intervals"][name][0] <= scores[name] + 1e-12 and name in scores["definitions"]
+    assert (scores["rows"], scores["stopped"], scores["empty_predictions"]) == (40, 1.0, 0)
+    sides = [[segment(row[side]) for row in made] for side in ("prediction", "reference")]
+    package = rouge_chinese.Rouge().get_scores(*sides, avg=True)
+    assert {name: scores[name] for name in package} == {name: value["f"] for name, value in package.items()}
+
+
+def test_no_row_is_dropped_whatever_it_holds(tmp_path: Path) -> None:
+    made = [{"id": f"{a}-{b}", "prediction": HARD[a], "reference": HARD[b]} for a in range(9) for b in range(9)]
+    for extra in ([], ["--scorer", "rouge_chinese"], ["--convention", "llamafactory"], ["--convention", "swift"]):
+        main([str(write(tmp_path / "predictions.jsonl", made)), *extra])
+    main([str(tmp_path / "predictions.jsonl")])
+    scores = load(tmp_path / "scores.json")
+    assert (scores["rows"], scores["rows_without_reference"], scores["empty_predictions"]) == (81, 9, 9)
+    assert len((tmp_path / "row_scores.jsonl").read_text(encoding="utf-8").splitlines()) == 81
+
+
+def test_the_package_itself_gives_the_same(tmp_path: Path) -> None:
+    file = write(tmp_path / "predictions.jsonl", rows(0.4))
+    main([str(file)])
+    ours = load(tmp_path / "scores.json")
+    main([str(file), "--scorer", "rouge_chinese", "--output", str(tmp_path / "package.json")])
+    theirs = load(tmp_path / "package.json")
+    assert theirs["scorer"].startswith("rouge_chinese 1.")
+    assert [ours[name] for name in ("rouge-1", "rouge-2", "rouge-l")] == [
+        theirs[name] for name in ("rouge-1", "rouge-2", "rouge-l")
+    ]
+
+
+def test_another_tools_figures_go_to_a_file_of_their_own(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    made = rows(0.4)
+    main([str(write(tmp_path / "predictions.jsonl", made)), "--convention", "llamafactory"])
+    scores = load(tmp_path / "scores.llamafactory.json")
+    expected = llamafactory([row["prediction"] for row in made], [row["reference"] for row in made])
+    assert {name: scores[name] for name in expected} == expected
+    assert not (tmp_path / "scores.json").exists()
+    assert f"{expected['bleu-4']:.4f}" in capsys.readouterr().out
+
+
+def test_the_better_of_two_is_found_and_equal_ones_are_not_told_apart(tmp_path: Path) -> None:
+    first, better = write(tmp_path / "a.jsonl", rows(0.3)), rows(0.6)
+    random.Random(1).shuffle(better)  # rows are matched by id
+    main([str(first), "--compare", str(write(tmp_path / "b.jsonl", better)), "--output", str(tmp_path / "c.json")])
+    found = {score["name"]: score for score in load(tmp_path / "c.json")["scores"]}
+    for name in ("rouge-l", "bleu4_char", "rouge1_char_count", "sacrebleu"):
+        assert found[name]["second"] > found[name]["first"] and found[name]["low"] > 0
+        assert found[name]["p_value"] < 0.01
+    main([str(first), "--compare", str(first), "--output", str(tmp_path / "same.json")])
+    assert {score["p_value"] for score in load(tmp_path / "same.json")["scores"]} == {1.0}
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        (lambda made: made[:-1], "do not answer the same rows"),
+        (lambda made: [*made[:-1], made[-1] | {"id": "other"}], "r39 is in the first only"),
+        (lambda made: [*made[:-1], made[-1] | {"reference": "另一个"}], "row r39 has two references"),
+        (lambda made: [*made[:-1], made[-1] | {"metrics": ["f2"]}], "no metric 'f2'"),
+        (lambda made: [*made[:-1], made[-1] | {"metrics": "exact_match"}], "field metrics is no list of texts"),
+    ],
+)
+def test_files_that_do_not_fit_are_refused(
+    change: Any, message: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    first, second = write(tmp_path / "a.jsonl", rows(0.3)), write(tmp_path / "b.jsonl", change(rows(0.3)))
+    with pytest.raises(SystemExit) as left:
+        main([str(first), "--compare", str(second)])
+    assert left.value.code == 2
+    assert message in capsys.readouterr().err
