@@ -157,16 +157,12 @@ def main(argv: list[str] | None = None) -> None:
     parser = CommandParser(prog="python -m predict.score", description="Scores of a predictions file.")
     parser.add_argument("file", type=Path, help="rows with the texts `prediction` and `reference`")
     parser.add_argument("--output", type=Path, help="where to write [default: scores.json beside the file]")
-    parser.add_argument(
-        "--compare", type=Path, metavar="OTHER", help="other predictions for the same rows: is OTHER better?"
-    )
+    parser.add_argument("--compare", type=Path, metavar="OTHER",
+                        help="other predictions for the same rows: is OTHER better?")  # fmt: skip
     parser.add_argument("--convention", choices=sorted(CONVENTIONS), help="the figures that another tool would print")
-    parser.add_argument(
-        "--scorer",
-        choices=["novelgpt", "rouge_chinese"],
-        default="novelgpt",
-        help="rouge_chinese: rouge-1/2/l by the package itself, slowly [default: novelgpt, which equals it]",
-    )
+    parser.add_argument("--scorer", choices=["novelgpt", "rouge_chinese"], default="novelgpt",
+                        help="rouge_chinese: rouge-1/2/l by the package itself, slowly [default: novelgpt, which "
+                        "equals it]")  # fmt: skip
     parser.add_argument("--workers", type=int, help="processes [default: one a core where there is much to score]")
     words = parser.parse_args(argv)
     if words.compare and words.convention:

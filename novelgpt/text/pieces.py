@@ -8,6 +8,7 @@ does not hold for get their documents whole.
 from __future__ import annotations
 
 import re
+from array import array
 from collections import deque
 from collections.abc import Iterable, Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
@@ -140,17 +141,16 @@ class PieceEncoder:
                 yield waiting.popleft().result()
 
     def _encode_batch(self, batch: list[Piece]) -> tuple[numpy.ndarray, list[int]]:
-        parts: list[numpy.ndarray] = []
+        # An array of the standard library takes lists of numbers at twice the speed of numpy's.
+        tokens = array("H" if self.dtype.itemsize == 2 else "I")
         begins: list[int] = []
-        count = 0
         for piece, ids in zip(batch, encode_texts([piece.text for piece in batch], self.tokenizer), strict=True):
             if piece.begins:
-                begins.append(count)
+                begins.append(len(tokens))
+            tokens.extend(ids)
             if piece.ends:
-                ids = [*ids, self.end]
-            parts.append(numpy.array(ids, dtype=self.dtype))
-            count += len(ids)
-        return numpy.concatenate(parts), begins
+                tokens.append(self.end)
+        return numpy.frombuffer(tokens, self.dtype.newbyteorder("=")).astype(self.dtype, copy=False), begins
 
 
 def _batches(pieces: Iterable[Piece]) -> Iterator[list[Piece]]:

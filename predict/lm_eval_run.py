@@ -1,0 +1,172 @@
+"""Standard benchmarks by lm-evaluation-harness, and the table of before and after.
+
+    python -m predict.lm_eval_run --model output/finetune --tasks cmmlu,ceval-valid
+    python -m predict.lm_eval_run --compare output/base/lm_eval output/finetune/lm_eval
+
+The harness gets models as prediction loads them: Baichuan and Qwen v1 by the classes of this toolkit, adapters merged
+in memory, no code that lies with a checkpoint.
+"""
+
+from __future__ import annotations
+
+import json
+import math
+import sys
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import torch
+from rich.console import Console
+from rich.table import Table
+
+from novelgpt.model.loading import load_for_generation
+from novelgpt.settings.arguments import ModelArguments
+from novelgpt.settings.command_parser import CommandParser
+from novelgpt.settings.errors import UserError, exit_on_user_error
+from novelgpt.text.tokenizer import load_tokenizer
+
+GENERAL_TASKS = "cmmlu,ceval-valid"
+CERTAIN = 1.96  # standard errors
+
+
+@exit_on_user_error
+def main(argv: list[str] | None = None) -> None:
+    """Run the harness, or compare two of its results."""
+    parser = CommandParser(
+        prog="python -m predict.lm_eval_run",
+        description="Standard benchmarks. Options that are not listed go to lm_eval as they are: `lm_eval run --help`.",
+        allow_abbrev=False,
+    )
+    parser.add_argument("--model", help="full checkpoint, adapter folder or hub name")
+    parser.add_argument("--tasks", default=GENERAL_TASKS, help=f"names with commas between [default: {GENERAL_TASKS}]")
+    parser.add_argument("--num_fewshot", help="solved examples in each prompt [default: what the task says]")
+    parser.add_argument("--apply_chat_template", action="store_true", help="ask in the chat template")
+    parser.add_argument("--limit", help="of each task, only so many questions: a try, not a result")
+    parser.add_argument("--batch_size", default="8", help="questions at once, or auto [default: 8]")
+    parser.add_argument("--include_path", help="folder with tasks of your own")
+    parser.add_argument("--output_path", type=Path, help="folder of the results [default: MODEL/lm_eval]")
+    parser.add_argument("--compare", nargs=2, type=Path, metavar=("BEFORE", "AFTER"),
+                        help="two results, or folders, of which the newest is taken")  # fmt: skip
+    words, further = parser.parse_known_args(argv)
+    if words.compare:
+        if further:
+            raise UserError(f"--compare does not take {further[0]}", "name two results only")
+        _compare(*words.compare)
+        return
+    if not words.model:
+        raise UserError("no model is named", "--model FOLDER, or --compare BEFORE AFTER")
+    output = words.output_path
+    if output is None:
+        if not Path(words.model).is_dir():
+            raise UserError(f"{words.model} is no folder that results could be written into", "name --output_path")
+        output = Path(words.model) / "lm_eval"
+    options = {
+        "--model": "novelgpt", "--model_args": f"pretrained={words.model}", "--tasks": words.tasks,
+        "--batch_size": words.batch_size, "--device": "cuda" if torch.cuda.is_available() else "cpu",
+        "--output_path": str(output), "--num_fewshot": words.num_fewshot, "--limit": words.limit,
+        "--include_path": words.include_path,
+    }  # fmt: skip
+    chosen = [word for name, value in options.items() if value is not None for word in (name, value)]
+    _run_harness(["run", *chosen, *["--apply_chat_template"] * words.apply_chat_template, *further])
+    print(f"results in {output}")
+
+
+def _run_harness(words: list[str]) -> None:
+    """lm_eval's own command line, which knows the model type "novelgpt" besides its own.
+
+    Raises:
+        UserError: the harness is not installed, or it ends with an error of use.
+    """
+    try:
+        from lm_eval.__main__ import cli_evaluate
+        from lm_eval.api.registry import register_model
+        from lm_eval.models.huggingface import HFLM
+    except ImportError as error:
+        raise UserError(f"the harness cannot be loaded: {error}", "pip install lm_eval") from error
+
+    @register_model("novelgpt")
+    class Checkpoint(HFLM):
+        """A model as prediction loads it."""
+
+        def __init__(self, pretrained: str, device: str | None = None, **further: Any) -> None:
+            chosen = ModelArguments(pretrained, "sdpa")
+            tokenizer = load_tokenizer(chosen)
+            model = load_for_generation(chosen, tokenizer)
+            # Thoughts before an answer: off, as in training on answers without one.
+            super().__init__(model, backend="causal", tokenizer=tokenizer, enable_thinking=False, **further)
+
+    before, sys.argv = sys.argv, ["lm_eval", *words]  # it reads no other
+    try:
+        cli_evaluate()
+    finally:
+        sys.argv = before
+
+
+def _compare(before_path: Path, after_path: Path) -> None:
+    before, after = _read_results(before_path), _read_results(after_path)
+    for name in ("n-shot", "n-samples", "versions"):
+        shared = before.get(name, {}).keys() & after.get(name, {}).keys()
+        different = sorted(task for task in shared if before[name][task] != after[name][task])
+        if different:
+            task = different[0]
+            raise UserError(
+                f"{task} was asked in two ways: {name} {before[name][task]} and {after[name][task]}",
+                "run both models with the same settings",
+            )
+    if bool(before.get("chat_template")) != bool(after.get("chat_template")):
+        raise UserError("only one of the two was asked in a chat template", "run both models with the same settings")
+    table = Table(title=f"{after['model_name']} against {before['model_name']}", title_justify="left")
+    for title in ("task", "score", "before", "after", "difference", "standard error"):
+        table.add_column(title, justify="left" if title in ("task", "score") else "right")
+    members = {task for tasks in before.get("group_subtasks", {}).values() for task in tasks}
+    shown = [task for task in before["results"] if task in after["results"] and task not in members]
+    if not shown:
+        raise UserError(f"{before_path} and {after_path} share no task", "run both models on the same --tasks")
+    for task in shown:
+        for score, first, second, error in _pairs(before["results"][task], after["results"][task]):
+            style = "bold" if error and abs(second - first) > CERTAIN * error else ""
+            told = "" if error is None else f"{error:.4f}"
+            table.add_row(task, score, f"{first:.4f}", f"{second:.4f}", f"{second - first:+.4f}", told, style=style)
+    Console().print(table)
+    print("standard error: of the difference, as if the two had answered other questions, which is careful. "
+          f"bold: more than {CERTAIN} of them.")  # fmt: skip
+
+
+def _pairs(first: Mapping[str, Any], second: Mapping[str, Any]) -> list[tuple[str, float, float, float | None]]:
+    """(score, before, after, standard error of the difference if known) of one task."""
+    pairs = []
+    for name, value in first.items():
+        score, _, filtered = name.partition(",")
+        both = value, second.get(name)
+        if score.endswith("_stderr") or not all(isinstance(number, (int, float)) for number in both) or not filtered:
+            continue
+        errors = [side.get(f"{score}_stderr,{filtered}") for side in (first, second)]
+        known = [float(error) for error in errors if isinstance(error, (int, float))]
+        label = score if filtered == "none" else f"{score} ({filtered})"
+        pairs.append((label, float(value), float(second[name]), math.hypot(*known) if len(known) == 2 else None))
+    return pairs
+
+
+def _read_results(path: Path) -> dict[str, Any]:
+    """Results of a file, or of the newest in a folder.
+
+    Raises:
+        UserError: there are none.
+    """
+    files = sorted(path.rglob("results_*.json"), key=lambda file: file.name) if path.is_dir() else [path]
+    if not files:
+        raise UserError(f"{path} holds no results_….json", "run the harness first")
+    try:
+        results = json.loads(files[-1].read_text(encoding="utf-8"))
+        if not isinstance(results["results"], dict):
+            raise TypeError("results")
+    except OSError as error:
+        raise UserError(f"{files[-1]}: {error.strerror}", "name a results_….json or its folder") from error
+    except (ValueError, KeyError, TypeError) as error:
+        raise UserError(f"{files[-1]} holds no results of lm_eval", "name a results_….json or its folder") from error
+    return {"model_name": str(path), **results}
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,121 @@
+"""What a report says about each score: its Chinese name, where it stands, which values are good, how it is written."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any, TypeGuard
+
+GROUPS = {
+    "overlap": ("Likeness to the reference", "与参考答案的相似度"),
+    "answers": ("Short answers", "简短回答"),
+    "model": ("The references under the model", "模型对参考答案的预测"),
+    "repetition": ("Repetition", "重复程度"),
+    "length": ("Length", "长度"),
+    "other": ("Further scores", "其他分数"),
+}
+"""Name of a group -> English and Chinese heading, in the order of the page."""
+
+
+@dataclass(frozen=True)
+class Metric:
+    """A score as a report shows it.
+
+    Attributes:
+        name: exact name.
+        chinese: Chinese name.
+        group: name in `GROUPS`.
+        better: "higher", "lower", "reference" (the nearer to what the references have, the better), or "" for none.
+        digits: decimals.
+    """
+
+    name: str
+    chinese: str
+    group: str = "other"
+    better: str = ""
+    digits: int = 4
+
+
+METRICS = {
+    metric.name: metric
+    for metric in (
+        Metric("rouge-1", "词重合", "overlap", "higher"),
+        Metric("rouge-2", "二元词重合", "overlap", "higher"),
+        Metric("rouge-l", "最长公共词序列", "overlap", "higher"),
+        Metric("rouge1_char_count", "字重合（计次数）", "overlap", "higher"),
+        Metric("rouge2_char_count", "二元字重合（计次数）", "overlap", "higher"),
+        Metric("rougel_char", "最长公共字序列", "overlap", "higher"),
+        Metric("bleu4_char", "按字 BLEU-4", "overlap", "higher"),
+        Metric("bleu4_word", "按词 BLEU-4", "overlap", "higher"),
+        Metric("sacrebleu", "语料级 BLEU", "overlap", "higher", 2),
+        Metric("exact_match", "完全一致", "answers", "higher"),
+        Metric("answer_f1_char", "按字 F1", "answers", "higher"),
+        Metric("choice_accuracy", "选择题正确率", "answers", "higher"),
+        Metric("perplexity", "困惑度", "model", "lower", 2),
+        Metric("bits_per_character", "每字比特数", "model", "lower"),
+        Metric("token_accuracy", "词元准确率", "model", "higher"),
+        Metric("loss", "损失", "model", "lower"),
+        Metric("rep4_char", "四字重复率", "repetition", "reference"),
+        Metric("rep8_char", "八字重复率", "repetition", "reference"),
+        Metric("rep16_char", "十六字重复率", "repetition", "reference"),
+        Metric("distinct1_char", "不同字占比", "repetition", "reference"),
+        Metric("distinct2_char", "不同二字组占比", "repetition", "reference"),
+        Metric("longest_repeat_char", "最长重复片段", "repetition", "reference", 1),
+        Metric("looped", "陷入循环的比例", "repetition", "lower"),
+        Metric("first_loop_char", "循环起点", "repetition", "", 1),
+        Metric("sentences_seen_before", "重复句子占比", "repetition", "reference"),
+        Metric("compression_ratio", "压缩比", "repetition", "reference", 3),
+        Metric("prediction_characters", "回答字数", "length", "reference", 1),
+        Metric("stopped", "自行结束的比例", "length", "higher"),
+        Metric("cut", "超出计分长度的比例", "length"),
+    )
+}
+"""Scores by name, in the order of the page."""
+
+
+def metric_named(name: str) -> Metric:
+    """The metric of this name; one that the table does not know has no Chinese name and no better side."""
+    return METRICS.get(name) or Metric(name, "")
+
+
+def metrics_of(scores: Sequence[Mapping[str, Any]]) -> list[Metric]:
+    """The scores that any of these scores.json has, in the order of the page; those of references alone are no rows."""
+    found = [name for name in METRICS if any(is_number(one.get(name)) for one in scores)]
+    further = [
+        name
+        for one in scores
+        for name in one.get("intervals", {})
+        if name not in METRICS and not name.startswith("reference_") and is_number(one.get(name))
+    ]
+    return [metric_named(name) for name in [*found, *dict.fromkeys(further)]]
+
+
+def reference_value(name: str, scores: Mapping[str, Any]) -> float | None:
+    """What the references have of a score of predictions; None where they have none."""
+    value = scores.get(f"reference_{name.removeprefix('prediction_')}")
+    return float(value) if is_number(value) else None
+
+
+def goodness(metric: Metric, value: float, reference: float | None) -> float | None:
+    """A number that is larger for better values; None where no value is better than another."""
+    if metric.better == "higher":
+        return value
+    if metric.better == "lower":
+        return -value
+    if metric.better == "reference" and reference is not None:
+        return -abs(value - reference)
+    return None
+
+
+def is_number(value: object) -> TypeGuard[float]:
+    """A finite number, and no truth value."""
+    return isinstance(value, (int, float)) and not isinstance(value, bool) and math.isfinite(value)
+
+
+def written(value: float, digits: int) -> str:
+    """A number with so many decimals and commas between thousands; very large ones as 1.23e+45."""
+    if abs(value) >= 1e7:
+        return f"{value:.3g}"
+    text = f"{value:,.{digits}f}"
+    return text.replace("-", "\N{MINUS SIGN}") if float(text.replace(",", "")) else text.lstrip("-")
