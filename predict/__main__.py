@@ -15,6 +15,7 @@ from accelerate.utils import gather_object
 from tqdm import tqdm
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
+from dataset.atomic import write_whole
 from dataset.instructions import load_instructions
 from novelgpt.model.generation import Answer, plan_batches
 from novelgpt.model.loading import load_for_generation
@@ -22,7 +23,7 @@ from novelgpt.scoring.summary import reference_scores
 from novelgpt.settings.arguments import ModelArguments
 from novelgpt.settings.errors import UserError, exit_on_user_error
 from novelgpt.settings.parser import parse_arguments
-from novelgpt.settings.paths import EMBEDDED_BASE
+from novelgpt.settings.paths import EMBEDDED_BASE, check_folder_can_be_made
 from novelgpt.settings.runs import PredictRun
 from novelgpt.text.tokenizer import load_tokenizer
 from novelgpt.training.run_folder import newest_finetuning
@@ -116,10 +117,7 @@ def _output_folder(run: PredictRun) -> Path:
         if not Path(model_name).is_dir():
             raise UserError(f"{model_name} is no folder that predictions could be written beside", "name --output_dir")
         folder = Path(model_name) / "predict"
-    try:
-        folder.mkdir(parents=True, exist_ok=True)
-    except OSError as error:
-        raise UserError(f"--output_dir {folder}: {error.strerror}", "name a folder that can be written") from error
+    check_folder_can_be_made(folder, f"--output_dir {folder}")
     return folder
 
 
@@ -174,9 +172,7 @@ def _write_predictions(rows: Sequence[PromptRow], answers: Sequence[Answer], pat
             "completion_tokens": answer.completion_tokens,
         }
         lines.append(json.dumps(line | row.scoring.fields(), ensure_ascii=False) + "\n")
-    unfinished = path.with_name(path.name + ".partial")
-    unfinished.write_text("".join(lines), encoding="utf-8", errors="replace")
-    unfinished.replace(path)
+    write_whole(path, "".join(lines))
 
 
 def _write_scores(

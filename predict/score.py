@@ -19,6 +19,7 @@ from typing import Any
 from rich.console import Console
 from rich.table import Table
 
+from dataset.atomic import write_whole
 from dataset.readers import read_records
 from novelgpt.scoring.conventions import CONVENTIONS
 from novelgpt.scoring.row_scores import RowScores, ScoredRow, score_rows
@@ -26,6 +27,7 @@ from novelgpt.scoring.segmentation import segment
 from novelgpt.scoring.summary import Comparison, compare_rows, definitions, summarise_rows
 from novelgpt.settings.command_parser import CommandParser
 from novelgpt.settings.errors import UserError, exit_on_user_error
+from novelgpt.settings.paths import check_folder_can_be_made
 from predict.scoring_fields import Scoring, read_scoring
 
 GROUPS_SHOWN = 4  # beside each other in the terminal
@@ -117,8 +119,10 @@ def write_scores(rows: Sequence[RowScores], path: Path, further: Mapping[str, An
     if groups:
         scores["groups"] = groups
     lines = "".join(json.dumps(row, ensure_ascii=False) + "\n" for row in rows)
-    _write(lines, path.with_name("row_scores.jsonl") if path.name == "scores.json" else path.with_suffix(".rows.jsonl"))
-    _write(json.dumps(scores, ensure_ascii=False, indent=2) + "\n", path)
+    row_file = path.with_name("row_scores.jsonl") if path.name == "scores.json" else path.with_suffix(".rows.jsonl")
+    path.parent.mkdir(parents=True, exist_ok=True)
+    write_whole(row_file, lines)
+    _write_json(path, scores)
     _show_scores(scores)
     return scores
 
@@ -167,6 +171,12 @@ def main(argv: list[str] | None = None) -> None:
     words = parser.parse_args(argv)
     if words.compare and words.convention:
         raise UserError("--compare and --convention at once", "take one of them")
+    if words.workers is not None and words.workers < 1:
+        raise UserError(f"--workers {words.workers} is too few", "take at least 1")
+    if words.output:
+        if words.output.is_dir():
+            raise UserError(f"--output {words.output} is a folder", "name a file")
+        check_folder_can_be_made(words.output.parent, f"--output {words.output}")
     predictions = read_predictions(words.file)
     if words.convention:
         _score_by_convention(predictions, words.convention, words.output or words.file.with_name("scores.json"))
@@ -185,7 +195,7 @@ def _score_by_convention(predictions: Sequence[Prediction], convention: str, pat
     scores = CONVENTIONS[convention]([row.prediction for row in rows], [row.reference for row in rows])
     recipe = " ".join((CONVENTIONS[convention].__doc__ or "").split())
     path = path.with_name(f"scores.{convention}.json") if path.name == "scores.json" else path
-    _write(json.dumps({**scores, "rows": len(rows), "recipe": recipe}, ensure_ascii=False, indent=2) + "\n", path)
+    _write_json(path, {**scores, "rows": len(rows), "recipe": recipe})
     table = Table(title=f"Scores as {convention} prints them", title_justify="left", show_header=False)
     for name, value in scores.items():
         table.add_row(name, f"{value:.4f}")
@@ -230,7 +240,7 @@ def _compare(
     written: dict[str, Any] = {"first": str(file), "second": str(other_file), "rows": len(predictions)}
     written["scores"] = [asdict(comparison) for comparison in comparisons]
     path = output or file.with_name("comparison.json")
-    _write(json.dumps(written, ensure_ascii=False, indent=2) + "\n", path)
+    _write_json(path, written)
     _show_comparison(comparisons, len(predictions))
     print(f"  {path}")
 
@@ -297,11 +307,9 @@ def _show_comparison(comparisons: Sequence[Comparison], rows: int) -> None:
     print("bold: p below 0.05 by approximate randomization. With many scores, one in twenty is so by chance.")
 
 
-def _write(text: str, path: Path) -> None:
+def _write_json(path: Path, content: Mapping[str, Any]) -> None:
     path.parent.mkdir(parents=True, exist_ok=True)
-    unfinished = path.with_name(path.name + ".partial")
-    unfinished.write_text(text, encoding="utf-8")
-    unfinished.replace(path)
+    write_whole(path, json.dumps(content, ensure_ascii=False, indent=2) + "\n")
 
 
 if __name__ == "__main__":

@@ -1,5 +1,5 @@
 #!/usr/bin/env bash
-# The whole job on the embedded base and samples: pretrain, fine-tune, LoRA-fine-tune, predict, one table.
+# The whole job on the embedded base and samples: pretrain, fine-tune, LoRA-fine-tune, predict, a report and a table.
 # Needs git, Python >= 3.10 and a package index; no model hub, no GPU. Replaces output/demo.
 #   bash scripts/run_demo.sh [FOLDER]     FOLDER takes the place of output/demo
 set -euo pipefail
@@ -15,7 +15,7 @@ demo="$(realpath -m "${1:-$root/output/demo}")"
 samples="$root/dataset/samples"
 model="$demo/tiny-qwen3"
 # Only what an earlier demo left there.
-rm -rf "$demo"/{tiny-qwen3,base,pretrain,finetune,finetune_lora} "$demo/summary.json"
+rm -rf "$demo"/{tiny-qwen3,base,pretrain,finetune,finetune_lora,report} "$demo/summary.json"
 if ! command -v nvidia-smi > /dev/null 2>&1; then export DS_ACCELERATOR=cpu; fi
 "$python" -m novelgpt.model.embedded_base "$model"
 
@@ -41,4 +41,5 @@ bash "$here/run_lora.sh" --model "$demo/pretrain" --config "$root/finetune_lora/
 bash "$here/run_predict.sh" --model "$demo/finetune_lora" --max_new_tokens 320
 
 step "5/5 Results"
+"$python" -m predict.report "$demo"/{base,pretrain,finetune,finetune_lora} --output "$demo/report"
 "$python" "$here/demo_table.py" "$demo"

@@ -108,8 +108,11 @@ def known_options(command: list[str]) -> set[str] | None:
         return options_in_source(command_module)
     if module and module[1] in PIPELINES:
         return options_of(PIPELINES[module[1]])
-    if module and (ROOT / (path := module[1].replace(".", "/") + ".py")).is_file():
-        return options_in_source(path)
+    if module:
+        folder = module[1].replace(".", "/")
+        for path in (f"{folder}.py", f"{folder}/__main__.py"):
+            if (ROOT / path).is_file():
+                return options_in_source(path)
     return None
 
 

@@ -1,100 +1,28 @@
-"""The report: its figures are those of scores.json, its marks are right, and a browser shows all of it."""
+"""The report: its figures are those of scores.json, its examples those of the files; what does not fit is an error."""
 
-import base64
 import json
 import math
-import random
 import re
 import shutil
-import warnings
-from collections.abc import Iterator
 from html import unescape
 from pathlib import Path
 from typing import Any
 
-import matplotlib
 import pytest
 
-from novelgpt.scoring.summary import compare_rows, reference_scores
+from novelgpt.scoring.summary import compare_rows
 from novelgpt.settings.errors import UserError
-from predict.report import main, write_report
-from predict.report_charts import LABELS
-from predict.report_figures import find_chinese_font
-from predict.report_runs import read_runs
-from predict.score import score_predictions, scored_prediction, write_scores
+from predict.report.__main__ import main
+from predict.report.runs import read_runs
 from predict.scoring_fields import Scoring
+from tests.predict.scored_runs import papers, predict_folder, three_runs
 
-ROOT = Path(__file__).resolve().parents[2]
 HOSTILE = '<script>alert(1)</script><img src="https://example.org/x.png" onerror="alert(2)">"\'&'
-DEJAVU = Path(matplotlib.get_data_path()) / "fonts" / "ttf" / "DejaVuSans.ttf"
-BROWSERS = ("chromium", "chromium-browser", "google-chrome", "google-chrome-stable")
-
-
-def papers() -> list[tuple[str, str, str]]:
-    lines = (ROOT / "dataset" / "samples" / "papers" / "train.jsonl").read_text(encoding="utf-8").splitlines()
-    rows = [json.loads(line) for line in lines[:24]]
-    return [(row["id"], row["title"], row["abstract"]) for row in rows]
-
-
-def noised(text: str, share: float, chance: random.Random) -> str:
-    return "".join(chance.choice(text) if chance.random() < share else character for character in text)
-
-
-def predict_folder(
-    folder: Path,
-    rows: list[tuple[str, str, str]],
-    share: float = 0.3,
-    *,
-    losses: bool = True,
-    scoring: dict[int, Scoring] | None = None,
-    predictions: dict[int, str] | None = None,
-) -> Path:
-    """A prediction folder as `python -m predict` writes it: every fourth answer ends in a loop."""
-    chance = random.Random(str((folder.name, share)))
-    entries, scored, sums = [], [], {}
-    for number, (name, prompt, reference) in enumerate(rows):
-        text = noised(reference or prompt, share, chance)[: 60 + 5 * number]
-        looped = number % 4 == 1
-        text = (predictions or {}).get(number, text + text[-9:] * 12 * looped)
-        reason = "length" if looped else "stop"
-        how = (scoring or {}).get(number, Scoring())
-        entry = {"id": name, "prompt": prompt, "reference": reference, "prediction": text, "finish_reason": reason}
-        entries.append(entry | {"prompt_tokens": len(prompt), "completion_tokens": len(text)} | how.fields())
-        scored.append(scored_prediction(name, text, reference, how, reason))
-        if losses and reference:
-            tokens = max(1, len(reference) // 2)
-            sums[number] = reference_scores([tokens * chance.uniform(1.5, 4.0), tokens, tokens // 3])
-    folder.mkdir(parents=True, exist_ok=True)
-    lines = "".join(json.dumps(entry, ensure_ascii=False) + "\n" for entry in entries)
-    (folder / "predictions.jsonl").write_text(lines, encoding="utf-8", errors="replace")
-    write_scores(
-        score_predictions(scored, sums, workers=1),
-        folder / "scores.json",
-        {"seconds": 1.5, "model": folder.parent.name, "generation": {"max_new_tokens": 64, "do_sample": False}},
-    )
-    return folder
-
-
-def write_losses(run: Path, steps: int) -> None:
-    entries: list[dict[str, float]] = [{"step": 0, "eval_loss": 5.0}]
-    for step in range(1, steps + 1):
-        entries.append({"step": step, "loss": 5.0 / step})
-        entries += [{"step": step, "eval_loss": 5.5 / step}] * (step % 4 == 0)
-    lines = "".join(json.dumps(entry) + "\n" for entry in entries)
-    (run / "metrics.jsonl").write_text(lines + '{"step": 9, "lo', encoding="utf-8")
 
 
 @pytest.fixture(scope="module")
 def runs(tmp_path_factory: pytest.TempPathFactory) -> list[Path]:
-    """Three run folders: two models, and a server that knows no loss; all answer the same rows."""
-    root = tmp_path_factory.mktemp("runs")
-    groups = {number: Scoring(score_group=str(500 * (1 + number % 2))) for number in range(24)}
-    predict_folder(root / "full" / "predict", papers(), 0.2, scoring=groups)
-    predict_folder(root / "小说_lora" / "predict", papers(), 0.4, scoring=groups)
-    predict_folder(root / "server" / "predict", papers(), 0.6, losses=False, scoring=groups)
-    write_losses(root / "full", 12)
-    write_losses(root / "小说_lora", 9)
-    return [root / name for name in ("full", "小说_lora", "server")]
+    return three_runs(tmp_path_factory.mktemp("runs"))
 
 
 @pytest.fixture(scope="module")
@@ -134,6 +62,24 @@ def test_every_score_and_interval_in_the_table_is_that_of_scores_json(runs: list
         assert {group for place, group in shown if place == str(number) and group} == {"500", "1000"}
         for name in wanted:
             assert scores["definitions"][name] in unescape(page)
+
+
+def test_the_best_run_is_marked(runs: list[Path], report: Path) -> None:
+    table = report.read_text(encoding="utf-8").split("</table>")[0]
+    stars = re.findall(r'★</b><data value="[^"]+" data-metric="([^"]+)" data-run="(\d)"', table)
+    best: dict[str, list[int]] = {}
+    for metric, run in stars:
+        best.setdefault(metric, []).append(int(run))
+    scores = [json.loads((run / "predict" / "scores.json").read_text(encoding="utf-8")) for run in runs]
+
+    def smallest(distances: list[float]) -> list[int]:
+        return [number for number, distance in enumerate(distances) if distance == min(distances)]
+
+    assert best["rouge-l"] == smallest([-one["rouge-l"] for one in scores])
+    assert best["perplexity"] == smallest([one["perplexity"] for one in scores[:2]])  # the server knows none
+    for name in ("compression_ratio", "distinct2_char"):
+        assert best[name] == smallest([abs(one[name] - one[f"reference_{name}"]) for one in scores])
+    assert "first_loop_char" not in best and "looped" not in best  # no better side; all alike
 
 
 def test_the_comparison_is_that_of_compare_rows(runs: list[Path], report: Path) -> None:
@@ -238,11 +184,28 @@ def test_a_single_row_makes_a_report(tmp_path: Path, answer: str) -> None:
 
 def test_runs_on_other_rows_are_not_compared(runs: list[Path], tmp_path: Path) -> None:
     other = predict_folder(tmp_path / "other", papers()[::-1][:10])
-    reversed_rows = predict_folder(tmp_path / "reversed", papers()[::-1], 0.25)
-    main([str(runs[0]), str(other), str(reversed_rows), "--output", str(tmp_path)])
+    main([str(runs[0]), str(other), "--output", str(tmp_path)])
     page = text_of((tmp_path / "report.html").read_text(encoding="utf-8"))
     assert page.count("The two answer other rows") == 1
-    assert page.count("scores are better") == 1
+    assert "scores are better" not in page
+
+
+def test_rows_in_another_order_are_compared_row_by_row(runs: list[Path], tmp_path: Path) -> None:
+    folder = tmp_path / "reversed"
+    shutil.copytree(runs[0] / "predict", folder)
+    for name in ("predictions.jsonl", "row_scores.jsonl"):
+        lines = (folder / name).read_text(encoding="utf-8").splitlines(keepends=True)
+        (folder / name).write_text("".join(lines[::-1]), encoding="utf-8")
+    main([str(runs[0]), str(folder), "--output", str(tmp_path)])
+    page = (tmp_path / "report.html").read_text(encoding="utf-8")
+    table = page.split('<table class="compared">')[1].split("</table>")[0]
+    # The same predictions: no difference, and none in any draw of rows.
+    assert set(re.findall(r"0\.0+ to 0\.0+|[+\N{MINUS SIGN}][\d.]+", table)) <= {
+        f"{zero} to {zero}" for zero in ("0.0", "0.00", "0.000", "0.0000")
+    }
+    for article in page.split('<article class="example">')[1:]:
+        _, first, second = re.findall(r'<div class="body"[^>]*>(.*?)</div>', article, re.DOTALL)
+        assert first == second
 
 
 def test_only_what_is_scored_of_a_prediction_is_shown(tmp_path: Path) -> None:
@@ -306,106 +269,3 @@ def test_losses_after_a_resumption_replace_those_before(tmp_path: Path) -> None:
     lines = [{"step": 1, "loss": 3.0}, {"step": 2, "loss": 2.0}, {"step": 3, "loss": 9.0}, {"step": 2, "loss": 1.0}]
     (tmp_path / "metrics.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines), encoding="utf-8")
     assert read_runs([folder])[0].losses == [lines[0], lines[3]]
-
-
-@pytest.fixture(scope="module")
-def english(runs: list[Path], tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """The report of a machine without Chinese fonts."""
-    with warnings.catch_warnings():
-        warnings.simplefilter("error")  # matplotlib warns of each letter that its fonts lack
-        return write_report(read_runs(runs), tmp_path_factory.mktemp("english"), None)
-
-
-def test_without_a_chinese_font_pictures_are_english_and_the_page_says_so(english: Path, tmp_path: Path) -> None:
-    assert find_chinese_font(LABELS, [DEJAVU, tmp_path / "NotoSansCJK-Regular.ttc"]) is None
-    page = english.read_text(encoding="utf-8")
-    assert "fonts-noto-cjk" in page and "Noto Sans CJK" in page
-    assert "各项" not in page and "参考答案" in page
-
-
-def test_with_a_chinese_font_no_letter_is_missing(runs: list[Path], english: Path, tmp_path: Path) -> None:
-    font = find_chinese_font(LABELS)
-    if font is None:
-        pytest.skip("no font with Chinese letters on this machine")
-    with warnings.catch_warnings():
-        warnings.simplefilter("error")
-        page = write_report(read_runs(runs), tmp_path, font).read_text(encoding="utf-8")
-    assert "fonts-noto-cjk" not in page
-    for path in (tmp_path / "report").iterdir():
-        assert path.read_bytes() != (english.parent / "report" / path.name).read_bytes()
-    svgs = [base64.b64decode(code).decode() for code in re.findall(r"svg\+xml;base64,([\w+/=]+)", page)]
-    assert len(svgs) == 9 * 4
-    for svg in svgs:
-        assert not re.search(r"<(script|image|text|foreignObject)\b", svg)
-        assert not re.search(r"(?:href|src)=\"(?!#)", svg)
-
-
-@pytest.fixture(scope="module")
-def browser() -> Iterator[Any]:
-    playwright = pytest.importorskip("playwright.sync_api", reason="playwright is not installed")
-    found = next(filter(None, map(shutil.which, BROWSERS)), None)
-    if found is None:
-        pytest.skip(f"no browser on PATH: none of {', '.join(BROWSERS)}")
-    with playwright.sync_playwright() as driver:
-        opened = driver.chromium.launch(executable_path=found, args=["--no-sandbox"])
-        yield opened
-        opened.close()
-
-
-@pytest.mark.parametrize("scheme", ["light", "dark"])
-@pytest.mark.parametrize("width", [1280, 400])
-def test_a_browser_shows_the_page(browser: Any, report: Path, width: int, scheme: str) -> None:
-    page = browser.new_page(viewport={"width": width, "height": 900}, color_scheme=scheme)
-    messages: list[str] = []
-    requests: list[str] = []
-    page.on("console", lambda message: messages.append(message.text))
-    page.on("pageerror", lambda error: messages.append(str(error)))
-    page.on("request", lambda request: requests.append(request.url))
-    page.goto(report.as_uri())
-    page.evaluate("document.querySelectorAll('details').forEach(each => each.open = true)")
-    page.evaluate("Promise.all([...document.images].map(image => image.decode()))")
-    assert page.evaluate("document.documentElement.scrollWidth") <= width
-    pictures = page.evaluate(
-        "[...document.images].map(i => ({natural: i.naturalWidth, source: i.currentSrc,"
-        " box: i.getBoundingClientRect()}))"
-    )
-    assert len(pictures) == 9
-    for picture in pictures:
-        assert picture["natural"] > 0
-        assert picture["box"]["width"] > 300 * (width / 1280) and picture["box"]["height"] > 100
-        dark = "#1d1c1a" not in base64.b64decode(picture["source"].partition("base64,")[2]).decode()
-        assert dark == (scheme == "dark")
-    # Wide pages get wide pictures, narrow ones narrow, so that letters keep their size.
-    assert all(abs(p["natural"] - p["box"]["width"]) < 0.2 * p["natural"] for p in pictures)
-    shown = page.inner_text("body")
-    for label in (
-        "预测报告",
-        "分数",
-        "逐行配对比较",
-        "困惑度",
-        "与参考答案的相似度",
-        "训练损失曲线",
-        "得分最高",
-        "分数定义",
-        "截断",
-    ):
-        assert label in shown
-    for run in ("full", "小说_lora", "server"):
-        assert run in shown
-    overflowing = page.evaluate(
-        "[...document.querySelectorAll('td, th, .text, figure, .card, dd')]"
-        ".filter(e => e.offsetParent && e.getBoundingClientRect().right > innerWidth + 1).map(e => e.outerHTML)"
-    )
-    assert overflowing == []
-    assert messages == []
-    assert [url for url in requests if not url.startswith("data:")] == [report.as_uri()]
-    page.close()
-
-
-def test_a_browser_prints_the_page(browser: Any, report: Path) -> None:
-    page = browser.new_page(color_scheme="dark")
-    page.goto(report.as_uri())
-    page.emulate_media(media="print")
-    assert page.evaluate("getComputedStyle(document.querySelector('.body')).maxHeight") == "none"
-    assert page.evaluate("[...document.images].every(i => i.naturalWidth > 0)")
-    page.close()

@@ -6,8 +6,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from novelgpt.scoring.repetition import first_loop, repetition
-from predict.report_curves import means_by_length, repetition_by_position, seen_before
-from predict.report_marks import SHORTEST_OVERLAP, SHORTEST_REPEAT, loops, overlaps, repeats, split_at_marks
+from predict.report.curves import means_by_length, repetition_by_position, seen_before
+from predict.report.marks import SHORTEST_OVERLAP, SHORTEST_REPEAT, loops, overlaps, repeats, split_at_marks
 
 TEXTS = st.text(alphabet="天地玄黄，。\n 𠮷", max_size=120)
 
@@ -65,6 +65,7 @@ def test_the_longest_overlap_is_taken_first() -> None:
 def test_repeats_stood_in_the_text_before(text: str) -> None:
     for start, end in repeats(text):
         assert text.find(text[start:end]) < start
+    assert repeats("甲" * 40) == [(1, 40)]
     repeated = text + "甲乙丙丁戊己庚辛壬癸" * 2
     assert any(end == len(repeated) and end - start >= SHORTEST_REPEAT for start, end in repeats(repeated))
 

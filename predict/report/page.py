@@ -12,10 +12,10 @@ from typing import Any
 from jinja2 import Environment, FileSystemLoader, StrictUndefined
 
 from novelgpt.scoring.summary import Comparison, definitions
-from predict.report_examples import Group, visible
-from predict.report_figures import Picture
-from predict.report_marks import SHORTEST_OVERLAP, SHORTEST_REPEAT
-from predict.report_metrics import (
+from predict.report.examples import Group, visible
+from predict.report.figures import Picture
+from predict.report.marks import SHORTEST_OVERLAP, SHORTEST_REPEAT
+from predict.report.metrics import (
     GROUPS,
     Metric,
     goodness,
@@ -25,9 +25,9 @@ from predict.report_metrics import (
     reference_value,
     written,
 )
-from predict.report_runs import Run
+from predict.report.runs import Run
 
-TEMPLATE = Path(__file__).with_name("report_template")
+TEMPLATE = Path(__file__).with_name("template")
 CERTAIN = 0.05
 """p-values below it are called a difference."""
 MOST_ROW_GROUPS = 12

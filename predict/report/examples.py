@@ -7,9 +7,9 @@ from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from predict.report_marks import Piece, loops, overlaps, repeats, split_at_marks
-from predict.report_metrics import is_number, written
-from predict.report_runs import Run
+from predict.report.marks import Piece, loops, overlaps, repeats, split_at_marks
+from predict.report.metrics import is_number, written
+from predict.report.runs import Run
 
 EXAMPLES = 3
 MOST_CHARACTERS = 5_000

@@ -17,7 +17,7 @@ from novelgpt.scoring.row_scores import RowScores
 from novelgpt.scoring.summary import Comparison, compare_rows
 from novelgpt.settings.command_parser import CommandParser
 from novelgpt.settings.errors import UserError, exit_on_user_error
-from predict.report_charts import (
+from predict.report.charts import (
     LABELS,
     PICTURES,
     Named,
@@ -27,12 +27,12 @@ from predict.report_charts import (
     repetition_chart,
     scores_chart,
 )
-from predict.report_curves import bin_width, means_by_length, repetition_by_position, sample
-from predict.report_examples import choose_examples, visible
-from predict.report_figures import Chart, ChineseFont, Picture, draw_picture, find_chinese_font
-from predict.report_metrics import METRICS, is_number
-from predict.report_page import make_page
-from predict.report_runs import Run, matched_rows, read_runs
+from predict.report.curves import bin_width, means_by_length, repetition_by_position, sample
+from predict.report.examples import choose_examples, visible
+from predict.report.figures import Chart, ChineseFont, Picture, draw_picture, find_chinese_font
+from predict.report.metrics import METRICS, is_number
+from predict.report.page import make_page
+from predict.report.runs import Run, matched_rows, read_runs
 
 FOLDER = "report"
 ROUGE = ("rouge-1", "rouge-2", "rouge-l")

@@ -10,8 +10,8 @@ import numpy
 from matplotlib.axes import Axes
 from matplotlib.ticker import FuncFormatter, LogLocator, MaxNLocator, NullLocator
 
-from predict.report_curves import GRAM, Curve
-from predict.report_figures import HUMAN, INK, RUN_COLOURS, RUN_LINES, RUN_MARKERS, Chart, Look
+from predict.report.curves import GRAM, Curve
+from predict.report.figures import HUMAN, INK, RUN_COLOURS, RUN_LINES, RUN_MARKERS, Chart, Look
 
 MOST_POINTS = 240
 LABELS = (

@@ -15,7 +15,7 @@ from typing import Any
 
 from novelgpt.scoring.row_scores import RowScores
 from novelgpt.settings.errors import UserError
-from predict.report_metrics import is_number
+from predict.report.metrics import is_number
 from predict.scoring_fields import read_scoring
 
 MOST_RUNS = 6

@@ -1,0 +1,1 @@
+"""A page about one or several runs: scores, pictures, examples."""
