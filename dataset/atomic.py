@@ -70,6 +70,28 @@ def new_folder(folder: Path) -> Iterator[Path]:
         shutil.rmtree(unfinished, ignore_errors=True)
 
 
+@contextmanager
+def folder_if_used(folder: Path) -> Iterator[None]:
+    """Make a folder; after a UserError, those that were made and are still empty are gone again.
+
+    Raises:
+        UserError: it cannot be made, or what the block raises.
+    """
+    made = [path for path in (folder, *folder.parents) if not path.exists()]
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise UserError(f"{folder} cannot be made: {error.strerror}", "name a folder you can write to") from error
+    try:
+        yield
+    except UserError:
+        for path in made:
+            if not path.is_dir() or any(path.iterdir()):
+                break
+            path.rmdir()
+        raise
+
+
 def sync(path: Path) -> None:
     """Hand a file, or the names in a folder, to the disk."""
     handle = os.open(path, os.O_RDONLY)

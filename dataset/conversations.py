@@ -81,6 +81,8 @@ def _read_rows(data: ConversationArguments) -> tuple[list[Record], list[Record]]
         return train, [row for file in data.valid_files for row in read_conversation_rows(Path(file), drawn.fixed())]
     kept = math.ceil(len(rows) * data.valid_fraction)
     if not 0 < kept < len(rows):
+        for row in rows:
+            word_row(row, drawn)  # what is wrong in a row is to be mended first
         raise UserError(
             f"{len(rows)} rows cannot be split into training and evaluation "
             f"with --valid_fraction {data.valid_fraction}",

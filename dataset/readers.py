@@ -120,6 +120,8 @@ def _load_json(text: str, where: str) -> Any:
         line = f" line {error.lineno}" if error.lineno > 1 else ""
         raise UserError(f"{where}{line}: invalid JSON, column {error.colno}: {error.msg}",
                         "mend that line, or write the file with json.dumps") from error  # fmt: skip
+    except (ValueError, RecursionError) as error:  # a number of thousands of digits; lists in lists in lists
+        raise UserError(f"{where}: JSON that cannot be read: {error}", "write rows of fields and texts") from error
 
 
 def _csv(path: Path) -> Iterator[tuple[str, Any]]:

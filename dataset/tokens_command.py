@@ -22,7 +22,7 @@ import numpy
 from rich.console import Console
 from transformers import PreTrainedTokenizerBase
 
-from dataset.atomic import digest_of, hash_file, new_folder, only_run, write_whole
+from dataset.atomic import digest_of, folder_if_used, hash_file, new_folder, only_run, write_whole
 from dataset.corpus import Source, cut_file, find_sources
 from novelgpt.settings.arguments import ModelArguments
 from novelgpt.settings.command_parser import CommandParser
@@ -179,14 +179,10 @@ def _complete(folder: Path) -> dict[str, Any] | None:
     return about if whole else None
 
 
-def _make_folder(out: Path) -> None:
-    """Make `out`, unless it is a folder of tokens already."""
+def _check_folder(out: Path) -> None:
+    """Raise a UserError unless `out` is new, empty, or a folder of tokens."""
     if out.exists() and not (out / SHARDS).is_dir() and (not out.is_dir() or any(out.iterdir())):
         raise UserError(f"{out} holds something else", "name a new folder")
-    try:
-        (out / SHARDS).mkdir(parents=True, exist_ok=True)
-    except OSError as error:
-        raise UserError(f"{out} cannot be made: {error.strerror}", "name a folder you can write to") from error
 
 
 @exit_on_user_error
@@ -210,8 +206,8 @@ def main(argv: list[str] | None = None) -> None:
             raise UserError(f"--workers {words.workers} is too few", "take at least 1")
         os.environ["RAYON_NUM_THREADS"] = str(words.workers)  # read by the tokenizers library at its first batch
     model = ModelArguments(words.model, trust_remote_code=words.trust_remote_code, hub=words.hub)
-    _make_folder(words.out)
-    with only_run(words.out):
+    _check_folder(words.out)
+    with folder_if_used(words.out / SHARDS), only_run(words.out):
         run = TokenRun(words.out, load_tokenizer(model), words.model, words.text_column)
         manifest = run.run(words.inputs)
     for name, split in manifest["splits"].items():

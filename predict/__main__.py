@@ -10,6 +10,7 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 
 import numpy
+import torch
 from accelerate import PartialState
 from accelerate.utils import gather_object
 from tqdm import tqdm
@@ -58,7 +59,8 @@ def main(argv: list[str] | None = None) -> None:
         tokenizer = load_tokenizer(chosen)
         rows = read_prompt_rows(run.data.data_files, tokenizer, run.data.max_rows, instructions)
         source = _model(run, chosen, tokenizer)
-    state = PartialState()
+    # Without the word, accelerate takes several processes on CPUs for one each.
+    state = PartialState(cpu=not torch.accelerator.is_available())
     state.print(f"{len(rows)} rows for {source.name}")
     with Journal(folder, _identity(run, source.name, rows), state.process_index) as journal:
         known = len(journal.answers)

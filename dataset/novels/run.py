@@ -12,7 +12,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 
-from dataset.atomic import only_run
+from dataset.atomic import folder_if_used, only_run
 from dataset.novels.cluster import run_on
 from dataset.novels.collection import CollectionOptions, Written, read_shelves, write_collection
 from dataset.novels.manifest import (
@@ -63,7 +63,7 @@ def prepare_novels(
     """
     raw, out = raw.resolve(), out.resolve()
     _check_folders(raw, out)
-    with only_run(out):
+    with folder_if_used(out / "cache" / "files"), only_run(out):
         return _Run(raw, out, out / "cache", files, collection, machines, display).run()
 
 
@@ -73,10 +73,6 @@ def _check_folders(raw: Path, out: Path) -> None:
     taken = out.is_dir() and any(out.iterdir()) and not (out / "cache" / "files").is_dir()
     if taken or (out.exists() and not out.is_dir()):
         raise UserError(f"{out} holds something else", "name a new folder")
-    try:
-        (out / "cache" / "files").mkdir(parents=True, exist_ok=True)
-    except OSError as error:
-        raise UserError(f"{out} cannot be made: {error.strerror}", "name a folder you can write to") from error
 
 
 @dataclass

@@ -25,6 +25,14 @@ def option(default: Any, help_text: str) -> Any:
     return field(default=default, metadata={"help": help_text})
 
 
+def _check_least(arguments: object, leasts: dict[str, int]) -> None:
+    """Raise a UserError where an option is set to less than it can be."""
+    for name, least in leasts.items():
+        value = vars(arguments)[name]
+        if value is not None and value < least:
+            raise UserError(f"--{name} {value} is too small", f"take at least {least}")
+
+
 @dataclass
 class ModelArguments:
     """Which base to load, and how."""
@@ -259,6 +267,14 @@ class PredictArguments:
         "huggingface", "Where names are looked up. modelscope needs `pip install modelscope`."
     )
 
+    def __post_init__(self) -> None:
+        """Refuse batches and rows of none.
+
+        Raises:
+            UserError: names the option.
+        """
+        _check_least(self, {"batch_size": 1, "max_rows": 1, "endpoint_concurrency": 1})
+
 
 @dataclass
 class GenerationArguments:
@@ -275,3 +291,17 @@ class GenerationArguments:
     repetition_penalty: float = option(1.0, "Above 1 makes tokens that were seen before less likely.")
     no_repeat_ngram_size: int = option(0, "Forbid n-grams of this many tokens from coming back; 0 is off.")
     seed: int = option(42, "Seed of the draws.")
+
+    def __post_init__(self) -> None:
+        """Refuse what no answer can be drawn with.
+
+        Raises:
+            UserError: names the option.
+        """
+        _check_least(self, {"max_new_tokens": 1, "num_beams": 1, "top_k": 0, "no_repeat_ngram_size": 0})
+        above_zero = ["repetition_penalty", *(["temperature", "top_p"] if self.do_sample else [])]
+        for name in above_zero:
+            if not vars(self)[name] > 0:
+                raise UserError(f"--{name} {vars(self)[name]} is too small", "take more than 0")
+        if self.do_sample and not self.top_p <= 1:
+            raise UserError(f"--top_p {self.top_p} is no share", "take at most 1")

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import tempfile
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -13,6 +14,23 @@ ROOT = Path(__file__).resolve().parents[2]
 SAMPLES = ROOT / "dataset" / "samples"
 OUTPUT = ROOT / "output"
 EMBEDDED_BASE = OUTPUT / "bases" / "tiny-qwen3"
+
+
+def check_folder_can_be_made(folder: Path, name: str) -> None:
+    """Nothing is made: whoever needs the folder makes it once there is something to put there.
+
+    Args:
+        folder: that is there, or shall be.
+        name: of it, for the error.
+
+    Raises:
+        UserError: something else has its name or that of a folder above, or nothing can be written there.
+    """
+    there = next(path for path in (folder, *folder.absolute().parents) if path.exists())
+    if not there.is_dir():
+        raise UserError(f"{name} cannot be made: {there} is no folder", "name a folder that can be written")
+    if not os.access(there, os.W_OK):
+        raise UserError(f"{name}: nothing can be written into {there}", "name a folder that can be written")
 
 
 @contextmanager

@@ -22,7 +22,8 @@ def check_before_launch(run: TrainingRun) -> None:
     if not 0 < run.data.valid_fraction < 1:
         raise UserError(f"--valid_fraction {run.data.valid_fraction} is no share", "take a number between 0 and 1")
     leasts = {"predict_during_eval": 0, "predict_max_new_tokens": 1, "stop_check": 0, "stop_check_max_new_tokens": 1}
-    for name, least in leasts.items():
+    leasts |= {"per_device_train_batch_size": 1, "per_device_eval_batch_size": 1, "gradient_accumulation_steps": 1}
+    for name, least in (leasts | {"learning_rate": 0}).items():
         value = vars(run.training)[name]
         if value is not None and value < least:
             raise UserError(f"--{name} {value} is too small", f"take at least {least}")

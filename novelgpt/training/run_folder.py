@@ -15,7 +15,7 @@ from pathlib import Path
 from typing import Any
 
 from novelgpt.settings.errors import UserError
-from novelgpt.settings.paths import OUTPUT, ROOT
+from novelgpt.settings.paths import OUTPUT, ROOT, check_folder_can_be_made
 from novelgpt.settings.process import first_process_value, is_first_process
 from novelgpt.settings.runs import TrainingRun
 
@@ -53,11 +53,18 @@ def finish_run_folder(folder: Path, results: dict[str, Any]) -> None:
 
 
 def read_run(folder: Path) -> dict[str, Any] | None:
-    """run.json of a folder, None where it is no run."""
+    """run.json of a folder, None where it is no run.
+
+    Raises:
+        UserError: it cannot be read.
+    """
     path = folder / "run.json"
     if not path.is_file():
         return None
-    description: dict[str, Any] = json.loads(path.read_text(encoding="utf-8"))
+    try:
+        description: dict[str, Any] = json.loads(path.read_text(encoding="utf-8"))
+    except (OSError, ValueError) as error:
+        raise UserError(f"{path} cannot be read: {error}", "delete it, or the folder, if it is of no use") from error
     return description
 
 
@@ -78,9 +85,11 @@ def _choose_folder(run: TrainingRun) -> Path | UserError:
         names = [run.pipeline, *(f"{run.pipeline}-{number}" for number in range(2, 10_000))]
         return next(OUTPUT / name for name in names if not (OUTPUT / name).exists())
     folder = Path(named).absolute()
-    if folder.is_file():
-        return UserError(f"--output_dir {named} is a file", "name a folder")
-    description = read_run(folder)
+    try:
+        check_folder_can_be_made(folder, f"--output_dir {named}")
+        description = read_run(folder)
+    except UserError as error:
+        return error
     if run.training.overwrite_output_dir and run.training.resume_from_checkpoint:
         return UserError(
             "--overwrite_output_dir would delete what --resume_from_checkpoint goes on from", "take one of the two"

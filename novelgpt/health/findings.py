@@ -1,0 +1,112 @@
+"""What a check finds, how a check that fails becomes a finding itself, and how findings are shown and written."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable, Iterable, Sequence
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any, Literal
+
+from novelgpt.settings.errors import UserError
+
+Mark = Literal["ok", "note", "problem"]
+COLOURS = {"ok": "green", "note": "yellow", "problem": "bold red"}
+
+
+@dataclass(frozen=True)
+class Finding:
+    """One line about one thing.
+
+    Attributes:
+        check: what was looked at, in a word or two.
+        mark: "ok"; "note", with which training runs, but perhaps not as meant; "problem", with which it fails.
+        text: what was found, in one line.
+        remedy: what to type or do, in one line; for all marks but ok.
+    """
+
+    check: str
+    mark: Mark
+    text: str
+    remedy: str = ""
+
+    def __post_init__(self) -> None:
+        object.__setattr__(self, "text", " ".join(self.text.split()))
+        object.__setattr__(self, "remedy", " ".join(self.remedy.split()))
+        if (self.mark == "ok") == bool(self.remedy):
+            raise ValueError(f"{self.check}: a remedy goes with each note and problem, and with nothing else")
+
+
+Check = Callable[[], Iterable[Finding]]
+
+
+def run_check(name: str, check: Check) -> list[Finding]:
+    """What a check finds; where it raises, that, as a problem. Nothing but an interrupt gets out."""
+    findings: list[Finding] = []
+    try:
+        findings.extend(check())
+    except UserError as error:
+        findings.append(Finding(name, "problem", error.cause, error.remedy))
+    except (Exception, SystemExit) as error:  # of any kind: what is broken here is what is looked for
+        reason = (str(error).strip().splitlines() or [""])[0]
+        text = f"this could not be looked at: {type(error).__name__}: {reason:.300}"
+        remedy = "mend what the line names; for a package: bash scripts/setup.sh, or pip install -r requirements.txt"
+        findings.append(Finding(name, "problem", text, remedy))
+    return findings
+
+
+def show(heading: str, findings: Sequence[Finding], terminal: bool) -> None:
+    """Print findings below a heading: a table on a terminal, lines elsewhere or where rich is missing."""
+    if terminal:
+        try:
+            _show_table(heading, findings)
+            return
+        except ImportError:
+            pass
+    print(f"\n{heading}")
+    for finding in findings:
+        print(f"  {finding.mark:<8} {finding.check}: {finding.text}")
+        if finding.remedy:
+            print(f"  {'':<8} fix: {finding.remedy}")
+
+
+def write_json(path: Path, findings: Sequence[Finding], seconds: float) -> None:
+    """Write {"ok", "seconds", "findings": [{"check", "mark", "text", "remedy"}]}, wholly or not at all.
+
+    Raises:
+        UserError: nothing can be written there.
+    """
+    report: dict[str, Any] = {"ok": not any_problem(findings), "seconds": round(seconds, 1)}
+    report["findings"] = [asdict(finding) for finding in findings]
+    unfinished = path.with_name(f"{path.name}.partial")
+    try:
+        unfinished.write_text(json.dumps(report, ensure_ascii=False, indent=2) + "\n", encoding="utf-8")
+        unfinished.replace(path)
+    except OSError as error:
+        raise UserError(
+            f"--json {path} cannot be written: {error.strerror}", "name a file in a folder of yours"
+        ) from error
+
+
+def any_problem(findings: Iterable[Finding]) -> bool:
+    """Whether training would fail."""
+    return any(finding.mark == "problem" for finding in findings)
+
+
+def _show_table(heading: str, findings: Sequence[Finding]) -> None:
+    from rich.console import Console
+    from rich.table import Table
+    from rich.text import Text
+
+    table = Table(box=None, show_header=False, padding=(0, 2, 0, 0))
+    table.add_column(no_wrap=True)
+    table.add_column(no_wrap=True)
+    table.add_column(ratio=1)
+    for finding in findings:
+        text = Text(finding.text)
+        if finding.remedy:
+            text.append(f"\nfix: {finding.remedy}", style="cyan")
+        table.add_row(Text(finding.mark, style=COLOURS[finding.mark]), Text(finding.check), text)
+    console = Console()
+    console.print(Text(f"\n{heading}", style="bold"))
+    console.print(table)

@@ -1,0 +1,197 @@
+"""A run as it is looked at: read from the words of its pipeline, its model found without the network."""
+
+from __future__ import annotations
+
+import math
+import shlex
+import shutil
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from functools import partial
+from pathlib import Path
+from typing import Any, cast
+
+import torch
+from huggingface_hub import snapshot_download
+from huggingface_hub.errors import HFValidationError, LocalEntryNotFoundError
+from peft import LoraConfig, get_peft_model
+from torch import nn
+from torch.utils.data import Dataset
+from transformers import PreTrainedModel
+
+from novelgpt.health.findings import Finding
+from novelgpt.health.machine import existing, gigabytes
+from novelgpt.model.hub import looks_like_path, runs_own_code
+from novelgpt.settings.arguments import LoraArguments, TrainArguments
+from novelgpt.settings.errors import UserError
+from novelgpt.settings.parser import parse_arguments
+from novelgpt.settings.paths import OUTPUT
+from novelgpt.settings.runs import FinetuneRun, LoraRun, PretrainRun, TrainingRun
+from novelgpt.training.auto_batch import set_micro_batch
+from novelgpt.training.memory import compute_dtype, optimizer_bytes
+from novelgpt.training.memory_plan import FULL_SHARE, MemoryPlan
+from novelgpt.training.simulated_model import SimulatedModel
+
+RUNS: dict[str, type[TrainingRun]] = {run.pipeline: run for run in (PretrainRun, FinetuneRun, LoraRun)}
+# DeepSpeed keeps fp32 weights and AdamW's two moments.
+DEEPSPEED_STATE_BYTES = 12
+
+
+@dataclass
+class Plan:
+    """What the estimate of a run comes to.
+
+    Attributes:
+        fits: whether the estimate lies below the device's memory; None where there is none.
+        model: the simulated one; None where the architecture cannot be simulated.
+    """
+
+    fits: bool | None = None
+    model: SimulatedModel | None = None
+
+
+def read_run(pipeline: str, words: Sequence[str]) -> TrainingRun:
+    """The run that `python -m PIPELINE WORDS` would be, its model as a folder of this host.
+
+    Raises:
+        UserError: words that the pipeline does not take; the model would have to be downloaded, or needs code of its
+            own, which never runs here.
+    """
+    run = parse_arguments(RUNS[pipeline], list(words))
+    run.model.model = local_model(run.model.model)
+    if run.model.trust_remote_code and runs_own_code(run.model):
+        raise UserError(
+            f"{run.model.model} needs code that lies with it, and none of that is run to look at a model",
+            f"start the run itself: python -m {pipeline} … --trust_remote_code",
+        )
+    run.model.trust_remote_code = False
+    return run
+
+
+def local_model(model: str) -> str:
+    """The folder of a model, that of the hub's cache where it is a name. Nothing is downloaded.
+
+    Raises:
+        UserError: it is not in the cache.
+    """
+    if looks_like_path(model):
+        return model
+    try:
+        return snapshot_download(model, local_files_only=True)
+    except (LocalEntryNotFoundError, HFValidationError, OSError, ValueError) as error:
+        raise UserError(
+            f"model {model} is not on this host, and nothing is downloaded here",
+            f"hf download {shlex.quote(model)}, or name a folder",
+        ) from error
+
+
+def base_dtype(run: TrainingRun) -> torch.dtype:
+    """Of the base's weights, as the pipelines load them."""
+    bf16 = isinstance(run, LoraRun) and torch.cuda.is_available() and torch.cuda.is_bf16_supported()
+    return torch.bfloat16 if bf16 else torch.float32
+
+
+def adapt(run: TrainingRun, model: PreTrainedModel) -> nn.Module:
+    """What the pipeline trains: the model, or with LoRA an adapter on it, without rows of marks."""
+    if not isinstance(run, LoraRun):
+        return model
+    lora: LoraArguments = run.lora
+    targets = "all-linear" if lora.lora_targets == ["all-linear"] else lora.lora_targets
+    config = LoraConfig(
+        task_type="CAUSAL_LM", r=lora.lora_rank, lora_alpha=lora.lora_alpha, lora_dropout=lora.lora_dropout,
+        target_modules=targets, use_rslora=lora.use_rslora, use_dora=lora.use_dora,
+    )  # fmt: skip
+    try:
+        adapted = get_peft_model(model, config)
+    except ValueError as error:
+        raise UserError(
+            f"--lora_targets {' '.join(lora.lora_targets)}: {error}", "--lora_targets all-linear"
+        ) from error
+    adapted.enable_input_require_grads()
+    return adapted
+
+
+def check_memory(run: TrainingRun, plan: Plan) -> Iterator[Finding]:
+    """The estimate for rows of --max_length tokens against the device. Settles checkpointing, as a run does."""
+
+    def build() -> SimulatedModel:
+        cast_to = compute_dtype(training) if training.deepspeed else None
+        qlora = isinstance(run, LoraRun) and run.lora.qlora
+        plan.model = SimulatedModel(run.model, training.device, base_dtype(run), partial(adapt, run), qlora, cast_to)
+        return plan.model
+
+    training = run.training
+    longest = cast("Dataset[Any]", [{"input_ids": range(run.data.max_length)}])
+    memory = MemoryPlan(run, longest)
+    rows, checkpointing, estimate = memory.decide(build)
+    set_micro_batch(training, rows)
+    training.activation_checkpointing = training.gradient_checkpointing = checkpointing
+    shape = f"{rows} x {run.data.max_length} tokens"
+    if estimate is None:
+        text = f"no estimate for this model; {gigabytes(memory.capacity)} are there"
+        yield Finding(
+            "memory", "note", text, "watch the first steps; --auto_batch finds a micro-batch that fits on a GPU"
+        )
+        return
+    plan.fits = estimate.total <= memory.capacity
+    text = (
+        f"{gigabytes(estimate.total)} expected of {gigabytes(memory.capacity)} on this {memory.device.type}: {shape}, "
+        f"activations {'computed again' if checkpointing else 'kept'}"
+    )
+    if estimate.total <= FULL_SHARE * memory.capacity:
+        yield Finding("memory", "ok", text)
+    elif torch.cuda.device_count() > 1:
+        yield Finding("memory", "note", f"{text}; one GPU alone is too small", "ZERO=3, with OFFLOAD=1 where needed")
+    else:
+        remedy = "--per_device_train_batch_size 1, a shorter --max_length, --activation_checkpointing"
+        remedy += ", --qlora on a GPU" if isinstance(run, LoraRun) else ", or scripts/run_lora.sh"
+        yield Finding("memory", "problem", f"{text}: this will not fit", f"{remedy}, or a smaller model")
+
+
+def check_checkpoints(run: TrainingRun, plan: Plan) -> Iterator[Finding]:
+    """What the run leaves on the disk at most against what is free there."""
+    if plan.model is None:
+        remedy = "count on 16 bytes a weight and checkpoint for full training, with AdamW"
+        yield Finding("checkpoints", "note", "no estimate of their size for this model", remedy)
+        return
+    each, final = checkpoint_bytes(plan.model, run.training)
+    count, output = checkpoint_count(run.training), Path(run.training.output_dir or OUTPUT)
+    free = shutil.disk_usage(existing(output)).free
+    if count is None:
+        text = f"nothing limits the checkpoints of {gigabytes(each)} each, and {gigabytes(free)} are free for {output}"
+        yield Finding("checkpoints", "note", text, "--save_total_limit 2")
+        return
+    need = each * count + final
+    text = (
+        f"{count} checkpoints of {gigabytes(each)} and the final weights take {gigabytes(need)}, "
+        f"{gigabytes(free)} are free for {output}"
+    )
+    if need > free:
+        remedy = "make room; or --save_total_limit 1, --save_only_model True (no resuming), or another --output_dir"
+        yield Finding("checkpoints", "problem", text, remedy)
+    else:
+        yield Finding("checkpoints", "ok", text)
+
+
+def checkpoint_bytes(model: SimulatedModel, training: TrainArguments) -> tuple[int, int]:
+    """Bytes of a checkpoint, all processes' parts together, and of the final weights."""
+    numbers = sum(count for count, _ in model.trained)
+    weights = sum(size for _, size in model.trained)
+    states = DEEPSPEED_STATE_BYTES if training.deepspeed else optimizer_bytes(training)
+    return weights + (0 if training.save_only_model else states * numbers), weights
+
+
+def checkpoint_count(training: TrainArguments) -> int | None:
+    """Checkpoints that are there at once at most; None where nothing limits them.
+
+    One more than are kept, as the oldest goes once the newest is there.
+    """
+    if training.save_strategy == "no":
+        return 0
+    made = None
+    if training.save_strategy == "epoch" and training.max_steps <= 0:
+        made = math.ceil(training.num_train_epochs)
+    elif training.save_strategy == "steps" and training.max_steps > 0 and training.save_steps >= 1:
+        made = math.ceil(training.max_steps / training.save_steps)
+    counts = [made, None if training.save_total_limit is None else training.save_total_limit + 1]
+    return min((count for count in counts if count is not None), default=None)
