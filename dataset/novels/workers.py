@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import multiprocessing
+import multiprocessing.resource_tracker
 import os
 import signal
 import threading
@@ -57,8 +58,14 @@ def map_files(function: Callable[[Path], Path], files: Sequence[Path], workers: 
             running[pool.submit(function, file)] = (pool, file)
 
     try:
-        for pool in pools:
-            begin(pool)
+        # A process that starts has the signals blocked that its parent has: until it ignores Ctrl-C, it never sees one.
+        multiprocessing.resource_tracker.ensure_running()  # which would unblock them here
+        signals = signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGINT})
+        try:
+            for pool in pools:
+                begin(pool)
+        finally:
+            signal.pthread_sigmask(signal.SIG_SETMASK, signals)
         while running:
             for done in wait(running, return_when=FIRST_COMPLETED).done:
                 pool, file = running.pop(done)
