@@ -68,7 +68,7 @@ def fit(
         return _fit_into(folder, recorder, model, tokenizer, train, valid, run, plan, resumed)
     except UserError:
         # Before the first step: what is there looks like a run, and nothing was trained.
-        if is_first_process() and resumed is None and not any("loss" in entry for entry in recorder.history):
+        if is_first_process() and resumed is None and not recorder.trained:
             shutil.rmtree(folder)
         raise
 
@@ -100,6 +100,7 @@ def _fit_into(
             data_collator=Collator(int(tokenizer.pad_token_id)),
             processing_class=tokenizer,
             callbacks=[recorder, base_recorder],
+            note=recorder.write if training.process_index == 0 else None,
         )
         trainer.remove_callback(PrinterCallback if training.disable_tqdm else ProgressCallback)
         trainer.add_callback(ProgressLines() if training.disable_tqdm else Progress())
