@@ -28,7 +28,7 @@ MOST_SKIPS = 10
 # Steps in a row with a loss of exactly zero.
 ZERO_STEPS = 3
 # A spike lies above the median of so many losses by so many of their (scaled) median deviations, and by this in nats.
-SPIKE_WINDOW, SPIKE_DEVIATIONS, SPIKE_FLOOR = 100, 8.0, 0.5
+SPIKE_WINDOW, SPIKE_DEVIATIONS, SPIKE_FLOOR = 50, 8.0, 0.5
 # Spikes are told from so many steps on, and at most once in so many.
 SPIKE_WARM_UP = SPIKE_PAUSE = 20
 # Median deviation to standard deviation, of a normal distribution.

@@ -13,6 +13,7 @@ from typing import Any, cast
 
 import numpy
 import torch
+from accelerate.optimizer import AcceleratedOptimizer
 from accelerate.utils import DistributedType
 from peft import PeftModel
 from torch import nn
@@ -119,11 +120,14 @@ class NovelTrainer(Trainer):
         norm: torch.Tensor | float | None = super()._get_grad_norm(model, grad_norm)
         deepspeed = self.accelerator.distributed_type == DistributedType.DEEPSPEED
         done = self.accelerator.optimizer_step_was_skipped if deepspeed else None
-        if self.watch.judge(self.state.global_step + 1, norm, self._loss_scale(), done):
+        left_out = self.watch.judge(self.state.global_step + 1, norm, self._loss_scale(), done)
+        if not deepspeed:
+            cast(AcceleratedOptimizer, self.optimizer)._is_overflow = left_out  # the schedule stands still where it is
+        if left_out:
             self._tr_loss.copy_(self._loss_before)
             if self.accelerator.scaler is not None:
                 self.accelerator.scaler.update()  # or it would take the next step's gradients for these
-            # Optimizer and schedule then do nothing, as in the midst of a step; the Trainer clears the gradients.
+            # The optimizer then does nothing, as in the midst of a step; the Trainer clears the gradients.
             self.accelerator.gradient_state._set_sync_gradients(False)
         return norm
 

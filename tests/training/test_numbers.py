@@ -2,6 +2,8 @@
 
 import json
 import math
+import re
+import statistics
 from pathlib import Path
 from typing import Any
 
@@ -97,7 +99,8 @@ def test_the_very_row_is_named(
     rows = write_rows(tmp_path / "rows.jsonl", {17}, 24)
     more = ["--packing", str(packing), "--gradient_accumulation_steps", "2", "--per_device_train_batch_size", "2"]
     error = refused(capsys, main, words_of(nan_base, rows, tmp_path / "run", *more))
-    step = 3 if packing else 5  # of the 24 rows, two go into a pack
+    (step,) = map(int, re.findall(r"error: step (\d+)", error))
+    assert packing or step == 5
     assert f"error: step {step}: the loss is nan, on {rows}:17\n" in error
     entries = entries_of(tmp_path / "run")  # which is kept, as steps were trained
     assert [entry["step"] for entry in entries if "loss" in entry] == list(range(1, step))
@@ -191,22 +194,27 @@ def test_gradients_that_overflow_under_a_finite_loss_are_caught(
     assert "error: step 3: the loss is finite and its gradients are not" in error and f"on {rows}:5\n" in error
 
 
-def test_three_losses_of_zero_stop(
-    tokenizer: PreTrainedTokenizerBase, tmp_path: Path, capsys: pytest.CaptureFixture[str]
-) -> None:
-    """A model that is certain of "山" after "山", and text of nothing else."""
-    model = build(tmp_path / "base", tokenizer)
+def certain_base(folder: Path, tokenizer: PreTrainedTokenizerBase, certainty: float) -> Path:
+    """A base that tells "山" after "山" and nothing else."""
+    model = build(folder, tokenizer)
     (mountain,) = tokenizer.encode("山", add_special_tokens=False)
     with torch.no_grad():
         for layer in model.model.layers:
             layer.self_attn.o_proj.weight.zero_()
             layer.mlp.down_proj.weight.zero_()
         model.lm_head.weight.zero_()
-        model.lm_head.weight[mountain] = 1e3 * model.get_input_embeddings().weight[mountain]
-    model.save_pretrained(tmp_path / "base")
+        model.lm_head.weight[mountain] = certainty * model.get_input_embeddings().weight[mountain]
+    model.save_pretrained(folder)
+    return folder
+
+
+def test_three_losses_of_zero_stop(
+    tokenizer: PreTrainedTokenizerBase, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    base = certain_base(tmp_path / "base", tokenizer, 1e3)
     rows = tmp_path / "rows.jsonl"
     rows.write_text("".join(json.dumps({"text": text}) + "\n" for text in ("山" * 4000, TEXT)), encoding="utf-8")
-    words = words_of(tmp_path / "base", rows, tmp_path / "run", "--max_length", "64", "--learning_rate", "1e-9")
+    words = words_of(base, rows, tmp_path / "run", "--max_length", "64", "--learning_rate", "1e-9")
     error = refused(capsys, pretrain, words)
     assert f"the loss was exactly 0 in 3 optimizer steps in a row, up to step 3, on {rows}:1\n" in error
     assert "all labels masked" in error and "fp16" in error
@@ -215,23 +223,17 @@ def test_three_losses_of_zero_stop(
 def test_a_spike_is_noted_once_with_its_row(
     tokenizer: PreTrainedTokenizerBase, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    """A row of tokens whose head is wild, among rows that are learnt."""
-    model = build(tmp_path / "base", tokenizer)
-    with torch.no_grad():
-        model.lm_head.weight[rare_id(tokenizer)] = 0.0
-        model.lm_head.weight *= 0.1
-        model.get_input_embeddings().weight[rare_id(tokenizer)] = 1.0
-    model.save_pretrained(tmp_path / "base")
-    rows = write_rows(tmp_path / "rows.jsonl", set(), 60)
-    lines = rows.read_text(encoding="utf-8").splitlines()
-    for number in (10, 40, 42):  # in the warm-up, told, too soon after
-        lines[number - 1] = json.dumps({"prompt": "?", "completion": "".join(map(chr, range(33, 127))) * 2})
-    rows.write_text("\n".join(lines) + "\n", encoding="utf-8")
-    finetune(words_of(tmp_path / "base", rows, tmp_path / "run", "--packing", "False", "--learning_rate", "1e-2",
-                      "--gradient_accumulation_steps", "2"))  # fmt: skip
+    base = certain_base(tmp_path / "base", tokenizer, 15)
+    rows = tmp_path / "rows.jsonl"
+    wild = (10, 50, 54)  # in the warm-up, told, too soon after
+    texts = [TEXT if number in wild else "山" * (30 + number % 3) for number in range(1, 61)]
+    rows.write_text("".join(json.dumps({"text": text}) + "\n" for text in texts), encoding="utf-8")
+    words = words_of(base, rows, tmp_path / "run", "--packing", "False", "--learning_rate", "1e-9")
+    pretrain([*words, "--gradient_accumulation_steps", "2"])
     entries = entries_of(tmp_path / "run")
     (spike,) = [entry for entry in entries if "spike" in entry]
-    (logged,) = [entry["loss"] for entry in entries if entry["step"] == 20 and "loss" in entry]
-    assert spike["step"] == 20 and spike["spike"] == pytest.approx(logged, rel=1e-5) and spike["median"] < logged - 0.5
-    assert spike["rows"] == [f"{rows}:40", f"{rows}:39"] and spike["row_losses"][0] > spike["row_losses"][1]
+    losses = [entry["loss"] for entry in entries if "loss" in entry]
+    assert spike["step"] == 25 and spike["spike"] == pytest.approx(losses[24], rel=1e-5)
+    assert spike["median"] == pytest.approx(statistics.median(losses[:24]), rel=1e-5) and losses[24] > losses[23] + 1
+    assert spike["rows"] == [f"{rows}:50", f"{rows}:49"] and spike["row_losses"][0] > spike["row_losses"][1] + 1
     assert capsys.readouterr().out.count("leaps above its median") == 1
