@@ -35,7 +35,7 @@ from novelgpt.training.forward_checks import head_is_last
 from novelgpt.training.guards import GradientWatch, check_forward, check_vocabulary
 from novelgpt.training.loss import attach_chunked_loss
 from novelgpt.training.numbers import StepWatch
-from novelgpt.training.row_losses import NumberedRows, document_losses
+from novelgpt.training.row_losses import DocumentLoss, MicroBatch, NumberedRows, document_losses
 from novelgpt.training.sample_predictions import SamplePredictions
 from novelgpt.training.throughput import Throughput
 
@@ -139,12 +139,20 @@ class NovelTrainer(Trainer):
             return float(self.accelerator.scaler.get_scale())
         return float(cast(Any, self.optimizer).optimizer.loss_scale)
 
+    def _document_losses(self, batches: list[MicroBatch]) -> list[DocumentLoss]:
+        model = cast(nn.Module, self.model)
+        found = document_losses(model, batches, self._prepare_inputs, self.accelerator.autocast)
+        if self.accelerator.distributed_type == DistributedType.DEEPSPEED:
+            # ZeRO-3 has begun to gather weights for a backward pass that does not come, and would not save them so.
+            self.accelerator.deepspeed_engine_wrapped.engine.empty_partition_cache()
+        return found
+
     def _step_watch(self, note: Callable[[dict[str, Any]], None] | None) -> StepWatch:
         model = cast(nn.Module, self.model)
         return StepWatch(
             model,
             self.rows,
-            look_again=lambda batches: document_losses(model, batches, self._prepare_inputs, self.accelerator.autocast),
+            look_again=self._document_losses,
             gather=self.accelerator.gather,
             skip=cast(TrainArguments, self.args).on_non_finite == "skip",
             note=note or (lambda _: None),
