@@ -177,6 +177,11 @@ class TrainArguments(TrainingArguments):
     guards: bool = option(
         True, "Before step 1, check that the model computes the same in training and evaluation, finite, and learns."
     )
+    on_non_finite: Literal["stop", "skip"] = option(
+        "stop",
+        "What to do in a step whose loss or gradients are not finite, once its rows are named. skip: leave the step "
+        "out; ten in a row stop all the same.",
+    )
     stop_check: int = option(
         20, "After fine-tuning, answer this many training prompts and report how many answers end; 0 is off."
     )
@@ -196,6 +201,7 @@ class TrainArguments(TrainingArguments):
     )
     resume_from_checkpoint: str | None = option(None, "Go on from this checkpoint-N folder.")
     metric_for_best_model: str | None = option("loss", "Figure of evaluations whose best checkpoint is always kept.")
+    logging_nan_inf_filter: bool = option(False, "Log what the last losses were in place of a loss that is NaN.")
     report_to: None | str | list[str] = option("none", "Further loggers (wandb, …). TensorBoard is always on.")
     ddp_find_unused_parameters: bool | None = option(False, "Only for models that leave out weights in some steps.")
     remove_unused_columns: bool = option(False, "Not needed: rows hold tokens only.")
@@ -206,8 +212,8 @@ class TrainArguments(TrainingArguments):
         "per_device_train_batch_size", "per_device_eval_batch_size", "gradient_accumulation_steps", "auto_batch",
         "lr_scheduler_type", "warmup_steps", "weight_decay", "max_grad_norm", "activation_checkpointing", "seed",
         "logging_steps", "eval_strategy", "eval_steps", "eval_on_start", "predict_during_eval",
-        "predict_max_new_tokens", "guards", "stop_check", "stop_check_max_new_tokens", "save_strategy", "save_steps",
-        "save_total_limit", "resume", "resume_from_checkpoint", "deepspeed",
+        "predict_max_new_tokens", "guards", "on_non_finite", "stop_check", "stop_check_max_new_tokens", "save_strategy",
+        "save_steps", "save_total_limit", "resume", "resume_from_checkpoint", "deepspeed",
     )  # fmt: skip
 
     def __post_init__(self) -> None:

@@ -14,6 +14,7 @@ from transformers.integrations import TensorBoardCallback
 
 from novelgpt.scoring.rouge import METRICS
 from novelgpt.training.loss_plot import draw_losses
+from novelgpt.training.run_folder import only_json
 
 # The plot may take this share of the run's time.
 PLOT_SHARE = 0.02
@@ -25,6 +26,7 @@ class RunRecorder(TrainerCallback):
     def __init__(self, folder: Path) -> None:
         self.folder = folder
         self.history: list[dict[str, Any]] = []
+        self.trained = False  # a step at least
         self.next_plot = 0.0
 
     def on_train_begin(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **_: Any) -> None:
@@ -49,10 +51,18 @@ class RunRecorder(TrainerCallback):
             return
         entry = {"step": state.global_step, **logs}
         self.history.append(entry)
-        with (self.folder / "metrics.jsonl").open("a", encoding="utf-8") as file:
-            file.write(json.dumps(entry, ensure_ascii=False) + "\n")
+        self.write(entry)
         if time.monotonic() >= self.next_plot:
             self.draw()
+
+    def on_step_end(self, *arguments: Any, **keywords: Any) -> None:
+        """From here on there is something to keep."""
+        self.trained = True
+
+    def write(self, entry: dict[str, Any]) -> None:
+        """Append a line to metrics.jsonl. A number that is not finite is null there: JSON has no word for it."""
+        with (self.folder / "metrics.jsonl").open("a", encoding="utf-8") as file:
+            file.write(json.dumps(only_json(entry), ensure_ascii=False, allow_nan=False) + "\n")
 
     def draw(self) -> None:
         """Redraw loss.png now."""

@@ -67,7 +67,7 @@ def fit(
         return _fit_into(folder, recorder, model, tokenizer, train, valid, run, plan, resumed)
     except UserError:
         # Before the first step: what is there looks like a run, and nothing was trained.
-        if is_first_process() and resumed is None and not any("loss" in entry for entry in recorder.history):
+        if is_first_process() and resumed is None and not recorder.trained:
             shutil.rmtree(folder)
         raise
 
@@ -102,6 +102,7 @@ def _fit_into(
             processing_class=tokenizer,
             callbacks=[recorder, base_recorder],
             complete=base_recorder.record,
+            note=recorder.write if training.process_index == 0 else None,
         )
         trainer.remove_callback(PrinterCallback if training.disable_tqdm else ProgressCallback)
         trainer.add_callback(ProgressLines() if training.disable_tqdm else Progress())
