@@ -46,8 +46,10 @@ processes="${NPROC:-$((gpus > 1 ? gpus : 1))}"
 case "$processes" in
   '' | *[!0-9]* | 0) die "NPROC=$processes is no number of processes" "NPROC=2, for example" ;;
 esac
+slurm=0
+if [ "${SLURM_STEP_NUM_NODES:-1}" -gt 1 ]; then slurm=1; fi
 several=0
-if [ "$processes" -gt 1 ] || [ -n "${HOSTFILE:-}" ]; then several=1; fi
+if [ "$processes" -gt 1 ] || [ -n "${HOSTFILE:-}" ] || [ "${HOSTS:-1}" -gt 1 ] || [ "$slurm" -eq 1 ]; then several=1; fi
 zero="${ZERO:-$((several ? 2 : 0))}"
 if [ "$pipeline" = predict ]; then zero=0; fi # whole weights on each device
 case "$zero" in
@@ -100,18 +102,13 @@ if [ "$several" -eq 0 ] && [ "$zero" -eq 0 ]; then
   fi
   exec "$python" -m "$pipeline" "${options[@]}" "$@"
 fi
-launcher=("$python" -m deepspeed.launcher.runner --no_local_rank --module)
+launcher=("$python" -m novelgpt.launch --processes "$processes")
+if [ -n "${MASTER_PORT:-}" ]; then launcher+=(--port "$MASTER_PORT"); fi
 if [ -n "${HOSTFILE:-}" ]; then
-  [ -e "$HOSTFILE" ] || die "HOSTFILE=$HOSTFILE does not exist" "write a file with lines of \`host slots=N\`"
   launcher+=(--hostfile "$HOSTFILE")
-  if [ -n "${MASTER_PORT:-}" ]; then launcher+=(--master_port "$MASTER_PORT"); fi
-else
-  launcher+=(--master_port "${MASTER_PORT:-$((20000 + RANDOM % 20000))}")
-  if [ "$gpus" -gt 0 ] && [ -n "${CUDA_VISIBLE_DEVICES:-}" ]; then
-    # The launcher would ignore the variable beside --num_accelerators.
-    launcher+=(--include "localhost:$(cut -d, -f "1-$processes" <<< "$CUDA_VISIBLE_DEVICES")")
-  else
-    launcher+=(--num_accelerators "$processes")
-  fi
+elif [ "$slurm" -eq 1 ]; then
+  launcher+=(--slurm)
+elif [ -n "${HOSTS:-}" ]; then
+  launcher+=(--hosts "$HOSTS" --host "${HOST:-0}" --address "${MASTER_ADDR:-}")
 fi
 exec "${launcher[@]}" "$pipeline" "${options[@]}" "$@"

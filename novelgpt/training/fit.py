@@ -35,6 +35,7 @@ from novelgpt.training.forward_checks import check_packing
 from novelgpt.training.memory_plan import MemoryPlan
 from novelgpt.training.run_folder import finish_run_folder, start_run_folder
 from novelgpt.training.sample_predictions import SamplePredictions
+from novelgpt.training.signals import StopOnSignal, Stopped
 from novelgpt.training.stop_check import check_stops
 from novelgpt.training.throughput import peak_memory
 from novelgpt.training.trainer import NovelTrainer, base_model
@@ -66,7 +67,9 @@ def fit(
     recorder = RunRecorder(folder)
     try:
         return _fit_into(folder, recorder, model, tokenizer, train, valid, run, plan, resumed)
-    except UserError:
+    except (UserError, Stopped) as error:
+        if isinstance(error, Stopped) and is_first_process():
+            print(error.explain(), flush=True)
         # Before the first step: what is there looks like a run, and nothing was trained.
         if is_first_process() and resumed is None and not any("loss" in entry for entry in recorder.history):
             shutil.rmtree(folder)
@@ -86,9 +89,11 @@ def _fit_into(
 ) -> dict[str, float]:
     training = run.training
     base_recorder = BaseRecorder(model)
+    stop = StopOnSignal()
     # Events of every run lie under logs/, where `tensorboard --logdir output` finds them by the run's name.
     writer = SummaryWriter(str(folder / "logs")) if training.process_index == 0 else None
     try:
+        stop.listen()
         _set_end_tokens(base_model(model), tokenizer)
         trainer = NovelTrainer(
             samples=SamplePredictions(valid, tokenizer, training, folder, writer),
@@ -99,7 +104,7 @@ def _fit_into(
             eval_dataset=valid,
             data_collator=Collator(int(tokenizer.pad_token_id)),
             processing_class=tokenizer,
-            callbacks=[recorder, base_recorder],
+            callbacks=[recorder, base_recorder, stop],
         )
         trainer.remove_callback(PrinterCallback if training.disable_tqdm else ProgressCallback)
         trainer.add_callback(ProgressLines() if training.disable_tqdm else Progress())
@@ -117,6 +122,7 @@ def _fit_into(
         if stopped is not None:
             trainer.log({"stopped": stopped})
     finally:
+        stop.leave()
         if recorder.history:
             recorder.draw()
         if writer is not None:

@@ -9,6 +9,7 @@ from __future__ import annotations
 import time
 from collections.abc import Callable
 from functools import partial
+from pathlib import Path
 from typing import Any, cast
 
 import numpy
@@ -32,6 +33,7 @@ from novelgpt.training.forward_checks import head_is_last
 from novelgpt.training.guards import GradientWatch, check_forward, check_vocabulary
 from novelgpt.training.loss import attach_chunked_loss
 from novelgpt.training.sample_predictions import SamplePredictions
+from novelgpt.training.signals import EvaluationStopped
 from novelgpt.training.throughput import Throughput
 
 
@@ -103,10 +105,19 @@ class NovelTrainer(Trainer):
         return None, sums, sums[:, 1]
 
     def evaluate(self, *arguments: Any, **keywords: Any) -> dict[str, float]:
-        """The stock evaluation; its time does not count in the training throughput."""
+        """The stock evaluation; its time does not count in the training throughput.
+
+        Raises:
+            Stopped: a signal came; the step is saved.
+        """
         begin = time.perf_counter()
         try:
             return super().evaluate(*arguments, **keywords)
+        except EvaluationStopped:
+            if not Path(f"{self.args.output_dir}/checkpoint-{self.state.global_step}").is_dir():
+                self._save_checkpoint(cast(nn.Module, self.model), None)
+            self.control = self.callback_handler.on_save(self.args, self.state, self.control)
+            raise AssertionError("the callback that stopped the evaluation did not end the run") from None
         finally:
             if self.throughput is not None:
                 self.throughput.outside += time.perf_counter() - begin
