@@ -22,7 +22,7 @@ from contextlib import ExitStack
 from pathlib import Path
 from types import FrameType
 
-from novelgpt.launch.channel import Alone, Channel, FirstHost, Member
+from novelgpt.launch.channel import FIRST_HOST, WAIT_SECONDS, Alone, Channel, FirstHost, Member
 from novelgpt.launch.hosts import Place, Remote, is_this_host, read_hostfile, shared_environment, slurm_place
 from novelgpt.launch.ranks import Block, Failure, Ranks
 from novelgpt.settings.command_parser import CommandParser
@@ -31,9 +31,11 @@ from novelgpt.settings.signals import IMPATIENT_SIGNALS, STOP_SIGNALS
 
 POLL_SECONDS = 0.05
 # When a rank has died, the others fail for lack of it, and say what they know; then they are ended.
-GRACE_SECONDS = 5.0
+GRACE_SECONDS = 3.0
 # When a rank has stopped as it should, the others are about to.
 STOP_GRACE_SECONDS = 30.0
+# For the other hosts to end, and to say why.
+FINISH_SECONDS = 20.0
 STOPPED_STATUSES = {128 + number for number in STOP_SIGNALS}
 
 
@@ -98,10 +100,10 @@ def _watch(ranks: Ranks, channel: Channel, signals: Signals) -> int:
             sent += 1
         new = _sort_out(ranks.newly_ended(), signals, stopped)
         others = channel.poll()
-        if new or others:
-            channel.report(new + others)
         failures += new + others
-        if failures or channel.lost:
+        if new or others:
+            channel.report(new + others, _status(failures, stopped))
+        if failures or channel.told is not None:
             deadline = min(deadline, time.monotonic() + GRACE_SECONDS)
         elif stopped:
             deadline = min(deadline, time.monotonic() + STOP_GRACE_SECONDS)
@@ -109,15 +111,19 @@ def _watch(ranks: Ranks, channel: Channel, signals: Signals) -> int:
             break
     last = _sort_out(ranks.newly_ended(), signals, stopped)
     ranks.kill()
+    failures += last
     if last or stopped:
-        channel.report(last)
-    failures += last + channel.finish()
-    if failures and not isinstance(channel, Member):  # the first host tells
-        _explain(failures)
-    if (
-        stopped and not failures and all(rank.status < 0 for rank in stopped)
-    ):  # none had begun to listen, or it would have said so
+        channel.report(last, _status(failures, stopped))
+    failures += channel.finish(FINISH_SECONDS if failures or stopped else WAIT_SECONDS)
+    if failures and (not isinstance(channel, Member) or failures[0].who == FIRST_HOST):
+        _explain(failures)  # on the first host alone, as long as there is one
+    if stopped and not failures and all(rank.status < 0 for rank in stopped):
+        # None had begun to listen, or it would have said so.
         print(f"stopped by {signal.Signals(-stopped[0].status).name} before training began", file=sys.stderr)
+    return channel.told or _status(failures, stopped)
+
+
+def _status(failures: list[Failure], stopped: list[Failure]) -> int:
     if failures:
         return min(failures, key=Failure.weight).exit_status
     return stopped[0].exit_status if stopped else 0

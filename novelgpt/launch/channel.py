@@ -20,6 +20,8 @@ from novelgpt.settings.errors import UserError
 
 WAIT_SECONDS = 600.0  # for all hosts to come
 LINE_BYTES = 1 << 16
+LOST_STATUS = 1
+FIRST_HOST = "the first host"
 KEEP_ALIVE = {"TCP_KEEPIDLE": 10, "TCP_KEEPINTVL": 5, "TCP_KEEPCNT": 4}  # seconds, seconds, probes
 
 
@@ -68,16 +70,16 @@ class Line:
 class Alone:
     """No other host."""
 
-    lost = False
+    told: int | None = None
 
     def poll(self) -> list[Failure]:
         """Nothing."""
         return []
 
-    def report(self, failures: Iterable[Failure]) -> None:
+    def report(self, failures: Iterable[Failure], status: int) -> None:
         """To nobody."""
 
-    def finish(self) -> list[Failure]:
+    def finish(self, seconds: float) -> list[Failure]:
         """At once."""
         return []
 
@@ -86,10 +88,10 @@ class FirstHost:
     """The first host's end: lines to all others.
 
     Attributes:
-        lost: always False; see `Member`.
+        told: always None; see `Member`.
     """
 
-    lost = False
+    told: int | None = None
 
     def __init__(self, hosts: int, port: int) -> None:
         """Listen on `port`.
@@ -152,15 +154,15 @@ class FirstHost:
                 found.append(Failure(f"host {host} ({self._names[host]})", LOST_STATUS))
         return found
 
-    def report(self, failures: Iterable[Failure]) -> None:
-        """Tell all hosts to end."""
+    def report(self, failures: Iterable[Failure], status: int) -> None:
+        """Tell all hosts to end with this status."""
         for line in self.members.values():
-            line.send(end=True)
+            line.send(end=status)
 
-    def finish(self) -> list[Failure]:
-        """Wait for the others, shortly, and take what they still have to say."""
+    def finish(self, seconds: float) -> list[Failure]:
+        """Wait so long for the others, and take what they still have to say."""
         found = self.poll()
-        deadline = time.monotonic() + 20
+        deadline = time.monotonic() + seconds
         while len(self._done) < len(self.members) and time.monotonic() < deadline:
             time.sleep(0.05)
             found += self.poll()
@@ -194,7 +196,7 @@ class Member:
     """The end of every other host.
 
     Attributes:
-        lost: the first host is gone, or has told this one to end.
+        told: status with which the first host wants this one to end; None as long as it does not.
     """
 
     def __init__(self, address: str, port: int, hello: dict[str, object], watch: Callable[[], None]) -> None:
@@ -203,7 +205,8 @@ class Member:
         Raises:
             UserError: it does not, or takes no such host.
         """
-        self.lost = False
+        self.told: int | None = None
+        self._lost = False
         deadline = time.monotonic() + WAIT_SECONDS
         while True:
             watch()
@@ -241,23 +244,25 @@ class Member:
         return Block(start["first_rank"], processes, start["world_size"], first, start["port"], interface_of(own))
 
     def poll(self) -> list[Failure]:
-        """No failures: they are the first host's to tell; but notes whether it wants an end."""
-        if any(message.get("end") for message in self.line.receive()) or self.line.closed:
-            self.lost = True
+        """The loss of the first host; all other failures are the first host's to tell."""
+        for message in self.line.receive():
+            self.told = message.get("end", self.told)
+        if self.line.closed and self.told is None and not self._lost:
+            self._lost = True
+            return [Failure(FIRST_HOST, LOST_STATUS)]
         return []
 
-    def report(self, failures: Iterable[Failure]) -> None:
+    def report(self, failures: Iterable[Failure], status: int) -> None:
         """Tell the first host."""
         self.line.send(failures=[dataclasses.asdict(failure) for failure in failures])
 
-    def finish(self) -> list[Failure]:
+    def finish(self, seconds: float) -> list[Failure]:
         """Say that all is said."""
         self.line.send(done=True)
         self.line.connection.close()
         return []
 
 
-LOST_STATUS = 1
 Channel = Alone | FirstHost | Member
 
 

@@ -89,6 +89,8 @@ class Failure:
                 f"{self.who} was killed by SIGBUS",
                 f"most likely /dev/shm is full: make it larger (docker: --shm-size 16g); {again}",
             )
+        if not self.who.startswith("rank"):
+            return f"{self.who} is gone: its launcher was killed, or the connection is cut", f"look there; {again}"
         if self.status < 0:
             name = signal.Signals(-self.status).name
             return f"{self.who} was killed by {name}", f"look at the lines above; {again}"

@@ -1,16 +1,15 @@
-"""Real signals to real runs through scripts/launch.sh: they save the step they are in, and end; a dead rank ends all."""
+"""Real signals to real runs through scripts/launch.sh: they save their step and end; a dead rank ends all."""
 
 import json
 import os
 import re
 import signal
-import time
 from pathlib import Path
 
 import pytest
 from safetensors.torch import load_file
 
-from tests.launched import ROOT, Launched
+from tests.launched import Launched
 
 NOVEL = "第一章 海\n" + "他站在船头，看着远处的灯塔慢慢亮了起来。" * 400
 QUICK = ["--max_length", "64", "--per_device_train_batch_size", "1", "--logging_steps", "1", "--max_steps", "100000"]

@@ -1,0 +1,103 @@
+"""Two hosts, each a network namespace with an address of its own, train what two ranks on one host train."""
+
+import os
+import shutil
+import subprocess
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+import torch
+from safetensors.torch import load_file
+
+from tests.launched import Launched
+
+ADDRESSES = ("10.213.77.1", "10.213.77.2")
+# What ssh does, between namespaces: the words before the last two are its options.
+SSH = """#!/bin/bash
+host="${@: -2:1}"
+exec ip netns exec "NAME-${host##*.}" bash -c "${@: -1}"
+"""
+NOVEL = "第一章 海\n" + "他站在船头，看着远处的灯塔慢慢亮了起来。海上没有风。\n" * 60
+QUICK = ["--max_length", "64", "--per_device_train_batch_size", "2", "--logging_steps", "1", "--max_steps", "4"]
+QUICK += ["--eval_on_start", "False", "--guards", "False", "--save_strategy", "no", "--eval_strategy", "no"]
+QUICK += ["--learning_rate", "1e-3"]
+
+
+def ip(*words: str) -> None:
+    subprocess.run(["ip", *words], check=True, capture_output=True)
+
+
+@pytest.fixture
+def hosts() -> Iterator[str]:
+    """Two namespaces, NAME-1 and NAME-2, that reach each other and nothing else; yields NAME."""
+    name = f"host{os.getpid()}"
+    names = [f"{name}-{number}" for number in (1, 2)]
+    made = []
+    try:
+        try:
+            for namespace in names:
+                ip("netns", "add", namespace)
+                made.append(namespace)
+            ends = [f"v{os.getpid()}{number}" for number in (1, 2)]
+            ip("link", "add", ends[0], "type", "veth", "peer", "name", ends[1])
+            for namespace, end, address in zip(names, ends, ADDRESSES, strict=True):
+                ip("link", "set", end, "netns", namespace)
+                ip("-n", namespace, "addr", "add", f"{address}/24", "dev", end)
+                ip("-n", namespace, "link", "set", end, "up")
+                ip("-n", namespace, "link", "set", "lo", "up")
+        except (OSError, subprocess.CalledProcessError):
+            pytest.skip("network namespaces cannot be made here")
+        yield name
+    finally:
+        for namespace in made:
+            ip("netns", "delete", namespace)
+
+
+@pytest.fixture
+def words(base_folder: Path, tmp_path: Path) -> list[str]:
+    (tmp_path / "novel.txt").write_text(NOVEL, encoding="utf-8")
+    return ["pretrain", "--model", str(base_folder), "--train_files", str(tmp_path / "novel.txt"), *QUICK]
+
+
+def inside(name: str, number: int) -> tuple[str, ...]:
+    return ("ip", "netns", "exec", f"{name}-{number}")
+
+
+def by_hostfile(name: str, words: list[str], folder: Path) -> None:
+    """Started on the first host, which starts the other through ssh."""
+    (folder / "bin").mkdir()
+    (folder / "bin" / "ssh").write_text(SSH.replace("NAME", name), encoding="utf-8")
+    (folder / "bin" / "ssh").chmod(0o755)
+    (folder / "hosts").write_text("".join(f"{address} slots=1\n" for address in ADDRESSES), encoding="utf-8")
+    variables = {"HOSTFILE": str(folder / "hosts"), "PATH": f"{folder / 'bin'}:{os.environ['PATH']}"}
+    with Launched(*words, log=folder / "log", prefix=inside(name, 1), variables=variables) as run:
+        assert run.ends(400) == 0, run.text()[-3000:]
+        assert f"2 hosts, 2 processes, meeting at {ADDRESSES[0]}" in run.text()
+
+
+def by_slurm(name: str, words: list[str], folder: Path) -> None:
+    """Started on each host as the one task there of a Slurm step."""
+    step = {"SLURM_STEP_NUM_NODES": "2", "SLURM_STEP_NUM_TASKS": "2", "SLURM_JOB_ID": str(os.getpid())}
+    step |= {"SLURM_STEP_NODELIST": ",".join(ADDRESSES), "SLURM_STEP_ID": "0", "NPROC": "1"}
+    tasks = [
+        Launched(*words, log=folder / f"log{task}", prefix=inside(name, task + 1), variables=step | {"SLURM_PROCID": str(task)})
+        for task in (0, 1)
+    ]  # fmt: skip
+    with tasks[0] as first, tasks[1] as second:
+        assert (first.ends(400), second.ends(100)) == (0, 0), first.text()[-3000:] + second.text()[-3000:]
+        assert second.text() == ""
+
+
+@pytest.mark.slow
+def test_two_hosts_train_what_one_host_with_two_ranks_does(hosts: str, words: list[str], tmp_path: Path) -> None:
+    with Launched(*words, "--output_dir", str(tmp_path / "one"), log=tmp_path / "log", variables={"NPROC": "2"}) as run:
+        assert run.ends(400) == 0, run.text()[-3000:]
+    expected = load_file(tmp_path / "one" / "model.safetensors")
+    for way in (by_hostfile, by_slurm):
+        (tmp_path / way.__name__).mkdir()
+        way(hosts, [*words, "--output_dir", str(tmp_path / way.__name__ / "run")], tmp_path / way.__name__)
+        weights = load_file(tmp_path / way.__name__ / "run" / "model.safetensors")
+        assert weights.keys() == expected.keys()
+        assert all(torch.equal(weights[name], expected[name]) for name in expected)
+        shutil.rmtree(tmp_path / way.__name__ / "run")
