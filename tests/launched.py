@@ -18,17 +18,22 @@ OF_LAUNCHERS = ("RANK", "LOCAL_RANK", "WORLD_SIZE", "LOCAL_WORLD_SIZE", "MASTER_
 
 
 class Launched:
-    """scripts/launch.sh with these words, as the leader of a process group, as a terminal would start it."""
+    """A script with these words, as the leader of a process group, as a terminal would start it."""
 
     def __init__(
-        self, *words: str, log: Path, prefix: tuple[str, ...] = (), variables: Mapping[str, str] | None = None
+        self,
+        *words: str,
+        log: Path,
+        script: str = "launch.sh",
+        prefix: tuple[str, ...] = (),
+        variables: Mapping[str, str] | None = None,
     ) -> None:
         environment = {name: value for name, value in os.environ.items() if name not in OF_LAUNCHERS}
         environment |= {"OMP_NUM_THREADS": "1", "HF_HUB_OFFLINE": "1", "VENV": sys.prefix}
         self.log = log
         with log.open("wb") as file:
             self.process = subprocess.Popen(
-                [*prefix, "bash", str(ROOT / "scripts" / "launch.sh"), *words],
+                [*prefix, "bash", str(ROOT / "scripts" / script), *words], cwd=ROOT,
                 env=environment | dict(variables or {}), stdout=file, stderr=subprocess.STDOUT, start_new_session=True,
             )  # fmt: skip
 

@@ -2,6 +2,7 @@
 
 import os
 import shutil
+import socket
 import subprocess
 from collections.abc import Iterator
 from pathlib import Path
@@ -17,6 +18,16 @@ ADDRESSES = ("10.213.77.1", "10.213.77.2")
 SSH = """#!/bin/bash
 host="${@: -2:1}"
 exec ip netns exec "NAME-${host##*.}" bash -c "${@: -1}"
+"""
+# What srun does with one task a host: its status is the highest of theirs.
+SRUN = """#!/bin/bash
+for task in 0 1; do
+  SLURM_PROCID=$task ip netns exec "NAME-$((task + 1))" "$@" &
+  tasks[task]=$!
+done
+wait "${tasks[0]}" || highest=$?
+wait "${tasks[1]}" || highest=$?
+exit "${highest:-0}"
 """
 NOVEL = "第一章 海\n" + "他站在船头，看着远处的灯塔慢慢亮了起来。海上没有风。\n" * 60
 QUICK = ["--max_length", "64", "--per_device_train_batch_size", "2", "--logging_steps", "1", "--max_steps", "4"]
@@ -77,16 +88,16 @@ def by_hostfile(name: str, words: list[str], folder: Path) -> None:
 
 
 def by_slurm(name: str, words: list[str], folder: Path) -> None:
-    """Started on each host as the one task there of a Slurm step."""
+    """A Slurm job, whose srun starts a task on each host."""
+    (folder / "bin").mkdir()
+    (folder / "bin" / "srun").write_text(SRUN.replace("NAME", name), encoding="utf-8")
+    (folder / "bin" / "srun").chmod(0o755)
     step = {"SLURM_STEP_NUM_NODES": "2", "SLURM_STEP_NUM_TASKS": "2", "SLURM_JOB_ID": str(os.getpid())}
-    step |= {"SLURM_STEP_NODELIST": ",".join(ADDRESSES), "SLURM_STEP_ID": "0", "NPROC": "1"}
-    tasks = [
-        Launched(*words, log=folder / f"log{task}", prefix=inside(name, task + 1), variables=step | {"SLURM_PROCID": str(task)})
-        for task in (0, 1)
-    ]  # fmt: skip
-    with tasks[0] as first, tasks[1] as second:
-        assert (first.ends(400), second.ends(100)) == (0, 0), first.text()[-3000:] + second.text()[-3000:]
-        assert second.text() == ""
+    step |= {"SLURM_STEP_NODELIST": ",".join(ADDRESSES), "SLURM_STEP_ID": "0", "NPROC": "1", "MODEL": ""}
+    step |= {"PATH": f"{folder / 'bin'}:{os.environ['PATH']}"}
+    with Launched(*words, log=folder / "log", script="slurm.sh", variables=step) as job:
+        assert job.ends(400) == 0, job.text()[-3000:]
+        assert job.text().count("Done. eval loss") == 1
 
 
 @pytest.mark.slow
@@ -101,3 +112,25 @@ def test_two_hosts_train_what_one_host_with_two_ranks_does(hosts: str, words: li
         assert weights.keys() == expected.keys()
         assert all(torch.equal(weights[name], expected[name]) for name in expected)
         shutil.rmtree(tmp_path / way.__name__ / "run")
+
+
+@pytest.mark.slow
+def test_hosts_that_do_not_share_the_run_folder_are_refused(words: list[str], tmp_path: Path) -> None:
+    (tmp_path / "out").mkdir()
+    words = [*words, "--output_dir", str(tmp_path / "out" / "run")]
+    with socket.socket() as free:
+        free.bind(("", 0))
+        port = free.getsockname()[1]
+    meeting = {"HOSTS": "2", "NPROC": "1", "ZERO": "0", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port)}
+    # The second host has a file system of its own there.
+    own = ("unshare", "--mount", "bash", "-c", f'mount -t tmpfs none "{tmp_path}/out" && exec "$@"', "own")
+    if subprocess.run([*own, "true"], check=False, capture_output=True).returncode != 0:
+        pytest.skip("file systems cannot be mounted here")
+    with (
+        Launched(*words, log=tmp_path / "log0", variables=meeting | {"HOST": "0"}) as first,
+        Launched(*words, log=tmp_path / "log1", variables=meeting | {"HOST": "1"}, prefix=own) as second,
+    ):
+        assert (first.ends(), second.ends()) == (2, 2), first.text()[-3000:] + second.text()[-3000:]
+        assert f"does not see what the first host writes into {tmp_path}/out\n" in first.text()
+        assert (first.text() + second.text()).count("error: ") == 1
+    assert list((tmp_path / "out").iterdir()) == []
