@@ -22,7 +22,6 @@ from transformers import (
 from transformers.utils import GENERATION_CONFIG_NAME
 
 from novelgpt.model.generation import answer_end_ids
-from novelgpt.settings.arguments import TrainArguments
 from novelgpt.settings.errors import UserError
 from novelgpt.settings.process import is_first_process
 from novelgpt.settings.runs import TrainingRun
@@ -31,9 +30,10 @@ from novelgpt.text.conversation import end_token_ids
 from novelgpt.text.statistics import trained_characters
 from novelgpt.training.base_recorder import BaseRecorder
 from novelgpt.training.callbacks import Curves, Progress, ProgressLines, RunRecorder
+from novelgpt.training.checkpoints.folders import checkpoints
 from novelgpt.training.forward_checks import check_packing
 from novelgpt.training.memory_plan import MemoryPlan
-from novelgpt.training.run_folder import finish_run_folder, start_run_folder
+from novelgpt.training.run_folder import finish_run_folder, start_run_folder, stop_run_folder
 from novelgpt.training.sample_predictions import SamplePredictions
 from novelgpt.training.signals import StopOnSignal, Stopped
 from novelgpt.training.stop_check import check_stops
@@ -58,8 +58,9 @@ def fit(
 
     Raises:
         UserError: the model cannot be trained so; then no run folder is left.
+        Stopped: a signal came; the step is saved.
     """
-    resumed = _checkpoint(run.training)
+    resumed = run.training.resume_from_checkpoint
     if "position_ids" in train[0]:
         check_packing(base_model(model))
     plan.settle_micro_batch(model)
@@ -68,11 +69,14 @@ def fit(
     try:
         return _fit_into(folder, recorder, model, tokenizer, train, valid, run, plan, resumed)
     except (UserError, Stopped) as error:
-        if isinstance(error, Stopped) and is_first_process():
-            print(error.explain(), flush=True)
-        # Before the first step: what is there looks like a run, and nothing was trained.
-        if is_first_process() and resumed is None and not any("loss" in entry for entry in recorder.history):
-            shutil.rmtree(folder)
+        if is_first_process():
+            nothing = resumed is None and not any("loss" in entry for entry in recorder.history)
+            if nothing and not checkpoints(folder):
+                shutil.rmtree(folder)  # before the first step: what is there looks like a run
+            elif isinstance(error, Stopped):
+                stop_run_folder(folder, error.signal)
+            if isinstance(error, Stopped):
+                print(error.explain(), flush=True)
         raise
 
 
@@ -85,13 +89,15 @@ def _fit_into(
     valid: Dataset[Any],
     run: TrainingRun,
     plan: MemoryPlan,
-    resumed: str | bool | None,
+    resumed: str | None,
 ) -> dict[str, float]:
     training = run.training
     base_recorder = BaseRecorder(model)
     stop = StopOnSignal()
     # Events of every run lie under logs/, where `tensorboard --logdir output` finds them by the run's name.
-    writer = SummaryWriter(str(folder / "logs")) if training.process_index == 0 else None
+    # What a run that is gone on with had written after its checkpoint is not shown.
+    begin = int(resumed.rpartition("-")[2]) + 1 if resumed is not None else None
+    writer = SummaryWriter(str(folder / "logs"), purge_step=begin) if training.process_index == 0 else None
     try:
         stop.listen()
         _set_end_tokens(base_model(model), tokenizer)
@@ -105,6 +111,7 @@ def _fit_into(
             data_collator=Collator(int(tokenizer.pad_token_id)),
             processing_class=tokenizer,
             callbacks=[recorder, base_recorder, stop],
+            complete=base_recorder.record,
         )
         trainer.remove_callback(PrinterCallback if training.disable_tqdm else ProgressCallback)
         trainer.add_callback(ProgressLines() if training.disable_tqdm else Progress())
@@ -114,9 +121,7 @@ def _fit_into(
         last = trainer.state.log_history
         if not any("eval_loss" in entry and entry["step"] == trainer.state.global_step for entry in last):
             trainer.evaluate()
-        trainer.save_model(str(folder))
-        if trainer.is_world_process_zero():
-            base_recorder.record(folder)
+        trainer.save_final(folder)
         peak = peak_memory(training.device)  # of training; the estimate knows nothing of the answers that follow
         stopped = check_stops(cast(PreTrainedModel, trainer.model), tokenizer, train, training, trainer.accelerator)
         if stopped is not None:
@@ -145,20 +150,6 @@ def _show(results: dict[str, float], memory: str, folder: Path) -> None:
         f"  weights       {folder}\n  curve         {folder / 'loss.png'}\n"
         f"  all figures   {Path(sys.executable).with_name('tensorboard')} --logdir {folder.parent}"
     )
-
-
-def _checkpoint(training: TrainArguments) -> str | bool | None:
-    """What to resume from: a folder, True for the newest in output_dir, None for a fresh start."""
-    wanted = training.resume_from_checkpoint
-    if not wanted or str(wanted).lower() == "false":
-        return None
-    if str(wanted).lower() == "true":
-        if not any(Path(str(training.output_dir)).glob("checkpoint-*")):
-            raise UserError(f"{training.output_dir} holds no checkpoint to resume from", "start without the flag")
-        return True
-    if not Path(wanted).is_dir():
-        raise UserError(f"--resume_from_checkpoint {wanted} is no folder", "name a checkpoint-N folder, or `true`")
-    return str(wanted)
 
 
 def _set_end_tokens(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase) -> None:
