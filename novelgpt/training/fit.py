@@ -64,10 +64,12 @@ def fit(
     if "position_ids" in train[0]:
         check_packing(base_model(model))
     plan.settle_micro_batch(model)
+    stop = StopOnSignal()
+    stop.listen()
     folder = start_run_folder(run)
     recorder = RunRecorder(folder)
     try:
-        return _fit_into(folder, recorder, model, tokenizer, train, valid, run, plan, resumed)
+        return _fit_into(folder, recorder, stop, model, tokenizer, train, valid, run, plan, resumed)
     except (UserError, Stopped) as error:
         if is_first_process():
             nothing = resumed is None and not any("loss" in entry for entry in recorder.history)
@@ -78,11 +80,14 @@ def fit(
             if isinstance(error, Stopped):
                 print(error.explain(), flush=True)
         raise
+    finally:
+        stop.leave()
 
 
 def _fit_into(
     folder: Path,
     recorder: RunRecorder,
+    stop: StopOnSignal,
     model: torch.nn.Module,
     tokenizer: PreTrainedTokenizerBase,
     train: Dataset[Any],
@@ -93,13 +98,11 @@ def _fit_into(
 ) -> dict[str, float]:
     training = run.training
     base_recorder = BaseRecorder(model)
-    stop = StopOnSignal()
     # Events of every run lie under logs/, where `tensorboard --logdir output` finds them by the run's name.
     # What a run that is gone on with had written after its checkpoint is not shown.
     begin = int(resumed.rpartition("-")[2]) + 1 if resumed is not None else None
     writer = SummaryWriter(str(folder / "logs"), purge_step=begin) if training.process_index == 0 else None
     try:
-        stop.listen()
         _set_end_tokens(base_model(model), tokenizer)
         trainer = NovelTrainer(
             samples=SamplePredictions(valid, tokenizer, training, folder, writer),
@@ -127,7 +130,6 @@ def _fit_into(
         if stopped is not None:
             trainer.log({"stopped": stopped})
     finally:
-        stop.leave()
         if recorder.history:
             recorder.draw()
         if writer is not None:
