@@ -1,11 +1,12 @@
 #!/usr/bin/env bash
-# Start a pipeline: plain python, the DeepSpeed launcher on this host's devices, or a hostfile of several hosts.
+# Start a pipeline: plain python, or novelgpt.launch with a process a device, on this host or on several.
 #   bash scripts/launch.sh pretrain|finetune|finetune_lora|predict [--flag value …]
 # MODEL=…     base (folder or hub name). Default: the small embedded base with its settings; predict: the newest run
 # NPROC=…     processes on this host. Default: one a GPU, 1 without
 # ZERO=0-3    DeepSpeed ZeRO stage; 0 is plain data parallelism. Default: 0 for one process, 2 for several
 # OFFLOAD=1   optimizer states in host memory (ZERO=2), weights too (ZERO=3)
-# HOSTFILE=…  lines of `host slots=N`, for several hosts
+# HOSTFILE=…  lines of `host slots=N`, for several hosts; the first is this one
+# HOSTS=… HOST=… MASTER_ADDR=… MASTER_PORT=…  for several hosts that are started one by one; Slurm says the same itself
 set -euo pipefail
 here="$(cd "$(dirname "${BASH_SOURCE[0]}")" && pwd)"
 root="$(dirname "$here")"

@@ -65,7 +65,7 @@ class Launched:
             time.sleep(0.02)
         raise AssertionError(f"{pattern!r} did not come:\n{self.text()[-3000:]}")
 
-    def ends(self, seconds: float = 120) -> int:
+    def ends(self, seconds: float = 240) -> int:
         """Wait for its end; the status as a shell has it."""
         status = self.process.wait(timeout=seconds)
         return status if status >= 0 else 128 - status

@@ -50,8 +50,14 @@ def check_saved(run: Launched, folder: Path, name: str) -> int:
     return step
 
 
-@pytest.mark.parametrize(("processes", "zero"), RUNS)
-@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
+@pytest.mark.parametrize(
+    ("number", "processes", "zero"),
+    [
+        pytest.param(signal.SIGTERM, 1, 0, id="SIGTERM-one"),
+        pytest.param(signal.SIGINT, 1, 0, id="SIGINT-one"),
+        pytest.param(signal.SIGINT, 2, 2, id="SIGINT-zero2", marks=pytest.mark.slow),
+    ],
+)
 def test_a_signal_saves_the_step_and_ends(
     number: signal.Signals, processes: int, zero: int, words: list[str], tmp_path: Path
 ) -> None:
