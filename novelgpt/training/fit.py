@@ -30,10 +30,12 @@ from novelgpt.text.conversation import end_token_ids
 from novelgpt.text.statistics import trained_characters
 from novelgpt.training.base_recorder import BaseRecorder
 from novelgpt.training.callbacks import Curves, Progress, ProgressLines, RunRecorder
+from novelgpt.training.checkpoints.folders import checkpoints
 from novelgpt.training.forward_checks import check_packing
 from novelgpt.training.memory_plan import MemoryPlan
-from novelgpt.training.run_folder import finish_run_folder, start_run_folder
+from novelgpt.training.run_folder import finish_run_folder, start_run_folder, stop_run_folder
 from novelgpt.training.sample_predictions import SamplePredictions
+from novelgpt.training.signals import StopOnSignal, Stopped
 from novelgpt.training.stop_check import check_stops
 from novelgpt.training.throughput import peak_memory
 from novelgpt.training.trainer import NovelTrainer, base_model
@@ -56,25 +58,36 @@ def fit(
 
     Raises:
         UserError: the model cannot be trained so; then no run folder is left.
+        Stopped: a signal came; the step is saved.
     """
     resumed = run.training.resume_from_checkpoint
     if "position_ids" in train[0]:
         check_packing(base_model(model))
     plan.settle_micro_batch(model)
+    stop = StopOnSignal()
+    stop.listen()
     folder = start_run_folder(run)
     recorder = RunRecorder(folder)
     try:
-        return _fit_into(folder, recorder, model, tokenizer, train, valid, run, plan, resumed)
-    except UserError:
-        # Before the first step: what is there looks like a run, and nothing was trained.
-        if is_first_process() and resumed is None and not recorder.trained:
-            shutil.rmtree(folder)
+        return _fit_into(folder, recorder, stop, model, tokenizer, train, valid, run, plan, resumed)
+    except (UserError, Stopped) as error:
+        if is_first_process():
+            nothing = resumed is None and not recorder.trained
+            if nothing and not checkpoints(folder):
+                shutil.rmtree(folder)  # before the first step: what is there looks like a run
+            elif isinstance(error, Stopped):
+                stop_run_folder(folder, error.signal)
+            if isinstance(error, Stopped):
+                print(error.explain(), flush=True)
         raise
+    finally:
+        stop.leave()
 
 
 def _fit_into(
     folder: Path,
     recorder: RunRecorder,
+    stop: StopOnSignal,
     model: torch.nn.Module,
     tokenizer: PreTrainedTokenizerBase,
     train: Dataset[Any],
@@ -100,7 +113,7 @@ def _fit_into(
             eval_dataset=valid,
             data_collator=Collator(int(tokenizer.pad_token_id)),
             processing_class=tokenizer,
-            callbacks=[recorder, base_recorder],
+            callbacks=[recorder, base_recorder, stop],
             complete=base_recorder.record,
             note=recorder.write if training.process_index == 0 else None,
         )

@@ -8,6 +8,7 @@ from novelgpt.model.loading import adapter_base, longest_row, read_config
 from novelgpt.settings.errors import UserError
 from novelgpt.settings.runs import TrainingRun
 from novelgpt.training.run_folder import choose_run_folder
+from novelgpt.training.shared_folder import check_shared_folder
 
 
 def check_before_launch(run: TrainingRun) -> None:
@@ -39,3 +40,4 @@ def check_before_launch(run: TrainingRun) -> None:
             f"take --max_length {longest} or less; a model whose positions were stretched says so in its config.json",
         )
     choose_run_folder(run)
+    check_shared_folder(Path(str(run.training.output_dir)))

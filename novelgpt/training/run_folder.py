@@ -78,6 +78,12 @@ def finish_run_folder(folder: Path, results: dict[str, Any]) -> None:
     _write(folder, description | {"status": "finished", "finished": finished, "results": results})
 
 
+def stop_run_folder(folder: Path, signal: str) -> None:
+    """Note in run.json that a signal has ended the run before its end."""
+    description = json.loads((folder / "run.json").read_text(encoding="utf-8"))
+    _write(folder, description | {"status": "stopped", "stopped_by": signal})
+
+
 def read_run(folder: Path) -> dict[str, Any] | None:
     """run.json of a folder, None where it is no run.
 

@@ -29,14 +29,15 @@ from transformers import (
 
 from novelgpt.scoring.perplexity import row_sums, summarise
 from novelgpt.settings.arguments import TrainArguments
-from novelgpt.training.checkpoints.trainer import CheckpointTrainer
 from novelgpt.text.collator import NUMBERS
+from novelgpt.training.checkpoints.trainer import CheckpointTrainer
 from novelgpt.training.forward_checks import head_is_last
 from novelgpt.training.guards import GradientWatch, check_forward, check_vocabulary
 from novelgpt.training.loss import attach_chunked_loss
 from novelgpt.training.numbers import StepWatch
 from novelgpt.training.row_losses import DocumentLoss, MicroBatch, NumberedRows, document_losses
 from novelgpt.training.sample_predictions import SamplePredictions
+from novelgpt.training.signals import EvaluationStopped
 from novelgpt.training.throughput import Throughput
 
 
@@ -173,10 +174,18 @@ class NovelTrainer(CheckpointTrainer):
         return None, sums, sums[:, 1]
 
     def evaluate(self, *arguments: Any, **keywords: Any) -> dict[str, float]:
-        """The stock evaluation; its time does not count in the training throughput."""
+        """The stock evaluation; its time does not count in the training throughput.
+
+        Raises:
+            Stopped: a signal came; the step is saved.
+        """
         begin = time.perf_counter()
         try:
             return super().evaluate(*arguments, **keywords)
+        except EvaluationStopped:
+            self._save_checkpoint(cast(nn.Module, self.model), None)
+            self.control = self.callback_handler.on_save(self.args, self.state, self.control)
+            raise AssertionError("the callback that stopped the evaluation did not end the run") from None
         finally:
             if self.throughput is not None:
                 self.throughput.outside += time.perf_counter() - begin
