@@ -13,6 +13,7 @@ from novelgpt.settings.errors import exit_on_user_error
 from novelgpt.settings.parser import parse_arguments
 from novelgpt.settings.runs import LoraRun
 from novelgpt.text.tokenizer import load_tokenizer
+from novelgpt.training.disk import check_disk
 from novelgpt.training.fit import fit
 from novelgpt.training.launch_checks import check_before_launch
 from novelgpt.training.memory_plan import plan_memory
@@ -27,6 +28,7 @@ def main(argv: list[str] | None = None) -> None:
     train, valid = read_conversations(run.data, tokenizer)
     adapt = partial(attach_lora, lora=run.lora, tokenizer=tokenizer)
     plan = plan_memory(run, train, base_dtype(), run.lora.qlora, adapt)
+    check_disk(run, plan, train, tokenizer)
     base = load_model(run.model, tokenizer, dtype=base_dtype(), qlora=run.lora.qlora)
     set_seed(run.training.seed)  # the adapter is drawn before the Trainer sets the seed
     model = adapt(base)

@@ -8,6 +8,7 @@ from novelgpt.settings.errors import exit_on_user_error
 from novelgpt.settings.parser import parse_arguments
 from novelgpt.settings.runs import PretrainRun
 from novelgpt.text.tokenizer import load_tokenizer
+from novelgpt.training.disk import check_disk
 from novelgpt.training.fit import fit
 from novelgpt.training.launch_checks import check_before_launch
 from novelgpt.training.memory_plan import plan_memory
@@ -21,6 +22,7 @@ def main(argv: list[str] | None = None) -> None:
     tokenizer = load_tokenizer(run.model)
     train, valid = read_corpus(run.data, tokenizer)
     plan = plan_memory(run, train)
+    check_disk(run, plan, train, tokenizer)
     model = load_model(run.model, tokenizer)
     fit(model, tokenizer, train, valid, run, plan)
 

@@ -16,7 +16,7 @@ from transformers.models.auto.tokenization_auto import get_tokenizer_config, tok
 from novelgpt.settings.arguments import ModelArguments
 from novelgpt.settings.errors import UserError
 
-# What a checkpoint consists of; weights are safetensors, or pickles where there are none.
+# What a checkpoint consists of; weights are safetensors, or pickles where there are none and they are allowed.
 DESCRIPTIONS = ["*.json", "*.model", "*.tiktoken", "*.txt", "*.jinja"]
 SAFETENSORS, PICKLES, CODE = ["*.safetensors"], ["pytorch_model*.bin"], ["*.py"]
 
@@ -39,7 +39,7 @@ def locate(model: ModelArguments) -> str:
             f"model folder {model.model} does not exist", "check --model; `bash scripts/run_demo.sh` makes a base"
         )
     if model.hub == "modelscope":
-        return _download_from_modelscope(model.model, model.trust_remote_code)
+        return _download_from_modelscope(model.model, model.trust_remote_code, model.allow_pickles)
     return model.model
 
 
@@ -103,7 +103,7 @@ def _class_in_file(reference: str) -> str:
 
 
 @functools.cache
-def _download_from_modelscope(name: str, with_code: bool) -> str:
+def _download_from_modelscope(name: str, with_code: bool, with_pickles: bool) -> str:
     """The folder that holds a model of modelscope.cn: configuration, weights and tokenizer.
 
     Of several processes on a host, one downloads while the others wait, and then find the files there.
@@ -117,7 +117,7 @@ def _download_from_modelscope(name: str, with_code: bool) -> str:
     try:
         with FileLock(lock):
             folder = Path(snapshot_download(name, allow_file_pattern=patterns + SAFETENSORS))
-            if not any(folder.glob(SAFETENSORS[0])):
+            if not any(folder.glob(SAFETENSORS[0])) and with_pickles:
                 folder = Path(snapshot_download(name, allow_file_pattern=patterns + PICKLES))
     except Exception as error:  # of many kinds: the package's own, those of its HTTP client, those of the file system
         reason = (str(error).strip().splitlines() or [type(error).__name__])[0]

@@ -51,6 +51,9 @@ class ModelArguments:
     hub: Literal["huggingface", "modelscope"] = option(
         "huggingface", "Where names are looked up. modelscope needs `pip install modelscope`."
     )
+    allow_pickles: bool = option(
+        False, "Read weights from pickles (.bin) where there are no safetensors; tensors only. For sources you trust."
+    )
 
 
 @dataclass
@@ -265,6 +268,9 @@ class PredictArguments:
     )
     hub: Literal["huggingface", "modelscope"] = option(
         "huggingface", "Where names are looked up. modelscope needs `pip install modelscope`."
+    )
+    allow_pickles: bool = option(
+        False, "Read weights from pickles (.bin) where there are no safetensors; tensors only. For sources you trust."
     )
 
     def __post_init__(self) -> None:

@@ -4,7 +4,9 @@ from __future__ import annotations
 
 from pathlib import Path
 
+from novelgpt.model.hub import locate
 from novelgpt.model.loading import adapter_base, longest_row, read_config
+from novelgpt.model.pickles import check_no_pickles
 from novelgpt.settings.errors import UserError
 from novelgpt.settings.runs import TrainingRun
 from novelgpt.training.run_folder import choose_run_folder
@@ -32,6 +34,7 @@ def check_before_launch(run: TrainingRun) -> None:
             f"{run.model.model} is an adapter, not a base",
             "merge it first: python -m finetune_lora.merge ADAPTER OUTPUT, then train on OUTPUT",
         )
+    check_no_pickles(Path(locate(run.model)), run.model.allow_pickles)
     longest = longest_row(read_config(run.model))
     if longest is not None and run.data.max_length > longest:
         raise UserError(

@@ -92,6 +92,7 @@ class MemoryPlan:
         estimate: the peak with the run's settings; None where the model cannot be simulated.
         tokens: of the longest row.
         capacity: bytes of the device that this process may take.
+        model: the simulated one, on the first process; None where the architecture cannot be simulated.
     """
 
     def __init__(self, run: TrainingRun, train: Dataset[Any]) -> None:
@@ -100,7 +101,7 @@ class MemoryPlan:
         self.estimate: MemoryEstimate | None = None
         self.tokens = _longest(train, run.data.max_length if run.data.packing else None)
         self.capacity = available_memory(self.device)
-        self._model: SimulatedModel | None = None  # on the first process
+        self.model: SimulatedModel | None = None
         # Elsewhere a step that fails for want of memory ends the process, or the weights are spread over several.
         self._can_try = self.device.type == "cuda" and not self.training.deepspeed
 
@@ -112,7 +113,7 @@ class MemoryPlan:
         """
         chosen = copy.copy(self.training)
         try:
-            self._model = build()
+            self.model = build()
             if chosen.auto_batch:
                 chosen = with_rows(chosen, 1)
             estimate = self._estimate(chosen)
@@ -145,7 +146,7 @@ class MemoryPlan:
         set_micro_batch(self.training, rows)
         if is_first_process():
             print(f"auto_batch: {_batch_line(self.training, self.tokens)}")
-            if changed and self._model is not None and self.estimate is not None:
+            if changed and self.model is not None and self.estimate is not None:
                 self.estimate = self._estimate(self.training)
 
     def compare(self, measured: int) -> str:
@@ -154,8 +155,8 @@ class MemoryPlan:
         return line if self.estimate is None else f"{line}, estimated {_gigabytes(self.estimate.total)}"
 
     def _estimate(self, training: TrainArguments) -> MemoryEstimate:
-        assert self._model is not None
-        return estimate_memory(self._model, training, self.tokens, self.packed)
+        assert self.model is not None
+        return estimate_memory(self.model, training, self.tokens, self.packed)
 
     def _most_rows(self, chosen: TrainArguments, one: MemoryEstimate) -> int:
         share = (TRIED_SHARE if self._can_try else ESTIMATED_SHARE) * self.capacity
