@@ -8,6 +8,7 @@ from transformers import set_seed
 
 from dataset.conversations import read_conversations
 from finetune_lora.adapter import attach_lora, base_dtype
+from novelgpt.health.preflight import preflight
 from novelgpt.model.loading import load_model
 from novelgpt.settings.errors import exit_on_user_error
 from novelgpt.settings.parser import parse_arguments
@@ -25,6 +26,7 @@ def main(argv: list[str] | None = None) -> None:
     run = parse_arguments(LoraRun, argv)
     check_before_launch(run)
     tokenizer = load_tokenizer(run.model)
+    preflight(run, tokenizer)
     train, valid = read_conversations(run.data, tokenizer)
     adapt = partial(attach_lora, lora=run.lora, tokenizer=tokenizer)
     plan = plan_memory(run, train, base_dtype(), run.lora.qlora, adapt)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataset.corpus import read_corpus
+from novelgpt.health.preflight import preflight
 from novelgpt.model.loading import load_model
 from novelgpt.settings.errors import exit_on_user_error
 from novelgpt.settings.parser import parse_arguments
@@ -20,6 +21,7 @@ def main(argv: list[str] | None = None) -> None:
     run = parse_arguments(PretrainRun, argv)
     check_before_launch(run)
     tokenizer = load_tokenizer(run.model)
+    preflight(run, tokenizer)
     train, valid = read_corpus(run.data, tokenizer)
     plan = plan_memory(run, train)
     check_disk(run, plan, train, tokenizer)

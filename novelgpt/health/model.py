@@ -10,7 +10,7 @@ from transformers.utils import GENERATION_CONFIG_NAME
 
 from novelgpt.health.findings import Finding
 from novelgpt.model.loading import read_config
-from novelgpt.model.pickles import check_no_pickles
+from novelgpt.model.pickles import check_no_pickles, pickled_weights
 from novelgpt.model.weight_files import stored_tensors, weight_files
 from novelgpt.settings.runs import LoraRun, PretrainRun, TrainingRun
 from novelgpt.settings.units import gigabytes
@@ -46,6 +46,11 @@ def check_files(run: TrainingRun) -> Iterator[Finding]:
     kinds = ", ".join(sorted({tensor.dtype for tensor in tensors}))
     text = f"{config.model_type}: {len(tensors)} tensors in {len(files)} files, {gigabytes(size)} of {kinds}"
     yield Finding("model files", "ok", text)
+
+
+def are_pickled(run: TrainingRun) -> bool:
+    """Whether the weights lie in pickles, which are read whole to be looked at."""
+    return bool(pickled_weights(Path(run.model.model)))
 
 
 def check_vocabulary(run: TrainingRun, tokenizer: PreTrainedTokenizerBase) -> Iterator[Finding]:

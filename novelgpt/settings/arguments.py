@@ -177,6 +177,11 @@ class TrainArguments(TrainingArguments):
         0, "At each evaluation, answer this many of its rows and log the texts, their ROUGE and repetition; 0 is off."
     )
     predict_max_new_tokens: int = option(256, "Longest of these answers, in tokens.")
+    preflight: bool = option(
+        True,
+        "Before training, look at versions, devices, the model's files, and try the longest micro-batch. "
+        "Off: only what is checked in any case.",
+    )
     guards: bool = option(
         True, "Before step 1, check that the model computes the same in training and evaluation, finite, and learns."
     )
@@ -201,8 +206,8 @@ class TrainArguments(TrainingArguments):
         "per_device_train_batch_size", "per_device_eval_batch_size", "gradient_accumulation_steps", "auto_batch",
         "lr_scheduler_type", "warmup_steps", "weight_decay", "max_grad_norm", "activation_checkpointing", "seed",
         "logging_steps", "eval_strategy", "eval_steps", "eval_on_start", "predict_during_eval",
-        "predict_max_new_tokens", "guards", "stop_check", "stop_check_max_new_tokens", "save_strategy", "save_steps",
-        "save_total_limit", "resume_from_checkpoint", "deepspeed",
+        "predict_max_new_tokens", "preflight", "guards", "stop_check", "stop_check_max_new_tokens", "save_strategy",
+        "save_steps", "save_total_limit", "resume_from_checkpoint", "deepspeed",
     )  # fmt: skip
 
     def __post_init__(self) -> None:

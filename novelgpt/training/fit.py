@@ -32,6 +32,7 @@ from novelgpt.text.statistics import trained_characters
 from novelgpt.training.base_recorder import BaseRecorder
 from novelgpt.training.callbacks import Curves, Progress, ProgressLines, RunRecorder
 from novelgpt.training.forward_checks import check_packing
+from novelgpt.training.longest_batch import rows_to_try
 from novelgpt.training.memory_plan import MemoryPlan
 from novelgpt.training.run_folder import finish_run_folder, start_run_folder
 from novelgpt.training.sample_predictions import SamplePredictions
@@ -92,6 +93,7 @@ def _fit_into(
         _set_end_tokens(base_model(model), tokenizer)
         trainer = NovelTrainer(
             samples=SamplePredictions(valid, tokenizer, training, folder, writer),
+            longest=rows_to_try(plan.lengths, training) if training.preflight else [],
             characters=trained_characters(valid, tokenizer),
             model=model,
             args=training,

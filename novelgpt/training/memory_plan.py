@@ -90,6 +90,7 @@ class MemoryPlan:
 
     Attributes:
         estimate: the peak with the run's settings; None where the model cannot be simulated.
+        lengths: tokens of the rows; of the first packs, which are about as long as the others, where rows are packed.
         tokens: of the longest row.
         capacity: bytes of the device that this process may take.
         model: the simulated one, on the first process; None where the architecture cannot be simulated.
@@ -99,7 +100,8 @@ class MemoryPlan:
         self.training, self.packed = run.training, run.data.packing
         self.device = run.training.device
         self.estimate: MemoryEstimate | None = None
-        self.tokens = _longest(train, run.data.max_length if run.data.packing else None)
+        self.lengths = _lengths(train, run.data.max_length if run.data.packing else None)
+        self.tokens = max(self.lengths)
         self.capacity = available_memory(self.device)
         self.model: SimulatedModel | None = None
         # Elsewhere a step that fails for want of memory ends the process, or the weights are spread over several.
@@ -226,13 +228,13 @@ def available_memory(device: torch.device) -> int:
     return held + left // int(os.environ.get("LOCAL_WORLD_SIZE", "1"))
 
 
-def _longest(train: Dataset[Any], packed_length: int | None) -> int:
-    """Tokens of the longest row; of the first packs, which are about as long as the others, where rows are packed."""
+def _lengths(train: Dataset[Any], packed_length: int | None) -> list[int]:
+    """Tokens of the rows; of the first packs, which are about as long as the others, where rows are packed."""
     if isinstance(train, PackedBlocks):
-        return max(train.counts().lengths)
+        return train.counts().lengths
     count = len(train)  # type: ignore[arg-type]
     looked_up = range(count if packed_length is None else min(count, MOST_PACKS))
-    return max(len(train[index]["input_ids"]) for index in looked_up)
+    return [len(train[index]["input_ids"]) for index in looked_up]
 
 
 def _batch_line(training: TrainArguments, tokens: int) -> str:

@@ -7,7 +7,7 @@ ranks together.
 from __future__ import annotations
 
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from functools import partial
 from typing import Any, cast
 
@@ -30,6 +30,7 @@ from novelgpt.scoring.perplexity import row_sums, summarise
 from novelgpt.settings.arguments import TrainArguments
 from novelgpt.training.forward_checks import head_is_last
 from novelgpt.training.guards import GradientWatch, check_forward, check_vocabulary
+from novelgpt.training.longest_batch import try_batch
 from novelgpt.training.loss import attach_chunked_loss
 from novelgpt.training.sample_predictions import SamplePredictions
 from novelgpt.training.throughput import Throughput
@@ -39,9 +40,17 @@ class NovelTrainer(Trainer):
     """Trainer whose metrics are token-weighted and whose evaluation keeps three numbers a row."""
 
     def __init__(
-        self, *, samples: SamplePredictions | None = None, characters: int | None = None, **arguments: Any
+        self,
+        *,
+        samples: SamplePredictions | None = None,
+        characters: int | None = None,
+        longest: Sequence[int] = (),
+        **arguments: Any,
     ) -> None:
-        """Evaluations also answer `samples`, and divide by the `characters` of the rows for bits per character."""
+        """Evaluations also answer `samples`, and divide by the `characters` of the rows for bits per character.
+
+        The `longest` training rows, by their indices, are tried as one micro-batch before training.
+        """
         super().__init__(**arguments, compute_metrics=partial(_metrics, characters=characters))
         self.samples = samples
         base = base_model(self.model)
@@ -54,6 +63,8 @@ class NovelTrainer(Trainer):
         self._watch_gradients = guards and not self.args.ddp_find_unused_parameters
         if guards:
             self.add_callback(_BeforeTraining(self.check_first_rows))
+        if longest:
+            self.add_callback(_BeforeTraining(partial(self.check_longest_rows, longest)))
 
     def check_first_rows(self) -> None:
         """Try the model on a micro-batch of the first training rows, each process on its own.
@@ -70,6 +81,17 @@ class NovelTrainer(Trainer):
         check_vocabulary(base, batch)
         dtype = torch.bfloat16 if self.args.bf16 else torch.float16 if self.args.fp16 else base.dtype
         check_forward(cast(nn.Module, self.model), batch, dtype, self.accelerator.autocast)
+
+    def check_longest_rows(self, longest: Sequence[int]) -> None:
+        """Try the model on a micro-batch of these rows, with its gradients; the same rows on each process.
+
+        Raises:
+            UserError: they do not fit.
+        """
+        dataset: Any = self.train_dataset
+        batch = self._prepare_inputs(self.data_collator([dataset[index] for index in longest]))
+        training = cast(TrainArguments, self.args)
+        try_batch(cast(nn.Module, self.model), batch, training, self.accelerator.autocast)
 
     def training_step(
         self, model: nn.Module, inputs: dict[str, Any], num_items_in_batch: torch.Tensor | int | None = None
