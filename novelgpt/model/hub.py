@@ -29,6 +29,8 @@ def locate(model: ModelArguments) -> str:
     Raises:
         UserError: the folder does not exist or is empty, or nothing can be downloaded.
     """
+    if not model.model.strip():
+        raise UserError("--model names nothing", "name a folder with config.json, weights and tokenizer, or a hub name")
     folder = Path(model.model)
     if folder.is_dir():
         if not any(folder.iterdir()):
@@ -73,6 +75,8 @@ def _needed_code(source: str) -> str | None:
     """The class that a checkpoint would run, with the reason; None where transformers and this toolkit will do."""
     try:
         config, _ = PreTrainedConfig.get_config_dict(source)
+    except AttributeError as error:  # it is a list, or a number
+        raise UserError(f"{source}/config.json holds no settings by name", "fetch the file again") from error
     except OSError:  # an adapter, or only a tokenizer; loading tells what is missing where it is missing
         config = {}
     kind: Any = config.get("model_type")
