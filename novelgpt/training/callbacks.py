@@ -4,10 +4,13 @@ from __future__ import annotations
 
 import json
 import time
+from collections.abc import Iterator
+from contextlib import contextmanager
 from datetime import timedelta
 from pathlib import Path
 from typing import Any
 
+from torch.utils.tensorboard import SummaryWriter
 from tqdm import tqdm
 from transformers import ProgressCallback, TrainerCallback, TrainerControl, TrainerState, TrainingArguments
 from transformers.integrations import TensorBoardCallback
@@ -19,6 +22,22 @@ from novelgpt.training.loss_plot import draw_losses
 PLOT_SHARE = 0.02
 
 
+@contextmanager
+def dispensable(told: set[str], what: str) -> Iterator[None]:
+    """What fails to be written within is told once, and training goes on: a full disk ends it where weights are saved.
+
+    Args:
+        told: what was told already.
+        what: is written.
+    """
+    try:
+        yield
+    except OSError as error:
+        if what not in told:
+            told.add(what)
+            tqdm.write(f"{what} cannot be written any more ({error.strerror or error}); training goes on")
+
+
 class RunRecorder(TrainerCallback):
     """Appends every log entry to metrics.jsonl and redraws loss.png, from step 1 on, so that both survive a crash."""
 
@@ -26,6 +45,7 @@ class RunRecorder(TrainerCallback):
         self.folder = folder
         self.history: list[dict[str, Any]] = []
         self.next_plot = 0.0
+        self.told: set[str] = set()
 
     def on_train_begin(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **_: Any) -> None:
         """Go on from the curves of the checkpoint that the run was resumed from."""
@@ -45,7 +65,10 @@ class RunRecorder(TrainerCallback):
             return
         entry = {"step": state.global_step, **logs}
         self.history.append(entry)
-        with (self.folder / "metrics.jsonl").open("a", encoding="utf-8") as file:
+        with (
+            dispensable(self.told, "metrics.jsonl"),
+            (self.folder / "metrics.jsonl").open("a", encoding="utf-8") as file,
+        ):
             file.write(json.dumps(entry, ensure_ascii=False) + "\n")
         if time.monotonic() >= self.next_plot:
             self.draw()
@@ -53,14 +76,35 @@ class RunRecorder(TrainerCallback):
     def draw(self) -> None:
         """Redraw loss.png now."""
         begin = time.monotonic()
-        draw_losses(self.history, self.folder / "loss.png")
+        with dispensable(self.told, "loss.png"):
+            draw_losses(self.history, self.folder / "loss.png")
         now = time.monotonic()
         # The first drawings come at step 1, whatever they cost: loading the plotting library is most of it.
         self.next_plot = 0.0 if self.history[-1]["step"] <= 1 else now + (now - begin) / PLOT_SHARE
 
 
 class Curves(TensorBoardCallback):
-    """TensorBoard events by a writer of the caller, who closes it."""
+    """TensorBoard events by a writer of the caller, who closes it by `close`."""
+
+    def __init__(self, writer: SummaryWriter) -> None:
+        super().__init__(writer)
+        self.writer = writer
+        self.told: set[str] = set()
+
+    def on_train_begin(self, *arguments: Any, **keywords: Any) -> None:
+        """Write the settings."""
+        with dispensable(self.told, "TensorBoard's events"):
+            super().on_train_begin(*arguments, **keywords)
+
+    def on_log(self, *arguments: Any, **keywords: Any) -> None:
+        """Write the figures. The writer's thread hands on its errors at a later call."""
+        with dispensable(self.told, "TensorBoard's events"):
+            super().on_log(*arguments, **keywords)
+
+    def close(self) -> None:
+        """Write what is left."""
+        with dispensable(self.told, "TensorBoard's events"):
+            self.writer.close()
 
     def on_train_end(self, *arguments: Any, **keywords: Any) -> None:
         """Stay open: an evaluation may follow, whose events the stock callback would write to a folder of its own."""

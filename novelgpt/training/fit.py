@@ -89,6 +89,7 @@ def _fit_into(
     base_recorder = BaseRecorder(model)
     # Events of every run lie under logs/, where `tensorboard --logdir output` finds them by the run's name.
     writer = SummaryWriter(str(folder / "logs")) if training.process_index == 0 else None
+    curves = None if writer is None else Curves(writer)
     try:
         _set_end_tokens(base_model(model), tokenizer)
         trainer = NovelTrainer(
@@ -105,8 +106,8 @@ def _fit_into(
         )
         trainer.remove_callback(PrinterCallback if training.disable_tqdm else ProgressCallback)
         trainer.add_callback(ProgressLines() if training.disable_tqdm else Progress())
-        if writer is not None:
-            trainer.add_callback(Curves(writer))
+        if curves is not None:
+            trainer.add_callback(curves)
         outcome = trainer.train(resume_from_checkpoint=resumed)
         last = trainer.state.log_history
         if not any("eval_loss" in entry and entry["step"] == trainer.state.global_step for entry in last):
@@ -121,8 +122,8 @@ def _fit_into(
     finally:
         if recorder.history:
             recorder.draw()
-        if writer is not None:
-            writer.close()
+        if curves is not None:
+            curves.close()
     results = _results(trainer.state.log_history, outcome.metrics)
     if trainer.is_world_process_zero():
         finish_run_folder(folder, results)
