@@ -71,7 +71,6 @@ def _checks(run: TrainingRun, tokenizer: PreTrainedTokenizerBase) -> Iterator[tu
     if folder.is_dir() and not model.are_pickled(run):  # those are read once, as they are loaded
         yield "model files", partial(model.check_files, run)
     yield "vocabulary", partial(model.check_vocabulary, run, tokenizer)
-    yield "chat template", partial(model.check_template, run, tokenizer)
 
 
 def compiles_operators(settings: dict[str, Any]) -> bool:

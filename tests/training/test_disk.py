@@ -21,7 +21,16 @@ from tests.ranks import run_pipeline
 
 ROWS = json.dumps({"prompt": "灯塔下有什么？", "completion": "一封没有寄出的信。"}, ensure_ascii=False) + "\n"
 # One epoch of four steps, a checkpoint after each, of which one is kept beside the one that is written.
-FOUR_STEPS = ["--num_train_epochs", "1", "--per_device_train_batch_size", "4", "--packing", "False", "--stop_check", "0"]
+FOUR_STEPS = [
+    "--num_train_epochs",
+    "1",
+    "--per_device_train_batch_size",
+    "4",
+    "--packing",
+    "False",
+    "--stop_check",
+    "0",
+]
 FOUR_STEPS += ["--save_strategy", "steps", "--save_steps", "1", "--save_total_limit", "1", "--eval_strategy", "no"]
 FOUR_STEPS += ["--eval_on_start", "False", "--max_length", "128"]
 
@@ -154,5 +163,3 @@ def test_curves_that_cannot_be_written_do_not_end_a_run(tmp_path: Path, capsys: 
     for what in ("metrics.jsonl", "loss.png", "TensorBoard's events"):
         assert printed.count(f"{what} cannot be written any more") == 1, printed
     assert len(recorder.history) == 200
-
-
