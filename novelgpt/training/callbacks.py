@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import threading
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -10,6 +11,7 @@ from datetime import timedelta
 from pathlib import Path
 from typing import Any
 
+from tensorboard.summary.writer import event_file_writer
 from torch.utils.tensorboard import SummaryWriter
 from tqdm import tqdm
 from transformers import ProgressCallback, TrainerCallback, TrainerControl, TrainerState, TrainingArguments
@@ -94,6 +96,8 @@ class Curves(TensorBoardCallback):
         super().__init__(writer)
         self.writer = writer
         self.told: set[str] = set()
+        self._hook = threading.excepthook
+        threading.excepthook = self._on_error_in_thread
 
     def on_train_begin(self, *arguments: Any, **keywords: Any) -> None:
         """Write the settings."""
@@ -109,6 +113,12 @@ class Curves(TensorBoardCallback):
         """Write what is left."""
         with dispensable(self.told, "TensorBoard's events"):
             self.writer.close()
+        threading.excepthook = self._hook
+
+    def _on_error_in_thread(self, arguments: Any) -> None:
+        """Errors of the writer's thread come again at the next call, where they are told in one line."""
+        if type(arguments.thread).__module__ != event_file_writer.__name__:
+            self._hook(arguments)
 
     def on_train_end(self, *arguments: Any, **keywords: Any) -> None:
         """Stay open: an evaluation may follow, whose events the stock callback would write to a folder of its own."""

@@ -11,7 +11,7 @@ from typing import Any
 
 from torch.utils.data import Dataset
 from transformers import PreTrainedTokenizerBase
-from transformers.trainer_utils import SaveStrategy
+from transformers.trainer_utils import IntervalStrategy, SaveStrategy
 
 from novelgpt.settings.arguments import TrainArguments
 from novelgpt.settings.errors import UserError
@@ -186,7 +186,8 @@ def _checkpoints(training: TrainArguments, total: int | None) -> tuple[int | Non
     limit = training.save_total_limit
     if not limit:
         return made, made or 0
-    kept = max(limit, 2 if training.metric_for_best_model is not None else 1)
+    best = training.metric_for_best_model is not None and training.eval_strategy != IntervalStrategy.NO
+    kept = max(limit, 2 if best else 1)
     return (kept + 1, kept) if made is None else (min(made, kept + 1), min(made, kept))
 
 
