@@ -32,6 +32,7 @@ from novelgpt.training.base_recorder import BaseRecorder
 from novelgpt.training.callbacks import Curves, Progress, ProgressLines, RunRecorder
 from novelgpt.training.checkpoints.folders import checkpoints
 from novelgpt.training.forward_checks import check_packing
+from novelgpt.training.longest_batch import rows_to_try
 from novelgpt.training.memory_plan import MemoryPlan
 from novelgpt.training.run_folder import finish_run_folder, start_run_folder, stop_run_folder
 from novelgpt.training.sample_predictions import SamplePredictions
@@ -102,10 +103,12 @@ def _fit_into(
     # What a run that is gone on with had written after its checkpoint is not shown.
     begin = int(resumed.rpartition("-")[2]) + 1 if resumed is not None else None
     writer = SummaryWriter(str(folder / "logs"), purge_step=begin) if training.process_index == 0 else None
+    curves = None if writer is None else Curves(writer)
     try:
         _set_end_tokens(base_model(model), tokenizer)
         trainer = NovelTrainer(
             samples=SamplePredictions(valid, tokenizer, training, folder, writer),
+            longest=rows_to_try(plan.lengths, training) if training.preflight else [],
             characters=trained_characters(valid, tokenizer),
             model=model,
             args=training,
@@ -119,8 +122,8 @@ def _fit_into(
         )
         trainer.remove_callback(PrinterCallback if training.disable_tqdm else ProgressCallback)
         trainer.add_callback(ProgressLines() if training.disable_tqdm else Progress())
-        if writer is not None:
-            trainer.add_callback(Curves(writer))
+        if curves is not None:
+            trainer.add_callback(curves)
         outcome = trainer.train(resume_from_checkpoint=resumed)
         last = trainer.state.log_history
         if not any("eval_loss" in entry and entry["step"] == trainer.state.global_step for entry in last):
@@ -133,8 +136,8 @@ def _fit_into(
     finally:
         if recorder.history:
             recorder.draw()
-        if writer is not None:
-            writer.close()
+        if curves is not None:
+            curves.close()
     results = _results(trainer.state.log_history, outcome.metrics)
     if trainer.is_world_process_zero():
         finish_run_folder(folder, results)

@@ -7,7 +7,7 @@ ranks together.
 from __future__ import annotations
 
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from functools import partial
 from typing import Any, cast
 
@@ -33,6 +33,7 @@ from novelgpt.text.collator import NUMBERS
 from novelgpt.training.checkpoints.trainer import CheckpointTrainer
 from novelgpt.training.forward_checks import head_is_last
 from novelgpt.training.guards import GradientWatch, check_forward, check_vocabulary
+from novelgpt.training.longest_batch import try_batch
 from novelgpt.training.loss import attach_chunked_loss
 from novelgpt.training.numbers import StepWatch
 from novelgpt.training.row_losses import DocumentLoss, MicroBatch, NumberedRows, document_losses
@@ -50,11 +51,13 @@ class NovelTrainer(CheckpointTrainer):
         samples: SamplePredictions | None = None,
         characters: int | None = None,
         note: Callable[[dict[str, Any]], None] | None = None,
+        longest: Sequence[int] = (),
         **arguments: Any,
     ) -> None:
         """Evaluations also answer `samples`, and divide by the `characters` of the rows for bits per character.
 
-        `note` takes what is found out about single steps, as entries of metrics.jsonl.
+        `note` takes what is found out about single steps, as entries of metrics.jsonl. The `longest` training rows, by
+        their indices, are tried as one micro-batch before training.
         """
         self.rows = NumberedRows(arguments.pop("train_dataset"))
         super().__init__(**arguments, train_dataset=self.rows, compute_metrics=partial(_metrics, characters=characters))
@@ -71,6 +74,8 @@ class NovelTrainer(CheckpointTrainer):
         self._watch_gradients = guards and not self.args.ddp_find_unused_parameters
         if guards:
             self.add_callback(_BeforeTraining(self.check_first_rows))
+        if longest:
+            self.add_callback(_BeforeTraining(partial(self.check_longest_rows, longest)))
 
     def check_first_rows(self) -> None:
         """Try the model on a micro-batch of the first training rows, each process on its own.
@@ -87,6 +92,16 @@ class NovelTrainer(CheckpointTrainer):
         check_vocabulary(base, batch)
         dtype = torch.bfloat16 if self.args.bf16 else torch.float16 if self.args.fp16 else base.dtype
         check_forward(cast(nn.Module, self.model), batch, dtype, self.accelerator.autocast)
+
+    def check_longest_rows(self, longest: Sequence[int]) -> None:
+        """Try the model on a micro-batch of these rows, with its gradients; the same rows on each process.
+
+        Raises:
+            UserError: they do not fit.
+        """
+        batch = self._prepare_inputs(self.data_collator([self.rows.rows[index] for index in longest]))
+        training = cast(TrainArguments, self.args)
+        try_batch(cast(nn.Module, self.model), batch, training, self.accelerator.autocast)
 
     def training_step(
         self, model: nn.Module, inputs: dict[str, Any], num_items_in_batch: torch.Tensor | int | None = None
