@@ -185,9 +185,17 @@ class TrainArguments(TrainingArguments):
     )
     save_strategy: str = option("epoch", "When to save a checkpoint: no, steps (every save_steps) or epoch.")
     save_total_limit: int | None = option(2, "Checkpoints kept; the oldest go first.")
-    resume_from_checkpoint: str | None = option(
-        None, "Go on from a checkpoint-N folder, or, with `true`, from the newest one in output_dir."
+    resume: bool | None = field(
+        default=None,
+        metadata={
+            "help": "Go on from the newest whole checkpoint in output_dir. Default: where it holds an unfinished run "
+            "of the same settings; False never does.",
+            "nargs": "?",
+            "const": True,
+        },
     )
+    resume_from_checkpoint: str | None = option(None, "Go on from this checkpoint-N folder.")
+    metric_for_best_model: str | None = option("loss", "Figure of evaluations whose best checkpoint is always kept.")
     report_to: None | str | list[str] = option("none", "Further loggers (wandb, …). TensorBoard is always on.")
     ddp_find_unused_parameters: bool | None = option(False, "Only for models that leave out weights in some steps.")
     remove_unused_columns: bool = option(False, "Not needed: rows hold tokens only.")
@@ -199,7 +207,7 @@ class TrainArguments(TrainingArguments):
         "lr_scheduler_type", "warmup_steps", "weight_decay", "max_grad_norm", "activation_checkpointing", "seed",
         "logging_steps", "eval_strategy", "eval_steps", "eval_on_start", "predict_during_eval",
         "predict_max_new_tokens", "guards", "stop_check", "stop_check_max_new_tokens", "save_strategy", "save_steps",
-        "save_total_limit", "resume_from_checkpoint", "deepspeed",
+        "save_total_limit", "resume", "resume_from_checkpoint", "deepspeed",
     )  # fmt: skip
 
     def __post_init__(self) -> None:

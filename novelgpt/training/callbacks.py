@@ -28,9 +28,13 @@ class RunRecorder(TrainerCallback):
         self.next_plot = 0.0
 
     def on_train_begin(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **_: Any) -> None:
-        """Go on from the curves of the checkpoint that the run was resumed from."""
+        """Go on from the entries of the checkpoint; what was written after it is written again."""
         if state.is_world_process_zero and state.global_step:
             self.history = [dict(entry) for entry in state.log_history]
+            unfinished = self.folder / "metrics.jsonl.partial"
+            lines = [json.dumps(entry, ensure_ascii=False) + "\n" for entry in self.history]
+            unfinished.write_text("".join(lines), encoding="utf-8")
+            unfinished.replace(self.folder / "metrics.jsonl")
 
     def on_log(
         self,

@@ -22,7 +22,6 @@ from transformers import (
 from transformers.utils import GENERATION_CONFIG_NAME
 
 from novelgpt.model.generation import answer_end_ids
-from novelgpt.settings.arguments import TrainArguments
 from novelgpt.settings.errors import UserError
 from novelgpt.settings.process import is_first_process
 from novelgpt.settings.runs import TrainingRun
@@ -58,7 +57,7 @@ def fit(
     Raises:
         UserError: the model cannot be trained so; then no run folder is left.
     """
-    resumed = _checkpoint(run.training)
+    resumed = run.training.resume_from_checkpoint
     if "position_ids" in train[0]:
         check_packing(base_model(model))
     plan.settle_micro_batch(model)
@@ -82,12 +81,14 @@ def _fit_into(
     valid: Dataset[Any],
     run: TrainingRun,
     plan: MemoryPlan,
-    resumed: str | bool | None,
+    resumed: str | None,
 ) -> dict[str, float]:
     training = run.training
     base_recorder = BaseRecorder(model)
     # Events of every run lie under logs/, where `tensorboard --logdir output` finds them by the run's name.
-    writer = SummaryWriter(str(folder / "logs")) if training.process_index == 0 else None
+    # What a run that is gone on with had written after its checkpoint is not shown.
+    begin = int(resumed.rpartition("-")[2]) + 1 if resumed is not None else None
+    writer = SummaryWriter(str(folder / "logs"), purge_step=begin) if training.process_index == 0 else None
     try:
         _set_end_tokens(base_model(model), tokenizer)
         trainer = NovelTrainer(
@@ -100,6 +101,7 @@ def _fit_into(
             data_collator=Collator(int(tokenizer.pad_token_id)),
             processing_class=tokenizer,
             callbacks=[recorder, base_recorder],
+            complete=base_recorder.record,
         )
         trainer.remove_callback(PrinterCallback if training.disable_tqdm else ProgressCallback)
         trainer.add_callback(ProgressLines() if training.disable_tqdm else Progress())
@@ -109,9 +111,7 @@ def _fit_into(
         last = trainer.state.log_history
         if not any("eval_loss" in entry and entry["step"] == trainer.state.global_step for entry in last):
             trainer.evaluate()
-        trainer.save_model(str(folder))
-        if trainer.is_world_process_zero():
-            base_recorder.record(folder)
+        trainer.save_final(folder)
         peak = peak_memory(training.device)  # of training; the estimate knows nothing of the answers that follow
         stopped = check_stops(cast(PreTrainedModel, trainer.model), tokenizer, train, training, trainer.accelerator)
         if stopped is not None:
@@ -139,20 +139,6 @@ def _show(results: dict[str, float], memory: str, folder: Path) -> None:
         f"  weights       {folder}\n  curve         {folder / 'loss.png'}\n"
         f"  all figures   {Path(sys.executable).with_name('tensorboard')} --logdir {folder.parent}"
     )
-
-
-def _checkpoint(training: TrainArguments) -> str | bool | None:
-    """What to resume from: a folder, True for the newest in output_dir, None for a fresh start."""
-    wanted = training.resume_from_checkpoint
-    if not wanted or str(wanted).lower() == "false":
-        return None
-    if str(wanted).lower() == "true":
-        if not any(Path(str(training.output_dir)).glob("checkpoint-*")):
-            raise UserError(f"{training.output_dir} holds no checkpoint to resume from", "start without the flag")
-        return True
-    if not Path(wanted).is_dir():
-        raise UserError(f"--resume_from_checkpoint {wanted} is no folder", "name a checkpoint-N folder, or `true`")
-    return str(wanted)
 
 
 def _set_end_tokens(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase) -> None:

@@ -19,7 +19,6 @@ from transformers import (
     EvalPrediction,
     GenerationConfig,
     PreTrainedModel,
-    Trainer,
     TrainerCallback,
     TrainerControl,
     TrainerState,
@@ -28,6 +27,7 @@ from transformers import (
 
 from novelgpt.scoring.perplexity import row_sums, summarise
 from novelgpt.settings.arguments import TrainArguments
+from novelgpt.training.checkpoints.trainer import CheckpointTrainer
 from novelgpt.training.forward_checks import head_is_last
 from novelgpt.training.guards import GradientWatch, check_forward, check_vocabulary
 from novelgpt.training.loss import attach_chunked_loss
@@ -35,7 +35,7 @@ from novelgpt.training.sample_predictions import SamplePredictions
 from novelgpt.training.throughput import Throughput
 
 
-class NovelTrainer(Trainer):
+class NovelTrainer(CheckpointTrainer):
     """Trainer whose metrics are token-weighted and whose evaluation keeps three numbers a row."""
 
     def __init__(
@@ -120,6 +120,8 @@ class NovelTrainer(Trainer):
 
     def log(self, logs: dict[str, float], start_time: float | None = None) -> None:
         """Add speeds, peak memory and the time left to the entries of training."""
+        if "train_loss" in logs:  # the stock one is of the steps since the run was last started
+            logs["train_loss"] = self._total_loss_scalar / max(self.state.global_step, 1)
         if "loss" in logs and self.throughput is not None:
             logs |= self.throughput.read(lambda sums: self.accelerator.reduce(sums, "sum"), self.args.world_size)
             steps = self.state.global_step - self._first_step

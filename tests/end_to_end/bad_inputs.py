@@ -389,10 +389,10 @@ CASES = {
     ),
     "overwrite and resume at once": (
         "finetune",
-        ["--output_dir", "{taken}", "--overwrite_output_dir", "--resume_from_checkpoint", "true"],
+        ["--output_dir", "{taken}", "--overwrite_output_dir", "--resume"],
         "--overwrite_output_dir would delete",
     ),
-    "resume from nothing": ("finetune", ["--resume_from_checkpoint", "true"], "holds no checkpoint to resume from"),
+    "resume from nothing": ("finetune", ["--resume"], "holds no checkpoint to go on from"),
     "resume from a missing checkpoint": (
         "finetune",
         ["--resume_from_checkpoint", "checkpoint-9"],
