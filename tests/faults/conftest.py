@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
+import shutil
+import sys
 import time
 from dataclasses import dataclass
 from pathlib import Path
 
 import pytest
+from torch.utils.cpp_extension import get_default_build_root
 
 from tests.faults.runs import Command, complete, fork_server, write_base, write_rows
 
@@ -32,6 +35,12 @@ class Runs:
     def __init__(self, embedded: Path, place: Path) -> None:
         self.place = place
         self.base = write_base(embedded, place / "base")
+        # What DeepSpeed builds, in a folder of their own: killed processes leave locks there.
+        known = Path(get_default_build_root()) / f"py{sys.version_info.major}{sys.version_info.minor}_cpu"
+        extensions = place / "extensions"
+        if known.is_dir():
+            shutil.copytree(known, extensions, ignore=shutil.ignore_patterns("lock"))
+        variables = {"TORCH_EXTENSIONS_DIR": str(extensions)}
         text, questions = write_rows(place / "rows")
         words = ("--model", str(self.base), *WORDS)
         rows = ("--train_files", str(questions), "--valid_fraction", "0.1", *words)
@@ -42,8 +51,8 @@ class Runs:
             "finetune": Command("finetune", padded),
             "lora": Command("finetune_lora", rows),
             "data parallel": Command("finetune", padded, ranks=2),
-            "zero2": Command("finetune", padded, ranks=2, zero=2),
-            "zero3": Command("finetune", padded, ranks=2, zero=3),
+            "zero2": Command("finetune", padded, ranks=2, zero=2, variables=variables),
+            "zero3": Command("finetune", padded, ranks=2, zero=3, variables=variables),
         }
         self._undisturbed: dict[str, Undisturbed] = {}
 
