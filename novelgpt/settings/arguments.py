@@ -12,6 +12,7 @@ from typing import Any, ClassVar, Literal
 import torch
 from transformers import TrainingArguments
 
+from novelgpt.settings.build_locks import release_build_locks
 from novelgpt.settings.errors import UserError
 from novelgpt.settings.paths import EMBEDDED_BASE, SAMPLES
 
@@ -270,6 +271,8 @@ class TrainArguments(TrainingArguments):
         self.checkpointing_is_open = self.activation_checkpointing is None and self.gradient_checkpointing is None
         if self.disable_tqdm is None:
             self.disable_tqdm = not sys.stderr.isatty()
+        if self.deepspeed:
+            release_build_locks()  # DeepSpeed builds when the processes meet, which is now
         output_dir = self.output_dir
         super().__post_init__()
         self.output_dir = output_dir
