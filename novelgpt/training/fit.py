@@ -149,9 +149,9 @@ def _fit_into(
 def _show(results: dict[str, float], memory: str, folder: Path) -> None:
     """What came out, and where it lies."""
     console = Console(soft_wrap=True)
+    start = f"{results['start_eval_loss']:.4f} -> " if "start_eval_loss" in results else ""
     console.print(
-        f"[bold]Done.[/bold] eval loss {results.get('start_eval_loss', float('nan')):.4f} -> "
-        f"{results['eval_loss']:.4f}, perplexity {results['eval_perplexity']:.2f}\n"
+        f"[bold]Done.[/bold] eval loss {start}{results['eval_loss']:.4f}, perplexity {results['eval_perplexity']:.2f}\n"
         f"  {memory}\n"
         f"  weights       {folder}\n  curve         {folder / 'loss.png'}\n"
         f"  all figures   {Path(sys.executable).with_name('tensorboard')} --logdir {folder.parent}"

@@ -72,10 +72,10 @@ class NovelTrainer(CheckpointTrainer):
         # Where weights may be left out of a step, tensors without a gradient tell nothing.
         guards = cast(TrainArguments, self.args).guards
         self._watch_gradients = guards and not self.args.ddp_find_unused_parameters
-        if guards:
-            self.add_callback(_BeforeTraining(self.check_first_rows))
+        checks = [self.check_first_rows] if guards else []
         if longest:
-            self.add_callback(_BeforeTraining(partial(self.check_longest_rows, longest)))
+            checks.append(partial(self.check_longest_rows, longest))
+        self.add_callback(_BeforeTraining(checks))
 
     def check_first_rows(self) -> None:
         """Try the model on a micro-batch of the first training rows, each process on its own.
@@ -231,14 +231,15 @@ class NovelTrainer(CheckpointTrainer):
 
 
 class _BeforeTraining(TrainerCallback):
-    """Calls `check` once the model is set up for training, before anything is evaluated or trained."""
+    """Calls `checks` once the model is set up for training, before anything is evaluated or trained."""
 
-    def __init__(self, check: Callable[[], None]) -> None:
-        self.check = check
+    def __init__(self, checks: Sequence[Callable[[], None]]) -> None:
+        self.checks = checks
 
     def on_train_begin(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **_: Any) -> None:
         """Check."""
-        self.check()
+        for check in self.checks:
+            check()
 
 
 def base_model(model: nn.Module | None) -> PreTrainedModel:
