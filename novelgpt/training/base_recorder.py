@@ -12,14 +12,13 @@ from peft import PeftModel
 from rich.console import Console
 from rich.markup import escape
 from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments
-from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR
 
 from novelgpt.model.fingerprint import base_folder, weights_fingerprint, write_base_record
 from novelgpt.settings.errors import UserError
 
 
 class BaseRecorder(TrainerCallback):
-    """Writes base.json into each checkpoint of an adapter, and into the run folder at its end.
+    """Writes base.json into each folder of adapter weights: checkpoints, and the run folder at its end.
 
     The base is hashed once, by the first process, in the background from the first step on, in one thread that ends
     with the process. Runs that train all weights have no base to record: nothing happens there.
@@ -35,11 +34,6 @@ class BaseRecorder(TrainerCallback):
         """Begin to hash."""
         if self.base is not None and state.is_world_process_zero:
             self._start(self.base)
-
-    def on_save(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **_: Any) -> None:
-        """Complete the checkpoint that was just written."""
-        if state.is_world_process_zero:
-            self.record(Path(str(args.output_dir)) / f"{PREFIX_CHECKPOINT_DIR}-{state.global_step}")
 
     def record(self, folder: Path) -> None:
         """Write base.json into the folder of an adapter; to be called by the first process alone.

@@ -3,11 +3,16 @@
 from __future__ import annotations
 
 import json
+import threading
 import time
+from collections.abc import Iterator
+from contextlib import contextmanager
 from datetime import timedelta
 from pathlib import Path
 from typing import Any
 
+from tensorboard.summary.writer import event_file_writer
+from torch.utils.tensorboard import SummaryWriter
 from tqdm import tqdm
 from transformers import ProgressCallback, TrainerCallback, TrainerControl, TrainerState, TrainingArguments
 from transformers.integrations import TensorBoardCallback
@@ -20,6 +25,22 @@ from novelgpt.training.run_folder import only_json
 PLOT_SHARE = 0.02
 
 
+@contextmanager
+def dispensable(told: set[str], what: str) -> Iterator[None]:
+    """What fails to be written within is told once, and training goes on: a full disk ends it where weights are saved.
+
+    Args:
+        told: what was told already.
+        what: is written.
+    """
+    try:
+        yield
+    except OSError as error:
+        if what not in told:
+            told.add(what)
+            tqdm.write(f"{what} cannot be written any more ({error.strerror or error}); training goes on")
+
+
 class RunRecorder(TrainerCallback):
     """Appends every log entry to metrics.jsonl and redraws loss.png, from step 1 on, so that both survive a crash."""
 
@@ -28,11 +49,16 @@ class RunRecorder(TrainerCallback):
         self.history: list[dict[str, Any]] = []
         self.trained = False  # a step at least
         self.next_plot = 0.0
+        self.told: set[str] = set()
 
     def on_train_begin(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **_: Any) -> None:
-        """Go on from the curves of the checkpoint that the run was resumed from."""
+        """Go on from the entries of the checkpoint; what was written after it is written again."""
         if state.is_world_process_zero and state.global_step:
             self.history = [dict(entry) for entry in state.log_history]
+            unfinished = self.folder / "metrics.jsonl.partial"
+            lines = [json.dumps(entry, ensure_ascii=False) + "\n" for entry in self.history]
+            unfinished.write_text("".join(lines), encoding="utf-8")
+            unfinished.replace(self.folder / "metrics.jsonl")
 
     def on_log(
         self,
@@ -57,20 +83,52 @@ class RunRecorder(TrainerCallback):
 
     def write(self, entry: dict[str, Any]) -> None:
         """Append a line to metrics.jsonl. A number that is not finite is null there: JSON has no word for it."""
-        with (self.folder / "metrics.jsonl").open("a", encoding="utf-8") as file:
+        with (
+            dispensable(self.told, "metrics.jsonl"),
+            (self.folder / "metrics.jsonl").open("a", encoding="utf-8") as file,
+        ):
             file.write(json.dumps(only_json(entry), ensure_ascii=False, allow_nan=False) + "\n")
 
     def draw(self) -> None:
         """Redraw loss.png now."""
         begin = time.monotonic()
-        draw_losses(self.history, self.folder / "loss.png")
+        with dispensable(self.told, "loss.png"):
+            draw_losses(self.history, self.folder / "loss.png")
         now = time.monotonic()
         # The first drawings come at step 1, whatever they cost: loading the plotting library is most of it.
         self.next_plot = 0.0 if self.history[-1]["step"] <= 1 else now + (now - begin) / PLOT_SHARE
 
 
 class Curves(TensorBoardCallback):
-    """TensorBoard events by a writer of the caller, who closes it."""
+    """TensorBoard events by a writer of the caller, who closes it by `close`."""
+
+    def __init__(self, writer: SummaryWriter) -> None:
+        super().__init__(writer)
+        self.writer = writer
+        self.told: set[str] = set()
+        self._hook = threading.excepthook
+        threading.excepthook = self._on_error_in_thread
+
+    def on_train_begin(self, *arguments: Any, **keywords: Any) -> None:
+        """Write the settings."""
+        with dispensable(self.told, "TensorBoard's events"):
+            super().on_train_begin(*arguments, **keywords)
+
+    def on_log(self, *arguments: Any, **keywords: Any) -> None:
+        """Write the figures. The writer's thread hands on its errors at a later call."""
+        with dispensable(self.told, "TensorBoard's events"):
+            super().on_log(*arguments, **keywords)
+
+    def close(self) -> None:
+        """Write what is left."""
+        with dispensable(self.told, "TensorBoard's events"):
+            self.writer.close()
+        threading.excepthook = self._hook
+
+    def _on_error_in_thread(self, arguments: Any) -> None:
+        """Errors of the writer's thread come again at the next call, where they are told in one line."""
+        if type(arguments.thread).__module__ != event_file_writer.__name__:
+            self._hook(arguments)
 
     def on_train_end(self, *arguments: Any, **keywords: Any) -> None:
         """Stay open: an evaluation may follow, whose events the stock callback would write to a folder of its own."""

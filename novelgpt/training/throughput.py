@@ -18,7 +18,8 @@ CEILING_RUNS = 5
 def matmul_ceiling(device: torch.device, dtype: torch.dtype) -> float:
     """FLOP/s of the fastest of a few large matrix products, measured now."""
     size = CEILING_SIZE.get(device.type, CEILING_SIZE["cuda"])
-    left, right = torch.randn(2, size, size, device=device, dtype=dtype).unbind()
+    generator = torch.Generator(device)  # its own: the training's random state stays what it is
+    left, right = torch.randn(2, size, size, device=device, dtype=dtype, generator=generator).unbind()
     best = float("inf")
     for _ in range(CEILING_RUNS):
         begin = time.perf_counter()

@@ -7,7 +7,7 @@ ranks together.
 from __future__ import annotations
 
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from functools import partial
 from typing import Any, cast
 
@@ -21,7 +21,6 @@ from transformers import (
     EvalPrediction,
     GenerationConfig,
     PreTrainedModel,
-    Trainer,
     TrainerCallback,
     TrainerControl,
     TrainerState,
@@ -31,16 +30,19 @@ from transformers import (
 from novelgpt.scoring.perplexity import row_sums, summarise
 from novelgpt.settings.arguments import TrainArguments
 from novelgpt.text.collator import NUMBERS
+from novelgpt.training.checkpoints.trainer import CheckpointTrainer
 from novelgpt.training.forward_checks import head_is_last
 from novelgpt.training.guards import GradientWatch, check_forward, check_vocabulary
+from novelgpt.training.longest_batch import try_batch
 from novelgpt.training.loss import attach_chunked_loss
 from novelgpt.training.numbers import StepWatch
 from novelgpt.training.row_losses import DocumentLoss, MicroBatch, NumberedRows, document_losses
 from novelgpt.training.sample_predictions import SamplePredictions
+from novelgpt.training.signals import EvaluationStopped
 from novelgpt.training.throughput import Throughput
 
 
-class NovelTrainer(Trainer):
+class NovelTrainer(CheckpointTrainer):
     """Trainer whose metrics are token-weighted and whose evaluation keeps three numbers a row."""
 
     def __init__(
@@ -49,11 +51,13 @@ class NovelTrainer(Trainer):
         samples: SamplePredictions | None = None,
         characters: int | None = None,
         note: Callable[[dict[str, Any]], None] | None = None,
+        longest: Sequence[int] = (),
         **arguments: Any,
     ) -> None:
         """Evaluations also answer `samples`, and divide by the `characters` of the rows for bits per character.
 
-        `note` takes what is found out about single steps, as entries of metrics.jsonl.
+        `note` takes what is found out about single steps, as entries of metrics.jsonl. The `longest` training rows, by
+        their indices, are tried as one micro-batch before training.
         """
         self.rows = NumberedRows(arguments.pop("train_dataset"))
         super().__init__(**arguments, train_dataset=self.rows, compute_metrics=partial(_metrics, characters=characters))
@@ -68,8 +72,10 @@ class NovelTrainer(Trainer):
         # Where weights may be left out of a step, tensors without a gradient tell nothing.
         guards = cast(TrainArguments, self.args).guards
         self._watch_gradients = guards and not self.args.ddp_find_unused_parameters
-        if guards:
-            self.add_callback(_BeforeTraining(self.check_first_rows))
+        checks = [self.check_first_rows] if guards else []
+        if longest:
+            checks.append(partial(self.check_longest_rows, longest))
+        self.add_callback(_BeforeTraining(checks))
 
     def check_first_rows(self) -> None:
         """Try the model on a micro-batch of the first training rows, each process on its own.
@@ -86,6 +92,16 @@ class NovelTrainer(Trainer):
         check_vocabulary(base, batch)
         dtype = torch.bfloat16 if self.args.bf16 else torch.float16 if self.args.fp16 else base.dtype
         check_forward(cast(nn.Module, self.model), batch, dtype, self.accelerator.autocast)
+
+    def check_longest_rows(self, longest: Sequence[int]) -> None:
+        """Try the model on a micro-batch of these rows, with its gradients; the same rows on each process.
+
+        Raises:
+            UserError: they do not fit.
+        """
+        batch = self._prepare_inputs(self.data_collator([self.rows.rows[index] for index in longest]))
+        training = cast(TrainArguments, self.args)
+        try_batch(cast(nn.Module, self.model), batch, training, self.accelerator.autocast)
 
     def training_step(
         self, model: nn.Module, inputs: dict[str, Any], num_items_in_batch: torch.Tensor | int | None = None
@@ -173,10 +189,18 @@ class NovelTrainer(Trainer):
         return None, sums, sums[:, 1]
 
     def evaluate(self, *arguments: Any, **keywords: Any) -> dict[str, float]:
-        """The stock evaluation; its time does not count in the training throughput."""
+        """The stock evaluation; its time does not count in the training throughput.
+
+        Raises:
+            Stopped: a signal came; the step is saved.
+        """
         begin = time.perf_counter()
         try:
             return super().evaluate(*arguments, **keywords)
+        except EvaluationStopped:
+            self._save_checkpoint(cast(nn.Module, self.model), None)
+            self.control = self.callback_handler.on_save(self.args, self.state, self.control)
+            raise AssertionError("the callback that stopped the evaluation did not end the run") from None
         finally:
             if self.throughput is not None:
                 self.throughput.outside += time.perf_counter() - begin
@@ -190,6 +214,8 @@ class NovelTrainer(Trainer):
 
     def log(self, logs: dict[str, float], start_time: float | None = None) -> None:
         """Add speeds, peak memory and the time left to the entries of training."""
+        if "train_loss" in logs:  # the stock one is of the steps since the run was last started
+            logs["train_loss"] = self._total_loss_scalar / max(self.state.global_step, 1)
         if "loss" in logs and self.throughput is not None:
             logs["loss"] = self.watch.mean(logs["loss"])
             if self.watch.skipped:
@@ -205,14 +231,15 @@ class NovelTrainer(Trainer):
 
 
 class _BeforeTraining(TrainerCallback):
-    """Calls `check` once the model is set up for training, before anything is evaluated or trained."""
+    """Calls `checks` once the model is set up for training, before anything is evaluated or trained."""
 
-    def __init__(self, check: Callable[[], None]) -> None:
-        self.check = check
+    def __init__(self, checks: Sequence[Callable[[], None]]) -> None:
+        self.checks = checks
 
     def on_train_begin(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **_: Any) -> None:
         """Check."""
-        self.check()
+        for check in self.checks:
+            check()
 
 
 def base_model(model: nn.Module | None) -> PreTrainedModel:

@@ -6,13 +6,14 @@ from typing import Any
 
 import pytest
 from peft import LoraConfig, get_peft_model
-from transformers import Trainer, TrainingArguments
+from transformers import TrainingArguments
 
 from novelgpt.model.fingerprint import BASE_RECORD, check_base, weights_fingerprint
 from novelgpt.model.loading import load_model
 from novelgpt.settings.arguments import ModelArguments
 from novelgpt.text.tokenizer import load_tokenizer
 from novelgpt.training.base_recorder import BaseRecorder
+from novelgpt.training.checkpoints.trainer import CheckpointTrainer
 
 
 @pytest.mark.parametrize("adapter", [True, False], ids=["adapter", "all weights"])
@@ -23,8 +24,11 @@ def test_checkpoints_and_the_final_folder_name_the_base(adapter: bool, base_fold
     recorder = BaseRecorder(trained)
     rows: Any = [{"input_ids": [5, 6, 7, 8], "labels": [5, 6, 7, 8]}] * 2
     arguments = TrainingArguments(str(tmp_path), max_steps=2, save_steps=1, report_to="none", use_cpu=True)
-    Trainer(trained, arguments, train_dataset=rows, callbacks=[recorder]).train()
-    recorder.record(tmp_path)
+    trainer = CheckpointTrainer(
+        model=trained, args=arguments, train_dataset=rows, callbacks=[recorder], complete=recorder.record
+    )
+    trainer.train()
+    trainer.save_final(tmp_path)
     folders = [tmp_path, tmp_path / "checkpoint-1", tmp_path / "checkpoint-2"]
     if not adapter:
         assert not any((folder / BASE_RECORD).exists() for folder in folders)

@@ -1,0 +1,132 @@
+"""Checkpoint folders: filled under another name, listed with hashes, renamed when whole, deleted when outdated."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import os
+import re
+import shutil
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+from typing import Any
+
+from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR
+
+MANIFEST = "manifest.json"
+UNFINISHED = ".unfinished"
+BYTES_AT_ONCE = 1 << 24
+HASHING_THREADS = 8
+
+
+def checkpoint_folder(run_folder: Path, step: int) -> Path:
+    """Where the checkpoint of a step lies once it is whole."""
+    return run_folder / f"{PREFIX_CHECKPOINT_DIR}-{step}"
+
+
+def unfinished_folder(folder: Path) -> Path:
+    """Where a folder is filled: beside it, on the same disk, so that the last step is a renaming."""
+    return folder.with_name(folder.name + UNFINISHED)
+
+
+def checkpoints(run_folder: Path) -> list[Path]:
+    """Folders named as checkpoints, the newest first, whatever they hold."""
+    named = [(re.fullmatch(rf"{PREFIX_CHECKPOINT_DIR}-(\d+)", path.name), path) for path in run_folder.glob("*")]
+    steps = [(int(match[1]), path) for match, path in named if match and path.is_dir()]
+    return [path for _, path in sorted(steps, reverse=True)]
+
+
+def describe_files(folder: Path, names: list[str]) -> dict[str, dict[str, Any]]:
+    """{name: {"bytes", "sha256"}} of files, which are on the disk when this returns."""
+
+    def describe(name: str) -> dict[str, Any]:
+        path = folder / name
+        _sync(path)
+        return {"bytes": path.stat().st_size, "sha256": _sha256(path)}
+
+    with ThreadPoolExecutor(HASHING_THREADS) as pool:
+        return dict(zip(names, pool.map(describe, names), strict=True))
+
+
+def files_in(folder: Path) -> list[str]:
+    """Names of all files in a folder and below, but its manifest."""
+    paths = sorted(path for path in folder.rglob("*") if path.is_file())
+    return [str(path.relative_to(folder)) for path in paths if path.name != MANIFEST]
+
+
+def finish(folder: Path, files: dict[str, dict[str, Any]], step: int) -> None:
+    """Write the manifest of a folder that is filled, and give it its name.
+
+    Raises:
+        OSError: the disk is full, for example.
+    """
+    unfinished = unfinished_folder(folder)
+    path = unfinished / MANIFEST
+    path.write_text(json.dumps({"step": step, "files": files}, indent=1) + "\n", encoding="utf-8")
+    _sync(path)
+    _sync(unfinished)
+    replaced = unfinished_folder(folder.with_name(f"{folder.name}.replaced"))
+    if folder.exists():  # the same step, written before the run went on from an older one
+        folder.replace(replaced)
+    unfinished.replace(folder)
+    _sync(folder.parent)
+
+
+def damage(folder: Path) -> str | None:
+    """What is wrong with a checkpoint, None where every file is what the manifest says."""
+    try:
+        manifest = json.loads((folder / MANIFEST).read_text(encoding="utf-8"))
+        files = {str(name): (int(entry["bytes"]), str(entry["sha256"])) for name, entry in manifest["files"].items()}
+    except FileNotFoundError:
+        return f"it has no {MANIFEST}"
+    except (OSError, ValueError, KeyError, TypeError, AttributeError):
+        return f"{MANIFEST} cannot be read"
+    if not files:
+        return f"{MANIFEST} lists no files"
+    for name, (size, _) in files.items():
+        path = folder / name
+        if not path.is_file():
+            return f"{name} is missing"
+        if path.stat().st_size != size:
+            return f"{name} has {path.stat().st_size} bytes in place of {size}"
+    with ThreadPoolExecutor(HASHING_THREADS) as pool:
+        hashes = pool.map(_sha256, [folder / name for name in files])
+        for (name, (_, expected)), found in zip(files.items(), hashes, strict=True):
+            if found != expected:
+                return f"{name} has changed since it was written"
+    return None
+
+
+def delete_old(run_folder: Path, newest: Path, best: str | None, limit: int | None) -> None:
+    """Delete the oldest checkpoints above `limit`, but never the newest nor the best one.
+
+    Args:
+        run_folder: of the run.
+        newest: just written, and whole.
+        best: folder of the best one so far.
+        limit: how many to keep; None or 0 for all.
+    """
+    kept = {newest.name} | ({Path(best).name} if best else set())
+    others = [folder for folder in checkpoints(run_folder) if folder.name not in kept]
+    if limit:
+        for folder in others[max(0, limit - len(kept)) :]:
+            folder.replace(unfinished_folder(folder))  # or a kill would leave what looks like a damaged checkpoint
+    for folder in run_folder.glob(f"{PREFIX_CHECKPOINT_DIR}-*{UNFINISHED}"):
+        shutil.rmtree(folder, ignore_errors=True)
+
+
+def _sha256(path: Path) -> str:
+    digest = hashlib.sha256()
+    with path.open("rb") as file:
+        while block := file.read(BYTES_AT_ONCE):
+            digest.update(block)
+    return digest.hexdigest()
+
+
+def _sync(path: Path) -> None:
+    """Wait until what was written to a file or a folder is on the disk."""
+    descriptor = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)

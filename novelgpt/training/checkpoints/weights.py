@@ -1,0 +1,143 @@
+"""The weights in a checkpoint's safetensors: found by the names of the model's, looked at before they are trusted."""
+
+from __future__ import annotations
+
+import json
+import math
+from contextlib import ExitStack
+from pathlib import Path
+from typing import Any
+
+import torch
+from peft import PeftModel, get_peft_model_state_dict
+from peft.utils import SAFETENSORS_WEIGHTS_NAME
+from safetensors import SafetensorError, safe_open
+from torch import nn
+from transformers.utils import SAFE_WEIGHTS_INDEX_NAME, SAFE_WEIGHTS_NAME
+
+from novelgpt.settings.errors import UserError
+
+# Names that a message lists.
+MOST_NAMES = 3
+# Values that are looked at together.
+SLICE_ELEMENTS = 1 << 26
+
+
+class StoredWeights:
+    """The tensors in the weight files of a folder, read one at a time."""
+
+    def __init__(self, folder: Path, stack: ExitStack) -> None:
+        self.folder = folder
+        self._files: dict[str, Any] = {}
+        for path in weight_paths(folder):
+            file = stack.enter_context(safe_open(path, "pt"))
+            self._files |= dict.fromkeys(file.keys(), file)
+
+    @property
+    def names(self) -> set[str]:
+        """As they stand in the files."""
+        return set(self._files)
+
+    def shape(self, stored: str) -> list[int]:
+        """Of a tensor, by its name in the files."""
+        return self._files[stored].get_slice(stored).get_shape()  # type: ignore[no-any-return]
+
+    def finite(self, stored: str) -> bool:
+        """Whether all values of a tensor are, by its name in the files."""
+        shape = self.shape(stored)
+        piece = self._files[stored].get_slice(stored)
+        rows = max(1, SLICE_ELEMENTS // max(1, math.prod(shape[1:])))
+        if not shape:
+            return bool(torch.isfinite(self._files[stored].get_tensor(stored)).all())
+        return all(bool(torch.isfinite(piece[row : row + rows]).all()) for row in range(0, shape[0], rows))
+
+    def tensor(self, name: str) -> torch.Tensor:
+        """By the model's name of it; adapters are stored without the name that peft gives them within the model.
+
+        Raises:
+            UserError: there is none.
+        """
+        for stored in (name, name.replace(".default.", "."), name.removesuffix(".default")):
+            if stored in self._files:
+                return self._files[stored].get_tensor(stored)  # type: ignore[no-any-return]
+        raise UserError(
+            f"{self.folder} holds no weights named {name}",
+            "go on with as many processes and the ZeRO stage that the checkpoint was written with",
+        )
+
+
+def weight_paths(folder: Path) -> list[Path]:
+    """The safetensors files of a model or an adapter in a folder; none where none are complete."""
+    for name in (SAFETENSORS_WEIGHTS_NAME, SAFE_WEIGHTS_NAME):
+        if (folder / name).is_file():
+            return [folder / name]
+    index = folder / SAFE_WEIGHTS_INDEX_NAME
+    if not index.is_file():
+        return []
+    named = json.loads(index.read_text(encoding="utf-8"))["weight_map"].values()
+    return [folder / name for name in sorted(set(named))]
+
+
+def expected_weights(model: nn.Module) -> dict[str, int]:
+    """Names of the tensors that a saved model must hold, and how many elements; 0 where that is not known here.
+
+    Tensors that share their values are stored once, under any of their names. Called by all processes.
+    """
+    if isinstance(model, PeftModel):
+        return dict.fromkeys(get_peft_model_state_dict(model), 0)
+    return {name: _elements(weight) for name, weight in model.named_parameters()}
+
+
+def check_weights(folder: Path, expected: dict[str, int], moved: bool) -> None:
+    """Open what was just written and look at every value.
+
+    Args:
+        folder: of the checkpoint, or of final weights.
+        expected: as `expected_weights` gives it.
+        moved: adapters have been trained, so that some of their B matrices, zero at first, are not zero any more.
+
+    Raises:
+        UserError: nothing there, tensors missing or empty, values that are not finite, an adapter that does nothing.
+    """
+    remedy = "nothing older was deleted: see what is said of the run above, and go on from the checkpoint before"
+    with ExitStack() as stack:
+        try:
+            stored = StoredWeights(folder, stack)
+            problem = _problem(stored, expected, moved)
+        except (OSError, SafetensorError, ValueError, KeyError) as error:
+            problem = f"cannot be read back: {error}"
+    if problem is not None:
+        raise UserError(f"the weights saved at {folder.name.removesuffix('.unfinished')} {problem}", remedy)
+
+
+def _problem(stored: StoredWeights, expected: dict[str, int], moved: bool) -> str | None:
+    names = stored.names
+    if not names:
+        return (
+            "are empty: no tensor was written. Under ZeRO-3 the DeepSpeed settings need "
+            '"stage3_gather_16bit_weights_on_model_save": true'
+        )
+    empty = [name for name in names if not math.prod(stored.shape(name))]
+    if empty:
+        return f"are empty: {_listed(empty)}"
+    # Some architectures are stored under other names than they have in memory: then the elements must add up.
+    missing = [name for name in expected if name not in names]
+    total = sum(math.prod(stored.shape(name)) for name in names)
+    if missing and (not sum(expected.values()) or total < sum(expected.values())):
+        return f"lack {len(missing)} of {len(expected)} tensors: {_listed(missing)}"
+    strange = [name for name in names if not stored.finite(name)]
+    if strange:
+        return f"hold values that are not finite: {_listed(strange)}"
+    halves = [name for name in names if "lora_B" in name or "lora_embedding_B" in name]
+    if moved and halves and not any(bool(stored.tensor(name).any()) for name in halves):
+        return "are those of an adapter that does nothing: every lora_B is zero after steps that should have moved it"
+    return None
+
+
+def _elements(weight: Any) -> int:
+    """Of a whole weight, which ZeRO-3 holds in parts."""
+    return int(weight.ds_numel) if "ds_id" in vars(weight) else weight.numel()
+
+
+def _listed(names: list[str]) -> str:
+    return ", ".join(sorted(names)[:MOST_NAMES]) + (", …" if len(names) > MOST_NAMES else "")
