@@ -75,10 +75,10 @@ def _needed_code(source: str) -> str | None:
     """The class that a checkpoint would run, with the reason; None where transformers and this toolkit will do."""
     try:
         config, _ = PreTrainedConfig.get_config_dict(source)
-    except AttributeError as error:  # it is a list, or a number
-        raise UserError(f"{source}/config.json holds no settings by name", "fetch the file again") from error
     except OSError:  # an adapter, or only a tokenizer; loading tells what is missing where it is missing
         config = {}
+    if not isinstance(config, dict):  # whatever transformers says of it
+        raise UserError(f"{source}: its config.json holds no settings by name", "fetch the file again")
     kind: Any = config.get("model_type")
     known = CONFIG_MAPPING[kind] if kind in CONFIG_MAPPING else None  # noqa: SIM401  its `get` finds nothing
     if known is None or known not in MODEL_FOR_CAUSAL_LM_MAPPING:

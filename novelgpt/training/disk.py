@@ -95,7 +95,8 @@ def forecast_disk(
         tokenizer: bytes of its files.
         steps: optimizer steps of an epoch; None where the rows are not known.
     """
-    weights = model.saved + tokenizer + SMALL_FILES
+    # ZeRO hands out copies, of which nothing tells any more that they were one.
+    weights = model.saved + (model.shared if training.deepspeed else 0) + tokenizer + SMALL_FILES
     numbers = sum(count for count, _ in model.trained)
     states = 0 if training.save_only_model else int(numbers * state_bytes(training))
     total = _total_steps(training, steps)

@@ -46,6 +46,7 @@ class SimulatedModel:
         device: of the run.
         trained: numbers and bytes of the trained tensors of all layers.
         saved: bytes of what `save_pretrained` writes: all weights, or those of the adapter.
+        shared: bytes of the weights that have a second name, as a head that is the embedding.
     """
 
     def __init__(
@@ -78,6 +79,7 @@ class SimulatedModel:
         self.saved = _saved_bytes(self._model) + sum(
             parameter.nbytes for parameter in inner if parameter.requires_grad or self._model is base
         )
+        self.shared = _shared_bytes(self._model)
         self._missing = [(parameter.nbytes, parameter.requires_grad) for parameter in inner]
         self.trained = [
             (parameter.numel(), parameter.nbytes)
@@ -134,6 +136,13 @@ def _saved_bytes(model: nn.Module) -> int:
     tensors = [*model.parameters(), *model.buffers()]
     saved = {id(tensor) for tensor in model.state_dict(keep_vars=True).values()}
     return sum(tensor.nbytes for tensor in tensors if id(tensor) in saved)
+
+
+def _shared_bytes(model: nn.Module) -> int:
+    if isinstance(model, PeftModel):
+        return 0
+    tensors = list(model.state_dict(keep_vars=True).values())
+    return sum(tensor.nbytes for tensor in tensors) - sum({id(tensor): tensor.nbytes for tensor in tensors}.values())
 
 
 def _shortened(base: PreTrainedModel) -> tuple[list[nn.Module], int]:
