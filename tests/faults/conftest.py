@@ -13,11 +13,15 @@ from torch.utils.cpp_extension import get_default_build_root
 
 from tests.faults.runs import Command, complete, fork_server, write_base, write_rows
 
-# 27 blocks or rows in micro-batches of 2 and windows of 3: an epoch's last step is of fewer micro-batches.
 WORDS = (
     "--max_length 32 --per_device_train_batch_size 2 --gradient_accumulation_steps 3 --num_train_epochs 2 "
     "--learning_rate 1e-2 --logging_steps 1 --save_strategy steps --save_steps 2 --stop_check 0"
-).split()  # fmt: skip
+).split()
+# 26 rows to train on: an epoch is 13 micro-batches on one rank and 7 on each of two, so that the last of its optimizer
+# steps, of 3 micro-batches otherwise, is of one.
+ROWS = 29
+# 24 rows to train on, which two ranks share evenly.
+EVEN_ROWS = 27
 
 
 @dataclass(frozen=True)
@@ -34,26 +38,31 @@ class Runs:
 
     def __init__(self, embedded: Path, place: Path) -> None:
         self.place = place
-        self.base = write_base(embedded, place / "base")
+        base = write_base(embedded, place / "base")
+        self.other_base = write_base(embedded, place / "base without dropout", dropout=0.0)
+        text, self.questions = write_rows(place / "rows", ROWS)
+        words = ("--model", str(base), *WORDS)
+        rows = ("--train_files", str(self.questions), "--valid_fraction", "0.1", *words)
+        corpus = ("--train_files", str(text), "--valid_files", str(text), "--max_valid_tokens", "200", *words)
+        padded = (*rows, "--packing", "False", "--save_steps", "1")
         # What DeepSpeed builds, in a folder of their own: killed processes leave locks there.
         known = Path(get_default_build_root()) / f"py{sys.version_info.major}{sys.version_info.minor}_cpu"
-        extensions = place / "extensions"
         if known.is_dir():
-            shutil.copytree(known, extensions, ignore=shutil.ignore_patterns("lock"))
-        variables = {"TORCH_EXTENSIONS_DIR": str(extensions)}
-        text, questions = write_rows(place / "rows")
-        words = ("--model", str(self.base), *WORDS)
-        rows = ("--train_files", str(questions), "--valid_fraction", "0.1", *words)
-        corpus = ("--train_files", str(text), "--valid_files", str(text), "--max_valid_tokens", "200", *words)
-        padded = (*rows, "--packing", "False")
+            shutil.copytree(known, place / "extensions", ignore=shutil.ignore_patterns("lock"))
+        built = {"TORCH_EXTENSIONS_DIR": str(place / "extensions")}
         self.commands = {
             "pretrain": Command("pretrain", corpus),
             "finetune": Command("finetune", padded),
             "lora": Command("finetune_lora", rows),
             "data parallel": Command("finetune", padded, ranks=2),
-            "zero2": Command("finetune", padded, ranks=2, zero=2, variables=variables),
-            "zero3": Command("finetune", padded, ranks=2, zero=3, variables=variables),
+            "zero2": Command("finetune", padded, ranks=2, zero=2, variables=built),
+            "zero3": Command("finetune", padded, ranks=2, zero=3, variables=built),
         }
+        # The same run on two ranks and on one: as many rows a step, and no draws, which are another rank's own.
+        even = write_rows(place / "even rows", EVEN_ROWS)[1]
+        words = (*padded, "--model", str(self.other_base), "--train_files", str(even), "--learning_rate", "1e-3")
+        self.on_two = Command("finetune", words, ranks=2, zero=2, variables=built)
+        self.on_one = Command("finetune", (*words, "--gradient_accumulation_steps", "6"))
         self._undisturbed: dict[str, Undisturbed] = {}
 
     def undisturbed(self, name: str) -> Undisturbed:

@@ -9,6 +9,7 @@ import os
 import shutil
 import signal
 import socket
+import sys
 import time
 from collections.abc import Callable
 from dataclasses import dataclass, field
@@ -23,7 +24,6 @@ from transformers import Qwen3Config, Qwen3ForCausalLM
 from tests.faults.training_process import PRELOADED, Stop, train_here
 
 ROOT = Path(__file__).resolve().parents[2]
-ROWS = 27  # in batches of 2 and windows of 3: 4 whole optimizer steps a pass and one of 2 micro-batches
 FIGURES = ("loss", "grad_norm", "learning_rate", "eval_loss", "eval_token_accuracy")
 RANK_WAIT = 60  # seconds in which a rank has to end after the death of another
 
@@ -44,14 +44,14 @@ class Command:
         return [*self.words, "--output_dir", str(folder), *zero]
 
 
-def write_base(embedded: Path, folder: Path, layers: int = 1) -> Path:
-    """A much smaller Qwen3 than the embedded base, with its tokenizer and with dropout."""
+def write_base(embedded: Path, folder: Path, dropout: float = 0.1) -> Path:
+    """A much smaller Qwen3 than the embedded base, with its tokenizer."""
     shutil.copytree(embedded, folder)
     (folder / "model.safetensors").unlink()
     config = Qwen3Config(
-        vocab_size=1000, hidden_size=32, intermediate_size=48, num_hidden_layers=layers, num_attention_heads=2,
+        vocab_size=1000, hidden_size=32, intermediate_size=48, num_hidden_layers=1, num_attention_heads=2,
         num_key_value_heads=1, head_dim=16, max_position_embeddings=4096, tie_word_embeddings=True,
-        attention_dropout=0.1, eos_token_id=999, pad_token_id=997,
+        attention_dropout=dropout, eos_token_id=999, pad_token_id=997,
     )  # fmt: skip
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(3)
@@ -59,7 +59,7 @@ def write_base(embedded: Path, folder: Path, layers: int = 1) -> Path:
     return folder
 
 
-def write_rows(folder: Path, rows: int = ROWS) -> tuple[Path, Path]:
+def write_rows(folder: Path, rows: int) -> tuple[Path, Path]:
     """A text of several documents and rows of questions and answers, both of unlike lengths."""
     folder.mkdir(parents=True, exist_ok=True)
     lines = (ROOT / "dataset" / "samples" / "papers" / "train.jsonl").read_text(encoding="utf-8").splitlines()
@@ -67,7 +67,8 @@ def write_rows(folder: Path, rows: int = ROWS) -> tuple[Path, Path]:
     text, questions = folder / "text.jsonl", folder / "questions.jsonl"
     documents = [{"text": abstract[: 40 + 7 * index]} for index, abstract in enumerate(abstracts[: rows // 2])]
     pairs = [
-        {"prompt": f"第{index}问", "response": abstract[: 4 + index % 9]} for index, abstract in enumerate(abstracts[:rows])
+        {"prompt": f"第{index}问", "response": abstract[: 4 + index % 9]}
+        for index, abstract in enumerate(abstracts[:rows])
     ]
     for path, entries in ((text, documents), (questions, pairs)):
         path.write_text("".join(json.dumps(entry, ensure_ascii=False) + "\n" for entry in entries), encoding="utf-8")
@@ -92,7 +93,14 @@ class Started:
         for rank in range(command.ranks):
             named = {"RANK": str(rank), "LOCAL_RANK": str(rank)} if "WORLD_SIZE" in variables else {}
             chosen = stop if stop is not None and stop.rank == rank else None
-            arguments = (command.pipeline, command.full(folder), folder, logs / f"{rank}.log", variables | named, chosen)
+            arguments = (
+                command.pipeline,
+                command.full(folder),
+                folder,
+                logs / f"{rank}.log",
+                variables | named,
+                chosen,
+            )
             self.ranks.append(fork_server().Process(target=train_here, args=arguments))
         for process in self.ranks:
             process.start()
@@ -150,12 +158,32 @@ class Started:
         return "".join((self.logs / f"{one}.log").read_text(encoding="utf-8") for one in ranks)
 
 
+def interrupted(command: Command, folder: Path, checkpoint: str, stop: Stop | None = None) -> Path:
+    """The folder of a run that is killed as soon as it has a checkpoint, or where it stops itself later."""
+    started = Started(command, folder, folder.parent / "interrupted", stop)
+    try:
+        reached = started.wait((folder / checkpoint).is_dir if stop is None else lambda: started.stopped(stop.rank))
+    finally:
+        started.kill()
+    assert reached, started.output()[-4000:]
+    assert (folder / checkpoint).is_dir()
+    return folder
+
+
+def files_of(folder: Path) -> dict[Path, tuple[int, int]]:
+    """Size and time of the last change of each file."""
+    found = {path: path.stat() for path in folder.rglob("*") if path.is_file()}
+    return {path: (status.st_size, status.st_mtime_ns) for path, status in found.items()}
+
+
 @functools.cache
 def fork_server() -> Any:
     """multiprocessing's fork server, with all imports of a training done."""
     context = multiprocessing.get_context("forkserver")
     context.set_forkserver_preload(PRELOADED)
     variables = {"PYTHONPATH": str(ROOT), "DS_ACCELERATOR": "cpu", "HF_HUB_OFFLINE": "1"}
+    # As launch.sh does: another ninja than the environment's would build DeepSpeed's parts again.
+    variables["PATH"] = f"{Path(sys.executable).parent}{os.pathsep}{os.environ['PATH']}"
     with patch.dict(os.environ, variables | {"OMP_NUM_THREADS": "1", "MKL_NUM_THREADS": "1"}):
         first = context.Process(target=os.getpid)
         first.start()
