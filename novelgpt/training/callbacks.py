@@ -56,8 +56,7 @@ class RunRecorder(TrainerCallback):
         if state.is_world_process_zero and state.global_step:
             self.history = [dict(entry) for entry in state.log_history]
             unfinished = self.folder / "metrics.jsonl.partial"
-            lines = [json.dumps(entry, ensure_ascii=False) + "\n" for entry in self.history]
-            unfinished.write_text("".join(lines), encoding="utf-8")
+            unfinished.write_text("".join(map(_line, self.history)), encoding="utf-8")
             unfinished.replace(self.folder / "metrics.jsonl")
 
     def on_log(
@@ -87,7 +86,7 @@ class RunRecorder(TrainerCallback):
             dispensable(self.told, "metrics.jsonl"),
             (self.folder / "metrics.jsonl").open("a", encoding="utf-8") as file,
         ):
-            file.write(json.dumps(only_json(entry), ensure_ascii=False, allow_nan=False) + "\n")
+            file.write(_line(entry))
 
     def draw(self) -> None:
         """Redraw loss.png now."""
@@ -97,6 +96,10 @@ class RunRecorder(TrainerCallback):
         now = time.monotonic()
         # The first drawings come at step 1, whatever they cost: loading the plotting library is most of it.
         self.next_plot = 0.0 if self.history[-1]["step"] <= 1 else now + (now - begin) / PLOT_SHARE
+
+
+def _line(entry: dict[str, Any]) -> str:
+    return json.dumps(only_json(entry), ensure_ascii=False, allow_nan=False) + "\n"
 
 
 class Curves(TensorBoardCallback):

@@ -49,9 +49,6 @@ class StepWatch:
         gather: puts the tensors of all processes one after the other.
         skip: leave out steps that are not finite, in place of a stop.
         note: takes an entry of metrics.jsonl, on every process.
-
-    Attributes:
-        skipped: steps left out so far.
     """
 
     def __init__(
@@ -64,10 +61,8 @@ class StepWatch:
         note: Callable[[dict[str, Any]], None],
     ) -> None:
         self.rows, self.look_again, self.gather, self.skip, self.note = rows, look_again, gather, skip, note
-        self.skipped = 0
         self._batches: list[MicroBatch] = []
         self._in_a_row = 0
-        self._since_log = [0, 0]  # steps, and those left out
         self._zeros: list[list[MicroBatch]] = []
         self._losses: deque[float] = deque(maxlen=SPIKE_WINDOW)
         self._next_spike = 0
@@ -110,7 +105,6 @@ class StepWatch:
         figures = torch.stack([self._sum(), torch.as_tensor(0.0 if norm is None else norm).to(self._sum())])
         losses, norms = zip(*self.gather(figures[None]).tolist(), strict=True)
         batches, self._batches = self._batches, []
-        self._since_log[0] += 1
         if all(map(math.isfinite, losses + norms)):
             self._in_a_row = 0
             self._check_zero(step, batches, losses)
@@ -131,17 +125,8 @@ class StepWatch:
         )
         if not goes_on:
             raise self._stop(step, what, names, left_out, scale)
-        self.skipped += 1
-        self._since_log[1] += 1
         _say(f"step {step:>5}  left out: {what}, on {listed(names)}")
         return True
-
-    def mean(self, loss: float) -> float:
-        """The mean loss since the last call, of the steps that were not left out, from that of all of them."""
-        (steps, skipped), self._since_log = self._since_log, [0, 0]
-        if steps and steps == skipped:
-            return math.nan
-        return loss * steps / (steps - skipped) if skipped else loss
 
     def _sum(self) -> torch.Tensor:
         return torch.stack([batch.loss for batch in self._batches if batch.loss is not None]).sum()

@@ -6,6 +6,8 @@ ranks together.
 
 from __future__ import annotations
 
+import itertools
+import math
 import time
 from collections.abc import Callable, Sequence
 from functools import partial
@@ -163,7 +165,26 @@ class NovelTrainer(CheckpointTrainer):
             self.accelerator.deepspeed_engine_wrapped.engine.empty_partition_cache()
         return found
 
+    def _without_skipped(self, loss: float) -> dict[str, float]:
+        """The mean loss of the steps since the last entry, as if of those that were trained; and how many were not.
+
+        From the history alone, which a run that is gone on with has as well.
+        """
+        since = list(itertools.takewhile(lambda entry: "loss" not in entry, reversed(self.state.log_history)))
+        last = self.state.log_history[-len(since) - 1] if len(since) < len(self.state.log_history) else {}
+        skipped = sum(bool(entry.get("skipped")) for entry in since)
+        total = last.get("skipped_steps", 0) + skipped
+        steps = self.state.global_step - last.get("step", 0)
+        if skipped:
+            loss = loss * steps / (steps - skipped) if skipped < steps else math.nan
+        return {"loss": loss} | ({"skipped_steps": total} if total else {})
+
     def _step_watch(self, note: Callable[[dict[str, Any]], None] | None) -> StepWatch:
+        def keep(entry: dict[str, Any]) -> None:
+            self.state.log_history.append(entry)
+            if note is not None:
+                note(entry)
+
         model = cast(nn.Module, self.model)
         return StepWatch(
             model,
@@ -171,7 +192,7 @@ class NovelTrainer(CheckpointTrainer):
             look_again=self._document_losses,
             gather=self.accelerator.gather,
             skip=cast(TrainArguments, self.args).on_non_finite == "skip",
-            note=note or (lambda _: None),
+            note=keep,
         )
 
     def prediction_step(
@@ -217,9 +238,7 @@ class NovelTrainer(CheckpointTrainer):
         if "train_loss" in logs:  # the stock one is of the steps since the run was last started
             logs["train_loss"] = self._total_loss_scalar / max(self.state.global_step, 1)
         if "loss" in logs and self.throughput is not None:
-            logs["loss"] = self.watch.mean(logs["loss"])
-            if self.watch.skipped:
-                logs["skipped_steps"] = self.watch.skipped
+            logs |= self._without_skipped(logs["loss"])
             logs |= self.throughput.read(lambda sums: self.accelerator.reduce(sums, "sum"), self.args.world_size)
             steps = self.state.global_step - self._first_step
             logs["seconds_left"] = round(logs["seconds"] / steps * (self.state.max_steps - self.state.global_step), 1)
