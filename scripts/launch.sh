@@ -1,11 +1,12 @@
 #!/usr/bin/env bash
-# Start a pipeline: plain python, the DeepSpeed launcher on this host's devices, or a hostfile of several hosts.
+# Start a pipeline: plain python, or novelgpt.launch with a process a device, on this host or on several.
 #   bash scripts/launch.sh pretrain|finetune|finetune_lora|predict [--flag value …]
 # MODEL=…     base (folder or hub name). Default: the small embedded base with its settings; predict: the newest run
 # NPROC=…     processes on this host. Default: one a GPU, 1 without
 # ZERO=0-3    DeepSpeed ZeRO stage; 0 is plain data parallelism. Default: 0 for one process, 2 for several
 # OFFLOAD=1   optimizer states in host memory (ZERO=2), weights too (ZERO=3)
-# HOSTFILE=…  lines of `host slots=N`, for several hosts
+# HOSTFILE=…  lines of `host slots=N`, for several hosts; the first is this one
+# HOSTS=… HOST=… MASTER_ADDR=… MASTER_PORT=…  for several hosts that are started one by one; Slurm says the same itself
 set -euo pipefail
 here="$(cd "$(dirname "${BASH_SOURCE[0]}")" && pwd)"
 root="$(dirname "$here")"
@@ -46,8 +47,10 @@ processes="${NPROC:-$((gpus > 1 ? gpus : 1))}"
 case "$processes" in
   '' | *[!0-9]* | 0) die "NPROC=$processes is no number of processes" "NPROC=2, for example" ;;
 esac
+slurm=0
+if [ "${SLURM_STEP_NUM_NODES:-1}" -gt 1 ]; then slurm=1; fi
 several=0
-if [ "$processes" -gt 1 ] || [ -n "${HOSTFILE:-}" ]; then several=1; fi
+if [ "$processes" -gt 1 ] || [ -n "${HOSTFILE:-}" ] || [ "${HOSTS:-1}" -gt 1 ] || [ "$slurm" -eq 1 ]; then several=1; fi
 zero="${ZERO:-$((several ? 2 : 0))}"
 if [ "$pipeline" = predict ]; then zero=0; fi # whole weights on each device
 case "$zero" in
@@ -100,18 +103,13 @@ if [ "$several" -eq 0 ] && [ "$zero" -eq 0 ]; then
   fi
   exec "$python" -m "$pipeline" "${options[@]}" "$@"
 fi
-launcher=("$python" -m deepspeed.launcher.runner --no_local_rank --module)
+launcher=("$python" -m novelgpt.launch --processes "$processes")
+if [ -n "${MASTER_PORT:-}" ]; then launcher+=(--port "$MASTER_PORT"); fi
 if [ -n "${HOSTFILE:-}" ]; then
-  [ -e "$HOSTFILE" ] || die "HOSTFILE=$HOSTFILE does not exist" "write a file with lines of \`host slots=N\`"
   launcher+=(--hostfile "$HOSTFILE")
-  if [ -n "${MASTER_PORT:-}" ]; then launcher+=(--master_port "$MASTER_PORT"); fi
-else
-  launcher+=(--master_port "${MASTER_PORT:-$((20000 + RANDOM % 20000))}")
-  if [ "$gpus" -gt 0 ] && [ -n "${CUDA_VISIBLE_DEVICES:-}" ]; then
-    # The launcher would ignore the variable beside --num_accelerators.
-    launcher+=(--include "localhost:$(cut -d, -f "1-$processes" <<< "$CUDA_VISIBLE_DEVICES")")
-  else
-    launcher+=(--num_accelerators "$processes")
-  fi
+elif [ "$slurm" -eq 1 ]; then
+  launcher+=(--slurm)
+elif [ -n "${HOSTS:-}" ]; then
+  launcher+=(--hosts "$HOSTS" --host "${HOST:-0}" --address "${MASTER_ADDR:-}")
 fi
 exec "${launcher[@]}" "$pipeline" "${options[@]}" "$@"

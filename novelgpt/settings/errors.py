@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import functools
-import os
 import sys
 from collections.abc import Callable
 
@@ -29,7 +28,8 @@ class UserError(Exception):
 def exit_on_user_error(main: Callable[..., None]) -> Callable[..., None]:
     """Decorate a `main` so that a UserError ends in two lines on standard error and exit status 2.
 
-    Of several processes on a host only the first prints, as all of them meet the same error.
+    Of several processes, the launcher shows what the first prints, and of the others' words those that count. Ctrl-C
+    ends in one line and exit status 130.
     """
 
     @functools.wraps(main)
@@ -37,8 +37,10 @@ def exit_on_user_error(main: Callable[..., None]) -> Callable[..., None]:
         try:
             main(argv)
         except UserError as error:
-            if os.environ.get("LOCAL_RANK", "0") == "0":
-                print(f"error: {error.cause}\n  fix: {error.remedy}", file=sys.stderr, flush=True)
+            print(f"error: {error.cause}\n  fix: {error.remedy}", file=sys.stderr, flush=True)
             raise SystemExit(2) from None
+        except KeyboardInterrupt:
+            print("stopped by Ctrl-C", file=sys.stderr, flush=True)
+            raise SystemExit(130) from None
 
     return wrapped

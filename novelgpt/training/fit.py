@@ -30,10 +30,13 @@ from novelgpt.text.conversation import end_token_ids
 from novelgpt.text.statistics import trained_characters
 from novelgpt.training.base_recorder import BaseRecorder
 from novelgpt.training.callbacks import Curves, Progress, ProgressLines, RunRecorder
+from novelgpt.training.checkpoints.folders import checkpoints
 from novelgpt.training.forward_checks import check_packing
+from novelgpt.training.longest_batch import rows_to_try
 from novelgpt.training.memory_plan import MemoryPlan
-from novelgpt.training.run_folder import finish_run_folder, start_run_folder
+from novelgpt.training.run_folder import finish_run_folder, start_run_folder, stop_run_folder
 from novelgpt.training.sample_predictions import SamplePredictions
+from novelgpt.training.signals import StopOnSignal, Stopped
 from novelgpt.training.stop_check import check_stops
 from novelgpt.training.throughput import peak_memory
 from novelgpt.training.trainer import NovelTrainer, base_model
@@ -56,25 +59,36 @@ def fit(
 
     Raises:
         UserError: the model cannot be trained so; then no run folder is left.
+        Stopped: a signal came; the step is saved.
     """
     resumed = run.training.resume_from_checkpoint
     if "position_ids" in train[0]:
         check_packing(base_model(model))
     plan.settle_micro_batch(model)
+    stop = StopOnSignal()
+    stop.listen()
     folder = start_run_folder(run)
     recorder = RunRecorder(folder)
     try:
-        return _fit_into(folder, recorder, model, tokenizer, train, valid, run, plan, resumed)
-    except UserError:
-        # Before the first step: what is there looks like a run, and nothing was trained.
-        if is_first_process() and resumed is None and not any("loss" in entry for entry in recorder.history):
-            shutil.rmtree(folder)
+        return _fit_into(folder, recorder, stop, model, tokenizer, train, valid, run, plan, resumed)
+    except (UserError, Stopped) as error:
+        if is_first_process():
+            nothing = resumed is None and not recorder.trained
+            if nothing and not checkpoints(folder):
+                shutil.rmtree(folder)  # before the first step: what is there looks like a run
+            elif isinstance(error, Stopped):
+                stop_run_folder(folder, error.signal)
+            if isinstance(error, Stopped):
+                print(error.explain(), flush=True)
         raise
+    finally:
+        stop.leave()
 
 
 def _fit_into(
     folder: Path,
     recorder: RunRecorder,
+    stop: StopOnSignal,
     model: torch.nn.Module,
     tokenizer: PreTrainedTokenizerBase,
     train: Dataset[Any],
@@ -89,10 +103,12 @@ def _fit_into(
     # What a run that is gone on with had written after its checkpoint is not shown.
     begin = int(resumed.rpartition("-")[2]) + 1 if resumed is not None else None
     writer = SummaryWriter(str(folder / "logs"), purge_step=begin) if training.process_index == 0 else None
+    curves = None if writer is None else Curves(writer)
     try:
         _set_end_tokens(base_model(model), tokenizer)
         trainer = NovelTrainer(
             samples=SamplePredictions(valid, tokenizer, training, folder, writer),
+            longest=rows_to_try(plan.lengths, training) if training.preflight else [],
             characters=trained_characters(valid, tokenizer),
             model=model,
             args=training,
@@ -100,13 +116,14 @@ def _fit_into(
             eval_dataset=valid,
             data_collator=Collator(int(tokenizer.pad_token_id)),
             processing_class=tokenizer,
-            callbacks=[recorder, base_recorder],
+            callbacks=[recorder, base_recorder, stop],
             complete=base_recorder.record,
+            note=recorder.write if training.process_index == 0 else None,
         )
         trainer.remove_callback(PrinterCallback if training.disable_tqdm else ProgressCallback)
         trainer.add_callback(ProgressLines() if training.disable_tqdm else Progress())
-        if writer is not None:
-            trainer.add_callback(Curves(writer))
+        if curves is not None:
+            trainer.add_callback(curves)
         outcome = trainer.train(resume_from_checkpoint=resumed)
         last = trainer.state.log_history
         if not any("eval_loss" in entry and entry["step"] == trainer.state.global_step for entry in last):
@@ -119,8 +136,8 @@ def _fit_into(
     finally:
         if recorder.history:
             recorder.draw()
-        if writer is not None:
-            writer.close()
+        if curves is not None:
+            curves.close()
     results = _results(trainer.state.log_history, outcome.metrics)
     if trainer.is_world_process_zero():
         finish_run_folder(folder, results)
@@ -132,9 +149,9 @@ def _fit_into(
 def _show(results: dict[str, float], memory: str, folder: Path) -> None:
     """What came out, and where it lies."""
     console = Console(soft_wrap=True)
+    start = f"{results['start_eval_loss']:.4f} -> " if "start_eval_loss" in results else ""
     console.print(
-        f"[bold]Done.[/bold] eval loss {results.get('start_eval_loss', float('nan')):.4f} -> "
-        f"{results['eval_loss']:.4f}, perplexity {results['eval_perplexity']:.2f}\n"
+        f"[bold]Done.[/bold] eval loss {start}{results['eval_loss']:.4f}, perplexity {results['eval_perplexity']:.2f}\n"
         f"  {memory}\n"
         f"  weights       {folder}\n  curve         {folder / 'loss.png'}\n"
         f"  all figures   {Path(sys.executable).with_name('tensorboard')} --logdir {folder.parent}"

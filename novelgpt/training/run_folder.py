@@ -7,6 +7,7 @@ import fcntl
 import functools
 import hashlib
 import json
+import math
 import os
 import platform
 import shutil
@@ -77,6 +78,12 @@ def finish_run_folder(folder: Path, results: dict[str, Any]) -> None:
     _write(folder, description | {"status": "finished", "finished": finished, "results": results})
 
 
+def stop_run_folder(folder: Path, signal: str) -> None:
+    """Note in run.json that a signal has ended the run before its end."""
+    description = json.loads((folder / "run.json").read_text(encoding="utf-8"))
+    _write(folder, description | {"status": "stopped", "stopped_by": signal})
+
+
 def read_run(folder: Path) -> dict[str, Any] | None:
     """run.json of a folder, None where it is no run.
 
@@ -91,6 +98,15 @@ def read_run(folder: Path) -> dict[str, Any] | None:
     except (OSError, ValueError) as error:
         raise UserError(f"{path} cannot be read: {error}", "delete it, or the folder, if it is of no use") from error
     return description
+
+
+def only_json(value: Any) -> Any:
+    """The same with None for numbers that are not finite, for which JSON has no word."""
+    if isinstance(value, dict):
+        return {key: only_json(part) for key, part in value.items()}
+    if isinstance(value, (list, tuple)):
+        return [only_json(part) for part in value]
+    return None if isinstance(value, float) and not math.isfinite(value) else value
 
 
 def newest_finetuning(root: Path = OUTPUT) -> Path | None:
@@ -256,6 +272,6 @@ def _git_commit() -> str | None:
 
 def _write(folder: Path, description: dict[str, Any]) -> None:
     unfinished = folder / "run.json.partial"
-    text = json.dumps(description, ensure_ascii=False, indent=2, default=str)
+    text = json.dumps(only_json(description), ensure_ascii=False, indent=2, default=str)
     unfinished.write_text(text + "\n", encoding="utf-8")
     unfinished.replace(folder / "run.json")

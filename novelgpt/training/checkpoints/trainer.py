@@ -237,8 +237,11 @@ class _Steps(TrainerCallback):
         self.trainer._globalstep_last_logged = stored["last_logged"]
         evaluated = any("eval_loss" in entry and entry["step"] == state.global_step for entry in state.log_history)
         at_end = state.global_step % self._steps_an_epoch() == 0
-        # An epoch's evaluation follows the checkpoint of its last step, and may have been lost.
-        args.eval_on_start = args.eval_strategy == IntervalStrategy.EPOCH and at_end and not evaluated
+        # An epoch's evaluation follows the checkpoint of its last step, and may have been lost; a signal leaves out
+        # that of the step it ends the run at.
+        by_steps = args.eval_strategy == IntervalStrategy.STEPS and state.global_step % state.eval_steps == 0
+        by_epochs = args.eval_strategy == IntervalStrategy.EPOCH and at_end
+        args.eval_on_start = (by_steps or by_epochs) and not evaluated
         self._evaluates_again = args.eval_on_start
 
     def on_evaluate(

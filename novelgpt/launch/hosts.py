@@ -1,0 +1,157 @@
+"""Which host this is, of how many: from a hostfile, from Slurm, or as told."""
+
+from __future__ import annotations
+
+import json
+import os
+import re
+import shlex
+import socket
+import subprocess
+import sys
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+from novelgpt.settings.errors import UserError
+from novelgpt.settings.paths import ROOT
+
+_HOST = re.compile(r"[A-Za-z0-9][A-Za-z0-9._:-]*|[A-Za-z0-9][A-Za-z0-9._-]*@[A-Za-z0-9][A-Za-z0-9._:-]*")
+_SSH = ("ssh", "-o", "BatchMode=yes", "-o", "ConnectTimeout=20", "-o", "ServerAliveInterval=15", "-T")
+
+
+@dataclass(frozen=True)
+class Place:
+    """A host's part in a launch.
+
+    Attributes:
+        host: number of this host, from 0.
+        hosts: how many there are.
+        processes: ranks on this host.
+        address: of the first host, as a name or a number.
+        port: where the ranks meet; the first host's launcher listens at the next one.
+    """
+
+    host: int
+    hosts: int
+    processes: int
+    address: str
+    port: int
+
+
+def read_hostfile(path: Path) -> dict[str, int]:
+    """Hosts and their numbers of processes, from lines of `host slots=N`.
+
+    Raises:
+        UserError: names the line.
+    """
+    try:
+        lines = path.read_text(encoding="utf-8").splitlines()
+    except (OSError, UnicodeDecodeError) as error:
+        raise UserError(f"HOSTFILE={path}: {error}", "write a file with lines of `host slots=N`") from error
+    hosts: dict[str, int] = {}
+    for number, line in enumerate(lines, start=1):
+        words = line.split("#")[0].split()
+        if not words:
+            continue
+        slots = re.fullmatch(r"slots=([1-9][0-9]*)", words[1]) if len(words) == 2 else None
+        if slots is None or not _HOST.fullmatch(words[0]):
+            raise UserError(f"{path}:{number}: {line.strip()!r} is no host", "write lines of `host slots=N`")
+        if words[0] in hosts:
+            raise UserError(f"{path}:{number}: {words[0]} stands there already", "give each host one line")
+        hosts[words[0]] = int(slots[1])
+    if not hosts:
+        raise UserError(f"HOSTFILE={path} names no host", "write lines of `host slots=N`")
+    return hosts
+
+
+def slurm_place(environment: Mapping[str, str], processes: int) -> Place:
+    """This task's part in a Slurm step of one task a host.
+
+    Raises:
+        UserError: the step has another shape.
+    """
+    try:
+        hosts = int(environment["SLURM_STEP_NUM_NODES"])
+        tasks = int(environment["SLURM_STEP_NUM_TASKS"])
+        host = int(environment["SLURM_PROCID"])
+        names = environment["SLURM_STEP_NODELIST"]
+        # Steps of one job, and jobs of one host, do not meet.
+        port = 20000 + (int(environment["SLURM_JOB_ID"]) * 16 + int(environment["SLURM_STEP_ID"]) * 2) % 20000
+    except (KeyError, ValueError) as error:
+        raise UserError(
+            f"this is no step of a Slurm job: {error}", "start it with srun; see scripts/slurm.sh"
+        ) from error
+    if tasks != hosts:
+        raise UserError(
+            f"{tasks} Slurm tasks on {hosts} hosts",
+            "one task a host starts all its processes: srun --ntasks-per-node=1, with NPROC processes each",
+        )
+    return Place(host, hosts, processes, first_host(names), port)
+
+
+def first_host(names: str) -> str:
+    """The first of Slurm's list of hosts: `gpu[03-05,09],login` begins with gpu03."""
+    found = re.match(r"([^,\[\]]+)(?:\[([0-9]+)[^\]]*\]([^,\[\]]*))?", names)
+    if found is None:
+        raise UserError(f"{names!r} is no list of hosts", "see SLURM_STEP_NODELIST")
+    return found[1] + (found[2] or "") + (found[3] or "")
+
+
+def is_this_host(name: str) -> bool:
+    """Whether a host's name or address is one of this machine."""
+    try:
+        entries = socket.getaddrinfo(name.split("@")[-1], 0, type=socket.SOCK_STREAM)
+    except OSError:
+        return False
+    for family, kind, protocol, _, address in entries:
+        with socket.socket(family, kind, protocol) as probe:
+            try:
+                probe.bind(address)
+            except OSError:
+                continue
+            return True
+    return False
+
+
+class Remote:
+    """The launcher of another host, started by ssh. What it needs to know goes through its standard input."""
+
+    def __init__(self, name: str, place: Place, words: Sequence[str], environment: Mapping[str, str]) -> None:
+        """Nothing of the settings stands in the command line, where every user of that host could read it."""
+        self.name = name
+        here = shlex.quote(str(Path.cwd()))
+        command = f"cd {here} && PYTHONPATH={shlex.quote(str(ROOT))} exec {shlex.quote(sys.executable)}"
+        # In a session of its own: Ctrl-C ends the run through the ranks, not by cutting the connection.
+        self.process = subprocess.Popen(
+            [*_SSH, name, f"{command} -m novelgpt.launch --from_stdin"], stdin=subprocess.PIPE, start_new_session=True
+        )
+        assert self.process.stdin is not None
+        plan = {"place": vars(place), "words": list(words), "environment": dict(environment)}
+        try:
+            self.process.stdin.write(json.dumps(plan).encode() + b"\n")
+            self.process.stdin.close()
+        except OSError:
+            self.process.wait()  # it has said why
+
+    def check(self) -> None:
+        """Raise a UserError where it has ended."""
+        status = self.process.poll()
+        if status is not None:
+            raise UserError(
+                f"the launcher on {self.name} did not start: ssh ended with status {status}",
+                f"see that `ssh {self.name} true` works without a password, and that {Path.cwd()}, {ROOT} and "
+                f"{sys.executable} are there",
+            )
+
+
+def shared_environment() -> dict[str, str]:
+    """What the other hosts take over: variables of the libraries, none that belong to one host."""
+    prefixes = ("NCCL_", "GLOO_", "TORCH", "HF_", "OMP_", "MKL_", "MALLOC_", "PYTHON", "TOKENIZERS_", "DS_", "CUDA_")
+    further = ("LANG", "LC_ALL", "UCX_TLS", "UCX_NET_DEVICES", "TRITON_CACHE_DIR")
+    own = ("CUDA_VISIBLE_DEVICES", "GLOO_SOCKET_IFNAME")
+    return {
+        name: value
+        for name, value in os.environ.items()
+        if (name.startswith(prefixes) or name in further) and name not in own
+    }

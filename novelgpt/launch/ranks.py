@@ -1,0 +1,186 @@
+"""The processes of this host: how they start, what becomes of them, how they end."""
+
+from __future__ import annotations
+
+import ctypes
+import os
+import signal
+import subprocess
+import sys
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from types import TracebackType
+
+TAIL_BYTES = 6000
+PR_SET_PDEATHSIG = 1
+
+
+@dataclass(frozen=True)
+class Block:
+    """Which ranks a host has.
+
+    Attributes:
+        first_rank: number of its first.
+        processes: how many it has.
+        world_size: how many there are on all hosts.
+        address: of the first host, where the ranks meet.
+        port: there.
+        interface: network interface towards the other hosts; None on a single host, or where it is not known.
+    """
+
+    first_rank: int
+    processes: int
+    world_size: int
+    address: str
+    port: int
+    interface: str | None = None
+
+    def environment(self, local_rank: int) -> dict[str, str]:
+        """What torch.distributed, accelerate and DeepSpeed read."""
+        variables = {
+            "RANK": self.first_rank + local_rank,
+            "LOCAL_RANK": local_rank,
+            "WORLD_SIZE": self.world_size,
+            "LOCAL_WORLD_SIZE": self.processes,
+            "LOCAL_SIZE": self.processes,  # DeepSpeed's name for it
+            "MASTER_ADDR": self.address,
+            "MASTER_PORT": self.port,
+        }
+        return {name: str(value) for name, value in variables.items()}
+
+
+@dataclass(frozen=True)
+class Failure:
+    """A rank, or a whole host, that ended as it should not.
+
+    Attributes:
+        who: "rank 1 (node2)".
+        status: exit status; negative for a signal, as subprocess has it.
+        tail: the end of what it printed, where that is not on the terminal.
+    """
+
+    who: str
+    status: int
+    tail: str = ""
+
+    @property
+    def exit_status(self) -> int:
+        """As a shell has it."""
+        return self.status if self.status > 0 else 128 - self.status
+
+    def weight(self) -> int:
+        """The cause weighs least: where a rank is killed or refuses its settings, others fail for lack of it."""
+        if self.status < 0:
+            return 0
+        return 1 if self.status == 2 else 2
+
+    def explain(self) -> tuple[str, str]:
+        """Cause and remedy, a line each."""
+        again = "the same command goes on from the newest checkpoint"
+        if self.status == -signal.SIGKILL:
+            return (
+                f"{self.who} was killed by SIGKILL",
+                "most likely the system had no memory left (`dmesg | tail` on that host says so): a smaller "
+                f"--per_device_train_batch_size or --max_length, ZERO=3, or more memory; {again}",
+            )
+        if self.status == -signal.SIGBUS:
+            return (
+                f"{self.who} was killed by SIGBUS",
+                f"most likely /dev/shm is full: make it larger (docker: --shm-size 16g); {again}",
+            )
+        if not self.who.startswith("rank"):
+            return f"{self.who} is gone: its launcher was killed, or the connection is cut", f"look there; {again}"
+        if self.status < 0:
+            name = signal.Signals(-self.status).name
+            return f"{self.who} was killed by {name}", f"look at the lines above; {again}"
+        return f"{self.who} ended with exit status {self.status}", f"mend what the lines above say; {again}"
+
+
+class Ranks:
+    """The running processes of this host. Leaving the context kills what is left of them.
+
+    Rank 0 prints on the terminal. The others print into files under `logs`, so that nothing is said twice; the end of
+    such a file is shown where its rank fails.
+    """
+
+    def __init__(
+        self, block: Block, words: Sequence[str], environment: Mapping[str, str], host: str, logs: Path
+    ) -> None:
+        self.host = host
+        self.first_rank = block.first_rank
+        self.logs = [logs / f"rank-{block.first_rank + local}.log" for local in range(block.processes)]
+        self.processes: list[subprocess.Popen[bytes]] = []
+        self._seen: set[int] = set()
+        further = {} if block.interface is None else {"GLOO_SOCKET_IFNAME": block.interface}
+        for local in range(block.processes):
+            variables = further | dict(environment) | block.environment(local)
+            self.processes.append(_start(words, variables, None if block.first_rank + local == 0 else self.logs[local]))
+
+    def __enter__(self) -> Ranks:
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        self.kill()
+
+    def running(self) -> bool:
+        """Whether one of them still runs."""
+        return any(process.poll() is None for process in self.processes)
+
+    def newly_ended(self) -> list[Failure]:
+        """Those that ended since the last call, but for those that ended well."""
+        found = []
+        for local, process in enumerate(self.processes):
+            status = process.poll()
+            if status is not None and local not in self._seen:
+                self._seen.add(local)
+                if status != 0:
+                    rank = self.first_rank + local
+                    tail = "" if rank == 0 else _tail(self.logs[local])
+                    found.append(Failure(f"rank {rank} ({self.host})", status, tail))
+        return found
+
+    def send(self, number: int) -> None:
+        """Hand a signal on."""
+        for process in self.processes:
+            if process.poll() is None:
+                process.send_signal(number)
+
+    def kill(self) -> None:
+        """End them at once, with the processes that they started."""
+        for process in self.processes:
+            if process.poll() is None:
+                try:
+                    os.killpg(process.pid, signal.SIGKILL)
+                except ProcessLookupError:
+                    continue
+        for process in self.processes:
+            process.wait()
+
+
+def _start(words: Sequence[str], environment: Mapping[str, str], log: Path | None) -> subprocess.Popen[bytes]:
+    command = [sys.executable, "-u", "-m", *words]
+    output = None if log is None else log.open("wb")
+    try:
+        # A session of its own: Ctrl-C in the terminal reaches the launcher alone, which hands it on once.
+        return subprocess.Popen(
+            command, env=dict(environment), stdin=subprocess.DEVNULL, stdout=output,
+            stderr=None if output is None else subprocess.STDOUT, start_new_session=True,
+            preexec_fn=_stop_with_the_launcher if sys.platform == "linux" else None,
+        )  # fmt: skip
+    finally:
+        if output is not None:
+            output.close()
+
+
+def _stop_with_the_launcher() -> None:
+    """Where the launcher is killed, its ranks get SIGTERM: they save and end instead of running on unseen."""
+    ctypes.CDLL(None).prctl(PR_SET_PDEATHSIG, signal.SIGTERM)
+
+
+def _tail(path: Path) -> str:
+    with path.open("rb") as file:
+        file.seek(max(0, path.stat().st_size - TAIL_BYTES))
+        return file.read().decode("utf-8", "replace").strip()

@@ -1,0 +1,115 @@
+"""SIGTERM, Ctrl-C, and what Slurm and a lost terminal send: save at the end of the step, on all ranks, and end."""
+
+from __future__ import annotations
+
+import os
+import signal
+import threading
+from types import FrameType
+from typing import Any
+
+import torch
+from torch import distributed
+from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments
+
+from novelgpt.settings.signals import IMPATIENT_SIGNALS, STOP_SIGNALS
+
+
+class Stopped(SystemExit):
+    """The run ends here because of a signal. The exit status is 128 + its number, as a shell has it."""
+
+    def __init__(self, number: int, saved: int | None) -> None:
+        """The signal's number, and the step that is saved, if one is."""
+        super().__init__(128 + number)
+        self.signal = signal.Signals(number).name
+        self.saved = saved
+
+    def explain(self) -> str:
+        """What happened, in a line."""
+        if self.saved is None:
+            return f"stopped by {self.signal} before the first step"
+        return (
+            f"stopped by {self.signal} at step {self.saved}, saved as checkpoint-{self.saved}; "
+            "the same command goes on from there"
+        )
+
+
+class EvaluationStopped(Exception):  # noqa: N818  # no error, a way out
+    """An evaluation ends between two batches, on all ranks at the same one, because of a signal."""
+
+
+class StopOnSignal(TrainerCallback):
+    """Notes signals; at the end of an optimizer step all ranks agree whether one of them has noted one.
+
+    Then the step is saved as a checkpoint, and `Stopped` raised once it is whole. A signal that comes during a save
+    ends the run after it, one that comes during an evaluation between two batches. Before the first step there is
+    nothing to save: `Stopped` is raised at once. After a first one that asks for an end, a second SIGINT or SIGTERM
+    ends the process at once; ranks leave that to their launcher, as it gets both and they may get the first one twice.
+    """
+
+    def __init__(self) -> None:
+        self._noted = 0
+        self._step: int | None = None  # None until the first step begins
+        self._group: distributed.ProcessGroup | None = None
+        self._process = os.getpid()
+        self._before: dict[signal.Signals, Any] = {}
+
+    def listen(self) -> None:
+        """Begin. A signal that is ignored (nohup) stays so; threads but the first cannot listen."""
+        if threading.current_thread() is threading.main_thread():
+            numbers = [number for number in STOP_SIGNALS if signal.getsignal(number) != signal.SIG_IGN]
+            self._before = {number: signal.signal(number, self._note) for number in numbers}
+
+    def leave(self) -> None:
+        """Signals do again what they did before."""
+        for number, handler in self._before.items():
+            signal.signal(number, handler)
+
+    def wanted(self) -> int:
+        """Number of the signal that one of the ranks has noted; 0 for none. All ranks call this together.
+
+        Two processes of a host agree in about 0.1 ms, through memory of the host, without waiting for a GPU.
+        """
+        if not (distributed.is_available() and distributed.is_initialized()) or distributed.get_world_size() == 1:
+            return self._noted
+        if self._group is None:
+            self._group = distributed.new_group(backend="gloo")
+        noted = torch.tensor([self._noted], dtype=torch.int32)
+        distributed.all_reduce(noted, op=distributed.ReduceOp.MAX, group=self._group)
+        return int(noted.item())
+
+    def on_step_begin(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **_: Any) -> None:
+        """From here on there is something to save."""
+        self._step = state.global_step
+
+    def on_step_end(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **_: Any) -> None:
+        """Ask for a checkpoint and the end of training; an evaluation of this step is left out."""
+        if self.wanted():
+            control.should_save = True
+            control.should_evaluate = False
+            control.should_training_stop = True
+
+    def on_prediction_step(
+        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **_: Any
+    ) -> None:
+        """Raise EvaluationStopped; the trainer saves, then."""
+        if self._step is not None and self.wanted():
+            raise EvaluationStopped
+
+    def on_save(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **_: Any) -> None:
+        """Raise Stopped where the save was the last thing to do. No rank leaves before all have saved."""
+        number = self.wanted()
+        if number:
+            raise Stopped(number, state.global_step)
+
+    def _note(self, number: int, _: FrameType | None) -> None:
+        if os.getpid() != self._process:
+            return  # a worker that loads data: the process it belongs to ends it
+        if self._step is None:
+            raise Stopped(number, None)
+        second = self._noted in IMPATIENT_SIGNALS and number in IMPATIENT_SIGNALS
+        if second and "RANK" not in os.environ:
+            signal.signal(number, signal.SIG_DFL)
+            os.kill(self._process, number)
+        if self._noted not in IMPATIENT_SIGNALS:
+            self._noted = number
