@@ -9,10 +9,10 @@ import pytest
 from safetensors.torch import load_file
 
 from tests.faults.conftest import Runs
-from tests.faults.runs import ROOT, Command, Started, assert_same, complete, figures, interrupted
+from tests.faults.runs import ROOT, Command, Started, assert_refused, assert_same, complete, figures, interrupted
 
 # An epoch has 5 steps on one rank and 3 on two, the last of them of fewer micro-batches.
-STOPS = {"finetune": [2, 5, 6], "data parallel": [2, 3], "zero3": [1, 3, 5]}
+STOPS = {"finetune": [2, 5], "data parallel": [2, 3], "zero3": [3, 4]}
 
 
 @pytest.mark.slow
@@ -55,12 +55,7 @@ def without_gathering(runs: Runs, pipeline: str, place: Path) -> Started:
 
 @pytest.mark.slow
 def test_weights_that_would_be_empty_fail_the_save(runs: Runs, tmp_path: Path) -> None:
-    started = without_gathering(runs, "finetune", tmp_path)
-    assert started.statuses() == [2, 2], started.output()[-4000:]
-    output = started.output()
-    said = [line for line in output.splitlines() if line.startswith(("error:", "  fix:"))]
-    assert len(said) == 2 and "stage3_gather_16bit_weights_on_model_save" in "".join(said), output
-    assert "Traceback" not in output
+    assert_refused(without_gathering(runs, "finetune", tmp_path), "stage3_gather_16bit_weights_on_model_save")
     assert not list((tmp_path / "run").glob("checkpoint-*")) and not list((tmp_path / "run").glob("*.safetensors"))
 
 
