@@ -14,9 +14,10 @@ from torch.utils.cpp_extension import get_default_build_root
 from tests.faults.runs import Command, complete, fork_server, write_base, write_rows
 
 WORDS = (
-    "--max_length 32 --per_device_train_batch_size 2 --gradient_accumulation_steps 3 --num_train_epochs 2 "
-    "--learning_rate 1e-2 --logging_steps 1 --save_strategy steps --save_steps 2 --stop_check 0"
-).split()
+    "--max_length", "32", "--per_device_train_batch_size", "2", "--gradient_accumulation_steps", "3",
+    "--num_train_epochs", "2", "--learning_rate", "1e-2", "--logging_steps", "1", "--save_strategy", "steps",
+    "--save_steps", "2", "--stop_check", "0",
+)  # fmt: skip
 # 26 rows to train on: an epoch is 13 micro-batches on one rank and 7 on each of two, so that the last of its optimizer
 # steps, of 3 micro-batches otherwise, is of one.
 ROWS = 29

@@ -19,7 +19,7 @@ LONGEST_SAVE = 0.03  # seconds
 
 @dataclass(frozen=True)
 class Aim:
-    """When to kill: at an event, some time after the start, or some time after a checkpoint's unfinished folder is seen.
+    """When to kill: at an event, some time after the start, or while a checkpoint's unfinished folder is there.
 
     `alone`: one rank is killed, and the others a little later, as a launcher does.
     """

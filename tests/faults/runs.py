@@ -7,7 +7,6 @@ import json
 import multiprocessing
 import os
 import shutil
-import signal
 import socket
 import sys
 import time
@@ -156,6 +155,16 @@ class Started:
         """What was printed, by one rank or by all."""
         ranks = range(len(self.ranks)) if rank is None else [rank]
         return "".join((self.logs / f"{one}.log").read_text(encoding="utf-8") for one in ranks)
+
+
+def assert_refused(started: Started, cause: str) -> None:
+    """Every rank ends with exit status 2, a line of cause and one of remedy (of which a launcher shows the first's)."""
+    statuses = started.statuses()
+    for rank, status in enumerate(statuses):
+        output = started.output(rank)
+        said = [line for line in output.splitlines() if line.startswith(("error: ", "  fix: "))]
+        assert status == 2 and "Traceback" not in output, output[-4000:]
+        assert len(said) == 2 and said[1].startswith("  fix: ") and cause in said[0], said
 
 
 def interrupted(command: Command, folder: Path, checkpoint: str, stop: Stop | None = None) -> Path:

@@ -11,7 +11,6 @@ import importlib
 import os
 import signal
 import sys
-import zlib
 from collections import Counter
 from dataclasses import dataclass
 from pathlib import Path
@@ -30,11 +29,11 @@ PRELOADED = [
 CHANGES = {"open": 1, "os.mkdir": 1, "os.rename": 2, "os.link": 2, "os.remove": 1, "os.rmdir": 1, "shutil.rmtree": 1}
 WRITING = os.O_WRONLY | os.O_RDWR
 # Files of a run folder that are written all along.
-GROWING = ("metrics.jsonl", "loss.png", "logs", "run.json")
+GROWING = ("metrics.jsonl", "loss.", "logs", "run.")
 
 Kind = Literal["train", "window", "epoch", "step", "evaluate", "save", "final"]
-"""Events: a forward pass of training; one with gradients already accumulated; the first one after an evaluation; an
-optimizer step; a forward pass of evaluation; a change of a file or folder of a checkpoint; one beside the checkpoints."""
+"""A forward pass of training; one with gradients already accumulated; the first one after an evaluation; an optimizer
+step; a forward pass of evaluation; a change of a file or folder of a checkpoint; a change beside the checkpoints."""
 
 
 @dataclass(frozen=True)
@@ -66,13 +65,13 @@ class _Record:
     """Counts the events and writes each as a line `kind count what`."""
 
     def __init__(self, folder: Path, path: Path, stop: Stop | None) -> None:
-        self.folder = os.fspath(folder)
+        self.folder = folder
         self.file = os.open(path, os.O_CREAT | os.O_WRONLY | os.O_APPEND)
         self.stop = stop
         self.counts: Counter[str] = Counter()
         self.accumulated = 0  # forward passes of training since the last optimizer step
         self.evaluated = False
-        self.removed: str | None = None  # the folder that shutil.rmtree removes, entry by entry, by bare names
+        self.removed: Path | None = None  # the folder that shutil.rmtree removes, entry by entry, by bare names
 
     def happens(self, kind: Kind, what: str = "") -> None:
         self.counts[kind] += 1
@@ -81,21 +80,18 @@ class _Record:
             os.write(self.file, b"stopped\n")
             os.kill(os.getpid(), signal.SIGSTOP)
 
-    def forward(self, module: Any, inputs: Any) -> None:
-        if type(module).__name__ == "Embedding" and module.training and type(inputs[0]) is torch.Tensor:
-            os.write(self.file, f"rows {zlib.crc32(inputs[0].numpy().tobytes())}\n".encode())
-        if not type(module).__name__.endswith("ForCausalLM"):
-            return
-        if not module.training:
-            self.evaluated = True
-            return self.happens("evaluate")
-        if self.evaluated and self.counts["step"]:
+    def forward(self, module: Any, _: Any) -> None:
+        if type(module).__name__.endswith("ForCausalLM"):
+            self.passes("train" if module.training else "evaluate")
+
+    def passes(self, kind: Kind) -> None:
+        if kind == "train" and self.evaluated and self.counts["step"]:
             self.happens("epoch")
-        self.evaluated = False
-        if self.accumulated:
+        if kind == "train" and self.accumulated:
             self.happens("window")
-        self.accumulated += 1
-        return self.happens("train")
+        self.accumulated += kind == "train"
+        self.evaluated = kind == "evaluate"
+        self.happens(kind)
 
     def step(self, *_: Any) -> None:
         self.accumulated = 0
@@ -104,22 +100,17 @@ class _Record:
     def audit(self, event: str, arguments: tuple[Any, ...]) -> None:
         if event not in CHANGES or (event == "open" and not (isinstance(arguments[2], int) and arguments[2] & WRITING)):
             return
-        for path in arguments[: CHANGES[event]]:
-            if isinstance(path, int):
-                continue
-            name = os.fsdecode(path)
-            inside = name.startswith(self.folder + os.sep)
-            if inside:
-                self.removed = name if event == "shutil.rmtree" else None
-                self.changes(event, name[len(self.folder) + 1 :])
-                return
-            if self.removed is not None and not os.path.isabs(name) and event in ("os.remove", "os.rmdir"):
-                self.changes(event, f"{self.removed[len(self.folder) + 1 :]}{os.sep}{name}")
-                return
+        named = [Path(os.fsdecode(path)) for path in arguments[: CHANGES[event]] if not isinstance(path, int)]
+        inside = next((path for path in named if path.is_relative_to(self.folder)), None)
+        if inside is not None:
+            self.removed = inside if event == "shutil.rmtree" else None
+        elif self.removed is not None and event in ("os.remove", "os.rmdir") and not named[0].is_absolute():
+            inside = self.removed / named[0]
+        if inside is not None:
+            self.changes(event, inside.relative_to(self.folder))
 
-    def changes(self, event: str, name: str) -> None:
-        first = name.split(os.sep)[0]
-        if "checkpoint-" in first:
-            self.happens("save", f"{event} {name}")
-        elif first not in GROWING and not name.startswith("run.json") and self.counts["step"]:
-            self.happens("final", f"{event} {name}")
+    def changes(self, event: str, path: Path) -> None:
+        if path.parts and "checkpoint-" in path.parts[0]:
+            self.happens("save", f"{event} {path}")
+        elif path.parts and not path.parts[0].startswith(GROWING) and self.counts["step"]:
+            self.happens("final", f"{event} {path}")

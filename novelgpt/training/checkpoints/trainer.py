@@ -165,7 +165,7 @@ class CheckpointTrainer(Trainer):
             yield
         except UserError as error:
             problem = (error.cause, error.remedy)
-        except (OSError, SafetensorError, RuntimeError) as error:
+        except Exception as error:  # the tokenizers' writer raises nothing narrower
             problem = _write_problem(error, folder)
             if problem is None:
                 raise
@@ -278,11 +278,11 @@ def _write_problem(error: Exception, folder: Path) -> Problem | None:
     """What the user is told of an error in writing; None for errors of another kind."""
     full = isinstance(error, OSError) and error.errno in FULL_DISK
     full = full or any(words in str(error) for words in ("No space left", "os error 28", "Disk quota", "os error 122"))
-    if isinstance(error, RuntimeError) and not full:
-        # torch's writer of archives says only that it failed.
-        full = "PytorchStreamWriter" in str(error) or "unexpected pos" in str(error)
-        if not full:
-            return None
+    # torch's writer of archives says only that it failed.
+    full = full or (isinstance(error, RuntimeError) and "PytorchStreamWriter" in str(error))
+    full = full or (isinstance(error, RuntimeError) and "unexpected pos" in str(error))
+    if not full and not isinstance(error, (OSError, SafetensorError)) and "(os error" not in str(error):
+        return None
     name = folder.name
     if full:
         return (
