@@ -1,27 +1,44 @@
 """Tokens a second of prediction: batches and continuous batching against `generate` called for one prompt at a time.
 
-    python benchmarks/predict_throughput.py [--prompts 64] [--new_tokens 128] [--json FILE]
+    python benchmarks/predict_throughput.py [--prompts 64] [--new_tokens 128] [--model small] [--json FILE]
 
-A Qwen3-like model with random weights answers prompts of mixed length, greedily, without ever ending: so each way makes
-the same number of tokens, which must be the same tokens. Ways take turns; each figure is the median of its rounds. The
-last comparison is of a model into which an adapter was merged against the same model without one.
+A model with random weights answers prompts of mixed length, greedily, without ever ending: so each way makes the same
+number of tokens, which must be the same tokens. Ways take turns; each figure is the median of its rounds. One by one,
+only every fourth prompt by length is answered: the same mix, in a quarter of the time. The process starts anew with the
+settings of memory that scripts/launch.sh makes. The last comparison is of a model into which an adapter was merged
+against the same model without one.
+
+The default model has layers of the sizes of Qwen2.5-0.5B, 6 of its 24: its 380 MB of weights fit into no cache of a
+processor, as with any model that is of use. `--model small` is a Qwen3-like one of 26 M.
+
+What bounds the ratio: a prompt is read in products of many rows, which cost the same both ways; at that, batches save
+nothing. To write a token, one row alone waits for all weights to come from memory, which rows together do once for all:
+they are bound by the arithmetic, and by their own keys and values, which are read for each row as before. With r
+seconds of reading for each new token, w of writing it alone and b in a batch, the ratio is (r + w) / (r + b): it grows
+with the length of the answers (`predict` writes up to 512 tokens) and with the number of rows, until keys and values
+outweigh the weights. The line "reading prompts" says what r is here. More cores make b and r smaller, but not w, which
+the memory decides.
 """
 
 from __future__ import annotations
 
+import argparse
+import os
 import random
 import statistics
 import sys
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
+from functools import partial
 from pathlib import Path
+from typing import Any
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 import torch
 from peft import LoraConfig, get_peft_model
 from results import at_least, make_console, make_parser, result, show_results, write_results
-from transformers import GenerationConfig, PreTrainedModel, PreTrainedTokenizerFast, Qwen3Config, Qwen3ForCausalLM
+from transformers import AutoConfig, AutoModelForCausalLM, GenerationConfig, PreTrainedModel, PreTrainedTokenizerFast
 
 from novelgpt.model.embedded_base import build_embedded_base
 from novelgpt.model.generation import answer_continuously, answer_prompts
@@ -32,23 +49,35 @@ from novelgpt.text.tokenizer import load_tokenizer
 
 SPEED_TARGET = 12.0
 NEVER = [2**31 - 1]  # no token has this number: no answer ends before its last token
+BATCH_SIZES = (32, 64)
+ALONE_EVERY = 4
+# New tokens where a merged model is compared with a full one: the products are the same at each of them.
+MERGED_NEW_TOKENS = 32
+# As scripts/launch.sh sets them; glibc reads them when a process starts.
+MALLOC = {"MALLOC_MMAP_THRESHOLD_": str(4 * 2**30), "MALLOC_TRIM_THRESHOLD_": str(8 * 2**30)}
+SHAPES: dict[str, dict[str, Any]] = {
+    "qwen2.5": {"model_type": "qwen2", "hidden_size": 896, "intermediate_size": 4864, "num_hidden_layers": 6,
+                "num_attention_heads": 14, "num_key_value_heads": 2, "tie_word_embeddings": True},
+    "small": {"model_type": "qwen3", "hidden_size": 512, "intermediate_size": 1536, "num_hidden_layers": 8,
+              "num_attention_heads": 8, "num_key_value_heads": 4, "head_dim": 64},
+}  # fmt: skip
 Model = PreTrainedModel
 
 
-def make_model(hidden_size: int, layers: int, vocabulary: int, seed: int) -> Model:
+def make_model(name: str, vocabulary: int) -> Model:
     """Random weights, spread widely enough that the likeliest token is no close call."""
-    torch.manual_seed(seed)
-    config = Qwen3Config(
-        vocab_size=vocabulary,
-        hidden_size=hidden_size,
-        intermediate_size=3 * hidden_size,
-        num_hidden_layers=layers,
-        num_attention_heads=hidden_size // 64,
-        num_key_value_heads=hidden_size // 128,
-        head_dim=64,
-        initializer_range=0.05,
-    )
-    return Qwen3ForCausalLM(config).eval()
+    torch.manual_seed(1)
+    config = AutoConfig.for_model(**SHAPES[name], vocab_size=vocabulary, initializer_range=0.05)
+    model: Model = AutoModelForCausalLM.from_config(config)
+    return model.eval()
+
+
+def make_prompts(count: int, tokenizer: PreTrainedTokenizerFast) -> list[list[int]]:
+    """Of 16 to 256 tokens each, drawn evenly; the longest first."""
+    generator = random.Random(1)
+    words = [token for token in range(len(tokenizer)) if token not in tokenizer.all_special_ids]
+    prompts = [generator.choices(words, k=generator.randint(16, 256)) for _ in range(count)]
+    return sorted(prompts, key=len, reverse=True)
 
 
 def one_by_one(
@@ -77,58 +106,94 @@ def take_turns(ways: dict[str, Callable[[], list[str]]], rounds: int) -> tuple[d
     return {name: statistics.median(values) for name, values in seconds.items()}, texts
 
 
+def share_equal(texts: dict[str, list[str]], alone: str, together: Sequence[str]) -> float:
+    """Of the texts made together, the share equal to those made alone, or else to those of the first way."""
+    pairs = [
+        pair
+        for name in together
+        for reference, own in (
+            (texts[alone], texts[name][ALONE_EVERY // 2 :: ALONE_EVERY]),
+            (texts[together[0]], texts[name]),
+        )
+        for pair in zip(reference, own, strict=True)
+    ]
+    return sum(one == other for one, other in pairs) / len(pairs)
+
+
 def main() -> None:
-    """Check that all ways write the same, time them, print the table."""
+    """Time all ways, check that they write the same, print the table."""
     parser = make_parser("tokens a second of prediction")
     parser.add_argument("--prompts", type=int, default=64)
     parser.add_argument("--new_tokens", type=int, default=128)
-    parser.add_argument("--batch_size", type=int, default=32)
-    parser.add_argument("--hidden_size", type=int, default=512)
-    parser.add_argument("--layers", type=int, default=8)
-    parser.add_argument("--rounds", type=int, default=3)
+    parser.add_argument("--model", choices=SHAPES, default="qwen2.5")
+    parser.add_argument("--rounds", type=int, default=2)
     arguments = parser.parse_args()
+    if any(os.environ.get(name) != value for name, value in MALLOC.items()):
+        os.execve(sys.executable, sys.orig_argv, os.environ | MALLOC)
     console = make_console()
     if not EMBEDDED_BASE.is_dir():
         build_embedded_base(EMBEDDED_BASE)
     tokenizer = load_tokenizer(ModelArguments(str(EMBEDDED_BASE)))
     assert isinstance(tokenizer, PreTrainedTokenizerFast)
-    model = make_model(arguments.hidden_size, arguments.layers, len(tokenizer), seed=1)
-    generator = random.Random(1)
-    words = [token for token in range(len(tokenizer)) if token not in tokenizer.all_special_ids]
-    prompts = [generator.choices(words, k=generator.randint(16, 256)) for _ in range(arguments.prompts)]
-    settings = GenerationArguments(max_new_tokens=arguments.new_tokens)
-    size = arguments.batch_size
+    model = make_model(arguments.model, len(tokenizer))
+    prompts = make_prompts(arguments.prompts, tokenizer)
+    some = prompts[ALONE_EVERY // 2 :: ALONE_EVERY]
 
-    def batches(chosen: Model = model) -> list[str]:
-        return [answer.text for answer in answer_prompts(chosen, tokenizer, prompts, settings, size, NEVER)]
+    def batches(size: int, new_tokens: int, chosen: Model) -> list[str]:
+        settings = GenerationArguments(max_new_tokens=new_tokens)
+        with torch.inference_mode():
+            return [answer.text for answer in answer_prompts(chosen, tokenizer, prompts, settings, size, NEVER)]
 
     def continuous() -> list[str]:
-        answers = dict(answer_continuously(model, tokenizer, prompts, settings, size, NEVER))
+        settings = GenerationArguments(max_new_tokens=arguments.new_tokens)
+        answers = dict(answer_continuously(model, tokenizer, prompts, settings, BATCH_SIZES[0], NEVER))
         return [answers[number].text for number in range(len(prompts))]
 
-    names = "one by one", f"batches of {size}", f"continuous, {size} at once"
-    ways = (lambda: one_by_one(model, prompts, arguments.new_tokens, tokenizer), batches, continuous)
-    seconds, texts = take_turns(dict(zip(names, ways, strict=True)), arguments.rounds)
-    same = [text == other for name in names[1:] for text, other in zip(texts[names[0]], texts[name], strict=True)]
-    tokens = len(prompts) * arguments.new_tokens
+    alone, reading = f"one by one ({len(some)} prompts)", "reading prompts, 1 new token"
+    together = {f"batches of {size}": partial(batches, size, arguments.new_tokens, model) for size in BATCH_SIZES}
+    together[f"continuous, {BATCH_SIZES[0]} at once"] = continuous
+    ways = {alone: partial(one_by_one, model, some, arguments.new_tokens, tokenizer), **together}
+    ways[reading] = partial(batches, BATCH_SIZES[0], 1, model)
+    seconds, texts = take_turns(ways, arguments.rounds)
+    equal = share_equal(texts, alone, list(together))
     parameters = sum(parameter.numel() for parameter in model.parameters())
     console.print(
-        f"{len(prompts)} prompts of 16 to 256 tokens, {arguments.new_tokens} new tokens each, {parameters / 1e6:.0f} M "
-        f"parameters, {torch.get_num_threads()} threads; {sum(same)} of {len(same)} texts equal those of one by one"
+        f"{len(prompts)} prompts of {len(prompts[-1])} to {len(prompts[0])} tokens, {mean_length(prompts):.0f} on "
+        f"average ({mean_length(some):.0f} one by one); {arguments.new_tokens} new tokens each; "
+        f"{parameters / 1e6:.0f} M parameters, {torch.get_num_threads()} threads; {equal:.0%} of the texts are equal"
     )
-    for name, value in seconds.items():
-        console.print(f"  {name:<28}{tokens / value:>10,.0f} tokens/s  {seconds[names[0]] / value:>6.1f} times")
+    speeds = {name: len(prompts) * arguments.new_tokens / seconds[name] for name in together}
+    speeds = {alone: len(some) * arguments.new_tokens / seconds[alone], **speeds}
+    for name, value in speeds.items():
+        console.print(f"  {name:<28}{value:>10,.1f} tokens/s  {value / speeds[alone]:>6.1f} times")
+    console.print(f"  {reading:<28}{seconds[reading]:>10.1f} s for all {len(prompts)} prompts")
 
-    another = make_model(arguments.hidden_size, arguments.layers, len(tokenizer), seed=1)
-    merged = merge_adapter(get_peft_model(another, LoraConfig(r=16, target_modules="all-linear")))
-    pair, _ = take_turns({"full": batches, "merged": lambda: batches(merged)}, 2 * arguments.rounds + 1)
     results = [
-        at_least("tokens/s, batches / one by one", seconds[names[0]] / seconds[names[1]], "ratio", SPEED_TARGET),
-        at_least("texts equal to those of one by one", sum(same) / len(same), "share", 1.0),
-        result("time, merged LoRA / full model", pair["merged"] / pair["full"], "ratio", 1.02),
+        at_least(f"tokens/s, {name} / one by one", speeds[name] / speeds[alone], "ratio", SPEED_TARGET)
+        for name in together
+        if name.startswith("batches")
+    ]
+    results += [
+        at_least("texts equal to those of one by one", equal, "share", 1.0),
+        result("time, merged LoRA / full model", merged_time(arguments, model, batches), "ratio", 1.02),
     ]
     show_results(results, console)
     write_results(results, arguments.json)
+
+
+def merged_time(arguments: argparse.Namespace, model: Model, batches: Callable[[int, int, Model], list[str]]) -> float:
+    """Seconds of a model into which an adapter was merged, over those of the model."""
+    another = make_model(arguments.model, model.config.vocab_size)
+    merged = merge_adapter(get_peft_model(another, LoraConfig(r=16, target_modules="all-linear")))
+    pair = {"full": model, "merged": merged}
+    ways = {name: partial(batches, BATCH_SIZES[0], MERGED_NEW_TOKENS, chosen) for name, chosen in pair.items()}
+    seconds, _ = take_turns(ways, 3 * arguments.rounds + 1)
+    return seconds["merged"] / seconds["full"]
+
+
+def mean_length(prompts: list[list[int]]) -> float:
+    """Tokens."""
+    return statistics.fmean(map(len, prompts))
 
 
 if __name__ == "__main__":

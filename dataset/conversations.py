@@ -7,7 +7,6 @@ import random
 from collections.abc import Sequence
 from pathlib import Path
 
-from torch.utils.data import Dataset
 from transformers import PreTrainedTokenizerBase
 
 from dataset.instructions import load_instructions
@@ -16,13 +15,14 @@ from novelgpt.settings.arguments import ConversationArguments
 from novelgpt.settings.errors import UserError
 from novelgpt.settings.process import is_first_process
 from novelgpt.text.conversation import IGNORED, EncodedRow, encode_conversation, record_answers
+from novelgpt.text.origins import TracedRows
 from novelgpt.text.packing import PackedRows
 from novelgpt.text.statistics import TokenCounts, show_counts, show_row
 
 SPLIT_SEED = 42
 
 
-class EncodedRows(Dataset[dict[str, list[int]]]):
+class EncodedRows(TracedRows):
     """Encoded conversations, in memory."""
 
     def __init__(self, rows: Sequence[EncodedRow]) -> None:
@@ -33,7 +33,11 @@ class EncodedRows(Dataset[dict[str, list[int]]]):
 
     def __getitem__(self, index: int) -> dict[str, list[int]]:
         """{"input_ids", "labels"}, each [tokens]."""
-        return vars(self.rows[index])
+        return {"input_ids": self.rows[index].input_ids, "labels": self.rows[index].labels}
+
+    def origins(self, index: int, begin: int = 0, end: int | None = None) -> list[str]:
+        """The file and row."""
+        return [self.rows[index].source] if self.rows[index].source else []
 
 
 def read_conversations(
@@ -111,6 +115,7 @@ def encode_rows(
             counts.notes["rows without an answer, left out"] += 1
         elif messages[-1]["role"] != "assistant":
             counts.notes["rows whose last messages have no answer, which were left out"] += 1
+        known = len(kept)
         for piece in pieces:
             counts.tokens_in += len(piece.input_ids)
             if len(piece.input_ids) <= data.max_length:
@@ -127,6 +132,8 @@ def encode_rows(
                 _keep(EncodedRow(piece.input_ids[: data.max_length], piece.labels[: data.max_length]), kept, counts)
             else:
                 _keep_split(piece, data.max_length, kept, counts)
+        for made in kept[known:]:
+            made.source = row["source"]
     return kept, counts
 
 

@@ -15,6 +15,7 @@ from dataset.readers import read_text_rows
 from novelgpt.settings.arguments import CorpusArguments
 from novelgpt.settings.errors import UserError
 from novelgpt.settings.process import is_first_process
+from novelgpt.text.origins import TextMarks
 from novelgpt.text.packing import PackedBlocks
 from novelgpt.text.pieces import DocumentCutter, Piece, PieceEncoder
 from novelgpt.text.statistics import show_counts, show_row
@@ -103,7 +104,9 @@ def cut_file(path: Path, text_column: str, cutter: DocumentCutter) -> Iterator[P
     """
     plain = path.suffix.lower() == ".txt"
     for row in read_text_rows(path, text_column):
-        yield from cutter.add(row["text"], "" if plain else row["book"])
+        known = ", ".join(row[name] for name in ("book", "chapter", "title") if row[name] and not plain)
+        where = f"{row['source']} ({known})" if known else row["source"]
+        yield from cutter.add(row["text"], "" if plain else row["book"], where, lines=plain)
 
 
 def _in_folder(folder: Path) -> list[Source]:
@@ -148,11 +151,13 @@ def _encode(files: Iterable[Path], text_column: str, encoder: PieceEncoder) -> T
     tokens: list[numpy.ndarray] = []
     starts: list[int] = []
     count = 0
-    for batch, begins in encoder.encode(pieces()):
+    marks = TextMarks()
+    for batch, begins in encoder.encode(pieces(), marks):
         starts += [count + begin for begin in begins]
         tokens.append(batch)
         count += len(batch)
-    return TokenText(TokenArray([numpy.concatenate(tokens)] if tokens else []), numpy.array(starts, numpy.int64))
+    array = TokenArray([numpy.concatenate(tokens)] if tokens else [])
+    return TokenText(array, numpy.array(starts, numpy.int64), [(count, marks)])
 
 
 def _split(blocks: PackedBlocks, data: CorpusArguments, most: int) -> tuple[PackedBlocks, PackedBlocks]:

@@ -27,8 +27,9 @@ from dataset.corpus import Source, cut_file, find_sources
 from novelgpt.settings.arguments import ModelArguments
 from novelgpt.settings.command_parser import CommandParser
 from novelgpt.settings.errors import UserError, exit_on_user_error
+from novelgpt.text.origins import TextMarks, save_marks
 from novelgpt.text.pieces import DocumentCutter, Piece, PieceEncoder, Unfinished
-from novelgpt.text.token_files import KIND, MANIFEST, SHARDS, STARTS, TOKENS, VERSION, describe_tokenizer
+from novelgpt.text.token_files import KIND, MANIFEST, ORIGINS, SHARDS, STARTS, TOKENS, VERSION, describe_tokenizer
 from novelgpt.text.tokenizer import load_tokenizer
 
 ABOUT = "about.json"
@@ -99,9 +100,9 @@ class TokenRun:
             sha256, size = hash_file(path)
             inputs.append({"path": str(path), "split": source.split, "bytes": size, "sha256": sha256})
             shard, unfinished = self._shard(path, sha256, unfinished)
-            yield shard
+            yield shard | {"file": str(path)}
         if unfinished is not None:
-            yield self._shard(None, "", unfinished)[0]
+            yield self._shard(None, "", unfinished)[0] | {"file": str(source.files[-1])}
 
     def _shard(
         self, path: Path | None, sha256: str, unfinished: Unfinished | None
@@ -147,14 +148,16 @@ class TokenRun:
                 yield from cutter.end()
 
         starts = [numpy.zeros(0, numpy.int64)]
+        marks = TextMarks()
         count = 0
         with (work / TOKENS).open("wb") as file:
-            for tokens, begins in self.encoder.encode(pieces()):
+            for tokens, begins in self.encoder.encode(pieces(), marks):
                 starts.append(numpy.array(begins, numpy.int64) + count)
                 tokens.tofile(file)
                 count += len(tokens)
         all_starts = numpy.concatenate(starts)
         numpy.save(work / STARTS, all_starts, allow_pickle=False)
+        save_marks(marks, work / ORIGINS, str(path or ""))
         return {
             "tokens": count,
             "documents": len(all_starts),

@@ -1,1 +1,3 @@
 """Full-parameter supervised fine-tuning."""
+
+import novelgpt as novelgpt

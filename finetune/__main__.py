@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 from dataset.conversations import read_conversations
+from novelgpt.health.preflight import preflight
 from novelgpt.model.loading import load_model
 from novelgpt.settings.errors import exit_on_user_error
 from novelgpt.settings.parser import parse_arguments
 from novelgpt.settings.runs import FinetuneRun
 from novelgpt.text.tokenizer import load_tokenizer
+from novelgpt.training.disk import check_disk
 from novelgpt.training.fit import fit
 from novelgpt.training.launch_checks import check_before_launch
 from novelgpt.training.memory_plan import plan_memory
@@ -19,8 +21,10 @@ def main(argv: list[str] | None = None) -> None:
     run = parse_arguments(FinetuneRun, argv)
     check_before_launch(run)
     tokenizer = load_tokenizer(run.model)
+    preflight(run, tokenizer)
     train, valid = read_conversations(run.data, tokenizer)
     plan = plan_memory(run, train)
+    check_disk(run, plan, train, tokenizer)
     model = load_model(run.model, tokenizer)
     fit(model, tokenizer, train, valid, run, plan)
 

@@ -1,1 +1,3 @@
 """LoRA supervised fine-tuning."""
+
+import novelgpt as novelgpt

@@ -8,11 +8,13 @@ from transformers import set_seed
 
 from dataset.conversations import read_conversations
 from finetune_lora.adapter import attach_lora, base_dtype
+from novelgpt.health.preflight import preflight
 from novelgpt.model.loading import load_model
 from novelgpt.settings.errors import exit_on_user_error
 from novelgpt.settings.parser import parse_arguments
 from novelgpt.settings.runs import LoraRun
 from novelgpt.text.tokenizer import load_tokenizer
+from novelgpt.training.disk import check_disk
 from novelgpt.training.fit import fit
 from novelgpt.training.launch_checks import check_before_launch
 from novelgpt.training.memory_plan import plan_memory
@@ -24,9 +26,11 @@ def main(argv: list[str] | None = None) -> None:
     run = parse_arguments(LoraRun, argv)
     check_before_launch(run)
     tokenizer = load_tokenizer(run.model)
+    preflight(run, tokenizer)
     train, valid = read_conversations(run.data, tokenizer)
     adapt = partial(attach_lora, lora=run.lora, tokenizer=tokenizer)
     plan = plan_memory(run, train, base_dtype(), run.lora.qlora, adapt)
+    check_disk(run, plan, train, tokenizer)
     base = load_model(run.model, tokenizer, dtype=base_dtype(), qlora=run.lora.qlora)
     set_seed(run.training.seed)  # the adapter is drawn before the Trainer sets the seed
     model = adapt(base)

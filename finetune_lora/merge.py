@@ -19,6 +19,7 @@ from torch import nn
 from novelgpt.model.export import (
     DTYPE_CHOICES,
     DTYPE_HELP,
+    PICKLES_HELP,
     SHARD_HELP,
     TOLERANCE_HELP,
     Written,
@@ -33,8 +34,10 @@ from novelgpt.model.export import (
 )
 from novelgpt.model.fingerprint import base_folder, check_base
 from novelgpt.model.generation import answer_end_ids
+from novelgpt.model.hub import locate
 from novelgpt.model.loading import UNREADABLE, adapter_base, load_model, read_config
 from novelgpt.model.merging import merge_adapter
+from novelgpt.model.pickles import check_adapter_files, check_no_pickles
 from novelgpt.settings.arguments import ModelArguments
 from novelgpt.settings.command_parser import CommandParser
 from novelgpt.settings.errors import UserError, exit_on_user_error
@@ -51,6 +54,9 @@ def main(argv: list[str] | None = None) -> None:
         raise UserError(f"{words.adapter} holds no adapter_config.json", "name the folder of a LoRA run")
     base = words.base or trained_on
     with complete_folder(words.output) as unfinished:
+        locate(ModelArguments(base))
+        check_adapter_files(Path(words.adapter), words.allow_pickles)
+        check_no_pickles(base_folder(base), words.allow_pickles)
         check_base(Path(words.adapter), base)
         written, effect = _write_merged(words, base, unfinished)
         merged = ModelArguments(str(unfinished), "sdpa", words.trust_remote_code)
@@ -67,6 +73,7 @@ def _parser() -> argparse.ArgumentParser:
     parser.add_argument(
         "--trust_remote_code", action="store_true", help="run Python code that lies with the base, if it needs that"
     )
+    parser.add_argument("--allow_pickles", action="store_true", help=PICKLES_HELP)
     parser.add_argument("--tolerance", type=float, default=1e-3, help=f"{TOLERANCE_HELP} [default: 0.001]")
     parser.add_argument("--dtype", choices=DTYPE_CHOICES, default="auto", help=DTYPE_HELP)
     parser.add_argument("--max_shard_size", default="5GB", help=SHARD_HELP)
@@ -76,7 +83,7 @@ def _parser() -> argparse.ArgumentParser:
 def _write_merged(words: argparse.Namespace, base: str, folder: Path) -> tuple[Written, float]:
     """Write the merged checkpoint; also by how much the adapter moves a logit. No model is left in memory."""
     tokenizer = load_tokenizer(ModelArguments(words.adapter, "sdpa", words.trust_remote_code))
-    model = ModelArguments(base, "sdpa", words.trust_remote_code)
+    model = ModelArguments(base, "sdpa", words.trust_remote_code, allow_pickles=words.allow_pickles)
     loaded = load_model(model, tokenizer).eval()
     architectures = read_config(model).architectures
     ends = answer_end_ids(loaded, tokenizer)

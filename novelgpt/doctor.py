@@ -114,6 +114,7 @@ def check_run(pipeline: str, words: Sequence[str], time_limit: float) -> Iterato
     """
     from novelgpt.health import model, plan, trial
     from novelgpt.text.tokenizer import load_tokenizer
+    from novelgpt.training.disk import saved_bytes
 
     run = plan.read_run(pipeline, words)
     settings = run_check("settings", partial(model.check_settings, run))
@@ -122,17 +123,18 @@ def check_run(pipeline: str, words: Sequence[str], time_limit: float) -> Iterato
     if any_problem(files):
         return
     sound = not any_problem(settings)
+    estimate = plan.Plan()
     try:
         tokenizer = load_tokenizer(run.model)
     except UserError as error:
         yield Finding("tokenizer", "problem", error.cause, error.remedy)
         sound = False
     else:
+        estimate.tokenizer = saved_bytes(tokenizer)
         for name in (model.check_vocabulary, model.check_ends, model.check_template):
             found = run_check("tokenizer", partial(name, run, tokenizer))
             sound = sound and not any_problem(found)
             yield from found
-    estimate = plan.Plan()
     yield from run_check("memory", partial(plan.check_memory, run, estimate))
     yield from run_check("checkpoints", partial(plan.check_checkpoints, run, estimate))
     if sound:

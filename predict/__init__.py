@@ -1,1 +1,3 @@
 """Generation from a checkpoint or an adapter, and its scores."""
+
+import novelgpt as novelgpt

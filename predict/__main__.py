@@ -91,7 +91,8 @@ def main(argv: list[str] | None = None) -> None:
 
 def _chosen_model(run: PredictRun) -> ModelArguments:
     name = run.data.model or str(newest_finetuning() or EMBEDDED_BASE)
-    return ModelArguments(name, run.data.attention, run.data.trust_remote_code, run.data.hub)
+    data = run.data
+    return ModelArguments(name, data.attention, data.trust_remote_code, data.hub, data.allow_pickles)
 
 
 def _model(run: PredictRun, chosen: ModelArguments, tokenizer: PreTrainedTokenizerBase) -> Source:

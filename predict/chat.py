@@ -49,6 +49,9 @@ class ChatArguments:
     hub: Literal["huggingface", "modelscope"] = option(
         "huggingface", "Where names are looked up. modelscope needs `pip install modelscope`."
     )
+    allow_pickles: bool = option(
+        False, "Read weights from pickles (.bin) where there are no safetensors; tensors only. For sources you trust."
+    )
 
 
 @dataclass
@@ -180,7 +183,7 @@ def main(argv: list[str] | None = None) -> None:
     if run.generation.num_beams > 1:
         raise UserError("beam search gives no token before the whole answer is done", "leave --num_beams at 1")
     name = run.chat.model or str(newest_finetuning() or EMBEDDED_BASE)
-    chosen = ModelArguments(name, run.chat.attention, run.chat.trust_remote_code, run.chat.hub)
+    chosen = ModelArguments(name, run.chat.attention, run.chat.trust_remote_code, run.chat.hub, run.chat.allow_pickles)
     tokenizer = load_tokenizer(chosen)
     model = load_for_generation(chosen, tokenizer)
     set_seed(run.generation.seed)

@@ -20,6 +20,7 @@ import torch
 from rich.console import Console
 from rich.table import Table
 
+from novelgpt.model.export import PICKLES_HELP
 from novelgpt.model.loading import load_for_generation
 from novelgpt.settings.arguments import ModelArguments
 from novelgpt.settings.command_parser import CommandParser
@@ -45,6 +46,7 @@ def main(argv: list[str] | None = None) -> None:
     parser.add_argument("--limit", help="of each task, only so many questions: a try, not a result")
     parser.add_argument("--batch_size", default="8", help="questions at once, or auto [default: 8]")
     parser.add_argument("--include_path", help="folder with tasks of your own")
+    parser.add_argument("--allow_pickles", action="store_true", help=PICKLES_HELP)
     parser.add_argument("--output_path", type=Path, help="folder of the results [default: MODEL/lm_eval]")
     parser.add_argument("--compare", nargs=2, type=Path, metavar=("BEFORE", "AFTER"),
                         help="two results, or folders, of which the newest is taken")  # fmt: skip
@@ -61,8 +63,9 @@ def main(argv: list[str] | None = None) -> None:
         if not Path(words.model).is_dir():
             raise UserError(f"{words.model} is no folder that results could be written into", "name --output_path")
         output = Path(words.model) / "lm_eval"
+    pickles = ",allow_pickles=True" if words.allow_pickles else ""
     options = {
-        "--model": "novelgpt", "--model_args": f"pretrained={words.model}", "--tasks": words.tasks,
+        "--model": "novelgpt", "--model_args": f"pretrained={words.model}{pickles}", "--tasks": words.tasks,
         "--batch_size": words.batch_size, "--device": "cuda" if torch.cuda.is_available() else "cpu",
         "--output_path": str(output), "--num_fewshot": words.num_fewshot, "--limit": words.limit,
         "--include_path": words.include_path,
@@ -89,8 +92,10 @@ def _run_harness(words: list[str]) -> None:
     class Checkpoint(HFLM):
         """A model as prediction loads it."""
 
-        def __init__(self, pretrained: str, device: str | None = None, **further: Any) -> None:
-            chosen = ModelArguments(pretrained, "sdpa")
+        def __init__(
+            self, pretrained: str, device: str | None = None, allow_pickles: bool = False, **further: Any
+        ) -> None:
+            chosen = ModelArguments(pretrained, "sdpa", allow_pickles=bool(allow_pickles))
             tokenizer = load_tokenizer(chosen)
             model = load_for_generation(chosen, tokenizer)
             # Thoughts before an answer: off, as in training on answers without one.

@@ -1,1 +1,3 @@
 """Continued pretraining."""
+
+import novelgpt as novelgpt

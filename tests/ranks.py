@@ -17,6 +17,18 @@ ZERO_3: dict[str, Any] = {
 }
 
 
+def run_pipeline(pipeline: str, words: list[str], processes: int = 1, zero: int = 0) -> str:
+    """What a pipeline prints that is started by the real launch script, with so many processes and this ZeRO stage."""
+    environment = {key: value for key, value in os.environ.items() if key not in ("RANK", "WORLD_SIZE", "LOCAL_RANK")}
+    environment |= {"NPROC": str(processes), "ZERO": str(zero), "OMP_NUM_THREADS": "1", "HF_HUB_OFFLINE": "1"}
+    done = subprocess.run(
+        ["bash", str(ROOT / "scripts" / "launch.sh"), pipeline, *words],
+        env=environment | {"VENV": sys.prefix}, capture_output=True, text=True, timeout=600, check=False,
+    )  # fmt: skip
+    assert done.returncode == 0, done.stdout[-3000:] + done.stderr[-3000:]
+    return done.stdout
+
+
 def run_ranks(script: str, *words: str, logs: Path, processes: int = 2, timeout: float = 300) -> None:
     """Run them to their end; the tail of what they printed is in the error where one fails."""
     with socket.socket() as free:

@@ -12,19 +12,18 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 import pytest
-import torch
 from safetensors.torch import load_file, save_file
-from transformers import AutoModelForCausalLM, AutoTokenizer
+from transformers import AutoTokenizer
 
 from novelgpt.doctor import check_run
 from novelgpt.health import machine
 from novelgpt.health.devices import check_toolchain, find_nvcc, nvcc_release
 from novelgpt.health.findings import Finding, any_problem, run_check
-from novelgpt.health.plan import Plan, check_checkpoints, check_memory, checkpoint_bytes, checkpoint_count, read_run
+from novelgpt.health.plan import Plan, check_checkpoints, check_memory, read_run
 from novelgpt.health.trial import check_trial, try_longest_batch
 from novelgpt.health.versions import LEAST, REQUIREMENTS, check_packages
-from novelgpt.settings.arguments import TrainArguments
 from novelgpt.settings.errors import UserError
+from novelgpt.training.disk import forecast_disk
 
 ROOT = Path(__file__).resolve().parents[1]
 SHORT = ["--max_length", "64"]
@@ -150,49 +149,13 @@ def test_a_full_disk(base_folder: Path, tmp_path: Path, monkeypatch: pytest.Monk
     plan = Plan()
     assert marks(list(check_memory(run, plan)))["memory"] == "ok"
     assert plan.model is not None
-    each, final = checkpoint_bytes(plan.model, run.training)
-    need = each * 3 + final
+    need = forecast_disk(plan.model, run.training, plan.tokenizer).need
     for free, mark in ((need, "ok"), (need - 1, "problem")):
         monkeypatch.setattr(shutil, "disk_usage", lambda _, free=free: Usage(10**15, 0, free))
         assert [finding.mark for finding in check_checkpoints(run, plan)] == [mark]
     monkeypatch.setattr(shutil, "disk_usage", lambda _: Usage(10**12, 10**12, 0))
     assert [finding.mark for finding in machine.check_room(tmp_path / "new")] == ["problem"]
     assert [finding.mark for finding in machine.check_shared_memory(tmp_path)] == ["note"]
-
-
-def test_the_size_of_a_checkpoint_is_that_of_one(base_folder: Path, tmp_path: Path) -> None:
-    run = read_run("finetune", ["--model", str(base_folder), *SHORT])
-    plan = Plan()
-    list(check_memory(run, plan))
-    model = AutoModelForCausalLM.from_pretrained(base_folder, dtype=torch.float32)
-    optimizer = torch.optim.AdamW(model.parameters())
-    ids = torch.arange(8)[None]
-    model(input_ids=ids, labels=ids).loss.backward()
-    optimizer.step()
-    model.save_pretrained(tmp_path)
-    torch.save(optimizer.state_dict(), tmp_path / "optimizer.pt")
-    sizes = sum(file.stat().st_size for file in tmp_path.iterdir())
-    assert plan.model is not None
-    each, final = checkpoint_bytes(plan.model, run.training)
-    assert each == pytest.approx(sizes, rel=0.01)
-    assert final == pytest.approx((tmp_path / "model.safetensors").stat().st_size, rel=0.01)
-    assert (each, final) == (3 * final, final)
-
-
-@pytest.mark.parametrize(
-    ("settings", "count"),
-    [
-        ({}, 3),
-        ({"num_train_epochs": 2.0}, 2),
-        ({"save_strategy": "no"}, 0),
-        ({"save_total_limit": None, "num_train_epochs": 4.5}, 5),
-        ({"save_strategy": "steps", "save_steps": 10, "save_total_limit": 4}, 5),
-        ({"save_strategy": "steps", "save_steps": 10, "max_steps": 25}, 3),
-        ({"save_strategy": "steps", "save_steps": 10, "save_total_limit": None}, None),
-    ],
-)
-def test_how_many_checkpoints_lie_there_at_once(settings: dict[str, Any], count: int | None, tmp_path: Path) -> None:
-    assert checkpoint_count(TrainArguments(output_dir=str(tmp_path), **settings)) == count
 
 
 def test_a_tokenizer_with_more_tokens_than_the_embedding_has_rows(folder: Path) -> None:

@@ -156,8 +156,6 @@ def _local_executor(step: FilesOfTask, tasks: int, workers: int, folder: Path) -
 
 
 def _ray_executor(step: FilesOfTask, tasks: int, workers: int, folder: Path) -> PipelineExecutor:
-    # Read when ray is imported: no figures of use go anywhere.
-    os.environ["RAY_USAGE_STATS_ENABLED"] = "0"
     import ray
     from datatrove.executor.ray import RayPipelineExecutor
 

@@ -90,8 +90,10 @@ def _entries(path: Path) -> list[tuple[dict[str, Any], str]]:
     """The rows of a file, each with the words that name it in an error."""
     try:
         content = yaml.load(path.read_text(encoding="utf-8"), _Loader)
-    except (OSError, UnicodeDecodeError, yaml.YAMLError) as error:
-        raise UserError(f"{path}: {error}", "name a YAML file in UTF-8; see dataset/novels/rules.yaml") from error
+    except OSError as error:
+        raise UserError(f"{path}: {error.strerror}", "name an existing file with --rules") from error
+    except (UnicodeDecodeError, yaml.YAMLError) as error:
+        raise UserError(f"{path} is not YAML: {error}", "write it in UTF-8, as dataset/novels/rules.yaml") from error
     rows = content.get("rules") if isinstance(content, dict) and set(content) == {"rules"} else None
     if not isinstance(rows, list) or not all(isinstance(row, dict) for row in rows):
         raise UserError(f"{path}: no list of rules", 'begin it with "rules:" and write below: "- name: …", one a rule')

@@ -14,8 +14,8 @@ from pathlib import Path
 import torch
 
 from novelgpt.health.findings import Finding, Mark
-from novelgpt.health.machine import gigabytes
 from novelgpt.settings.arguments import TrainArguments
+from novelgpt.settings.units import gigabytes
 from novelgpt.training.memory import compute_dtype
 from novelgpt.training.memory_plan import available_memory
 

@@ -40,8 +40,14 @@ class Finding:
 Check = Callable[[], Iterable[Finding]]
 
 
-def run_check(name: str, check: Check) -> list[Finding]:
-    """What a check finds; where it raises, that, as a problem. Nothing but an interrupt gets out."""
+def run_check(name: str, check: Check, failure: Mark = "problem") -> list[Finding]:
+    """What a check finds; where it raises, that, as a problem. Nothing but an interrupt gets out.
+
+    Args:
+        name: of the check.
+        check: what to call.
+        failure: how a check is marked that fails itself.
+    """
     findings: list[Finding] = []
     try:
         findings.extend(check())
@@ -51,7 +57,7 @@ def run_check(name: str, check: Check) -> list[Finding]:
         reason = (str(error).strip().splitlines() or [""])[0]
         text = f"this could not be looked at: {type(error).__name__}: {reason:.300}"
         remedy = "mend what the line names; for a package: bash scripts/setup.sh, or pip install -r requirements.txt"
-        findings.append(Finding(name, "problem", text, remedy))
+        findings.append(Finding(name, failure, text, remedy))
     return findings
 
 

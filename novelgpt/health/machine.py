@@ -10,8 +10,9 @@ from pathlib import Path
 from urllib.parse import urlsplit
 
 from novelgpt.health.findings import Finding
+from novelgpt.settings.paths import existing_folder
+from novelgpt.settings.units import GIGABYTE, gigabytes
 
-GIGABYTE = 10**9
 DEFAULT_PORT = 29500
 # The final weights of the small base with a checkpoint or two, and what most runs on models of use leave.
 LEAST_ROOM, USUAL_ROOM = GIGABYTE // 2, 20 * GIGABYTE
@@ -44,7 +45,7 @@ def check_port() -> Iterator[Finding]:
 
 def check_room(output: Path) -> Iterator[Finding]:
     """The folder of runs can be written to and has room."""
-    folder = existing(output)
+    folder = existing_folder(output)
     if not os.access(folder, os.W_OK):
         remedy = "name a folder of yours: --output_dir FOLDER"
         yield Finding("disk", "problem", f"nothing can be written into {folder}", remedy)
@@ -106,17 +107,6 @@ def check_switches(environment: dict[str, str]) -> Iterator[Finding]:
     else:
         text = "this toolkit reports nothing; the hub's client names package versions when it downloads"
         yield Finding("telemetry", "ok", f"{text} (HF_HUB_DISABLE_TELEMETRY=1 stops that)")
-
-
-def existing(path: Path) -> Path:
-    """The path, or the nearest folder above it that is there."""
-    path = path.absolute()
-    return path if path.is_dir() else existing(path.parent)
-
-
-def gigabytes(size: float) -> str:
-    """Bytes in words; megabytes where there are few."""
-    return f"{size / GIGABYTE:.2f} GB" if size >= GIGABYTE / 10 else f"{size / 10**6:.1f} MB"
 
 
 def _is_on(value: str | None) -> bool:

@@ -9,10 +9,11 @@ from transformers import GenerationConfig, PreTrainedTokenizerBase
 from transformers.utils import GENERATION_CONFIG_NAME
 
 from novelgpt.health.findings import Finding
-from novelgpt.health.machine import gigabytes
 from novelgpt.model.loading import read_config
+from novelgpt.model.pickles import check_no_pickles, pickled_weights
 from novelgpt.model.weight_files import stored_tensors, weight_files
 from novelgpt.settings.runs import LoraRun, PretrainRun, TrainingRun
+from novelgpt.settings.units import gigabytes
 from novelgpt.text.conversation import IGNORED, encode_conversation
 from novelgpt.text.templates import template_record
 from novelgpt.training.launch_checks import check_before_launch
@@ -38,12 +39,18 @@ def check_settings(run: TrainingRun) -> Iterator[Finding]:
 def check_files(run: TrainingRun) -> Iterator[Finding]:
     """The architecture is known without code of the checkpoint's own, and every weight file can be read."""
     config = read_config(run.model)
+    check_no_pickles(Path(run.model.model), run.model.allow_pickles)
     files = weight_files(Path(run.model.model))
     tensors = [tensor for file in files for tensor in stored_tensors(file)]
     size = sum(tensor.size for tensor in tensors)
     kinds = ", ".join(sorted({tensor.dtype for tensor in tensors}))
     text = f"{config.model_type}: {len(tensors)} tensors in {len(files)} files, {gigabytes(size)} of {kinds}"
     yield Finding("model files", "ok", text)
+
+
+def are_pickled(run: TrainingRun) -> bool:
+    """Whether the weights lie in pickles, which are read whole to be looked at."""
+    return bool(pickled_weights(Path(run.model.model)))
 
 
 def check_vocabulary(run: TrainingRun, tokenizer: PreTrainedTokenizerBase) -> Iterator[Finding]:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 import shlex
 import shutil
 from collections.abc import Iterator, Sequence
@@ -20,21 +19,20 @@ from torch.utils.data import Dataset
 from transformers import PreTrainedModel
 
 from novelgpt.health.findings import Finding
-from novelgpt.health.machine import existing, gigabytes
 from novelgpt.model.hub import looks_like_path, runs_own_code
-from novelgpt.settings.arguments import LoraArguments, TrainArguments
+from novelgpt.settings.arguments import LoraArguments
 from novelgpt.settings.errors import UserError
 from novelgpt.settings.parser import parse_arguments
-from novelgpt.settings.paths import OUTPUT
+from novelgpt.settings.paths import OUTPUT, existing_folder
 from novelgpt.settings.runs import FinetuneRun, LoraRun, PretrainRun, TrainingRun
+from novelgpt.settings.units import gigabytes
 from novelgpt.training.auto_batch import set_micro_batch
-from novelgpt.training.memory import compute_dtype, optimizer_bytes
+from novelgpt.training.disk import bytes_in, describe, forecast_disk, lack_of_room
+from novelgpt.training.memory import compute_dtype
 from novelgpt.training.memory_plan import FULL_SHARE, MemoryPlan
 from novelgpt.training.simulated_model import SimulatedModel
 
 RUNS: dict[str, type[TrainingRun]] = {run.pipeline: run for run in (PretrainRun, FinetuneRun, LoraRun)}
-# DeepSpeed keeps fp32 weights and AdamW's two moments.
-DEEPSPEED_STATE_BYTES = 12
 
 
 @dataclass
@@ -44,10 +42,12 @@ class Plan:
     Attributes:
         fits: whether the estimate lies below the device's memory; None where there is none.
         model: the simulated one; None where the architecture cannot be simulated.
+        tokenizer: bytes of its files.
     """
 
     fits: bool | None = None
     model: SimulatedModel | None = None
+    tokenizer: int = 0
 
 
 def read_run(pipeline: str, words: Sequence[str]) -> TrainingRun:
@@ -154,44 +154,14 @@ def check_checkpoints(run: TrainingRun, plan: Plan) -> Iterator[Finding]:
         remedy = "count on 16 bytes a weight and checkpoint for full training, with AdamW"
         yield Finding("checkpoints", "note", "no estimate of their size for this model", remedy)
         return
-    each, final = checkpoint_bytes(plan.model, run.training)
-    count, output = checkpoint_count(run.training), Path(run.training.output_dir or OUTPUT)
-    free = shutil.disk_usage(existing(output)).free
-    if count is None:
-        text = f"nothing limits the checkpoints of {gigabytes(each)} each, and {gigabytes(free)} are free for {output}"
+    forecast = forecast_disk(plan.model, run.training, plan.tokenizer)
+    folder = Path(run.training.output_dir or OUTPUT)
+    held, free = bytes_in(folder), shutil.disk_usage(existing_folder(folder)).free
+    text = f"{describe(forecast, held)}, {gigabytes(free)} are free for {folder}"
+    problem = lack_of_room(forecast, held, free, folder)
+    if problem is not None:
+        yield Finding("checkpoints", "problem", problem.cause, problem.remedy)
+    elif forecast.most is None:
         yield Finding("checkpoints", "note", text, "--save_total_limit 2")
-        return
-    need = each * count + final
-    text = (
-        f"{count} checkpoints of {gigabytes(each)} and the final weights take {gigabytes(need)}, "
-        f"{gigabytes(free)} are free for {output}"
-    )
-    if need > free:
-        remedy = "make room; or --save_total_limit 1, --save_only_model True (no resuming), or another --output_dir"
-        yield Finding("checkpoints", "problem", text, remedy)
     else:
         yield Finding("checkpoints", "ok", text)
-
-
-def checkpoint_bytes(model: SimulatedModel, training: TrainArguments) -> tuple[int, int]:
-    """Bytes of a checkpoint, all processes' parts together, and of the final weights."""
-    numbers = sum(count for count, _ in model.trained)
-    weights = sum(size for _, size in model.trained)
-    states = DEEPSPEED_STATE_BYTES if training.deepspeed else optimizer_bytes(training)
-    return weights + (0 if training.save_only_model else states * numbers), weights
-
-
-def checkpoint_count(training: TrainArguments) -> int | None:
-    """Checkpoints that are there at once at most; None where nothing limits them.
-
-    One more than are kept, as the oldest goes once the newest is there.
-    """
-    if training.save_strategy == "no":
-        return 0
-    made = None
-    if training.save_strategy == "epoch" and training.max_steps <= 0:
-        made = math.ceil(training.num_train_epochs)
-    elif training.save_strategy == "steps" and training.max_steps > 0 and training.save_steps >= 1:
-        made = math.ceil(training.max_steps / training.save_steps)
-    counts = [made, None if training.save_total_limit is None else training.save_total_limit + 1]
-    return min((count for count in counts if count is not None), default=None)

@@ -23,11 +23,11 @@ from torch import nn
 from transformers import PreTrainedTokenizerBase
 
 from novelgpt.health.findings import Finding, run_check
-from novelgpt.health.machine import gigabytes
 from novelgpt.health.plan import Plan, adapt, base_dtype, read_run
 from novelgpt.model.loading import load_model
 from novelgpt.settings.paths import ROOT
 from novelgpt.settings.runs import LoraRun, TrainingRun
+from novelgpt.settings.units import gigabytes
 from novelgpt.text.tokenizer import encode, load_tokenizer
 from novelgpt.training.auto_batch import cuda_peak
 from novelgpt.training.guards import GradientWatch, check_forward

@@ -41,6 +41,7 @@ DTYPE_CHOICES = ("auto", *DTYPES)
 DTYPE_HELP = "type of the stored weights; auto: that of the weights they are made from [default: auto]"
 TOLERANCE_HELP = "largest difference of a logit, not counting what rounding to the stored type costs"
 SHARD_HELP = "largest weight file [default: 5GB]"
+PICKLES_HELP = "read weights from pickles (.bin) where there are no safetensors; tensors only"
 # Rounding that moves logits by more than this share of what an adapter moves them by is worth a warning.
 NOTABLE_SHARE = 0.1
 
@@ -80,6 +81,7 @@ def read_export_words(program: str, description: str, architecture: str, argv: l
     parser.add_argument("--tolerance", type=float, default=1e-3, help=f"{TOLERANCE_HELP} [default: 0.001]")
     parser.add_argument("--dtype", choices=DTYPE_CHOICES, default="auto", help=DTYPE_HELP)
     parser.add_argument("--max_shard_size", default="5GB", help=SHARD_HELP)
+    parser.add_argument("--allow_pickles", action="store_true", help=PICKLES_HELP)
     return parser.parse_args(argv)
 
 
@@ -236,7 +238,7 @@ def export_checkpoint(
     Raises:
         UserError: the two do not compute the same, or something cannot be read or written.
     """
-    source = ModelArguments(words.checkpoint, "sdpa")
+    source = ModelArguments(words.checkpoint, "sdpa", allow_pickles=words.allow_pickles)
     with complete_folder(words.output) as unfinished:
         written = _write_converted(words, source, convert, convert_tokenizer, unfinished)
         compare_reloaded(written, ModelArguments(str(unfinished), "sdpa"), ("original", name), words.tolerance)

@@ -6,10 +6,11 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import Any
 
-import torch
 from transformers import GenerationConfig, PreTrainedModel, PreTrainedTokenizerBase
 from transformers.generation.configuration_utils import ContinuousBatchingConfig
 
+from novelgpt.model.growing_cache import growing_cache
+from novelgpt.model.prompt_reading import left_padded, read_prompts
 from novelgpt.settings.arguments import GenerationArguments
 from novelgpt.settings.errors import UserError
 from novelgpt.text.conversation import end_token_ids
@@ -74,9 +75,12 @@ def answer_batch(
     The caller chooses inference mode, evaluation mode, autocast and, where answers are drawn, the seed.
     """
     pad = int(tokenizer.pad_token_id)
-    batch = {name: tensor.to(model.device) for name, tensor in _left_padded(prompts, pad).items()}
+    batch = {name: tensor.to(model.device) for name, tensor in left_padded(prompts, pad).items()}
+    cache = growing_cache(model, batch["input_ids"].shape[1] + generation.max_new_tokens)
+    if cache is not None:
+        read_prompts(model, prompts, pad, cache, generation.num_beams)
     sequences = model.generate(  # type: ignore[operator]
-        **batch, generation_config=_generation_config(generation, ends, pad)
+        **batch, generation_config=_generation_config(generation, ends, pad), past_key_values=cache
     )
     return [_answer(ids, ends, tokenizer) for ids in sequences[:, batch["input_ids"].shape[1] :].tolist()]
 
@@ -176,14 +180,6 @@ def _generation_config(generation: GenerationArguments, ends: list[int], pad: in
         use_cache=True,  # models in training have it off
         **sampling,
     )
-
-
-def _left_padded(prompts: list[list[int]], pad: int) -> dict[str, torch.Tensor]:
-    longest = max(map(len, prompts))
-    return {
-        "input_ids": torch.tensor([[pad] * (longest - len(prompt)) + prompt for prompt in prompts]),
-        "attention_mask": torch.tensor([[0] * (longest - len(prompt)) + [1] * len(prompt) for prompt in prompts]),
-    }
 
 
 def _answer(ids: list[int], ends: list[int], tokenizer: PreTrainedTokenizerBase) -> Answer:

@@ -16,7 +16,7 @@ from transformers.models.auto.tokenization_auto import get_tokenizer_config, tok
 from novelgpt.settings.arguments import ModelArguments
 from novelgpt.settings.errors import UserError
 
-# What a checkpoint consists of; weights are safetensors, or pickles where there are none.
+# What a checkpoint consists of; weights are safetensors, or pickles where there are none and they are allowed.
 DESCRIPTIONS = ["*.json", "*.model", "*.tiktoken", "*.txt", "*.jinja"]
 SAFETENSORS, PICKLES, CODE = ["*.safetensors"], ["pytorch_model*.bin"], ["*.py"]
 
@@ -29,6 +29,8 @@ def locate(model: ModelArguments) -> str:
     Raises:
         UserError: the folder does not exist or is empty, or nothing can be downloaded.
     """
+    if not model.model.strip():
+        raise UserError("--model names nothing", "name a folder with config.json, weights and tokenizer, or a hub name")
     folder = Path(model.model)
     if folder.is_dir():
         if not any(folder.iterdir()):
@@ -39,7 +41,7 @@ def locate(model: ModelArguments) -> str:
             f"model folder {model.model} does not exist", "check --model; `bash scripts/run_demo.sh` makes a base"
         )
     if model.hub == "modelscope":
-        return _download_from_modelscope(model.model, model.trust_remote_code)
+        return _download_from_modelscope(model.model, model.trust_remote_code, model.allow_pickles)
     return model.model
 
 
@@ -75,6 +77,8 @@ def _needed_code(source: str) -> str | None:
         config, _ = PreTrainedConfig.get_config_dict(source)
     except OSError:  # an adapter, or only a tokenizer; loading tells what is missing where it is missing
         config = {}
+    if not isinstance(config, dict):  # whatever transformers says of it
+        raise UserError(f"{source}: its config.json holds no settings by name", "fetch the file again")
     kind: Any = config.get("model_type")
     known = CONFIG_MAPPING[kind] if kind in CONFIG_MAPPING else None  # noqa: SIM401  its `get` finds nothing
     if known is None or known not in MODEL_FOR_CAUSAL_LM_MAPPING:
@@ -103,7 +107,7 @@ def _class_in_file(reference: str) -> str:
 
 
 @functools.cache
-def _download_from_modelscope(name: str, with_code: bool) -> str:
+def _download_from_modelscope(name: str, with_code: bool, with_pickles: bool) -> str:
     """The folder that holds a model of modelscope.cn: configuration, weights and tokenizer.
 
     Of several processes on a host, one downloads while the others wait, and then find the files there.
@@ -117,7 +121,7 @@ def _download_from_modelscope(name: str, with_code: bool) -> str:
     try:
         with FileLock(lock):
             folder = Path(snapshot_download(name, allow_file_pattern=patterns + SAFETENSORS))
-            if not any(folder.glob(SAFETENSORS[0])):
+            if not any(folder.glob(SAFETENSORS[0])) and with_pickles:
                 folder = Path(snapshot_download(name, allow_file_pattern=patterns + PICKLES))
     except Exception as error:  # of many kinds: the package's own, those of its HTTP client, those of the file system
         reason = (str(error).strip().splitlines() or [type(error).__name__])[0]

@@ -23,9 +23,10 @@ from transformers import (
 )
 
 from novelgpt.model.attention import PACKED_ATTENTION
-from novelgpt.model.fingerprint import check_base
+from novelgpt.model.fingerprint import base_folder, check_base
 from novelgpt.model.hub import locate, looks_like_path, runs_own_code
 from novelgpt.model.merging import merge_adapter
+from novelgpt.model.pickles import check_adapter_files, check_no_pickles
 from novelgpt.model.weight_files import stored_tensors, weight_files
 from novelgpt.settings.arguments import ModelArguments
 from novelgpt.settings.errors import UserError
@@ -54,12 +55,14 @@ def load_model(
     """
     options = {"quantization_config": _four_bits()} if qlora else {}
     source = locate(model)
+    check_no_pickles(Path(source), model.allow_pickles)
     config = read_config(model)
     try:
         # Shapes that differ are told below, with their names.
         outcome: Any = AutoModelForCausalLM.from_pretrained(
             source, config=config, dtype=dtype, attn_implementation=_attention(model, config),
             trust_remote_code=runs_own_code(model), weights_only=True, ignore_mismatched_sizes=True,
+            use_safetensors=None if model.allow_pickles else True,
             output_loading_info=True, **options,
         )  # fmt: skip
     except torch.OutOfMemoryError:
@@ -191,6 +194,8 @@ def load_for_generation(model: ModelArguments, tokenizer: PreTrainedTokenizerBas
             "put it back, or write where it is now into base_model_name_or_path of adapter_config.json",
         )
     if base is not None:
+        check_adapter_files(Path(locate(model)), model.allow_pickles)
+        check_no_pickles(base_folder(base), model.allow_pickles)
         check_base(Path(locate(model)), base, "use the base that the adapter was trained on")
     loaded = load_model(replace(model, model=base or model.model), tokenizer, dtype)
     if base is not None:

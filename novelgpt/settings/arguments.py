@@ -3,15 +3,21 @@
 from __future__ import annotations
 
 import importlib.util
+import json
 import sys
 from dataclasses import dataclass, field
+from pathlib import Path
 from typing import Any, ClassVar, Literal
 
 import torch
 from transformers import TrainingArguments
 
+from novelgpt.settings.build_locks import release_build_locks
 from novelgpt.settings.errors import UserError
 from novelgpt.settings.paths import EMBEDDED_BASE, SAMPLES
+
+# Above it, next to nothing is left of what is dropped out from.
+MOST_DROPOUT = 0.95
 
 
 def _samples(*names: str) -> list[str]:
@@ -33,6 +39,19 @@ def _check_least(arguments: object, leasts: dict[str, int]) -> None:
             raise UserError(f"--{name} {value} is too small", f"take at least {least}")
 
 
+def check_ranges(arguments: object, ranges: dict[str, tuple[float, float]]) -> None:
+    """Raise a UserError where an option lies outside its range, ends included, or is no number (NaN)."""
+    for name, (least, most) in ranges.items():
+        value = vars(arguments)[name]
+        if value is None or least <= value <= most:
+            continue
+        if value > most:
+            raise UserError(f"--{name} {value} is too large", f"take at most {most:g}")
+        too_small = value < least
+        cause = f"--{name} {value} is too small" if too_small else f"--{name} {value} is no number"
+        raise UserError(cause, f"take at least {least:g}" if too_small else f"take one from {least:g} to {most:g}")
+
+
 @dataclass
 class ModelArguments:
     """Which base to load, and how."""
@@ -50,6 +69,9 @@ class ModelArguments:
     )
     hub: Literal["huggingface", "modelscope"] = option(
         "huggingface", "Where names are looked up. modelscope needs `pip install modelscope`."
+    )
+    allow_pickles: bool = option(
+        False, "Read weights from pickles (.bin) where there are no safetensors; tensors only. For sources you trust."
     )
 
 
@@ -133,6 +155,14 @@ class LoraArguments:
         "base has never ended an answer with them; never: refuse such a base.",
     )
 
+    def __post_init__(self) -> None:
+        """Refuse sizes that no adapter has.
+
+        Raises:
+            UserError: names the option.
+        """
+        check_ranges(self, {"lora_rank": (1, 65536), "lora_alpha": (1, 1e6), "lora_dropout": (0, MOST_DROPOUT)})
+
 
 @dataclass
 class TrainArguments(TrainingArguments):
@@ -174,8 +204,18 @@ class TrainArguments(TrainingArguments):
         0, "At each evaluation, answer this many of its rows and log the texts, their ROUGE and repetition; 0 is off."
     )
     predict_max_new_tokens: int = option(256, "Longest of these answers, in tokens.")
+    preflight: bool = option(
+        True,
+        "Before training, look at versions, devices, the model's files, and try the longest micro-batch. "
+        "Off: only what is checked in any case.",
+    )
     guards: bool = option(
         True, "Before step 1, check that the model computes the same in training and evaluation, finite, and learns."
+    )
+    on_non_finite: Literal["stop", "skip"] = option(
+        "stop",
+        "What to do in a step whose loss or gradients are not finite, once its rows are named. skip: leave the step "
+        "out; ten in a row stop all the same.",
     )
     stop_check: int = option(
         20, "After fine-tuning, answer this many training prompts and report how many answers end; 0 is off."
@@ -196,6 +236,7 @@ class TrainArguments(TrainingArguments):
     )
     resume_from_checkpoint: str | None = option(None, "Go on from this checkpoint-N folder.")
     metric_for_best_model: str | None = option("loss", "Figure of evaluations whose best checkpoint is always kept.")
+    logging_nan_inf_filter: bool = option(False, "Log what the last losses were in place of a loss that is NaN.")
     report_to: None | str | list[str] = option("none", "Further loggers (wandb, …). TensorBoard is always on.")
     ddp_find_unused_parameters: bool | None = option(False, "Only for models that leave out weights in some steps.")
     remove_unused_columns: bool = option(False, "Not needed: rows hold tokens only.")
@@ -206,12 +247,15 @@ class TrainArguments(TrainingArguments):
         "per_device_train_batch_size", "per_device_eval_batch_size", "gradient_accumulation_steps", "auto_batch",
         "lr_scheduler_type", "warmup_steps", "weight_decay", "max_grad_norm", "activation_checkpointing", "seed",
         "logging_steps", "eval_strategy", "eval_steps", "eval_on_start", "predict_during_eval",
-        "predict_max_new_tokens", "guards", "stop_check", "stop_check_max_new_tokens", "save_strategy", "save_steps",
-        "save_total_limit", "resume", "resume_from_checkpoint", "deepspeed",
+        "predict_max_new_tokens", "preflight", "guards", "on_non_finite", "stop_check", "stop_check_max_new_tokens",
+        "save_strategy",
+        "save_steps", "save_total_limit", "resume", "resume_from_checkpoint", "deepspeed",
     )  # fmt: skip
 
     def __post_init__(self) -> None:
         """Turn `precision` into the switches of TrainingArguments, and leave pinned memory to machines with a GPU."""
+        if isinstance(self.deepspeed, str) and (self.deepspeed.endswith(".json") or Path(self.deepspeed).exists()):
+            _check_deepspeed_file(Path(self.deepspeed))
         if not torch.accelerator.is_available():
             # Without it, bf16 is refused, and accelerate takes several ranks on CPUs for one process each.
             self.use_cpu = True
@@ -227,6 +271,8 @@ class TrainArguments(TrainingArguments):
         self.checkpointing_is_open = self.activation_checkpointing is None and self.gradient_checkpointing is None
         if self.disable_tqdm is None:
             self.disable_tqdm = not sys.stderr.isatty()
+        if self.deepspeed:
+            release_build_locks()  # DeepSpeed builds when the processes meet, which is now
         output_dir = self.output_dir
         super().__post_init__()
         self.output_dir = output_dir
@@ -237,6 +283,18 @@ class TrainArguments(TrainingArguments):
             raise UserError("--use_liger_kernel needs the package liger-kernel", "pip install liger-kernel")
         chosen = {"rope": True, "rms_norm": True, "swiglu": True, "cross_entropy": False}
         self.liger_kernel_config = chosen | {"fused_linear_cross_entropy": False} | (self.liger_kernel_config or {})
+
+
+def _check_deepspeed_file(path: Path) -> None:
+    """Refuse what DeepSpeed's settings cannot be read from, by its name."""
+    try:
+        settings = json.loads(path.read_text(encoding="utf-8"))
+    except OSError as error:
+        raise UserError(f"--deepspeed {path}: {error.strerror}", "name a JSON file, as scripts/deepspeed/*") from error
+    except ValueError as error:
+        raise UserError(f"--deepspeed {path} is no JSON: {error}", "correct it, or take scripts/deepspeed/*") from error
+    if not isinstance(settings, dict):
+        raise UserError(f"--deepspeed {path} holds no settings by name", "begin it with {, as scripts/deepspeed/*")
 
 
 @dataclass
@@ -274,6 +332,9 @@ class PredictArguments:
     hub: Literal["huggingface", "modelscope"] = option(
         "huggingface", "Where names are looked up. modelscope needs `pip install modelscope`."
     )
+    allow_pickles: bool = option(
+        False, "Read weights from pickles (.bin) where there are no safetensors; tensors only. For sources you trust."
+    )
 
     def __post_init__(self) -> None:
         """Refuse batches and rows of none.
@@ -307,6 +368,7 @@ class GenerationArguments:
             UserError: names the option.
         """
         _check_least(self, {"max_new_tokens": 1, "num_beams": 1, "top_k": 0, "no_repeat_ngram_size": 0})
+        check_ranges(self, {"max_new_tokens": (1, 1e6), "seed": (0, 2**32 - 1)})
         above_zero = ["repetition_penalty", *(["temperature", "top_p"] if self.do_sample else [])]
         for name in above_zero:
             if not vars(self)[name] > 0:

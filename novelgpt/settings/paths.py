@@ -33,6 +33,12 @@ def check_folder_can_be_made(folder: Path, name: str) -> None:
         raise UserError(f"{name}: nothing can be written into {there}", "name a folder that can be written")
 
 
+def existing_folder(path: Path) -> Path:
+    """The path, or the nearest folder above it that is there."""
+    path = path.absolute()
+    return path if path.is_dir() else existing_folder(path.parent)
+
+
 @contextmanager
 def complete_folder(output: Path) -> Iterator[Path]:
     """A folder to fill, which becomes `output` when the block ends; after an error or an interrupt, nothing is there.

@@ -9,6 +9,9 @@ import torch
 
 from novelgpt.text.conversation import IGNORED
 
+# A row's number among the training rows, where they carry one, and those of a batch: not for the model.
+NUMBER, NUMBERS = "number", "numbers"
+
 
 @dataclass
 class Collator:
@@ -23,7 +26,8 @@ class Collator:
     each) or, where rows hold several, "position_ids", which restart at each document and at the padding, with the
     borders that attention must not cross in transformers' terms: "cu_seq_lens_q" and "cu_seq_lens_k", [documents + 1]
     int32, where documents start in the rows laid end to end, then the number of all tokens; "max_length_q" and
-    "max_length_k", tokens of the longest.
+    "max_length_k", tokens of the longest. Where rows carry a "number", "numbers" lists them, to be taken out before the
+    model gets the batch.
     """
 
     pad_token_id: int
@@ -35,6 +39,8 @@ class Collator:
             "input_ids": _pad([row["input_ids"] for row in rows], longest, self.pad_token_id),
             "labels": _pad([row["labels"] for row in rows], longest, IGNORED),
         }
+        if all(NUMBER in row for row in rows):
+            batch[NUMBERS] = [row[NUMBER] for row in rows]
         if not all("position_ids" in row for row in rows):
             return batch | {"attention_mask": _pad([[1] * len(row["input_ids"]) for row in rows], longest, 0)}
         positions = torch.stack(

@@ -31,10 +31,13 @@ class EncodedRow:
     where a template puts nothing after an answer (Baichuan2), the label at the token after it, which begins the next
     question, is the end token, while the input there stays what it is. So the answer's last token learns to end, and
     the trained labels still read: answer, end token.
+
+    source: file and row that it came from, as errors name them.
     """
 
     input_ids: list[int]
     labels: list[int]
+    source: str = field(default="", compare=False)
 
     def extend(self, ids: list[int], trained: bool) -> None:
         """Append tokens, all trained or all not."""

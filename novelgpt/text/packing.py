@@ -7,14 +7,14 @@ from collections.abc import Sequence
 
 import numpy
 import torch
-from torch.utils.data import Dataset
 
 from novelgpt.text.conversation import IGNORED, EncodedRow
+from novelgpt.text.origins import TracedRows, names_across, unique
 from novelgpt.text.statistics import TokenCounts
 from novelgpt.text.token_files import TokenArray, TokenText
 
 
-class PackedBlocks(Dataset[dict[str, torch.Tensor]]):
+class PackedBlocks(TracedRows):
     """Blocks of `max_length` tokens cut from documents laid end to end. No token is lost.
 
     Neighbouring blocks share one token, untrained in the later one, so that every token but the first of each document
@@ -40,7 +40,7 @@ class PackedBlocks(Dataset[dict[str, torch.Tensor]]):
         return blocks
 
     def _lay_out(self, text: TokenText, max_length: int, mixed: bool) -> None:
-        self.tokens, self.starts = text
+        self.tokens, self.starts, self.parts = text
         self.mixed = mixed
         borders = numpy.array([0]) if mixed else self.starts
         self.spans = _spans(borders, numpy.append(borders[1:], len(self.tokens)), max_length)
@@ -51,7 +51,7 @@ class PackedBlocks(Dataset[dict[str, torch.Tensor]]):
     def subset(self, blocks: range | numpy.ndarray) -> PackedBlocks:
         """The same text, of which only these blocks are seen; they are numbered upwards."""
         part = PackedBlocks.__new__(PackedBlocks)
-        part.tokens, part.starts, part.mixed = self.tokens, self.starts, self.mixed
+        part.tokens, part.starts, part.parts, part.mixed = self.tokens, self.starts, self.parts, self.mixed
         part.spans = self.spans[numpy.asarray(blocks, dtype=numpy.int64)]
         return part
 
@@ -71,6 +71,11 @@ class PackedBlocks(Dataset[dict[str, torch.Tensor]]):
             origin[document_starts] = document_starts
             row["position_ids"] = positions - origin.cummax(0).values
         return row
+
+    def origins(self, index: int, begin: int = 0, end: int | None = None) -> list[str]:
+        """Rows and lines, as exactly as the text was encoded: in pieces of about 4,000 characters."""
+        first, stop = self.spans[index].tolist()
+        return names_across(self.parts, first + begin, stop if end is None else min(first + end, stop))
 
     def counts(self) -> TokenCounts:
         """Tokens of the text that these blocks span; the first of each document, and of all, has no prediction."""
@@ -97,7 +102,7 @@ def _spans(begins: numpy.ndarray, ends: numpy.ndarray, max_length: int) -> numpy
     return numpy.stack([starts, numpy.minimum(starts + max_length, numpy.repeat(ends, counts))], axis=1)
 
 
-class PackedRows(Dataset[dict[str, torch.Tensor]]):
+class PackedRows(TracedRows):
     """Whole rows fitted into packs of at most `max_length` tokens; no row is cut.
 
     Args:
@@ -124,6 +129,17 @@ class PackedRows(Dataset[dict[str, torch.Tensor]]):
             "labels": torch.cat([torch.tensor([IGNORED, *row.labels[1:]]) for row in rows]),
             "position_ids": torch.cat([torch.arange(len(row.input_ids)) for row in rows]),
         }
+
+    def origins(self, index: int, begin: int = 0, end: int | None = None) -> list[str]:
+        """Files and rows of the conversations in the pack."""
+        found = []
+        start = 0
+        for number in self.packs[index]:
+            stop = start + len(self.rows[number].input_ids)
+            if begin < stop and (end is None or start < end) and self.rows[number].source:
+                found.append(self.rows[number].source)
+            start = stop
+        return unique(found)
 
     def fill(self) -> float:
         """Share of the packs' tokens that rows take."""

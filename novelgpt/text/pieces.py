@@ -17,6 +17,7 @@ from typing import NamedTuple
 import numpy
 from transformers import PreTrainedTokenizerBase, PreTrainedTokenizerFast
 
+from novelgpt.text.origins import Origin, TextMarks
 from novelgpt.text.tokenizer import document_end_id, encode
 
 # Of characters. Pieces are small enough to share out evenly; a batch keeps the cores busy and takes about 50 MB.
@@ -34,6 +35,7 @@ class Piece(NamedTuple):
     text: str
     begins: bool
     ends: bool
+    origin: Origin = Origin("", "")
 
 
 class Unfinished(NamedTuple):
@@ -57,26 +59,46 @@ class DocumentCutter:
     def __init__(self, in_pieces: bool, unfinished: Unfinished | None = None) -> None:
         self.in_pieces = in_pieces
         self.unfinished = unfinished
+        self._origin: Origin | None = None  # of what is unfinished
 
-    def add(self, text: str, book: str) -> Iterator[Piece]:
-        """Pieces that are settled now; a text without a book is a document of its own."""
+    def add(self, text: str, book: str, where: str = "", lines: bool = False) -> Iterator[Piece]:
+        """Pieces that are settled now; a text without a book is a document of its own.
+
+        Args:
+            text: whatever its length.
+            book: that it belongs to.
+            where: the row that it is, for the origins of pieces.
+            lines: `where` is a whole file, of which pieces name their lines.
+        """
+        line = 1 + len(text) - len(text.lstrip("\n"))  # of the file
         text = text.strip("\n")
         last, begins = self.unfinished, True
+        first = where
         if last is not None and book and last.book == book:
             text, begins = f"{last.text}\n\n{text}", last.begins
+            first = self._origin.first if self._origin else where
         else:
             yield from self.end()
+
+        def origin(begin: int, end: int) -> Origin:
+            nonlocal line
+            if not lines:
+                return Origin(where if begin else first, where)
+            top, line = line, line + text.count("\n", begin, end)
+            return Origin(f"{where}:{top}", f"{where}:{max(top, line - text.endswith(chr(10), begin, end))}")
+
         begin = 0
         while self.in_pieces and (cut := _CUT.search(text, begin + PIECE)):
-            yield Piece(text[begin : cut.end()], begins, False)
+            yield Piece(text[begin : cut.end()], begins, False, origin(begin, cut.end()))
             begin, begins = cut.end(), False
         self.unfinished = Unfinished(book, text[begin:], begins)
+        self._origin = origin(begin, len(text))
 
     def end(self) -> Iterator[Piece]:
         """The last piece of the document, if there is one."""
         if self.unfinished is not None:
-            yield Piece(self.unfinished.text, self.unfinished.begins, True)
-            self.unfinished = None
+            yield Piece(self.unfinished.text, self.unfinished.begins, True, self._origin or Origin("", ""))
+            self.unfinished = self._origin = None
 
 
 def cuts_are_exact(tokenizer: PreTrainedTokenizerBase) -> bool:
@@ -123,34 +145,56 @@ class PieceEncoder:
         self.in_pieces = cuts_are_exact(tokenizer)
         self.dtype, self.end = token_type(tokenizer), document_end_id(tokenizer)
 
-    def encode(self, pieces: Iterable[Piece]) -> Iterator[tuple[numpy.ndarray, list[int]]]:
+    def encode(
+        self, pieces: Iterable[Piece], marks: TextMarks | None = None
+    ) -> Iterator[tuple[numpy.ndarray, list[int]]]:
         """Tokens of the pieces end to end, in batches, with the end token behind each document.
+
+        Args:
+            pieces: of documents.
+            marks: gets the origins of the pieces.
 
         Yields:
             tokens [any number], of `dtype`, and the places in them where documents begin.
         """
         encode("字", self.tokenizer)  # which clears away limits of length that the tokenizer's file may set
         fast = isinstance(self.tokenizer, PreTrainedTokenizerFast)
-        waiting: deque[Future[tuple[numpy.ndarray, list[int]]]] = deque()
+        waiting: deque[tuple[list[Piece], Future[tuple[numpy.ndarray, list[int], list[int]]]]] = deque()
+        count = 0
+
+        def settle() -> tuple[numpy.ndarray, list[int]]:
+            nonlocal count
+            batch, future = waiting.popleft()
+            tokens, begins, starts = future.result()
+            for piece, start in zip(batch, starts, strict=True):
+                if marks is not None:
+                    marks.add(count + start, piece.origin)
+            count += len(tokens)
+            return tokens, begins
+
         with ThreadPoolExecutor(AT_ONCE if fast else 1) as pool:
             for batch in _batches(pieces):
-                waiting.append(pool.submit(self._encode_batch, batch))
+                waiting.append((batch, pool.submit(self._encode_batch, batch)))
                 if len(waiting) > AT_ONCE:
-                    yield waiting.popleft().result()
+                    yield settle()
             while waiting:
-                yield waiting.popleft().result()
+                yield settle()
 
-    def _encode_batch(self, batch: list[Piece]) -> tuple[numpy.ndarray, list[int]]:
+    def _encode_batch(self, batch: list[Piece]) -> tuple[numpy.ndarray, list[int], list[int]]:
+        """Tokens, and the places in them where documents and where pieces begin."""
         # An array of the standard library takes lists of numbers at twice the speed of numpy's.
         tokens = array("H" if self.dtype.itemsize == 2 else "I")
         begins: list[int] = []
+        starts: list[int] = []
         for piece, ids in zip(batch, encode_texts([piece.text for piece in batch], self.tokenizer), strict=True):
+            starts.append(len(tokens))
             if piece.begins:
                 begins.append(len(tokens))
             tokens.extend(ids)
             if piece.ends:
                 tokens.append(self.end)
-        return numpy.frombuffer(tokens, self.dtype.newbyteorder("=")).astype(self.dtype, copy=False), begins
+        made = numpy.frombuffer(tokens, self.dtype.newbyteorder("=")).astype(self.dtype, copy=False)
+        return made, begins, starts
 
 
 def _batches(pieces: Iterable[Piece]) -> Iterator[list[Piece]]:

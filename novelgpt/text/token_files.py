@@ -1,7 +1,8 @@
 """Tokens on disk, mapped into memory: training starts at once, and the processes of a host share one copy.
 
-A folder holds manifest.json and shards/NAME/ with `tokens` (flat, little-endian unsigned integers) and `starts.npy`
-(int64, where documents begin in them). The manifest names the shards of each split in order, and the tokenizer.
+A folder holds manifest.json and shards/NAME/ with `tokens` (flat, little-endian unsigned integers), `starts.npy`
+(int64, where documents begin in them) and `origins.jsonl` (the rows that they were made of). The manifest names the
+shards of each split in order, and the tokenizer.
 """
 
 from __future__ import annotations
@@ -16,11 +17,12 @@ import numpy
 from transformers import PreTrainedTokenizerBase
 
 from novelgpt.settings.errors import UserError
+from novelgpt.text.origins import SavedMarks, TokenOrigins
 from novelgpt.text.pieces import PieceEncoder, encode_texts
 from novelgpt.text.tokenizer import document_end_id
 
 KIND, VERSION = "novelgpt tokens", 1
-MANIFEST, SHARDS, TOKENS, STARTS = "manifest.json", "shards", "tokens", "starts.npy"
+MANIFEST, SHARDS, TOKENS, STARTS, ORIGINS = "manifest.json", "shards", "tokens", "starts.npy", "origins.jsonl"
 # Of the vocabulary, about so many tokens go into the text that tokenizers are told apart by.
 _TRIED = 20_000
 _PROBE = "第一回　甄士隐梦幻识通灵\n\n　　“你好！”他说：《红楼梦》共120回。\n\t  It's 3.14 — don't 😀\r\n繁體，龘𠮷……"
@@ -63,22 +65,28 @@ def _map(path: Path, dtype: str) -> numpy.ndarray:
 
 
 class TokenText(NamedTuple):
-    """Documents end to end: their tokens, and [documents] int64, where each begins in them."""
+    """Documents end to end: their tokens, and [documents] int64, where each begins in them.
+
+    `origins` tell where the tokens came from, in parts of so many tokens each; there may be none.
+    """
 
     tokens: TokenArray
     starts: numpy.ndarray
+    origins: Sequence[tuple[int, TokenOrigins]] = ()
 
 
 def join_texts(texts: Iterable[TokenText]) -> TokenText:
     """Texts end to end."""
     parts: list[numpy.ndarray] = []
     starts = [numpy.zeros(0, numpy.int64)]
+    origins: list[tuple[int, TokenOrigins]] = []
     count = 0
     for text in texts:
         parts += text.tokens.parts
         starts.append(text.starts + count)
+        origins += text.origins
         count += len(text.tokens)
-    return TokenText(TokenArray(parts), numpy.concatenate(starts))
+    return TokenText(TokenArray(parts), numpy.concatenate(starts), origins)
 
 
 def tokenizer_digest(tokenizer: PreTrainedTokenizerBase) -> str:
@@ -156,4 +164,8 @@ def _open_shard(folder: Path, shard: dict[str, Any], dtype: str) -> TokenText:
         complete = False
     if not complete or len(starts) != shard["documents"]:
         raise UserError(f"{path} is damaged or missing", "run the same `python -m dataset tokens` again: it mends that")
-    return TokenText(TokenArray([_map(path / TOKENS, dtype)]), starts)
+    # Folders of older versions do not know what their shards were made of.
+    made_from = shard.get("file") or f"{path}"
+    return TokenText(
+        TokenArray([_map(path / TOKENS, dtype)]), starts, [(shard["tokens"], SavedMarks(path / ORIGINS, made_from))]
+    )

@@ -3,20 +3,42 @@
 from __future__ import annotations
 
 import json
+import threading
 import time
+from collections.abc import Iterator
+from contextlib import contextmanager
 from datetime import timedelta
 from pathlib import Path
 from typing import Any
 
+from tensorboard.summary.writer import event_file_writer
+from torch.utils.tensorboard import SummaryWriter
 from tqdm import tqdm
 from transformers import ProgressCallback, TrainerCallback, TrainerControl, TrainerState, TrainingArguments
 from transformers.integrations import TensorBoardCallback
 
 from novelgpt.scoring.rouge import METRICS
 from novelgpt.training.loss_plot import draw_losses
+from novelgpt.training.run_folder import only_json
 
 # The plot may take this share of the run's time.
 PLOT_SHARE = 0.02
+
+
+@contextmanager
+def dispensable(told: set[str], what: str) -> Iterator[None]:
+    """What fails to be written within is told once, and training goes on: a full disk ends it where weights are saved.
+
+    Args:
+        told: what was told already.
+        what: is written.
+    """
+    try:
+        yield
+    except OSError as error:
+        if what not in told:
+            told.add(what)
+            tqdm.write(f"{what} cannot be written any more ({error.strerror or error}); training goes on")
 
 
 class RunRecorder(TrainerCallback):
@@ -25,7 +47,9 @@ class RunRecorder(TrainerCallback):
     def __init__(self, folder: Path) -> None:
         self.folder = folder
         self.history: list[dict[str, Any]] = []
+        self.trained = False  # a step at least
         self.next_plot = 0.0
+        self.told: set[str] = set()
 
     def on_train_begin(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **_: Any) -> None:
         """Go on from the entries of the checkpoint; what was written after it is written again."""
@@ -49,22 +73,62 @@ class RunRecorder(TrainerCallback):
             return
         entry = {"step": state.global_step, **logs}
         self.history.append(entry)
-        with (self.folder / "metrics.jsonl").open("a", encoding="utf-8") as file:
-            file.write(json.dumps(entry, ensure_ascii=False) + "\n")
+        self.write(entry)
         if time.monotonic() >= self.next_plot:
             self.draw()
+
+    def on_step_end(self, *arguments: Any, **keywords: Any) -> None:
+        """From here on there is something to keep."""
+        self.trained = True
+
+    def write(self, entry: dict[str, Any]) -> None:
+        """Append a line to metrics.jsonl. A number that is not finite is null there: JSON has no word for it."""
+        with (
+            dispensable(self.told, "metrics.jsonl"),
+            (self.folder / "metrics.jsonl").open("a", encoding="utf-8") as file,
+        ):
+            file.write(json.dumps(only_json(entry), ensure_ascii=False, allow_nan=False) + "\n")
 
     def draw(self) -> None:
         """Redraw loss.png now."""
         begin = time.monotonic()
-        draw_losses(self.history, self.folder / "loss.png")
+        with dispensable(self.told, "loss.png"):
+            draw_losses(self.history, self.folder / "loss.png")
         now = time.monotonic()
         # The first drawings come at step 1, whatever they cost: loading the plotting library is most of it.
         self.next_plot = 0.0 if self.history[-1]["step"] <= 1 else now + (now - begin) / PLOT_SHARE
 
 
 class Curves(TensorBoardCallback):
-    """TensorBoard events by a writer of the caller, who closes it."""
+    """TensorBoard events by a writer of the caller, who closes it by `close`."""
+
+    def __init__(self, writer: SummaryWriter) -> None:
+        super().__init__(writer)
+        self.writer = writer
+        self.told: set[str] = set()
+        self._hook = threading.excepthook
+        threading.excepthook = self._on_error_in_thread
+
+    def on_train_begin(self, *arguments: Any, **keywords: Any) -> None:
+        """Write the settings."""
+        with dispensable(self.told, "TensorBoard's events"):
+            super().on_train_begin(*arguments, **keywords)
+
+    def on_log(self, *arguments: Any, **keywords: Any) -> None:
+        """Write the figures. The writer's thread hands on its errors at a later call."""
+        with dispensable(self.told, "TensorBoard's events"):
+            super().on_log(*arguments, **keywords)
+
+    def close(self) -> None:
+        """Write what is left."""
+        with dispensable(self.told, "TensorBoard's events"):
+            self.writer.close()
+        threading.excepthook = self._hook
+
+    def _on_error_in_thread(self, arguments: Any) -> None:
+        """Errors of the writer's thread come again at the next call, where they are told in one line."""
+        if type(arguments.thread).__module__ != event_file_writer.__name__:
+            self._hook(arguments)
 
     def on_train_end(self, *arguments: Any, **keywords: Any) -> None:
         """Stay open: an evaluation may follow, whose events the stock callback would write to a folder of its own."""

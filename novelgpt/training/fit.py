@@ -32,6 +32,7 @@ from novelgpt.training.base_recorder import BaseRecorder
 from novelgpt.training.callbacks import Curves, Progress, ProgressLines, RunRecorder
 from novelgpt.training.checkpoints.folders import checkpoints
 from novelgpt.training.forward_checks import check_packing
+from novelgpt.training.longest_batch import rows_to_try
 from novelgpt.training.memory_plan import MemoryPlan
 from novelgpt.training.run_folder import finish_run_folder, start_run_folder, stop_run_folder
 from novelgpt.training.sample_predictions import SamplePredictions
@@ -72,7 +73,7 @@ def fit(
         return _fit_into(folder, recorder, stop, model, tokenizer, train, valid, run, plan, resumed)
     except (UserError, Stopped) as error:
         if is_first_process():
-            nothing = resumed is None and not any("loss" in entry for entry in recorder.history)
+            nothing = resumed is None and not recorder.trained
             if nothing and not checkpoints(folder):
                 shutil.rmtree(folder)  # before the first step: what is there looks like a run
             elif isinstance(error, Stopped):
@@ -102,10 +103,12 @@ def _fit_into(
     # What a run that is gone on with had written after its checkpoint is not shown.
     begin = int(resumed.rpartition("-")[2]) + 1 if resumed is not None else None
     writer = SummaryWriter(str(folder / "logs"), purge_step=begin) if training.process_index == 0 else None
+    curves = None if writer is None else Curves(writer)
     try:
         _set_end_tokens(base_model(model), tokenizer)
         trainer = NovelTrainer(
             samples=SamplePredictions(valid, tokenizer, training, folder, writer),
+            longest=rows_to_try(plan.lengths, training) if training.preflight else [],
             characters=trained_characters(valid, tokenizer),
             model=model,
             args=training,
@@ -115,11 +118,12 @@ def _fit_into(
             processing_class=tokenizer,
             callbacks=[recorder, base_recorder, stop],
             complete=base_recorder.record,
+            note=recorder.write if training.process_index == 0 else None,
         )
         trainer.remove_callback(PrinterCallback if training.disable_tqdm else ProgressCallback)
         trainer.add_callback(ProgressLines() if training.disable_tqdm else Progress())
-        if writer is not None:
-            trainer.add_callback(Curves(writer))
+        if curves is not None:
+            trainer.add_callback(curves)
         outcome = trainer.train(resume_from_checkpoint=resumed)
         last = trainer.state.log_history
         if not any("eval_loss" in entry and entry["step"] == trainer.state.global_step for entry in last):
@@ -132,8 +136,8 @@ def _fit_into(
     finally:
         if recorder.history:
             recorder.draw()
-        if writer is not None:
-            writer.close()
+        if curves is not None:
+            curves.close()
     results = _results(trainer.state.log_history, outcome.metrics)
     if trainer.is_world_process_zero():
         finish_run_folder(folder, results)
@@ -145,9 +149,9 @@ def _fit_into(
 def _show(results: dict[str, float], memory: str, folder: Path) -> None:
     """What came out, and where it lies."""
     console = Console(soft_wrap=True)
+    start = f"{results['start_eval_loss']:.4f} -> " if "start_eval_loss" in results else ""
     console.print(
-        f"[bold]Done.[/bold] eval loss {results.get('start_eval_loss', float('nan')):.4f} -> "
-        f"{results['eval_loss']:.4f}, perplexity {results['eval_perplexity']:.2f}\n"
+        f"[bold]Done.[/bold] eval loss {start}{results['eval_loss']:.4f}, perplexity {results['eval_perplexity']:.2f}\n"
         f"  {memory}\n"
         f"  weights       {folder}\n  curve         {folder / 'loss.png'}\n"
         f"  all figures   {Path(sys.executable).with_name('tensorboard')} --logdir {folder.parent}"

@@ -2,13 +2,36 @@
 
 from __future__ import annotations
 
+import math
 from pathlib import Path
 
+from novelgpt.model.hub import locate
 from novelgpt.model.loading import adapter_base, longest_row, read_config
+from novelgpt.model.pickles import check_no_pickles
+from novelgpt.settings.arguments import TrainArguments, check_ranges
 from novelgpt.settings.errors import UserError
 from novelgpt.settings.runs import TrainingRun
 from novelgpt.training.run_folder import choose_run_folder
 from novelgpt.training.shared_folder import check_shared_folder
+
+MOST_STEPS = 1e12
+RANGES: dict[str, tuple[float, float]] = {
+    "predict_during_eval": (0, 1e6),
+    "predict_max_new_tokens": (1, 1e6),
+    "stop_check": (0, 1e6),
+    "stop_check_max_new_tokens": (1, 1e6),
+    "per_device_train_batch_size": (1, 1e6),
+    "per_device_eval_batch_size": (1, 1e6),
+    "gradient_accumulation_steps": (1, 1e6),
+    "learning_rate": (0, 1),
+    "num_train_epochs": (0, 1e6),
+    "weight_decay": (0, 1),
+    "max_grad_norm": (0, math.inf),
+    "warmup_steps": (0, MOST_STEPS),
+    "save_total_limit": (0, 1e6),
+    "dataloader_num_workers": (0, 1024),
+    "seed": (0, 2**32 - 1),
+}
 
 
 def check_before_launch(run: TrainingRun) -> None:
@@ -18,21 +41,17 @@ def check_before_launch(run: TrainingRun) -> None:
         UserError: otherwise.
     """
     for name in (*run.data.train_files, *run.data.valid_files):
-        if not Path(name).exists():
-            raise UserError(f"{name} is no file", "check the path; relative ones start where you type")
+        if not name or not _exists(name):
+            raise UserError(f"{name or repr(name)} is no file", "check the path; relative ones start where you type")
     if not 0 < run.data.valid_fraction < 1:
         raise UserError(f"--valid_fraction {run.data.valid_fraction} is no share", "take a number between 0 and 1")
-    leasts = {"predict_during_eval": 0, "predict_max_new_tokens": 1, "stop_check": 0, "stop_check_max_new_tokens": 1}
-    leasts |= {"per_device_train_batch_size": 1, "per_device_eval_batch_size": 1, "gradient_accumulation_steps": 1}
-    for name, least in (leasts | {"learning_rate": 0}).items():
-        value = vars(run.training)[name]
-        if value is not None and value < least:
-            raise UserError(f"--{name} {value} is too small", f"take at least {least}")
+    _check_numbers(run.training)
     if adapter_base(run.model.model) is not None:
         raise UserError(
             f"{run.model.model} is an adapter, not a base",
             "merge it first: python -m finetune_lora.merge ADAPTER OUTPUT, then train on OUTPUT",
         )
+    check_no_pickles(Path(locate(run.model)), run.model.allow_pickles)
     longest = longest_row(read_config(run.model))
     if longest is not None and run.data.max_length > longest:
         raise UserError(
@@ -41,3 +60,25 @@ def check_before_launch(run: TrainingRun) -> None:
         )
     choose_run_folder(run)
     check_shared_folder(Path(str(run.training.output_dir)))
+
+
+def _check_numbers(training: TrainArguments) -> None:
+    """Each number lies where training makes something of it; NaN lies nowhere."""
+    check_ranges(training, RANGES)
+    if training.max_steps != -1:
+        check_ranges(training, {"max_steps": (1, MOST_STEPS)})
+    elif not training.num_train_epochs > 0:
+        raise UserError(f"--num_train_epochs {training.num_train_epochs} is too small", "take more than 0")
+    intervals = {"logging": training.logging_strategy, "eval": training.eval_strategy, "save": training.save_strategy}
+    for name, strategy in intervals.items():
+        every = vars(training)[f"{name}_steps"]
+        if strategy == "steps" and every is not None and not 0 < every < math.inf:
+            raise UserError(f"--{name}_steps {every} is no distance", "take a number of steps, or a share below 1")
+
+
+def _exists(name: str) -> bool:
+    """Whether there is a file or folder of that name; names that no file can have are of none."""
+    try:
+        return Path(name).exists()
+    except OSError:
+        return False

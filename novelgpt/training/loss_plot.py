@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from pathlib import Path
 from typing import Any
 
@@ -20,7 +21,8 @@ def draw_losses(history: list[dict[str, Any]], path: Path) -> None:
     FigureCanvasAgg(figure)
     axes = figure.add_subplot()
     for key, label, style in (("loss", "training", "-"), ("eval_loss", "evaluation", "o-")):
-        points = [(entry["step"], entry[key]) for entry in history if key in entry]
+        # As entries may come from JSON, which has no word for numbers that are not finite; they are gaps.
+        points = [(entry["step"], math.nan if entry[key] is None else entry[key]) for entry in history if key in entry]
         if points:
             steps, losses = zip(*points, strict=True)
             axes.plot(steps, losses, style if len(points) > 1 else "o", label=label, markersize=4, linewidth=1.5)

@@ -21,7 +21,15 @@ from novelgpt.training.live_bytes import Heap
 from novelgpt.training.simulated_model import SimulatedModel
 
 # Bytes of optimizer states for a trained weight; AdamW's two fp32 moments where the optimizer is not named here.
-OPTIMIZER_BYTES = {"sgd": 0, "adafactor": 0, "adamw_8bit": 2, "adamw_bnb_8bit": 2, "paged_adamw_8bit": 2}
+OPTIMIZER_BYTES = (
+    dict.fromkeys(("sgd", "adafactor", "lomo", "adalomo", "galore_adafactor", "galore_adafactor_layerwise"), 0)
+    | dict.fromkeys(("adamw_torch_4bit", "lion_8bit", "paged_lion_8bit", "rmsprop_bnb_8bit"), 1)
+    | dict.fromkeys(("adamw_8bit", "adamw_bnb_8bit", "paged_adamw_8bit", "adamw_torch_8bit"), 2)
+    | dict.fromkeys(("ademamix_8bit", "paged_ademamix_8bit"), 3)
+    | dict.fromkeys(("lion_32bit", "paged_lion_32bit", "rmsprop", "rmsprop_bnb", "rmsprop_bnb_32bit", "adagrad"), 4)
+    | dict.fromkeys(("schedule_free_sgd",), 4)
+    | dict.fromkeys(("ademamix", "paged_ademamix_32bit", "grokadamw"), 12)
+)
 ADAMW_BYTES = 8
 # What a process comes to hold beside its tensors once it trains. On CPUs: libraries that are loaded late (Trainer,
 # TensorBoard, plots) and work space of matrix products. On CUDA: work space of cuBLAS.

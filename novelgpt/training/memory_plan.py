@@ -90,17 +90,20 @@ class MemoryPlan:
 
     Attributes:
         estimate: the peak with the run's settings; None where the model cannot be simulated.
+        lengths: tokens of the rows; of the first packs, which are about as long as the others, where rows are packed.
         tokens: of the longest row.
         capacity: bytes of the device that this process may take.
+        model: the simulated one, on the first process; None where the architecture cannot be simulated.
     """
 
     def __init__(self, run: TrainingRun, train: Dataset[Any]) -> None:
         self.training, self.packed = run.training, run.data.packing
         self.device = run.training.device
         self.estimate: MemoryEstimate | None = None
-        self.tokens = _longest(train, run.data.max_length if run.data.packing else None)
+        self.lengths = _lengths(train, run.data.max_length if run.data.packing else None)
+        self.tokens = max(self.lengths)
         self.capacity = available_memory(self.device)
-        self._model: SimulatedModel | None = None  # on the first process
+        self.model: SimulatedModel | None = None
         # Elsewhere a step that fails for want of memory ends the process, or the weights are spread over several.
         self._can_try = self.device.type == "cuda" and not self.training.deepspeed
 
@@ -112,7 +115,7 @@ class MemoryPlan:
         """
         chosen = copy.copy(self.training)
         try:
-            self._model = build()
+            self.model = build()
             if chosen.auto_batch:
                 chosen = with_rows(chosen, 1)
             estimate = self._estimate(chosen)
@@ -145,7 +148,7 @@ class MemoryPlan:
         set_micro_batch(self.training, rows)
         if is_first_process():
             print(f"auto_batch: {_batch_line(self.training, self.tokens)}")
-            if changed and self._model is not None and self.estimate is not None:
+            if changed and self.model is not None and self.estimate is not None:
                 self.estimate = self._estimate(self.training)
 
     def compare(self, measured: int) -> str:
@@ -154,8 +157,8 @@ class MemoryPlan:
         return line if self.estimate is None else f"{line}, estimated {_gigabytes(self.estimate.total)}"
 
     def _estimate(self, training: TrainArguments) -> MemoryEstimate:
-        assert self._model is not None
-        return estimate_memory(self._model, training, self.tokens, self.packed)
+        assert self.model is not None
+        return estimate_memory(self.model, training, self.tokens, self.packed)
 
     def _most_rows(self, chosen: TrainArguments, one: MemoryEstimate) -> int:
         share = (TRIED_SHARE if self._can_try else ESTIMATED_SHARE) * self.capacity
@@ -225,13 +228,13 @@ def available_memory(device: torch.device) -> int:
     return held + left // int(os.environ.get("LOCAL_WORLD_SIZE", "1"))
 
 
-def _longest(train: Dataset[Any], packed_length: int | None) -> int:
-    """Tokens of the longest row; of the first packs, which are about as long as the others, where rows are packed."""
+def _lengths(train: Dataset[Any], packed_length: int | None) -> list[int]:
+    """Tokens of the rows; of the first packs, which are about as long as the others, where rows are packed."""
     if isinstance(train, PackedBlocks):
-        return max(train.counts().lengths)
+        return train.counts().lengths
     count = len(train)  # type: ignore[arg-type]
     looked_up = range(count if packed_length is None else min(count, MOST_PACKS))
-    return max(len(train[index]["input_ids"]) for index in looked_up)
+    return [len(train[index]["input_ids"]) for index in looked_up]
 
 
 def _batch_line(training: TrainArguments, tokens: int) -> str:

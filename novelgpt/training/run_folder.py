@@ -7,6 +7,7 @@ import fcntl
 import functools
 import hashlib
 import json
+import math
 import os
 import platform
 import shutil
@@ -97,6 +98,15 @@ def read_run(folder: Path) -> dict[str, Any] | None:
     except (OSError, ValueError) as error:
         raise UserError(f"{path} cannot be read: {error}", "delete it, or the folder, if it is of no use") from error
     return description
+
+
+def only_json(value: Any) -> Any:
+    """The same with None for numbers that are not finite, for which JSON has no word."""
+    if isinstance(value, dict):
+        return {key: only_json(part) for key, part in value.items()}
+    if isinstance(value, (list, tuple)):
+        return [only_json(part) for part in value]
+    return None if isinstance(value, float) and not math.isfinite(value) else value
 
 
 def newest_finetuning(root: Path = OUTPUT) -> Path | None:
@@ -262,6 +272,6 @@ def _git_commit() -> str | None:
 
 def _write(folder: Path, description: dict[str, Any]) -> None:
     unfinished = folder / "run.json.partial"
-    text = json.dumps(description, ensure_ascii=False, indent=2, default=str)
+    text = json.dumps(only_json(description), ensure_ascii=False, indent=2, default=str)
     unfinished.write_text(text + "\n", encoding="utf-8")
     unfinished.replace(folder / "run.json")

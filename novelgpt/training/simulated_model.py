@@ -8,7 +8,7 @@ from collections.abc import Callable, Iterator
 from typing import Any
 
 import torch
-from peft import PeftModel
+from peft import PeftModel, get_peft_model_state_dict
 from torch import nn
 from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.nn import functional
@@ -45,6 +45,8 @@ class SimulatedModel:
     Attributes:
         device: of the run.
         trained: numbers and bytes of the trained tensors of all layers.
+        saved: bytes of what `save_pretrained` writes: all weights, or those of the adapter.
+        shared: bytes of the weights that have a second name, as a head that is the embedding.
     """
 
     def __init__(
@@ -74,6 +76,10 @@ class SimulatedModel:
             _fill(self._model, device)
         loss.attach_chunked_loss(base, not changes_logits(base.config))
         inner = list(self._layers[1].parameters()) * self._left_out if self._left_out else []
+        self.saved = _saved_bytes(self._model) + sum(
+            parameter.nbytes for parameter in inner if parameter.requires_grad or self._model is base
+        )
+        self.shared = _shared_bytes(self._model)
         self._missing = [(parameter.nbytes, parameter.requires_grad) for parameter in inner]
         self.trained = [
             (parameter.numel(), parameter.nbytes)
@@ -121,6 +127,22 @@ def _fill(model: nn.Module, device: torch.device) -> None:
     for (first, first_name), *others in shared:
         for part, name in others:
             setattr(part, name, getattr(first, first_name))
+
+
+def _saved_bytes(model: nn.Module) -> int:
+    """Of the tensors that are saved; those that share their values count once."""
+    if isinstance(model, PeftModel):
+        return sum(tensor.nbytes for tensor in get_peft_model_state_dict(model).values())
+    tensors = [*model.parameters(), *model.buffers()]
+    saved = {id(tensor) for tensor in model.state_dict(keep_vars=True).values()}
+    return sum(tensor.nbytes for tensor in tensors if id(tensor) in saved)
+
+
+def _shared_bytes(model: nn.Module) -> int:
+    if isinstance(model, PeftModel):
+        return 0
+    tensors = list(model.state_dict(keep_vars=True).values())
+    return sum(tensor.nbytes for tensor in tensors) - sum({id(tensor): tensor.nbytes for tensor in tensors}.values())
 
 
 def _shortened(base: PreTrainedModel) -> tuple[list[nn.Module], int]:

@@ -7,12 +7,14 @@ ranks together.
 from __future__ import annotations
 
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from functools import partial
 from typing import Any, cast
 
 import numpy
 import torch
+from accelerate.optimizer import AcceleratedOptimizer
+from accelerate.utils import DistributedType
 from peft import PeftModel
 from torch import nn
 from transformers import (
@@ -27,10 +29,14 @@ from transformers import (
 
 from novelgpt.scoring.perplexity import row_sums, summarise
 from novelgpt.settings.arguments import TrainArguments
+from novelgpt.text.collator import NUMBERS
 from novelgpt.training.checkpoints.trainer import CheckpointTrainer
 from novelgpt.training.forward_checks import head_is_last
 from novelgpt.training.guards import GradientWatch, check_forward, check_vocabulary
+from novelgpt.training.longest_batch import try_batch
 from novelgpt.training.loss import attach_chunked_loss
+from novelgpt.training.numbers import StepWatch
+from novelgpt.training.row_losses import DocumentLoss, MicroBatch, NumberedRows, document_losses
 from novelgpt.training.sample_predictions import SamplePredictions
 from novelgpt.training.signals import EvaluationStopped
 from novelgpt.training.throughput import Throughput
@@ -40,21 +46,36 @@ class NovelTrainer(CheckpointTrainer):
     """Trainer whose metrics are token-weighted and whose evaluation keeps three numbers a row."""
 
     def __init__(
-        self, *, samples: SamplePredictions | None = None, characters: int | None = None, **arguments: Any
+        self,
+        *,
+        samples: SamplePredictions | None = None,
+        characters: int | None = None,
+        note: Callable[[dict[str, Any]], None] | None = None,
+        longest: Sequence[int] = (),
+        **arguments: Any,
     ) -> None:
-        """Evaluations also answer `samples`, and divide by the `characters` of the rows for bits per character."""
-        super().__init__(**arguments, compute_metrics=partial(_metrics, characters=characters))
+        """Evaluations also answer `samples`, and divide by the `characters` of the rows for bits per character.
+
+        `note` takes what is found out about single steps, as entries of metrics.jsonl. The `longest` training rows, by
+        their indices, are tried as one micro-batch before training.
+        """
+        self.rows = NumberedRows(arguments.pop("train_dataset"))
+        super().__init__(**arguments, train_dataset=self.rows, compute_metrics=partial(_metrics, characters=characters))
         self.samples = samples
         base = base_model(self.model)
         attach_chunked_loss(base, head_is_last(base))
         self.model_accepts_loss_kwargs = True  # the loss is divided by num_items_in_batch, whatever the architecture
+        self.watch = self._step_watch(note)
+        self._loss_before = torch.zeros(())  # the sum since the last entry, before the step that is going on
         self.throughput: Throughput | None = None  # from the first step on
         self._first_step = 0
         # Where weights may be left out of a step, tensors without a gradient tell nothing.
         guards = cast(TrainArguments, self.args).guards
         self._watch_gradients = guards and not self.args.ddp_find_unused_parameters
-        if guards:
-            self.add_callback(_BeforeTraining(self.check_first_rows))
+        checks = [self.check_first_rows] if guards else []
+        if longest:
+            checks.append(partial(self.check_longest_rows, longest))
+        self.add_callback(_BeforeTraining(checks))
 
     def check_first_rows(self) -> None:
         """Try the model on a micro-batch of the first training rows, each process on its own.
@@ -62,7 +83,7 @@ class NovelTrainer(CheckpointTrainer):
         Raises:
             UserError: what `novelgpt.training.guards` finds.
         """
-        dataset: Any = self.train_dataset
+        dataset = self.rows.rows
         rows = self.args.per_device_train_batch_size
         first = self.args.process_index * rows
         chosen = [dataset[index % len(dataset)] for index in range(first, first + rows)]
@@ -72,6 +93,16 @@ class NovelTrainer(CheckpointTrainer):
         dtype = torch.bfloat16 if self.args.bf16 else torch.float16 if self.args.fp16 else base.dtype
         check_forward(cast(nn.Module, self.model), batch, dtype, self.accelerator.autocast)
 
+    def check_longest_rows(self, longest: Sequence[int]) -> None:
+        """Try the model on a micro-batch of these rows, with its gradients; the same rows on each process.
+
+        Raises:
+            UserError: they do not fit.
+        """
+        batch = self._prepare_inputs(self.data_collator([self.rows.rows[index] for index in longest]))
+        training = cast(TrainArguments, self.args)
+        try_batch(cast(nn.Module, self.model), batch, training, self.accelerator.autocast)
+
     def training_step(
         self, model: nn.Module, inputs: dict[str, Any], num_items_in_batch: torch.Tensor | int | None = None
     ) -> torch.Tensor:
@@ -80,6 +111,8 @@ class NovelTrainer(CheckpointTrainer):
             dtype = torch.bfloat16 if self.args.bf16 else torch.float16 if self.args.fp16 else torch.float32
             self._first_step = self.state.global_step
             self.throughput = Throughput(base_model(self.model), self.args.device, dtype)
+        if self.watch.begin(inputs, inputs.pop(NUMBERS)):
+            self._loss_before = self._tr_loss.clone()
         self.throughput.count(inputs)
         if not self._watch_gradients:
             return super().training_step(model, inputs, num_items_in_batch)
@@ -88,6 +121,58 @@ class NovelTrainer(CheckpointTrainer):
         loss = super().training_step(model, inputs, num_items_in_batch)
         watch.check()
         return loss
+
+    def compute_loss(self, *arguments: Any, **keywords: Any) -> torch.Tensor:
+        """The stock loss of a micro-batch, made NaN where the optimizer is to leave out the step (see StepWatch)."""
+        loss = cast(torch.Tensor, super().compute_loss(*arguments, **keywords))
+        return self.watch.see_loss(loss, last=self.accelerator.sync_gradients)
+
+    def _get_grad_norm(
+        self, model: nn.Module, grad_norm: torch.Tensor | float | None = None
+    ) -> torch.Tensor | float | None:
+        """The stock norm, once the step is judged: the last moment before the optimizer steps, except under DeepSpeed,
+        where it has just stepped or, on gradients that are not finite, has not.
+        """
+        norm: torch.Tensor | float | None = super()._get_grad_norm(model, grad_norm)
+        deepspeed = self.accelerator.distributed_type == DistributedType.DEEPSPEED
+        done = self.accelerator.optimizer_step_was_skipped if deepspeed else None
+        left_out = self.watch.judge(self.state.global_step + 1, norm, self._loss_scale(), done)
+        if not deepspeed:
+            cast(AcceleratedOptimizer, self.optimizer)._is_overflow = left_out  # the schedule stands still where it is
+        if left_out:
+            self._tr_loss.copy_(self._loss_before)
+            if self.accelerator.scaler is not None:
+                self.accelerator.scaler.update()  # or it would take the next step's gradients for these
+            # The optimizer then does nothing, as in the midst of a step; the Trainer clears the gradients.
+            self.accelerator.gradient_state._set_sync_gradients(False)
+        return norm
+
+    def _loss_scale(self) -> float | None:
+        """By which losses in fp16 are multiplied; None in other formats."""
+        if not self.args.fp16:
+            return None
+        if self.accelerator.scaler is not None:
+            return float(self.accelerator.scaler.get_scale())
+        return float(cast(Any, self.optimizer).optimizer.loss_scale)
+
+    def _document_losses(self, batches: list[MicroBatch]) -> list[DocumentLoss]:
+        model = cast(nn.Module, self.model)
+        found = document_losses(model, batches, self._prepare_inputs, self.accelerator.autocast)
+        if self.accelerator.distributed_type == DistributedType.DEEPSPEED:
+            # ZeRO-3 has begun to gather weights for a backward pass that does not come, and would not save them so.
+            self.accelerator.deepspeed_engine_wrapped.engine.empty_partition_cache()
+        return found
+
+    def _step_watch(self, note: Callable[[dict[str, Any]], None] | None) -> StepWatch:
+        model = cast(nn.Module, self.model)
+        return StepWatch(
+            model,
+            self.rows,
+            look_again=self._document_losses,
+            gather=self.accelerator.gather,
+            skip=cast(TrainArguments, self.args).on_non_finite == "skip",
+            note=note or (lambda _: None),
+        )
 
     def prediction_step(
         self,
@@ -132,6 +217,9 @@ class NovelTrainer(CheckpointTrainer):
         if "train_loss" in logs:  # the stock one is of the steps since the run was last started
             logs["train_loss"] = self._total_loss_scalar / max(self.state.global_step, 1)
         if "loss" in logs and self.throughput is not None:
+            logs["loss"] = self.watch.mean(logs["loss"])
+            if self.watch.skipped:
+                logs["skipped_steps"] = self.watch.skipped
             logs |= self.throughput.read(lambda sums: self.accelerator.reduce(sums, "sum"), self.args.world_size)
             steps = self.state.global_step - self._first_step
             logs["seconds_left"] = round(logs["seconds"] / steps * (self.state.max_steps - self.state.global_step), 1)
@@ -143,14 +231,15 @@ class NovelTrainer(CheckpointTrainer):
 
 
 class _BeforeTraining(TrainerCallback):
-    """Calls `check` once the model is set up for training, before anything is evaluated or trained."""
+    """Calls `checks` once the model is set up for training, before anything is evaluated or trained."""
 
-    def __init__(self, check: Callable[[], None]) -> None:
-        self.check = check
+    def __init__(self, checks: Sequence[Callable[[], None]]) -> None:
+        self.checks = checks
 
     def on_train_begin(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **_: Any) -> None:
         """Check."""
-        self.check()
+        for check in self.checks:
+            check()
 
 
 def base_model(model: nn.Module | None) -> PreTrainedModel:

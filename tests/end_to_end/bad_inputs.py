@@ -5,6 +5,9 @@ import shutil
 from collections.abc import Callable
 from pathlib import Path
 
+import torch
+from safetensors.torch import load_file
+
 GOOD_ROW = json.dumps({"prompt": "问", "completion": "答"}, ensure_ascii=False) + "\n"
 PREDICTION = json.dumps({"id": "a", "prediction": "雨下了一夜。", "reference": "雨停了。"}, ensure_ascii=False) + "\n"
 
@@ -45,6 +48,7 @@ FILES = {
     "no_questions.yaml": b"next_chapter: {questions: []}\n",
     "placeholder.yaml": b"next_chapter: {questions: ['{'], answers: ['{text}']}\n",
     "zero.json": b"{broken",
+    "list.json": b"[1]",
     "predictions.jsonl": PREDICTION.encode(),
     "others.jsonl": PREDICTION.replace('"a"', '"b"').encode(),
     "number.jsonl": b'{"prediction": 3, "reference": "a"}\n',
@@ -82,6 +86,30 @@ def cut_weights(base: Path, folder: Path) -> None:
     weights.write_bytes(weights.read_bytes()[:10_000])
 
 
+def with_setting(**settings: object) -> Callable[[Path, Path], None]:
+    """A model whose config.json says otherwise."""
+
+    def build(base: Path, folder: Path) -> None:
+        shutil.copytree(base, folder)
+        config = json.loads((folder / "config.json").read_text(encoding="utf-8"))
+        (folder / "config.json").write_text(json.dumps(config | settings), encoding="utf-8")
+
+    return build
+
+
+def pickled(base: Path, folder: Path) -> None:
+    """A model whose weights are a pickle."""
+    shutil.copytree(base, folder)
+    torch.save(load_file(folder / "model.safetensors"), folder / "pytorch_model.bin")
+    (folder / "model.safetensors").unlink()
+
+
+def pickled_adapter(base: Path, folder: Path) -> None:
+    """An adapter whose weights are a pickle."""
+    adapter_of('{"base_model_name_or_path": "BASE", "peft_type": "LORA"}')(base, folder)
+    torch.save({"lora_A": torch.zeros(1)}, folder / "adapter_model.bin")
+
+
 def adapter_of(settings: str) -> Callable[[Path, Path], None]:
     """An adapter without weights, whose adapter_config.json reads so."""
 
@@ -117,6 +145,13 @@ FOLDERS: dict[str, Callable[[Path, Path], None]] = {
     "other_template": with_file("chat_template.jinja", "{{ messages }}"),
     "taken": only(run__json='{"pipeline": "pretrain", "status": "finished", "started": "2026"}'),
     "broken_run": only(run__json="{"),
+    "empty_tokenizer": with_file("tokenizer.json", ""),
+    "weights_of_text": with_file("model.safetensors", "no weights at all"),
+    "list_config": with_file("config.json", "[]"),
+    "other_sizes": with_setting(intermediate_size=1272),
+    "pickled": pickled,
+    "named_pickle": with_setting(transformers_weights="adapter_model.bin"),
+    "pickled_adapter": pickled_adapter,
     "adapter": adapter_of('{"base_model_name_or_path": "BASE", "peft_type": "LORA"}'),
     "broken_adapter": adapter_of("{"),
     "homeless_adapter": adapter_of('{"base_model_name_or_path": "./gone", "peft_type": "LORA"}'),
@@ -282,6 +317,24 @@ CASES = {
         ["--model", "{other_template}"],
         "the chat template changes the answer '为提高芳烃硝化过程的本质安全水平，在心形'…, so what",
     ),
+    "empty tokenizer": ("finetune", ["--model", "{empty_tokenizer}"], "no tokenizer can be loaded from"),
+    "text for weights": (
+        "finetune",
+        ["--model", "{weights_of_text}"],
+        "model.safetensors cannot be read: it is no safetensors file",
+    ),
+    "configuration that is a list": ("finetune", ["--model", "{list_config}"], "config.json holds no settings by name"),
+    "configuration of other sizes": ("finetune", ["--model", "{other_sizes}"], "other shapes than config.json says"),
+    "weights in a pickle": (
+        "finetune",
+        ["--model", "{pickled}"],
+        "are pickles (pytorch_model.bin), and reading a pickle can run code",
+    ),
+    "pickle that config.json names": (
+        "finetune_lora",
+        ["--model", "{named_pickle}"],
+        "are pickles (adapter_model.bin)",
+    ),
     "adapter as a base": ("finetune", ["--model", "{adapter}"], "is an adapter, not a base"),
     # Flags.
     "unknown flag": ("finetune_lora", ["--learnin_rate", "1"], "unknown option '--learnin_rate'"),
@@ -334,13 +387,55 @@ CASES = {
     "missing DeepSpeed settings": (
         "finetune",
         ["--deepspeed", "nowhere.json"],
-        "Expected a string path to an existing deepspeed config, or a",
+        "--deepspeed nowhere.json: No such file or directory",
     ),
     "broken DeepSpeed settings": (
         "finetune",
         ["--deepspeed", "zero.json"],
-        "Expecting property name enclosed in double quotes: line 1 column 2",
+        "--deepspeed zero.json is no JSON: Expecting property name enclosed in double quotes",
     ),
+    "DeepSpeed settings that are a list": (
+        "finetune",
+        ["--deepspeed", "list.json"],
+        "--deepspeed list.json holds no settings by name",
+    ),
+    "folder as DeepSpeed settings": ("finetune", ["--deepspeed", "{empty_folder}"], "Is a directory"),
+    "learning rate that is no number": ("finetune", ["--learning_rate", "nan"], "--learning_rate nan is no number"),
+    "learning rate without end": ("finetune_lora", ["--learning_rate", "inf"], "--learning_rate inf is too large"),
+    "huge learning rate": ("pretrain", ["--learning_rate", "1e30"], "--learning_rate 1e+30 is too large"),
+    "no epoch": ("finetune", ["--num_train_epochs", "0"], "--num_train_epochs 0.0 is too small"),
+    "epochs without end": ("finetune", ["--num_train_epochs", "inf"], "--num_train_epochs inf is too large"),
+    "no step": ("finetune", ["--max_steps", "0"], "--max_steps 0 is too small"),
+    "negative steps": ("pretrain", ["--max_steps", "-5"], "--max_steps -5 is too small"),
+    "steps between saves that are none": (
+        "finetune",
+        ["--save_strategy", "steps", "--save_steps", "0"],
+        "--save_steps 0.0 is no distance",
+    ),
+    "negative steps between points": ("finetune", ["--logging_steps", "-1"], "--logging_steps -1.0 is no distance"),
+    "negative checkpoints": ("finetune", ["--save_total_limit", "-1"], "--save_total_limit -1 is too small"),
+    "seed out of range": ("finetune_lora", ["--seed", str(2**70)], f"--seed {2**70} is too large"),
+    "weight decay that is no number": ("finetune", ["--weight_decay", "nan"], "--weight_decay nan is no number"),
+    "negative clipping": ("finetune", ["--max_grad_norm", "-1"], "--max_grad_norm -1.0 is too small"),
+    "negative workers": (
+        "finetune",
+        ["--dataloader_num_workers", "-1"],
+        "--dataloader_num_workers -1 is too small",
+    ),
+    "two number formats": ("finetune", ["--bf16", "True", "--fp16", "True"], "At most one of fp16 and bf16"),
+    "best model without evaluation": (
+        "finetune",
+        ["--load_best_model_at_end", "True", "--eval_strategy", "no"],
+        "requires the save and eval strategy to match",
+    ),
+    "adapter of no rank": ("finetune_lora", ["--lora_rank", "0"], "--lora_rank 0 is too small"),
+    "all dropped out": ("finetune_lora", ["--lora_dropout", "1.5"], "--lora_dropout 1.5 is too large"),
+    "adapter that counts for nothing": ("finetune_lora", ["--lora_alpha", "0"], "--lora_alpha 0 is too small"),
+    "model of no name": ("finetune", ["--model", ""], "--model names nothing"),
+    "file as a model": ("finetune", ["--model", "rows.jsonl"], "rows.jsonl"),
+    "file of no name": ("finetune", ["--train_files", ""], "'' is no file"),
+    "name that no file can have": ("finetune", ["--train_files", "x" * 300], "is no file"),
+    "folder as settings": ("finetune", ["--config", "{empty_folder}"], "Is a directory"),
     "no LoRA target": ("finetune_lora", ["--lora_targets", "w_pack"], "--lora_targets w_pack"),
     "QLoRA without a GPU": ("finetune_lora", ["--qlora", "True"], "--qlora needs a CUDA device"),
     # Settings in files.
@@ -406,6 +501,14 @@ CASES = {
         "--output_dir rows.jsonl/run cannot be made:",
     ),
     # Prediction.
+    "predict: adapter in a pickle": ("predict", ["--model", "{pickled_adapter}"], "are pickles (adapter_model.bin)"),
+    "predict: model in a pickle": ("predict", ["--model", "{pickled}"], "are pickles (pytorch_model.bin)"),
+    "predict: adapter without weights": ("predict", ["--model", "{adapter}"], "holds no adapter_model.safetensors"),
+    "predict: an answer without end": (
+        "predict",
+        ["--max_new_tokens", str(10**12)],
+        f"--max_new_tokens {10**12} is too large",
+    ),
     "predict: missing file": ("predict", ["--data_files", "nowhere.jsonl"], "nowhere.jsonl"),
     "predict: empty file": ("predict", ["--data_files", "empty.csv"], "empty.csv is empty"),
     "predict: nothing to go on with": (
@@ -538,7 +641,12 @@ CASES = {
     "merge: adapter without weights": (
         "finetune_lora.merge",
         ["{adapter}", "{tmp}/out"],
-        "Repo id must be in the form 'repo_name' or 'namespace/repo_name': '",
+        "holds no adapter_model.safetensors",
+    ),
+    "merge: adapter in a pickle": (
+        "finetune_lora.merge",
+        ["{pickled_adapter}", "{tmp}/out"],
+        "are pickles (adapter_model.bin)",
     ),
     "merge: output that is taken": ("finetune_lora.merge", ["{adapter}", "{letters}"], "is not empty"),
     "merge: output below a file": (
@@ -565,12 +673,17 @@ CASES = {
     "novels: missing rules": (
         "dataset",
         ["novels", "{letters}", "{tmp}/out", "--rules", "nowhere.yaml"],
-        "[Errno 2] No such file or directory: '",
+        "nowhere.yaml: No such file or directory",
+    ),
+    "novels: folder as rules": (
+        "dataset",
+        ["novels", "{letters}", "{tmp}/out", "--rules", "{empty_folder}"],
+        "Is a directory",
     ),
     "novels: broken rules": (
         "dataset",
         ["novels", "{letters}", "{tmp}/out", "--rules", "broken.yaml"],
-        'while parsing a flow sequence in "<unicode string>", line 1, column 4:',
+        "broken.yaml is not YAML: while parsing a flow sequence",
     ),
     "tokens: missing file": (
         "dataset",

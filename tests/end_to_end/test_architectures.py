@@ -18,6 +18,8 @@ NOVEL = str(ROOT / "dataset" / "samples" / "novels" / "shan_zhong_yao_pu.txt")
 QUICK = ["--max_steps", "2", "--logging_steps", "1", "--save_strategy", "no", "--eval_strategy", "no", "--max_length"]
 QUICK += ["96", "--per_device_train_batch_size", "2", "--eval_on_start", "False", "--learning_rate", "1e-3"]
 QUICK += ["--precision", "fp32"]
+# Some bases are pickles, and adapters upon them load their base.
+PICKLES = ["--allow_pickles"]
 ANSWERS = ["--max_new_tokens", "4", "--batch_size", "2"]
 
 WRITERS: dict[str, Callable[[Path], object]] = {
@@ -68,14 +70,24 @@ def test_all_pipelines(architecture: str, rows: Path, tmp_path: Path, capsys: py
     original = digest(base)
     conversations = ["--train_files", str(rows), "--valid_files", str(rows)]
 
-    run("pretrain", *QUICK, "--model", str(base), "--train_files", NOVEL, "--output_dir", str(tmp_path / "pretrained"))
+    run(
+        "pretrain",
+        *QUICK,
+        "--model",
+        str(base),
+        "--train_files",
+        NOVEL,
+        "--output_dir",
+        str(tmp_path / "pretrained"),
+        *PICKLES,
+    )
     pretrained = str(tmp_path / "pretrained")
     run("finetune", *QUICK, *conversations, "--model", pretrained, "--output_dir", str(tmp_path / "tuned"))
-    run("finetune_lora", *QUICK, *conversations, "--model", str(base), "--output_dir", str(tmp_path / "lora"))
-    run("finetune_lora.merge", str(tmp_path / "lora"), str(tmp_path / "merged"))
+    run("finetune_lora", *QUICK, *conversations, "--model", str(base), "--output_dir", str(tmp_path / "lora"), *PICKLES)
+    run("finetune_lora.merge", str(tmp_path / "lora"), str(tmp_path / "merged"), *PICKLES)
     for name in ("tuned", "lora", "merged"):
         run("predict", "--model", str(tmp_path / name), "--data_files", str(rows), *ANSWERS,
-            "--output_dir", str(tmp_path / f"{name}_answers"))  # fmt: skip
+            "--output_dir", str(tmp_path / f"{name}_answers"), *PICKLES)  # fmt: skip
         assert len(predictions(tmp_path / f"{name}_answers")) == 8
     assert predictions(tmp_path / "lora_answers") == predictions(tmp_path / "merged_answers")
 

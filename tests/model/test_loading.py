@@ -215,7 +215,7 @@ def test_damage_is_named(name: str, copy: Path, tokenizer: PreTrainedTokenizerBa
     damage, words = DAMAGES[name]
     damage(copy)
     with pytest.raises(UserError) as refusal:
-        load_model(ModelArguments(str(copy)), tokenizer)
+        load_model(ModelArguments(str(copy), allow_pickles=True), tokenizer)
     assert all(word in refusal.value.cause for word in words), refusal.value.cause
     assert not (copy / "ran").exists()
 
@@ -224,7 +224,7 @@ def test_pickles_load_and_tied_heads_need_no_tensor(copy: Path, tokenizer: PreTr
     expected = load_file(copy / "model.safetensors")
     assert "lm_head.weight" not in expected
     as_pickles(copy)
-    loaded = load_model(ModelArguments(str(copy)), tokenizer).state_dict()
+    loaded = load_model(ModelArguments(str(copy), allow_pickles=True), tokenizer).state_dict()
     assert loaded.keys() - expected.keys() == {"lm_head.weight"}
     assert all(torch.equal(loaded[name], tensor) for name, tensor in expected.items())
 
@@ -351,7 +351,7 @@ def test_modelscope_gives_a_folder_without_code_or_weights_twice(
     calls: list[list[str]] = []
     monkeypatch.setitem(sys.modules, "modelscope", stand_in(tmp_path, calls))
     _download_from_modelscope.cache_clear()
-    model = ModelArguments("someone/weaver", hub="modelscope", trust_remote_code=allowed)
+    model = ModelArguments("someone/weaver", hub="modelscope", trust_remote_code=allowed, allow_pickles=pickles)
     tokenizer = load_tokenizer(model)
     load_model(model, tokenizer)
     assert locate(model) == str(tmp_path / "downloaded")

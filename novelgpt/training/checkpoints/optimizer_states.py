@@ -267,7 +267,7 @@ def _read_zero(states: StoredStates, weights: StoredWeights, model: nn.Module, i
 
 def _gather_and_set(states: StoredStates, weights: StoredWeights, model: nn.Module) -> None:
     """The weights of the model itself under ZeRO-3, which no file can be loaded into as they lie in parts."""
-    from deepspeed.zero import GatheredParameters
+    from deepspeed.runtime.zero import GatheredParameters
 
     for name, weight in model.named_parameters():
         if weight.requires_grad:

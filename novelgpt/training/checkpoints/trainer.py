@@ -223,6 +223,7 @@ class _Steps(TrainerCallback):
 
     def __init__(self, trainer: CheckpointTrainer) -> None:
         self.trainer = trainer
+        self._evaluates_again = False
 
     def on_train_begin(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **_: Any) -> None:
         """Losses since the last log entry count in the next one; what was evaluated is not evaluated again."""
@@ -241,6 +242,20 @@ class _Steps(TrainerCallback):
         by_steps = args.eval_strategy == IntervalStrategy.STEPS and state.global_step % state.eval_steps == 0
         by_epochs = args.eval_strategy == IntervalStrategy.EPOCH and at_end
         args.eval_on_start = (by_steps or by_epochs) and not evaluated
+        self._evaluates_again = args.eval_on_start
+
+    def on_evaluate(
+        self,
+        args: TrainingArguments,
+        state: TrainerState,
+        control: TrainerControl,
+        metrics: dict[str, float] | None = None,
+        **_: Any,
+    ) -> None:
+        """The checkpoint that the run goes on from may be the best one; at a start, the stock loop does not look."""
+        if self._evaluates_again and metrics is not None:
+            self.trainer._determine_best_metric(metrics, None)
+        self._evaluates_again = False
 
     def on_epoch_begin(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **_: Any) -> None:
         """The order of the epoch; rows of steps that a checkpoint holds are not looked at."""

@@ -1,0 +1,82 @@
+"""The runs that the tests of faults share."""
+
+from __future__ import annotations
+
+import shutil
+import sys
+import time
+from dataclasses import dataclass
+from pathlib import Path
+
+import pytest
+from torch.utils.cpp_extension import get_default_build_root
+
+from tests.faults.runs import Command, complete, fork_server, write_base, write_rows
+
+WORDS = (
+    "--max_length 32 --per_device_train_batch_size 2 --gradient_accumulation_steps 3 --num_train_epochs 2 "
+    "--learning_rate 1e-2 --logging_steps 1 --save_strategy steps --save_steps 2 --stop_check 0"
+).split()
+# 26 rows to train on: an epoch is 13 micro-batches on one rank and 7 on each of two, so that the last of its optimizer
+# steps, of 3 micro-batches otherwise, is of one.
+ROWS = 29
+# 24 rows to train on, which two ranks share evenly.
+EVEN_ROWS = 27
+
+
+@dataclass(frozen=True)
+class Undisturbed:
+    """A run from start to end without a fault."""
+
+    command: Command
+    folder: Path
+    seconds: float
+
+
+class Runs:
+    """Commands by name, and the undisturbed run of each, made when it is first asked for."""
+
+    def __init__(self, embedded: Path, place: Path) -> None:
+        self.place = place
+        base = write_base(embedded, place / "base")
+        self.other_base = write_base(embedded, place / "base without dropout", dropout=0.0)
+        text, self.questions = write_rows(place / "rows", ROWS)
+        words = ("--model", str(base), *WORDS)
+        rows = ("--train_files", str(self.questions), "--valid_fraction", "0.1", *words)
+        corpus = ("--train_files", str(text), "--valid_files", str(text), "--max_valid_tokens", "200", *words)
+        padded = (*rows, "--packing", "False", "--save_steps", "1")
+        # What DeepSpeed builds, in a folder of their own: killed processes leave locks there.
+        known = Path(get_default_build_root()) / f"py{sys.version_info.major}{sys.version_info.minor}_cpu"
+        if known.is_dir():
+            shutil.copytree(known, place / "extensions", ignore=shutil.ignore_patterns("lock"))
+        built = {"TORCH_EXTENSIONS_DIR": str(place / "extensions")}
+        self.commands = {
+            "pretrain": Command("pretrain", corpus),
+            "finetune": Command("finetune", padded),
+            "lora": Command("finetune_lora", rows),
+            "data parallel": Command("finetune", padded, ranks=2),
+            "zero2": Command("finetune", padded, ranks=2, zero=2, variables=built),
+            "zero3": Command("finetune", padded, ranks=2, zero=3, variables=built),
+        }
+        # The same run on two ranks and on one: as many rows a step, and no draws, which are another rank's own.
+        even = write_rows(place / "even rows", EVEN_ROWS)[1]
+        words = (*padded, "--model", str(self.other_base), "--train_files", str(even), "--learning_rate", "1e-3")
+        self.on_two = Command("finetune", words, ranks=2, zero=2, variables=built)
+        self.on_one = Command("finetune", (*words, "--gradient_accumulation_steps", "6"))
+        self._undisturbed: dict[str, Undisturbed] = {}
+
+    def undisturbed(self, name: str) -> Undisturbed:
+        """The run of a command that nothing disturbs."""
+        if name not in self._undisturbed:
+            folder = self.place / "undisturbed" / name
+            fork_server()
+            begin = time.monotonic()
+            complete(self.commands[name], folder, self.place / "logs" / name)
+            self._undisturbed[name] = Undisturbed(self.commands[name], folder, time.monotonic() - begin)
+        return self._undisturbed[name]
+
+
+@pytest.fixture(scope="session")
+def runs(base_folder: Path, tmp_path_factory: pytest.TempPathFactory) -> Runs:
+    """Small runs of each kind."""
+    return Runs(base_folder, tmp_path_factory.mktemp("faults"))
