@@ -12,6 +12,7 @@ from __future__ import annotations
 import argparse
 import json
 import os
+import random
 import signal
 import socket
 import sys
@@ -215,14 +216,13 @@ def _start_others(hostfile: Path, place: Place, words: Sequence[str]) -> list[Re
 
 
 def _free_ports() -> int:
-    """A port that is free, as is the next one."""
-    for _ in range(100):
+    """A port that is free, as is the next one. Not one that systems give to outgoing connections, from 32768 on."""
+    for port in random.sample(range(20000, 32000, 2), 100):
         with socket.socket() as first, socket.socket() as second:
-            first.bind(("", 0))
-            port = int(first.getsockname()[1])
             try:
+                first.bind(("", port))
                 second.bind(("", port + 1))
-            except (OSError, OverflowError):
+            except OSError:
                 continue
             return port
     raise UserError("this host has no two free ports side by side", "name one: MASTER_PORT=29500")
