@@ -42,6 +42,9 @@ def model_identity(model: str) -> dict[str, Any]:
 def changes(before: dict[str, Any], now: dict[str, Any]) -> list[str]:
     """What differs between two runs, as run.json describes them, so that one cannot go on from the other."""
     now = json.loads(json.dumps(now, default=str))  # as it would be read
+    lacking = sorted(set(now) - {"model_identity"} - set(before))
+    if lacking:
+        return [f"its run.json says nothing of {', '.join(lacking)}"]
     if before["pipeline"] != now["pipeline"]:
         return [f"the pipeline was {before['pipeline']}"]
     found = []

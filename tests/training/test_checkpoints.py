@@ -147,3 +147,5 @@ def test_what_changed_between_two_runs_is_named() -> None:
     longer["arguments"]["data"]["max_length"] = 128
     assert changes(before, longer) == ["max_length (64, now 128)"]
     assert changes(before, description() | {"pipeline": "pretrain"}) == ["the pipeline was finetune"]
+    short = {name: value for name, value in before.items() if name not in ("model", "processes")}
+    assert changes(short, description()) == ["its run.json says nothing of model, processes"]
