@@ -1,4 +1,4 @@
-"""Files and folders that are there wholly or not at all, and one process at a time that makes them."""
+"""Folders that are there wholly or not at all, and one process at a time that makes them."""
 
 from __future__ import annotations
 
@@ -15,33 +15,12 @@ from pathlib import Path
 from typing import Any
 
 from novelgpt.settings.errors import UserError
-
-_BLOCK = 1 << 20
-
-
-def hash_file(path: Path) -> tuple[str, int]:
-    """Hexadecimal sha256 and size in bytes."""
-    digest, size = hashlib.sha256(), 0
-    buffer = memoryview(bytearray(_BLOCK))
-    with path.open("rb", buffering=0) as file:
-        while count := file.readinto(buffer):
-            digest.update(buffer[:count])
-            size += count
-    return digest.hexdigest(), size
+from novelgpt.settings.whole_files import sync
 
 
 def digest_of(value: Any) -> str:
     """Hexadecimal sha256 of what JSON can say."""
     return hashlib.sha256(json.dumps(value, sort_keys=True).encode()).hexdigest()
-
-
-def write_whole(path: Path, text: str) -> None:
-    """Write a file that keeps its former content until it has the new one."""
-    unfinished = path.with_name(f"{path.name}.unfinished")
-    unfinished.write_text(text, encoding="utf-8")
-    sync(unfinished)
-    unfinished.replace(path)
-    sync(path.parent)
 
 
 @contextmanager
@@ -90,15 +69,6 @@ def folder_if_used(folder: Path) -> Iterator[None]:
                 break
             path.rmdir()
         raise
-
-
-def sync(path: Path) -> None:
-    """Hand a file, or the names in a folder, to the disk."""
-    handle = os.open(path, os.O_RDONLY)
-    try:
-        os.fsync(handle)
-    finally:
-        os.close(handle)
 
 
 @contextmanager

@@ -22,11 +22,12 @@ import numpy
 from rich.console import Console
 from transformers import PreTrainedTokenizerBase
 
-from dataset.atomic import digest_of, folder_if_used, hash_file, new_folder, only_run, write_whole
+from dataset.atomic import digest_of, folder_if_used, new_folder, only_run
 from dataset.corpus import Source, cut_file, find_sources
 from novelgpt.settings.arguments import ModelArguments
 from novelgpt.settings.command_parser import CommandParser
 from novelgpt.settings.errors import UserError, exit_on_user_error
+from novelgpt.settings.whole_files import hash_file, write_whole
 from novelgpt.text.origins import TextMarks, save_marks
 from novelgpt.text.pieces import DocumentCutter, Piece, PieceEncoder, Unfinished
 from novelgpt.text.token_files import KIND, MANIFEST, ORIGINS, SHARDS, STARTS, TOKENS, VERSION, describe_tokenizer

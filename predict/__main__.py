@@ -16,7 +16,6 @@ from accelerate.utils import gather_object
 from tqdm import tqdm
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
-from dataset.atomic import write_whole
 from dataset.instructions import load_instructions
 from novelgpt.model.generation import Answer, plan_batches
 from novelgpt.model.loading import load_for_generation
@@ -26,6 +25,7 @@ from novelgpt.settings.errors import UserError, exit_on_user_error
 from novelgpt.settings.parser import parse_arguments
 from novelgpt.settings.paths import EMBEDDED_BASE, check_folder_can_be_made
 from novelgpt.settings.runs import PredictRun
+from novelgpt.settings.whole_files import write_whole
 from novelgpt.text.tokenizer import load_tokenizer
 from novelgpt.training.run_folder import newest_finetuning
 from predict.endpoint import through_endpoint

@@ -19,7 +19,6 @@ from typing import Any
 from rich.console import Console
 from rich.table import Table
 
-from dataset.atomic import write_whole
 from dataset.readers import read_records
 from novelgpt.scoring.conventions import CONVENTIONS
 from novelgpt.scoring.row_scores import RowScores, ScoredRow, score_rows
@@ -28,6 +27,7 @@ from novelgpt.scoring.summary import Comparison, compare_rows, definitions, summ
 from novelgpt.settings.command_parser import CommandParser
 from novelgpt.settings.errors import UserError, exit_on_user_error
 from novelgpt.settings.paths import check_folder_can_be_made
+from novelgpt.settings.whole_files import write_whole
 from predict.scoring_fields import Scoring, read_scoring
 
 GROUPS_SHOWN = 4  # beside each other in the terminal

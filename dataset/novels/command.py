@@ -15,8 +15,8 @@ from dataset.novels.prepare import file_options
 from dataset.novels.run import ENGINES, Machines, prepare_novels
 from dataset.novels.shards import FORMATS
 from dataset.novels.terminal import Display
-from dataset.novels.workers import usable_cores
 from novelgpt.settings.command_parser import CommandParser
+from novelgpt.settings.cores import usable_cores
 from novelgpt.settings.errors import UserError, exit_on_user_error
 
 INTERRUPTED = 130

@@ -10,7 +10,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from dataset.atomic import hash_file, sync
+from novelgpt.settings.whole_files import hash_file, sync
 
 MANIFEST = "manifest.json"
 _OUTPUT = re.compile(

@@ -13,12 +13,13 @@ from dataclasses import dataclass
 from importlib.metadata import version
 from pathlib import Path, PurePosixPath
 
-from dataset.atomic import digest_of, hash_file, new_folder
+from dataset.atomic import digest_of, new_folder
 from dataset.novels.artefacts import ArtefactWriter
 from dataset.novels.books import prepare_book
 from dataset.novels.cleaning import Rules, load_rules
 from dataset.novels.sources import LeftOut, read_books
 from novelgpt.settings.errors import UserError
+from novelgpt.settings.whole_files import hash_file
 
 # Modules of this folder whose code decides nothing about an artefact; a change of any other makes all artefacts anew.
 LATER_STEPS = ("charts", "cluster", "collection", "command", "decisions", "manifest", "near_duplicates", "overlaps",

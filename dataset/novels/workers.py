@@ -16,14 +16,6 @@ from pathlib import Path
 from novelgpt.settings.errors import UserError
 
 
-def usable_cores() -> int:
-    """Of this machine, as far as this process may use them."""
-    try:
-        return len(os.sched_getaffinity(0))
-    except AttributeError:  # not on every system
-        return os.cpu_count() or 1
-
-
 def map_files(function: Callable[[Path], Path], files: Sequence[Path], workers: int) -> Iterator[tuple[Path, Path]]:
     """(file, what `function` makes of it), in the order in which they are done.
 

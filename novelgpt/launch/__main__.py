@@ -27,6 +27,7 @@ from novelgpt.launch.channel import FIRST_HOST, WAIT_SECONDS, Alone, Channel, Fi
 from novelgpt.launch.hosts import Place, Remote, is_this_host, read_hostfile, shared_environment, slurm_place
 from novelgpt.launch.ranks import Block, Failure, Ranks
 from novelgpt.settings.command_parser import CommandParser
+from novelgpt.settings.cores import usable_cores
 from novelgpt.settings.errors import UserError, exit_on_user_error
 from novelgpt.settings.signals import IMPATIENT_SIGNALS, STOP_SIGNALS
 
@@ -59,7 +60,7 @@ def main(argv: list[str] | None = None) -> None:
             remotes = _start_others(options.hostfile, place, words)
         channel, block = _meet(place, remotes, signals)
         logs = Path(stack.enter_context(tempfile.TemporaryDirectory(prefix="novelgpt-ranks-")))
-        threads = max(1, len(os.sched_getaffinity(0)) // block.processes) if sys.platform == "linux" else 1
+        threads = max(1, usable_cores() // block.processes)
         environment = {"OMP_NUM_THREADS": str(threads)} | environment
         ranks = stack.enter_context(Ranks(block, words, environment, socket.gethostname(), logs))
         status = _watch(ranks, channel, signals)

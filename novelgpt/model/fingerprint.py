@@ -26,7 +26,9 @@ from transformers.utils import SAFE_WEIGHTS_INDEX_NAME, SAFE_WEIGHTS_NAME, WEIGH
 from transformers.utils.hub import get_checkpoint_shard_files
 
 from novelgpt.model.weight_files import StoredTensor, stored_tensors, weight_files
+from novelgpt.settings.cores import usable_cores
 from novelgpt.settings.errors import UserError
+from novelgpt.settings.whole_files import write_whole
 
 BASE_RECORD = "base.json"
 CACHE = Path(HF_HOME) / "novelgpt" / "fingerprints.json"
@@ -64,7 +66,7 @@ def weights_fingerprint(folder: Path, cache: Path | None = None, threads: int | 
     kept = _read_cache(cache)
     if key in kept:
         return kept[key]
-    fingerprint = _hash(folder, files, threads or min(8, os.cpu_count() or 1))
+    fingerprint = _hash(folder, files, threads or min(8, usable_cores()))
     if cache is not None:
         _write_cache(cache, kept | {key: fingerprint})
     return fingerprint
@@ -98,9 +100,7 @@ def write_base_record(folder: Path, base_source: str, fingerprint: str | None = 
     if fingerprint is None:
         fingerprint = weights_fingerprint(base_folder(base_source))
     record = json.dumps({"base": base_source, "fingerprint": fingerprint}, ensure_ascii=False, indent=2)
-    unfinished = folder / f"{BASE_RECORD}.partial"
-    unfinished.write_text(record + "\n", encoding="utf-8")
-    unfinished.replace(folder / BASE_RECORD)
+    write_whole(folder / BASE_RECORD, record + "\n")
 
 
 def check_base(adapter_folder: Path, base_source: str, remedy: str = "name the right folder with --base") -> None:

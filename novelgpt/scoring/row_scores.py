@@ -5,7 +5,6 @@ from __future__ import annotations
 import functools
 import itertools
 import multiprocessing
-import os
 from collections.abc import Iterable, Iterator, Mapping
 from concurrent.futures import Future, ProcessPoolExecutor
 from dataclasses import dataclass
@@ -17,6 +16,7 @@ from sacrebleu.tokenizers.tokenizer_zh import TokenizerZh
 
 from novelgpt.scoring.answers import ANSWER_SCORES
 from novelgpt.scoring.text_scores import repetition_scores, score_pair
+from novelgpt.settings.cores import usable_cores
 
 RowScores = dict[str, Any]
 """Names of scores -> numbers; "sacrebleu_statistics" -> the ten counts that corpus BLEU is made of."""
@@ -70,7 +70,7 @@ def score_rows(rows: Iterable[ScoredRow], workers: int | None = None) -> Iterato
         first = list(itertools.islice(tasks, max(1, CHARACTERS_FOR_SEVERAL_PROCESSES // CHARACTERS_OF_A_TASK)))
         more = next(tasks, None)
         tasks = itertools.chain(first, [] if more is None else [more], tasks)
-        workers = 1 if more is None else os.cpu_count() or 1
+        workers = 1 if more is None else usable_cores()
     if workers == 1:
         for task in tasks:
             yield from _score_task(task)

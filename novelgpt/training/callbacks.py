@@ -18,6 +18,7 @@ from transformers import ProgressCallback, TrainerCallback, TrainerControl, Trai
 from transformers.integrations import TensorBoardCallback
 
 from novelgpt.scoring.rouge import METRICS
+from novelgpt.settings.whole_files import write_whole
 from novelgpt.training.loss_plot import draw_losses
 from novelgpt.training.run_folder import only_json
 
@@ -55,9 +56,7 @@ class RunRecorder(TrainerCallback):
         """Go on from the entries of the checkpoint; what was written after it is written again."""
         if state.is_world_process_zero and state.global_step:
             self.history = [dict(entry) for entry in state.log_history]
-            unfinished = self.folder / "metrics.jsonl.partial"
-            unfinished.write_text("".join(map(_line, self.history)), encoding="utf-8")
-            unfinished.replace(self.folder / "metrics.jsonl")
+            write_whole(self.folder / "metrics.jsonl", "".join(map(_line, self.history)))
 
     def on_log(
         self,

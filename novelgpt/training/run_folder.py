@@ -5,7 +5,6 @@ from __future__ import annotations
 import dataclasses
 import fcntl
 import functools
-import hashlib
 import json
 import math
 import os
@@ -23,6 +22,7 @@ from novelgpt.settings.errors import UserError
 from novelgpt.settings.paths import OUTPUT, ROOT, check_folder_can_be_made
 from novelgpt.settings.process import first_process_value, is_first_process
 from novelgpt.settings.runs import TrainingRun
+from novelgpt.settings.whole_files import hash_file, write_whole
 from novelgpt.training.resume import changes, check_same_run, model_identity, newest_whole_checkpoint, unusable
 
 PACKAGES = ("torch", "transformers", "accelerate", "peft", "deepspeed", "tokenizers")
@@ -254,12 +254,8 @@ def _plain(group: Any) -> dict[str, Any]:
 
 @functools.cache
 def _sha256(path: Path) -> str:
-    digest = hashlib.sha256()
     # The manifest of a prepared folder holds the hashes of its files.
-    with (path / "manifest.json" if path.is_dir() else path).open("rb") as file:
-        while block := file.read(1 << 20):
-            digest.update(block)
-    return digest.hexdigest()
+    return hash_file(path / "manifest.json" if path.is_dir() else path)[0]
 
 
 def _git_commit() -> str | None:
@@ -271,7 +267,5 @@ def _git_commit() -> str | None:
 
 
 def _write(folder: Path, description: dict[str, Any]) -> None:
-    unfinished = folder / "run.json.partial"
     text = json.dumps(only_json(description), ensure_ascii=False, indent=2, default=str)
-    unfinished.write_text(text + "\n", encoding="utf-8")
-    unfinished.replace(folder / "run.json")
+    write_whole(folder / "run.json", text + "\n")

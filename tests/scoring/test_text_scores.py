@@ -20,7 +20,7 @@ STRANGE = [
 ]  # fmt: skip
 
 
-@pytest.mark.parametrize(("prediction", "reference"), itertools.product(STRANGE, STRANGE))
+@pytest.mark.parametrize(("prediction", "reference"), list(itertools.product(STRANGE, STRANGE)))
 def test_any_two_texts_have_every_score(prediction: str, reference: str) -> None:
     scores = score_pair(prediction, reference)
     assert set(scores) | {"first_loop_char"} == set(DEFINITIONS)

@@ -2,9 +2,7 @@
 
 from __future__ import annotations
 
-import hashlib
 import json
-import os
 import re
 import shutil
 from concurrent.futures import ThreadPoolExecutor
@@ -13,9 +11,10 @@ from typing import Any
 
 from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR
 
+from novelgpt.settings.whole_files import hash_file, sync
+
 MANIFEST = "manifest.json"
 UNFINISHED = ".unfinished"
-BYTES_AT_ONCE = 1 << 24
 HASHING_THREADS = 8
 
 
@@ -41,8 +40,9 @@ def describe_files(folder: Path, names: list[str]) -> dict[str, dict[str, Any]]:
 
     def describe(name: str) -> dict[str, Any]:
         path = folder / name
-        _sync(path)
-        return {"bytes": path.stat().st_size, "sha256": _sha256(path)}
+        sync(path)
+        sha256, size = hash_file(path)
+        return {"bytes": size, "sha256": sha256}
 
     with ThreadPoolExecutor(HASHING_THREADS) as pool:
         return dict(zip(names, pool.map(describe, names), strict=True))
@@ -63,13 +63,13 @@ def finish(folder: Path, files: dict[str, dict[str, Any]], step: int) -> None:
     unfinished = unfinished_folder(folder)
     path = unfinished / MANIFEST
     path.write_text(json.dumps({"step": step, "files": files}, indent=1) + "\n", encoding="utf-8")
-    _sync(path)
-    _sync(unfinished)
+    sync(path)
+    sync(unfinished)
     replaced = unfinished_folder(folder.with_name(f"{folder.name}.replaced"))
     if folder.exists():  # the same step, written before the run went on from an older one
         folder.replace(replaced)
     unfinished.replace(folder)
-    _sync(folder.parent)
+    sync(folder.parent)
 
 
 def damage(folder: Path) -> str | None:
@@ -90,8 +90,8 @@ def damage(folder: Path) -> str | None:
         if path.stat().st_size != size:
             return f"{name} has {path.stat().st_size} bytes in place of {size}"
     with ThreadPoolExecutor(HASHING_THREADS) as pool:
-        hashes = pool.map(_sha256, [folder / name for name in files])
-        for (name, (_, expected)), found in zip(files.items(), hashes, strict=True):
+        hashes = pool.map(hash_file, [folder / name for name in files])
+        for (name, (_, expected)), (found, _) in zip(files.items(), hashes, strict=True):
             if found != expected:
                 return f"{name} has changed since it was written"
     return None
@@ -113,20 +113,3 @@ def delete_old(run_folder: Path, newest: Path, best: str | None, limit: int | No
             folder.replace(unfinished_folder(folder))  # or a kill would leave what looks like a damaged checkpoint
     for folder in run_folder.glob(f"{PREFIX_CHECKPOINT_DIR}-*{UNFINISHED}"):
         shutil.rmtree(folder, ignore_errors=True)
-
-
-def _sha256(path: Path) -> str:
-    digest = hashlib.sha256()
-    with path.open("rb") as file:
-        while block := file.read(BYTES_AT_ONCE):
-            digest.update(block)
-    return digest.hexdigest()
-
-
-def _sync(path: Path) -> None:
-    """Wait until what was written to a file or a folder is on the disk."""
-    descriptor = os.open(path, os.O_RDONLY)
-    try:
-        os.fsync(descriptor)
-    finally:
-        os.close(descriptor)

@@ -1,0 +1,13 @@
+"""How many cores there are to use."""
+
+from __future__ import annotations
+
+import os
+
+
+def usable_cores() -> int:
+    """Of this machine, as far as this process may use them."""
+    try:
+        return len(os.sched_getaffinity(0))
+    except AttributeError:  # not on every system
+        return os.cpu_count() or 1
