@@ -11,6 +11,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
+import psutil
 import pytest
 
 from novelgpt.launch.hosts import first_host, read_hostfile, slurm_place
@@ -35,7 +36,10 @@ def launcher(folder: Path, script: str, *options: str, **variables: str) -> Iter
     try:
         yield process
     finally:
+        ranks = psutil.Process(process.pid).children() if process.poll() is None else []
         process.kill()
+        for rank in ranks:
+            rank.kill()
         process.communicate()
 
 
@@ -57,14 +61,6 @@ def free_port() -> int:
     with socket.socket() as probe:
         probe.bind(("", 0))
         return int(probe.getsockname()[1])
-
-
-def gone(pid: int) -> bool:
-    """Whether a process has ended; it may wait for its parent to notice."""
-    try:
-        return ") Z " in Path(f"/proc/{pid}/stat").read_text()
-    except OSError:
-        return True
 
 
 def test_ranks_know_each_other_and_only_the_first_one_prints(tmp_path: Path) -> None:
