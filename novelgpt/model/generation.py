@@ -39,8 +39,8 @@ def answer_prompts(
 ) -> list[Answer]:
     """Answers in the order of `prompts`, in batches of prompts of like length.
 
-    As `answer_batch` otherwise. Weights that several processes share (ZeRO-3) need all of them here, with as many
-    batches each.
+    As `answer_batch` otherwise. Weights that several processes share (ZeRO-3) need all of them here, with prompts of
+    the same lengths.
 
     Args:
         model: one that generates; adapters too.
