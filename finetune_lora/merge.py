@@ -34,7 +34,6 @@ from novelgpt.model.export import (
 )
 from novelgpt.model.fingerprint import base_folder, check_base
 from novelgpt.model.generation import answer_end_ids
-from novelgpt.model.hub import locate
 from novelgpt.model.loading import UNREADABLE, adapter_base, load_model, read_config
 from novelgpt.model.merging import merge_adapter
 from novelgpt.model.pickles import check_adapter_files, check_no_pickles
@@ -54,7 +53,6 @@ def main(argv: list[str] | None = None) -> None:
         raise UserError(f"{words.adapter} holds no adapter_config.json", "name the folder of a LoRA run")
     base = words.base or trained_on
     with complete_folder(words.output) as unfinished:
-        locate(ModelArguments(base))
         check_adapter_files(Path(words.adapter), words.allow_pickles)
         check_no_pickles(base_folder(base), words.allow_pickles)
         check_base(Path(words.adapter), base)

@@ -136,6 +136,7 @@ def test_the_run_goes_on_from_the_one_before(killed: Path, runs: Runs, tmp_path:
     assert_same(folder, undisturbed.folder)
 
 
+@pytest.mark.exhaustive
 @pytest.mark.slow
 def test_a_shard_of_another_rank_is_missed(runs: Runs, tmp_path: Path) -> None:
     undisturbed = runs.undisturbed("zero2")

@@ -45,6 +45,7 @@ def halt_after(started: Started, checkpoint: str) -> None:
     started.signal(signal.SIGSTOP)
 
 
+@pytest.mark.exhaustive
 @pytest.mark.slow
 @pytest.mark.parametrize("name", ["pretrain", "zero2"])
 def test_a_full_disk_keeps_the_last_checkpoint(name: str, runs: Runs, small_disk: Path, tmp_path: Path) -> None:

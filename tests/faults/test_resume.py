@@ -16,7 +16,9 @@ STOPS = {"finetune": [2, 5], "data parallel": [2, 3], "zero3": [3, 4]}
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("name", STOPS)
+@pytest.mark.parametrize(
+    "name", [pytest.param(name, marks=[] if name == "finetune" else [pytest.mark.exhaustive]) for name in STOPS]
+)
 def test_stopped_and_gone_on_with_is_the_same(name: str, runs: Runs, tmp_path: Path) -> None:
     undisturbed = runs.undisturbed(name)
     folder = tmp_path / "run"
@@ -26,6 +28,7 @@ def test_stopped_and_gone_on_with_is_the_same(name: str, runs: Runs, tmp_path: P
     assert_same(folder, undisturbed.folder)
 
 
+@pytest.mark.exhaustive
 @pytest.mark.slow
 def test_from_two_ranks_to_one_and_back(runs: Runs, tmp_path: Path) -> None:
     """The rows of a step are the same, so its loss is but for the order of sums."""
