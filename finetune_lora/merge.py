@@ -53,8 +53,8 @@ def main(argv: list[str] | None = None) -> None:
         raise UserError(f"{words.adapter} holds no adapter_config.json", "name the folder of a LoRA run")
     base = words.base or trained_on
     with complete_folder(words.output) as unfinished:
-        check_adapter_files(Path(words.adapter), words.allow_pickles)
         check_no_pickles(base_folder(base), words.allow_pickles)
+        check_adapter_files(Path(words.adapter), words.allow_pickles)
         check_base(Path(words.adapter), base)
         written, effect = _write_merged(words, base, unfinished)
         merged = ModelArguments(str(unfinished), "sdpa", words.trust_remote_code)

@@ -636,7 +636,7 @@ CASES = {
     "merge: base that is gone": (
         "finetune_lora.merge",
         ["{homeless_adapter}", "{tmp}/out"],
-        "model folder ./gone does not exist",
+        "the base ./gone is not there",
     ),
     "merge: adapter without weights": (
         "finetune_lora.merge",

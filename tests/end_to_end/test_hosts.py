@@ -100,6 +100,7 @@ def by_slurm(name: str, words: list[str], folder: Path) -> None:
         assert job.text().count("Done. eval loss") == 1
 
 
+@pytest.mark.exhaustive
 @pytest.mark.slow
 def test_two_hosts_train_what_one_host_with_two_ranks_does(hosts: str, words: list[str], tmp_path: Path) -> None:
     with Launched(*words, "--output_dir", str(tmp_path / "one"), log=tmp_path / "log", variables={"NPROC": "2"}) as run:

@@ -75,6 +75,7 @@ def test_a_signal_saves_the_step_and_ends(
         assert not [pid for pid in ranks if Path(f"/proc/{pid}").exists()]
 
 
+@pytest.mark.exhaustive
 @pytest.mark.parametrize(("processes", "zero"), RUNS)
 def test_an_evaluation_ends_between_two_batches_and_is_made_up_for(
     processes: int, zero: int, words: list[str], tmp_path: Path
@@ -95,6 +96,7 @@ def test_an_evaluation_ends_between_two_batches_and_is_made_up_for(
     assert json.loads((tmp_path / "run" / "run.json").read_text("utf-8"))["status"] == "finished"
 
 
+@pytest.mark.exhaustive
 def test_a_signal_before_the_first_step_leaves_nothing(words: list[str], tmp_path: Path) -> None:
     (tmp_path / "valid.txt").write_text(NOVEL * 3, encoding="utf-8")
     words += ["--valid_files", str(tmp_path / "valid.txt"), "--eval_on_start", "True"]

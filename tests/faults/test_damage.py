@@ -123,6 +123,7 @@ def test_a_folder_left_unfinished_is_no_checkpoint(
     assert newest_whole_checkpoint(tmp_path / "run") == tmp_path / "run" / NEWEST
 
 
+@pytest.mark.exhaustive
 @pytest.mark.slow
 def test_the_run_goes_on_from_the_one_before(killed: Path, runs: Runs, tmp_path: Path) -> None:
     folder = tmp_path / "run"

@@ -65,6 +65,7 @@ def test_a_full_disk_keeps_the_last_checkpoint(name: str, runs: Runs, small_disk
     assert_same(folder, undisturbed.folder)
 
 
+@pytest.mark.exhaustive
 @pytest.mark.slow
 def test_a_limit_on_the_size_of_files_does_the_same(runs: Runs, tmp_path: Path) -> None:
     undisturbed = runs.undisturbed("lora")

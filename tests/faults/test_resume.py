@@ -15,6 +15,7 @@ from tests.faults.runs import ROOT, Command, Started, assert_refused, assert_sam
 STOPS = {"finetune": [2, 5], "data parallel": [2, 3], "zero3": [3, 4]}
 
 
+@pytest.mark.exhaustive
 @pytest.mark.slow
 @pytest.mark.parametrize(
     "name", [pytest.param(name, marks=[] if name == "finetune" else [pytest.mark.exhaustive]) for name in STOPS]
