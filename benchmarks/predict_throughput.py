@@ -4,9 +4,10 @@
 
 A model with random weights answers prompts of mixed length, greedily, without ever ending: so each way makes the same
 number of tokens, which must be the same tokens. Ways take turns; each figure is the median of its rounds. One by one,
-only every fourth prompt by length is answered: the same mix, in a quarter of the time. The process starts anew with the
-settings of memory that scripts/launch.sh makes. The last comparison is of a model into which an adapter was merged
-against the same model without one.
+only every fourth prompt by length is answered: the same mix, in a quarter of the time. "One by one" is `generate` of a
+model as transformers loads it; all other ways have the packed weights that `predict` gives a model on a CPU, one by one
+too in the line that says so. The process starts anew with the settings of memory that scripts/launch.sh makes. The last
+comparison is of a model into which an adapter was merged against the same model without one.
 
 The default model has layers of the sizes of Qwen2.5-0.5B, 6 of its 24: its 380 MB of weights fit into no cache of a
 processor, as with any model that is of use. `--model small` is a Qwen3-like one of 26 M.
@@ -43,6 +44,7 @@ from transformers import AutoConfig, AutoModelForCausalLM, GenerationConfig, Pre
 from novelgpt.model.embedded_base import build_embedded_base
 from novelgpt.model.generation import answer_continuously, answer_prompts
 from novelgpt.model.merging import merge_adapter
+from novelgpt.model.packed_weights import pack_weights
 from novelgpt.settings.arguments import GenerationArguments, ModelArguments
 from novelgpt.settings.paths import EMBEDDED_BASE
 from novelgpt.text.tokenizer import load_tokenizer
@@ -135,7 +137,8 @@ def main() -> None:
         build_embedded_base(EMBEDDED_BASE)
     tokenizer = load_tokenizer(ModelArguments(str(EMBEDDED_BASE)))
     assert isinstance(tokenizer, PreTrainedTokenizerFast)
-    model = make_model(arguments.model, len(tokenizer))
+    plain, model = (make_model(arguments.model, len(tokenizer)) for _ in range(2))
+    pack_weights(model)
     prompts = make_prompts(arguments.prompts, tokenizer)
     some = prompts[ALONE_EVERY // 2 :: ALONE_EVERY]
 
@@ -152,21 +155,26 @@ def main() -> None:
     alone, reading = f"one by one ({len(some)} prompts)", "reading prompts, 1 new token"
     together = {f"batches of {size}": partial(batches, size, arguments.new_tokens, model) for size in BATCH_SIZES}
     together[f"continuous, {BATCH_SIZES[0]} at once"] = continuous
-    ways = {alone: partial(one_by_one, model, some, arguments.new_tokens, tokenizer), **together}
+    packed = f"the same, packed ({len(some)} prompts)"
+    ways = {
+        name: partial(one_by_one, chosen, some, arguments.new_tokens, tokenizer)
+        for name, chosen in ((alone, plain), (packed, model))
+    }
+    ways |= together
     ways[reading] = partial(batches, BATCH_SIZES[0], 1, model)
     seconds, texts = take_turns(ways, arguments.rounds)
     equal = share_equal(texts, alone, list(together))
-    parameters = sum(parameter.numel() for parameter in model.parameters())
+    parameters = sum(parameter.numel() for parameter in plain.parameters())
     console.print(
         f"{len(prompts)} prompts of {len(prompts[-1])} to {len(prompts[0])} tokens, {mean_length(prompts):.0f} on "
         f"average ({mean_length(some):.0f} one by one); {arguments.new_tokens} new tokens each; "
         f"{parameters / 1e6:.0f} M parameters, {torch.get_num_threads()} threads; {equal:.0%} of the texts are equal"
     )
     speeds = {name: len(prompts) * arguments.new_tokens / seconds[name] for name in together}
-    speeds = {alone: len(some) * arguments.new_tokens / seconds[alone], **speeds}
+    speeds = {name: len(some) * arguments.new_tokens / seconds[name] for name in (alone, packed)} | speeds
     for name, value in speeds.items():
-        console.print(f"  {name:<28}{value:>10,.1f} tokens/s  {value / speeds[alone]:>6.1f} times")
-    console.print(f"  {reading:<28}{seconds[reading]:>10.1f} s for all {len(prompts)} prompts")
+        console.print(f"  {name:<32}{value:>10,.1f} tokens/s  {value / speeds[alone]:>6.1f} times")
+    console.print(f"  {reading:<32}{seconds[reading]:>10.1f} s for all {len(prompts)} prompts")
 
     results = [
         at_least(f"tokens/s, {name} / one by one", speeds[name] / speeds[alone], "ratio", SPEED_TARGET)
@@ -185,6 +193,7 @@ def merged_time(arguments: argparse.Namespace, model: Model, batches: Callable[[
     """Seconds of a model into which an adapter was merged, over those of the model."""
     another = make_model(arguments.model, model.config.vocab_size)
     merged = merge_adapter(get_peft_model(another, LoraConfig(r=16, target_modules="all-linear")))
+    pack_weights(merged)
     pair = {"full": model, "merged": merged}
     ways = {name: partial(batches, BATCH_SIZES[0], MERGED_NEW_TOKENS, chosen) for name, chosen in pair.items()}
     seconds, _ = take_turns(ways, 3 * arguments.rounds + 1)

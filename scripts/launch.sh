@@ -69,7 +69,8 @@ done
 if [ -n "${MODEL:-}" ]; then
   options+=(--model "$MODEL")
 elif [ -z "${MODEL+set}" ]; then
-  "$python" -m novelgpt.model.embedded_base
+  # Asked here, since a Python that has imported torch to see that nothing is to be done takes seconds.
+  [ -e "$root/output/bases/tiny-qwen3/config.json" ] || "$python" -m novelgpt.model.embedded_base
   config="$root/$pipeline/configs/embedded_base.yaml"
   if [ -e "$config" ]; then
     options+=(--config "$config")

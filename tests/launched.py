@@ -12,6 +12,8 @@ from collections.abc import Mapping
 from pathlib import Path
 from types import TracebackType
 
+from tests.warm_python import warm_environment
+
 ROOT = Path(__file__).resolve().parents[1]
 # Of the variables of a launcher, none may be there.
 OF_LAUNCHERS = ("RANK", "LOCAL_RANK", "WORLD_SIZE", "LOCAL_WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT")
@@ -27,9 +29,11 @@ class Launched:
         script: str = "launch.sh",
         prefix: tuple[str, ...] = (),
         variables: Mapping[str, str] | None = None,
+        warm: bool = False,
     ) -> None:
         environment = {name: value for name, value in os.environ.items() if name not in OF_LAUNCHERS}
         environment |= {"OMP_NUM_THREADS": "1", "HF_HUB_OFFLINE": "1", "VENV": sys.prefix}
+        environment |= warm_environment() if warm else {}
         self.log = log
         with log.open("wb") as file:
             self.process = subprocess.Popen(
@@ -71,7 +75,7 @@ class Launched:
         return status if status >= 0 else 128 - status
 
     def ranks(self) -> list[int]:
-        """Process ids of its ranks, the first one first."""
+        """Process ids of its ranks, the first one first; none of a warm Python."""
         found = {}
         for path in Path("/proc").glob("[0-9]*/status"):
             try:

@@ -1,11 +1,14 @@
 """Several processes of one script, as ranks of one run on this machine."""
 
 import os
+import signal
 import socket
 import subprocess
-import sys
+import time
 from pathlib import Path
 from typing import Any
+
+from tests.warm_python import WarmProcess, warm_environment, warm_server, warm_variables
 
 ROOT = Path(__file__).resolve().parents[1]
 # DeepSpeed's settings for weights in parts, however few processes and however small the weights.
@@ -23,7 +26,7 @@ def run_pipeline(pipeline: str, words: list[str], processes: int = 1, zero: int 
     environment |= {"NPROC": str(processes), "ZERO": str(zero), "OMP_NUM_THREADS": "1", "HF_HUB_OFFLINE": "1"}
     done = subprocess.run(
         ["bash", str(ROOT / "scripts" / "launch.sh"), pipeline, *words],
-        env=environment | {"VENV": sys.prefix}, capture_output=True, text=True, timeout=600, check=False,
+        env=environment | warm_environment(), capture_output=True, text=True, timeout=600, check=False,
     )  # fmt: skip
     assert done.returncode == 0, done.stdout[-3000:] + done.stderr[-3000:]
     return done.stdout
@@ -34,21 +37,19 @@ def run_ranks(script: str, *words: str, logs: Path, processes: int = 2, timeout:
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
         port = free.getsockname()[1]
-    environment = os.environ | {"OMP_NUM_THREADS": "1", "DS_ACCELERATOR": "cpu", "PYTHONPATH": str(ROOT)}
-    environment |= {"WORLD_SIZE": str(processes), "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port)}
-    files = [logs / f"{rank}.log" for rank in range(processes)]
+    environment = warm_variables() | {"WORLD_SIZE": str(processes)}
+    environment |= {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port)}
+    paths = [logs / f"{rank}.log" for rank in range(processes)]
     started = []
-    for rank, path in enumerate(files):
-        ranks = {"RANK": str(rank), "LOCAL_RANK": str(rank), "HF_HUB_OFFLINE": "1"}
-        with path.open("w") as file:
-            started.append(
-                subprocess.Popen(
-                    [sys.executable, script, *words], env=environment | ranks, stdout=file, stderr=subprocess.STDOUT
-                )
-            )
+    for rank, path in enumerate(paths):
+        ranks = {"RANK": str(rank), "LOCAL_RANK": str(rank)}
+        with path.open("w") as log, Path(os.devnull).open() as nothing:
+            files = [nothing.fileno(), log.fileno(), log.fileno()]
+            started.append(WarmProcess(warm_server()[0], [script, *words], environment | ranks, files=files))
+    deadline = time.monotonic() + timeout
     try:
-        statuses = [process.wait(timeout=timeout) for process in started]
+        statuses = [process.wait(max(0.0, deadline - time.monotonic())) for process in started]
     finally:
         for process in started:
-            process.kill()
-    assert statuses == [0] * processes, "\n".join(path.read_text(encoding="utf-8")[-3000:] for path in files)
+            process.signal(signal.SIGKILL)
+    assert statuses == [0] * processes, "\n".join(path.read_text(encoding="utf-8")[-3000:] for path in paths)

@@ -24,6 +24,7 @@ from novelgpt.health.trial import check_trial, try_longest_batch
 from novelgpt.health.versions import LEAST, REQUIREMENTS, check_packages
 from novelgpt.settings.errors import UserError
 from novelgpt.training.disk import forecast_disk
+from tests.warm_python import warm_python
 
 ROOT = Path(__file__).resolve().parents[1]
 SHORT = ["--max_length", "64"]
@@ -264,7 +265,7 @@ def test_secrets_of_the_environment_are_not_shown() -> None:
 
 def test_the_command_line(base_folder: Path, tmp_path: Path) -> None:
     report = tmp_path / "report.json"
-    command = [sys.executable, "-m", "novelgpt.doctor", "--model", str(base_folder), "--pipeline", "pretrain"]
+    command = [warm_python(), "-m", "novelgpt.doctor", "--model", str(base_folder), "--pipeline", "pretrain"]
     command += [*SHORT, "--output_dir", str(tmp_path / "run"), "--json", str(report), "--time_limit", "300"]
     environment = {name: value for name, value in os.environ.items() if name not in ("MASTER_PORT", "HF_HUB_OFFLINE")}
     done = subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, encoding="utf-8")

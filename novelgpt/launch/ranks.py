@@ -37,13 +37,16 @@ class Block:
     interface: str | None = None
 
     def environment(self, local_rank: int) -> dict[str, str]:
-        """What torch.distributed, accelerate and DeepSpeed read."""
+        """What torch.distributed, accelerate and DeepSpeed read.
+
+        DeepSpeed's own launcher sets LOCAL_SIZE besides. On a CPU, each rank then takes 66 MB of shared memory for sums
+        that only inference uses, and leaves it behind in /dev/shm when it ends.
+        """
         variables = {
             "RANK": self.first_rank + local_rank,
             "LOCAL_RANK": local_rank,
             "WORLD_SIZE": self.world_size,
             "LOCAL_WORLD_SIZE": self.processes,
-            "LOCAL_SIZE": self.processes,  # DeepSpeed's name for it
             "MASTER_ADDR": self.address,
             "MASTER_PORT": self.port,
         }

@@ -26,6 +26,7 @@ from novelgpt.model.attention import PACKED_ATTENTION
 from novelgpt.model.fingerprint import base_folder, check_base
 from novelgpt.model.hub import locate, looks_like_path, runs_own_code
 from novelgpt.model.merging import merge_adapter
+from novelgpt.model.packed_weights import pack_weights
 from novelgpt.model.pickles import check_adapter_files, check_no_pickles
 from novelgpt.model.weight_files import stored_tensors, weight_files
 from novelgpt.settings.arguments import ModelArguments
@@ -181,7 +182,8 @@ def _shape(size: Collection[int]) -> str:
 def load_for_generation(model: ModelArguments, tokenizer: PreTrainedTokenizerBase) -> PreTrainedModel:
     """A full checkpoint, or a base with an adapter merged into it in memory, ready to generate.
 
-    Merged, since an unmerged adapter adds two products to each layer of each token.
+    Merged, since an unmerged adapter adds two products to each layer of each token. On a CPU its linear layers are
+    PackedLinear: it can be neither trained nor saved.
 
     Raises:
         UserError: as load_model; or the adapter's base is not where it was, or is another model.
@@ -208,7 +210,10 @@ def load_for_generation(model: ModelArguments, tokenizer: PreTrainedTokenizerBas
             ) from error
     loaded.config.use_cache = True
     loaded.eval()
-    return loaded.to(torch.device("cuda" if torch.cuda.is_available() else "cpu"))  # type: ignore[arg-type]
+    if torch.cuda.is_available():
+        return loaded.to(torch.device("cuda"))  # type: ignore[arg-type]
+    pack_weights(loaded)
+    return loaded
 
 
 def adapter_base(folder: str) -> str | None:

@@ -70,6 +70,7 @@ def fit(
     folder = start_run_folder(run)
     recorder = RunRecorder(folder)
     try:
+        stop.end_at_once()  # not before: the folder is the run's own from here on
         return _fit_into(folder, recorder, stop, model, tokenizer, train, valid, run, plan, resumed)
     except (UserError, Stopped) as error:
         if is_first_process():

@@ -43,12 +43,14 @@ class StopOnSignal(TrainerCallback):
 
     Then the step is saved as a checkpoint, and `Stopped` raised once it is whole. A signal that comes during a save
     ends the run after it, one that comes during an evaluation between two batches. Before the first step there is
-    nothing to save: `Stopped` is raised at once. After a first one that asks for an end, a second SIGINT or SIGTERM
-    ends the process at once; ranks leave that to their launcher, as it gets both and they may get the first one twice.
+    nothing to save: from `end_at_once` on, `Stopped` is raised at once. After a first one that asks for an end, a
+    second SIGINT or SIGTERM ends the process at once; ranks leave that to their launcher, as it gets both and they may
+    get the first one twice.
     """
 
     def __init__(self) -> None:
         self._noted = 0
+        self._at_once = False
         self._step: int | None = None  # None until the first step begins
         self._group: distributed.ProcessGroup | None = None
         self._process = os.getpid()
@@ -59,6 +61,16 @@ class StopOnSignal(TrainerCallback):
         if threading.current_thread() is threading.main_thread():
             numbers = [number for number in STOP_SIGNALS if signal.getsignal(number) != signal.SIG_IGN]
             self._before = {number: signal.signal(number, self._note) for number in numbers}
+
+    def end_at_once(self) -> None:
+        """Until the first step, whatever is under way may be left for a signal, also for one that has come.
+
+        Raises:
+            Stopped: one has come, now or later.
+        """
+        self._at_once = True
+        if self._noted:
+            raise Stopped(self._noted, None)
 
     def leave(self) -> None:
         """Signals do again what they did before."""
@@ -105,7 +117,7 @@ class StopOnSignal(TrainerCallback):
     def _note(self, number: int, _: FrameType | None) -> None:
         if os.getpid() != self._process:
             return  # a worker that loads data: the process it belongs to ends it
-        if self._step is None:
+        if self._step is None and self._at_once:
             raise Stopped(number, None)
         second = self._noted in IMPATIENT_SIGNALS and number in IMPATIENT_SIGNALS
         if second and "RANK" not in os.environ:

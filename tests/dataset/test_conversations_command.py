@@ -4,7 +4,6 @@ import json
 import os
 import random
 import subprocess
-import sys
 import unicodedata
 from collections import Counter
 from pathlib import Path
@@ -17,6 +16,7 @@ from dataset.conversation_sources import keep_tail
 from dataset.conversations_command import main
 from dataset.instructions import load_instructions
 from dataset.readers import read_conversation_rows
+from tests.warm_python import warm_python
 
 ROOT = Path(__file__).resolve().parents[2]
 SHARED = ROOT.parent / "shared" / "data" / "papers"
@@ -333,7 +333,7 @@ def test_from_the_command_line_to_a_training(tmp_path: Path, base_folder: Path) 
 
     def python(*words: object) -> str:
         done = subprocess.run(
-            [sys.executable, "-m", *map(str, words)], cwd=tmp_path, env=environment, capture_output=True, text=True,
+            [warm_python(), "-m", *map(str, words)], cwd=tmp_path, env=environment, capture_output=True, text=True,
             timeout=300, check=False,
         )  # fmt: skip
         assert done.returncode == 0, done.stdout[-2000:] + done.stderr[-3000:]

@@ -3,12 +3,12 @@
 import importlib
 import os
 import subprocess
-import sys
 from pathlib import Path
 
 import pytest
 
 from tests.end_to_end.bad_inputs import CASES, FILES, FOLDERS
+from tests.warm_python import warm_python
 
 ROOT = Path(__file__).resolve().parents[2]
 TRAININGS = ("pretrain", "finetune", "finetune_lora")
@@ -50,7 +50,7 @@ def state_of(*folders: Path) -> dict[Path, int | None]:
 def run(module: str, words: list[str]) -> tuple[int, str]:
     """Exit status and standard error of a real process."""
     environment = os.environ | {"PYTHONPATH": str(ROOT), "DS_ACCELERATOR": "cpu", "HF_HUB_OFFLINE": "1"}
-    command = [sys.executable, "-m", module, *words]
+    command = [warm_python(), "-m", module, *words]
     done = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=180, check=False)
     return done.returncode, done.stderr + done.stdout
 

@@ -12,14 +12,17 @@ import torch
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 from transformers import Qwen2Config, Qwen2ForCausalLM
 
+from tests.warm_python import warm_environment, warm_python
+
 ROOT = Path(__file__).resolve().parents[2]
 SCRIPTS = ROOT / "scripts"
 QUICK = ["--max_steps", "3", "--logging_steps", "1", "--save_strategy", "no", "--eval_strategy", "no"]
 QUICK += ["--stop_check", "0"]
 
 
-def bash(script: str, *words: str, cwd: Path = ROOT, **variables: str) -> str:
-    environment = os.environ | {"VENV": sys.prefix, "HF_HUB_OFFLINE": "1", "COLUMNS": "120"} | variables
+def bash(script: str, *words: str, cwd: Path = ROOT, warm: bool = True, **variables: str) -> str:
+    venv = warm_environment() if warm else {"VENV": sys.prefix}
+    environment = os.environ | venv | {"HF_HUB_OFFLINE": "1", "COLUMNS": "120"} | variables
     done = subprocess.run(
         ["bash", script, *words], cwd=cwd, env=environment, capture_output=True, text=True, timeout=300, check=False
     )
@@ -33,7 +36,7 @@ def losses(folder: Path) -> list[float]:
 
 
 def test_pretrain_twice_gives_the_same_losses_and_a_complete_run_folder(tmp_path: Path) -> None:
-    bash("run_pretrain.sh", *QUICK, "--output_dir", str(tmp_path / "a"), cwd=SCRIPTS)
+    bash("run_pretrain.sh", *QUICK, "--output_dir", str(tmp_path / "a"), cwd=SCRIPTS, warm=False)
     bash(str(SCRIPTS / "run_pretrain.sh"), *QUICK, "--output_dir", "b", cwd=tmp_path)
     assert losses(tmp_path / "a") == losses(tmp_path / "b")
     assert len(losses(tmp_path / "a")) == 3
@@ -65,13 +68,13 @@ def test_lora_then_predict_then_merge(tmp_path: Path) -> None:
     assert {"rouge-1", "rouge-2", "rouge-l", "perplexity", "definitions"} <= scores.keys()
 
     environment = os.environ | {"PYTHONPATH": str(ROOT), "HF_HUB_OFFLINE": "1"}
-    merge = [sys.executable, "-m", "finetune_lora.merge", str(tmp_path / "lora"), str(tmp_path / "merged")]
+    merge = [warm_python(), "-m", "finetune_lora.merge", str(tmp_path / "lora"), str(tmp_path / "merged")]
     done = subprocess.run(merge, env=environment, capture_output=True, text=True, check=True)
     assert "largest difference of a logit" in done.stdout
     bash(str(SCRIPTS / "run_predict.sh"), *words, "--model", "merged", "--output_dir", "p2", cwd=tmp_path)
     assert (tmp_path / "p1" / "predictions.jsonl").read_text() == (tmp_path / "p2" / "predictions.jsonl").read_text()
 
-    score = [sys.executable, "-m", "predict.score", "p1/predictions.jsonl", "--output", "again.json"]
+    score = [warm_python(), "-m", "predict.score", "p1/predictions.jsonl", "--output", "again.json"]
     subprocess.run(score, cwd=tmp_path, env=environment, capture_output=True, check=True)
     again = json.loads((tmp_path / "again.json").read_text(encoding="utf-8"))
     assert {name: again[name] for name in ("rouge-1", "rouge-2", "rouge-l")} == {

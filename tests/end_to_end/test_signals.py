@@ -17,7 +17,7 @@ NOVEL = "第一章 海\n" + "他站在船头，看着远处的灯塔慢慢亮了
 QUICK = ["--max_length", "64", "--per_device_train_batch_size", "1", "--logging_steps", "1", "--max_steps", "100000"]
 QUICK += ["--eval_on_start", "False", "--guards", "False", "--save_strategy", "no", "--eval_strategy", "no"]
 # One process, and two ranks that share optimizer states and gradients.
-RUNS = [pytest.param(1, 0, id="one"), pytest.param(2, 2, id="zero2", marks=pytest.mark.exhaustive)]
+RUNS = [pytest.param(1, 0, id="one"), pytest.param(2, 2, id="zero2")]
 
 
 @pytest.fixture
@@ -27,8 +27,8 @@ def words(base_folder: Path, tmp_path: Path) -> list[str]:
     return [*words, "--output_dir", str(tmp_path / "run"), *QUICK]
 
 
-def launched(words: list[str], folder: Path, processes: int, zero: int) -> Launched:
-    return Launched(*words, log=folder / "log", variables={"NPROC": str(processes), "ZERO": str(zero)})
+def launched(words: list[str], folder: Path, processes: int, zero: int, warm: bool = False) -> Launched:
+    return Launched(*words, log=folder / "log", variables={"NPROC": str(processes), "ZERO": str(zero)}, warm=warm)
 
 
 def check_saved(run: Launched, folder: Path, name: str) -> int:
@@ -54,7 +54,6 @@ def check_saved(run: Launched, folder: Path, name: str) -> int:
     ("number", "processes", "zero"),
     [
         pytest.param(signal.SIGTERM, 1, 0, id="SIGTERM-one"),
-        pytest.param(signal.SIGINT, 1, 0, id="SIGINT-one"),
         pytest.param(signal.SIGINT, 2, 2, id="SIGINT-zero2", marks=pytest.mark.slow),
     ],
 )
@@ -73,9 +72,9 @@ def test_a_signal_saves_the_step_and_ends(
         assert run.ends() == 128 + number
         assert check_saved(run, tmp_path, number.name) >= before
         assert not [pid for pid in ranks if Path(f"/proc/{pid}").exists()]
+        assert not list(Path("/dev/shm").glob("deepspeed_*"))  # its buffers would stay in memory for good
 
 
-@pytest.mark.exhaustive
 @pytest.mark.parametrize(("processes", "zero"), RUNS)
 def test_an_evaluation_ends_between_two_batches_and_is_made_up_for(
     processes: int, zero: int, words: list[str], tmp_path: Path
@@ -83,24 +82,23 @@ def test_an_evaluation_ends_between_two_batches_and_is_made_up_for(
     """Of the last step, so that the same command has nothing left to train."""
     (tmp_path / "valid.txt").write_text(NOVEL * 3, encoding="utf-8")
     words += ["--eval_strategy", "steps", "--eval_steps", "2", "--max_steps", "2", "--per_device_eval_batch_size", "1"]
-    with launched([*words, "--valid_files", str(tmp_path / "valid.txt")], tmp_path, processes, zero) as run:
+    with launched([*words, "--valid_files", str(tmp_path / "valid.txt")], tmp_path, processes, zero, warm=True) as run:
         run.until(r"step +2/2 ")
         run.process.send_signal(signal.SIGTERM)
         assert run.ends() == 128 + signal.SIGTERM
         assert check_saved(run, tmp_path, "SIGTERM") == 2
         assert "eval loss" not in run.text()
-    with launched([*words, "--valid_files", str(tmp_path / "valid.txt")], tmp_path, processes, zero) as run:
+    with launched([*words, "--valid_files", str(tmp_path / "valid.txt")], tmp_path, processes, zero, warm=True) as run:
         assert run.ends(400) == 0, run.text()[-3000:]
         assert f"going on from {tmp_path / 'run' / 'checkpoint-2'}" in run.text()
         assert "step     2/2  eval loss" in run.text()
     assert json.loads((tmp_path / "run" / "run.json").read_text("utf-8"))["status"] == "finished"
 
 
-@pytest.mark.exhaustive
 def test_a_signal_before_the_first_step_leaves_nothing(words: list[str], tmp_path: Path) -> None:
     (tmp_path / "valid.txt").write_text(NOVEL * 3, encoding="utf-8")
     words += ["--valid_files", str(tmp_path / "valid.txt"), "--eval_on_start", "True"]
-    with launched(words, tmp_path, 1, 0) as run:
+    with launched(words, tmp_path, 1, 0, warm=True) as run:
         while not (tmp_path / "run" / "run.json").exists():
             assert run.process.poll() is None, run.text()[-3000:]
         run.process.send_signal(signal.SIGINT)
@@ -135,7 +133,7 @@ def test_a_killed_rank_ends_the_run_with_the_cause(words: list[str], tmp_path: P
 
 @pytest.mark.slow
 def test_an_error_of_use_of_two_ranks_is_printed_once(words: list[str], tmp_path: Path) -> None:
-    with launched([*words, "--train_files", str(tmp_path / "none.txt")], tmp_path, 2, 0) as run:
+    with launched([*words, "--train_files", str(tmp_path / "none.txt")], tmp_path, 2, 0, warm=True) as run:
         assert run.ends() == 2
         assert run.text().count("none.txt") == 1
         assert "Traceback" not in run.text()

@@ -11,7 +11,8 @@ from pathlib import Path
 import pytest
 from torch.utils.cpp_extension import get_default_build_root
 
-from tests.faults.runs import Command, complete, fork_server, write_base, write_rows
+from tests.faults.runs import Command, complete, write_base, write_rows
+from tests.warm_python import warm_server
 
 WORDS = (
     "--max_length", "32", "--per_device_train_batch_size", "2", "--gradient_accumulation_steps", "3",
@@ -70,7 +71,7 @@ class Runs:
         """The run of a command that nothing disturbs."""
         if name not in self._undisturbed:
             folder = self.place / "undisturbed" / name
-            fork_server()
+            warm_server()
             begin = time.monotonic()
             complete(self.commands[name], folder, self.place / "logs" / name)
             self._undisturbed[name] = Undisturbed(self.commands[name], folder, time.monotonic() - begin)

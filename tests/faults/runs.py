@@ -2,25 +2,21 @@
 
 from __future__ import annotations
 
-import functools
 import json
-import multiprocessing
 import os
 import shutil
+import signal
 import socket
-import sys
 import time
 from collections.abc import Callable
-from dataclasses import dataclass, field
-from multiprocessing.context import ForkServerProcess
+from dataclasses import asdict, dataclass, field
 from pathlib import Path
-from typing import Any
-from unittest.mock import patch
 
 import torch
 from transformers import Qwen3Config, Qwen3ForCausalLM
 
-from tests.faults.training_process import PRELOADED, Stop, train_here
+from tests.faults.training_process import Stop
+from tests.warm_python import WarmProcess, warm_server, warm_variables
 
 ROOT = Path(__file__).resolve().parents[2]
 FIGURES = ("loss", "grad_norm", "learning_rate", "eval_loss", "eval_token_accuracy")
@@ -75,7 +71,7 @@ def write_rows(folder: Path, rows: int) -> tuple[Path, Path]:
 
 
 class Started:
-    """The processes of a command, each a fork of one that has imported everything."""
+    """The processes of a command."""
 
     def __init__(self, command: Command, folder: Path, logs: Path, stop: Stop | None = None) -> None:
         """Logs go to files of `logs`, which is emptied."""
@@ -88,25 +84,23 @@ class Started:
                 free.bind(("127.0.0.1", 0))
                 variables |= {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(free.getsockname()[1])}
             variables |= {"WORLD_SIZE": str(command.ranks), "LOCAL_WORLD_SIZE": str(command.ranks)}
-        self.ranks: list[ForkServerProcess] = []
+        self.ranks: list[WarmProcess] = []
         for rank in range(command.ranks):
             named = {"RANK": str(rank), "LOCAL_RANK": str(rank)} if "WORLD_SIZE" in variables else {}
-            chosen = stop if stop is not None and stop.rank == rank else None
-            arguments = (
-                command.pipeline,
-                command.full(folder),
-                folder,
-                logs / f"{rank}.log",
-                variables | named,
-                chosen,
-            )
-            self.ranks.append(fork_server().Process(target=train_here, args=arguments))
-        for process in self.ranks:
-            process.start()
+            chosen = asdict(stop) if stop is not None and stop.rank == rank else None
+            words = [json.dumps(chosen), str(folder), str(logs / f"{rank}.events"), command.pipeline]
+            with (logs / f"{rank}.log").open("ab") as log, Path(os.devnull).open("rb") as nothing:
+                files = [nothing.fileno(), log.fileno(), log.fileno()]
+                self.ranks.append(
+                    WarmProcess(
+                        warm_server()[0], ["-m", "tests.faults.training_process", *words, *command.full(folder)],
+                        warm_variables() | variables | named, files=files,
+                    )
+                )  # fmt: skip
 
     def ended(self) -> bool:
         """Whether no process is left."""
-        return all(process.exitcode is not None for process in self.ranks)
+        return all(process.poll() is not None for process in self.ranks)
 
     def wait(self, condition: Callable[[], bool], timeout: float = 120) -> bool:
         """Until the condition holds, or False once all processes have ended without it."""
@@ -124,23 +118,22 @@ class Started:
         end = time.monotonic() + timeout
         try:
             for process in self.ranks:
-                process.join(max(0.0, end - time.monotonic()))
+                process.wait(max(0.0, end - time.monotonic()))
         finally:
             self.kill()
-        return [process.exitcode for process in self.ranks]
+        return [process.status for process in self.ranks]
 
     def kill(self, ranks: list[int] | None = None) -> None:
         """Kill -9, all ranks or some."""
         for rank in range(len(self.ranks)) if ranks is None else ranks:
-            self.ranks[rank].kill()
+            self.ranks[rank].signal(signal.SIGKILL)
         for rank in range(len(self.ranks)) if ranks is None else ranks:
-            self.ranks[rank].join()
+            self.ranks[rank].wait()
 
     def signal(self, number: int) -> None:
         """Send a signal to each rank that lives."""
         for process in self.ranks:
-            if process.exitcode is None and process.pid is not None:
-                os.kill(process.pid, number)
+            process.signal(number)
 
     def events(self, rank: int = 0) -> list[str]:
         """Lines `kind count what`."""
@@ -183,21 +176,6 @@ def files_of(folder: Path) -> dict[Path, tuple[int, int]]:
     """Size and time of the last change of each file."""
     found = {path: path.stat() for path in folder.rglob("*") if path.is_file()}
     return {path: (status.st_size, status.st_mtime_ns) for path, status in found.items()}
-
-
-@functools.cache
-def fork_server() -> Any:
-    """multiprocessing's fork server, with all imports of a training done."""
-    context = multiprocessing.get_context("forkserver")
-    context.set_forkserver_preload(PRELOADED)
-    variables = {"PYTHONPATH": str(ROOT), "DS_ACCELERATOR": "cpu", "HF_HUB_OFFLINE": "1"}
-    # As launch.sh does: another ninja than the environment's would build DeepSpeed's parts again.
-    variables["PATH"] = f"{Path(sys.executable).parent}{os.pathsep}{os.environ['PATH']}"
-    with patch.dict(os.environ, variables | {"OMP_NUM_THREADS": "1", "MKL_NUM_THREADS": "1"}):
-        first = context.Process(target=os.getpid)
-        first.start()
-    first.join()
-    return context
 
 
 def complete(command: Command, folder: Path, logs: Path) -> Started:

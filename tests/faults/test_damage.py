@@ -123,7 +123,6 @@ def test_a_folder_left_unfinished_is_no_checkpoint(
     assert newest_whole_checkpoint(tmp_path / "run") == tmp_path / "run" / NEWEST
 
 
-@pytest.mark.exhaustive
 @pytest.mark.slow
 def test_the_run_goes_on_from_the_one_before(killed: Path, runs: Runs, tmp_path: Path) -> None:
     folder = tmp_path / "run"
@@ -137,7 +136,6 @@ def test_the_run_goes_on_from_the_one_before(killed: Path, runs: Runs, tmp_path:
     assert_same(folder, undisturbed.folder)
 
 
-@pytest.mark.exhaustive
 @pytest.mark.slow
 def test_a_shard_of_another_rank_is_missed(runs: Runs, tmp_path: Path) -> None:
     undisturbed = runs.undisturbed("zero2")

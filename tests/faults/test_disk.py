@@ -45,7 +45,6 @@ def halt_after(started: Started, checkpoint: str) -> None:
     started.signal(signal.SIGSTOP)
 
 
-@pytest.mark.exhaustive
 @pytest.mark.slow
 @pytest.mark.parametrize("name", ["pretrain", "zero2"])
 def test_a_full_disk_keeps_the_last_checkpoint(name: str, runs: Runs, small_disk: Path, tmp_path: Path) -> None:
@@ -65,7 +64,6 @@ def test_a_full_disk_keeps_the_last_checkpoint(name: str, runs: Runs, small_disk
     assert_same(folder, undisturbed.folder)
 
 
-@pytest.mark.exhaustive
 @pytest.mark.slow
 def test_a_limit_on_the_size_of_files_does_the_same(runs: Runs, tmp_path: Path) -> None:
     undisturbed = runs.undisturbed("lora")
@@ -74,7 +72,6 @@ def test_a_limit_on_the_size_of_files_does_the_same(runs: Runs, tmp_path: Path) 
     halt_after(started, FIRST["lora"])
     largest = max(path.stat().st_size for path in (folder / FIRST["lora"]).iterdir())
     for process in started.ranks:
-        assert process.pid is not None
         resource.prlimit(process.pid, resource.RLIMIT_FSIZE, (largest // 2, largest // 2))
     started.signal(signal.SIGCONT)
     assert_stopped_plainly(started, FIRST["lora"], "cannot be written")

@@ -27,10 +27,7 @@ assert sum(map(len, AIMS.values())) == 25
 
 
 @pytest.mark.slow
-# Packed pretraining by default; all chains together are 25 kills.
-@pytest.mark.parametrize(
-    "name", [pytest.param(name, marks=[] if name == "pretrain" else [pytest.mark.exhaustive]) for name in AIMS]
-)
+@pytest.mark.parametrize("name", AIMS)
 def test_killed_at_any_moment_it_ends_the_same(
     name: str, runs: Runs, tmp_path: Path, pytestconfig: pytest.Config
 ) -> None:

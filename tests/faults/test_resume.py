@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import signal
 from pathlib import Path
 
 import pytest
@@ -10,16 +11,14 @@ from safetensors.torch import load_file
 
 from tests.faults.conftest import Runs
 from tests.faults.runs import ROOT, Command, Started, assert_refused, assert_same, complete, figures, interrupted
+from tests.faults.training_process import Stop
 
 # An epoch has 5 steps on one rank and 3 on two, the last of them of fewer micro-batches.
 STOPS = {"finetune": [2, 5], "data parallel": [2, 3], "zero3": [3, 4]}
 
 
-@pytest.mark.exhaustive
 @pytest.mark.slow
-@pytest.mark.parametrize(
-    "name", [pytest.param(name, marks=[] if name == "finetune" else [pytest.mark.exhaustive]) for name in STOPS]
-)
+@pytest.mark.parametrize("name", STOPS)
 def test_stopped_and_gone_on_with_is_the_same(name: str, runs: Runs, tmp_path: Path) -> None:
     undisturbed = runs.undisturbed(name)
     folder = tmp_path / "run"
@@ -29,7 +28,6 @@ def test_stopped_and_gone_on_with_is_the_same(name: str, runs: Runs, tmp_path: P
     assert_same(folder, undisturbed.folder)
 
 
-@pytest.mark.exhaustive
 @pytest.mark.slow
 def test_from_two_ranks_to_one_and_back(runs: Runs, tmp_path: Path) -> None:
     """The rows of a step are the same, so its loss is but for the order of sums."""
@@ -45,6 +43,18 @@ def test_from_two_ranks_to_one_and_back(runs: Runs, tmp_path: Path) -> None:
     for (step, name), values in expected.items():
         if name in ("loss", "eval_loss", "learning_rate"):
             assert max(found[step, name]) == pytest.approx(max(values), abs=1e-5), (step, name)
+
+
+@pytest.mark.parametrize("count", [1, 2, 4])
+def test_a_signal_while_the_run_folder_is_made_leaves_nothing(count: int, runs: Runs, tmp_path: Path) -> None:
+    folder = tmp_path / "run"
+    started = Started(runs.commands["lora"], folder, tmp_path / "logs", Stop("begin", count))
+    assert started.wait(lambda: started.stopped(0)), started.output()
+    started.signal(signal.SIGINT)
+    started.signal(signal.SIGCONT)
+    assert started.statuses() == [128 + signal.SIGINT]
+    assert started.output().endswith("stopped by SIGINT before the first step\n")
+    assert not folder.exists()
 
 
 def without_gathering(runs: Runs, pipeline: str, place: Path) -> Started:

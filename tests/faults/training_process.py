@@ -8,6 +8,7 @@ can be killed exactly there.
 from __future__ import annotations
 
 import importlib
+import json
 import os
 import signal
 import sys
@@ -16,24 +17,19 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
 
-import torch
 from torch.nn.modules.module import register_module_forward_pre_hook
 from torch.optim.optimizer import register_optimizer_step_post_hook
 
-# What multiprocessing's fork server imports once for all processes: most of the time of a start.
-PRELOADED = [
-    "pretrain.__main__", "finetune.__main__", "finetune_lora.__main__", "deepspeed", "matplotlib.pyplot",
-    "tensorboard", "PIL.PngImagePlugin", "tests.faults.training_process",
-]  # fmt: skip
 # Events of files: which of their arguments name paths.
 CHANGES = {"open": 1, "os.mkdir": 1, "os.rename": 2, "os.link": 2, "os.remove": 1, "os.rmdir": 1, "shutil.rmtree": 1}
 WRITING = os.O_WRONLY | os.O_RDWR
 # Files of a run folder that are written all along.
 GROWING = ("metrics.jsonl", "loss.", "logs", "run.")
 
-Kind = Literal["train", "window", "epoch", "step", "evaluate", "save", "final"]
-"""A forward pass of training; one with gradients already accumulated; the first one after an evaluation; an optimizer
-step; a forward pass of evaluation; a change of a file or folder of a checkpoint; a change beside the checkpoints."""
+Kind = Literal["begin", "train", "window", "epoch", "step", "evaluate", "save", "final"]
+"""A change in the run folder before the first step; a forward pass of training; one with gradients already accumulated;
+the first one after an evaluation; an optimizer step; a forward pass of evaluation; a change of a file or folder of a
+checkpoint; a change beside the checkpoints."""
 
 
 @dataclass(frozen=True)
@@ -45,17 +41,10 @@ class Stop:
     rank: int = 0
 
 
-def train_here(pipeline: str, words: list[str], folder: Path, log: Path, variables: dict[str, str], stop: Stop | None
-               ) -> None:  # fmt: skip
-    """Run a pipeline as `python -m` does. Events go to `log` with the ending .events, what is printed goes to `log`."""
-    os.setsid()
-    output = os.open(log, os.O_CREAT | os.O_WRONLY | os.O_APPEND)
-    os.dup2(output, 1)
-    os.dup2(output, 2)
-    os.environ.update(variables)
-    record = _Record(folder, log.with_suffix(".events"), stop)
+def train_here(stop: Stop | None, folder: Path, events: Path, pipeline: str, words: list[str]) -> None:
+    """Run a pipeline as `python -m` does, into `folder`; write down the events."""
+    record = _Record(folder, events, stop)
     sys.addaudithook(record.audit)
-    torch.set_num_threads(1)
     register_module_forward_pre_hook(record.forward)
     register_optimizer_step_post_hook(record.step)
     importlib.import_module(f"{pipeline}.__main__").main(words)
@@ -114,3 +103,10 @@ class _Record:
             self.happens("save", f"{event} {path}")
         elif path.parts and not path.parts[0].startswith(GROWING) and self.counts["step"]:
             self.happens("final", f"{event} {path}")
+        elif not self.counts["step"]:
+            self.happens("begin", f"{event} {path}")
+
+
+if __name__ == "__main__":
+    chosen = json.loads(sys.argv[1])
+    train_here(chosen and Stop(**chosen), Path(sys.argv[2]), Path(sys.argv[3]), sys.argv[4], sys.argv[5:])

@@ -32,6 +32,7 @@ from novelgpt.settings.errors import UserError
 from novelgpt.text.tokenizer import load_tokenizer
 from tests.model.original_qwen1 import write_original_qwen1
 from tests.model.original_weights import CODE, write_weights
+from tests.warm_python import warm_python
 
 ROOT = Path(__file__).resolve().parents[2]
 # A model that nobody knows, of one layer type that everybody knows.
@@ -88,7 +89,7 @@ def test_code_that_is_needed_is_refused_with_reason_and_flag(copy: Path, tokeniz
 def test_nobody_is_asked_on_standard_input(answer: str | None, copy: Path, tmp_path: Path) -> None:
     with_own_code(copy)
     (copy / "weaver.py").write_text(CODE, encoding="utf-8")
-    command = [sys.executable, "-m", "finetune", "--model", str(copy), "--output_dir", str(tmp_path / "run")]
+    command = [warm_python(), "-m", "finetune", "--model", str(copy), "--output_dir", str(tmp_path / "run")]
     environment = os.environ | {"PYTHONPATH": str(ROOT), "HF_HUB_OFFLINE": "1", "DS_ACCELERATOR": "cpu"}
     streams: dict[str, Any] = {"input": answer} if answer else {"stdin": subprocess.DEVNULL}
     done = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=180, check=False, **streams)

@@ -3,7 +3,6 @@
 import os
 import signal
 import subprocess
-import sys
 import threading
 from pathlib import Path
 
@@ -19,6 +18,7 @@ from novelgpt.text.conversation import encode_prompt, end_token_ids
 from novelgpt.text.tokenizer import encode
 from predict.chat import Chat, StreamedText
 from tests.text.test_templates import build_baichuan_folder, load_baichuan
+from tests.warm_python import warm_python
 
 ROOT = Path(__file__).resolve().parents[2]
 TEXT = "他说：“你好，𠮷野家！”\n\n　　🙂👨\u200d👩\u200d👧 龘 abc  déjà 12\r\n"
@@ -108,7 +108,7 @@ def test_half_a_character_comes_only_when_nothing_more_follows(
 
 
 def chat_command(folder: Path, *words: str) -> list[str]:
-    return [sys.executable, "-m", "predict.chat", "--model", str(folder), *words]
+    return [warm_python(), "-m", "predict.chat", "--model", str(folder), *words]
 
 
 # No token twice, so that an answer shows what stands in its prompt.

@@ -4,8 +4,6 @@ import json
 import os
 import random
 import signal
-import subprocess
-import sys
 import time
 from pathlib import Path
 
@@ -14,6 +12,7 @@ import pytest
 from novelgpt.model.generation import Answer
 from novelgpt.settings.errors import UserError
 from predict.journal import Journal
+from tests.warm_python import WarmProcess, warm_server, warm_variables
 
 ROOT = Path(__file__).resolve().parents[2]
 ANSWERS = {3: Answer("雨停了。\u2028", "stop", 5), 0: Answer("", "length", 8), 7: Answer("灯\n亮", "stop", 3, 9)}
@@ -69,39 +68,39 @@ def test_two_predictions_at_once_are_refused(tmp_path: Path) -> None:
 
 def command(base_folder: Path, output: Path) -> list[str]:
     words = ["--model", str(base_folder), "--max_rows", "18", "--max_new_tokens", "30", "--batch_size", "2"]
-    return [sys.executable, "-m", "predict", *words, "--do_sample", "--output_dir", str(output)]
+    return ["-m", "predict", *words, "--do_sample", "--output_dir", str(output)]
 
 
 @pytest.mark.slow
 def test_killed_at_random_moments_it_ends_as_if_it_never_was(base_folder: Path, tmp_path: Path) -> None:
     """kill -9 at 10 moments, in one prediction; drawn answers, which depend on their batch."""
-    environment = os.environ | {"HF_HUB_OFFLINE": "1", "PYTHONPATH": str(ROOT)}
-    subprocess.run(command(base_folder, tmp_path / "whole"), env=environment, check=True, capture_output=True)
+
+    def start(name: str) -> WarmProcess:
+        with (tmp_path / "log").open("wb") as log, Path(os.devnull).open() as nothing:
+            files = [nothing.fileno(), log.fileno(), log.fileno()]
+            return WarmProcess(warm_server()[0], command(base_folder, tmp_path / name), warm_variables(), files=files)
+
+    assert start("whole").wait() == 0, (tmp_path / "log").read_text()
     expected = (tmp_path / "whole" / "predictions.jsonl").read_text(encoding="utf-8")
     generator = random.Random(20240610)
     journal = tmp_path / "killed" / "predictions.partial" / "0.jsonl"
     killed_in_between = 0
     for _ in range(10):
-        process = subprocess.Popen(
-            command(base_folder, tmp_path / "killed"),
-            env=environment,
-            stdout=subprocess.DEVNULL,
-            stderr=subprocess.DEVNULL,
-        )
+        process = start("killed")
         before = journal.stat().st_size if journal.exists() else 0
         # Until it has written something more, or has ended; then a moment that may fall into the next write.
         while process.poll() is None and (not journal.exists() or journal.stat().st_size == before):
             time.sleep(0.01)
         time.sleep(generator.random() * 0.2)
         if process.poll() is None:
-            process.send_signal(signal.SIGKILL)
+            process.signal(signal.SIGKILL)
             killed_in_between += 1
         process.wait()
         if (tmp_path / "killed" / "predictions.jsonl").exists():
             break
     assert killed_in_between >= 3
-    done = subprocess.run(command(base_folder, tmp_path / "killed"), env=environment, check=True, capture_output=True)
-    assert (tmp_path / "killed" / "predictions.jsonl").read_text(encoding="utf-8") == expected, done.stdout
+    assert start("killed").wait() == 0, (tmp_path / "log").read_text()
+    assert (tmp_path / "killed" / "predictions.jsonl").read_text(encoding="utf-8") == expected
     assert not (tmp_path / "killed" / "predictions.partial").exists()
     scores = [json.loads((tmp_path / name / "scores.json").read_text(encoding="utf-8")) for name in ("whole", "killed")]
     assert scores[0]["rouge1_char_count"] == scores[1]["rouge1_char_count"]

@@ -1,9 +1,6 @@
 """Two real ranks under ZeRO-2 and ZeRO-3 train as one process does, and save weights that reload to the same model."""
 
 import json
-import os
-import subprocess
-import sys
 from pathlib import Path
 
 import pytest
@@ -18,6 +15,7 @@ from novelgpt.scoring.perplexity import summarise
 from novelgpt.settings.arguments import ConversationArguments, ModelArguments
 from novelgpt.settings.paths import SAMPLES
 from novelgpt.text.collator import Collator
+from tests.ranks import run_pipeline
 
 ROOT = Path(__file__).resolve().parents[2]
 VALID = [str(SAMPLES / "papers" / "valid.jsonl")]
@@ -52,14 +50,7 @@ def train(pipeline: str, base: Path, train_file: Path, folder: Path, processes: 
     words += ["--gradient_accumulation_steps", "2", "--logging_steps", "1", "--learning_rate", "1e-3"]
     words += ["--eval_on_start", "False", "--save_strategy", "no", "--lr_scheduler_type", "constant"]
     words += ["--stop_check", "0"]
-    environment = {key: value for key, value in os.environ.items() if key not in ("RANK", "WORLD_SIZE", "LOCAL_RANK")}
-    environment |= {"NPROC": str(processes), "ZERO": str(zero), "OMP_NUM_THREADS": "1", "HF_HUB_OFFLINE": "1"}
-    environment |= {"VENV": sys.prefix}
-    done = subprocess.run(
-        ["bash", str(ROOT / "scripts" / "launch.sh"), pipeline, *words],
-        env=environment, capture_output=True, text=True, timeout=600, check=False,
-    )  # fmt: skip
-    assert done.returncode == 0, done.stdout[-3000:] + done.stderr[-3000:]
+    run_pipeline(pipeline, words, processes, zero)
     entries = [json.loads(line) for line in (folder / "metrics.jsonl").read_text(encoding="utf-8").splitlines()]
     losses = [entry["loss"] for entry in entries if "loss" in entry]
     assert len(losses) == STEPS

@@ -59,8 +59,8 @@ def forecast(pipeline: str, base: Path, tokenizer: PreTrainedTokenizerBase, word
 CASES = [
     ("finetune", 1, 0),
     ("finetune_lora", 1, 0),
-    pytest.param("finetune", 2, 2, marks=pytest.mark.exhaustive),
-    pytest.param("finetune_lora", 2, 2, marks=pytest.mark.exhaustive),
+    ("finetune", 2, 2),
+    ("finetune_lora", 2, 2),
 ]
 
 

@@ -318,7 +318,6 @@ def test_tried_micro_batches_leave_room_for_the_optimizer(qwen2: Path) -> None:
         try_micro_batches(model, training, TOKENS, True, states, rows_of)
 
 
-@pytest.mark.exhaustive
 def test_checkpointing_is_chosen_where_the_run_would_not_fit(qwen2: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     # Enough rows for activations to outweigh this process, which holds what earlier tests left.
     need = total(qwen2, per_device_train_batch_size=128)

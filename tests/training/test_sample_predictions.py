@@ -2,10 +2,7 @@
 
 import importlib
 import json
-import os
 import random
-import subprocess
-import sys
 from pathlib import Path
 from typing import Any
 
@@ -32,6 +29,7 @@ from novelgpt.training.sample_predictions import (
     choose_samples,
     undisturbed,
 )
+from tests.ranks import run_pipeline
 
 ROOT = Path(__file__).resolve().parents[2]
 NOVEL = ROOT / "dataset" / "samples" / "novels" / "shan_zhong_yao_pu.txt"
@@ -391,18 +389,11 @@ def test_pretraining_continues_the_held_out_text(base_folder: Path, tmp_path: Pa
 
 def launch(pipeline: str, processes: int, zero: int, folder: Path, options: list[str]) -> list[Row]:
     """The answers of a run through the real launch script."""
-    environment = {key: value for key, value in os.environ.items() if key not in ("RANK", "WORLD_SIZE", "LOCAL_RANK")}
-    environment |= {"NPROC": str(processes), "ZERO": str(zero), "OMP_NUM_THREADS": "1", "HF_HUB_OFFLINE": "1"}
-    done = subprocess.run(
-        ["bash", str(ROOT / "scripts" / "launch.sh"), pipeline, *options],
-        env=environment | {"VENV": sys.prefix}, capture_output=True, text=True, timeout=600, check=False,
-    )  # fmt: skip
-    assert done.returncode == 0, done.stdout[-3000:] + done.stderr[-3000:]
+    run_pipeline(pipeline, options, processes, zero)
     assert [entry["step"] for entry in entries(folder) if "eval_rouge-l" in entry] == [0, 1, 2]
     return lines(folder)
 
 
-@pytest.mark.exhaustive
 @pytest.mark.slow
 @pytest.mark.parametrize(("pipeline", "zero"), [("finetune", 2), ("finetune_lora", 3)])
 def test_two_ranks_answer_as_one_process_does(
