@@ -27,6 +27,7 @@ from novelgpt.settings.arguments import ConversationArguments, ModelArguments
 from novelgpt.settings.command_parser import CommandParser
 from novelgpt.settings.errors import UserError, exit_on_user_error
 from novelgpt.settings.paths import EMBEDDED_BASE
+from novelgpt.settings.whole_files import write_whole
 from novelgpt.text.packing import PackedBlocks
 from novelgpt.text.statistics import TokenCounts, row_spans, show_counts
 from novelgpt.text.tokenizer import document_end_id, encode, load_tokenizer
@@ -53,11 +54,9 @@ def main(argv: list[str] | None = None) -> None:
             f"{words.file} has no row {words.row}" if words.row else f"{words.file} holds no row", "name another"
         )
     if words.html:
-        partial = words.html.with_name(words.html.name + ".partial")
         try:
             words.html.parent.mkdir(parents=True, exist_ok=True)
-            partial.write_text(in_html(rows, words.file.name, total, words.borders), encoding="utf-8")
-            partial.replace(words.html)
+            write_whole(words.html, in_html(rows, words.file.name, total, words.borders))
         except OSError as error:
             raise UserError(f"{words.html}: {error.strerror}", "name a page that can be written") from error
         print(f"  page   {words.html}")

@@ -23,6 +23,7 @@ from typing import Any, NamedTuple
 from dataset.readers import read_records, read_text_rows
 from novelgpt.settings.command_parser import CommandParser
 from novelgpt.settings.errors import UserError, exit_on_user_error
+from novelgpt.settings.whole_files import write_whole
 
 QUESTION = "请续写下面的小说，约{characters}字。人物、口吻和文风与原文一致，直接写正文。\n\n{passage}"
 NEAR = 0.1  # of a length: how far from it the reference may end, so that it ends with a sentence
@@ -297,9 +298,7 @@ def _paragraph_from(text: str, start: int) -> int:
 def _write(rows: Iterable[dict[str, Any]], path: Path) -> None:
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
-        unfinished = path.with_name(path.name + ".partial")
-        unfinished.write_text("".join(json.dumps(row, ensure_ascii=False) + "\n" for row in rows), encoding="utf-8")
-        unfinished.replace(path)
+        write_whole(path, "".join(json.dumps(row, ensure_ascii=False) + "\n" for row in rows))
     except OSError as error:
         raise UserError(f"{path}: {error.strerror}", "name a file that can be written") from error
 

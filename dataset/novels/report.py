@@ -27,6 +27,7 @@ from dataset.novels.charts import (
     tick_label,
 )
 from dataset.novels.records import BookRecord
+from novelgpt.settings.whole_files import write_whole
 
 PAGE = Path(__file__).with_name("report_page")
 BOOK_ROWS, PAIR_ROWS, REFUSED_ROWS, RULE_ROWS = 500, 300, 300, 100
@@ -100,9 +101,7 @@ def write_report(
         options=[(name, describe_option(value)) for name, value in options.items()],
         splits=SPLITS,
     )
-    unfinished = path.with_name(path.name + ".partial")
-    unfinished.write_text(text, encoding="utf-8", newline="\n")
-    unfinished.replace(path)
+    write_whole(path, text)
 
 
 def count_fates(book: BookRecord) -> dict[str, int]:

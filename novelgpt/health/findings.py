@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Any, Literal
 
 from novelgpt.settings.errors import UserError
+from novelgpt.settings.whole_files import write_whole
 
 Mark = Literal["ok", "note", "problem"]
 COLOURS = {"ok": "green", "note": "yellow", "problem": "bold red"}
@@ -84,10 +85,8 @@ def write_json(path: Path, findings: Sequence[Finding], seconds: float) -> None:
     """
     report: dict[str, Any] = {"ok": not any_problem(findings), "seconds": round(seconds, 1)}
     report["findings"] = [asdict(finding) for finding in findings]
-    unfinished = path.with_name(f"{path.name}.partial")
     try:
-        unfinished.write_text(json.dumps(report, ensure_ascii=False, indent=2) + "\n", encoding="utf-8")
-        unfinished.replace(path)
+        write_whole(path, json.dumps(report, ensure_ascii=False, indent=2) + "\n")
     except OSError as error:
         raise UserError(
             f"--json {path} cannot be written: {error.strerror}", "name a file in a folder of yours"

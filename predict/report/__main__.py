@@ -17,6 +17,7 @@ from novelgpt.scoring.row_scores import RowScores
 from novelgpt.scoring.summary import Comparison, compare_rows
 from novelgpt.settings.command_parser import CommandParser
 from novelgpt.settings.errors import UserError, exit_on_user_error
+from novelgpt.settings.whole_files import write_whole
 from predict.report.charts import (
     LABELS,
     PICTURES,
@@ -85,7 +86,7 @@ def write_report(runs: Sequence[Run], folder: Path, font: ChineseFont | None) ->
     try:
         (folder / FOLDER).mkdir(parents=True, exist_ok=True)
         _write_pictures([picture for _, drawn in pictures for picture in drawn], folder / FOLDER)
-        _write(page, text.encode())
+        write_whole(page, text.encode())
     except OSError as error:
         raise UserError(f"{error.filename}: {error.strerror}", "name an --output that can be written") from error
     return page
@@ -185,15 +186,9 @@ def _own(row: RowScores) -> RowScores:
 def _write_pictures(pictures: Sequence[Picture], folder: Path) -> None:
     """Write the PNG files, and remove those that an earlier report had and this one has not."""
     for picture in pictures:
-        _write(folder / f"{picture.chart.name}.png", picture.png)
+        write_whole(folder / f"{picture.chart.name}.png", picture.png)
     for name in set(PICTURES) - {picture.chart.name for picture in pictures}:
         (folder / f"{name}.png").unlink(missing_ok=True)
-
-
-def _write(path: Path, data: bytes) -> None:
-    unfinished = path.with_name(path.name + ".partial")
-    unfinished.write_bytes(data)
-    unfinished.replace(path)
 
 
 if __name__ == "__main__":
