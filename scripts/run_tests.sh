@@ -13,7 +13,8 @@ ruff check .
 ruff format --check .
 mypy
 lint-imports
-# A worker a core, each with one thread: torch processes that share cores with several threads each wait for each other.
+# Workers with one thread each: torch processes that share cores with several threads each wait for each other. Half as
+# many more than there are cores, as some tests wait for processes, disks and clocks.
 cores="$(env -u OMP_NUM_THREADS nproc)" # which would count threads otherwise
 export OMP_NUM_THREADS=1
-pytest --numprocesses "$cores" --dist worksteal "$@"
+pytest --numprocesses "$((cores + cores / 2))" --dist worksteal "$@"

@@ -88,27 +88,26 @@ def real(folder: Path, lora: bool = False) -> nn.Module:
     return adapt(base) if lora else base
 
 
-def run_of(folder: Path, **training: Any) -> FinetuneRun:
-    """A run whose rows are packs of TOKENS tokens."""
-    data = ConversationArguments(max_length=TOKENS)
+def run_of(folder: Path, tokens: int = TOKENS, **training: Any) -> FinetuneRun:
+    """A run whose rows are packs of so many tokens."""
+    data = ConversationArguments(max_length=tokens)
     arguments = TrainArguments(output_dir="unused", use_cpu=True, **training)
     return FinetuneRun(ModelArguments(str(folder)), data, arguments)
 
 
-PACKS = [{"input_ids": [1] * TOKENS}]
-
-
-def planned(folder: Path, capacity: int, monkeypatch: pytest.MonkeyPatch, **training: Any) -> FinetuneRun:
+def planned(
+    folder: Path, capacity: int, monkeypatch: pytest.MonkeyPatch, tokens: int = TOKENS, **training: Any
+) -> FinetuneRun:
     """The run after its memory was planned for a device of `capacity` bytes."""
     monkeypatch.setattr(memory_plan, "available_memory", lambda device: capacity)
-    run = run_of(folder, **training)
-    plan_memory(run, PACKS)  # type: ignore[arg-type]
+    run = run_of(folder, tokens, **training)
+    plan_memory(run, [{"input_ids": [1] * tokens}])  # type: ignore[arg-type]
     return run
 
 
-def total(folder: Path, **training: Any) -> int:
+def total(folder: Path, tokens: int = TOKENS, **training: Any) -> int:
     """The estimate of such a run."""
-    return estimate_memory(simulate(folder), run_of(folder, **training).training, TOKENS, True).total
+    return estimate_memory(simulate(folder), run_of(folder, tokens, **training).training, tokens, True).total
 
 
 @pytest.mark.parametrize("lora", [False, True], ids=["full", "lora"])
@@ -319,12 +318,12 @@ def test_tried_micro_batches_leave_room_for_the_optimizer(qwen2: Path) -> None:
 
 
 def test_checkpointing_is_chosen_where_the_run_would_not_fit(qwen2: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    # Enough rows for activations to outweigh this process, which holds what earlier tests left.
-    need = total(qwen2, per_device_train_batch_size=128)
-    less = total(qwen2, per_device_train_batch_size=128, activation_checkpointing=True)
+    # Enough tokens for activations to outweigh this process, which holds what earlier tests left.
+    options: dict[str, Any] = {"per_device_train_batch_size": 8, "tokens": 16 * TOKENS}
+    need = total(qwen2, **options)
+    less = total(qwen2, **options, activation_checkpointing=True)
     assert less < 0.9 * need
     tight = int(need / 0.9 * 0.95)  # not too near, as the process itself grows and shrinks a little
-    options: dict[str, Any] = {"per_device_train_batch_size": 128}
     assert not planned(qwen2, 10 * need, monkeypatch, **options).training.activation_checkpointing
     assert planned(qwen2, tight, monkeypatch, **options).training.activation_checkpointing
     off = planned(qwen2, tight, monkeypatch, **options, activation_checkpointing=False)
