@@ -198,9 +198,10 @@ def serve(address: str, python: str, ready: int) -> list[str]:
 
 def _keep(connection: socket.socket, fork: int) -> None:
     """Tell which process it is and how it ends; kill it when its client is gone."""
-    for number in (*PASSED_ON, 1, 2):
-        with contextlib.suppress(OSError):
-            os.close(number) if number in (1, 2) else signal.signal(number, signal.SIG_IGN)
+    for number in PASSED_ON:
+        signal.signal(number, signal.SIG_IGN)
+    os.close(1)
+    os.close(2)
     end = os.pidfd_open(fork)
     with contextlib.suppress(OSError):
         connection.sendall(_bytes(fork))

@@ -54,6 +54,7 @@ def check_saved(run: Launched, folder: Path, name: str) -> int:
     ("number", "processes", "zero"),
     [
         pytest.param(signal.SIGTERM, 1, 0, id="SIGTERM-one"),
+        pytest.param(signal.SIGINT, 1, 0, id="SIGINT-one"),
         pytest.param(signal.SIGINT, 2, 2, id="SIGINT-zero2", marks=pytest.mark.slow),
     ],
 )
