@@ -8,7 +8,7 @@ import time
 from pathlib import Path
 from typing import Any
 
-from tests.warm_python import WarmProcess, warm_environment, warm_server, warm_variables
+from tests.warm_python import start_warm, warm_environment
 
 ROOT = Path(__file__).resolve().parents[1]
 # DeepSpeed's settings for weights in parts, however few processes and however small the weights.
@@ -37,15 +37,12 @@ def run_ranks(script: str, *words: str, logs: Path, processes: int = 2, timeout:
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
         port = free.getsockname()[1]
-    environment = warm_variables() | {"WORLD_SIZE": str(processes)}
-    environment |= {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port)}
+    environment = {"WORLD_SIZE": str(processes), "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port)}
     paths = [logs / f"{rank}.log" for rank in range(processes)]
-    started = []
-    for rank, path in enumerate(paths):
-        ranks = {"RANK": str(rank), "LOCAL_RANK": str(rank)}
-        with path.open("w") as log, Path(os.devnull).open() as nothing:
-            files = [nothing.fileno(), log.fileno(), log.fileno()]
-            started.append(WarmProcess(warm_server()[0], [script, *words], environment | ranks, files=files))
+    started = [
+        start_warm([script, *words], environment | {"RANK": str(rank), "LOCAL_RANK": str(rank)}, path)
+        for rank, path in enumerate(paths)
+    ]
     deadline = time.monotonic() + timeout
     try:
         statuses = [process.wait(max(0.0, deadline - time.monotonic())) for process in started]

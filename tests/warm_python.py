@@ -4,7 +4,7 @@ Of the time that a command of the toolkit takes on little data, most is that of 
 Tests drive the real scripts all the same; only the interpreter that these start is this one. It differs from a fresh
 one in what libraries read from the environment when they are imported, and in the order of hashes.
 
-`warm_environment()` gives the variables for a script, `WarmProcess` is a process by itself. As a program, this file is
+`warm_environment()` gives the variables for a script, `start_warm()` is a process by itself. As a program, this file is
 the process that waits, or with `--client` what stands as `python` in place of a fork: it hands over its words,
 variables, folder and open files, passes signals on, and ends as the fork does. A client that is killed takes its fork
 along.
@@ -137,6 +137,19 @@ def warm_variables() -> dict[str, str]:
     # Another ninja than the environment's would build DeepSpeed's parts again.
     variables["PATH"] = f"{Path(sys.executable).parent}{os.pathsep}{os.environ['PATH']}"
     return variables | {"OMP_NUM_THREADS": "1", "MKL_NUM_THREADS": "1", "TOKENIZERS_PARALLELISM": "false"}
+
+
+def start_warm(words: Sequence[str], variables: Mapping[str, str], log: Path) -> WarmProcess:
+    """A process with nothing to read, whose output and errors are added to a file.
+
+    Args:
+        words: of its command line, behind `python`.
+        variables: beside `warm_variables()`.
+        log: the file.
+    """
+    with log.open("ab") as printed, Path(os.devnull).open("rb") as nothing:
+        files = [nothing.fileno(), printed.fileno(), printed.fileno()]
+        return WarmProcess(warm_server()[0], words, warm_variables() | dict(variables), files=files)
 
 
 def client(address: str, words: list[str]) -> None:

@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import base64
-import hashlib
 import json
 import math
 import unicodedata
@@ -11,8 +9,6 @@ from collections import Counter
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
-
-from jinja2 import Environment, FileSystemLoader, StrictUndefined
 
 from dataset.novels.charts import (
     LogScale,
@@ -27,6 +23,7 @@ from dataset.novels.charts import (
     tick_label,
 )
 from dataset.novels.records import BookRecord
+from novelgpt.settings.html_pages import content_hash, page_templates
 from novelgpt.settings.whole_files import write_whole
 
 PAGE = Path(__file__).with_name("report_page")
@@ -72,13 +69,7 @@ def write_report(
         skipped: (source, reason) of files that are no texts; they are not among the books.
     """
     style, script = ((PAGE / name).read_text(encoding="utf-8") for name in ("page.css", "page.js"))
-    environment = Environment(
-        loader=FileSystemLoader(PAGE, encoding="utf-8"),
-        autoescape=True,
-        undefined=StrictUndefined,
-        trim_blocks=True,
-        lstrip_blocks=True,
-    )
+    environment = page_templates(PAGE)
     environment.filters.update(
         short=short_number, tick=tick_label, wan=chinese_number, visible=visible, percent=percent, degree=degree
     )
@@ -279,11 +270,6 @@ def describe_option(value: Any) -> str:
     if isinstance(value, (list, tuple)):
         return ", ".join(describe_option(each) for each in value) or "–"
     return value if isinstance(value, str) else json.dumps(value, ensure_ascii=False, default=str)
-
-
-def content_hash(text: str) -> str:
-    """What a Content-Security-Policy calls a text that may run."""
-    return "sha256-" + base64.b64encode(hashlib.sha256(text.encode()).digest()).decode()
 
 
 def visible(text: object, limit: int = CHARACTERS) -> str:

@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
+import io
 import math
 from pathlib import Path
 from typing import Any
 
 from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.figure import Figure
+
+from novelgpt.settings.whole_files import write_whole
 
 
 def draw_losses(history: list[dict[str, Any]], path: Path) -> None:
@@ -34,6 +37,6 @@ def draw_losses(history: list[dict[str, Any]], path: Path) -> None:
     axes.margins(x=0.08)
     if axes.lines:
         axes.legend()
-    unfinished = path.with_suffix(".partial.png")
-    figure.savefig(unfinished)
-    unfinished.replace(path)
+    drawn = io.BytesIO()
+    figure.savefig(drawn, format="png")
+    write_whole(path, drawn.getvalue())

@@ -2,16 +2,13 @@
 
 from __future__ import annotations
 
-import base64
-import hashlib
 import math
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from jinja2 import Environment, FileSystemLoader, StrictUndefined
-
 from novelgpt.scoring.summary import Comparison, definitions
+from novelgpt.settings.html_pages import content_hash, page_templates
 from predict.report.examples import Group, visible
 from predict.report.figures import Picture
 from predict.report.marks import SHORTEST_OVERLAP, SHORTEST_REPEAT
@@ -52,17 +49,11 @@ def make_page(
         labels_are_english: the pictures have no Chinese labels, for want of a font.
     """
     style = (TEMPLATE / "page.css").read_text(encoding="utf-8")
-    environment = Environment(
-        loader=FileSystemLoader(TEMPLATE, encoding="utf-8"),
-        autoescape=True,
-        undefined=StrictUndefined,
-        trim_blocks=True,
-        lstrip_blocks=True,
-    )
+    environment = page_templates(TEMPLATE)
     metrics = metrics_of([run.scores for run in runs])
     return environment.get_template("page.html").render(
         style=style,
-        style_hash="sha256-" + base64.b64encode(hashlib.sha256(style.encode()).digest()).decode(),
+        style_hash=content_hash(style),
         runs=[_describe_run(number, run) for number, run in enumerate(runs)],
         score_groups=_score_groups([run.scores for run in runs], metrics, runs),
         row_groups=_row_groups(runs, metrics),

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import os
 import shutil
 import signal
 import socket
@@ -16,7 +15,7 @@ import torch
 from transformers import Qwen3Config, Qwen3ForCausalLM
 
 from tests.faults.training_process import Stop
-from tests.warm_python import WarmProcess, warm_server, warm_variables
+from tests.warm_python import WarmProcess, start_warm
 
 ROOT = Path(__file__).resolve().parents[2]
 FIGURES = ("loss", "grad_norm", "learning_rate", "eval_loss", "eval_token_accuracy")
@@ -89,14 +88,8 @@ class Started:
             named = {"RANK": str(rank), "LOCAL_RANK": str(rank)} if "WORLD_SIZE" in variables else {}
             chosen = asdict(stop) if stop is not None and stop.rank == rank else None
             words = [json.dumps(chosen), str(folder), str(logs / f"{rank}.events"), command.pipeline]
-            with (logs / f"{rank}.log").open("ab") as log, Path(os.devnull).open("rb") as nothing:
-                files = [nothing.fileno(), log.fileno(), log.fileno()]
-                self.ranks.append(
-                    WarmProcess(
-                        warm_server()[0], ["-m", "tests.faults.training_process", *words, *command.full(folder)],
-                        warm_variables() | variables | named, files=files,
-                    )
-                )  # fmt: skip
+            words = ["-m", "tests.faults.training_process", *words, *command.full(folder)]
+            self.ranks.append(start_warm(words, variables | named, logs / f"{rank}.log"))
 
     def ended(self) -> bool:
         """Whether no process is left."""

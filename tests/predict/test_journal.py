@@ -1,7 +1,6 @@
 """Answers survive: what was written is read again, a line cut off is not, another prediction's never are."""
 
 import json
-import os
 import random
 import signal
 import time
@@ -12,7 +11,7 @@ import pytest
 from novelgpt.model.generation import Answer
 from novelgpt.settings.errors import UserError
 from predict.journal import Journal
-from tests.warm_python import WarmProcess, warm_server, warm_variables
+from tests.warm_python import WarmProcess, start_warm
 
 ROOT = Path(__file__).resolve().parents[2]
 ANSWERS = {3: Answer("雨停了。\u2028", "stop", 5), 0: Answer("", "length", 8), 7: Answer("灯\n亮", "stop", 3, 9)}
@@ -76,9 +75,7 @@ def test_killed_at_random_moments_it_ends_as_if_it_never_was(base_folder: Path, 
     """kill -9 at 10 moments, in one prediction; drawn answers, which depend on their batch."""
 
     def start(name: str) -> WarmProcess:
-        with (tmp_path / "log").open("wb") as log, Path(os.devnull).open() as nothing:
-            files = [nothing.fileno(), log.fileno(), log.fileno()]
-            return WarmProcess(warm_server()[0], command(base_folder, tmp_path / name), warm_variables(), files=files)
+        return start_warm(command(base_folder, tmp_path / name), {}, tmp_path / "log")
 
     assert start("whole").wait() == 0, (tmp_path / "log").read_text()
     expected = (tmp_path / "whole" / "predictions.jsonl").read_text(encoding="utf-8")

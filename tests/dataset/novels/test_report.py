@@ -32,11 +32,11 @@ from dataset.novels.report import (
     EXAMPLES,
     FATES,
     PAIR_ROWS,
-    content_hash,
     count_fates,
     visible,
     write_report,
 )
+from novelgpt.settings.html_pages import content_hash
 
 CHROMIUM = Path("/usr/bin/chromium")
 HOSTILE = '<script>alert(1)</script><img src="https://example.org/x.png">"\'&'
