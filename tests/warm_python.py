@@ -6,14 +6,15 @@ one in what libraries read from the environment when they are imported, and in t
 
 `warm_environment()` gives the variables for a script, `start_warm()` is a process by itself. As a program, this file is
 the process that waits, or with `--client` what stands as `python` in place of a fork: it hands over its words,
-variables, folder and open files, passes signals on, and ends as the fork does. A client that is killed takes its fork
-along.
+variables, folder, namespaces and open files, passes signals on, and ends as the fork does. A client that is killed
+takes its fork along.
 """
 
 from __future__ import annotations
 
 import atexit
 import contextlib
+import ctypes
 import functools
 import gc
 import io
@@ -30,6 +31,7 @@ import tempfile
 import threading
 import traceback
 from collections.abc import Mapping, Sequence
+from contextlib import ExitStack
 from pathlib import Path
 from typing import Any
 
@@ -39,6 +41,8 @@ PRELOADED = (
     "predict.chat", "predict.score", "novelgpt.doctor", "novelgpt.model.embedded_base", "deepspeed",
     "matplotlib.pyplot", "tensorboard", "PIL.PngImagePlugin",
 )  # fmt: skip
+# Of a client, which its fork joins: its network, its file systems.
+NAMESPACES = ("net", "mnt")
 PASSED_ON = (signal.SIGINT, signal.SIGTERM, signal.SIGUSR1, signal.SIGHUP)
 
 
@@ -67,7 +71,10 @@ class WarmProcess:
         self.connection = socket.socket(socket.AF_UNIX, socket.SOCK_STREAM)
         self.connection.connect(address)
         job = json.dumps({"words": list(words), "variables": dict(variables), "folder": str(folder)}).encode()
-        socket.send_fds(self.connection, [_bytes(len(job))], list(files))
+        with ExitStack() as stack:
+            spaces = [stack.enter_context(Path("/proc/self/ns", name).open("rb")) for name in NAMESPACES]
+            handed = [*files, *(space.fileno() for space in spaces)]
+            socket.send_fds(self.connection, [_bytes(len(job))], handed)
         self.connection.sendall(job)
         self.pid = _number(_exactly(self.connection, 4))
         self.status: int | None = None
@@ -190,16 +197,19 @@ def serve(address: str, python: str, ready: int) -> list[str]:
     for number in (*PASSED_ON, signal.SIGCHLD):
         signal.signal(number, signal.SIG_DFL)
     signal.signal(signal.SIGINT, signal.default_int_handler)
-    size, files, _, _ = socket.recv_fds(connection, 4, 3)
+    size, handed, _, _ = socket.recv_fds(connection, 4, 3 + len(NAMESPACES))
     job: dict[str, Any] = json.loads(_exactly(connection, _number(size)))
     fork = os.fork()
     if fork:
-        for file in files:
+        for file in handed:
             os.close(file)
         _keep(connection, fork)
     connection.close()
-    for number, file in enumerate(files):
+    for file, name in zip(handed[3:], NAMESPACES, strict=True):
+        _enter(file, Path("/proc/self/ns", name))
+    for number, file in enumerate(handed[:3]):
         os.dup2(file, number)
+    for file in handed:
         os.close(file)
     os.chdir(job["folder"])
     os.environ.clear()
@@ -207,6 +217,12 @@ def serve(address: str, python: str, ready: int) -> list[str]:
     sys.executable = python
     words: list[str] = job["words"]
     return words
+
+
+def _enter(space: int, own: Path) -> None:
+    """Join a namespace, unless it is the one that this process is in."""
+    if os.fstat(space).st_ino != own.stat().st_ino and ctypes.CDLL(None, use_errno=True).setns(space, 0) != 0:
+        raise OSError(ctypes.get_errno(), f"no way into {own.name}")
 
 
 def _keep(connection: socket.socket, fork: int) -> None:

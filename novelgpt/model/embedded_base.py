@@ -2,7 +2,7 @@
 
     python -m novelgpt.model.embedded_base [FOLDER]
 
-About 5 M random weights and a byte-level BPE tokenizer with Qwen's special tokens and ChatML. The same samples give the
+About 2 M random weights and a byte-level BPE tokenizer with Qwen's special tokens and ChatML. The same samples give the
 same files, byte for byte.
 """
 
@@ -58,12 +58,12 @@ def build_tokenizer(texts: list[str]) -> PreTrainedTokenizerFast:
 
 
 def build_model(vocabulary: int) -> Qwen3ForCausalLM:
-    """A Qwen3 of 4 layers and width 256 with random weights, the same ones each time."""
+    """A Qwen3 of 2 layers and width 256 with random weights, the same ones each time."""
     config = Qwen3Config(
         vocab_size=vocabulary,
         hidden_size=256,
-        intermediate_size=1280,
-        num_hidden_layers=4,
+        intermediate_size=768,
+        num_hidden_layers=2,
         num_attention_heads=4,
         num_key_value_heads=2,
         head_dim=64,

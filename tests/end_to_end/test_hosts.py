@@ -82,7 +82,7 @@ def by_hostfile(name: str, words: list[str], folder: Path) -> None:
     (folder / "bin" / "ssh").chmod(0o755)
     (folder / "hosts").write_text("".join(f"{address} slots=1\n" for address in ADDRESSES), encoding="utf-8")
     variables = {"HOSTFILE": str(folder / "hosts"), "PATH": f"{folder / 'bin'}:{os.environ['PATH']}"}
-    with Launched(*words, log=folder / "log", prefix=inside(name, 1), variables=variables) as run:
+    with Launched(*words, log=folder / "log", prefix=inside(name, 1), variables=variables, warm=True) as run:
         assert run.ends(400) == 0, run.text()[-3000:]
         assert f"2 hosts, 2 processes, meeting at {ADDRESSES[0]}" in run.text()
 
@@ -95,7 +95,7 @@ def by_slurm(name: str, words: list[str], folder: Path) -> None:
     step = {"SLURM_STEP_NUM_NODES": "2", "SLURM_STEP_NUM_TASKS": "2", "SLURM_JOB_ID": str(os.getpid())}
     step |= {"SLURM_STEP_NODELIST": ",".join(ADDRESSES), "SLURM_STEP_ID": "0", "NPROC": "1", "MODEL": ""}
     step |= {"PATH": f"{folder / 'bin'}:{os.environ['PATH']}"}
-    with Launched(*words, log=folder / "log", script="slurm.sh", variables=step) as job:
+    with Launched(*words, log=folder / "log", script="slurm.sh", variables=step, warm=True) as job:
         assert job.ends(400) == 0, job.text()[-3000:]
         assert job.text().count("Done. eval loss") == 1
 
@@ -131,8 +131,8 @@ def test_hosts_that_do_not_share_the_run_folder_are_refused(words: list[str], tm
     if subprocess.run([*own, "true"], check=False, capture_output=True).returncode != 0:
         pytest.skip("file systems cannot be mounted here")
     with (
-        Launched(*words, log=tmp_path / "log0", variables=meeting | {"HOST": "0"}) as first,
-        Launched(*words, log=tmp_path / "log1", variables=meeting | {"HOST": "1"}, prefix=own) as second,
+        Launched(*words, log=tmp_path / "log0", variables=meeting | {"HOST": "0"}, warm=True) as first,
+        Launched(*words, log=tmp_path / "log1", variables=meeting | {"HOST": "1"}, prefix=own, warm=True) as second,
     ):
         assert (first.ends(), second.ends()) == (2, 2), first.text()[-3000:] + second.text()[-3000:]
         assert f"does not see what the first host writes into {tmp_path}/out\n" in first.text()

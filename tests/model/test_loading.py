@@ -205,8 +205,8 @@ DAMAGES: dict[str, tuple[Callable[[Path], object], tuple[str, ...]]] = {
         ("2 weights", "in none of its files: model.layers.1.mlp.up_proj.weight, model.norm.weight"),
     ),
     "weights of another size": (
-        lambda folder: change(folder / "config.json", intermediate_size=1272),
-        ("12 weights", "model.layers.0.mlp.down_proj.weight (256x1280 instead of 256x1272)"),
+        lambda folder: change(folder / "config.json", intermediate_size=760),
+        ("6 weights", "model.layers.0.mlp.down_proj.weight (256x768 instead of 256x760)"),
     ),
 }
 
