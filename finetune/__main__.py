@@ -7,6 +7,7 @@ from novelgpt.health.preflight import preflight
 from novelgpt.model.loading import load_model
 from novelgpt.settings.errors import exit_on_user_error
 from novelgpt.settings.parser import parse_arguments
+from novelgpt.settings.process import leave_process_group
 from novelgpt.settings.runs import FinetuneRun
 from novelgpt.text.tokenizer import load_tokenizer
 from novelgpt.training.disk import check_disk
@@ -16,6 +17,7 @@ from novelgpt.training.memory_plan import plan_memory
 
 
 @exit_on_user_error
+@leave_process_group
 def main(argv: list[str] | None = None) -> None:
     """Run the pipeline on the words of a command line."""
     run = parse_arguments(FinetuneRun, argv)

@@ -24,6 +24,7 @@ from novelgpt.settings.arguments import ModelArguments
 from novelgpt.settings.errors import UserError, exit_on_user_error
 from novelgpt.settings.parser import parse_arguments
 from novelgpt.settings.paths import EMBEDDED_BASE, check_folder_can_be_made
+from novelgpt.settings.process import leave_process_group
 from novelgpt.settings.runs import PredictRun
 from novelgpt.settings.whole_files import write_whole
 from novelgpt.text.tokenizer import load_tokenizer
@@ -46,6 +47,7 @@ class Source:
 
 
 @exit_on_user_error
+@leave_process_group
 def main(argv: list[str] | None = None) -> None:
     """Run the pipeline on the words of a command line."""
     run = parse_arguments(PredictRun, argv)

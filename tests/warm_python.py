@@ -266,6 +266,7 @@ def run(words: list[str], real: str) -> None:
     for name in ("stdout", "stderr"):
         raw = io.FileIO(getattr(sys, name).fileno(), "w", closefd=False)
         setattr(sys, name, io.TextIOWrapper(raw, encoding="utf-8", errors="replace", write_through=True))
+    words = words[1:] if words[0] == "-u" else words  # nothing is buffered above
     script = words[0].endswith(".py")
     if words[0] != "-m" and not script:
         os.execve(real, [real, *words], os.environ)

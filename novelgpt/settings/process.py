@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import functools
 import os
+from collections.abc import Callable
 from typing import Any
 
 import torch.distributed
@@ -15,8 +17,33 @@ def is_first_process() -> bool:
 
 def first_process_value(value: Any) -> Any:
     """What the first process has, on all of them."""
-    if not (torch.distributed.is_available() and torch.distributed.is_initialized()):
+    if not _in_a_group():
         return value
     values = [value]
     torch.distributed.broadcast_object_list(values, src=0)
     return values[0]
+
+
+def leave_process_group(main: Callable[..., None]) -> Callable[..., None]:
+    """Decorate a `main` so that its process leaves those that it works with before Python ends.
+
+    Left to Python, gloo's threads may still let go of their last tensors while it ends, which aborts the process
+    (PyTorch issue 190489): a run that has ended well would be told as one that was killed. NCCL has no such threads,
+    and waits for the others, who may wait for this one after an error; then it is left alone.
+    """
+
+    @functools.wraps(main)
+    def wrapped(argv: list[str] | None = None) -> None:
+        ended_well = False
+        try:
+            main(argv)
+            ended_well = True
+        finally:
+            if _in_a_group() and (ended_well or torch.distributed.get_backend() == "gloo"):
+                torch.distributed.destroy_process_group()
+
+    return wrapped
+
+
+def _in_a_group() -> bool:
+    return torch.distributed.is_available() and torch.distributed.is_initialized()

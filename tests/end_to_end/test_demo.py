@@ -13,7 +13,6 @@ ROOT = Path(__file__).resolve().parents[2]
 ROUGE = ("rouge-1", "rouge-2", "rouge-l")
 
 
-@pytest.mark.exhaustive
 @pytest.mark.slow
 def test_demo_improves_on_the_base(tmp_path: Path) -> None:
     done = subprocess.run(

@@ -100,7 +100,6 @@ def by_slurm(name: str, words: list[str], folder: Path) -> None:
         assert job.text().count("Done. eval loss") == 1
 
 
-@pytest.mark.exhaustive
 @pytest.mark.slow
 def test_two_hosts_train_what_one_host_with_two_ranks_does(hosts: str, words: list[str], tmp_path: Path) -> None:
     with Launched(
@@ -117,7 +116,6 @@ def test_two_hosts_train_what_one_host_with_two_ranks_does(hosts: str, words: li
         shutil.rmtree(tmp_path / way.__name__ / "run")
 
 
-@pytest.mark.exhaustive
 @pytest.mark.slow
 def test_hosts_that_do_not_share_the_run_folder_are_refused(words: list[str], tmp_path: Path) -> None:
     (tmp_path / "out").mkdir()

@@ -17,7 +17,7 @@ NOVEL = "第一章 海\n" + "他站在船头，看着远处的灯塔慢慢亮了
 QUICK = ["--max_length", "64", "--per_device_train_batch_size", "1", "--logging_steps", "1", "--max_steps", "100000"]
 QUICK += ["--eval_on_start", "False", "--guards", "False", "--save_strategy", "no", "--eval_strategy", "no"]
 # One process, and two ranks that share optimizer states and gradients.
-RUNS = [pytest.param(1, 0, id="one"), pytest.param(2, 2, id="zero2", marks=pytest.mark.exhaustive)]
+RUNS = [pytest.param(1, 0, id="one"), pytest.param(2, 2, id="zero2", marks=pytest.mark.slow)]
 
 
 @pytest.fixture

@@ -126,13 +126,13 @@ def test_a_run_that_does_not_fit_is_refused_before_its_weights_are_loaded(
 ) -> None:
     base = tmp_path / "base"
     shutil.copytree(base_folder, base)
-    monkeypatch.setattr(shutil, "disk_usage", lambda _: Usage(10**12, 10**12 - 10**8, 10**8))
+    monkeypatch.setattr(shutil, "disk_usage", lambda _: Usage(10**12, 10**12 - 10**7, 10**7))
     words = ["--model", str(base), "--train_files", str(rows), "--valid_files", str(rows), *FOUR_STEPS]
     with pytest.raises(SystemExit) as ended:
         finetune([*words, "--output_dir", str(tmp_path / "run")])
     cause, remedy = capsys.readouterr().err.splitlines()[-2:]
     assert ended.value.code == 2
-    assert "too small for this run" in cause and "0.12 GB expected" in cause and "0.10 GB are free" in cause
+    assert "too small for this run" in cause and "44.8 MB expected" in cause and "10.0 MB are free" in cause
     assert "--save_only_model" in remedy and "--output_dir" in remedy
     assert not (tmp_path / "run").exists()
 

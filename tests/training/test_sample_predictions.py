@@ -394,7 +394,6 @@ def launch(pipeline: str, processes: int, zero: int, folder: Path, options: list
     return lines(folder)
 
 
-@pytest.mark.exhaustive
 @pytest.mark.slow
 @pytest.mark.parametrize(("pipeline", "zero"), [("finetune", 2), ("finetune_lora", 3)])
 def test_two_ranks_answer_as_one_process_does(
