@@ -12,7 +12,7 @@ from typing import Any, ClassVar, Literal
 import torch
 from transformers import TrainingArguments
 
-from novelgpt.settings.build_locks import release_build_locks
+from novelgpt.settings.deepspeed_builds import release_build_locks, spare_unused_build
 from novelgpt.settings.errors import UserError
 from novelgpt.settings.paths import EMBEDDED_BASE, SAMPLES
 
@@ -272,7 +272,9 @@ class TrainArguments(TrainingArguments):
         if self.disable_tqdm is None:
             self.disable_tqdm = not sys.stderr.isatty()
         if self.deepspeed:
-            release_build_locks()  # DeepSpeed builds when the processes meet, which is now
+            # DeepSpeed builds when the processes meet, which is now.
+            spare_unused_build()
+            release_build_locks()
         output_dir = self.output_dir
         super().__post_init__()
         self.output_dir = output_dir

@@ -99,13 +99,15 @@ def reported_loss(folder: Path) -> float:
 @pytest.mark.parametrize("zero", [2, 3])
 def test_two_ranks_equal_one_process(
     zero: int, one_process: tuple[Path, list[float]], base_folder: Path, train_file: Path, tmp_path: Path,
-    tokenizer: PreTrainedTokenizerBase,
+    tokenizer: PreTrainedTokenizerBase, monkeypatch: pytest.MonkeyPatch,
 ) -> None:  # fmt: skip
     reference_folder, expected = one_process
     folder = tmp_path / "run"
+    monkeypatch.setenv("TORCH_EXTENSIONS_DIR", str(tmp_path / "extensions"))
     losses = train("finetune", base_folder, train_file, folder, processes=2, zero=zero)
     assert max(abs(a - b) for a, b in zip(losses, expected, strict=True)) < 1e-3
     assert losses[-1] < losses[0] - 0.5
+    assert not (tmp_path / "extensions").exists()  # nothing was compiled
 
     reloaded = AutoModelForCausalLM.from_pretrained(folder).eval()
     loss, logits = evaluate(reloaded, tokenizer, train_file)

@@ -326,7 +326,7 @@ def test_a_run_that_is_refused_leaves_no_folder(
     base_folder: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     model = AutoModelForCausalLM.from_pretrained(base_folder)
-    model.model.layers[2].mlp.down_proj.weight.data[0, 0] = math.nan
+    model.model.layers[1].mlp.down_proj.weight.data[0, 0] = math.nan
     model.save_pretrained(tmp_path / "base")
     for file in base_folder.glob("*token*"):
         (tmp_path / "base" / file.name).write_bytes(file.read_bytes())
@@ -340,7 +340,7 @@ def test_a_run_that_is_refused_leaves_no_folder(
     with pytest.raises(SystemExit) as caught:
         main(words)
     assert caught.value.code == 2
-    assert "first output that is not finite is that of model.layers.2.mlp.down_proj" in capsys.readouterr().err
+    assert "first output that is not finite is that of model.layers.1.mlp.down_proj" in capsys.readouterr().err
     assert not (tmp_path / "run").exists()
     with pytest.raises(SystemExit):  # without the guards, the first step says it, and of which rows
         main([*words, "--guards", "False", "--stop_check", "0"])

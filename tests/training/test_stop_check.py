@@ -78,16 +78,21 @@ def writes_only(model: PreTrainedModel, token: int) -> None:
 
 def sometimes_ends(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase) -> None:
     """Let the model end half of its answers at once, and write another token for ever in the others."""
-    with torch.no_grad():
-        states = [
-            model.eval().get_decoder()(input_ids=torch.tensor([prompt])).last_hidden_state[0, -1]
-            for prompt in first_prompts(tokenizer)
-        ]
+
+    def last_states(prompts: list[list[int]]) -> torch.Tensor:
+        with torch.no_grad():
+            states = [model.eval().get_decoder()(torch.tensor([prompt])).last_hidden_state[0, -1] for prompt in prompts]
+        return torch.stack(states)
+
+    asked = last_states(first_prompts(tokenizer))
+    answered = last_states([[*prompt, 5, 5] for prompt in first_prompts(tokenizer)])
     writes_only(model, tokenizer.eos_token_id)
     head = model.get_output_embeddings()
-    direction = -100 * torch.randn(model.config.hidden_size, generator=torch.Generator().manual_seed(1))
+    # Where half of the prompts lead to the token, what follows the token leads to it all the more.
+    direction = 100 * (answered.mean(0) - asked.mean(0))
     head.weight.data[5] = direction
-    head.bias.data[5] = 1 - (torch.stack(states) @ direction).median()
+    middle = (asked @ direction).sort().values[len(asked) // 2 - 1 :][:2]
+    head.bias.data[5] = 1 - middle.mean()
     model.train()
 
 

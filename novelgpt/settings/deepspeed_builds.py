@@ -1,4 +1,4 @@
-"""Locks on builds of torch extensions, such as DeepSpeed's, that killed processes have left: torch waits for ever."""
+"""What DeepSpeed compiles when processes meet: an operator without use here, and locks that hold up all builds."""
 
 from __future__ import annotations
 
@@ -9,9 +9,20 @@ LOCK = "lock"
 PROCESSES = Path("/proc")
 
 
-def release_build_locks() -> list[Path]:
-    """Delete the locks that no process of this machine holds open, as the one that builds does; give what was deleted.
+def spare_unused_build() -> None:
+    """Let DeepSpeed leave out its operator for sums in shared memory, which it offers to inference on CPUs alone.
 
+    It would be compiled at the first training on a machine, for a minute without a word.
+    """
+    import deepspeed.ops  # slow to import, and of use to few
+
+    deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False
+
+
+def release_build_locks() -> list[Path]:
+    """Delete the locks on builds of torch extensions that killed processes have left: torch waits for them for ever.
+
+    Deleted are those that no process of this machine holds open, as the one that builds does; they are returned.
     Nothing is deleted in runs on several machines: they may share the folder, and another one's lock looks the same.
     """
     here = os.environ.get("LOCAL_WORLD_SIZE") or os.environ.get("LOCAL_SIZE", "1")  # torchrun's name, DeepSpeed's name
