@@ -14,6 +14,7 @@ import pytest
 import torch
 
 from novelgpt.model.baichuan import BaichuanForCausalLM, NormHead
+from novelgpt.settings.deepspeed_builds import spare_unused_build
 from novelgpt.training.loss import attach_chunked_loss
 from tests.model.original_checkpoints import Position, write_original_baichuan
 from tests.ranks import ZERO_3, run_ranks
@@ -95,6 +96,7 @@ def main(folder: Path) -> None:
     import deepspeed  # slow to import, and for this process alone
     from transformers.integrations import HfDeepSpeedConfig
 
+    spare_unused_build()
     deepspeed.init_distributed("gloo")
     held = HfDeepSpeedConfig(copy.deepcopy(ZERO_3))
     losses = {}

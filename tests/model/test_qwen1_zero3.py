@@ -14,6 +14,7 @@ from safetensors.torch import load_file, save_file
 
 from novelgpt.model.loading import load_model
 from novelgpt.settings.arguments import ModelArguments
+from novelgpt.settings.deepspeed_builds import spare_unused_build
 from novelgpt.settings.errors import UserError
 from novelgpt.text.tokenizer import load_tokenizer
 from tests.model.original_qwen1 import write_original_qwen1
@@ -59,6 +60,7 @@ def hold_the_parts(folder: Path) -> None:
     import deepspeed
     from transformers.integrations import HfDeepSpeedConfig
 
+    spare_unused_build()
     deepspeed.init_distributed(dist_backend="gloo")
     held = HfDeepSpeedConfig(ZERO_3)  # from_pretrained looks for it
     arguments = ModelArguments(str(folder / "whole"), allow_pickles=True)
