@@ -227,6 +227,7 @@ def killed_at(event: int, words: list[str], out: Path) -> bool:
     return os.WIFSIGNALED(os.waitpid(child, 0)[1])
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("earlier", [False, True])
 def test_after_a_kill_at_any_moment_the_outcome_is_the_same(
     base_folder: Path, files: list[Path], prepared: Path, tmp_path: Path, earlier: bool

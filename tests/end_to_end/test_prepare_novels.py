@@ -51,6 +51,7 @@ def finish(process: subprocess.Popen[str]) -> tuple[str, str]:
     return out, errors
 
 
+@pytest.mark.slow
 def test_killed_at_any_moment_the_next_run_leaves_what_an_undisturbed_one_does(tmp_path: Path) -> None:
     write_novels(tmp_path / "raw")
     finish(start(tmp_path / "raw", tmp_path / "first"))

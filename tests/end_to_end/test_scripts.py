@@ -35,6 +35,7 @@ def losses(folder: Path) -> list[float]:
     return [entry["loss"] for entry in map(json.loads, lines) if "loss" in entry]
 
 
+@pytest.mark.slow
 def test_pretrain_twice_gives_the_same_losses_and_a_complete_run_folder(tmp_path: Path) -> None:
     bash("run_pretrain.sh", *QUICK, "--output_dir", str(tmp_path / "a"), cwd=SCRIPTS, warm=False)
     bash(str(SCRIPTS / "run_pretrain.sh"), *QUICK, "--output_dir", "b", cwd=tmp_path)

@@ -171,6 +171,7 @@ def started(module: str, *words: str, connections: Path) -> subprocess.Completed
     return subprocess.run(command, env=environment, capture_output=True, text=True, timeout=300, check=False)
 
 
+@pytest.mark.slow
 def test_training_and_prediction_call_nobody(copy: Path, tmp_path: Path) -> None:
     rows = tmp_path / "rows.jsonl"
     row = {"prompt": "灯塔下有什么？", "completion": "一封没有寄出的信。"}

@@ -40,6 +40,7 @@ def test_means_are_those_of_rouge_chinese_and_of_sacrebleu() -> None:
     assert set(means) <= set(definitions())
 
 
+@pytest.mark.slow
 def test_several_processes_score_as_one_does() -> None:
     pairs = rows(400, length=300)
     pairs[5] = ScoredRow("", "")
@@ -78,6 +79,7 @@ def test_intervals_cover_the_truth_in_about_95_of_100_samples() -> None:
     assert 86 <= covered <= 99  # 95 expected, a little less as 60 values are few
 
 
+@pytest.mark.slow
 def test_a_paired_test_finds_a_small_steady_difference_and_no_difference_in_noise() -> None:
     generator = numpy.random.default_rng(6)
     base = generator.normal(0.5, 0.2, size=100)

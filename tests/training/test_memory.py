@@ -131,6 +131,7 @@ def test_rows_of_unequal_length_are_simulated(qwen2: Path) -> None:
     assert simulate(qwen2).step(ROWS, TOKENS, False, None).peak().total() == pytest.approx(counted, rel=0.02)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("lora", [False, True], ids=["full", "lora"])
 def test_three_layers_stand_for_all(folder: Path, lora: bool, monkeypatch: pytest.MonkeyPatch) -> None:
     few = simulate(folder, lora)
