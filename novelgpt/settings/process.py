@@ -15,9 +15,14 @@ def is_first_process() -> bool:
     return os.environ.get("RANK", "0") == "0"
 
 
+def in_process_group() -> bool:
+    """Whether processes have met to work together; a launcher may start one alone, too."""
+    return torch.distributed.is_available() and torch.distributed.is_initialized()
+
+
 def first_process_value(value: Any) -> Any:
     """What the first process has, on all of them."""
-    if not _in_a_group():
+    if not in_process_group():
         return value
     values = [value]
     torch.distributed.broadcast_object_list(values, src=0)
@@ -39,11 +44,7 @@ def leave_process_group(main: Callable[..., None]) -> Callable[..., None]:
             main(argv)
             ended_well = True
         finally:
-            if _in_a_group() and (ended_well or torch.distributed.get_backend() == "gloo"):
+            if in_process_group() and (ended_well or torch.distributed.get_backend() == "gloo"):
                 torch.distributed.destroy_process_group()
 
     return wrapped
-
-
-def _in_a_group() -> bool:
-    return torch.distributed.is_available() and torch.distributed.is_initialized()

@@ -14,6 +14,7 @@ from torch import nn
 
 from novelgpt.settings.arguments import TrainArguments
 from novelgpt.settings.errors import UserError
+from novelgpt.settings.process import in_process_group
 from novelgpt.training.loss import attach_chunked_loss
 from novelgpt.training.memory import checkpointing_options, compute_dtype, optimizer_bytes
 from novelgpt.training.simulated_model import changes_logits, worst_batch
@@ -171,7 +172,7 @@ def _as_it_was(model: nn.Module, training: TrainArguments) -> Iterator[None]:
 
 def _least(number: int) -> int:
     """The smallest of all processes' numbers."""
-    if not (torch.distributed.is_available() and torch.distributed.is_initialized()):
+    if not in_process_group():
         return number
     numbers = [0] * torch.distributed.get_world_size()
     torch.distributed.all_gather_object(numbers, number)

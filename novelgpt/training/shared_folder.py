@@ -11,7 +11,7 @@ from pathlib import Path
 from torch import distributed
 
 from novelgpt.settings.errors import UserError
-from novelgpt.settings.process import first_process_value, is_first_process
+from novelgpt.settings.process import first_process_value, in_process_group, is_first_process
 
 # Network file systems show new files late where a host has looked before.
 WAIT_SECONDS = 30.0
@@ -23,7 +23,7 @@ def check_shared_folder(folder: Path) -> None:
     Raises:
         UserError: names the hosts that do not, on all ranks.
     """
-    if not (distributed.is_available() and distributed.is_initialized()):
+    if not in_process_group():
         return
     if distributed.get_world_size() == int(os.environ.get("LOCAL_WORLD_SIZE", distributed.get_world_size())):
         return

@@ -12,6 +12,7 @@ import torch
 from torch import distributed
 from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments
 
+from novelgpt.settings.process import in_process_group
 from novelgpt.settings.signals import IMPATIENT_SIGNALS, STOP_SIGNALS
 
 
@@ -82,7 +83,7 @@ class StopOnSignal(TrainerCallback):
 
         Two processes of a host agree in about 0.3 ms, between processors, without waiting for a GPU.
         """
-        if not (distributed.is_available() and distributed.is_initialized()) or distributed.get_world_size() == 1:
+        if not in_process_group() or distributed.get_world_size() == 1:
             return self._noted
         if self._group is None:
             self._group = distributed.new_group(backend="gloo")
