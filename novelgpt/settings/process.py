@@ -34,7 +34,8 @@ def leave_process_group(main: Callable[..., None]) -> Callable[..., None]:
 
     Left to Python, gloo's threads may still let go of their last tensors while it ends, which aborts the process
     (PyTorch issue 190489): a run that has ended well would be told as one that was killed. NCCL has no such threads,
-    and waits for the others, who may wait for this one after an error; then it is left alone.
+    and waits for the others, who may wait for this one after an error; then it is left alone. Who makes a group of gloo
+    beside NCCL's ends it.
     """
 
     @functools.wraps(main)

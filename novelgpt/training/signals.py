@@ -74,7 +74,10 @@ class StopOnSignal(TrainerCallback):
             raise Stopped(self._noted, None)
 
     def leave(self) -> None:
-        """Signals do again what they did before."""
+        """Signals do again what they did before, and the group in which ranks agreed ends, of gloo beside NCCL too."""
+        if self._group is not None:
+            distributed.destroy_process_group(self._group)
+            self._group = None
         for number, handler in self._before.items():
             signal.signal(number, handler)
 
