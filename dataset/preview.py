@@ -26,7 +26,7 @@ from dataset.readers import messages_of, read_records, read_text_rows, read_unwo
 from novelgpt.settings.arguments import ConversationArguments, ModelArguments
 from novelgpt.settings.command_parser import CommandParser
 from novelgpt.settings.errors import UserError, exit_on_user_error
-from novelgpt.settings.paths import EMBEDDED_BASE
+from novelgpt.settings.paths import TINY
 from novelgpt.settings.whole_files import write_whole
 from novelgpt.text.packing import PackedBlocks
 from novelgpt.text.statistics import TokenCounts, row_spans, show_counts
@@ -37,7 +37,9 @@ from novelgpt.text.tokenizer import document_end_id, encode, load_tokenizer
 def main(argv: list[str] | None = None) -> None:
     """Show the first rows of a file, or one row."""
     words = _parse(argv)
-    tokenizer = load_tokenizer(ModelArguments(_model(words.model)))
+    if words.model is None:
+        print(f"no --model: in the tokens and the template of the small base ({TINY})")
+    tokenizer = load_tokenizer(ModelArguments(words.model or TINY))
     reader = _blocks if _holds_text(words) else _conversations
     console = Console()
     coloured = words.color == "always" or (words.color == "auto" and console.is_terminal and not console.no_color)
@@ -68,7 +70,7 @@ def _parse(argv: list[str] | None) -> Namespace:
     parser = CommandParser(prog="python -m dataset preview", description=(__doc__ or "").split("\n")[0])
     parser.add_argument("file", type=Path, help="conversation rows, text, or a folder of prepared novels")
     parser.add_argument("--model", help="folder or hub name whose tokenizer and chat template are used "
-                        "[default: the small base]")  # fmt: skip
+                        "[default: tiny, the small base]")  # fmt: skip
     parser.add_argument("--rows", type=int, default=3, help="how many, from the first on [default: 3]")
     parser.add_argument("--row", help="the id of one row instead")
     parser.add_argument("--max_length", type=int, default=2048, help="tokens of a row at most, as in training")
@@ -85,15 +87,6 @@ def _parse(argv: list[str] | None) -> Namespace:
     if words.rows < 1 or words.max_length < 2:
         raise UserError("nothing to show", "take at least 1 of --rows and 2 of --max_length")
     return words
-
-
-def _model(name: str | None) -> str:
-    if name is None and not (EMBEDDED_BASE / "config.json").is_file():
-        raise UserError(
-            "no --model is named, and the small base is not built",
-            "name a folder with a tokenizer, or build the base: python -m novelgpt.model.embedded_base",
-        )
-    return name or str(EMBEDDED_BASE)
 
 
 def _holds_text(words: Namespace) -> bool:

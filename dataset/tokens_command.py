@@ -199,7 +199,9 @@ def main(argv: list[str] | None = None) -> None:
         "inputs", nargs="+", metavar="IN", help="text files, or folders made by python -m dataset novels"
     )
     parser.add_argument("out", type=Path, metavar="OUT", help="folder of the tokens")
-    parser.add_argument("--model", required=True, help="folder or hub name of the model that will be trained")
+    parser.add_argument(
+        "--model", required=True, help="folder or hub name of the model that will be trained; tiny is the small base"
+    )
     parser.add_argument("--text_column", default="text", help="column or key that holds the text [default: text]")
     parser.add_argument("--workers", type=int, help="cores to use [default: all]")
     parser.add_argument("--trust_remote_code", action="store_true", help="run Python code of the tokenizer's folder")
@@ -212,7 +214,7 @@ def main(argv: list[str] | None = None) -> None:
     model = ModelArguments(words.model, trust_remote_code=words.trust_remote_code, hub=words.hub)
     _check_folder(words.out)
     with folder_if_used(words.out / SHARDS), only_run(words.out):
-        run = TokenRun(words.out, load_tokenizer(model), words.model, words.text_column)
+        run = TokenRun(words.out, load_tokenizer(model), model.model, words.text_column)
         manifest = run.run(words.inputs)
     for name, split in manifest["splits"].items():
         run.console.print(f"{name}: {split['tokens']:,} tokens of {split['documents']:,} documents", markup=False)

@@ -34,6 +34,7 @@ from novelgpt.model.export import (
 )
 from novelgpt.model.fingerprint import base_folder, check_base
 from novelgpt.model.generation import answer_end_ids
+from novelgpt.model.hub import locate
 from novelgpt.model.loading import UNREADABLE, adapter_base, load_model, read_config
 from novelgpt.model.merging import merge_adapter
 from novelgpt.model.pickles import check_adapter_files, check_no_pickles
@@ -50,8 +51,9 @@ def main(argv: list[str] | None = None) -> None:
     words = _parser().parse_args(argv)
     trained_on = adapter_base(words.adapter)
     if trained_on is None:
+        locate(ModelArguments(words.adapter))  # tells what is wrong with a folder that is no model either
         raise UserError(f"{words.adapter} holds no adapter_config.json", "name the folder of a LoRA run")
-    base = words.base or trained_on
+    base = locate(ModelArguments(words.base)) if words.base else trained_on
     with complete_folder(words.output) as unfinished:
         check_no_pickles(base_folder(base), words.allow_pickles)
         check_adapter_files(Path(words.adapter), words.allow_pickles)
@@ -67,7 +69,8 @@ def _parser() -> argparse.ArgumentParser:
     parser = CommandParser(prog="python -m finetune_lora.merge", description="An adapter merged into its base.")
     parser.add_argument("adapter", help="folder of a finetune_lora run or of one of its checkpoints")
     parser.add_argument("output", type=Path, help="new folder for the full checkpoint")
-    parser.add_argument("--base", help="where the base lies now [default: where it lay in training]")
+    parser.add_argument("--base", help="where the base lies now; tiny is the small base "
+                        "[default: where it lay in training]")  # fmt: skip
     parser.add_argument(
         "--trust_remote_code", action="store_true", help="run Python code that lies with the base, if it needs that"
     )

@@ -24,7 +24,7 @@ from novelgpt.health import machine, versions
 from novelgpt.health.findings import Check, Finding, any_problem, run_check, show, write_json
 from novelgpt.settings.command_parser import CommandParser
 from novelgpt.settings.errors import UserError, exit_on_user_error
-from novelgpt.settings.paths import OUTPUT
+from novelgpt.settings.paths import OUTPUT, TINY
 
 PIPELINES = ("pretrain", "finetune", "finetune_lora")
 Section = tuple[str, list[tuple[str, Check]]]
@@ -36,9 +36,12 @@ def main(argv: list[str] | None = None) -> None:
     begin = time.perf_counter()
     parser = _parser()
     options, further = parser.parse_known_args(argv)
-    if options.model is None and (further or options.train_files or options.max_length):
-        named = further or ["--train_files" if options.train_files else "--max_length"]
-        raise UserError(f"{named[0]} is about a run, and no model is named", "add --model MODEL")
+    about_run = [*further, *["--train_files"] * bool(options.train_files), *["--max_length"] * bool(options.max_length)]
+    in_file = any(word.split("=")[0] == "--config" for word in further)  # which may name the model
+    if options.model is None and about_run and not in_file:
+        raise UserError(
+            f"{about_run[0]} is about a run, and no model is named", f"add --model MODEL, or --model {TINY}"
+        )
     if options.json is not None and not options.json.absolute().parent.is_dir():
         raise UserError(f"--json {options.json}: there is no such folder", "name a file in a folder that is there")
     if options.time_limit <= 0:
@@ -52,7 +55,7 @@ def main(argv: list[str] | None = None) -> None:
         sys.stdout.reconfigure(errors="replace")
     words = _words(options.model, options.train_files, options.max_length, options.output_dir) + further
     sections = [*general_sections(environment, output)]
-    if options.model is not None:
+    if options.model is not None or in_file:
         sections.append(
             ("Model and run 模型与训练", [("run", partial(check_run, options.pipeline, words, options.time_limit))])
         )
@@ -174,7 +177,7 @@ def _parser() -> CommandParser:
         epilog="Further options are those of the pipeline, as --config, --per_device_train_batch_size, --precision.",
         allow_abbrev=False,
     )
-    parser.add_argument("--model", help="look at this base too: a folder, or a hub name that is in the cache")
+    parser.add_argument("--model", help="look at this base too: a folder, a hub name that is in the cache, or tiny")
     parser.add_argument("--pipeline", choices=PIPELINES, default="finetune", help="which training [%(default)s]")
     parser.add_argument("--train_files", nargs="+", default=[], metavar="FILE", help="what it trains on [its samples]")
     parser.add_argument("--max_length", type=int, metavar="TOKENS", help="tokens of the longest row [2048]")

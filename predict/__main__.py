@@ -18,12 +18,13 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from dataset.instructions import load_instructions
 from novelgpt.model.generation import Answer, plan_batches
+from novelgpt.model.hub import folder_of
 from novelgpt.model.loading import load_for_generation
 from novelgpt.scoring.summary import reference_scores
-from novelgpt.settings.arguments import ModelArguments
+from novelgpt.settings.arguments import ModelArguments, PredictArguments
 from novelgpt.settings.errors import UserError, exit_on_user_error
 from novelgpt.settings.parser import parse_arguments
-from novelgpt.settings.paths import EMBEDDED_BASE, check_folder_can_be_made
+from novelgpt.settings.paths import TINY, check_folder_can_be_made
 from novelgpt.settings.process import leave_process_group
 from novelgpt.settings.runs import PredictRun
 from novelgpt.settings.whole_files import write_whole
@@ -92,8 +93,14 @@ def main(argv: list[str] | None = None) -> None:
 
 
 def _chosen_model(run: PredictRun) -> ModelArguments:
-    name = run.data.model or str(newest_finetuning() or EMBEDDED_BASE)
     data = run.data
+    newest = None if data.model else newest_finetuning()
+    if data.model is None and newest is None and data.data_files != PredictArguments().data_files:
+        raise UserError(
+            "--data_files names rows of your own, and neither a model is named nor is there a finished fine-tuning",
+            f"name it: MODEL=NAME before the command, or --model NAME; the small base is --model {TINY}",
+        )
+    name = data.model or str(newest or TINY)
     return ModelArguments(name, data.attention, data.trust_remote_code, data.hub, data.allow_pickles)
 
 
@@ -118,10 +125,7 @@ def _output_folder(run: PredictRun) -> Path:
     elif run.data.endpoint:
         raise UserError("--endpoint has no folder that predictions could be written beside", "name --output_dir")
     else:
-        model_name = _chosen_model(run).model
-        if not Path(model_name).is_dir():
-            raise UserError(f"{model_name} is no folder that predictions could be written beside", "name --output_dir")
-        folder = Path(model_name) / "predict"
+        folder = folder_of(_chosen_model(run), "--output_dir") / "predict"
     check_folder_can_be_made(folder, f"--output_dir {folder}")
     return folder
 

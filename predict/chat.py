@@ -22,7 +22,7 @@ from novelgpt.model.loading import load_for_generation, longest_row
 from novelgpt.settings.arguments import GenerationArguments, ModelArguments, option
 from novelgpt.settings.errors import UserError, exit_on_user_error
 from novelgpt.settings.parser import parse_arguments
-from novelgpt.settings.paths import EMBEDDED_BASE
+from novelgpt.settings.paths import TINY
 from novelgpt.text.conversation import Message, encode_prompt
 from novelgpt.text.statistics import BROKEN
 from novelgpt.text.templates import template_record
@@ -39,7 +39,9 @@ class ChatArguments:
     _argument_group_name: ClassVar[str] = "Chat"
 
     model: str | None = option(
-        None, "Full checkpoint, adapter folder or hub name. Default: the newest finished fine-tuning under output/."
+        None,
+        "Full checkpoint, adapter folder or hub name; tiny is the small base. Default: the newest finished fine-tuning "
+        "under output/; where there is none, tiny.",
     )
     system: str = option("", "System message that every conversation starts with; none by default.")
     attention: Literal["sdpa", "eager", "flash_attention_2"] = option("sdpa", "Attention kernel.")
@@ -182,14 +184,14 @@ def main(argv: list[str] | None = None) -> None:
     run = parse_arguments(ChatRun, argv)
     if run.generation.num_beams > 1:
         raise UserError("beam search gives no token before the whole answer is done", "leave --num_beams at 1")
-    name = run.chat.model or str(newest_finetuning() or EMBEDDED_BASE)
+    name = run.chat.model or str(newest_finetuning() or TINY)
     chosen = ModelArguments(name, run.chat.attention, run.chat.trust_remote_code, run.chat.hub, run.chat.allow_pickles)
     tokenizer = load_tokenizer(chosen)
     model = load_for_generation(chosen, tokenizer)
     set_seed(run.generation.seed)
     context = longest_row(model.config) or int(tokenizer.model_max_length)
     chat = Chat(tokenizer, context, run.generation.max_new_tokens, run.chat.system)
-    print(f"{Path(name).name}, template {template_record(tokenizer)['name']}, {context:,} tokens: {COMMANDS}")
+    print(f"{Path(chosen.model).name}, template {template_record(tokenizer)['name']}, {context:,} tokens: {COMMANDS}")
     if isinstance(sys.stdin, io.TextIOWrapper):
         sys.stdin.reconfigure(errors="replace")  # half a character is no reason to end
     while (question := _read_line()) is not None:

@@ -21,6 +21,7 @@ from rich.console import Console
 from rich.table import Table
 
 from novelgpt.model.export import PICKLES_HELP
+from novelgpt.model.hub import folder_of
 from novelgpt.model.loading import load_for_generation
 from novelgpt.settings.arguments import ModelArguments
 from novelgpt.settings.command_parser import CommandParser
@@ -39,7 +40,7 @@ def main(argv: list[str] | None = None) -> None:
         description="Standard benchmarks. Options that are not listed go to lm_eval as they are: `lm_eval run --help`.",
         allow_abbrev=False,
     )
-    parser.add_argument("--model", help="full checkpoint, adapter folder or hub name")
+    parser.add_argument("--model", help="full checkpoint, adapter folder or hub name; tiny is the small base")
     parser.add_argument("--tasks", default=GENERAL_TASKS, help=f"names with commas between [default: {GENERAL_TASKS}]")
     parser.add_argument("--num_fewshot", help="solved examples in each prompt [default: what the task says]")
     parser.add_argument("--apply_chat_template", action="store_true", help="ask in the chat template")
@@ -58,11 +59,7 @@ def main(argv: list[str] | None = None) -> None:
         return
     if not words.model:
         raise UserError("no model is named", "--model FOLDER, or --compare BEFORE AFTER")
-    output = words.output_path
-    if output is None:
-        if not Path(words.model).is_dir():
-            raise UserError(f"{words.model} is no folder that results could be written into", "name --output_path")
-        output = Path(words.model) / "lm_eval"
+    output = words.output_path or folder_of(ModelArguments(words.model), "--output_path") / "lm_eval"
     pickles = ",allow_pickles=True" if words.allow_pickles else ""
     options = {
         "--model": "novelgpt", "--model_args": f"pretrained={words.model}{pickles}", "--tasks": words.tasks,

@@ -1,7 +1,7 @@
 #!/usr/bin/env bash
 # Start a pipeline: plain python, or novelgpt.launch with a process a device, on this host or on several.
 #   bash scripts/launch.sh pretrain|finetune|finetune_lora|predict [--flag value …]
-# MODEL=…     base (folder or hub name). Default: the small embedded base with its settings; predict: the newest run
+# MODEL=…     --model: a folder, a hub name, or tiny for the small base
 # NPROC=…     processes on this host. Default: one a GPU, 1 without
 # ZERO=0-3    DeepSpeed ZeRO stage; 0 is plain data parallelism. Default: 0 for one process, 2 for several
 # OFFLOAD=1   optimizer states in host memory (ZERO=2), weights too (ZERO=3)
@@ -61,22 +61,9 @@ esac
 options=()
 help=0
 for word in "$@"; do
-  case "$word" in
-    --model | --model=*) MODEL="" ;; # the flag stands among the arguments already
-    --help | -h | --help_all) help=1 ;;
-  esac
+  case "$word" in --help | -h | --help_all) help=1 ;; esac
 done
-if [ -n "${MODEL:-}" ]; then
-  options+=(--model "$MODEL")
-elif [ -z "${MODEL+set}" ]; then
-  # Asked here, since a Python that has imported torch to see that nothing is to be done takes seconds.
-  [ -e "$root/output/bases/tiny-qwen3/config.json" ] || "$python" -m novelgpt.model.embedded_base
-  config="$root/$pipeline/configs/embedded_base.yaml"
-  if [ -e "$config" ]; then
-    options+=(--config "$config")
-    [ "$help" -eq 1 ] || echo "no MODEL given: training the small embedded base with the settings of $config"
-  fi
-fi
+if [ -n "${MODEL:-}" ]; then options+=(--model "$MODEL"); fi # a --model among the arguments comes later, and counts
 if [ "$help" -eq 1 ]; then exec "$python" -m "$pipeline" "$@"; fi
 
 if [ "$pipeline" != predict ] && [ "$zero" -gt 0 ]; then

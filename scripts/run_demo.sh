@@ -25,18 +25,18 @@ step "1/5 The untouched base answers the held-out pairs"
 bash "$here/run_predict.sh" --model "$model" --output_dir "$demo/base" --max_new_tokens 320
 
 step "2/5 Continued pretraining on one novel and on abstracts, evaluated on another novel"
-bash "$here/run_pretrain.sh" --model "$model" --config "$root/pretrain/configs/embedded_base.yaml" \
+bash "$here/run_pretrain.sh" --model "$model" --config "$root/pretrain/configs/tiny.yaml" \
   --train_files "$samples/novels/deng_ta_xia_de_xin.txt" "$samples/papers/train.jsonl" --text_column abstract \
   --valid_files "$samples/novels/shan_zhong_yao_pu.txt" --output_dir "$demo/pretrain"
 bash "$here/run_predict.sh" --model "$demo/pretrain" --max_new_tokens 320
 
 step "3/5 Full fine-tuning on title -> abstract pairs"
-bash "$here/run_finetune.sh" --model "$demo/pretrain" --config "$root/finetune/configs/embedded_base.yaml" \
+bash "$here/run_finetune.sh" --model "$demo/pretrain" --config "$root/finetune/configs/tiny.yaml" \
   --valid_files "$samples/papers/valid.jsonl" --output_dir "$demo/finetune"
 bash "$here/run_predict.sh" --model "$demo/finetune" --max_new_tokens 320
 
 step "4/5 LoRA fine-tuning on the same pairs"
-bash "$here/run_lora.sh" --model "$demo/pretrain" --config "$root/finetune_lora/configs/embedded_base.yaml" \
+bash "$here/run_lora.sh" --model "$demo/pretrain" --config "$root/finetune_lora/configs/tiny.yaml" \
   --valid_files "$samples/papers/valid.jsonl" --output_dir "$demo/finetune_lora"
 bash "$here/run_predict.sh" --model "$demo/finetune_lora" --max_new_tokens 320
 

@@ -1,5 +1,5 @@
 #!/usr/bin/env bash
-# Full-parameter fine-tuning on conversations. Without arguments: the embedded base and samples.
+# Full-parameter fine-tuning on conversations. Without arguments: the small base (MODEL=tiny) and the samples.
 #   MODEL=Qwen/Qwen3-0.6B bash scripts/run_finetune.sh --train_files my.jsonl
 # The variables MODEL, NPROC, ZERO, OFFLOAD and HOSTFILE are described in launch.sh; --help lists all flags.
 set -euo pipefail

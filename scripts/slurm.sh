@@ -17,6 +17,4 @@ if [ ! -e scripts/launch.sh ]; then
   exit 2
 fi
 bash scripts/setup.sh requirements.txt
-# Once for all hosts, before they start.
-if [ -z "${MODEL+set}" ]; then "${VENV:-.venv}/bin/python" -m novelgpt.model.embedded_base; fi
 exec srun bash scripts/launch.sh "$@"

@@ -19,11 +19,12 @@ from torch.utils.data import Dataset
 from transformers import PreTrainedModel
 
 from novelgpt.health.findings import Finding
+from novelgpt.model.embedded_base import ensure_embedded_base
 from novelgpt.model.hub import looks_like_path, runs_own_code
 from novelgpt.settings.arguments import LoraArguments
 from novelgpt.settings.errors import UserError
 from novelgpt.settings.parser import parse_arguments
-from novelgpt.settings.paths import OUTPUT, existing_folder
+from novelgpt.settings.paths import EMBEDDED_BASE, OUTPUT, existing_folder
 from novelgpt.settings.runs import FinetuneRun, LoraRun, PretrainRun, TrainingRun
 from novelgpt.settings.units import gigabytes
 from novelgpt.training.auto_batch import set_micro_batch
@@ -75,6 +76,8 @@ def local_model(model: str) -> str:
         UserError: it is not in the cache.
     """
     if looks_like_path(model):
+        if model == str(EMBEDDED_BASE):
+            ensure_embedded_base()
         return model
     try:
         return snapshot_download(model, local_files_only=True)

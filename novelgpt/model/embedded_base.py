@@ -91,17 +91,30 @@ def build_embedded_base(folder: Path) -> None:
         unfinished = Path(work) / "base"
         model.save_pretrained(unfinished)
         tokenizer.save_pretrained(unfinished)
-        unfinished.replace(folder)
+        try:
+            unfinished.replace(folder)
+        except OSError:
+            if not _is_built(folder):  # by another process meanwhile, with the same files
+                raise
+            return
     print(f"embedded base: {model.num_parameters() / 1e6:.1f} M weights, {len(tokenizer)} tokens, in {folder}")
+
+
+def ensure_embedded_base(folder: Path = EMBEDDED_BASE) -> None:
+    """Build the base unless it is there."""
+    if not _is_built(folder):
+        build_embedded_base(folder)
+
+
+def _is_built(folder: Path) -> bool:
+    return (folder / "config.json").is_file()
 
 
 @exit_on_user_error
 def main(argv: list[str] | None = None) -> None:
     """Build the base unless it is there."""
     words = sys.argv[1:] if argv is None else argv
-    folder = Path(words[0]) if words else EMBEDDED_BASE
-    if not (folder / "config.json").is_file():
-        build_embedded_base(folder)
+    ensure_embedded_base(Path(words[0]) if words else EMBEDDED_BASE)
 
 
 if __name__ == "__main__":

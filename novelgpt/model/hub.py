@@ -13,11 +13,14 @@ from transformers import MODEL_FOR_CAUSAL_LM_MAPPING, TOKENIZER_MAPPING, PreTrai
 from transformers.models.auto.configuration_auto import CONFIG_MAPPING
 from transformers.models.auto.tokenization_auto import get_tokenizer_config, tokenizer_class_from_name
 
+from novelgpt.model.embedded_base import ensure_embedded_base
 from novelgpt.settings.arguments import ModelArguments
 from novelgpt.settings.errors import UserError
+from novelgpt.settings.paths import EMBEDDED_BASE, TINY
 
 # What a checkpoint consists of; weights are safetensors, or pickles where there are none and they are allowed.
 DESCRIPTIONS = ["*.json", "*.model", "*.tiktoken", "*.txt", "*.jinja"]
+CONFIGURATIONS = ("config.json", "adapter_config.json")
 SAFETENSORS, PICKLES, CODE = ["*.safetensors"], ["pytorch_model*.bin"], ["*.py"]
 
 
@@ -32,17 +35,62 @@ def locate(model: ModelArguments) -> str:
     if not model.model.strip():
         raise UserError("--model names nothing", "name a folder with config.json, weights and tokenizer, or a hub name")
     folder = Path(model.model)
+    if folder == EMBEDDED_BASE:
+        ensure_embedded_base()
     if folder.is_dir():
         if not any(folder.iterdir()):
             raise UserError(f"model folder {model.model} is empty", "name one with config.json, weights and tokenizer")
+        _refuse_unfinished_run(folder)
         return str(folder.absolute())
     if looks_like_path(model.model):
-        raise UserError(
-            f"model folder {model.model} does not exist", "check --model; `bash scripts/run_demo.sh` makes a base"
-        )
+        raise _missing(model.model)
     if model.hub == "modelscope":
         return _download_from_modelscope(model.model, model.trust_remote_code, model.allow_pickles)
     return model.model
+
+
+def folder_of(model: ModelArguments, option: str) -> Path:
+    """The model's own folder, for what is to be written beside it.
+
+    Args:
+        model: a folder, or a name that none can be known of.
+        option: that names a folder for models of a hub, for the error.
+
+    Raises:
+        UserError: there is no such folder, or it holds no model.
+    """
+    if looks_like_path(model.model):
+        return Path(locate(model))
+    if Path(model.model).parent != Path() and Path(model.model).parent.is_dir():
+        raise _missing(model.model)
+    raise UserError(
+        f"{model.model} is no folder that results could be written into",
+        f"where it is a hub's name, name {option} as well; where it is a folder, check its path",
+    )
+
+
+def _missing(model: str) -> UserError:
+    return UserError(
+        f"model folder {model} does not exist",
+        f"check the path; `{TINY}` is the name of the small base, which needs no file",
+    )
+
+
+def _refuse_unfinished_run(folder: Path) -> None:
+    """Final weights come last: without them, a run folder is no model yet.
+
+    Raises:
+        UserError: names the checkpoint to take meanwhile.
+    """
+    if not (folder / "run.json").is_file() or any((folder / name).is_file() for name in CONFIGURATIONS):
+        return
+    numbers = (path.name.removeprefix("checkpoint-") for path in folder.glob("checkpoint-*"))
+    steps = [int(number) for number in numbers if number.isdigit()]
+    meanwhile = f", or name its newest checkpoint, {folder / f'checkpoint-{max(steps)}'}" if steps else ""
+    raise UserError(
+        f"the training run in {folder} has not finished: its final weights are not there",
+        f"type its command again to go on with it{meanwhile}",
+    )
 
 
 def looks_like_path(model: str) -> bool:

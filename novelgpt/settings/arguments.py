@@ -14,7 +14,7 @@ from transformers import TrainingArguments
 
 from novelgpt.settings.deepspeed_builds import release_build_locks, spare_unused_build
 from novelgpt.settings.errors import UserError
-from novelgpt.settings.paths import EMBEDDED_BASE, SAMPLES
+from novelgpt.settings.paths import SAMPLES, TINY, model_place
 
 # Above it, next to nothing is left of what is dropped out from.
 MOST_DROPOUT = 0.95
@@ -58,7 +58,11 @@ class ModelArguments:
 
     _argument_group_name: ClassVar[str] = "Model"
 
-    model: str = option(str(EMBEDDED_BASE), "Folder or hub name of the base model, loaded through AutoModel.")
+    model: str = option(
+        TINY,
+        "Folder or hub name of the base model, loaded through AutoModel; tiny is the small base, trained with the "
+        "settings of PIPELINE/configs/tiny.yaml. Files of your own need a model to be named.",
+    )
     attention: Literal["packed", "sdpa", "eager", "flash_attention_2"] = option(
         "packed",
         "Attention kernel. packed: torch's own, which keeps packed documents apart at the cost of each alone. "
@@ -73,6 +77,10 @@ class ModelArguments:
     allow_pickles: bool = option(
         False, "Read weights from pickles (.bin) where there are no safetensors; tensors only. For sources you trust."
     )
+
+    def __post_init__(self) -> None:
+        """From here on, the model is a folder or a hub name."""
+        self.model = model_place(self.model)
 
 
 @dataclass
@@ -306,7 +314,9 @@ class PredictArguments:
     _argument_group_name: ClassVar[str] = "Prediction"
 
     model: str | None = option(
-        None, "Full checkpoint, adapter folder or hub name. Default: the newest finished fine-tuning under output/."
+        None,
+        "Full checkpoint, adapter folder or hub name; tiny is the small base. Default: the newest finished fine-tuning "
+        "under output/; where there is none, tiny answers the samples.",
     )
     data_files: list[str] = option(_samples("papers/valid.jsonl"), "Rows to answer, in any format of fine-tuning.")
     output_dir: str | None = option(None, "Folder for predictions.jsonl and scores.json. Default: MODEL/predict.")

@@ -4,8 +4,10 @@ from __future__ import annotations
 
 import argparse
 import difflib
+import json
 import sys
 import typing
+from collections.abc import Collection
 from enum import Enum
 from pathlib import Path
 from typing import Any, TypeVar
@@ -19,8 +21,16 @@ from transformers.hf_argparser import string_to_bool
 from novelgpt.settings.arguments import TrainArguments
 from novelgpt.settings.command_parser import CommandParser
 from novelgpt.settings.errors import UserError
+from novelgpt.settings.paths import EMBEDDED_BASE, ROOT, TINY, from_home, model_place
 
 Run = TypeVar("Run")
+# Options that hold paths, in which `~` is the home of the user wherever they are written.
+PATHS = (
+    "config", "model", "train_files", "valid_files", "data_files", "instruction_templates", "output_dir",
+    "resume_from_checkpoint", "deepspeed", "fsdp_config", "accelerator_config",
+)  # fmt: skip
+# Options that say on what a model is trained.
+OWN_DATA = ("train_files", "valid_files")
 
 
 class _Parser(CommandParser, HfArgumentParser):
@@ -30,12 +40,15 @@ class _Parser(CommandParser, HfArgumentParser):
 def parse_arguments(run_type: type[Run], argv: list[str] | None = None) -> Run:
     """Read the groups of `run_type` from `argv`, and from the YAML files it names with --config.
 
+    Of two that name an option, the command line wins over files, and a later file over an earlier one. Below them all
+    are the settings of the small base, for a training of the small base, and the defaults.
+
     Args:
         run_type: a dataclass whose fields are dataclasses of arguments, with a class attribute `pipeline`.
         argv: words of the command line, without the program's name; sys.argv when None.
 
     Raises:
-        UserError: unknown key (naming the nearest one), wrong type, unreadable YAML.
+        UserError: unknown key (naming the nearest one), wrong type, unreadable YAML, files to train on without a model.
     """
     words = list(sys.argv[1:] if argv is None else argv)
     groups = {name: hint for name, hint in typing.get_type_hints(run_type).items() if isinstance(hint, type)}
@@ -44,26 +57,98 @@ def parse_arguments(run_type: type[Run], argv: list[str] | None = None) -> Run:
         typing.cast(Any, list(groups.values())), prog=f"python -m {pipeline}", allow_abbrev=False, add_help=False
     )
     parser.add_argument("--config", action="append", default=[], metavar="FILE", help="YAML file; may be repeated.")
-    actions = {action.dest: action for action in parser._actions}
+    actions = {action.dest: action for action in reversed(parser._actions)}  # of a pair, --x and not --no_x
     if {"--help", "-h", "--help_all"} & set(words):
         _print_help(parser, run_type, everything="--help_all" in words)
         raise SystemExit(0)
-    defaults: dict[str, Any] = {}
-    for name in parser.parse_known_args(words)[0].config:
-        defaults |= _read_yaml(Path(name), actions)
-    parser.set_defaults(**defaults)
+    kinds = {name: hint for group in groups.values() for name, hint in typing.get_type_hints(group).items()}
+    _read_paths_and_mappings(actions, kinds)
+    # What a namespace holds already is not set to its default: what is None is not on the command line.
+    given = vars(parser.parse_known_args(words, argparse.Namespace(**dict.fromkeys(actions)))[0])
+    settings: dict[str, Any] = {}
+    for name in given["config"] or []:
+        settings |= _read_yaml(Path(name), actions, kinds)
+    named = {name for name in actions if given[name] is not None or settings.get(name) is not None}
+    model = given.get("model") if given.get("model") is not None else settings.get("model")
+    parser.set_defaults(**(_settings_of_model(pipeline, model, named, actions, kinds) | settings))
     try:
         *objects, namespace, unknown = parser.parse_args_into_dataclasses(
             words, return_remaining_strings=True, look_for_args_file=False
         )
     except (ValueError, TypeError, ImportError, OSError) as error:
-        raise UserError(str(error), f"see `python -m {pipeline} --help`") from error
+        raise UserError(str(error), f"see `{parser.prog} --help`") from error
     if unknown:
         raise _unknown_key(unknown[0].split("=")[0], "the command line", actions)
     return run_type(**dict(zip(groups, objects, strict=True)))
 
 
-def _read_yaml(path: Path, actions: dict[str, argparse.Action]) -> dict[str, Any]:
+def _settings_of_model(
+    pipeline: str,
+    model: str | None,
+    named: Collection[str],
+    actions: dict[str, argparse.Action],
+    kinds: dict[str, Any],
+) -> dict[str, Any]:
+    """The settings that belong to the small base; of every other model, none.
+
+    Args:
+        pipeline: that is called; only a training one has such settings.
+        model: as it is named; None where none is.
+        named: options that are set on the command line or in a file.
+        actions: of the parser, by option.
+        kinds: types of the options.
+
+    Raises:
+        UserError: no model is named, and data of the user's own is.
+    """
+    settings = ROOT / pipeline / "configs" / f"{TINY}.yaml"
+    if not settings.is_file():
+        return {}
+    own = [name for name in OWN_DATA if name in named]
+    if model is None and own:
+        raise UserError(
+            f"--{own[0]} names files of your own, and no model is named that they shall train",
+            f"name it: MODEL=NAME before the command, or --model NAME; the small base is --model {TINY}",
+        )
+    if model_place(TINY if model is None else model) != str(EMBEDDED_BASE):
+        return {}
+    return _read_yaml(settings, actions, kinds)
+
+
+def _read_paths_and_mappings(actions: dict[str, argparse.Action], kinds: dict[str, Any]) -> None:
+    """Let the parser expand `~` in paths, and look at mappings when it reads them."""
+    for name, action in actions.items():
+        if _takes(kinds.get(name), dict):
+            action.type = _mapping_of(name, text_too=_takes(kinds[name], str))
+        elif name in PATHS:
+            action.type = from_home
+
+
+def _mapping_of(name: str, text_too: bool) -> typing.Callable[[str], Any]:
+    """A function that reads the value of an option which takes a mapping; some take the path of a file, too."""
+
+    def read(text: str) -> Any:
+        if name in PATHS and not text.startswith("{"):
+            return from_home(text)
+        try:
+            value = json.loads(text)
+        except ValueError as error:
+            raise argparse.ArgumentTypeError(f"{text!r} is no mapping in JSON: {error}") from error
+        if not isinstance(value, dict):
+            raise argparse.ArgumentTypeError(f"{text!r} is no mapping in JSON, as in '{{\"name\": 1}}'")
+        return text if text_too else value  # transformers reads the text once more
+
+    return read
+
+
+def _takes(kind: Any, wanted: type) -> bool:
+    """Whether a type is `wanted`, or a union that holds it."""
+    return wanted in (kind, typing.get_origin(kind)) or any(
+        _takes(part, wanted) for part in typing.get_args(kind) if typing.get_origin(kind) not in (list, dict)
+    )
+
+
+def _read_yaml(path: Path, actions: dict[str, argparse.Action], kinds: dict[str, Any]) -> dict[str, Any]:
     """The settings of one YAML file, each checked against the argument of that name."""
     try:
         settings = yaml.safe_load(path.read_text(encoding="utf-8")) or {}
@@ -76,22 +161,56 @@ def _read_yaml(path: Path, actions: dict[str, argparse.Action]) -> dict[str, Any
     for key, value in settings.items():
         if key not in actions or key == "config":
             raise _unknown_key(str(key), str(path), actions)
-        action = actions[key]
-        if isinstance(value, bool) and action.type is not string_to_bool:
-            value = settings[key] = "yes" if value else "no"  # YAML 1.1 reads a bare `no` as false
-        if action.nargs in ("+", "*"):
-            settings[key] = value if isinstance(value, list) else [value]
-        elif isinstance(value, (list, dict)):
-            raise UserError(f"{path}: {key} takes one value, not a {type(value).__name__}", "write `key: value`")
-        elif value is not None and not isinstance(value, bool) and action.type is not None:
-            try:
-                settings[key] = typing.cast(Any, action.type)(str(value))
-            except (ValueError, TypeError, argparse.ArgumentTypeError) as error:
-                raise UserError(f"{path}: {key}: {value!r} does not fit: {error}", "correct the value") from error
-        if action.choices is not None and settings[key] not in action.choices:
-            choices = ", ".join(map(str, action.choices))
-            raise UserError(f"{path}: {key}: {value!r} is none of {choices}", "take one of them")
+        settings[key] = _read_value(f"{path}: {key}", value, actions[key], kinds[key])
     return settings
+
+
+def _read_value(where: str, value: Any, action: argparse.Action, kind: Any) -> Any:
+    """A value of YAML as the argument takes it.
+
+    Args:
+        where: file and key, for errors.
+        value: as YAML reads it.
+        action: of the argument.
+        kind: its type.
+
+    Raises:
+        UserError: it is none.
+    """
+    if value is None:
+        if _takes(kind, type(None)):
+            return None
+        raise UserError(f"{where} has no value", "write one, or leave the line out")
+    several = action.nargs in ("+", "*")
+    if isinstance(value, dict) and _takes(kind, dict):
+        return value
+    if isinstance(value, dict) and action.dest == "optim_args":
+        return ",".join(f"{name}={part}" for name, part in value.items())
+    if isinstance(value, list) and (several or _takes(kind, list)):
+        return [_read_word(where, word, action) for word in value]
+    if isinstance(value, (list, dict)):
+        raise UserError(f"{where} takes one value, not a {type(value).__name__}", "write `key: value`")
+    word = _read_word(where, value, action)
+    return [word] if several else word
+
+
+def _read_word(where: str, value: Any, action: argparse.Action) -> Any:
+    """A single value; also one of a list."""
+    if isinstance(value, (list, dict)):
+        raise UserError(f"{where} holds {value!r} where a single value stands", "write `key: [value, value]`")
+    if action.type is string_to_bool and isinstance(value, bool):
+        return value
+    if isinstance(value, bool):
+        # YAML 1.1 reads a bare `no` as false; `true` stands for itself.
+        value = "true" if value else "no"
+    try:
+        read = value if action.type is None else typing.cast(Any, action.type)(str(value))
+    except (ValueError, TypeError, argparse.ArgumentTypeError) as error:
+        raise UserError(f"{where}: {value!r} does not fit: {error}", "correct the value") from error
+    if action.choices is not None and read not in action.choices:
+        choices = ", ".join(map(str, action.choices))
+        raise UserError(f"{where}: {value!r} is none of {choices}", "take one of them")
+    return read
 
 
 def _unknown_key(key: str, where: str, actions: dict[str, argparse.Action]) -> UserError:

@@ -14,6 +14,18 @@ ROOT = Path(__file__).resolve().parents[2]
 SAMPLES = ROOT / "dataset" / "samples"
 OUTPUT = ROOT / "output"
 EMBEDDED_BASE = OUTPUT / "bases" / "tiny-qwen3"
+# The name of the small base wherever a model is named. A folder of that name is written ./tiny.
+TINY = "tiny"
+
+
+def model_place(name: str) -> str:
+    """The folder or hub name that a model's name stands for: `tiny` is the small base, `~` the home of the user."""
+    return str(EMBEDDED_BASE) if name == TINY else from_home(name)
+
+
+def from_home(path: str) -> str:
+    """The path with the user's home in place of a leading `~`, otherwise as it is written: ./a stays ./a."""
+    return os.path.expanduser(path)  # noqa: PTH111  a Path would drop the `./`
 
 
 def check_folder_can_be_made(folder: Path, name: str) -> None:

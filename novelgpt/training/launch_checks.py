@@ -10,6 +10,8 @@ from novelgpt.model.loading import adapter_base, longest_row, read_config
 from novelgpt.model.pickles import check_no_pickles
 from novelgpt.settings.arguments import TrainArguments, check_ranges
 from novelgpt.settings.errors import UserError
+from novelgpt.settings.paths import EMBEDDED_BASE, TINY
+from novelgpt.settings.process import is_first_process
 from novelgpt.settings.runs import TrainingRun
 from novelgpt.training.run_folder import choose_run_folder
 from novelgpt.training.shared_folder import check_shared_folder
@@ -46,6 +48,8 @@ def check_before_launch(run: TrainingRun) -> None:
     if not 0 < run.data.valid_fraction < 1:
         raise UserError(f"--valid_fraction {run.data.valid_fraction} is no share", "take a number between 0 and 1")
     _check_numbers(run.training)
+    if run.model.model == str(EMBEDDED_BASE) and is_first_process():
+        print(f"training the small base ({TINY}), with the settings of {run.pipeline}/configs/{TINY}.yaml", flush=True)
     if adapter_base(run.model.model) is not None:
         raise UserError(
             f"{run.model.model} is an adapter, not a base",

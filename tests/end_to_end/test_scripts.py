@@ -103,8 +103,8 @@ def test_real_data_runs_as_it_is(tmp_path: Path) -> None:
     papers = shared / "papers" / "csl_title_abstract.jsonl"
     if not novel.is_file():
         pytest.skip("the real data are not beside the checkout")
-    bash("run_pretrain.sh", "--train_files", str(novel), *QUICK, "--output_dir", str(tmp_path / "p"), cwd=SCRIPTS)
-    bash("run_lora.sh", "--train_files", str(papers), *QUICK, "--output_dir", str(tmp_path / "l"), cwd=SCRIPTS)
+    bash("run_pretrain.sh", "--train_files", str(novel), *QUICK, "--output_dir", str(tmp_path / "p"), MODEL="tiny")
+    bash("run_lora.sh", "--train_files", str(papers), *QUICK, "--output_dir", str(tmp_path / "l"), MODEL="tiny")
     assert len(losses(tmp_path / "p")) == len(losses(tmp_path / "l")) == 3
 
 

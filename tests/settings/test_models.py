@@ -1,0 +1,222 @@
+"""Which model a command takes and which settings go with it: settled once, whatever names the model."""
+
+import io
+import os
+import subprocess
+import sys
+from dataclasses import asdict
+from pathlib import Path
+from typing import Any
+
+import pytest
+import yaml
+
+import dataset.preview
+import dataset.tokens_command
+import predict.__main__
+import predict.chat
+from finetune_lora import merge
+from novelgpt.health.plan import read_run
+from novelgpt.model.hub import locate
+from novelgpt.settings.arguments import ModelArguments
+from novelgpt.settings.errors import UserError
+from novelgpt.settings.parser import parse_arguments
+from novelgpt.settings.paths import EMBEDDED_BASE
+from novelgpt.settings.runs import FinetuneRun, LoraRun, PredictRun, PretrainRun, TrainingRun
+
+ROOT = Path(__file__).resolve().parents[2]
+TRAININGS: dict[str, type[TrainingRun]] = {run.pipeline: run for run in (PretrainRun, FinetuneRun, LoraRun)}
+SCRIPTS = {"pretrain": "run_pretrain.sh", "finetune": "run_finetune.sh", "finetune_lora": "run_lora.sh"}
+
+
+def words_of(folder: Path, script: str, *words: str, **variables: str) -> list[str]:
+    """The words that a script hands to a pipeline, taken down by what it starts in place of Python."""
+    (folder / "venv" / "bin").mkdir(parents=True, exist_ok=True)
+    python = folder / "venv" / "bin" / "python"
+    python.write_text(f'#!/bin/sh\nprintf "%s\\0" "$@" >> "{folder}/words"\n')
+    python.chmod(0o755)
+    for stamp in Path(sys.prefix).glob("installed-*"):
+        (folder / "venv" / stamp.name).touch()
+    (folder / "words").unlink(missing_ok=True)
+    environment = {name: value for name, value in os.environ.items() if name not in ("MODEL", "NPROC", "HOSTFILE")}
+    environment |= {"VENV": str(folder / "venv"), **variables}
+    done = subprocess.run(
+        ["bash", str(ROOT / "scripts" / script), *words], cwd=folder, env=environment, capture_output=True, text=True
+    )
+    assert done.returncode == 0, done.stderr
+    handed = (folder / "words").read_text(encoding="utf-8").split("\0")[:-1]
+    # Of a base that was to be built first, and of the pipeline, the last is the pipeline.
+    return handed[len(handed) - handed[::-1].index("-m") + 1 :]
+
+
+def settings_of(run: Any) -> dict[str, Any]:
+    """All that a run was told, without what it chooses by itself."""
+    groups = {name: vars(group) for name, group in vars(run).items()}
+    plain = (str, int, float, bool, list, type(None))
+    return {
+        group: {name: value for name, value in values.items() if isinstance(value, plain)}
+        for group, values in groups.items()
+    }
+
+
+def flat(run: TrainingRun) -> dict[str, Any]:
+    return {name: value for group in settings_of(run).values() for name, value in group.items()}
+
+
+def tiny_settings(pipeline: str) -> dict[str, Any]:
+    settings: dict[str, Any] = yaml.safe_load((ROOT / pipeline / "configs" / "tiny.yaml").read_text(encoding="utf-8"))
+    return settings
+
+
+@pytest.mark.parametrize("pipeline", TRAININGS)
+def test_the_small_base_has_its_settings_however_it_is_named(pipeline: str, tmp_path: Path) -> None:
+    run_type = TRAININGS[pipeline]
+    (tmp_path / "mine.yaml").write_text("model: tiny\n", encoding="utf-8")
+    (tmp_path / "empty.yaml").write_text("model: \n", encoding="utf-8")
+    expected = parse_arguments(run_type, [])
+    assert expected.model.model == str(EMBEDDED_BASE)
+    assert tiny_settings(pipeline).items() <= flat(expected).items()
+    config = str(tmp_path / "mine.yaml")
+    ways = [["--model", "tiny"], ["--model=tiny"], ["--config", config], ["--model", str(EMBEDDED_BASE)]]
+    scripts = [
+        words_of(tmp_path, SCRIPTS[pipeline]),
+        words_of(tmp_path, SCRIPTS[pipeline], MODEL="tiny"),
+        words_of(tmp_path, SCRIPTS[pipeline], "--config", config),
+        words_of(tmp_path, SCRIPTS[pipeline], "--model", "tiny", MODEL="another"),
+    ]
+    for words in (*ways, *scripts):
+        assert settings_of(parse_arguments(run_type, words)) == settings_of(expected), words
+
+
+@pytest.mark.parametrize("pipeline", TRAININGS)
+def test_another_model_has_the_defaults_of_the_toolkit(pipeline: str, tmp_path: Path) -> None:
+    run_type = TRAININGS[pipeline]
+    config = tmp_path / "mine.yaml"
+    config.write_text("model: someone/novel\ntrain_files: [rows.jsonl]\n", encoding="utf-8")
+    data = ["--train_files", "rows.jsonl"]
+    expected = settings_of(parse_arguments(run_type, ["--model", "someone/novel", *data]))
+    defaults = run_type.__annotations__
+    assert defaults  # the groups
+    learning_rate = 1e-4 if pipeline == "finetune_lora" else 2e-5
+    assert expected["training"]["learning_rate"] == learning_rate
+    assert expected["training"]["save_strategy"] == "epoch"
+    for words in (
+        words_of(tmp_path, SCRIPTS[pipeline], "--config", str(config)),
+        words_of(tmp_path, SCRIPTS[pipeline], *data, MODEL="someone/novel"),
+        words_of(tmp_path, SCRIPTS[pipeline], "--model", "someone/novel", *data),
+    ):
+        assert settings_of(parse_arguments(run_type, words)) == expected, words
+
+
+def test_what_the_user_sets_counts_more_than_the_settings_of_the_small_base(tmp_path: Path) -> None:
+    config = tmp_path / "mine.yaml"
+    config.write_text("model: tiny\nlearning_rate: 3.0e-4\nlora_rank: 8\n", encoding="utf-8")
+    run = parse_arguments(LoraRun, ["--config", str(config), "--lora_rank", "4"])
+    assert (run.training.learning_rate, run.lora.lora_rank, run.lora.lora_alpha) == (3e-4, 4, 128)
+
+
+@pytest.mark.parametrize("option", ["train_files", "valid_files"])
+@pytest.mark.parametrize("pipeline", TRAININGS)
+def test_files_of_ones_own_need_a_model(pipeline: str, option: str, tmp_path: Path) -> None:
+    config = tmp_path / "mine.yaml"
+    config.write_text(f"{option}: [mine.jsonl]\n", encoding="utf-8")
+    words = (
+        [f"--{option}", "mine.jsonl"],
+        ["--config", str(config)],
+        words_of(tmp_path, SCRIPTS[pipeline], "--config", str(config)),
+        words_of(tmp_path, SCRIPTS[pipeline], f"--{option}", "mine.jsonl"),
+    )
+    for given in words:
+        with pytest.raises(UserError, match=f"--{option} names files of your own") as refusal:
+            parse_arguments(TRAININGS[pipeline], given)
+        assert all(way in refusal.value.remedy for way in ("MODEL=", "--model NAME", "--model tiny"))
+    parse_arguments(TRAININGS[pipeline], [f"--{option}", "mine.jsonl", "--model", "tiny"])
+
+
+def test_rows_of_ones_own_to_answer_need_a_model_or_a_finetuning(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    if any((ROOT / "output").glob("**/run.json")):
+        pytest.skip("there is a finished training to take")
+    monkeypatch.chdir(tmp_path)
+    with pytest.raises(SystemExit):
+        predict.__main__.main(["--data_files", "mine.jsonl"])
+    assert "--data_files names rows of your own" in capsys.readouterr().err
+    assert parse_arguments(PredictRun, []).data.model is None
+
+
+def test_tiny_is_the_small_base_and_dot_tiny_a_folder(base_folder: Path, tmp_path: Path, monkeypatch: Any) -> None:
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "tiny").symlink_to(base_folder)
+    assert locate(ModelArguments("tiny")) == str(EMBEDDED_BASE)
+    assert (EMBEDDED_BASE / "config.json").is_file()  # built where it was not
+    run = parse_arguments(FinetuneRun, ["--model", "./tiny"])
+    assert locate(run.model) == str(tmp_path / "tiny")
+    assert run.training.learning_rate == 2e-5
+
+
+def test_each_command_knows_tiny(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    rows = tmp_path / "rows.jsonl"
+    rows.write_text('{"prompt": "灯塔下有什么？", "completion": "一封信。"}\n', encoding="utf-8")
+    (tmp_path / "book.txt").write_text("潮水退下去了。\n" * 9, encoding="utf-8")
+    dataset.preview.main([str(rows), "--model", "tiny"])
+    assert "一封信。" in capsys.readouterr().out
+    dataset.preview.main([str(rows)])
+    assert "no --model" in capsys.readouterr().out
+    dataset.tokens_command.main([str(tmp_path / "book.txt"), str(tmp_path / "tokens"), "--model", "tiny"])
+    assert "tokens of" in capsys.readouterr().out
+    few = ["--max_new_tokens", "1"]
+    data = ["--data_files", str(rows), "--output_dir", str(tmp_path / "answers")]
+    predict.__main__.main(["--model", "tiny", *data, *few])
+    assert (tmp_path / "answers" / "scores.json").is_file()
+    monkeypatch.setattr(sys, "stdin", io.StringIO("/exit\n"))
+    predict.chat.main(["--model", "tiny", *few])
+    assert "tiny-qwen3" in capsys.readouterr().out
+    assert read_run("finetune_lora", ["--model", "tiny"]).model.model == str(EMBEDDED_BASE)
+    with pytest.raises(SystemExit):
+        merge.main([str(tmp_path), str(tmp_path / "merged"), "--base", "tiny"])
+    assert f"{tmp_path} holds no adapter_config.json" in capsys.readouterr().err
+
+
+def test_an_unfinished_run_is_no_model(tmp_path: Path) -> None:
+    run = tmp_path / "run"
+    (run / "checkpoint-9").mkdir(parents=True)
+    (run / "checkpoint-12").mkdir()
+    (run / "run.json").write_text('{"status": "stopped"}', encoding="utf-8")
+    with pytest.raises(UserError, match="has not finished") as refusal:
+        locate(ModelArguments(str(run)))
+    assert str(run / "checkpoint-12") in refusal.value.remedy
+
+
+@pytest.mark.parametrize(
+    ("name", "cause"),
+    [
+        ("./nowhere", "model folder ./nowhere does not exist"),
+        ("runs/nowhere", "model folder runs/nowhere does not exist"),
+        ("someone/novel", "someone/novel is no folder that results could be written into"),
+        ("unfinished", "the training run in unfinished has not finished"),
+        ("empty", "model folder empty is empty"),
+    ],
+)
+@pytest.mark.parametrize("command", ["predict", "lm_eval"])
+def test_a_missing_model_is_told_as_that(
+    command: str, name: str, cause: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: Any
+) -> None:
+    from predict import lm_eval_run
+
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "unfinished").mkdir()
+    (tmp_path / "unfinished" / "run.json").write_text("{}", encoding="utf-8")
+    (tmp_path / "empty").mkdir()
+    (tmp_path / "runs").mkdir()
+    before = sorted(tmp_path.rglob("*"))
+    with pytest.raises(SystemExit):
+        (predict.__main__.main if command == "predict" else lm_eval_run.main)(["--model", name])
+    assert cause in capsys.readouterr().err
+    assert sorted(tmp_path.rglob("*")) == before
+
+
+def test_asdict_of_model_arguments_names_the_folder() -> None:
+    assert asdict(ModelArguments())["model"] == str(EMBEDDED_BASE)
