@@ -96,7 +96,7 @@ def write_books(folder: Path, megabytes: float, fresh: bool = False) -> list[Pat
 def make_run(out: Path, tokenizer: PreTrainedTokenizerBase) -> TokenRun:
     """The command behind its command line, into a new folder."""
     (out / SHARDS).mkdir(parents=True)
-    return TokenRun(out, tokenizer, "model", "text", Console(file=io.StringIO()))
+    return TokenRun(out, tokenizer, "model", "text", quiet=True)
 
 
 def run_command(run: TokenRun, paths: list[Path]) -> int:

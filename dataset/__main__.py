@@ -5,6 +5,7 @@ from __future__ import annotations
 import sys
 
 from novelgpt.settings.errors import UserError, exit_on_user_error
+from novelgpt.settings.terminal import say
 
 COMMANDS = {
     "novels": "a folder of novels -> clean chapters, without repeats, split by book, and a report",
@@ -20,8 +21,8 @@ def main(argv: list[str] | None = None) -> None:
     words = list(sys.argv[1:] if argv is None else argv)
     if words[:1] in ([], ["--help"], ["-h"]):
         width = max(map(len, COMMANDS))
-        print("python -m dataset COMMAND …\n")
-        print("\n".join(f"  {name:<{width}}  {text}" for name, text in COMMANDS.items()))
+        say("python -m dataset COMMAND …", "")
+        say(*(f"  {name:<{width}}  {text}" for name, text in COMMANDS.items()))
         return
     command, *rest = words
     # Imported when called for: a command that needs no model library starts without it.

@@ -14,6 +14,7 @@ from dataset.readers import Record, read_conversation_rows, read_unworded_rows, 
 from novelgpt.settings.arguments import ConversationArguments
 from novelgpt.settings.errors import UserError
 from novelgpt.settings.process import is_first_process
+from novelgpt.settings.terminal import say
 from novelgpt.text.conversation import IGNORED, EncodedRow, encode_conversation, record_answers
 from novelgpt.text.origins import TracedRows
 from novelgpt.text.packing import PackedRows
@@ -69,9 +70,10 @@ def read_conversations(
         return EncodedRows(encoded["train"]), EncodedRows(encoded["valid"])
     train_packs, valid_packs = (PackedRows(encoded[name], data.max_length) for name in ("train", "valid"))
     if is_first_process():
-        print(
+        say(
             f"{len(train_packs.rows):,} rows in {len(train_packs):,} packs of {data.max_length:,} tokens, "
-            f"{train_packs.fill():.1%} full: {len(train_packs.rows) / len(train_packs):.1f} rows a pack\n"
+            f"{train_packs.fill():.1%} full: {len(train_packs.rows) / len(train_packs):.1f} rows a pack",
+            "",
         )
     return train_packs, valid_packs
 

@@ -19,15 +19,16 @@ from pathlib import Path
 from typing import TextIO
 
 import numpy
-from rich.console import Console
-from rich.markup import escape
 from rich.table import Table
+from rich.text import Text
 
 from dataset.conversation_filters import REASONS, Limits, RowFilter
 from dataset.conversation_sources import Candidate, Cut, Row, find_splits, read_candidates, read_table
 from dataset.instructions import BUILT_IN, Instructions, load_instructions
 from novelgpt.settings.command_parser import CommandParser
+from novelgpt.settings.console import make_console
 from novelgpt.settings.errors import UserError, exit_on_user_error
+from novelgpt.settings.terminal import say, visible
 
 EXAMPLE_CHARACTERS = 300
 
@@ -71,7 +72,7 @@ def main(argv: list[str] | None = None) -> None:
     for split, label in (("train", "rows    "), ("held_out", "held out"), ("rejected", "left out")):
         path = output if split == "train" else _beside(output, split)
         if path.is_file():
-            print(f"  {label}   {path}")
+            say(f"  {label}   {path}")
 
 
 def _parse(argv: list[str] | None) -> Namespace:
@@ -200,7 +201,7 @@ def _reasons(tallies: dict[str, Tally]) -> str:
 
 def _show(tallies: dict[str, Tally], instructions: Instructions, unit: str) -> None:
     """The closing table, a column a split, and one row in words."""
-    console = Console()
+    console = make_console()
     shown = {name: tally for name, tally in tallies.items() if tally.read}
     table = Table(title="Conversations 对话数据", title_justify="left")
     table.add_column("")
@@ -208,7 +209,7 @@ def _show(tallies: dict[str, Tally], instructions: Instructions, unit: str) -> N
         table.add_column(name, justify="right")
     columns = list(shown.values())
     table.add_row("candidates 候选", *(f"{tally.read:,}" for tally in columns))
-    table.add_row("[green]kept 保留[/green]", *(f"{tally.kept:,}" for tally in columns))
+    table.add_row(Text("kept 保留", style="green"), *(f"{tally.kept:,}" for tally in columns))
     for reason, text in REASONS.items():
         if any(tally.dropped[reason] for tally in columns):
             table.add_row(f"  {text} ({reason})", *(f"{tally.dropped[reason]:,}" for tally in columns))
@@ -218,13 +219,13 @@ def _show(tallies: dict[str, Tally], instructions: Instructions, unit: str) -> N
     console.print(table)
     example = next((tally.example for tally in reversed(columns) if tally.example), None)
     if example is not None:
-        console.print(f"One row, in a wording of {escape(BUILT_IN.name)} or yours, drawn anew by each seed:")
+        say(f"One row, in a wording of {BUILT_IN.name} or yours, drawn anew by each seed:")
         for message in instructions.messages(example["task"], example, example["source"]):
             text = message["content"]
             if len(text) > EXAMPLE_CHARACTERS:
                 text = f"{text[: EXAMPLE_CHARACTERS // 2]} … {text[-EXAMPLE_CHARACTERS // 2 :]}"
             style = "green" if message["role"] == "assistant" else "dim"
-            console.print(f"[bold]{message['role']}[/bold] [{style}]{escape(text)}[/{style}]", highlight=False)
+            console.print(Text.assemble((message["role"], "bold"), " ", (visible(text), style)))
 
 
 def _quantiles(lengths: list[int]) -> str:

@@ -15,6 +15,7 @@ from dataset.readers import read_text_rows
 from novelgpt.settings.arguments import CorpusArguments
 from novelgpt.settings.errors import UserError
 from novelgpt.settings.process import is_first_process
+from novelgpt.settings.terminal import say
 from novelgpt.text.origins import TextMarks
 from novelgpt.text.packing import PackedBlocks
 from novelgpt.text.pieces import DocumentCutter, Piece, PieceEncoder
@@ -187,8 +188,7 @@ def _show(train: PackedBlocks, valid: PackedBlocks, whole: PackedBlocks, tokeniz
 def _advise(sources: list[Source]) -> None:
     size = sum(path.stat().st_size for source in sources for path in source.files)
     if size > LARGE or any(source.folder and source.files for source in sources):
-        print(
-            f"every process now tokenises {size / 1e6:,.1f} MB of files; to do it once, for this and later runs:\n"
+        say(
+            f"every process now tokenises {size / 1e6:,.1f} MB of files; to do it once, for this and later runs:",
             "  python -m dataset tokens IN … OUT --model MODEL, then --train_files OUT",
-            flush=True,
         )

@@ -15,7 +15,6 @@ from itertools import islice
 from pathlib import Path
 
 import numpy
-from rich.console import Console
 from transformers import PreTrainedTokenizerBase
 
 from dataset.conversation_sources import find_splits
@@ -25,8 +24,10 @@ from dataset.preview_page import Part, Shown, in_html, in_text
 from dataset.readers import messages_of, read_records, read_text_rows, read_unworded_rows, word_row
 from novelgpt.settings.arguments import ConversationArguments, ModelArguments
 from novelgpt.settings.command_parser import CommandParser
+from novelgpt.settings.console import make_console
 from novelgpt.settings.errors import UserError, exit_on_user_error
 from novelgpt.settings.paths import TINY
+from novelgpt.settings.terminal import say
 from novelgpt.settings.whole_files import write_whole
 from novelgpt.text.packing import PackedBlocks
 from novelgpt.text.statistics import TokenCounts, row_spans, show_counts
@@ -38,10 +39,10 @@ def main(argv: list[str] | None = None) -> None:
     """Show the first rows of a file, or one row."""
     words = _parse(argv)
     if words.model is None:
-        print(f"no --model: in the tokens and the template of the small base ({TINY})")
+        say(f"no --model: in the tokens and the template of the small base ({TINY})")
     tokenizer = load_tokenizer(ModelArguments(words.model or TINY))
     reader = _blocks if _holds_text(words) else _conversations
-    console = Console()
+    console = make_console()
     coloured = words.color == "always" or (words.color == "auto" and console.is_terminal and not console.no_color)
     total = TokenCounts()
     rows = []
@@ -50,7 +51,7 @@ def main(argv: list[str] | None = None) -> None:
         if words.html:
             rows.append(shown)
         else:
-            print(in_text(shown, coloured, words.borders))
+            print(in_text(shown, coloured, words.borders))  # noqa: T201 - visible but for its colours
     if not total.tokens_in:
         raise UserError(
             f"{words.file} has no row {words.row}" if words.row else f"{words.file} holds no row", "name another"
@@ -61,9 +62,9 @@ def main(argv: list[str] | None = None) -> None:
             write_whole(words.html, in_html(rows, words.file.name, total, words.borders))
         except OSError as error:
             raise UserError(f"{words.html}: {error.strerror}", "name a page that can be written") from error
-        print(f"  page   {words.html}")
+        say(f"  page   {words.html}")
     else:
-        show_counts({"shown": total}, console if coloured else Console(no_color=True, highlight=False))
+        show_counts({"shown": total}, console if coloured else make_console(no_color=True))
 
 
 def _parse(argv: list[str] | None) -> Namespace:

@@ -2,10 +2,10 @@
 
 from __future__ import annotations
 
-import unicodedata
 from dataclasses import dataclass
 from html import escape
 
+from novelgpt.settings.terminal import visible
 from novelgpt.text.statistics import Span, TokenCounts
 
 GREEN, BOLD_GREEN, DIM, BOLD, YELLOW, RESET = "\x1b[32m", "\x1b[1;32m", "\x1b[2m", "\x1b[1m", "\x1b[33m", "\x1b[0m"
@@ -95,20 +95,6 @@ def describe(counts: TokenCounts) -> str:
     """The counts of a row in a line."""
     parts = f"{counts.trained:,} trained, {counts.context:,} context, {counts.dropped:,} dropped"
     return f"{counts.tokens_in:,} tokens: {parts}"
-
-
-def visible(text: str) -> str:
-    """Text without characters that steer a terminal or turn the order of letters: each is written as its code.
-
-    >>> visible("a\\x1b[31m\\u202eb")
-    'a<U+001B>[31m<U+202E>b'
-    """
-    return "".join(
-        f"<U+{ord(character):04X}>"
-        if unicodedata.category(character) in ("Cc", "Cf", "Zl", "Zp") and character not in "\n\t\u200c\u200d"
-        else character
-        for character in text
-    )
 
 
 def _paint(text: str, style: str, coloured: bool) -> str:

@@ -14,12 +14,11 @@ import os
 import shutil
 import time
 from collections.abc import Iterator
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import numpy
-from rich.console import Console
 from transformers import PreTrainedTokenizerBase
 
 from dataset.atomic import digest_of, folder_if_used, new_folder, only_run
@@ -27,6 +26,7 @@ from dataset.corpus import Source, cut_file, find_sources
 from novelgpt.settings.arguments import ModelArguments
 from novelgpt.settings.command_parser import CommandParser
 from novelgpt.settings.errors import UserError, exit_on_user_error
+from novelgpt.settings.terminal import say
 from novelgpt.settings.whole_files import hash_file, write_whole
 from novelgpt.text.origins import TextMarks, save_marks
 from novelgpt.text.pieces import DocumentCutter, Piece, PieceEncoder, Unfinished
@@ -45,7 +45,7 @@ class TokenRun:
         tokenizer: that makes the tokens.
         model: where it came from.
         text_column: of the rows.
-        console: where progress is shown.
+        quiet: show no progress.
         made: shards that this run tokenised.
     """
 
@@ -53,7 +53,7 @@ class TokenRun:
     tokenizer: PreTrainedTokenizerBase
     model: str
     text_column: str
-    console: Console = field(default_factory=lambda: Console(soft_wrap=True, highlight=False))
+    quiet: bool = False
     made: int = 0
 
     def __post_init__(self) -> None:
@@ -170,7 +170,8 @@ class TokenRun:
         line = f"{path}: {tokens:,} tokens"
         if self.seconds and self.bytes_left:
             line += f", about {self.bytes_left / max(1, self.bytes_read) * self.seconds / 60:,.1f} min left"
-        self.console.print(line, markup=False)
+        if not self.quiet:
+            say(line)
 
 
 def _complete(folder: Path) -> dict[str, Any] | None:
@@ -217,10 +218,10 @@ def main(argv: list[str] | None = None) -> None:
         run = TokenRun(words.out, load_tokenizer(model), model.model, words.text_column)
         manifest = run.run(words.inputs)
     for name, split in manifest["splits"].items():
-        run.console.print(f"{name}: {split['tokens']:,} tokens of {split['documents']:,} documents", markup=False)
+        say(f"{name}: {split['tokens']:,} tokens of {split['documents']:,} documents")
     if not run.made:
-        run.console.print(f"{words.out} was up to date: nothing to do", markup=False)
-    run.console.print(f"train on it: bash scripts/run_pretrain.sh --train_files {words.out}", markup=False)
+        say(f"{words.out} was up to date: nothing to do")
+    say(f"train on it: bash scripts/run_pretrain.sh --train_files {words.out}")
 
 
 if __name__ == "__main__":

@@ -16,6 +16,7 @@ from novelgpt.model.baichuan.modeling import NormHead
 from novelgpt.settings.arguments import LoraArguments
 from novelgpt.settings.errors import UserError
 from novelgpt.settings.process import is_first_process
+from novelgpt.settings.terminal import say
 from novelgpt.text.conversation import IGNORED, encode_conversation, encode_prompt
 from novelgpt.training.run_folder import read_run
 
@@ -121,7 +122,7 @@ def _rows_to_train(
         )
     rows = _modules_with_rows(model, lora, marks, end if end in marks else None)
     if rows and is_first_process():
-        print(f"LoRA also trains the rows of {listed} in {' and '.join(rows)}" + (f": {why}" if unseen else ""))
+        say(f"LoRA also trains the rows of {listed} in {' and '.join(rows)}" + (f": {why}" if unseen else ""))
     return rows
 
 

@@ -42,6 +42,7 @@ from novelgpt.settings.arguments import ModelArguments
 from novelgpt.settings.command_parser import CommandParser
 from novelgpt.settings.errors import UserError, exit_on_user_error
 from novelgpt.settings.paths import complete_folder
+from novelgpt.settings.terminal import say
 from novelgpt.text.tokenizer import load_tokenizer
 
 
@@ -61,7 +62,7 @@ def main(argv: list[str] | None = None) -> None:
         written, effect = _write_merged(words, base, unfinished)
         merged = ModelArguments(str(unfinished), "sdpa", words.trust_remote_code)
         compare_reloaded(written, merged, ("base + adapter", "merged"), words.tolerance, effect)
-    print(f"merged into {words.output}")
+    say(f"merged into {words.output}")
     print_notes(vllm_notes(read_config(ModelArguments(str(words.output), "sdpa", words.trust_remote_code))))
 
 

@@ -25,6 +25,7 @@ from novelgpt.health.findings import Check, Finding, any_problem, run_check, sho
 from novelgpt.settings.command_parser import CommandParser
 from novelgpt.settings.errors import UserError, exit_on_user_error
 from novelgpt.settings.paths import OUTPUT, TINY
+from novelgpt.settings.terminal import say
 
 PIPELINES = ("pretrain", "finetune", "finetune_lora")
 Section = tuple[str, list[tuple[str, Check]]]
@@ -68,7 +69,7 @@ def main(argv: list[str] | None = None) -> None:
         raise SystemExit(130) from None
     problems = sum(finding.mark == "problem" for finding in findings)
     notes = sum(finding.mark == "note" for finding in findings)
-    print(f"\n{problems} problems, {notes} notes, {time.perf_counter() - begin:.0f} s", flush=True)
+    say("", f"{problems} problems, {notes} notes, {time.perf_counter() - begin:.0f} s")
     if options.json is not None:
         write_json(options.json, findings, time.perf_counter() - begin)
     if any_problem(findings):

@@ -27,6 +27,7 @@ from novelgpt.settings.parser import parse_arguments
 from novelgpt.settings.paths import TINY, check_folder_can_be_made
 from novelgpt.settings.process import leave_process_group
 from novelgpt.settings.runs import PredictRun
+from novelgpt.settings.terminal import say
 from novelgpt.settings.whole_files import write_whole
 from novelgpt.text.tokenizer import load_tokenizer
 from novelgpt.training.run_folder import newest_finetuning
@@ -64,11 +65,12 @@ def main(argv: list[str] | None = None) -> None:
         source = _model(run, chosen, tokenizer)
     # Without the word, accelerate takes several processes on CPUs for one each.
     state = PartialState(cpu=not torch.accelerator.is_available())
-    state.print(f"{len(rows)} rows for {source.name}")
+    if state.is_main_process:
+        say(f"{len(rows)} rows for {source.name}")
     with Journal(folder, _identity(run, source.name, rows), state.process_index) as journal:
         known = len(journal.answers)
-        if known:
-            state.print(f"{known} of them were answered before")
+        if known and state.is_main_process:
+            say(f"{known} of them were answered before")
         state.wait_for_everyone()  # each process has read what all had written
         begin = time.perf_counter()
         whole_batches = not run.data.endpoint and run.data.backend == "batches"
@@ -89,7 +91,7 @@ def main(argv: list[str] | None = None) -> None:
             figures = {"seconds": seconds, "answered_before": known, "model": source.name}
             _write_scores(rows, ordered, sums, figures | {"generation": asdict(run.generation)}, folder / "scores.json")
             journal.remove()
-            print(f"  predictions   {folder / 'predictions.jsonl'}\n  scores        {folder / 'scores.json'}")
+            say(f"  predictions   {folder / 'predictions.jsonl'}", f"  scores        {folder / 'scores.json'}")
 
 
 def _chosen_model(run: PredictRun) -> ModelArguments:

@@ -23,6 +23,7 @@ from novelgpt.settings.arguments import GenerationArguments, ModelArguments, opt
 from novelgpt.settings.errors import UserError, exit_on_user_error
 from novelgpt.settings.parser import parse_arguments
 from novelgpt.settings.paths import TINY
+from novelgpt.settings.terminal import say, say_text
 from novelgpt.text.conversation import Message, encode_prompt
 from novelgpt.text.statistics import BROKEN
 from novelgpt.text.templates import template_record
@@ -140,13 +141,14 @@ class StreamedText(BaseStreamer):
         ends: tokens that end an answer, which are not printed.
 
     Attributes:
-        text: all that was printed.
+        text: the answer so far, of which all but what steers a terminal is printed as it is.
     """
 
     def __init__(self, tokenizer: PreTrainedTokenizerBase, ends: list[int]) -> None:
         self.tokenizer = tokenizer
         self.ends = ends
         self.text = ""
+        self.printed = 0
         self.tokens: list[int] = []
         # Text is decoded from `start`, a few tokens before those not yet shown, which begin at `shown`: some
         # tokenizers decode a token by what comes before it, and decoding all each time would take ever longer.
@@ -166,13 +168,16 @@ class StreamedText(BaseStreamer):
     def end(self) -> None:
         """Show what is left: bytes that never became a character."""
         self._show()
+        say_text(self.text[self.printed :], end="")
 
     def _show(self) -> None:
         shown = self._decode(self.start, self.shown)
         new = self._decode(self.start, len(self.tokens))[len(shown) :]
         self.start, self.shown = self.shown, len(self.tokens)
         self.text += new
-        print(new, end="", flush=True)
+        ready = len(self.text.removesuffix("\r"))  # which ends a line together with what follows, or steers
+        say_text(self.text[self.printed : ready], end="")
+        self.printed = ready
 
     def _decode(self, begin: int, end: int) -> str:
         return str(self.tokenizer.decode(self.tokens[begin:end], skip_special_tokens=True))
@@ -191,7 +196,7 @@ def main(argv: list[str] | None = None) -> None:
     set_seed(run.generation.seed)
     context = longest_row(model.config) or int(tokenizer.model_max_length)
     chat = Chat(tokenizer, context, run.generation.max_new_tokens, run.chat.system)
-    print(f"{Path(chosen.model).name}, template {template_record(tokenizer)['name']}, {context:,} tokens: {COMMANDS}")
+    say(f"{Path(chosen.model).name}, template {template_record(tokenizer)['name']}, {context:,} tokens: {COMMANDS}")
     if isinstance(sys.stdin, io.TextIOWrapper):
         sys.stdin.reconfigure(errors="replace")  # half a character is no reason to end
     while (question := _read_line()) is not None:
@@ -200,14 +205,14 @@ def main(argv: list[str] | None = None) -> None:
             break
         if command == "/clear":
             chat.clear()
-            print("(forgotten)")
+            say("(forgotten)")
         elif command.startswith("/"):
-            print(f"({COMMANDS})")
+            say(f"({COMMANDS})")
         elif command:
             try:
                 _answer(chat, question, model, run.generation)
             except KeyboardInterrupt:
-                print("\n(stopped)")
+                say("", "(stopped)")
 
 
 def _read_line() -> str | None:
@@ -215,10 +220,10 @@ def _read_line() -> str | None:
     try:
         return input("\n> ")
     except KeyboardInterrupt:
-        print(f"\n({COMMANDS})")
+        say("", f"({COMMANDS})")
         return ""
     except EOFError:
-        print()
+        say("")
         return None
 
 
@@ -227,10 +232,10 @@ def _answer(chat: Chat, question: str, model: PreTrainedModel, generation: Gener
     try:
         prompt, forgotten = chat.ask(question)
     except UserError as error:
-        print(f"({error.cause}; {error.remedy})")
+        say(f"({error.cause}; {error.remedy})")
         return
     if forgotten:
-        print(f"(the conversation no longer fits: its oldest {forgotten} turns were forgotten)")
+        say(f"(the conversation no longer fits: its oldest {forgotten} turns were forgotten)")
     ends = answer_end_ids(model, chat.tokenizer)
     streamed = StreamedText(chat.tokenizer, ends)
     config = _generation_config(generation, chat.answer_room(prompt), ends, int(chat.tokenizer.pad_token_id))
@@ -242,7 +247,7 @@ def _answer(chat: Chat, question: str, model: PreTrainedModel, generation: Gener
             )
     finally:
         chat.answered(streamed.text)
-    print()
+    say("")
 
 
 def _generation_config(

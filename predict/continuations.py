@@ -23,6 +23,7 @@ from typing import Any, NamedTuple
 from dataset.readers import read_records, read_text_rows
 from novelgpt.settings.command_parser import CommandParser
 from novelgpt.settings.errors import UserError, exit_on_user_error
+from novelgpt.settings.terminal import say
 from novelgpt.settings.whole_files import write_whole
 
 QUESTION = "请续写下面的小说，约{characters}字。人物、口吻和文风与原文一致，直接写正文。\n\n{passage}"
@@ -251,8 +252,8 @@ def main(argv: list[str] | None = None) -> None:
             "lower --lengths or --prompt_characters, or bring longer texts",
         )
     _write(rows, words.output)
-    print(f"{len(rows)} rows from {len(rows) // len(lengths)} places in {books} books, in {words.output}")
-    print(f"left out: {short} chapters, which fewer than {asking.reach} characters follow")
+    say(f"{len(rows)} rows from {len(rows) // len(lengths)} places in {books} books, in {words.output}")
+    say(f"left out: {short} chapters, which fewer than {asking.reach} characters follow")
 
 
 def _text_rows(file: Path) -> Iterator[dict[str, Any]]:

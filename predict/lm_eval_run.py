@@ -17,7 +17,6 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from rich.console import Console
 from rich.table import Table
 
 from novelgpt.model.export import PICKLES_HELP
@@ -25,7 +24,9 @@ from novelgpt.model.hub import folder_of
 from novelgpt.model.loading import load_for_generation
 from novelgpt.settings.arguments import ModelArguments
 from novelgpt.settings.command_parser import CommandParser
+from novelgpt.settings.console import make_console
 from novelgpt.settings.errors import UserError, exit_on_user_error
+from novelgpt.settings.terminal import say
 from novelgpt.text.tokenizer import load_tokenizer
 
 GENERAL_TASKS = "cmmlu,ceval-valid"
@@ -69,7 +70,7 @@ def main(argv: list[str] | None = None) -> None:
     }  # fmt: skip
     chosen = [word for name, value in options.items() if value is not None for word in (name, value)]
     _run_harness(["run", *chosen, *["--apply_chat_template"] * words.apply_chat_template, *further])
-    print(f"results in {output}")
+    say(f"results in {output}")
 
 
 def _run_harness(words: list[str]) -> None:
@@ -130,9 +131,11 @@ def _compare(before_path: Path, after_path: Path) -> None:
             style = "bold" if error and abs(second - first) > CERTAIN * error else ""
             told = "" if error is None else f"{error:.4f}"
             table.add_row(task, score, f"{first:.4f}", f"{second:.4f}", f"{second - first:+.4f}", told, style=style)
-    Console().print(table)
-    print("standard error: of the difference, as if the two had answered other questions, which is careful. "
-          f"bold: more than {CERTAIN} of them.")  # fmt: skip
+    make_console().print(table)
+    say(
+        "standard error: of the difference, as if the two had answered other questions, which is careful. "
+        f"bold: more than {CERTAIN} of them."
+    )
 
 
 def _pairs(first: Mapping[str, Any], second: Mapping[str, Any]) -> list[tuple[str, float, float, float | None]]:

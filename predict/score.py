@@ -16,7 +16,6 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
-from rich.console import Console
 from rich.table import Table
 
 from dataset.readers import read_records
@@ -25,8 +24,10 @@ from novelgpt.scoring.row_scores import RowScores, ScoredRow, score_rows
 from novelgpt.scoring.segmentation import segment
 from novelgpt.scoring.summary import Comparison, compare_rows, definitions, summarise_rows
 from novelgpt.settings.command_parser import CommandParser
+from novelgpt.settings.console import make_console
 from novelgpt.settings.errors import UserError, exit_on_user_error
 from novelgpt.settings.paths import check_folder_can_be_made
+from novelgpt.settings.terminal import say
 from novelgpt.settings.whole_files import write_whole
 from predict.scoring_fields import Scoring, read_scoring
 
@@ -199,8 +200,8 @@ def _score_by_convention(predictions: Sequence[Prediction], convention: str, pat
     table = Table(title=f"Scores as {convention} prints them", title_justify="left", show_header=False)
     for name, value in scores.items():
         table.add_row(name, f"{value:.4f}")
-    Console().print(table)
-    print(recipe)
+    make_console().print(table)
+    say(recipe)
 
 
 def _score_by_package(predictions: Sequence[Prediction], rows: list[RowScores]) -> str:
@@ -242,7 +243,7 @@ def _compare(
     path = output or file.with_name("comparison.json")
     _write_json(path, written)
     _show_comparison(comparisons, len(predictions))
-    print(f"  {path}")
+    say(f"  {path}")
 
 
 def _show_scores(scores: Mapping[str, Any]) -> None:
@@ -253,10 +254,10 @@ def _show_scores(scores: Mapping[str, Any]) -> None:
         low, high = scores["intervals"].get(name, (None, None))
         interval = "" if low is None or not math.isfinite(low) else f"{low:,.4f} to {high:,.4f}"
         table.add_row(name, _told(scores, name), interval, _told(scores, _of_references(name)))
-    Console().print(table)
+    make_console().print(table)
     groups = scores.get("groups", {})
     if len(groups) > GROUPS_SHOWN:
-        print(f"scores of {len(groups)} groups: see the file")
+        say(f"scores of {len(groups)} groups: see the file")
     elif groups:
         _show_groups(groups)
 
@@ -272,7 +273,7 @@ def _show_groups(groups: Mapping[str, Mapping[str, Any]]) -> None:
     for name in names:
         cells = [(_told(scores, name), _told(scores, _of_references(name))) for scores in groups.values()]
         table.add_row(name, *(cell for pair in cells for cell in pair))
-    Console().print(table)
+    make_console().print(table)
 
 
 def _shown(scores: Mapping[str, Any]) -> list[str]:
@@ -303,8 +304,8 @@ def _show_comparison(comparisons: Sequence[Comparison], rows: int) -> None:
             one.name, f"{one.first:,.4f}", f"{one.second:,.4f}", f"{one.second - one.first:+,.4f}",
             f"{one.low:+,.4f} to {one.high:+,.4f}", f"{one.p_value:.4f}", style="bold" if certain else "",
         )  # fmt: skip
-    Console().print(table)
-    print("bold: p below 0.05 by approximate randomization. With many scores, one in twenty is so by chance.")
+    make_console().print(table)
+    say("bold: p below 0.05 by approximate randomization. With many scores, one in twenty is so by chance.")
 
 
 def _write_json(path: Path, content: Mapping[str, Any]) -> None:

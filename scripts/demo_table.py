@@ -8,8 +8,10 @@ from pathlib import Path
 from typing import Any
 
 from rich.box import SIMPLE_HEAD
-from rich.console import Console
 from rich.table import Table
+
+from novelgpt.settings.console import make_console
+from novelgpt.settings.terminal import say
 
 MODELS = {
     "base": "base",
@@ -39,7 +41,7 @@ def summarise_demo(demo: Path) -> dict[str, dict[str, float]]:
 
 def show_summary(summary: dict[str, dict[str, float]], demo: Path) -> None:
     """Print the table and where everything lies."""
-    console = Console(soft_wrap=True)
+    console = make_console(soft_wrap=True)
     table = Table(
         title="Held-out title -> abstract pairs",
         title_justify="left",
@@ -62,13 +64,13 @@ def show_summary(summary: dict[str, dict[str, float]], demo: Path) -> None:
         )
     console.print(table)
     before, after = (summary[name]["heldout_book_perplexity"] for name in ("base", "pretrain"))
-    console.print(
-        f"Held-out book: perplexity {before:.1f} -> {after:.1f} by pretraining, {before / after:.1f} times lower.\n"
-        "Loss in nats per token, ROUGE in %; seconds and tokens/s of training (base: of answering).\n"
-        f"  curves        {demo}/*/loss.png\n"
-        f"  predictions   {demo}/base/predictions.jsonl, {demo}/*/predict/predictions.jsonl\n"
-        f"  figures       {demo}/summary.json\n"
-        f"  all curves    .venv/bin/tensorboard --logdir {demo}"
+    say(
+        f"Held-out book: perplexity {before:.1f} -> {after:.1f} by pretraining, {before / after:.1f} times lower.",
+        "Loss in nats per token, ROUGE in %; seconds and tokens/s of training (base: of answering).",
+        f"  curves        {demo}/*/loss.png",
+        f"  predictions   {demo}/base/predictions.jsonl, {demo}/*/predict/predictions.jsonl",
+        f"  figures       {demo}/summary.json",
+        f"  all curves    .venv/bin/tensorboard --logdir {demo}",
     )
 
 

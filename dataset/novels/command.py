@@ -18,6 +18,7 @@ from dataset.novels.terminal import Display
 from novelgpt.settings.command_parser import CommandParser
 from novelgpt.settings.cores import usable_cores
 from novelgpt.settings.errors import UserError, exit_on_user_error
+from novelgpt.settings.terminal import say
 
 INTERRUPTED = 130
 
@@ -80,7 +81,7 @@ def main(argv: list[str] | None = None) -> None:
         files = file_options(tuple(path.resolve() for path in words.rules), words.to_simplified)
         written = prepare_novels(words.raw, words.out, files, collection, machines, display)
         if written is None:
-            display.console.print("nothing to do: the same files, rules and options 无需处理", soft_wrap=True)
+            say("nothing to do: the same files, rules and options 无需处理")
         else:
             display.show_results(written)
         display.show_next(words.out)

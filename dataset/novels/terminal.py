@@ -9,13 +9,13 @@ from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 
-from rich.console import Console
-from rich.markup import escape
 from rich.progress import BarColumn, Progress, TaskProgressColumn, TextColumn, TimeRemainingColumn, TransferSpeedColumn
 from rich.table import Table
 
 from dataset.novels.collection import Written
 from dataset.novels.records import BookRecord
+from novelgpt.settings.console import make_console
+from novelgpt.settings.terminal import say
 
 SECONDS_BETWEEN_LINES = 10.0
 MOST_RULES, MOST_REFUSED = 8, 20
@@ -25,12 +25,12 @@ class Display:
     """Progress on standard error, results on standard output."""
 
     def __init__(self) -> None:
-        self.console = Console(highlight=False)
-        self.progress = Console(stderr=True, highlight=False)
+        self.console = make_console()
+        self.progress = make_console(stderr=True)
 
     def say(self, text: str) -> None:
         """A line about what is done now."""
-        self.progress.print(escape(text), soft_wrap=True)
+        say(text, stderr=True)
 
     @contextmanager
     def files(self, title: str, count: int, total_bytes: int) -> Iterator[Callable[[int], None]]:
@@ -38,8 +38,14 @@ class Display:
         if not self.progress.is_terminal:
             yield _PlainProgress(self, title, count, total_bytes).advance
             return
-        columns = (TextColumn("{task.description}"), BarColumn(), TaskProgressColumn(), TransferSpeedColumn(),
-                   TextColumn("time left 剩余"), TimeRemainingColumn())  # fmt: skip
+        columns = (
+            TextColumn("{task.description}", markup=False),
+            BarColumn(),
+            TaskProgressColumn(),
+            TransferSpeedColumn(),
+            TextColumn("time left 剩余"),
+            TimeRemainingColumn(),
+        )
         with Progress(*columns, console=self.progress) as progress:
             task = progress.add_task(title, total=total_bytes)
             yield lambda size: progress.advance(task, size)
@@ -48,10 +54,9 @@ class Display:
         """A line for each book that cannot be used."""
         refused = [book for book in books if book.refused]
         for book in refused[:MOST_REFUSED]:
-            line = f"  refused 拒收 {book.source}: {book.refused}"
-            self.console.print(escape(line), style="yellow", soft_wrap=True)
+            say(f"  refused 拒收 {book.source}: {book.refused}", style="yellow")
         if len(refused) > MOST_REFUSED:
-            self.console.print(f"  … and {len(refused) - MOST_REFUSED:,} more, in books.jsonl", style="yellow")
+            say(f"  … and {len(refused) - MOST_REFUSED:,} more, in books.jsonl", style="yellow")
 
     def show_results(self, written: Written) -> None:
         """The tables."""
@@ -69,15 +74,14 @@ class Display:
         self._show_removed(books)
         reasons = ", ".join(f"{count:,} {reason}" for reason, count in sorted(written.left_out.items()))
         levels = Counter(pair["level"] for pair in written.pairs)
-        self.console.print(
+        say(
             f"left out 未采用 (left_out.jsonl): {reasons or 'no chapter'}; alike 相似 (duplicates.jsonl): "
-            f"{levels['book']:,} pairs of books, {levels['chapter']:,} pairs of chapters",
-            soft_wrap=True,
+            f"{levels['book']:,} pairs of books, {levels['chapter']:,} pairs of chapters"
         )
         for source, reason in written.skipped[:MOST_REFUSED]:
-            self.console.print(escape(f"  not read 未读取 {source}: {reason}"), soft_wrap=True)
+            say(f"  not read 未读取 {source}: {reason}")
         if len(written.skipped) > MOST_REFUSED:
-            self.console.print(f"  … and {len(written.skipped) - MOST_REFUSED:,} more, in left_out.jsonl")
+            say(f"  … and {len(written.skipped) - MOST_REFUSED:,} more, in left_out.jsonl")
         self.show_refused(books)
 
     def _show_removed(self, books: Sequence[BookRecord]) -> None:
@@ -89,7 +93,7 @@ class Display:
                 removed[rule] += counts["characters"]
                 lines[rule] += counts["lines"]
         if not removed:
-            self.console.print("removed 剔除: no line")
+            say("removed 剔除: no line")
             return
         table = Table(title="Removed 剔除 (rejected.jsonl)", title_justify="left")
         for column in ("rule 规则", "lines 行", "characters 字", "share of all 占比"):
@@ -108,9 +112,9 @@ class Display:
 
     def show_next(self, out: Path) -> None:
         """Where the report is, and what to type next."""
-        self.console.print(f"report 报告: {escape(str(out / 'report.html'))}", soft_wrap=True)
+        say(f"report 报告: {out / 'report.html'}")
         command = f"bash scripts/run_pretrain.sh --train_files {shlex.quote(str(out))}"
-        self.console.print(f"next 下一步: {escape(command)}", soft_wrap=True)
+        say(f"next 下一步: {command}")
 
 
 class _PlainProgress:

@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Any, Literal
 
 from novelgpt.settings.errors import UserError
+from novelgpt.settings.terminal import say
 from novelgpt.settings.whole_files import write_whole
 
 Mark = Literal["ok", "note", "problem"]
@@ -70,11 +71,11 @@ def show(heading: str, findings: Sequence[Finding], terminal: bool) -> None:
             return
         except ImportError:
             pass
-    print(f"\n{heading}")
+    say("", heading)
     for finding in findings:
-        print(f"  {finding.mark:<8} {finding.check}: {finding.text}")
+        say(f"  {finding.mark:<8} {finding.check}: {finding.text}")
         if finding.remedy:
-            print(f"  {'':<8} fix: {finding.remedy}")
+            say(f"  {'':<8} fix: {finding.remedy}")
 
 
 def write_json(path: Path, findings: Sequence[Finding], seconds: float) -> None:
@@ -99,9 +100,10 @@ def any_problem(findings: Iterable[Finding]) -> bool:
 
 
 def _show_table(heading: str, findings: Sequence[Finding]) -> None:
-    from rich.console import Console
     from rich.table import Table
     from rich.text import Text
+
+    from novelgpt.settings.console import make_console
 
     table = Table(box=None, show_header=False, padding=(0, 2, 0, 0))
     table.add_column(no_wrap=True)
@@ -112,6 +114,6 @@ def _show_table(heading: str, findings: Sequence[Finding]) -> None:
         if finding.remedy:
             text.append(f"\nfix: {finding.remedy}", style="cyan")
         table.add_row(Text(finding.mark, style=COLOURS[finding.mark]), Text(finding.check), text)
-    console = Console()
+    console = make_console()
     console.print(Text(f"\n{heading}", style="bold"))
     console.print(table)

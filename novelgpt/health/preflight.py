@@ -12,8 +12,6 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from rich.console import Console
-from rich.markup import escape
 from transformers import PreTrainedTokenizerBase
 
 from novelgpt.health import devices, machine, model, versions
@@ -21,6 +19,7 @@ from novelgpt.health.findings import Check, Finding, run_check
 from novelgpt.settings.errors import UserError
 from novelgpt.settings.process import first_process_value, is_first_process
 from novelgpt.settings.runs import TrainingRun
+from novelgpt.settings.terminal import say
 
 
 def preflight(run: TrainingRun, tokenizer: PreTrainedTokenizerBase) -> None:
@@ -36,11 +35,9 @@ def preflight(run: TrainingRun, tokenizer: PreTrainedTokenizerBase) -> None:
     problem: UserError | None = None
     if is_first_process():
         findings = list(_findings(run, tokenizer))
-        console = Console(soft_wrap=True, highlight=False)
         for finding in findings:
             if finding.mark == "note":
-                line = f"{finding.check}: {finding.text}; {finding.remedy}"
-                console.print(f"[yellow]{escape(line)}[/yellow]")
+                say(f"{finding.check}: {finding.text}; {finding.remedy}", style="yellow")
         problems = [finding for finding in findings if finding.mark == "problem"]
         if problems:
             text = f"{problems[0].check}: {problems[0].text}"

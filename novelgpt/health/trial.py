@@ -156,7 +156,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     """Print the findings on the run that the words describe."""
     pipeline, *words = list(sys.argv[1:] if argv is None else argv)
     findings = run_check("model", lambda: try_longest_batch(read_run(pipeline, words)))
-    print(json.dumps([asdict(finding) for finding in findings]), flush=True)
+    print(json.dumps([asdict(finding) for finding in findings]), flush=True)  # noqa: T201 - for the doctor, as ASCII
 
 
 if __name__ == "__main__":

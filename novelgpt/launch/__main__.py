@@ -30,6 +30,7 @@ from novelgpt.settings.command_parser import CommandParser
 from novelgpt.settings.cores import usable_cores
 from novelgpt.settings.errors import UserError, exit_on_user_error
 from novelgpt.settings.signals import IMPATIENT_SIGNALS, STOP_SIGNALS
+from novelgpt.settings.terminal import say, say_text
 
 POLL_SECONDS = 0.05
 # When a rank has died, the others fail for lack of it, and say what they know; then they are ended.
@@ -95,7 +96,7 @@ def _watch(ranks: Ranks, channel: Channel, signals: Signals) -> int:
     while ranks.running():
         time.sleep(POLL_SECONDS)
         if signals.impatient():
-            print(f"ended at once by a second {signal.Signals(signals.received[-1]).name}", file=sys.stderr)
+            say(f"ended at once by a second {signal.Signals(signals.received[-1]).name}", stderr=True)
             return 128 + signals.received[-1]
         for number in signals.received[sent:]:
             ranks.send(number)
@@ -121,7 +122,7 @@ def _watch(ranks: Ranks, channel: Channel, signals: Signals) -> int:
         _explain(failures)  # on the first host alone, as long as there is one
     if stopped and not failures and all(rank.status < 0 for rank in stopped):
         # None had begun to listen, or it would have said so.
-        print(f"stopped by {signal.Signals(-stopped[0].status).name} before training began", file=sys.stderr)
+        say(f"stopped by {signal.Signals(-stopped[0].status).name} before training began", stderr=True)
     return channel.told or _status(failures, stopped)
 
 
@@ -149,12 +150,13 @@ def _explain(failures: list[Failure]) -> None:
     alike = [failure for failure in failures if failure.weight() == first.weight()]
     if first.status == 2:
         if all(failure.tail for failure in alike):
-            print(first.tail, file=sys.stderr, flush=True)
+            say_text(first.tail, stderr=True)
         return
     if first.tail:
-        print(f"--- {first.who} printed last:\n{first.tail}\n---", file=sys.stderr)
+        say(f"--- {first.who} printed last:", stderr=True)
+        say_text(f"{first.tail}\n---", stderr=True)
     cause, remedy = first.explain()
-    print(f"error: {cause}\n  fix: {remedy}", file=sys.stderr, flush=True)
+    say(f"error: {cause}", f"  fix: {remedy}", stderr=True)
 
 
 def _meet(place: Place, remotes: Sequence[Remote], signals: Signals) -> tuple[Channel, Block]:
@@ -174,9 +176,7 @@ def _meet(place: Place, remotes: Sequence[Remote], signals: Signals) -> tuple[Ch
         return member, member.block(place.processes, watch)
     first = FirstHost(place.hosts, place.port + 1)
     block = first.gather(place.processes, place.port, watch)
-    print(
-        f"{place.hosts} hosts, {block.world_size} processes, meeting at {block.address} port {block.port}", flush=True
-    )
+    say(f"{place.hosts} hosts, {block.world_size} processes, meeting at {block.address} port {block.port}")
     return first, block
 
 

@@ -19,6 +19,7 @@ from transformers import PreTrainedTokenizerFast, Qwen3Config, Qwen3ForCausalLM
 
 from novelgpt.settings.errors import exit_on_user_error
 from novelgpt.settings.paths import EMBEDDED_BASE, SAMPLES
+from novelgpt.settings.terminal import say
 from novelgpt.text.templates import CHATML_TEMPLATE
 
 VOCABULARY = 1000
@@ -97,7 +98,7 @@ def build_embedded_base(folder: Path) -> None:
             if not _is_built(folder):  # by another process meanwhile, with the same files
                 raise
             return
-    print(f"embedded base: {model.num_parameters() / 1e6:.1f} M weights, {len(tokenizer)} tokens, in {folder}")
+    say(f"embedded base: {model.num_parameters() / 1e6:.1f} M weights, {len(tokenizer)} tokens, in {folder}")
 
 
 def ensure_embedded_base(folder: Path = EMBEDDED_BASE) -> None:

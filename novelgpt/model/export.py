@@ -16,8 +16,6 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import torch
-from rich.console import Console
-from rich.markup import escape
 from rich.table import Column, Table
 from transformers import GenerationConfig, PreTrainedConfig, PreTrainedModel, PreTrainedTokenizerBase
 
@@ -27,8 +25,10 @@ from novelgpt.model.loading import adapter_base, load_model, read_config
 from novelgpt.model.weight_files import stored_dtype
 from novelgpt.settings.arguments import ModelArguments
 from novelgpt.settings.command_parser import CommandParser
+from novelgpt.settings.console import make_console
 from novelgpt.settings.errors import UserError
 from novelgpt.settings.paths import complete_folder
+from novelgpt.settings.terminal import say
 from novelgpt.text.conversation import encode_prompt
 from novelgpt.text.templates import RECORD, template_record
 from novelgpt.text.tokenizer import load_tokenizer
@@ -199,7 +199,7 @@ def compare_reloaded(
     storing = largest_difference(written.logits, found.logits)
     total = largest_difference(written.expected.logits, found.logits)
     _print_answers(tokenizer, names, written.expected, found)
-    print(f"largest difference of a logit, {names[0]} against {names[1]} as loaded from its files: {total:.1e}")
+    say(f"largest difference of a logit, {names[0]} against {names[1]} as loaded from its files: {total:.1e}")
     if written.dtype != torch.float32:
         _print_rounding(written, effect)
     _hold(max(written.making, storing), tolerance, f"the {names[1]} model's logits")
@@ -242,7 +242,7 @@ def export_checkpoint(
     with complete_folder(words.output) as unfinished:
         written = _write_converted(words, source, convert, convert_tokenizer, unfinished)
         compare_reloaded(written, ModelArguments(str(unfinished), "sdpa"), ("original", name), words.tolerance)
-    print(f"exported to {words.output}")
+    say(f"exported to {words.output}")
 
 
 def with_settings(tokenizer: PreTrainedTokenizerBase, like: PreTrainedTokenizerBase) -> PreTrainedTokenizerBase:
@@ -297,9 +297,8 @@ def vllm_notes(config: PreTrainedConfig) -> list[str]:
 
 def print_notes(notes: list[str]) -> None:
     """Limits of what was written, in yellow."""
-    console = Console(soft_wrap=True)
     for note in notes:
-        console.print(f"[yellow]{escape(note)}[/yellow]", highlight=False)
+        say(note, style="yellow")
 
 
 def _hold(difference: float, tolerance: float, what: str) -> None:
@@ -335,19 +334,19 @@ def _print_answers(
         common = len(os.path.commonprefix([left, right]))
         same = "equal" if left == right else f"{common} equal, then different"
         table.add_row(prompt, *(_shown(tokenizer, answer) for answer in (left, right)), same)
-    Console().print(table)
+    make_console().print(table)
 
 
 def _shown(tokenizer: PreTrainedTokenizerBase, answer: list[int]) -> str:
     """With end tokens, which are part of what is compared, and in one line."""
-    return escape(str(tokenizer.decode(answer, skip_special_tokens=False)).replace("\n", "⏎"))
+    return str(tokenizer.decode(answer, skip_special_tokens=False)).replace("\n", "⏎")
 
 
 def _print_rounding(written: Written, effect: float | None) -> None:
     name = str(written.dtype).removeprefix("torch.")
-    print(f"  of which rounding to {name} makes {written.rounding:.1e}, all else {written.making:.1e}")
+    say(f"  of which rounding to {name} makes {written.rounding:.1e}, all else {written.making:.1e}")
     if effect:
         share = written.rounding / effect
-        print(f"  the adapter itself moves a logit by up to {effect:.1e}; rounding by {share:.1%} of that")
+        say(f"  the adapter itself moves a logit by up to {effect:.1e}; rounding by {share:.1%} of that")
         if share > NOTABLE_SHARE:
             print_notes([f"{name} is coarse for this adapter: --dtype float32 keeps all of it, in more space"])

@@ -20,14 +20,13 @@ from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 from huggingface_hub.constants import HF_HOME
-from rich.console import Console
-from rich.markup import escape
 from transformers.utils import SAFE_WEIGHTS_INDEX_NAME, SAFE_WEIGHTS_NAME, WEIGHTS_INDEX_NAME, WEIGHTS_NAME, cached_file
 from transformers.utils.hub import get_checkpoint_shard_files
 
 from novelgpt.model.weight_files import StoredTensor, stored_tensors, weight_files
 from novelgpt.settings.cores import usable_cores
 from novelgpt.settings.errors import UserError
+from novelgpt.settings.terminal import say
 from novelgpt.settings.whole_files import write_whole
 
 BASE_RECORD = "base.json"
@@ -117,7 +116,7 @@ def check_base(adapter_folder: Path, base_source: str, remedy: str = "name the r
     path = adapter_folder / BASE_RECORD
     if not path.is_file():
         note = f"{adapter_folder} has no {BASE_RECORD}: whether {base_source} is the base it was trained on is unknown"
-        Console(stderr=True, soft_wrap=True).print(f"[yellow]{escape(note)}[/yellow]")
+        say(note, style="yellow", stderr=True)
         return
     try:
         record = json.loads(path.read_text(encoding="utf-8"))

@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import functools
-import sys
 from collections.abc import Callable
+
+from novelgpt.settings.terminal import say, visible
 
 
 class UserError(Exception):
@@ -16,9 +17,9 @@ class UserError(Exception):
     """
 
     def __init__(self, cause: str, remedy: str) -> None:
-        super().__init__(cause)
-        self.cause = " ".join(cause.split())
-        self.remedy = " ".join(remedy.split())
+        self.cause = visible(" ".join(cause.split()))
+        self.remedy = visible(" ".join(remedy.split()))
+        super().__init__(self.cause)
 
     def __reduce__(self) -> tuple[type[UserError], tuple[str, str]]:
         """As processes hand errors to each other; by itself, an exception is made again from its message alone."""
@@ -37,10 +38,10 @@ def exit_on_user_error(main: Callable[..., None]) -> Callable[..., None]:
         try:
             main(argv)
         except UserError as error:
-            print(f"error: {error.cause}\n  fix: {error.remedy}", file=sys.stderr, flush=True)
+            say(f"error: {error.cause}", f"  fix: {error.remedy}", stderr=True)
             raise SystemExit(2) from None
         except KeyboardInterrupt:
-            print("stopped by Ctrl-C", file=sys.stderr, flush=True)
+            say("stopped by Ctrl-C", stderr=True)
             raise SystemExit(130) from None
 
     return wrapped

@@ -13,13 +13,14 @@ from pathlib import Path
 from typing import Any, TypeVar
 
 import yaml
-from rich.console import Console
 from rich.table import Table
+from rich.text import Text
 from transformers import HfArgumentParser
 from transformers.hf_argparser import string_to_bool
 
 from novelgpt.settings.arguments import TrainArguments
 from novelgpt.settings.command_parser import CommandParser
+from novelgpt.settings.console import make_console
 from novelgpt.settings.errors import UserError
 from novelgpt.settings.paths import EMBEDDED_BASE, ROOT, TINY, from_home, model_place
 
@@ -224,8 +225,9 @@ def _unknown_key(key: str, where: str, actions: dict[str, argparse.Action]) -> U
 
 def _print_help(parser: _Parser, run_type: type, everything: bool) -> None:
     """Our own arguments first, then the training arguments of everyday use (all of them with --help_all)."""
-    console = Console()
-    console.print(f"[bold]{parser.prog}[/bold] [--config FILE.yaml] [--option value …]\n{run_type.__doc__}")
+    console = make_console()
+    console.print(Text.assemble((parser.prog, "bold"), " [--config FILE.yaml] [--option value …]"))
+    console.print(run_type.__doc__ or "")
     for group in parser._action_groups:
         if not group._group_actions or group.title in ("positional arguments", "options"):
             continue
@@ -245,8 +247,8 @@ def _print_help(parser: _Parser, run_type: type, everything: bool) -> None:
             text = " ".join((action.help or "").replace("%%", "%").split())
             if action.choices:
                 text += f" One of: {', '.join(map(str, action.choices))}."
-            table.add_row(f"--{name}", f"{text} [default: {default}]".replace("[", r"\["))
-        console.print(f"\n[bold]{group.title}[/bold]")
+            table.add_row(f"--{name}", f"{text} [default: {default}]")
+        console.print(f"\n{group.title}", style="bold")
         console.print(table)
     if TrainArguments._argument_group_name in {group.title for group in parser._action_groups} and not everything:
         console.print("\nEvery other field of transformers.TrainingArguments is accepted too: --help_all lists them.")

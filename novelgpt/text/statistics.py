@@ -11,14 +11,14 @@ from dataclasses import dataclass, field
 from typing import Any, NamedTuple
 
 import numpy
-from rich.console import Console
-from rich.markup import escape
 from rich.table import Table
 from rich.text import Text
 from tokenizers import pre_tokenizers
 from torch.utils.data import Dataset
 from transformers import PreTrainedTokenizerBase
 
+from novelgpt.settings.console import VisibleConsole, make_console
+from novelgpt.settings.terminal import one_line, visible
 from novelgpt.text.conversation import IGNORED
 from novelgpt.text.tokenizer import encode
 
@@ -53,9 +53,9 @@ class TokenCounts:
     notes: Counter[str] = field(default_factory=Counter)
 
 
-def show_counts(counts: dict[str, TokenCounts], console: Console | None = None) -> None:
+def show_counts(counts: dict[str, TokenCounts], console: VisibleConsole | None = None) -> None:
     """Print the table of counts, a column a data set."""
-    console = console or Console()
+    console = console or make_console()
     table = Table(title="Data", title_justify="left")
     table.add_column("")
     for name in counts:
@@ -81,21 +81,21 @@ def show_counts(counts: dict[str, TokenCounts], console: Console | None = None) 
     console.print(table)
     for name, count in counts.items():
         for note, number in count.notes.items():
-            console.print(f"[yellow]{name}: {number:,} {escape(note)}[/yellow]")
+            console.print(one_line(f"{name}: {number:,} {note}"), style="yellow")
 
 
 def show_row(
     input_ids: list[int], labels: list[int], tokenizer: PreTrainedTokenizerBase, most_tokens: int = 400,
-    console: Console | None = None,
+    console: VisibleConsole | None = None,
 ) -> None:  # fmt: skip
     """Print one row, trained tokens green, the others dim."""
-    console = console or Console()
+    console = console or make_console()
     text = Text()
     for span in row_spans(input_ids, labels, tokenizer, most_tokens):
-        text.append(span.text, style="green" if span.trained else "dim")
+        text.append(visible(span.text), style="green" if span.trained else "dim")
     if len(input_ids) > most_tokens:
         text.append(f" … ({len(input_ids) - most_tokens:,} more tokens)", style="dim italic")
-    console.print("One row ([green]trained[/green], [dim]context[/dim]):")
+    console.print(Text.assemble("One row (", ("trained", "green"), ", ", ("context", "dim"), "):"))
     console.print(text)
     console.print()
 

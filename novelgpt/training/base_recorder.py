@@ -9,12 +9,11 @@ from typing import Any
 
 import torch
 from peft import PeftModel
-from rich.console import Console
-from rich.markup import escape
 from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments
 
 from novelgpt.model.fingerprint import base_folder, weights_fingerprint, write_base_record
 from novelgpt.settings.errors import UserError
+from novelgpt.settings.terminal import say
 
 
 class BaseRecorder(TrainerCallback):
@@ -47,7 +46,7 @@ class BaseRecorder(TrainerCallback):
             write_base_record(folder, self.base, fingerprint.result())
         except (UserError, OSError) as error:
             note = f"{folder} gets no base.json: {error}"
-            Console(stderr=True, soft_wrap=True).print(f"[yellow]{escape(note)}[/yellow]")
+            say(note, style="yellow", stderr=True)
 
     def _start(self, base: str) -> Future[str]:
         self.fingerprint = future = Future[str]()

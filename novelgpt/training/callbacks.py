@@ -13,11 +13,11 @@ from typing import Any
 
 from tensorboard.summary.writer import event_file_writer
 from torch.utils.tensorboard import SummaryWriter
-from tqdm import tqdm
 from transformers import ProgressCallback, TrainerCallback, TrainerControl, TrainerState, TrainingArguments
 from transformers.integrations import TensorBoardCallback
 
 from novelgpt.scoring.rouge import METRICS
+from novelgpt.settings.terminal import say_above_bars
 from novelgpt.settings.whole_files import write_whole
 from novelgpt.training.loss_plot import draw_losses
 from novelgpt.training.run_folder import only_json
@@ -39,7 +39,7 @@ def dispensable(told: set[str], what: str) -> Iterator[None]:
     except OSError as error:
         if what not in told:
             told.add(what)
-            tqdm.write(f"{what} cannot be written any more ({error.strerror or error}); training goes on")
+            say_above_bars(f"{what} cannot be written any more ({error.strerror or error}); training goes on")
 
 
 class RunRecorder(TrainerCallback):
@@ -169,7 +169,7 @@ class Progress(ProgressCallback):
             )
         else:
             return
-        tqdm.write(line)
+        say_above_bars(line)
 
 
 class ProgressLines(Progress):

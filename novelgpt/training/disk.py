@@ -18,6 +18,7 @@ from novelgpt.settings.errors import UserError
 from novelgpt.settings.paths import existing_folder
 from novelgpt.settings.process import first_process_value, is_first_process
 from novelgpt.settings.runs import TrainingRun
+from novelgpt.settings.terminal import say
 from novelgpt.settings.units import gigabytes
 from novelgpt.training.memory import ADAMW_BYTES, compute_dtype, optimizer_bytes
 from novelgpt.training.memory_plan import MemoryPlan
@@ -77,7 +78,7 @@ def check_disk(run: TrainingRun, plan: MemoryPlan, train: Dataset[Any], tokenize
         forecast = forecast_disk(plan.model, run.training, saved_bytes(tokenizer), steps)
         folder = Path(str(run.training.output_dir))
         held, free = bytes_in(folder), shutil.disk_usage(existing_folder(folder)).free
-        print(f"disk: {describe(forecast, held)}, {gigabytes(free)} free")
+        say(f"disk: {describe(forecast, held)}, {gigabytes(free)} free")
         problem = lack_of_room(forecast, held, free, folder)
     problem = first_process_value(problem)
     if problem is not None:

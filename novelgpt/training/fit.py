@@ -9,7 +9,6 @@ from pathlib import Path
 from typing import Any, cast
 
 import torch
-from rich.console import Console
 from torch.utils.data import Dataset
 from torch.utils.tensorboard import SummaryWriter
 from transformers import (
@@ -25,6 +24,7 @@ from novelgpt.model.generation import answer_end_ids
 from novelgpt.settings.errors import UserError
 from novelgpt.settings.process import is_first_process
 from novelgpt.settings.runs import TrainingRun
+from novelgpt.settings.terminal import say
 from novelgpt.text.collator import Collator
 from novelgpt.text.conversation import end_token_ids
 from novelgpt.text.statistics import trained_characters
@@ -80,7 +80,7 @@ def fit(
             elif isinstance(error, Stopped):
                 stop_run_folder(folder, error.signal)
             if isinstance(error, Stopped):
-                print(error.explain(), flush=True)
+                say(error.explain())
         raise
     finally:
         stop.leave()
@@ -149,13 +149,13 @@ def _fit_into(
 
 def _show(results: dict[str, float], memory: str, folder: Path) -> None:
     """What came out, and where it lies."""
-    console = Console(soft_wrap=True)
     start = f"{results['start_eval_loss']:.4f} -> " if "start_eval_loss" in results else ""
-    console.print(
-        f"[bold]Done.[/bold] eval loss {start}{results['eval_loss']:.4f}, perplexity {results['eval_perplexity']:.2f}\n"
-        f"  {memory}\n"
-        f"  weights       {folder}\n  curve         {folder / 'loss.png'}\n"
-        f"  all figures   {Path(sys.executable).with_name('tensorboard')} --logdir {folder.parent}"
+    say(
+        f"Done. eval loss {start}{results['eval_loss']:.4f}, perplexity {results['eval_perplexity']:.2f}",
+        f"  {memory}",
+        f"  weights       {folder}",
+        f"  curve         {folder / 'loss.png'}",
+        f"  all figures   {Path(sys.executable).with_name('tensorboard')} --logdir {folder.parent}",
     )
 
 

@@ -14,14 +14,13 @@ from typing import Any
 import torch
 from accelerate.utils import gather_object
 from peft.tuners.tuners_utils import BaseTunerLayer
-from rich.console import Console
-from rich.markup import escape
 from torch import nn
 from transformers import PreTrainedConfig, PreTrainedModel
 from transformers.integrations import is_deepspeed_zero3_enabled
 
 from novelgpt.settings.errors import UserError
 from novelgpt.settings.process import is_first_process
+from novelgpt.settings.terminal import say
 from novelgpt.training.sample_predictions import undisturbed
 
 # How far losses of the same batch may lie apart, in nats, by the format of the computation.
@@ -170,7 +169,7 @@ class GradientWatch:
         _raise_together(problem)
         if idle and is_first_process():
             note = f"adapters that the model never calls stay as they are: {_listed(idle)}"
-            Console(soft_wrap=True).print(f"[yellow]{escape(note)}[/yellow]")
+            say(note, style="yellow")
 
     def _reach(self, name: str, _: torch.Tensor) -> None:
         self.reached.add(name)

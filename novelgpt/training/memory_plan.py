@@ -10,7 +10,6 @@ from typing import Any
 
 import psutil
 import torch
-from rich.console import Console
 from torch import nn
 from torch.utils.data import Dataset
 from transformers import PreTrainedModel
@@ -19,6 +18,7 @@ from novelgpt.settings.arguments import TrainArguments
 from novelgpt.settings.errors import UserError
 from novelgpt.settings.process import first_process_value, is_first_process
 from novelgpt.settings.runs import TrainingRun
+from novelgpt.settings.terminal import say
 from novelgpt.text.packing import PackedBlocks
 from novelgpt.training.auto_batch import (
     TRIED_SHARE,
@@ -130,7 +130,7 @@ class MemoryPlan:
             raise
         except Exception as error:  # of any kind: an architecture that cannot be simulated may train all the same
             reason = (str(error).splitlines() or [""])[0]
-            print(f"memory: no estimate for this model ({type(error).__name__}: {reason:.100})")
+            say(f"memory: no estimate for this model ({type(error).__name__}: {reason:.100})")
             return self.training.per_device_train_batch_size, bool(self.training.activation_checkpointing), None
         return chosen.per_device_train_batch_size, bool(chosen.activation_checkpointing), estimate
 
@@ -147,7 +147,7 @@ class MemoryPlan:
         changed = rows != self.training.per_device_train_batch_size
         set_micro_batch(self.training, rows)
         if is_first_process():
-            print(f"auto_batch: {_batch_line(self.training, self.tokens)}")
+            say(f"auto_batch: {_batch_line(self.training, self.tokens)}")
             if changed and self.model is not None and self.estimate is not None:
                 self.estimate = self._estimate(self.training)
 
@@ -171,16 +171,16 @@ class MemoryPlan:
 
     def _show(self, chosen: TrainArguments, estimate: MemoryEstimate) -> None:
         """Print the estimate, and what would help where it does not fit."""
-        console = Console(soft_wrap=True, highlight=False)
         dtype = str(compute_dtype(chosen) or torch.float32).removeprefix("torch.")
         kept = "activations computed again" if chosen.activation_checkpointing else "activations kept"
         parts = ", ".join(f"{name} {_gigabytes(size)}" for name, size in estimate.parts().items() if size >= 5e6)
-        console.print(
-            f"[bold]memory[/bold]: {_gigabytes(estimate.total)} expected of {_gigabytes(self.capacity)} on this "
-            f"{self.device.type}: {_batch_line(chosen, self.tokens)}, {dtype}, {kept}\n  {parts}"
+        say(
+            f"memory: {_gigabytes(estimate.total)} expected of {_gigabytes(self.capacity)} on this "
+            f"{self.device.type}: {_batch_line(chosen, self.tokens)}, {dtype}, {kept}",
+            f"  {parts}",
         )
         if estimate.total > FULL_SHARE * self.capacity:
-            console.print(f"[yellow]  This will probably not fit. {self._remedies(chosen, estimate)}[/yellow]")
+            say(f"  This will probably not fit. {self._remedies(chosen, estimate)}", style="yellow")
 
     def _remedies(self, chosen: TrainArguments, estimate: MemoryEstimate) -> str:
         """What takes less, the cheapest first, with its estimate where that is cheap to make."""

@@ -16,10 +16,10 @@ from typing import Any
 import torch
 from accelerate.utils import gather_object
 from torch import nn
-from tqdm import tqdm
 
 from novelgpt.settings.errors import UserError
 from novelgpt.settings.process import is_first_process
+from novelgpt.settings.terminal import say_above_bars
 from novelgpt.text.origins import unique
 from novelgpt.training.row_losses import DocumentLoss, MicroBatch, NumberedRows, name_losses, name_rows
 
@@ -200,7 +200,7 @@ class StepWatch:
 
 def _say(line: str) -> None:
     if is_first_process():
-        tqdm.write(line)
+        say_above_bars(line)
 
 
 def listed(names: list[str]) -> str:

@@ -7,11 +7,9 @@ import json
 from pathlib import Path
 from typing import Any
 
-from rich.console import Console
-from rich.markup import escape
-
 from novelgpt.model.fingerprint import BASE_RECORD, check_base
 from novelgpt.settings.errors import UserError
+from novelgpt.settings.terminal import say
 from novelgpt.training.checkpoints.folders import checkpoints, damage
 from novelgpt.training.checkpoints.trainer import STATES
 
@@ -79,7 +77,7 @@ def newest_whole_checkpoint(folder: Path) -> Path | None:
         if problem is None:
             return checkpoint
         note = f"{checkpoint} is not used: {problem}"
-        Console(soft_wrap=True, highlight=False).print(f"[yellow]{escape(note)}[/yellow]")
+        say(note, style="yellow")
     if found:
         raise UserError(
             f"none of the {len(found)} checkpoints in {folder} is whole",

@@ -16,12 +16,11 @@ from importlib.metadata import version
 from pathlib import Path
 from typing import IO, Any
 
-from rich.console import Console
-
 from novelgpt.settings.errors import UserError
 from novelgpt.settings.paths import OUTPUT, ROOT, check_folder_can_be_made
 from novelgpt.settings.process import first_process_value, is_first_process
 from novelgpt.settings.runs import TrainingRun
+from novelgpt.settings.terminal import say
 from novelgpt.settings.whole_files import hash_file, write_whole
 from novelgpt.training.resume import changes, check_same_run, model_identity, newest_whole_checkpoint, unusable
 
@@ -138,7 +137,7 @@ def _choose(run: TrainingRun) -> tuple[Path, Path | None] | UserError:
         if run.training.resume and checkpoint is None:
             raise UserError(f"{folder} holds no checkpoint to go on from", "start without --resume")
         if checkpoint is not None:
-            Console(soft_wrap=True, highlight=False).print(f"going on from {checkpoint}")
+            say(f"going on from {checkpoint}")
     except UserError as error:
         return error
     return folder, checkpoint

@@ -8,12 +8,12 @@ from typing import Any
 import torch
 from accelerate import Accelerator
 from accelerate.utils import gather_object
-from rich.console import Console
 from torch.utils.data import Dataset
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from novelgpt.model.generation import answer_end_ids, answer_prompts
 from novelgpt.settings.arguments import GenerationArguments, TrainArguments
+from novelgpt.settings.terminal import say
 from novelgpt.training.sample_predictions import Document, documents_of, undisturbed, weights_are_shared
 
 # Share of answers that should end.
@@ -63,12 +63,12 @@ def check_stops(
     ends = answer_end_ids(model, tokenizer)
     most = training.stop_check_max_new_tokens
     prompts, is_text = trained_prompts(train, training.stop_check, ends, most or MOST_NEW_TOKENS)
-    console = Console(soft_wrap=True, highlight=False, quiet=not accelerator.is_main_process)
-    if training.stop_check and not prompts and not is_text:
-        console.print(
-            f"[yellow]stop check: no training row that was looked at holds a whole first answer of at most "
+    if training.stop_check and not prompts and not is_text and accelerator.is_main_process:
+        say(
+            f"stop check: no training row that was looked at holds a whole first answer of at most "
             f"{most or MOST_NEW_TOKENS} tokens. A longer --max_length keeps ends of answers; "
-            f"--stop_check_max_new_tokens takes longer ones.[/yellow]"
+            f"--stop_check_max_new_tokens takes longer ones.",
+            style="yellow",
         )
     if not prompts:
         return None
@@ -85,7 +85,7 @@ def check_stops(
     stopped = [answer for answer in answers if answer.finish_reason == "stop"]
     count = _Count(len(answers), len(stopped), sum(answer.completion_tokens == 1 for answer in stopped))
     counts = [count] if weights_are_shared(accelerator) else gather_object([count])
-    return _report(counts, limit, console)
+    return _report(counts, limit, show=accelerator.is_main_process)
 
 
 def trained_prompts(
@@ -122,19 +122,23 @@ def _first_prompt(document: Document, ends: list[int]) -> TrainedPrompt | None:
     return TrainedPrompt(document.tokens[:begin].tolist(), end - begin)
 
 
-def _report(counts: list[_Count], limit: int, console: Console) -> float:
-    """Print the sum of all processes' counts, and what to do where it is low."""
+def _report(counts: list[_Count], limit: int, show: bool) -> float:
+    """Share of the answers that stopped, of all processes; one shows it, and what to do where it is low."""
     answers, stopped, empty = (sum(vars(count)[name] for count in counts) for name in ("answers", "stopped", "empty"))
     share = stopped / answers
     line = f"stopped: {stopped} of {answers} training prompts ({100 * share:.0f} %)"
     if empty:
         line += f", {empty} of them without a word"
-    if share >= ENOUGH:
-        console.print(line)
+    if not show:
         return share
-    console.print(
-        f"[red]{line}\n  The others ran on to {limit} tokens. Train longer (--num_train_epochs, --learning_rate), see "
+    if share >= ENOUGH:
+        say(line)
+        return share
+    say(
+        line,
+        f"  The others ran on to {limit} tokens. Train longer (--num_train_epochs, --learning_rate), see "
         "in the row printed before training that answers end in a green end token of the template, or wait longer "
-        "(--stop_check_max_new_tokens).[/red]"
+        "(--stop_check_max_new_tokens).",
+        style="red",
     )
     return share

@@ -17,6 +17,7 @@ from novelgpt.scoring.row_scores import RowScores
 from novelgpt.scoring.summary import Comparison, compare_rows
 from novelgpt.settings.command_parser import CommandParser
 from novelgpt.settings.errors import UserError, exit_on_user_error
+from novelgpt.settings.terminal import say
 from novelgpt.settings.whole_files import write_whole
 from predict.report.charts import (
     LABELS,
@@ -56,10 +57,10 @@ def main(argv: list[str] | None = None) -> None:
     folder = words.output or runs[0].folder
     font = find_chinese_font(LABELS)
     page = write_report(runs, folder, font)
-    print(f"  report     {page}\n  pictures   {folder / FOLDER}")
+    say(f"  report     {page}", f"  pictures   {folder / FOLDER}")
     if font is None:
-        print("  No font with Chinese letters was found: labels in the pictures are English only.")
-        print("  Install one, such as Noto Sans CJK (Debian, Ubuntu: apt install fonts-noto-cjk), and run this again.")
+        say("  No font with Chinese letters was found: labels in the pictures are English only.")
+        say("  Install one, such as Noto Sans CJK (Debian, Ubuntu: apt install fonts-noto-cjk), and run this again.")
 
 
 def write_report(runs: Sequence[Run], folder: Path, font: ChineseFont | None) -> Path:

@@ -94,6 +94,20 @@ def test_streamed_text_is_whole_characters_and_nothing_else(
     assert streamed.text == capsys.readouterr().out == TEXT
 
 
+def test_an_answer_does_not_steer_the_terminal(
+    tokenizer: PreTrainedTokenizerBase, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """What was answered is kept, as the model is asked again with it."""
+    hostile = "甲\x1b[2J\x9b31m\u202e乙\r错误\a👨‍👩‍👧"
+    streamed = StreamedText(tokenizer, end_token_ids(tokenizer))
+    streamed.put(torch.tensor([encode("问题", tokenizer)]))
+    for token in encode(hostile, tokenizer):
+        streamed.put(torch.tensor([token]))
+    streamed.end()
+    assert streamed.text == hostile
+    assert capsys.readouterr().out == "甲<U+001B>[2J<U+009B>31m<U+202E>乙<U+000D>错误<U+0007>👨‍👩‍👧"
+
+
 def test_half_a_character_comes_only_when_nothing_more_follows(
     tokenizer: PreTrainedTokenizerBase, capsys: pytest.CaptureFixture[str]
 ) -> None:

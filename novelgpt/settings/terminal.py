@@ -1,0 +1,75 @@
+"""The border to the terminal: text of any origin as lines that are neither control sequences nor markup.
+
+File names, fields of files, answers of models and words of servers may hold anything. All that the toolkit prints goes
+through here or through `novelgpt.settings.console`; `ruff` refuses `print` and rich's own Console elsewhere.
+"""
+
+from __future__ import annotations
+
+import sys
+import unicodedata
+
+# Categories of Unicode whose characters steer a terminal, turn the order of letters, or cannot be written as UTF-8.
+STEERING = ("Cc", "Cf", "Cs", "Zl", "Zp")
+# Of these, what texts are laid out with, and the joiners within emoji and within words of some scripts.
+HARMLESS = "\n\t\u200c\u200d"
+
+
+def visible(text: str) -> str:
+    """Text without characters that steer a terminal or turn the order of letters: each is written as its code.
+
+    >>> visible("a\\x1b[31m\\u202eb")
+    'a<U+001B>[31m<U+202E>b'
+    """
+    if text.isprintable():
+        return text
+    steering = {
+        character
+        for character in set(text)
+        if unicodedata.category(character) in STEERING and character not in HARMLESS
+    }
+    return text.translate({ord(character): f"<U+{ord(character):04X}>" for character in steering})
+
+
+def one_line(text: str) -> str:
+    r"""`visible` text whose line ends are codes as well, so that a field cannot begin a line of its own.
+
+    >>> one_line("a\nerror: b")
+    'a<U+000A>error: b'
+    """
+    return visible(text).replace("\n", "<U+000A>")
+
+
+def say(*lines: str, style: str | None = None, stderr: bool = False) -> None:
+    """Print lines.
+
+    Args:
+        lines: one line each.
+        style: of rich, as "yellow"; only a terminal shows it.
+        stderr: print on standard error.
+    """
+    shown = [one_line(line) for line in lines]
+    if style is not None:
+        try:
+            from novelgpt.settings.console import (
+                make_console,  # not before: it takes rich, which the doctor does without
+            )
+        except ImportError:
+            pass
+        else:
+            make_console(stderr=stderr, soft_wrap=True).print("\n".join(shown), style=style)
+            return
+    print("\n".join(shown), file=sys.stderr if stderr else sys.stdout, flush=True)
+
+
+def say_text(text: str, end: str = "\n", stderr: bool = False) -> None:
+    """Print text whose line ends are its own: an answer, or a piece of one while it is made."""
+    shown = "\r\n".join(visible(line) for line in text.split("\r\n"))
+    print(shown, end=end, file=sys.stderr if stderr else sys.stdout, flush=True)
+
+
+def say_above_bars(line: str) -> None:
+    """Print a line above the progress bars that stand on the terminal."""
+    from tqdm import tqdm  # not before: the doctor looks at installations without it
+
+    tqdm.write(one_line(line))
