@@ -1,6 +1,8 @@
 #!/usr/bin/env bash
 # Set up like every script, then check the style, the types and the layering, and run every test.
-# Further words go to pytest: bash scripts/run_tests.sh -k rouge
+#   bash scripts/run_tests.sh            every contract, in minutes
+#   bash scripts/run_tests.sh --all      also what repeats a contract many times, or needs other versions of libraries
+# Further arguments go to pytest: bash scripts/run_tests.sh -k rouge
 set -euo pipefail
 here="$(cd "$(dirname "${BASH_SOURCE[0]}")" && pwd)"
 root="$(dirname "$here")"

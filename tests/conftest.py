@@ -1,6 +1,7 @@
 """What the tests share: the embedded base, built once, and its tokenizer."""
 
 import random
+import signal
 from pathlib import Path
 
 import pytest
@@ -8,12 +9,36 @@ from transformers import PreTrainedTokenizerBase
 
 from novelgpt.model.embedded_base import build_embedded_base
 from novelgpt.settings.arguments import ModelArguments
+from novelgpt.settings.signals import STOP_SIGNALS
 from novelgpt.text.tokenizer import load_tokenizer
 
 
 def pytest_addoption(parser: pytest.Parser) -> None:
-    """Moments at which processes are killed are new ones each time, unless a seed is given."""
+    """Which tests run, and the seed of the moments at which processes are killed: a new one each time by default."""
+    parser.addoption("--all", action="store_true", help="also the tests that are marked `long`")
     parser.addoption("--seed", type=int, default=random.randrange(10**6), help="of moments that tests draw")
+
+
+def pytest_configure(config: pytest.Config) -> None:
+    """Signals that are ignored or blocked here (by nohup, a shell's `&`, a supervisor) reach what the tests start.
+
+    An ignored signal stays so in each process that is started, and runs leave it ignored by design.
+    """
+    signal.pthread_sigmask(signal.SIG_UNBLOCK, STOP_SIGNALS)
+    for number in STOP_SIGNALS:
+        if signal.getsignal(number) == signal.SIG_IGN:
+            default = signal.default_int_handler if number == signal.SIGINT else signal.SIG_DFL
+            signal.signal(number, default)
+
+
+def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
+    """Leave out what is marked `long`, unless asked for by --all."""
+    if config.getoption("--all"):
+        return
+    left_out = [item for item in items if item.get_closest_marker("long") is not None]
+    if left_out:
+        config.hook.pytest_deselected(items=left_out)
+        items[:] = [item for item in items if item not in left_out]
 
 
 @pytest.fixture(scope="session")

@@ -15,6 +15,9 @@ from types import TracebackType
 from tests.warm_python import warm_environment
 
 ROOT = Path(__file__).resolve().parents[1]
+# Seconds until a test gives up on what has not happened: a bound against hanging, not a measure of speed. What takes a
+# second on a quiet machine takes a minute on a busy one.
+PATIENCE = 900.0
 # Of the variables of a launcher, none may be there.
 OF_LAUNCHERS = ("RANK", "LOCAL_RANK", "WORLD_SIZE", "LOCAL_WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT")
 
@@ -58,7 +61,7 @@ class Launched:
     def text(self) -> str:
         return self.log.read_text(encoding="utf-8", errors="replace")
 
-    def until(self, pattern: str, seconds: float = 240) -> re.Match[str]:
+    def until(self, pattern: str, seconds: float = PATIENCE) -> re.Match[str]:
         """Wait until it has printed this."""
         deadline = time.monotonic() + seconds
         while time.monotonic() < deadline:
@@ -69,7 +72,7 @@ class Launched:
             time.sleep(0.02)
         raise AssertionError(f"{pattern!r} did not come:\n{self.text()[-3000:]}")
 
-    def ends(self, seconds: float = 240) -> int:
+    def ends(self, seconds: float = PATIENCE) -> int:
         """Wait for its end; the status as a shell has it."""
         status = self.process.wait(timeout=seconds)
         return status if status >= 0 else 128 - status

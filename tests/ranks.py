@@ -8,6 +8,7 @@ import time
 from pathlib import Path
 from typing import Any
 
+from tests.launched import PATIENCE
 from tests.warm_python import start_warm, warm_environment
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -26,13 +27,13 @@ def run_pipeline(pipeline: str, words: list[str], processes: int = 1, zero: int 
     environment |= {"NPROC": str(processes), "ZERO": str(zero), "OMP_NUM_THREADS": "1", "HF_HUB_OFFLINE": "1"}
     done = subprocess.run(
         ["bash", str(ROOT / "scripts" / "launch.sh"), pipeline, *words],
-        env=environment | warm_environment(), capture_output=True, text=True, timeout=600, check=False,
+        env=environment | warm_environment(), capture_output=True, text=True, timeout=PATIENCE, check=False,
     )  # fmt: skip
     assert done.returncode == 0, done.stdout[-3000:] + done.stderr[-3000:]
     return done.stdout
 
 
-def run_ranks(script: str, *words: str, logs: Path, processes: int = 2, timeout: float = 300) -> None:
+def run_ranks(script: str, *words: str, logs: Path, processes: int = 2, timeout: float = PATIENCE) -> None:
     """Run them to their end; the tail of what they printed is in the error where one fails."""
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))

@@ -166,7 +166,7 @@ def test_options_in_commands_belong_to_the_program_they_start(page: str) -> None
 
 @pytest.mark.parametrize("page", PAGES)
 def test_options_in_the_text_exist_somewhere(page: str) -> None:
-    known = OF_OTHERS.union(*map(options_of, PIPELINES.values()))
+    known = OF_OTHERS.union(*map(options_of, PIPELINES.values())) | options_in_source("tests/conftest.py")
     for room in ROOMS:
         for path in (ROOT / room).rglob("*.py"):
             known |= options_in_source(str(path.relative_to(ROOT)))

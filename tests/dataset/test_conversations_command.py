@@ -16,6 +16,7 @@ from dataset.conversation_sources import keep_tail
 from dataset.conversations_command import main
 from dataset.instructions import load_instructions
 from dataset.readers import read_conversation_rows
+from tests.launched import PATIENCE
 from tests.warm_python import warm_python
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -334,7 +335,7 @@ def test_from_the_command_line_to_a_training(tmp_path: Path, base_folder: Path) 
     def python(*words: object) -> str:
         done = subprocess.run(
             [warm_python(), "-m", *map(str, words)], cwd=tmp_path, env=environment, capture_output=True, text=True,
-            timeout=300, check=False,
+            timeout=PATIENCE, check=False,
         )  # fmt: skip
         assert done.returncode == 0, done.stdout[-2000:] + done.stderr[-3000:]
         return done.stdout

@@ -8,6 +8,7 @@ from pathlib import Path
 import pytest
 
 from tests.end_to_end.bad_inputs import CASES, FILES, FOLDERS
+from tests.launched import PATIENCE
 from tests.warm_python import warm_python
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -51,7 +52,7 @@ def run(module: str, words: list[str]) -> tuple[int, str]:
     """Exit status and standard error of a real process."""
     environment = os.environ | {"PYTHONPATH": str(ROOT), "DS_ACCELERATOR": "cpu", "HF_HUB_OFFLINE": "1"}
     command = [warm_python(), "-m", module, *words]
-    done = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=180, check=False)
+    done = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=PATIENCE, check=False)
     return done.returncode, done.stderr + done.stdout
 
 

@@ -7,6 +7,7 @@ from pathlib import Path
 
 import pytest
 
+from tests.launched import PATIENCE
 from tests.warm_python import warm_environment
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -17,7 +18,7 @@ ROUGE = ("rouge-1", "rouge-2", "rouge-l")
 def test_demo_improves_on_the_base(tmp_path: Path) -> None:
     done = subprocess.run(
         ["bash", str(ROOT / "scripts" / "run_demo.sh"), str(tmp_path)],
-        env=os.environ | warm_environment(), capture_output=True, text=True, timeout=1200, check=False,
+        env=os.environ | warm_environment(), capture_output=True, text=True, timeout=PATIENCE, check=False,
     )  # fmt: skip
     assert done.returncode == 0, done.stdout[-3000:] + done.stderr[-3000:]
     summary = json.loads((tmp_path / "summary.json").read_text(encoding="utf-8"))

@@ -16,6 +16,7 @@ import pytest
 from dataset.decode import decode_tolerant
 from dataset.novels.workers import map_files
 from novelgpt.settings.errors import UserError
+from tests.launched import PATIENCE
 from tests.novel_files import json_rows, shard_rows, source_of_book, tree, write_novels
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -46,7 +47,7 @@ def start(raw: Path, out: Path, *words: str) -> subprocess.Popen[str]:
 
 
 def finish(process: subprocess.Popen[str]) -> tuple[str, str]:
-    out, errors = process.communicate(timeout=300)
+    out, errors = process.communicate(timeout=PATIENCE)
     assert process.returncode == 0, out[-2000:] + errors[-3000:]
     return out, errors
 
@@ -87,7 +88,7 @@ def test_when_only_the_first_process_dies_the_others_end_too(tmp_path: Path) -> 
             break
     process.kill()
     process.communicate()
-    deadline = time.monotonic() + 20
+    deadline = time.monotonic() + PATIENCE
     while _group_is_alive(process.pid) and time.monotonic() < deadline:
         time.sleep(0.05)
     assert not _group_is_alive(process.pid)
@@ -107,7 +108,7 @@ def test_ctrl_c_ends_with_one_line_and_status_130(tmp_path: Path) -> None:
     assert process.stderr is not None
     first = process.stderr.readline()
     os.killpg(process.pid, signal.SIGINT)
-    rest = process.communicate(timeout=60)[1].splitlines()
+    rest = process.communicate(timeout=PATIENCE)[1].splitlines()
     assert process.returncode == 130
     assert rest[-1].startswith("interrupted") and "Traceback" not in first + "\n".join(rest)
     assert not (tmp_path / "out" / "manifest.json").exists()

@@ -12,6 +12,7 @@ import torch
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 from transformers import Qwen2Config, Qwen2ForCausalLM
 
+from tests.launched import PATIENCE
 from tests.warm_python import warm_environment, warm_python
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -24,7 +25,13 @@ def bash(script: str, *words: str, cwd: Path = ROOT, warm: bool = True, **variab
     venv = warm_environment() if warm else {"VENV": sys.prefix}
     environment = os.environ | venv | {"HF_HUB_OFFLINE": "1", "COLUMNS": "120"} | variables
     done = subprocess.run(
-        ["bash", script, *words], cwd=cwd, env=environment, capture_output=True, text=True, timeout=300, check=False
+        ["bash", script, *words],
+        cwd=cwd,
+        env=environment,
+        capture_output=True,
+        text=True,
+        timeout=PATIENCE,
+        check=False,
     )
     assert done.returncode == 0, done.stdout[-2000:] + done.stderr[-3000:]
     return done.stdout

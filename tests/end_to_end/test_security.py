@@ -24,6 +24,7 @@ from novelgpt.model.to_safetensors import main as to_safetensors
 from novelgpt.settings.arguments import ModelArguments
 from novelgpt.settings.errors import UserError
 from novelgpt.settings.telemetry import DECIDED_BY, SINGLE, switch_off
+from tests.launched import PATIENCE
 
 ROOT = Path(__file__).resolve().parents[2]
 NOVEL = "第一章 灯塔\n" + "潮水退下去的时候，灯塔的影子正好落在那封没有寄出的信上。\n" * 60
@@ -168,7 +169,7 @@ def started(module: str, *words: str, connections: Path) -> subprocess.Completed
         "DS_ACCELERATOR": "cpu",
     }
     command = [sys.executable, "-m", module, *words]
-    return subprocess.run(command, env=environment, capture_output=True, text=True, timeout=300, check=False)
+    return subprocess.run(command, env=environment, capture_output=True, text=True, timeout=PATIENCE, check=False)
 
 
 @pytest.mark.slow

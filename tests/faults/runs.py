@@ -15,11 +15,11 @@ import torch
 from transformers import Qwen3Config, Qwen3ForCausalLM
 
 from tests.faults.training_process import Stop
+from tests.launched import PATIENCE
 from tests.warm_python import WarmProcess, start_warm
 
 ROOT = Path(__file__).resolve().parents[2]
 FIGURES = ("loss", "grad_norm", "learning_rate", "eval_loss", "eval_token_accuracy")
-RANK_WAIT = 60  # seconds in which a rank has to end after the death of another
 
 
 @dataclass(frozen=True)
@@ -95,7 +95,7 @@ class Started:
         """Whether no process is left."""
         return all(process.poll() is not None for process in self.ranks)
 
-    def wait(self, condition: Callable[[], bool], timeout: float = 120) -> bool:
+    def wait(self, condition: Callable[[], bool], timeout: float = PATIENCE) -> bool:
         """Until the condition holds, or False once all processes have ended without it."""
         end = time.monotonic() + timeout
         while not condition():
@@ -106,7 +106,7 @@ class Started:
             time.sleep(0.001)
         return True
 
-    def statuses(self, timeout: float = 120) -> list[int | None]:
+    def statuses(self, timeout: float = PATIENCE) -> list[int | None]:
         """Exit statuses, after the end of all ranks."""
         end = time.monotonic() + timeout
         try:

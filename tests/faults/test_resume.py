@@ -12,6 +12,7 @@ from safetensors.torch import load_file
 from tests.faults.conftest import Runs
 from tests.faults.runs import ROOT, Command, Started, assert_refused, assert_same, complete, figures, interrupted
 from tests.faults.training_process import Stop
+from tests.rounding import LOSS_TOLERANCE
 
 # An epoch has 5 steps on one rank and 3 on two, the last of them of fewer micro-batches.
 STOPS = {"finetune": [2, 5], "data parallel": [2, 3], "zero3": [3, 4]}
@@ -42,7 +43,7 @@ def test_from_two_ranks_to_one_and_back(runs: Runs, tmp_path: Path) -> None:
     assert found.keys() == expected.keys()
     for (step, name), values in expected.items():
         if name in ("loss", "eval_loss", "learning_rate"):
-            assert max(found[step, name]) == pytest.approx(max(values), abs=1e-5), (step, name)
+            assert max(found[step, name]) == pytest.approx(max(values), rel=LOSS_TOLERANCE), (step, name)
 
 
 @pytest.mark.parametrize("count", [1, 2, 4])

@@ -16,7 +16,7 @@ import pytest
 
 from novelgpt.launch.hosts import first_host, read_hostfile, slurm_place
 from novelgpt.settings.errors import UserError
-from tests.launched import OF_LAUNCHERS, ROOT
+from tests.launched import OF_LAUNCHERS, PATIENCE, ROOT
 
 # Each line of a rank's script may use these.
 BEGIN = "import json, os, signal, sys, time\nrank = int(os.environ['RANK'])\n"
@@ -46,12 +46,12 @@ def launcher(folder: Path, script: str, *options: str, **variables: str) -> Iter
 def launch(folder: Path, script: str, *options: str, **variables: str) -> tuple[int, str, str]:
     """Status, standard output and standard error, at its end."""
     with launcher(folder, script, *options, **variables) as process:
-        output, errors = process.communicate(timeout=60)
+        output, errors = process.communicate(timeout=PATIENCE)
         return process.returncode, output, errors
 
 
 def wait_for(*paths: Path) -> None:
-    deadline = time.monotonic() + 60
+    deadline = time.monotonic() + PATIENCE
     while not all(path.exists() for path in paths):
         assert time.monotonic() < deadline, paths
         time.sleep(0.02)
@@ -114,8 +114,22 @@ def test_a_signal_reaches_each_rank_once_and_they_end_in_their_time(number: sign
     with launcher(tmp_path, "leaves = True" + LISTEN, "--processes", "2") as process:
         wait_for(tmp_path / "0.ready", tmp_path / "1.ready")
         os.killpg(process.pid, number)  # the whole group, as a terminal does
-        assert process.wait(timeout=60) == 128 + number
+        assert process.wait(timeout=PATIENCE) == 128 + number
     assert [(tmp_path / f"{rank}.noted").read_text() for rank in (0, 1)] == [f"{int(number)}\n"] * 2
+
+
+def test_a_signal_that_is_ignored_from_the_start_stays_ignored(tmp_path: Path) -> None:
+    """As under nohup: a lost terminal ends nothing."""
+    before = signal.signal(signal.SIGHUP, signal.SIG_IGN)
+    try:
+        with launcher(tmp_path, "leaves = True" + LISTEN, "--processes", "2") as process:
+            wait_for(tmp_path / "0.ready", tmp_path / "1.ready")
+            os.killpg(process.pid, signal.SIGHUP)
+            os.killpg(process.pid, signal.SIGTERM)
+            assert process.wait(timeout=PATIENCE) == 128 + signal.SIGTERM
+    finally:
+        signal.signal(signal.SIGHUP, before)
+    assert [(tmp_path / f"{rank}.noted").read_text() for rank in (0, 1)] == [f"{int(signal.SIGTERM)}\n"] * 2
 
 
 def test_a_second_signal_ends_them_at_once(tmp_path: Path) -> None:
@@ -126,7 +140,7 @@ def test_a_second_signal_ends_them_at_once(tmp_path: Path) -> None:
         wait_for(tmp_path / "0.noted", tmp_path / "1.noted")
         assert process.poll() is None
         process.send_signal(signal.SIGTERM)
-        assert process.wait(timeout=60) == 128 + signal.SIGTERM
+        assert process.wait(timeout=PATIENCE) == 128 + signal.SIGTERM
 
 
 def test_ranks_hear_of_the_end_of_a_launcher_that_is_killed(tmp_path: Path) -> None:
@@ -143,7 +157,7 @@ def test_signals_before_the_ranks_listen_end_the_run(tmp_path: Path) -> None:
     with launcher(tmp_path, f"open(f'{{rank}}.ready', 'w').close(){FOREVER}", "--processes", "2") as process:
         wait_for(tmp_path / "0.ready", tmp_path / "1.ready")
         process.send_signal(signal.SIGTERM)
-        _, errors = process.communicate(timeout=60)
+        _, errors = process.communicate(timeout=PATIENCE)
         assert (process.returncode, errors) == (128 + signal.SIGTERM, "stopped by SIGTERM before training began\n")
 
 
@@ -157,7 +171,7 @@ def test_two_launchers_share_out_the_ranks(tmp_path: Path) -> None:
     script = "json.dump(dict(os.environ), open(f'{rank}.json', 'w')); print('rank', rank)"
     with launcher(tmp_path, script, *on_two_hosts(port, 1, 2)) as other:
         status, output, _ = launch(tmp_path, script, *on_two_hosts(port, 0, 1))
-        assert (status, other.wait(timeout=60)) == (0, 0)
+        assert (status, other.wait(timeout=PATIENCE)) == (0, 0)
     assert output.splitlines()[1:] == ["rank 0"]
     told = [json.loads((tmp_path / f"{rank}.json").read_text()) for rank in range(3)]
     assert [variables["LOCAL_RANK"] for variables in told] == ["0", "0", "1"]
@@ -169,7 +183,7 @@ def test_a_rank_that_dies_on_another_host_ends_all_and_the_first_host_says_why(t
     script = f"if rank == 2: print('so sorry'); sys.exit(7){FOREVER}"
     with launcher(tmp_path, script, *on_two_hosts(port, 1, 2)) as other:
         status, _, errors = launch(tmp_path, script, *on_two_hosts(port, 0, 1))
-        assert (status, other.wait(timeout=60)) == (7, 7)
+        assert (status, other.wait(timeout=PATIENCE)) == (7, 7)
     assert "so sorry" in errors
     assert f"error: rank 2 ({socket.gethostname()}) ended with exit status 7" in errors
 
@@ -185,7 +199,7 @@ def test_a_host_that_is_lost_ends_the_other(victim: int, tmp_path: Path) -> None
         wait_for(tmp_path / "0.ready", tmp_path / "1.ready")
         lost, left = (first, second) if victim == 0 else (second, first)
         lost.kill()
-        _, errors = left.communicate(timeout=60)
+        _, errors = left.communicate(timeout=PATIENCE)
         assert left.returncode != 0
     assert ("host 1" if victim == 1 else "the first host") in errors
 
@@ -198,8 +212,8 @@ def test_a_stop_on_one_host_is_a_stop_on_all(tmp_path: Path) -> None:
     ):
         wait_for(tmp_path / "0.ready", tmp_path / "1.ready")
         first.send_signal(signal.SIGTERM)
-        assert first.wait(timeout=60) == 128 + signal.SIGTERM
-        assert second.wait(timeout=60) == 128 + signal.SIGTERM
+        assert first.wait(timeout=PATIENCE) == 128 + signal.SIGTERM
+        assert second.wait(timeout=PATIENCE) == 128 + signal.SIGTERM
 
 
 def test_first_host_of_a_slurm_list() -> None:

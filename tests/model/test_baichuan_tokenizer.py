@@ -13,6 +13,7 @@ import sentencepiece
 from transformers import AddedToken, AutoTokenizer
 
 from novelgpt.model.baichuan import BaichuanTokenizer
+from tests.launched import PATIENCE
 from tests.model.original_checkpoints import ASSISTANT_ID, USER_ID, write_original_baichuan
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -179,7 +180,7 @@ def test_a_fresh_process_loads_what_was_saved(tokenizer: BaichuanTokenizer, fold
     )
     done = subprocess.run(
         [sys.executable, "-c", code, str(tmp_path), "你好 </s>"], cwd=ROOT, env=os.environ | {"OMP_NUM_THREADS": "1"},
-        stdin=subprocess.DEVNULL, capture_output=True, text=True, timeout=120, check=False,
+        stdin=subprocess.DEVNULL, capture_output=True, text=True, timeout=PATIENCE, check=False,
     )  # fmt: skip
     assert done.returncode == 0, done.stderr
     assert json.loads(done.stdout) == ids_of("你好 </s>", tokenizer)

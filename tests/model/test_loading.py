@@ -30,6 +30,7 @@ from novelgpt.model.loading import adapter_base, load_for_generation, load_model
 from novelgpt.settings.arguments import ModelArguments
 from novelgpt.settings.errors import UserError
 from novelgpt.text.tokenizer import load_tokenizer
+from tests.launched import PATIENCE
 from tests.model.original_qwen1 import write_original_qwen1
 from tests.model.original_weights import CODE, write_weights
 from tests.warm_python import warm_python
@@ -92,7 +93,9 @@ def test_nobody_is_asked_on_standard_input(answer: str | None, copy: Path, tmp_p
     command = [warm_python(), "-m", "finetune", "--model", str(copy), "--output_dir", str(tmp_path / "run")]
     environment = os.environ | {"PYTHONPATH": str(ROOT), "HF_HUB_OFFLINE": "1", "DS_ACCELERATOR": "cpu"}
     streams: dict[str, Any] = {"input": answer} if answer else {"stdin": subprocess.DEVNULL}
-    done = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=180, check=False, **streams)
+    done = subprocess.run(
+        command, env=environment, capture_output=True, text=True, timeout=PATIENCE, check=False, **streams
+    )
     lines = [line for line in done.stderr.splitlines() if line.startswith(("error:", "  fix:"))]
     assert done.returncode == 2 and "[y/N]" not in done.stdout + done.stderr
     assert "WeaverForCausalLM in weaver.py" in lines[0] and "--trust_remote_code" in lines[1]

@@ -17,6 +17,7 @@ from novelgpt.text.collator import Collator
 from novelgpt.text.conversation import IGNORED
 from tests.model.original_qwen1 import SIZES, Style, write_original_qwen1
 from tests.model.original_weights import Shards
+from tests.rounding import assert_close
 
 # What the original code gives for these sizes, weights and tokens.
 GOLDEN_SIZES: dict[str, Any] = {"vocab_size": 64, "seq_length": 64}
@@ -25,7 +26,6 @@ GOLDEN_LOSS = 4.797453
 GOLDEN_LOGITS = torch.tensor([1.22582, 1.27684, 0.68328, -0.25521, -1.06487, -1.33696])
 GOLDEN_CHOICES = [48, 43, 25, 23, 61, 52, 61, 61]
 KINDS: tuple[Shards, ...] = ("safetensors", "safetensors_sharded", "bin", "bin_sharded")
-CLOSE: dict[str, Any] = {"atol": 2e-5, "rtol": 2e-5}
 
 
 @pytest.fixture(scope="module")
@@ -114,7 +114,7 @@ def test_past_its_length_neither_base_nor_queries_change(folder: Path) -> None:
     ids = tokens(2 * SIZES["seq_length"])
     whole = model(ids).logits
     half = model(ids[:, : SIZES["seq_length"] // 2]).logits
-    torch.testing.assert_close(whole[:, : half.shape[1]], half, **CLOSE)
+    assert_close(whole[:, : half.shape[1]], half)
     torch.testing.assert_close(model.train()(ids).logits, whole, rtol=0, atol=0)
 
 
@@ -124,12 +124,12 @@ def test_cache_and_padding_change_nothing(folder: Path) -> None:
     expected = model(ids).logits
     first = model(ids[:, :5], use_cache=True)
     second = model(ids[:, 5:], past_key_values=first.past_key_values, use_cache=True)
-    torch.testing.assert_close(torch.cat([first.logits, second.logits], 1), expected, **CLOSE)
+    assert_close(torch.cat([first.logits, second.logits], 1), expected)
     padded = torch.cat([torch.zeros(1, 3, dtype=torch.long), ids], 1)
     mask = torch.cat([torch.zeros(1, 3, dtype=torch.long), torch.ones_like(ids)], 1)
     positions = (mask.cumsum(-1) - 1).clamp(min=0)
     output = model(padded, attention_mask=mask, position_ids=positions).logits
-    torch.testing.assert_close(output[:, 3:], expected, **CLOSE)
+    assert_close(output[:, 3:], expected)
     settings = {"max_new_tokens": 6, "do_sample": False, "eos_token_id": None, "pad_token_id": 0}
     alone = model.generate(ids, **settings)[0, 12:]
     rows, masks = torch.cat([padded, tokens(15, seed=2)]), torch.cat([mask, torch.ones_like(mask)])
@@ -150,7 +150,7 @@ def test_packed_documents_are_what_they_are_alone(folder: Path) -> None:
     batch.pop("labels")
     packed = model(**batch, use_cache=False).logits[0]
     alone = torch.cat([model(document[None]).logits[0] for document in documents])
-    torch.testing.assert_close(packed, alone, **CLOSE)
+    assert_close(packed, alone)
 
 
 def test_gradients_with_activation_checkpointing_are_the_same(folder: Path) -> None:
@@ -183,7 +183,7 @@ def test_an_adapter_attaches_again_and_merges(folder: Path, tmp_path: Path) -> N
     attached = PeftModel.from_pretrained(load(folder), tmp_path / "adapter").eval()
     torch.testing.assert_close(attached(ids).logits, expected, rtol=0, atol=0)
     merged = attached.merge_and_unload()
-    torch.testing.assert_close(merged(ids).logits, expected, **CLOSE)
+    assert_close(merged(ids).logits, expected)
     merged.save_pretrained(tmp_path / "merged")
     assert load_file(tmp_path / "merged" / "model.safetensors").keys() == load_file(folder / "model.safetensors").keys()
     torch.testing.assert_close(load(tmp_path / "merged")(ids).logits, merged(ids).logits, rtol=0, atol=0)
@@ -207,7 +207,7 @@ def test_the_model_without_its_head(folder: Path) -> None:
     ids = tokens(9)
     states = AutoModel.from_pretrained(folder).eval()(ids).last_hidden_state
     model = load(folder)
-    torch.testing.assert_close(model.lm_head(states), model(ids).logits, **CLOSE)
+    assert_close(model.lm_head(states), model(ids).logits)
 
 
 def test_as_qwen2_it_is_the_same_function_for_those_who_know_no_qwen(folder: Path, tmp_path: Path) -> None:

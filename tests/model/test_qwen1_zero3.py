@@ -19,6 +19,7 @@ from novelgpt.settings.errors import UserError
 from novelgpt.text.tokenizer import load_tokenizer
 from tests.model.original_qwen1 import write_original_qwen1
 from tests.ranks import ZERO_3, run_ranks
+from tests.rounding import LOSS_TOLERANCE
 
 IDS = torch.tensor([[3, 17, 42, 5, 9, 60, 1, 33], [8, 2, 30, 30, 7, 12, 51, 40]])
 LEFT_OUT = "transformer.h.1.attn.c_attn.bias"
@@ -40,7 +41,7 @@ def test_losses_are_those_of_whole_weights(folder: Path) -> None:
     model = ModelArguments(str(folder / "whole"), allow_pickles=True)
     expected = load_model(model, load_tokenizer(model))(input_ids=IDS, labels=IDS).loss.item()
     losses = json.loads((folder / "losses.json").read_text(encoding="utf-8"))
-    assert losses == pytest.approx([expected] * 4, abs=1e-5)
+    assert losses == pytest.approx([expected] * 4, rel=LOSS_TOLERANCE)
 
 
 def test_gathered_weights_are_saved_as_they_were(folder: Path) -> None:

@@ -15,6 +15,7 @@ from pathlib import Path
 import pytest
 
 from predict.__main__ import main
+from tests.launched import PATIENCE
 
 ROOT = Path(__file__).resolve().parents[2]
 # At 10 tokens, no answer ends in white space, which `transformers serve` strips.
@@ -94,8 +95,9 @@ def server(base_folder: Path, tmp_path_factory: pytest.TempPathFactory) -> Itera
         command = [str(Path(sys.executable).with_name("transformers")), *words]
         process = subprocess.Popen(command, stdout=output, stderr=subprocess.STDOUT, env=environment)
     try:
-        for _ in range(240):
-            assert process.poll() is None, log.read_text(encoding="utf-8")
+        deadline = time.monotonic() + PATIENCE
+        while True:
+            assert process.poll() is None and time.monotonic() < deadline, log.read_text(encoding="utf-8")
             try:
                 with urllib.request.urlopen(f"http://127.0.0.1:{port}/health", timeout=5):
                     break
@@ -104,7 +106,7 @@ def server(base_folder: Path, tmp_path_factory: pytest.TempPathFactory) -> Itera
         yield f"http://127.0.0.1:{port}/v1"
     finally:
         process.terminate()
-        process.wait(30)
+        process.wait(PATIENCE)
 
 
 def test_a_server_gives_the_same_text(server: str, base_folder: Path, one_by_one: Path, tmp_path: Path) -> None:

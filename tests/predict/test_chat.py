@@ -17,6 +17,7 @@ from novelgpt.settings.errors import UserError
 from novelgpt.text.conversation import encode_prompt, end_token_ids
 from novelgpt.text.tokenizer import encode
 from predict.chat import Chat, StreamedText
+from tests.launched import PATIENCE
 from tests.text.test_templates import build_baichuan_folder, load_baichuan
 from tests.warm_python import warm_python
 
@@ -133,7 +134,7 @@ def test_the_command_answers_as_prediction_does(base_folder: Path, tokenizer: Pr
     lines = ["你好", "", "/clear", "你好", "再说一句", "/what", "/exit", "never read"]
     done = subprocess.run(
         chat_command(base_folder, *GREEDY), input="\n".join(lines), capture_output=True, text=True, cwd=ROOT,
-        encoding="utf-8", timeout=240,
+        encoding="utf-8", timeout=PATIENCE,
     )  # fmt: skip
     assert done.returncode == 0, done.stderr
     model = load_for_generation(ModelArguments(model=str(base_folder), attention="sdpa"), tokenizer)
@@ -174,7 +175,7 @@ def test_interrupt_stops_the_answer_alone_and_the_end_of_input_ends(base_folder:
             output = read_until(process, b"\n> ")
             assert b"(stopped)" in output
         process.stdin.close()
-        assert process.wait(timeout=60) == 0
+        assert process.wait(timeout=PATIENCE) == 0
     finally:
         watch.cancel()
         process.kill()

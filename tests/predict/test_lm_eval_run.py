@@ -15,6 +15,7 @@ from novelgpt.model.loading import load_for_generation
 from novelgpt.settings.arguments import ModelArguments
 from novelgpt.text.tokenizer import encode, load_tokenizer
 from predict.lm_eval_run import main
+from tests.launched import PATIENCE
 from tests.model.original_checkpoints import write_original_baichuan
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -73,7 +74,7 @@ def test_the_harness_scores_what_the_model_says(family: str, base_folder: Path, 
     environment |= {"HF_DATASETS_CACHE": str(tmp_path / "cache")}
     done = subprocess.run(
         ["bash", str(ROOT / "scripts" / "run_lm_eval.sh"), *words],
-        cwd=tmp_path, env=environment, capture_output=True, text=True, timeout=300,
+        cwd=tmp_path, env=environment, capture_output=True, text=True, timeout=PATIENCE,
     )  # fmt: skip
     assert done.returncode == 0, done.stderr[-3000:]
     (file,) = (tmp_path / "out").rglob("results_*.json")

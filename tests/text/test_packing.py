@@ -17,6 +17,7 @@ from novelgpt.text.collator import Collator
 from novelgpt.text.conversation import IGNORED
 from novelgpt.text.packing import PackedBlocks
 from novelgpt.text.tokenizer import document_end_id, encode
+from tests.rounding import assert_close
 
 END = 0
 
@@ -191,8 +192,8 @@ def test_documents_do_not_see_each_other(model: PreTrainedModel, training: bool)
     replaced = PackedBlocks([other, second], 40)[0]
     border = len(first)
     kept, changed = logits(model, [packed])[0, border:], logits(model, [replaced])[0, border:]
-    assert (kept - changed).abs().max() < 1e-5
-    assert (kept - alone(model, torch.from_numpy(second))).abs().max() < 1e-5
+    assert_close(kept, changed)
+    assert_close(kept, alone(model, torch.from_numpy(second)))
     leaking = alone(model, packed["input_ids"])[border:]
     assert (kept - leaking).abs().max() > 1e-2  # were the border not there, it would show
 
@@ -208,5 +209,5 @@ def test_documents_in_padded_batches_are_as_alone(model: PreTrainedModel) -> Non
     for row, output in zip(rows, outputs, strict=True):
         starts = (row["position_ids"] == 0).nonzero().flatten().tolist()
         for begin, stop in zip(starts, [*starts[1:], len(row["input_ids"])], strict=True):
-            assert (output[begin:stop] - alone(model, row["input_ids"][begin:stop])).abs().max() < 1e-5
+            assert_close(output[begin:stop], alone(model, row["input_ids"][begin:stop]))
     assert outputs.isfinite().all()

@@ -22,6 +22,7 @@ from novelgpt.text.collator import Collator
 from novelgpt.text.conversation import encode_conversation
 from novelgpt.text.tokenizer import load_tokenizer
 from novelgpt.training.trainer import NovelTrainer
+from tests.rounding import assert_close
 
 MARKS = ["<|im_start|>", "<|im_end|>"]
 CONVERSATIONS = [
@@ -107,9 +108,9 @@ def test_rows_of_unseen_marks_are_trained_and_merge_exactly(
     reloaded = PeftModel.from_pretrained(loaded(folder)[0], tmp_path / "adapter")
     assert torch.equal(logits(reloaded, probe), expected)
     merged = reloaded.merge_and_unload()
-    assert (logits(merged, probe) - expected).abs().max() < 1e-4
+    assert_close(logits(merged, probe), expected)
     generating = load_for_generation(ModelArguments(str(tmp_path / "adapter")), tokenizer)
-    assert (logits(generating, probe) - expected).abs().max() < 1e-4
+    assert_close(logits(generating, probe), expected)
     after = merged.state_dict()
     assert after.keys() == before.keys()
     others = [row for row in range(len(before["lm_head.weight"])) if row not in marks]
@@ -119,7 +120,7 @@ def test_rows_of_unseen_marks_are_trained_and_merge_exactly(
     assert (merged.lm_head.weight is merged.model.embed_tokens.weight) == tied
     merged.save_pretrained(tmp_path / "merged")
     whole = AutoModelForCausalLM.from_pretrained(tmp_path / "merged")
-    assert (logits(whole, probe) - expected).abs().max() < 1e-4
+    assert_close(logits(whole, probe), expected)
 
 
 def test_rows_of_a_bf16_base_are_trained_in_fp32(base_folder: Path, tmp_path: Path) -> None:
@@ -209,7 +210,7 @@ def test_baichuan_bears_adapters_that_merge(targets: list[str], norm_head: bool)
     probe = torch.arange(3, 20)[None]
     expected = logits(model, probe)
     merged = model.merge_and_unload()
-    assert (logits(merged, probe) - expected).abs().max() < 1e-4
+    assert_close(logits(merged, probe), expected)
     assert (expected - logits(baichuan(norm_head, "alibi"), probe)).abs().max() > 1e-2
 
 

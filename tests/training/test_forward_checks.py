@@ -8,6 +8,7 @@ from novelgpt.model.attention import PACKED_ATTENTION
 from novelgpt.settings.errors import UserError
 from novelgpt.training.forward_checks import check_packing, head_is_last
 from novelgpt.training.loss import attach_chunked_loss
+from tests.rounding import LOSS_TOLERANCE, assert_close
 
 SIZES = {"vocab_size": 97, "hidden_size": 32, "num_hidden_layers": 2, "num_attention_heads": 4}
 FEED_FORWARD = SIZES | {"intermediate_size": 64, "num_key_value_heads": 2}
@@ -73,11 +74,11 @@ def test_the_loss_is_exact_whether_or_not_the_head_is_last(name: str, last: bool
     expected_gradients = torch.autograd.grad(expected, list(model.parameters()))
     attach_chunked_loss(model, head_is_last(model))
     loss = model(input_ids=ids, labels=labels).loss
-    assert abs(loss.item() - expected.item()) < 1e-5
+    assert loss.item() == pytest.approx(expected.item(), rel=LOSS_TOLERANCE)
     gradients = torch.autograd.grad(loss, list(model.parameters()))
     for gradient, wanted in zip(gradients, expected_gradients, strict=True):
-        assert (gradient - wanted).abs().max() < 1e-5 * max(1.0, float(wanted.abs().max()))
+        assert_close(gradient, wanted)
     with torch.no_grad():
         outputs = model(input_ids=ids, labels=labels)
     assert torch.equal(outputs.token_hits, logits.argmax(-1) == labels[:, 5:].flatten())
-    assert abs(outputs.token_losses.mean().item() - expected.item()) < 1e-5
+    assert outputs.token_losses.mean().item() == pytest.approx(expected.item(), rel=LOSS_TOLERANCE)

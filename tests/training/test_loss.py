@@ -33,6 +33,7 @@ from novelgpt.text.conversation import IGNORED
 from novelgpt.training import loss as loss_module
 from novelgpt.training.forward_checks import head_is_last
 from novelgpt.training.loss import attach_chunked_loss
+from tests.rounding import LOSS_TOLERANCE, assert_close
 
 VOCABULARY, WIDTH = 97, 16
 FAMILIES: dict[str, tuple[type, type]] = {
@@ -125,9 +126,7 @@ def attached(model: nn.Module) -> nn.Module:
     return model
 
 
-def assert_equal_gradients(
-    ours: dict[str, torch.Tensor | None], plain: dict[str, torch.Tensor | None], tolerance: float = 1e-5
-) -> None:
+def assert_equal_gradients(ours: dict[str, torch.Tensor | None], plain: dict[str, torch.Tensor | None]) -> None:
     assert ours.keys() == plain.keys()
     largest = max(float(g.abs().max()) for g in plain.values() if g is not None)
     assert largest > 1e-3  # else nothing is compared
@@ -136,7 +135,7 @@ def assert_equal_gradients(
         assert (gradient is None) == (expected is None), name
         if gradient is not None and expected is not None:
             assert gradient.dtype == expected.dtype
-            assert float((gradient - expected).abs().max()) < tolerance * max(1.0, largest), name
+            assert_close(gradient, expected, name)
 
 
 def assert_same(model: nn.Module, batch: Batch, items: torch.Tensor | int | None = None) -> None:
@@ -148,7 +147,7 @@ def assert_same(model: nn.Module, batch: Batch, items: torch.Tensor | int | None
     loss = model(**batch, **options).loss
     loss.backward()
     assert loss.dtype == torch.float32 and loss.shape == ()
-    assert loss.item() == pytest.approx(expected.item(), rel=1e-5, abs=1e-5)
+    assert loss.item() == pytest.approx(expected.item(), rel=LOSS_TOLERANCE)
     assert_equal_gradients(gradients(model), gradients(reference))
 
 
@@ -408,10 +407,10 @@ def test_evaluation_tells_each_tokens_loss_and_hit(kind: str, context: Callable[
         output = model(**batch)
     expected = functional.cross_entropy(logits, targets, reduction="none")
     assert output.token_losses.dtype == torch.float32 and output.token_hits.dtype == torch.bool
-    assert float((output.token_losses - expected).abs().max()) < 1e-5
+    assert_close(output.token_losses, expected)
     assert output.token_hits.tolist() == (logits.argmax(-1) == targets).tolist()
     assert output.token_hits.any() and not output.token_hits.all()
-    assert output.loss.item() == pytest.approx(expected.mean().item(), abs=1e-5)
+    assert output.loss.item() == pytest.approx(expected.mean().item(), rel=LOSS_TOLERANCE)
     with context():
         nothing = model(**untrained())
     assert (nothing.loss.item(), len(nothing.token_losses), len(nothing.token_hits)) == (0.0, 0, 0)
