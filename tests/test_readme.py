@@ -94,7 +94,7 @@ def options_of(run: type) -> set[str]:
 
 def options_in_source(path: str) -> set[str]:
     """Names of the options that a module with an argparse parser of its own adds."""
-    return set(re.findall(r'add_argument\(\s*"--([\w-]+)"', text_of(path))) | {"help"}
+    return set(re.findall(r'add(?:_argument|option)\(\s*"--([\w-]+)"', text_of(path))) | {"help"}
 
 
 def known_options(command: list[str]) -> set[str] | None:
