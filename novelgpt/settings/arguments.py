@@ -16,6 +16,10 @@ from novelgpt.settings.deepspeed_builds import release_build_locks, spare_unused
 from novelgpt.settings.errors import UserError
 from novelgpt.settings.paths import SAMPLES, TINY, model_place
 
+# Figures of an evaluation that a best checkpoint can be told by, and whether more of it is better; those of its answers
+# are there with predict_during_eval.
+EVALUATION_FIGURES = {"loss": False, "perplexity": False, "bits_per_character": False, "token_accuracy": True}
+ANSWER_FIGURES = {"rouge-1": True, "rouge-2": True, "rouge-l": True, "rep4_char": False}
 # Above it, next to nothing is left of what is dropped out from.
 MOST_DROPOUT = 0.95
 
@@ -283,6 +287,9 @@ class TrainArguments(TrainingArguments):
             # DeepSpeed builds when the processes meet, which is now.
             spare_unused_build()
             release_build_locks()
+        if self.greater_is_better is None:
+            figure = str(self.metric_for_best_model).removeprefix("eval_")
+            self.greater_is_better = (EVALUATION_FIGURES | ANSWER_FIGURES).get(figure)
         output_dir = self.output_dir
         super().__post_init__()
         self.output_dir = output_dir

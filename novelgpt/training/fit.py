@@ -53,9 +53,10 @@ def fit(
     """Train, evaluate, and save the final weights with the tokenizer into the run folder.
 
     Returns:
-        The figures that run.json keeps: eval_loss, eval_perplexity, eval_token_accuracy, those of the untouched model
-        as start_…, stopped (share of training prompts whose answer ended, in [0, 1]; not for raw text), train_runtime
-        (seconds, evaluations included) and tokens_per_second (of training alone).
+        The figures that run.json keeps: saved_step, whose weights are saved (that of the best checkpoint with
+        load_best_model_at_end, else the last), their eval_loss, eval_perplexity, eval_token_accuracy, those of the
+        untouched model as start_…, stopped (share of training prompts whose answer ended, in [0, 1]; not for raw text),
+        train_runtime (seconds, evaluations included) and tokens_per_second (of training alone).
 
     Raises:
         UserError: the model cannot be trained so; then no run folder is left.
@@ -126,34 +127,34 @@ def _fit_into(
         if curves is not None:
             trainer.add_callback(curves)
         outcome = trainer.train(resume_from_checkpoint=resumed)
-        last = trainer.state.log_history
-        if not any("eval_loss" in entry and entry["step"] == trainer.state.global_step for entry in last):
-            trainer.evaluate()
-        trainer.save_final(folder)
-        peak = peak_memory(training.device)  # of training; the estimate knows nothing of the answers that follow
-        stopped = check_stops(cast(PreTrainedModel, trainer.model), tokenizer, train, training, trainer.accelerator)
-        if stopped is not None:
-            trainer.log({"stopped": stopped})
+        with trainer.at_saved_step():
+            trainer.evaluate_saved()
+            trainer.save_final(folder)
+            peak = peak_memory(training.device)  # of training; the estimate knows nothing of the answers that follow
+            stopped = check_stops(cast(PreTrainedModel, trainer.model), tokenizer, train, training, trainer.accelerator)
+            if stopped is not None:
+                trainer.log({"stopped": stopped})
     finally:
         if recorder.history:
             recorder.draw()
         if curves is not None:
             curves.close()
     results = _results(trainer.state.log_history, outcome.metrics)
+    results["saved_step"] = trainer.state.global_step if trainer.saved_step is None else trainer.saved_step
     if trainer.is_world_process_zero():
         finish_run_folder(folder, results)
-        _show(results, plan.compare(peak), folder)
+        _show(results, plan.compare(peak), folder, trainer.state.max_steps)
     trainer.accelerator.wait_for_everyone()
     return results
 
 
-def _show(results: dict[str, float], memory: str, folder: Path) -> None:
+def _show(results: dict[str, float], memory: str, folder: Path, steps: int) -> None:
     """What came out, and where it lies."""
     start = f"{results['start_eval_loss']:.4f} -> " if "start_eval_loss" in results else ""
     say(
         f"Done. eval loss {start}{results['eval_loss']:.4f}, perplexity {results['eval_perplexity']:.2f}",
         f"  {memory}",
-        f"  weights       {folder}",
+        f"  weights       {folder}, those of step {results['saved_step']} of {steps}",
         f"  curve         {folder / 'loss.png'}",
         f"  all figures   {Path(sys.executable).with_name('tensorboard')} --logdir {folder.parent}",
     )

@@ -8,11 +8,12 @@ from pathlib import Path
 from novelgpt.model.hub import locate
 from novelgpt.model.loading import adapter_base, longest_row, read_config
 from novelgpt.model.pickles import check_no_pickles
-from novelgpt.settings.arguments import TrainArguments, check_ranges
+from novelgpt.settings.arguments import ANSWER_FIGURES, EVALUATION_FIGURES, TrainArguments, check_ranges
 from novelgpt.settings.errors import UserError
 from novelgpt.settings.paths import EMBEDDED_BASE, TINY
 from novelgpt.settings.process import is_first_process
 from novelgpt.settings.runs import TrainingRun
+from novelgpt.settings.terminal import say
 from novelgpt.training.run_folder import choose_run_folder
 from novelgpt.training.shared_folder import check_shared_folder
 
@@ -48,8 +49,9 @@ def check_before_launch(run: TrainingRun) -> None:
     if not 0 < run.data.valid_fraction < 1:
         raise UserError(f"--valid_fraction {run.data.valid_fraction} is no share", "take a number between 0 and 1")
     _check_numbers(run.training)
+    _check_best(run.training)
     if run.model.model == str(EMBEDDED_BASE) and is_first_process():
-        print(f"training the small base ({TINY}), with the settings of {run.pipeline}/configs/{TINY}.yaml", flush=True)
+        say(f"training the small base ({TINY}), with the settings of {run.pipeline}/configs/{TINY}.yaml")
     if adapter_base(run.model.model) is not None:
         raise UserError(
             f"{run.model.model} is an adapter, not a base",
@@ -78,6 +80,28 @@ def _check_numbers(training: TrainArguments) -> None:
         every = vars(training)[f"{name}_steps"]
         if strategy == "steps" and every is not None and not 0 < every < math.inf:
             raise UserError(f"--{name}_steps {every} is no distance", "take a number of steps, or a share below 1")
+
+
+def _check_best(training: TrainArguments) -> None:
+    """The figure that tells the best checkpoint is one that evaluations have."""
+    if training.metric_for_best_model is None:
+        return
+    figure = training.metric_for_best_model.removeprefix("eval_")
+    if figure in ANSWER_FIGURES and not training.predict_during_eval:
+        raise UserError(
+            f"--metric_for_best_model {figure} is a figure of answers, and evaluations give none",
+            "--predict_during_eval ROWS says how many rows they answer",
+        )
+    if figure not in EVALUATION_FIGURES | ANSWER_FIGURES:
+        raise UserError(
+            f"--metric_for_best_model {figure} is no figure of evaluations",
+            f"take one of {', '.join(EVALUATION_FIGURES | ANSWER_FIGURES)}",
+        )
+    if training.load_best_model_at_end and training.save_only_model and training.deepspeed:
+        raise UserError(
+            "--save_only_model and --load_best_model_at_end do not go together under DeepSpeed",
+            "leave one of the two out",
+        )
 
 
 def _exists(name: str) -> bool:

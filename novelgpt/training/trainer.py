@@ -9,8 +9,10 @@ from __future__ import annotations
 import itertools
 import math
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from functools import partial
+from pathlib import Path
 from typing import Any, cast
 
 import numpy
@@ -31,7 +33,9 @@ from transformers import (
 
 from novelgpt.scoring.perplexity import row_sums, summarise
 from novelgpt.settings.arguments import TrainArguments
+from novelgpt.settings.terminal import say_above_bars
 from novelgpt.text.collator import NUMBERS
+from novelgpt.training.checkpoints.folders import checkpoints, step_of
 from novelgpt.training.checkpoints.trainer import CheckpointTrainer
 from novelgpt.training.forward_checks import head_is_last
 from novelgpt.training.guards import GradientWatch, check_forward, check_vocabulary
@@ -219,12 +223,47 @@ class NovelTrainer(CheckpointTrainer):
         try:
             return super().evaluate(*arguments, **keywords)
         except EvaluationStopped:
-            self._save_checkpoint(cast(nn.Module, self.model), None)
+            if not self.reloaded:
+                self._save_checkpoint(cast(nn.Module, self.model), None)
+            else:  # the weights of a checkpoint; the optimizer's states are of the last step
+                self.state.global_step = step_of(checkpoints(Path(str(self.args.output_dir)))[0])
             self.control = self.callback_handler.on_save(self.args, self.state, self.control)
             raise AssertionError("the callback that stopped the evaluation did not end the run") from None
         finally:
             if self.throughput is not None:
                 self.throughput.outside += time.perf_counter() - begin
+
+    @contextmanager
+    def at_saved_step(self) -> Iterator[None]:
+        """After training: what is logged within belongs to the step whose weights the model has, the last or the best.
+
+        That of the best is logged itself then, as "saved_step".
+        """
+        last = self.state.global_step, self.state.epoch
+        if self.args.load_best_model_at_end:
+            self._tell_saved_step()
+        if self.saved_step is not None:
+            self.state.global_step = self.saved_step
+            history = self.state.log_history
+            self.state.epoch = next(entry["epoch"] for entry in history if _is_evaluation_of(entry, self.saved_step))
+            self.log({"saved_step": self.saved_step})
+        yield
+        self.state.global_step, self.state.epoch = last
+
+    def evaluate_saved(self) -> None:
+        """Evaluate the weights that the model has at the end, unless those of this very step are evaluated already."""
+        step, history = self.state.global_step, self.state.log_history
+        if self.reloaded or not any(_is_evaluation_of(entry, step) for entry in history):
+            self.evaluate()
+
+    def _tell_saved_step(self) -> None:
+        figure, step = str(self.args.metric_for_best_model), self.state.global_step
+        if self.saved_step is None:
+            text = f"no checkpoint has a finite {figure}: the weights of the last step, {step}, are saved"
+        else:
+            text = f"the weights of step {self.saved_step} are saved, whose {figure} is the best of all checkpoints"
+        if self.is_world_process_zero():
+            say_above_bars(text)
 
     def save_model(self, output_dir: str | None = None, _internal_call: bool = False) -> None:
         """Beside the weights of an adapter, its end tokens; full weights bring theirs."""
@@ -266,6 +305,10 @@ def base_model(model: nn.Module | None) -> PreTrainedModel:
     base = model.get_base_model() if isinstance(model, PeftModel) else model
     assert isinstance(base, PreTrainedModel)
     return base
+
+
+def _is_evaluation_of(entry: dict[str, Any], step: int) -> bool:
+    return "eval_loss" in entry and entry["step"] == step
 
 
 def _metrics(prediction: EvalPrediction, characters: int | None) -> dict[str, float]:

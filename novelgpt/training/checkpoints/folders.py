@@ -35,6 +35,11 @@ def checkpoints(run_folder: Path) -> list[Path]:
     return [path for _, path in sorted(steps, reverse=True)]
 
 
+def step_of(folder: Path) -> int:
+    """The step of a folder that is named as a checkpoint."""
+    return int(folder.name.rpartition("-")[2])
+
+
 def describe_files(folder: Path, names: list[str]) -> dict[str, dict[str, Any]]:
     """{name: {"bytes", "sha256"}} of files, which are on the disk when this returns."""
 

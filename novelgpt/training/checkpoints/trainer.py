@@ -20,24 +20,27 @@ import torch
 from accelerate.utils import gather_object
 from safetensors import SafetensorError
 from torch import nn
-from transformers import Trainer, TrainerCallback, TrainerControl, TrainerState, TrainingArguments
+from transformers import PreTrainedModel, Trainer, TrainerCallback, TrainerControl, TrainerState, TrainingArguments
 from transformers.integrations import is_deepspeed_zero3_enabled
 from transformers.trainer import TRAINER_STATE_NAME, TRAINING_ARGS_NAME
 from transformers.trainer_callback import ExportableState
 from transformers.trainer_utils import IntervalStrategy
 
 from novelgpt.settings.errors import UserError
+from novelgpt.training.checkpoints.best import best_checkpoint, load_into_parts
 from novelgpt.training.checkpoints.folders import (
     checkpoint_folder,
+    checkpoints,
     delete_old,
     describe_files,
     files_in,
     finish,
+    step_of,
     unfinished_folder,
 )
 from novelgpt.training.checkpoints.optimizer_states import read_states, write_states
 from novelgpt.training.checkpoints.sampling import ShuffledRows, seed_step
-from novelgpt.training.checkpoints.weights import check_weights, expected_weights
+from novelgpt.training.checkpoints.weights import check_weights, expected_weights, load_weights, weight_paths
 
 STATES = "states.json"
 FULL_DISK = (errno.ENOSPC, errno.EDQUOT)
@@ -53,6 +56,8 @@ class CheckpointTrainer(Trainer):
         self._complete = complete
         self._order: ShuffledRows | None = None
         self._stored: dict[str, Any] | None = None  # states.json of the checkpoint that the run goes on from
+        self.saved_step: int | None = None  # of the best checkpoint, once it is found at the end
+        self.reloaded = False  # that checkpoint's weights have taken the place of the last step's
         self.add_callback(_Steps(self))
 
     def _get_train_sampler(self, train_dataset: Any = None) -> torch.utils.data.Sampler[Any] | None:
@@ -104,9 +109,7 @@ class CheckpointTrainer(Trainer):
         run_folder = Path(str(self.args.output_dir))
         folder = checkpoint_folder(run_folder, self.state.global_step)
         self.store_flos()
-        best = self.state.best_global_step
-        if best and (best == self.state.global_step or checkpoint_folder(run_folder, best).is_dir()):
-            self.state.best_model_checkpoint = str(checkpoint_folder(run_folder, best))
+        self._note_best(folder)
         with self._filling(folder) as unfinished:
             if not self.args.save_only_model:
                 with self._together(folder):
@@ -119,6 +122,35 @@ class CheckpointTrainer(Trainer):
                 if self.is_world_process_zero():
                     finish(folder, files, self.state.global_step)
                     delete_old(run_folder, folder, self.state.best_model_checkpoint, self.args.save_total_limit)
+
+    def _note_best(self, *being_saved: Path) -> None:
+        """Let the state name the best checkpoint of those that are there, and of the one that is being saved."""
+        folders = {*checkpoints(Path(str(self.args.output_dir))), *being_saved}
+        best = best_checkpoint(folders, self.state.log_history, self.args)
+        self.state.best_model_checkpoint = None if best is None else str(best)
+
+    def _load_from_checkpoint(self, resume_from_checkpoint: str, model: nn.Module | None = None) -> None:
+        """Full weights are read by us: the stock loading passes over those of other names than in memory."""
+        into = model or self.model
+        folder = Path(resume_from_checkpoint)
+        if self.is_fsdp_enabled or not isinstance(into, PreTrainedModel) or not weight_paths(folder):
+            super()._load_from_checkpoint(resume_from_checkpoint, model)
+        else:
+            load_weights(folder, into)
+
+    def _load_best_model(self) -> None:
+        """Load the best checkpoint, unless it is that of the last step; `saved_step` tells its step."""
+        folder = Path(str(self.state.best_model_checkpoint))
+        self.saved_step = step_of(folder)
+        self.reloaded = self.saved_step != self.state.global_step
+        if not self.reloaded:
+            return
+        if self.is_fsdp_enabled:
+            super()._load_best_model()
+        elif is_deepspeed_zero3_enabled():
+            load_into_parts(folder, cast(nn.Module, self.model))
+        else:
+            self._load_from_checkpoint(str(folder))
 
     def save_final(self, folder: Path) -> None:
         """Save weights and tokenizer into the run folder, all of them sound or none.
@@ -227,6 +259,8 @@ class _Steps(TrainerCallback):
 
     def on_train_begin(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **_: Any) -> None:
         """Losses since the last log entry count in the next one; what was evaluated is not evaluated again."""
+        if state.global_step:
+            self.trainer._note_best()  # the folder may have been moved, with all that lies in it
         stored = self.trainer._stored
         if not state.global_step or stored is None:
             return

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import json
 import math
 from contextlib import ExitStack
@@ -13,6 +14,7 @@ from peft import PeftModel, get_peft_model_state_dict
 from peft.utils import SAFETENSORS_WEIGHTS_NAME
 from safetensors import SafetensorError, safe_open
 from torch import nn
+from transformers import PreTrainedModel
 from transformers.utils import SAFE_WEIGHTS_INDEX_NAME, SAFE_WEIGHTS_NAME
 
 from novelgpt.settings.errors import UserError
@@ -76,6 +78,38 @@ def weight_paths(folder: Path) -> list[Path]:
         return []
     named = json.loads(index.read_text(encoding="utf-8"))["weight_map"].values()
     return [folder / name for name in sorted(set(named))]
+
+
+def load_weights(folder: Path, model: PreTrainedModel) -> None:
+    """Give a model in memory the weights of a folder that `save_pretrained` has filled; every one of them, or none.
+
+    Args:
+        folder: of a checkpoint.
+        model: of the same architecture; its weights are not in parts (ZeRO-3).
+
+    Raises:
+        UserError: the folder lacks some of them.
+    """
+    tensors = model.state_dict()
+    with ExitStack() as stack:
+        stored = StoredWeights(folder, stack)
+        found = [name for name in tensors if name in stored.names]
+        filled = {tensors[name].data_ptr() for name in found}  # tied weights lie there once, under any of their names
+        if all(tensor.data_ptr() in filled for tensor in tensors.values()):
+            for name in found:
+                tensors[name].copy_(stored.tensor(name))
+            return
+    # Some architectures are stored under other names than in memory, as the experts of a mixture, one by one.
+    outcome: Any = type(model).from_pretrained(
+        folder, config=copy.deepcopy(model.config), dtype=model.dtype, use_safetensors=True, output_loading_info=True
+    )
+    loaded, report = outcome
+    if report["missing_keys"]:
+        raise UserError(
+            f"{folder} lacks {len(report['missing_keys'])} weights: {_listed(list(report['missing_keys']))}",
+            "go on from another checkpoint",
+        )
+    model.load_state_dict(loaded.state_dict())
 
 
 def expected_weights(model: nn.Module) -> dict[str, int]:
