@@ -17,6 +17,7 @@ from transformers import ProgressCallback, TrainerCallback, TrainerControl, Trai
 from transformers.integrations import TensorBoardCallback
 
 from novelgpt.scoring.rouge import METRICS
+from novelgpt.settings.fonts import INSTALL_REMEDY
 from novelgpt.settings.terminal import say_above_bars
 from novelgpt.settings.whole_files import write_whole
 from novelgpt.training.loss_plot import draw_losses
@@ -91,7 +92,10 @@ class RunRecorder(TrainerCallback):
         """Redraw loss.png now."""
         begin = time.monotonic()
         with dispensable(self.told, "loss.png"):
-            draw_losses(self.history, self.folder / "loss.png")
+            complete = draw_losses(self.history, self.folder / "loss.png")
+            if not complete and INSTALL_REMEDY not in self.told:
+                self.told.add(INSTALL_REMEDY)
+                say_above_bars(f"no font has all letters of loss.png's title, which shows codes; {INSTALL_REMEDY}")
         now = time.monotonic()
         # The first drawings come at step 1, whatever they cost: loading the plotting library is most of it.
         self.next_plot = 0.0 if self.history[-1]["step"] <= 1 else now + (now - begin) / PLOT_SHARE

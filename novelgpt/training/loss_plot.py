@@ -10,16 +10,20 @@ from typing import Any
 from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.figure import Figure
 
+from novelgpt.settings.fonts import lettering
 from novelgpt.settings.whole_files import write_whole
 
 
-def draw_losses(history: list[dict[str, Any]], path: Path) -> None:
+def draw_losses(history: list[dict[str, Any]], path: Path) -> bool:
     """Draw training and evaluation loss against steps; the file is whole at any moment.
 
     Args:
         history: log entries with "step" and "loss" or "eval_loss" (nats per token). An entry with "saved_step" names
             the step whose weights the run ends with: its loss is marked, in place of the last.
-        path: of the PNG.
+        path: of the PNG; the title is its folder's name.
+
+    Returns:
+        Whether the machine's fonts have all letters of the title.
     """
     figure = Figure(figsize=(8, 4.5), dpi=110, layout="constrained")
     FigureCanvasAgg(figure)
@@ -38,7 +42,8 @@ def draw_losses(history: list[dict[str, Any]], path: Path) -> None:
             axes.annotate(f"{closing[1]:.3f}{mark}", closing, textcoords="offset points", xytext=(6, -3))
     axes.set_xlabel("step")
     axes.set_ylabel("loss (nats per token)")
-    axes.set_title(path.parent.name)
+    name = lettering(path.resolve().parent.name)
+    axes.set_title(name.text, fontfamily=list(name.families), parse_math=False)
     axes.grid(alpha=0.3)
     axes.margins(x=0.08)
     if axes.lines:
@@ -46,3 +51,4 @@ def draw_losses(history: list[dict[str, Any]], path: Path) -> None:
     drawn = io.BytesIO()
     figure.savefig(drawn, format="png")
     write_whole(path, drawn.getvalue())
+    return name.complete

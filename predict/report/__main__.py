@@ -17,6 +17,7 @@ from novelgpt.scoring.row_scores import RowScores
 from novelgpt.scoring.summary import Comparison, compare_rows
 from novelgpt.settings.command_parser import CommandParser
 from novelgpt.settings.errors import UserError, exit_on_user_error
+from novelgpt.settings.fonts import INSTALL_REMEDY, ChineseFont, find_chinese_font
 from novelgpt.settings.terminal import say
 from novelgpt.settings.whole_files import write_whole
 from predict.report.charts import (
@@ -31,7 +32,7 @@ from predict.report.charts import (
 )
 from predict.report.curves import bin_width, means_by_length, repetition_by_position, sample
 from predict.report.examples import choose_examples, visible
-from predict.report.figures import Chart, ChineseFont, Picture, draw_picture, find_chinese_font
+from predict.report.figures import Chart, Picture, draw_picture
 from predict.report.metrics import METRICS, is_number
 from predict.report.page import make_page
 from predict.report.runs import Run, matched_rows, read_runs
@@ -60,7 +61,7 @@ def main(argv: list[str] | None = None) -> None:
     say(f"  report     {page}", f"  pictures   {folder / FOLDER}")
     if font is None:
         say("  No font with Chinese letters was found: labels in the pictures are English only.")
-        say("  Install one, such as Noto Sans CJK (Debian, Ubuntu: apt install fonts-noto-cjk), and run this again.")
+        say(f"  To have them in Chinese, {INSTALL_REMEDY}, and run this again.")
 
 
 def write_report(runs: Sequence[Run], folder: Path, font: ChineseFont | None) -> Path:

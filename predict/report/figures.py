@@ -9,17 +9,17 @@ from __future__ import annotations
 import base64
 import io
 import re
-from collections.abc import Callable, Iterable
+from collections.abc import Callable
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Any
 
-from matplotlib import font_manager, rc_context
+from matplotlib import rc_context
 from matplotlib.axes import Axes
 from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.backends.backend_svg import FigureCanvasSVG
 from matplotlib.figure import Figure
-from matplotlib.ft2font import FT2Font
+
+from novelgpt.settings.fonts import ChineseFont
 
 # By Okabe and Ito (2008), "Color Universal Design", darkened where thin lines need it: people who do not see red or
 # green as others do can tell them apart. Beside them, every run has a marker and a line of its own.
@@ -35,33 +35,9 @@ _DARK = {
     HUMAN: "#c9c4b8",
 }
 
-FONT_FILES = (
-    "NotoSansCJKsc", "NotoSansSC", "NotoSansCJK", "SourceHanSansSC", "SourceHanSansCN", "SourceHanSans", "PingFang",
-    "HiraginoSansGB", "msyh", "MicrosoftYaHei", "HarmonyOSSansSC", "SarasaGothicSC", "wqymicrohei", "wqyzenhei",
-    "STHeiti", "simhei", "Deng", "DroidSansFallback", "ArialUnicode", "NotoSerifCJK", "SourceHanSerif", "simsun",
-    "uming", "ukai",
-)  # fmt: skip
-"""Beginnings of the file names of fonts with Chinese letters, the best for a screen first."""
-
-_BOLD = re.compile(r"bold|black|heavy|medium|light|thin|bd\.|-[bl]\.", re.IGNORECASE)
 _POINTS_PER_INCH, _PIXELS_PER_INCH = 72, 96
 WIDE, FULL, NARROW = 562, 1160, 360
 """Widths of pictures on the page in CSS pixels: half the page, all of it, and on a phone."""
-
-
-@dataclass(frozen=True)
-class ChineseFont:
-    """A font file that has letters for Chinese labels.
-
-    Attributes:
-        path: of the file.
-        family: name under which matplotlib knows it.
-        characters: what it has letters for.
-    """
-
-    path: Path
-    family: str
-    characters: frozenset[str]
 
 
 @dataclass(frozen=True)
@@ -118,33 +94,6 @@ class Picture:
     svgs: dict[tuple[str, str], str]
     width: int
     height: int
-
-
-def find_chinese_font(needed: str, files: Iterable[Path] | None = None) -> ChineseFont | None:
-    """The best font of the machine that has all letters of `needed`; None where there is none.
-
-    Args:
-        needed: what must be written; what ASCII has is not asked for.
-        files: where to look; by default all fonts that the system names.
-    """
-    if files is None:
-        files = (Path(name) for name in font_manager.findSystemFonts())
-    ranked = []
-    for path in files:
-        plain = re.sub(r"[-_ ]", "", path.name).lower()
-        rank = next((rank for rank, begin in enumerate(FONT_FILES) if plain.startswith(begin.lower())), None)
-        if rank is not None:
-            ranked.append((rank, bool(_BOLD.search(path.name)), str(path)))
-    wanted = {character for character in needed if not character.isascii()}
-    for _, _, name in sorted(ranked):
-        try:
-            characters = frozenset(map(chr, FT2Font(name).get_charmap()))
-            if wanted <= characters:
-                font_manager.fontManager.addfont(name)
-                return ChineseFont(Path(name), font_manager.FontProperties(fname=name).get_name(), characters)
-        except (OSError, RuntimeError, ValueError):
-            continue  # a broken file, or a kind that matplotlib cannot read
-    return None
 
 
 def draw_picture(chart: Chart, font: ChineseFont | None) -> Picture:

@@ -11,9 +11,9 @@ from typing import Any
 import matplotlib
 import pytest
 
+from novelgpt.settings.fonts import find_chinese_font
 from predict.report.__main__ import write_report
 from predict.report.charts import LABELS
-from predict.report.figures import find_chinese_font
 from predict.report.runs import read_runs
 from tests.predict.scored_runs import three_runs
 
