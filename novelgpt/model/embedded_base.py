@@ -17,9 +17,11 @@ import torch
 from tokenizers import AddedToken, Regex, Tokenizer, decoders, models, normalizers, pre_tokenizers, trainers
 from transformers import PreTrainedTokenizerFast, Qwen3Config, Qwen3ForCausalLM
 
+from novelgpt.model.portable import make_portable
 from novelgpt.settings.errors import exit_on_user_error
 from novelgpt.settings.paths import EMBEDDED_BASE, SAMPLES
 from novelgpt.settings.terminal import say
+from novelgpt.settings.whole_files import follow_umask
 from novelgpt.text.templates import CHATML_TEMPLATE
 
 VOCABULARY = 1000
@@ -92,6 +94,8 @@ def build_embedded_base(folder: Path) -> None:
         unfinished = Path(work) / "base"
         model.save_pretrained(unfinished)
         tokenizer.save_pretrained(unfinished)
+        make_portable(unfinished)
+        follow_umask(unfinished)
         try:
             unfinished.replace(folder)
         except OSError:

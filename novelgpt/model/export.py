@@ -22,6 +22,7 @@ from transformers import GenerationConfig, PreTrainedConfig, PreTrainedModel, Pr
 from novelgpt.model.fingerprint import base_folder
 from novelgpt.model.generation import answer_end_ids
 from novelgpt.model.loading import adapter_base, load_model, read_config
+from novelgpt.model.portable import make_portable
 from novelgpt.model.weight_files import stored_dtype
 from novelgpt.settings.arguments import ModelArguments
 from novelgpt.settings.command_parser import CommandParser
@@ -29,6 +30,7 @@ from novelgpt.settings.console import make_console
 from novelgpt.settings.errors import UserError
 from novelgpt.settings.paths import complete_folder
 from novelgpt.settings.terminal import say
+from novelgpt.settings.whole_files import follow_umask
 from novelgpt.text.conversation import encode_prompt
 from novelgpt.text.templates import RECORD, template_record
 from novelgpt.text.tokenizer import load_tokenizer
@@ -168,6 +170,8 @@ def write_checkpoint(
     _check_space(made, folder)
     made.save_pretrained(folder, max_shard_size=options.max_shard_size)
     tokenizer.save_pretrained(folder)
+    make_portable(folder)
+    follow_umask(folder)
     if architectures is not None:
         _name_architectures(folder, architectures)
     return Written(expected, logits, making, rounding, dtype)

@@ -24,6 +24,7 @@ from novelgpt.settings.command_parser import CommandParser
 from novelgpt.settings.errors import UserError, exit_on_user_error
 from novelgpt.settings.paths import complete_folder
 from novelgpt.settings.terminal import say
+from novelgpt.settings.whole_files import follow_umask
 
 STEMS = {Path(WEIGHTS_NAME).stem: "model"}  # other stems stay
 
@@ -58,6 +59,7 @@ def convert(folder: Path, output: Path) -> int:
         tensors = _read(file)
         name = _safe_name(file.name)
         save_file(tensors, output / name, metadata={"format": "pt"})
+        follow_umask(output / name)
         places |= dict.fromkeys(tensors, name)
         size += sum(tensor.nbytes for tensor in tensors.values())
     if len(files) > 1:

@@ -35,6 +35,18 @@ def write_whole(path: Path, content: str | bytes) -> None:
     sync(path.parent)
 
 
+def follow_umask(path: Path) -> None:
+    """Give a file, or a folder with all that is in it, the mode that the user's umask gives to new ones.
+
+    Libraries that write to a temporary file first, as safetensors does, leave one that its owner alone can read.
+    """
+    umask = os.umask(0o077)
+    os.umask(umask)
+    for place in (path, *path.rglob("*")) if path.is_dir() else (path,):
+        if not place.is_symlink():
+            place.chmod((0o777 if place.is_dir() else 0o666) & ~umask)
+
+
 def sync(path: Path) -> None:
     """Hand a file, or the names in a folder, to the disk."""
     handle = os.open(path, os.O_RDONLY)

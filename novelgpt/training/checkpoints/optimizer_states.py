@@ -22,6 +22,7 @@ from torch import nn
 
 from novelgpt.settings.errors import UserError
 from novelgpt.settings.process import is_first_process
+from novelgpt.settings.whole_files import follow_umask
 from novelgpt.training.checkpoints.weights import StoredWeights
 
 FILES = "optimizer-*.safetensors"
@@ -86,6 +87,7 @@ def write_states(folder: Path, model: nn.Module, optimizer: Any, rank: int, proc
     plain = {"weights": scalars, "groups": [_plain(group) for group in groups]}
     path = folder / f"optimizer-{rank}-of-{processes}.safetensors"
     save_file(tensors, path, metadata={METADATA: json.dumps(plain)})
+    follow_umask(path)
 
 
 def read_states(folder: Path, model: nn.Module, optimizer: Any) -> None:

@@ -26,7 +26,9 @@ from transformers.trainer import TRAINER_STATE_NAME, TRAINING_ARGS_NAME
 from transformers.trainer_callback import ExportableState
 from transformers.trainer_utils import IntervalStrategy
 
+from novelgpt.model.portable import make_portable
 from novelgpt.settings.errors import UserError
+from novelgpt.settings.whole_files import follow_umask
 from novelgpt.training.checkpoints.best import best_checkpoint, load_into_parts
 from novelgpt.training.checkpoints.folders import (
     checkpoint_folder,
@@ -94,10 +96,13 @@ class CheckpointTrainer(Trainer):
         """Nothing to load: random states follow from the step."""
 
     def _save(self, output_dir: str | None = None, state_dict: dict[str, Any] | None = None) -> None:
-        """Without the pickle of the arguments, which run.json holds."""
+        """Without the pickle of the arguments, which run.json holds; settings as transformers 4 reads them, too."""
         super()._save(output_dir, state_dict)
         if self.args.should_save:
-            (Path(str(output_dir or self.args.output_dir)) / TRAINING_ARGS_NAME).unlink(missing_ok=True)
+            folder = Path(str(output_dir or self.args.output_dir))
+            (folder / TRAINING_ARGS_NAME).unlink(missing_ok=True)
+            make_portable(folder)
+            follow_umask(folder)
 
     def _save_checkpoint(self, model: nn.Module, trial: Any) -> None:
         """Fill a folder under another name, look at it, list it, rename it; only then may older ones go.
