@@ -19,6 +19,7 @@ from novelgpt.training.disk import check_disk
 from novelgpt.training.fit import fit
 from novelgpt.training.launch_checks import check_before_launch
 from novelgpt.training.memory_plan import plan_memory
+from novelgpt.training.run_folder import claim_run_folder
 
 
 @exit_on_user_error
@@ -27,16 +28,17 @@ def main(argv: list[str] | None = None) -> None:
     """Run the pipeline on the words of a command line."""
     run = parse_arguments(LoraRun, argv)
     check_before_launch(run)
-    tokenizer = load_tokenizer(run.model)
-    preflight(run, tokenizer)
-    train, valid = read_conversations(run.data, tokenizer)
-    adapt = partial(attach_lora, lora=run.lora, tokenizer=tokenizer)
-    plan = plan_memory(run, train, base_dtype(), run.lora.qlora, adapt)
-    check_disk(run, plan, train, tokenizer)
-    base = load_model(run.model, tokenizer, dtype=base_dtype(), qlora=run.lora.qlora)
-    set_seed(run.training.seed)  # the adapter is drawn before the Trainer sets the seed
-    model = adapt(base)
-    fit(model, tokenizer, train, valid, run, plan)
+    with claim_run_folder(run) as folder:
+        tokenizer = load_tokenizer(run.model)
+        preflight(run, tokenizer)
+        train, valid = read_conversations(run.data, tokenizer)
+        adapt = partial(attach_lora, lora=run.lora, tokenizer=tokenizer)
+        plan = plan_memory(run, train, base_dtype(), run.lora.qlora, adapt)
+        check_disk(run, plan, train, tokenizer)
+        base = load_model(run.model, tokenizer, dtype=base_dtype(), qlora=run.lora.qlora)
+        set_seed(run.training.seed)  # the adapter is drawn before the Trainer sets the seed
+        model = adapt(base)
+        fit(model, tokenizer, train, valid, run, plan, folder)
 
 
 if __name__ == "__main__":

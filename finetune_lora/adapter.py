@@ -18,7 +18,7 @@ from novelgpt.settings.errors import UserError
 from novelgpt.settings.process import is_first_process
 from novelgpt.settings.terminal import say
 from novelgpt.text.conversation import IGNORED, encode_conversation, encode_prompt
-from novelgpt.training.run_folder import read_run
+from novelgpt.training.run_record import read_run
 
 ADAPTABLE = (nn.Linear, nn.Embedding, Conv1D)
 

@@ -30,7 +30,7 @@ from novelgpt.settings.runs import PredictRun
 from novelgpt.settings.terminal import say
 from novelgpt.settings.whole_files import write_whole
 from novelgpt.text.tokenizer import load_tokenizer
-from novelgpt.training.run_folder import newest_finetuning
+from novelgpt.training.run_record import newest_finetuning
 from predict.endpoint import through_endpoint
 from predict.generate import AnswerRows, continuously, in_batches, reference_sums
 from predict.journal import Journal

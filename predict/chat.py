@@ -28,7 +28,7 @@ from novelgpt.text.conversation import Message, encode_prompt
 from novelgpt.text.statistics import BROKEN
 from novelgpt.text.templates import template_record
 from novelgpt.text.tokenizer import load_tokenizer
-from novelgpt.training.run_folder import newest_finetuning
+from novelgpt.training.run_record import newest_finetuning
 
 COMMANDS = "/clear forgets the conversation, /exit or Ctrl-D ends it, Ctrl-C stops an answer"
 

@@ -14,6 +14,7 @@ from novelgpt.training.disk import check_disk
 from novelgpt.training.fit import fit
 from novelgpt.training.launch_checks import check_before_launch
 from novelgpt.training.memory_plan import plan_memory
+from novelgpt.training.run_folder import claim_run_folder
 
 
 @exit_on_user_error
@@ -22,13 +23,14 @@ def main(argv: list[str] | None = None) -> None:
     """Run the pipeline on the words of a command line."""
     run = parse_arguments(PretrainRun, argv)
     check_before_launch(run)
-    tokenizer = load_tokenizer(run.model)
-    preflight(run, tokenizer)
-    train, valid = read_corpus(run.data, tokenizer)
-    plan = plan_memory(run, train)
-    check_disk(run, plan, train, tokenizer)
-    model = load_model(run.model, tokenizer)
-    fit(model, tokenizer, train, valid, run, plan)
+    with claim_run_folder(run) as folder:
+        tokenizer = load_tokenizer(run.model)
+        preflight(run, tokenizer)
+        train, valid = read_corpus(run.data, tokenizer)
+        plan = plan_memory(run, train)
+        check_disk(run, plan, train, tokenizer)
+        model = load_model(run.model, tokenizer)
+        fit(model, tokenizer, train, valid, run, plan, folder)
 
 
 if __name__ == "__main__":

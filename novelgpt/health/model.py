@@ -17,6 +17,7 @@ from novelgpt.settings.units import gigabytes
 from novelgpt.text.conversation import IGNORED, encode_conversation
 from novelgpt.text.templates import template_record
 from novelgpt.training.launch_checks import check_before_launch
+from novelgpt.training.run_choice import choose_run_folder
 
 QUESTION, ANSWER = "灯塔下有什么？", "一封信。"
 
@@ -24,6 +25,7 @@ QUESTION, ANSWER = "灯塔下有什么？", "一封信。"
 def check_settings(run: TrainingRun) -> Iterator[Finding]:
     """What every run is checked for before anything is loaded; its folder is chosen. Data files are there."""
     check_before_launch(run)
+    choose_run_folder(run)
     yield Finding(
         "settings", "ok", f"{run.pipeline}, rows of {run.data.max_length} tokens, into {run.training.output_dir}"
     )

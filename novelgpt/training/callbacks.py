@@ -21,7 +21,7 @@ from novelgpt.settings.fonts import INSTALL_REMEDY
 from novelgpt.settings.terminal import say_above_bars
 from novelgpt.settings.whole_files import write_whole
 from novelgpt.training.loss_plot import draw_losses
-from novelgpt.training.run_folder import only_json
+from novelgpt.training.run_record import only_json
 
 # The plot may take this share of the run's time.
 PLOT_SHARE = 0.02

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import shutil
 import sys
 from pathlib import Path
 from typing import Any, cast
@@ -21,8 +20,6 @@ from transformers import (
 from transformers.utils import GENERATION_CONFIG_NAME
 
 from novelgpt.model.generation import answer_end_ids
-from novelgpt.settings.errors import UserError
-from novelgpt.settings.process import is_first_process
 from novelgpt.settings.runs import TrainingRun
 from novelgpt.settings.terminal import say
 from novelgpt.text.collator import Collator
@@ -30,13 +27,11 @@ from novelgpt.text.conversation import end_token_ids
 from novelgpt.text.statistics import trained_characters
 from novelgpt.training.base_recorder import BaseRecorder
 from novelgpt.training.callbacks import Curves, Progress, ProgressLines, RunRecorder
-from novelgpt.training.checkpoints.folders import checkpoints
 from novelgpt.training.forward_checks import check_packing
 from novelgpt.training.longest_batch import rows_to_try
 from novelgpt.training.memory_plan import MemoryPlan
-from novelgpt.training.run_folder import finish_run_folder, start_run_folder, stop_run_folder
+from novelgpt.training.run_folder import RunFolder
 from novelgpt.training.sample_predictions import SamplePredictions
-from novelgpt.training.signals import StopOnSignal, Stopped
 from novelgpt.training.stop_check import check_stops
 from novelgpt.training.throughput import peak_memory
 from novelgpt.training.trainer import NovelTrainer, base_model
@@ -49,6 +44,7 @@ def fit(
     valid: Dataset[Any],
     run: TrainingRun,
     plan: MemoryPlan,
+    folder: RunFolder,
 ) -> dict[str, float]:
     """Train, evaluate, and save the final weights with the tokenizer into the run folder.
 
@@ -59,47 +55,31 @@ def fit(
         train_runtime (seconds, evaluations included) and tokens_per_second (of training alone).
 
     Raises:
-        UserError: the model cannot be trained so; then no run folder is left.
+        UserError: the model cannot be trained so.
         Stopped: a signal came; the step is saved.
     """
-    resumed = run.training.resume_from_checkpoint
     if "position_ids" in train[0]:
         check_packing(base_model(model))
     plan.settle_micro_batch(model)
-    stop = StopOnSignal()
-    stop.listen()
-    folder = start_run_folder(run)
-    recorder = RunRecorder(folder)
+    folder.begin(run)
+    recorder = RunRecorder(folder.path)
     try:
-        stop.end_at_once()  # not before: the folder is the run's own from here on
-        return _fit_into(folder, recorder, stop, model, tokenizer, train, valid, run, plan, resumed)
-    except (UserError, Stopped) as error:
-        if is_first_process():
-            nothing = resumed is None and not recorder.trained
-            if nothing and not checkpoints(folder):
-                shutil.rmtree(folder)  # before the first step: what is there looks like a run
-            elif isinstance(error, Stopped):
-                stop_run_folder(folder, error.signal)
-            if isinstance(error, Stopped):
-                say(error.explain())
-        raise
+        return _fit_into(folder, recorder, model, tokenizer, train, valid, run, plan)
     finally:
-        stop.leave()
+        folder.trained = recorder.trained
 
 
 def _fit_into(
-    folder: Path,
+    claimed: RunFolder,
     recorder: RunRecorder,
-    stop: StopOnSignal,
     model: torch.nn.Module,
     tokenizer: PreTrainedTokenizerBase,
     train: Dataset[Any],
     valid: Dataset[Any],
     run: TrainingRun,
     plan: MemoryPlan,
-    resumed: str | None,
 ) -> dict[str, float]:
-    training = run.training
+    training, folder, resumed = run.training, claimed.path, run.training.resume_from_checkpoint
     base_recorder = BaseRecorder(model)
     # Events of every run lie under logs/, where `tensorboard --logdir output` finds them by the run's name.
     # What a run that is gone on with had written after its checkpoint is not shown.
@@ -118,7 +98,7 @@ def _fit_into(
             eval_dataset=valid,
             data_collator=Collator(int(tokenizer.pad_token_id)),
             processing_class=tokenizer,
-            callbacks=[recorder, base_recorder, stop],
+            callbacks=[recorder, base_recorder, claimed.stop],
             complete=base_recorder.record,
             note=recorder.write if training.process_index == 0 else None,
         )
@@ -142,7 +122,7 @@ def _fit_into(
     results = _results(trainer.state.log_history, outcome.metrics)
     results["saved_step"] = trainer.state.global_step if trainer.saved_step is None else trainer.saved_step
     if trainer.is_world_process_zero():
-        finish_run_folder(folder, results)
+        claimed.finish(results)
         _show(results, plan.compare(peak), folder, trainer.state.max_steps)
     trainer.accelerator.wait_for_everyone()
     return results

@@ -14,8 +14,6 @@ from novelgpt.settings.paths import EMBEDDED_BASE, TINY
 from novelgpt.settings.process import is_first_process
 from novelgpt.settings.runs import TrainingRun
 from novelgpt.settings.terminal import say
-from novelgpt.training.run_folder import choose_run_folder
-from novelgpt.training.shared_folder import check_shared_folder
 
 MOST_STEPS = 1e12
 RANGES: dict[str, tuple[float, float]] = {
@@ -38,7 +36,7 @@ RANGES: dict[str, tuple[float, float]] = {
 
 
 def check_before_launch(run: TrainingRun) -> None:
-    """Files are there, switches make sense, and the run has a folder of its own, noted as its output_dir.
+    """Files are there, and switches make sense.
 
     Raises:
         UserError: otherwise.
@@ -64,8 +62,6 @@ def check_before_launch(run: TrainingRun) -> None:
             f"--max_length {run.data.max_length} is more than the {longest} positions that {run.model.model} knows",
             f"take --max_length {longest} or less; a model whose positions were stretched says so in its config.json",
         )
-    choose_run_folder(run)
-    check_shared_folder(Path(str(run.training.output_dir)))
 
 
 def _check_numbers(training: TrainArguments) -> None:

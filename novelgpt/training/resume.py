@@ -12,6 +12,7 @@ from novelgpt.settings.errors import UserError
 from novelgpt.settings.terminal import say
 from novelgpt.training.checkpoints.folders import checkpoints, damage
 from novelgpt.training.checkpoints.trainer import STATES
+from novelgpt.training.data_identity import data_changes
 
 # Of transformers.TrainingArguments, what decides on the batches and on what a step does with them. The rest may change:
 # what is logged, evaluated, saved and where, how many processes there are, and how memory is used.
@@ -22,7 +23,8 @@ DECISIVE = (
     "train_sampling_strategy", "dataloader_drop_last",
 )  # fmt: skip
 # Told apart by what they hold.
-FILES = ("train_files", "valid_files", "instruction_templates")
+DATA_FILES = ("train_files", "valid_files")
+FILES = (*DATA_FILES, "instruction_templates")
 MOST_CHANGES = 4
 SMALL_FILES = ("config.json", "tokenizer.json", "tokenizer_config.json", "tokenizer.model", "chat_template.jinja")
 
@@ -40,7 +42,9 @@ def model_identity(model: str) -> dict[str, Any]:
 def changes(before: dict[str, Any], now: dict[str, Any]) -> list[str]:
     """What differs between two runs, as run.json describes them, so that one cannot go on from the other."""
     now = json.loads(json.dumps(now, default=str))  # as it would be read
-    lacking = sorted(set(now) - {"model_identity"} - set(before))
+    lacking = sorted(set(now) - {"model_identity", "data"} - set(before))
+    if not lacking and "training" not in before["arguments"]:
+        lacking = ["the arguments of training"]
     if lacking:
         return [f"its run.json says nothing of {', '.join(lacking)}"]
     if before["pipeline"] != now["pipeline"]:
@@ -48,10 +52,10 @@ def changes(before: dict[str, Any], now: dict[str, Any]) -> list[str]:
     found = []
     if before.get("model_identity") != now["model_identity"]:
         found.append(f"the model ({before['model']}, now {now['model']}) or its files")
-    old_files, new_files = list(before["data_sha256"].items()), list(now["data_sha256"].items())
-    if [digest for _, digest in old_files] != [digest for _, digest in new_files]:
-        names = [Path(name).name for name, digest in new_files if digest not in before["data_sha256"].values()]
-        found.append(f"the content of {', '.join(names)}" if names else "the data files")
+    if "data" in before and "data" in now:
+        found += data_changes(before["data"], now["data"])
+    else:
+        found += _changes_of_hashes(before, now)
     if _rows_a_step(before) != _rows_a_step(now):
         found.append(f"rows a step ({_rows_a_step(before)}, now {_rows_a_step(now)})")
     for group, values in now["arguments"].items():
@@ -109,6 +113,20 @@ def check_same_run(folder: Path, before: dict[str, Any], now: dict[str, Any], ch
         )
     if checkpoint is not None and (checkpoint / BASE_RECORD).is_file():
         check_base(checkpoint, now["model"], "name the base that the run was started with")
+
+
+def _changes_of_hashes(before: dict[str, Any], now: dict[str, Any]) -> list[str]:
+    """The same of runs of earlier versions, which noted a hash a name: role, order and number as far as that says."""
+    old, new = before["data_sha256"], now["data_sha256"]
+    if list(old.values()) != list(new.values()):
+        names = [Path(name).name for name, digest in new.items() if digest not in old.values()]
+        return [f"the content of {', '.join(names)}" if names else "the data files"]
+    named = [
+        [[hashes.get(name) for name in description["arguments"].get("data", {}).get(role, [])] for role in DATA_FILES]
+        for hashes, description in ((old, before), (new, now))
+    ]
+    known = None not in (digest for roles in named for files in roles for digest in files)
+    return ["the order, number or role of the data files"] if known and named[0] != named[1] else []
 
 
 def _rows_a_step(description: dict[str, Any]) -> int:

@@ -1,270 +1,192 @@
-"""output/RUN/: which folder a run gets, and its run.json."""
+"""output/RUN/, from the moment it is chosen, made and locked, before anything is loaded, to the end of the run."""
 
 from __future__ import annotations
 
-import dataclasses
-import fcntl
-import functools
-import json
-import math
-import os
-import platform
 import shutil
-import subprocess
-from datetime import datetime, timezone
-from importlib.metadata import version
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass, field
 from pathlib import Path
-from typing import IO, Any
+from typing import Any
 
 from novelgpt.settings.errors import UserError
-from novelgpt.settings.paths import OUTPUT, ROOT, check_folder_can_be_made
 from novelgpt.settings.process import first_process_value, is_first_process
 from novelgpt.settings.runs import TrainingRun
 from novelgpt.settings.terminal import say
-from novelgpt.settings.whole_files import hash_file, write_whole
-from novelgpt.training.resume import changes, check_same_run, model_identity, newest_whole_checkpoint, unusable
+from novelgpt.training.checkpoints.folders import checkpoints
+from novelgpt.training.data_identity import DataSource, identify_data
+from novelgpt.training.folder_claim import LOCK, Claim, empty, snapshot, take
+from novelgpt.training.run_choice import choose, settle
+from novelgpt.training.run_record import RUN_FILE, describe_run, now, write_run
+from novelgpt.training.shared_folder import check_shared_folder
+from novelgpt.training.signals import StopOnSignal, Stopped
 
-PACKAGES = ("torch", "transformers", "accelerate", "peft", "deepspeed", "tokenizers")
-LOCK = "run.lock"
-# Locks end with the files they are on, and those with the process.
-_held: list[IO[str]] = []
+# Where the run that is replaced waits to be deleted; a kill in between leaves it for the next one.
+REPLACED = "replaced.unfinished"
 
 
-def choose_run_folder(run: TrainingRun) -> None:
-    """Settle `run.training.output_dir` and the checkpoint to go on from, the same on all ranks. Nothing is written yet.
+@dataclass
+class RunFolder:
+    """The folder of a run, on each of its processes; the first one holds it and writes there.
 
-    A folder that holds an unfinished run of the same settings is gone on with, from its newest whole checkpoint.
+    Attributes:
+        path: absolute.
+        checkpoint: that the run goes on from; None where it begins.
+        stop: that has listened for signals since before the folder was made.
+        found: the folder, or the nearest one above it, that was there before.
+        trained: whether there was a step, so that there is something to keep.
+    """
+
+    path: Path
+    checkpoint: Path | None
+    stop: StopOnSignal
+    found: Path
+    trained: bool = False
+    _claim: Claim | None = None
+    _data: list[DataSource] = field(default_factory=list)
+    _before: dict[str, Any] | None = None
+    _contents: dict[str, tuple[int, ...]] = field(default_factory=dict)
+    _description: dict[str, Any] = field(default_factory=dict)
+
+    def begin(self, run: TrainingRun) -> None:
+        """Write run.json with status "running", in place of the run that was there where this one does not go on.
+
+        All ranks call it. From here on a signal finds a folder that is the run's own.
+
+        Raises:
+            UserError: what shall be replaced is not what was there when the folder was chosen.
+        """
+        self.stop.only_note()
+        problem: UserError | None = None
+        if is_first_process():
+            try:
+                self._begin(describe_run(run, self._data) | {"status": "running"})
+            except UserError as error:
+                problem = error
+            except OSError as error:
+                cause = f"{error.filename or self.path} cannot be written: {error.strerror}"
+                problem = UserError(cause, "make room there, or name another --output_dir")
+        problem = first_process_value(problem)
+        if problem is not None:
+            raise problem
+        self.stop.end_at_once()
+
+    def finish(self, results: dict[str, Any]) -> None:
+        """Note in run.json that the run is complete, with its final figures."""
+        self._write(self._description | {"status": "finished", "finished": now(), "results": results})
+
+    def leave(self, error: BaseException | None) -> None:
+        """Let go of the folder, and of what is in it where the run has not come to a first step.
+
+        Args:
+            error: that ends the run; None where it is complete.
+        """
+        if self._claim is None:
+            return
+        if error is not None and self._description:
+            if not (self._goes_on or self.trained or checkpoints(self.path)):
+                empty(self.path)  # before the first step: what is there looks like a run
+            elif isinstance(error, Stopped):
+                self._write(self._description | {"status": "stopped", "stopped_by": error.signal})
+        self._claim.let_go(unused=not self._description)
+
+    @property
+    def _goes_on(self) -> bool:
+        """Whether the run that the folder holds is the one that is gone on with."""
+        return self._before is not None and self.checkpoint is not None
+
+    def _begin(self, description: dict[str, Any]) -> None:
+        if self._before is not None and self.checkpoint is not None:
+            again = {"at": description["started"], "checkpoint": self.checkpoint.name}
+            description["started"] = self._before.get("started", description["started"])
+            description["resumed"] = [*self._before.get("resumed", []), again]
+            self._write(description)
+            return
+        changed = sorted({name for name, _ in snapshot(self.path).items() ^ self._contents.items()})
+        if changed:
+            raise UserError(
+                f"{self.path} was changed by something else after this run had chosen it: {', '.join(changed[:3])}",
+                "look at what it holds, and start again, or choose another --output_dir",
+            )
+        self._replace(description)
+
+    def _write(self, description: dict[str, Any]) -> None:
+        write_run(self.path, description)
+        self._description = description
+
+    def _replace(self, description: dict[str, Any]) -> None:
+        """At no moment has the folder a run.json beside what belongs to another run."""
+        aside = self.path / REPLACED
+        if self._contents:
+            shutil.rmtree(aside, ignore_errors=True)
+            aside.mkdir(exist_ok=True)
+            for path in self.path.iterdir():
+                if path.name not in (LOCK, RUN_FILE, REPLACED):
+                    path.rename(aside / path.name)
+        self._write(description)
+        if self._contents:
+            shutil.rmtree(aside, ignore_errors=True)
+
+
+@contextmanager
+def claim_run_folder(run: TrainingRun) -> Iterator[RunFolder]:
+    """The folder that a run gets, for the block. All ranks call it; `run.training` notes the folder and the checkpoint.
+
+    A folder that holds an unfinished run of the same settings is gone on with, from its newest whole checkpoint. What
+    the run replaces stays as it is until `begin`. After an error or a signal before the first step, what was made is
+    gone again; signals end the block at once until then.
 
     Raises:
-        UserError: the folder that the user named holds another run, or none of its checkpoints is whole.
+        UserError: the folder that the user named holds another run, none of its checkpoints is whole, or not all hosts
+            see it.
+        Stopped: a signal came.
     """
-    chosen = first_process_value(_choose(run) if is_first_process() else None)
+    stop = StopOnSignal()
+    stop.listen()  # signals are only noted until the folder is this run's
+    folder: RunFolder | None = None
+    problem: BaseException | None = None
+    try:
+        folder = _claim_together(run, stop)
+        stop.end_at_once()
+        check_shared_folder(folder.found)
+        yield folder
+    except BaseException as error:
+        problem = error
+        stop.only_note()
+        if isinstance(error, Stopped) and is_first_process():
+            say(error.explain())
+        raise
+    finally:
+        try:
+            if folder is not None:
+                folder.leave(problem)
+        finally:
+            stop.leave()
+
+
+def _claim_together(run: TrainingRun, stop: StopOnSignal) -> RunFolder:
+    """The first process chooses; errors are handed to all ranks."""
+    claim: Claim | None = None
+    chosen: tuple[Path, Path | None, Path] | UserError | None = None
+    own: dict[str, Any] = {}
+    try:
+        if is_first_process():
+            try:
+                data = identify_data(run)  # before it is read
+                claim, checkpoint, before = choose(run, lambda: data, take)
+                contents = snapshot(claim.folder) if checkpoint is None else {}
+                own = {"_claim": claim, "_data": data, "_before": before, "_contents": contents}
+                chosen = claim.folder, checkpoint, claim.made[-1].parent if claim.made else claim.folder
+            except UserError as error:
+                chosen = error
+        chosen = first_process_value(chosen)
+    except BaseException:
+        if claim is not None:
+            claim.let_go(unused=True)
+        raise
     if isinstance(chosen, UserError):
         raise chosen
-    folder, checkpoint = chosen
-    run.training.output_dir = str(folder)
-    run.training.resume_from_checkpoint = None if checkpoint is None else str(checkpoint)
-
-
-def start_run_folder(run: TrainingRun) -> Path:
-    """Make the chosen folder, in place of the run there where that was asked for, with run.json of status "running".
-
-    Raises:
-        UserError: another process writes there.
-    """
-    folder = Path(str(run.training.output_dir))
-    if is_first_process():
-        checkpoint = run.training.resume_from_checkpoint
-        before = read_run(folder)
-        if before is not None and checkpoint is None:
-            _refuse_held(folder)
-            shutil.rmtree(folder)
-        folder.mkdir(parents=True, exist_ok=True)
-        _hold(folder)
-        description = _description(run) | {"status": "running"}
-        if before is not None and checkpoint is not None:
-            again = {"at": description["started"], "checkpoint": Path(checkpoint).name}
-            description["started"] = before["started"]
-            description["resumed"] = [*before.get("resumed", []), again]
-        _write(folder, description)
-    return folder
-
-
-def finish_run_folder(folder: Path, results: dict[str, Any]) -> None:
-    """Note in run.json that the run is complete, with its final figures."""
-    description = json.loads((folder / "run.json").read_text(encoding="utf-8"))
-    finished = datetime.now(timezone.utc).isoformat(timespec="seconds")
-    _write(folder, description | {"status": "finished", "finished": finished, "results": results})
-
-
-def stop_run_folder(folder: Path, signal: str) -> None:
-    """Note in run.json that a signal has ended the run before its end."""
-    description = json.loads((folder / "run.json").read_text(encoding="utf-8"))
-    _write(folder, description | {"status": "stopped", "stopped_by": signal})
-
-
-def read_run(folder: Path) -> dict[str, Any] | None:
-    """run.json of a folder, None where it is no run.
-
-    Raises:
-        UserError: it cannot be read.
-    """
-    path = folder / "run.json"
-    if not path.is_file():
-        return None
-    try:
-        description: dict[str, Any] = json.loads(path.read_text(encoding="utf-8"))
-    except (OSError, ValueError) as error:
-        raise UserError(f"{path} cannot be read: {error}", "delete it, or the folder, if it is of no use") from error
-    return description
-
-
-def only_json(value: Any) -> Any:
-    """The same with None for numbers that are not finite, for which JSON has no word."""
-    if isinstance(value, dict):
-        return {key: only_json(part) for key, part in value.items()}
-    if isinstance(value, (list, tuple)):
-        return [only_json(part) for part in value]
-    return None if isinstance(value, float) and not math.isfinite(value) else value
-
-
-def newest_finetuning(root: Path = OUTPUT) -> Path | None:
-    """The fine-tuning run under `root` that finished last."""
-    runs = [(read_run(path.parent) or {}, path.parent) for path in root.glob("**/run.json")]
-    finished = [
-        (str(description["finished"]), folder)
-        for description, folder in runs
-        if description.get("status") == "finished" and description["pipeline"] in ("finetune", "finetune_lora")
-    ]
-    return max(finished)[1] if finished else None
-
-
-def _choose(run: TrainingRun) -> tuple[Path, Path | None] | UserError:
-    """The folder and the checkpoint; errors are handed to all ranks."""
-    try:
-        named = run.training.resume_from_checkpoint
-        if named and str(named).lower() in ("true", "false"):
-            run.training.resume = str(named).lower() == "true"
-            named = None
-        if run.training.overwrite_output_dir and (named or run.training.resume):
-            raise UserError("--overwrite_output_dir would delete what the run goes on from", "take one of the two")
-        if run.training.output_dir is None:
-            folder, checkpoint = _choose_unnamed(run)
-        else:
-            folder, checkpoint = _choose_named(run, run.training.output_dir)
-        if named:
-            checkpoint = _named_checkpoint(run, Path(named))
-        if run.training.resume and checkpoint is None:
-            raise UserError(f"{folder} holds no checkpoint to go on from", "start without --resume")
-        if checkpoint is not None:
-            say(f"going on from {checkpoint}")
-    except UserError as error:
-        return error
-    return folder, checkpoint
-
-
-def _choose_unnamed(run: TrainingRun) -> tuple[Path, Path | None]:
-    """The next free folder, unless the last one holds the same run, unfinished, with a checkpoint."""
-    names = [run.pipeline, *(f"{run.pipeline}-{number}" for number in range(2, 10_000))]
-    free = next(number for number, name in enumerate(names) if not (OUTPUT / name).exists())
-    if free and run.training.resume is not False and not run.training.resume_from_checkpoint:
-        last = OUTPUT / names[free - 1]
-        before = read_run(last)
-        unfinished = before is not None and before["status"] != "finished" and not _is_held(last)
-        if before is not None and unfinished and not changes(before, _description(run)):
-            checkpoint = newest_whole_checkpoint(last)
-            if checkpoint is not None:
-                check_same_run(last, before, _description(run), checkpoint)
-                return last, checkpoint
-    return OUTPUT / names[free], None
-
-
-def _choose_named(run: TrainingRun, named: str) -> tuple[Path, Path | None]:
-    folder = Path(named).absolute()
-    check_folder_can_be_made(folder, f"--output_dir {named}")
-    before = read_run(folder)
-    if before is None:
-        if folder.is_dir() and any(folder.iterdir()):
-            raise UserError(f"--output_dir {named} holds files that are no run's", "choose an empty or a new folder")
-        return folder, None
-    if run.training.overwrite_output_dir:
-        return folder, None
-    _refuse_held(folder)
-    if before["status"] == "finished" or run.training.resume is False:
-        raise UserError(
-            f"{named} holds another run ({before['pipeline']}, {before['status']}, started {before['started']})",
-            "choose another --output_dir, or replace it: --overwrite_output_dir",
-        )
-    check_same_run(folder, before, _description(run), None)  # before checkpoints are read through
-    checkpoint = newest_whole_checkpoint(folder)
-    check_same_run(folder, before, _description(run), checkpoint)
-    return folder, checkpoint
-
-
-def _named_checkpoint(run: TrainingRun, checkpoint: Path) -> Path:
-    """What --resume_from_checkpoint names."""
-    if not checkpoint.is_dir():
-        raise UserError(f"--resume_from_checkpoint {checkpoint} is no folder", "name a checkpoint-N folder, or `true`")
-    problem = unusable(checkpoint)
-    if problem is not None:
-        raise UserError(f"{checkpoint} cannot be gone on from: {problem}", "name another checkpoint-N folder")
-    before = read_run(checkpoint.absolute().parent)
-    if before is not None:
-        check_same_run(checkpoint.parent, before, _description(run), checkpoint)
-    return checkpoint.absolute()
-
-
-def _hold(folder: Path) -> None:
-    """Keep other processes from writing into the folder for as long as this one lives."""
-    file = (folder / LOCK).open("w", encoding="utf-8")
-    _held.append(file)
-    try:
-        fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-    except BlockingIOError as error:
-        raise _is_being_written(folder) from error
-    except OSError:
-        return  # a file system without locks
-
-
-def _is_held(folder: Path) -> bool:
-    """Whether a living process, other than this one, writes into the folder."""
-    try:
-        with (folder / LOCK).open("r", encoding="utf-8") as file:
-            fcntl.flock(file, fcntl.LOCK_SH | fcntl.LOCK_NB)
-    except BlockingIOError:
-        return all(Path(held.name) != folder / LOCK for held in _held)
-    except OSError:
-        return False
-    return False
-
-
-def _refuse_held(folder: Path) -> None:
-    if _is_held(folder):
-        raise _is_being_written(folder)
-
-
-def _is_being_written(folder: Path) -> UserError:
-    return UserError(f"another process trains into {folder}", "wait for its end, or choose another folder")
-
-
-def _description(run: TrainingRun) -> dict[str, Any]:
-    files = [*run.data.train_files, *run.data.valid_files]
-    return {
-        "pipeline": run.pipeline,
-        "started": datetime.now(timezone.utc).isoformat(timespec="seconds"),
-        "model": run.model.model,
-        "model_identity": model_identity(run.model.model),
-        "seed": run.training.seed,
-        "processes": int(os.environ.get("WORLD_SIZE", "1")),
-        "arguments": {
-            field.name: _plain(vars(run)[field.name]) for field in dataclasses.fields(run)
-        },
-        "data_sha256": {name: _sha256(Path(name)) for name in files},
-        "versions": {"python": platform.python_version()} | {name: version(name) for name in PACKAGES},
-        "git_commit": _git_commit(),
-    }  # fmt: skip
-
-
-def _plain(group: Any) -> dict[str, Any]:
-    arguments = group.to_dict() if hasattr(group, "to_dict") else dataclasses.asdict(group)
-    # Keys for hubs and trackers have no place in a file that people pass on.
-    return {key: value for key, value in arguments.items() if not key.endswith("_token")}
-
-
-@functools.cache
-def _sha256(path: Path) -> str:
-    # The manifest of a prepared folder holds the hashes of its files.
-    return hash_file(path / "manifest.json" if path.is_dir() else path)[0]
-
-
-def _git_commit() -> str | None:
-    try:
-        done = subprocess.run(["git", "-C", str(ROOT), "rev-parse", "HEAD"], capture_output=True, text=True, check=True)
-    except (OSError, subprocess.CalledProcessError):
-        return None
-    return done.stdout.strip()
-
-
-def _write(folder: Path, description: dict[str, Any]) -> None:
-    text = json.dumps(only_json(description), ensure_ascii=False, indent=2, default=str)
-    write_whole(folder / "run.json", text + "\n")
+    assert chosen is not None
+    path, checkpoint, found = chosen
+    settle(run, path, checkpoint)
+    return RunFolder(path, checkpoint, stop, found, **own)

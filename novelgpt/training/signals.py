@@ -44,9 +44,9 @@ class StopOnSignal(TrainerCallback):
 
     Then the step is saved as a checkpoint, and `Stopped` raised once it is whole. A signal that comes during a save
     ends the run after it, one that comes during an evaluation between two batches. Before the first step there is
-    nothing to save: from `end_at_once` on, `Stopped` is raised at once. After a first one that asks for an end, a
-    second SIGINT or SIGTERM ends the process at once; ranks leave that to their launcher, as it gets both and they may
-    get the first one twice.
+    nothing to save: between `end_at_once` and `only_note`, `Stopped` is raised at once. After a first one that asks for
+    an end, a second SIGINT or SIGTERM ends the process at once; ranks leave that to their launcher, as it gets both and
+    they may get the first one twice.
     """
 
     def __init__(self) -> None:
@@ -72,6 +72,10 @@ class StopOnSignal(TrainerCallback):
         self._at_once = True
         if self._noted:
             raise Stopped(self._noted, None)
+
+    def only_note(self) -> None:
+        """What follows is not left halfway for a signal."""
+        self._at_once = False
 
     def leave(self) -> None:
         """Signals do again what they did before, and the group in which ranks agreed ends, of gloo beside NCCL too."""
@@ -122,6 +126,7 @@ class StopOnSignal(TrainerCallback):
         if os.getpid() != self._process:
             return  # a worker that loads data: the process it belongs to ends it
         if self._step is None and self._at_once:
+            self._noted = number
             raise Stopped(number, None)
         second = self._noted in IMPATIENT_SIGNALS and number in IMPATIENT_SIGNALS
         if second and "RANK" not in os.environ:

@@ -1,0 +1,118 @@
+"""Folders that one process at a time writes into: made and locked at once, and gone again where nothing came of it."""
+
+from __future__ import annotations
+
+import contextlib
+import os
+import shutil
+from dataclasses import dataclass, field
+from pathlib import Path
+
+from novelgpt.settings.errors import UserError
+from novelgpt.settings.locks import hold, is_held, let_go
+
+LOCK = "run.lock"
+
+
+@dataclass
+class Claim:
+    """A folder that this process holds: no other run chooses it until this one lets go.
+
+    Attributes:
+        folder: absolute.
+        handle: of the lock; None where a folder is only looked at.
+        made: folders that were made for it, the innermost first.
+        lock_made: whether the file of the lock was, too.
+    """
+
+    folder: Path
+    handle: int | None = None
+    made: list[Path] = field(default_factory=list)
+    lock_made: bool = False
+
+    def let_go(self, unused: bool = False) -> None:
+        """End the claim. What was made for it is gone again where it holds nothing.
+
+        Args:
+            unused: whether nothing has been written since the folder was claimed.
+        """
+        if self.handle is None:
+            return
+        with contextlib.suppress(OSError):
+            if is_vacant(self.folder) or (self.lock_made and unused):
+                (self.folder / LOCK).unlink()
+            for path in self.made:
+                path.rmdir()
+        let_go(self.handle)
+        self.handle = None
+
+
+def take(folder: Path) -> Claim:
+    """Make a folder, where it is not there, and lock it.
+
+    Raises:
+        BlockingIOError: another process holds it.
+        UserError: it cannot be made.
+    """
+    target = Path(os.path.realpath(folder))  # of a link, which stays
+    made: list[Path] = []
+    try:
+        while True:
+            for path in reversed([path for path in (target, *target.parents) if not path.is_dir()]):
+                with contextlib.suppress(FileExistsError):  # by another process, in this moment
+                    path.mkdir()
+                    made.insert(0, path)
+            if not made and (target / LOCK).exists() and is_vacant(target):
+                made.append(target)  # by a process that was killed
+            lock_made = bool(made) or not (target / LOCK).exists()
+            try:
+                return Claim(folder, hold(target / LOCK), made, lock_made)
+            except FileNotFoundError:
+                if target.is_dir():
+                    raise
+                made = []  # another process let go of the folder, which took it away
+    except OSError as error:
+        for path in made:
+            with contextlib.suppress(OSError):
+                path.rmdir()
+        if isinstance(error, BlockingIOError):
+            raise
+        raise UserError(f"{folder} cannot be made: {error.strerror}", "name a folder that can be written") from error
+
+
+def look(folder: Path) -> Claim:
+    """A claim on nothing."""
+    if is_held(folder / LOCK):
+        raise BlockingIOError
+    return Claim(folder)
+
+
+def is_vacant(folder: Path) -> bool:
+    """Whether a folder is not there or holds nothing, but for the lock that a killed process left."""
+    target = Path(os.path.realpath(folder))
+    return not target.exists() or (target.is_dir() and all(path.name == LOCK for path in target.iterdir()))
+
+
+def snapshot(folder: Path) -> dict[str, tuple[int, ...]]:
+    """All that is in a folder and below, but for the lock: inodes, of files also size and time of the last change."""
+    found: dict[str, tuple[int, ...]] = {}
+    for place, folders, files in os.walk(folder):
+        for name in (*folders, *files):
+            path = Path(place, name)
+            with contextlib.suppress(FileNotFoundError):  # taken away in this moment
+                status = path.lstat()
+                of_file = (status.st_size, status.st_mtime_ns) if name in files else ()
+                found[str(path.relative_to(folder))] = (status.st_ino, *of_file)
+    found.pop(LOCK, None)
+    return found
+
+
+def empty(folder: Path) -> None:
+    """Delete what a folder holds, but for the lock."""
+    for path in folder.iterdir():
+        if path.name == LOCK:
+            continue
+        if path.is_dir() and not path.is_symlink():
+            shutil.rmtree(path, ignore_errors=True)
+        else:
+            path.unlink(missing_ok=True)

@@ -1,0 +1,206 @@
+"""Which folder a run gets, what it may remove there, and what a run.json may hold that is none."""
+
+from __future__ import annotations
+
+import json
+import threading
+from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import ExitStack
+from pathlib import Path
+
+import pytest
+
+from finetune.__main__ import main as finetune
+from novelgpt.settings.errors import UserError
+from novelgpt.settings.parser import parse_arguments
+from novelgpt.settings.runs import FinetuneRun
+from novelgpt.training import run_choice
+from novelgpt.training.run_choice import choose_run_folder
+from novelgpt.training.run_folder import claim_run_folder
+from novelgpt.training.run_record import newest_finetuning, read_run
+from tests.faults.runs import files_of, write_base, write_rows
+
+Words = Callable[..., list[str]]
+
+
+@pytest.fixture(scope="module")
+def words(base_folder: Path, tmp_path_factory: pytest.TempPathFactory) -> Words:
+    """The command line of a small run into a folder."""
+    place = tmp_path_factory.mktemp("inputs")
+    base = write_base(base_folder, place / "base")
+    _, questions = write_rows(place / "rows", 12)
+    common = ["--model", str(base), "--train_files", str(questions), "--max_length", "32", "--max_steps", "2"]
+    common += ["--save_strategy", "steps", "--save_steps", "1", "--stop_check", "0", "--eval_on_start", "False"]
+
+    def make(folder: Path | None, *more: str) -> list[str]:
+        return [*common, *([] if folder is None else ["--output_dir", str(folder)]), *more]
+
+    return make
+
+
+@pytest.fixture(scope="module")
+def finished(words: Words, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A run that has ended well."""
+    folder = tmp_path_factory.mktemp("finished") / "run"
+    finetune(words(folder))
+    return folder
+
+
+def status_of(folder: Path) -> str:
+    return str(json.loads((folder / "run.json").read_text(encoding="utf-8"))["status"])
+
+
+def test_runs_that_start_together_get_folders_of_their_own(
+    words: Words, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(run_choice, "OUTPUT", tmp_path)
+    count = 6
+    together = threading.Barrier(count)
+
+    def claim(_: int) -> Path:
+        run = parse_arguments(FinetuneRun, words(None))
+        together.wait()
+        with claim_run_folder(run) as folder:
+            together.wait()  # all are held at once
+            return folder.path
+
+    for _ in range(5):
+        with ThreadPoolExecutor(count) as pool:
+            folders = list(pool.map(claim, range(count)))
+        names = ["finetune", *(f"finetune-{number}" for number in range(2, count + 1))]
+        assert sorted(folder.name for folder in folders) == sorted(names)
+        assert list(tmp_path.iterdir()) == []  # none of them was used
+
+
+def test_what_a_killed_run_left_before_it_began_is_taken_again(
+    words: Words, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(run_choice, "OUTPUT", tmp_path)
+    (tmp_path / "finetune").mkdir()
+    (tmp_path / "finetune" / "run.lock").touch()
+    with claim_run_folder(parse_arguments(FinetuneRun, words(None))) as folder:
+        assert folder.path == tmp_path / "finetune"
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_an_error_in_the_data_leaves_no_folder(
+    words: Words, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    (tmp_path / "rows.jsonl").write_text('{"prompt": 1}\n', encoding="utf-8")
+    folder = tmp_path / "new" / "run"
+    with pytest.raises(SystemExit, match="2"):
+        finetune(words(folder, "--train_files", str(tmp_path / "rows.jsonl")))
+    assert "rows.jsonl:1" in capsys.readouterr().err
+    assert not folder.parent.exists()
+
+
+def test_two_runs_into_one_folder_are_refused(words: Words, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    folder = tmp_path / "run"
+    with claim_run_folder(parse_arguments(FinetuneRun, words(folder))):
+        for more in ([], ["--overwrite_output_dir"], ["--resume", "False"]):
+            with pytest.raises(SystemExit, match="2"):
+                finetune(words(folder, *more))
+            assert f"another process trains into {folder}" in capsys.readouterr().err
+    assert not folder.exists()
+
+
+def test_only_the_run_that_was_seen_is_replaced(finished: Path, words: Words) -> None:
+    (finished / "predict").mkdir()
+    run = parse_arguments(FinetuneRun, words(finished, "--overwrite_output_dir"))
+    before = files_of(finished)
+    with pytest.raises(UserError, match="was changed by something else.*: predict/scores.json"), ExitStack() as stack:
+        folder = stack.enter_context(claim_run_folder(run))
+        (finished / "predict" / "scores.json").write_text("{}")
+        folder.begin(run)
+    assert files_of(finished).items() >= before.items()
+    (finished / "predict" / "scores.json").unlink()
+    (finished / "predict").rmdir()
+
+
+def test_a_finished_run_is_not_even_touched(finished: Path, words: Words, capsys: pytest.CaptureFixture[str]) -> None:
+    before = files_of(finished)
+    (finished / "run.lock").unlink()
+    before.pop(finished / "run.lock")
+    for more in ([], ["--resume"], ["--overwrite_output_dir", "--max_length", "1"]):
+        with pytest.raises(SystemExit, match="2"):
+            finetune(words(finished, *more))
+        assert "Traceback" not in capsys.readouterr().err
+        assert files_of(finished) == before
+
+
+@pytest.mark.parametrize("there", [True, False])
+def test_a_link_stays_and_what_it_points_to_holds_the_run(
+    there: bool, finished: Path, words: Words, tmp_path: Path
+) -> None:
+    target, link = tmp_path / "disk" / "target", tmp_path / "link"
+    link.symlink_to(target)
+    if there:
+        target.mkdir(parents=True)
+        (target / "run.json").write_text((finished / "run.json").read_text("utf-8"), encoding="utf-8")
+        (target / "checkpoint-9").mkdir()
+    finetune(words(link, "--overwrite_output_dir", "--save_strategy", "no"))
+    assert link.is_symlink() and status_of(target) == "finished"
+    assert (target / "model.safetensors").is_file() and not (target / "checkpoint-9").exists()
+
+
+DAMAGED = {
+    "nothing": b"",
+    "a list": b"[]",
+    "a number": b"7",
+    "null": b"null",
+    "cut off": b'{"pipeline": "finetune", "status": "fin',
+    "UTF-16": '{"pipeline": "finetune"}'.encode("utf-16"),
+    "GBK": '{"pipeline": "微调"}'.encode("gbk"),
+    "another shape": b'{"pipeline": ["finetune"], "status": "finished", "finished": "3000"}',
+    "null for a word": b'{"pipeline": "finetune", "status": null}',
+    "a date of another kind": b'{"pipeline": "finetune", "status": "finished", "finished": {"at": 3000}}',
+    "arguments in a list": b'{"pipeline": "finetune", "status": "running", "arguments": [1]}',
+    "training in a list": b'{"pipeline": "finetune", "status": "running", "arguments": {"training": [1]}}',
+    "words for sizes": b'{"arguments": {"training": {"per_device_train_batch_size": "4"}}}',
+    "no sizes": b'{"pipeline": "finetune", "status": "running", "arguments": {"training": {}}}',
+    "hashes in a list": b'{"pipeline": "finetune", "status": "running", "data_sha256": ["a"]}',
+    "no processes": b'{"pipeline": "finetune", "status": "running", "processes": 0}',
+    "data of another shape": b'{"data": [{"role": "train_files"}]}',
+    "resumed once": b'{"pipeline": "finetune", "resumed": "yes"}',
+    "deep": b"[" * 200_000,
+    "a long number": b'{"seed": ' + b"9" * 5000 + b"}",
+}  # fmt: skip
+INCOMPLETE = {
+    "an object": b"{}",
+    "a pipeline alone": b'{"pipeline": "finetune"}',
+    "no pipeline": b'{"status": "finished", "finished": "3000"}',
+    "no date": b'{"pipeline": "finetune", "status": "stopped"}',
+    "no arguments": b'{"pipeline": "finetune", "status": "running", "model": "m", "processes": 1}',
+    "no training": b'{"pipeline": "finetune", "arguments": {"data": {}}}',
+    "a mark of byte order": b'\xef\xbb\xbf{"pipeline": "finetune", "status": "running"}',
+}
+
+
+@pytest.mark.parametrize("name", [*DAMAGED, *INCOMPLETE])
+def test_a_damaged_run_json_is_told_in_a_line_and_disturbs_no_other(
+    name: str, finished: Path, words: Words, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(run_choice, "OUTPUT", tmp_path)
+    folder = tmp_path / "finetune"
+    folder.mkdir()
+    (folder / "run.json").write_bytes({**DAMAGED, **INCOMPLETE}[name])
+    if name in DAMAGED:
+        with pytest.raises(UserError, match="run.json cannot be read: "):
+            read_run(folder)
+    before = files_of(folder)
+    with pytest.raises(UserError, match="run"):
+        choose_run_folder(parse_arguments(FinetuneRun, words(folder)))
+    with claim_run_folder(parse_arguments(FinetuneRun, words(None))) as unnamed:
+        assert unnamed.path == tmp_path / "finetune-2"
+    (tmp_path / "good").mkdir()
+    (tmp_path / "good" / "run.json").write_bytes((finished / "run.json").read_bytes())
+    assert newest_finetuning(tmp_path) == tmp_path / "good"
+    assert files_of(folder) == before
+
+
+def test_a_huge_run_json_is_not_read(tmp_path: Path) -> None:
+    with (tmp_path / "run.json").open("wb") as file:
+        file.truncate(60 * 10**9)
+    with pytest.raises(UserError, match="60000000000 bytes are no description"):
+        read_run(tmp_path)
