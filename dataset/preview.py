@@ -29,9 +29,10 @@ from novelgpt.settings.errors import UserError, exit_on_user_error
 from novelgpt.settings.paths import TINY
 from novelgpt.settings.terminal import say
 from novelgpt.settings.whole_files import write_whole
+from novelgpt.text.encoding import document_end_id, encode_document
 from novelgpt.text.packing import PackedBlocks
 from novelgpt.text.statistics import TokenCounts, row_spans, show_counts
-from novelgpt.text.tokenizer import document_end_id, encode, load_tokenizer
+from novelgpt.text.tokenizer import load_tokenizer
 
 
 @exit_on_user_error
@@ -131,7 +132,7 @@ def _blocks(words: Namespace, tokenizer: PreTrainedTokenizerBase) -> Iterator[Sh
     wanted = words.rows * (words.max_length - 1) + 1
     for name, text in _documents(words):
         # A character is a token as a rule and hardly ever four: what no block shows is not tokenised.
-        ids = encode(text[: 4 * wanted], tokenizer)
+        ids = encode_document(text[: 4 * wanted], tokenizer)
         documents.append(numpy.array([*ids, end], dtype=numpy.int32))
         names.append(name)
         wanted -= len(documents[-1])

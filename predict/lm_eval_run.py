@@ -27,6 +27,7 @@ from novelgpt.settings.command_parser import CommandParser
 from novelgpt.settings.console import make_console
 from novelgpt.settings.errors import UserError, exit_on_user_error
 from novelgpt.settings.terminal import say
+from novelgpt.text.encoding import document_begin_ids
 from novelgpt.text.tokenizer import load_tokenizer
 
 GENERAL_TASKS = "cmmlu,ceval-valid"
@@ -96,6 +97,8 @@ def _run_harness(words: list[str]) -> None:
             chosen = ModelArguments(pretrained, "sdpa", allow_pickles=bool(allow_pickles))
             tokenizer = load_tokenizer(chosen)
             model = load_for_generation(chosen, tokenizer)
+            # As in training, texts begin with the token that the tokenizer puts before them (Llama, Gemma).
+            further.setdefault("add_bos_token", bool(document_begin_ids(tokenizer)))
             # Thoughts before an answer: off, as in training on answers without one.
             super().__init__(model, backend="causal", tokenizer=tokenizer, enable_thinking=False, **further)
 

@@ -18,7 +18,7 @@ from novelgpt.text.conversation import (
     encode_conversation,
     encode_prompt,
 )
-from novelgpt.text.tokenizer import encode
+from novelgpt.text.encoding import encode, encode_document
 from predict.scoring_fields import Scoring, read_scoring
 
 
@@ -122,5 +122,5 @@ def _plain_row(unworded: dict[str, Any], tokenizer: PreTrainedTokenizerBase | No
     messages = [{"role": "user", "content": prompt}]
     if reference:
         messages.append({"role": "assistant", "content": reference})
-    prompt_ids = encode(prompt, tokenizer) if tokenizer is not None else []
+    prompt_ids = encode_document(prompt, tokenizer) if tokenizer is not None else []
     return PromptRow(unworded["id"], prompt_ids, messages, reference, read_scoring(record, where), plain=True)

@@ -28,7 +28,8 @@ from novelgpt.model.loading import load_model
 from novelgpt.settings.paths import ROOT
 from novelgpt.settings.runs import LoraRun, TrainingRun
 from novelgpt.settings.units import gigabytes
-from novelgpt.text.tokenizer import encode, load_tokenizer
+from novelgpt.text.encoding import encode
+from novelgpt.text.tokenizer import load_tokenizer
 from novelgpt.training.auto_batch import cuda_peak
 from novelgpt.training.guards import GradientWatch, check_forward
 from novelgpt.training.loss import attach_chunked_loss

@@ -14,8 +14,8 @@ from dataclasses import dataclass, field
 from transformers import PreTrainedTokenizerBase
 
 from novelgpt.settings.errors import UserError
+from novelgpt.text.encoding import encode
 from novelgpt.text.templates import BAICHUAN_NAMES, USER_ID, record_thinking, template_record
-from novelgpt.text.tokenizer import encode
 
 IGNORED = -100
 Message = dict[str, str]

@@ -17,8 +17,8 @@ from typing import NamedTuple
 import numpy
 from transformers import PreTrainedTokenizerBase, PreTrainedTokenizerFast
 
+from novelgpt.text.encoding import document_begin_ids, document_end_id, encode
 from novelgpt.text.origins import Origin, TextMarks
-from novelgpt.text.tokenizer import document_end_id, encode
 
 # Of characters. Pieces are small enough to share out evenly; a batch keeps the cores busy and takes about 50 MB.
 PIECE, BATCH = 4_000, 250_000
@@ -137,18 +137,20 @@ class PieceEncoder:
     Attributes:
         in_pieces: whether documents may be cut.
         dtype: of the tokens.
+        begin: the tokens before each document; most tokenizers have none.
         end: the token behind each document.
     """
 
     def __init__(self, tokenizer: PreTrainedTokenizerBase) -> None:
         self.tokenizer = tokenizer
         self.in_pieces = cuts_are_exact(tokenizer)
-        self.dtype, self.end = token_type(tokenizer), document_end_id(tokenizer)
+        self.dtype = token_type(tokenizer)
+        self.begin, self.end = document_begin_ids(tokenizer), document_end_id(tokenizer)
 
     def encode(
         self, pieces: Iterable[Piece], marks: TextMarks | None = None
     ) -> Iterator[tuple[numpy.ndarray, list[int]]]:
-        """Tokens of the pieces end to end, in batches, with the end token behind each document.
+        """Tokens of the pieces end to end, in batches, each document between its begin and end tokens.
 
         Args:
             pieces: of documents.
@@ -190,6 +192,7 @@ class PieceEncoder:
             starts.append(len(tokens))
             if piece.begins:
                 begins.append(len(tokens))
+                tokens.extend(self.begin)
             tokens.extend(ids)
             if piece.ends:
                 tokens.append(self.end)

@@ -20,7 +20,7 @@ from transformers import PreTrainedTokenizerBase
 from novelgpt.settings.console import VisibleConsole, make_console
 from novelgpt.settings.terminal import one_line, visible
 from novelgpt.text.conversation import IGNORED
-from novelgpt.text.tokenizer import encode
+from novelgpt.text.encoding import encode
 
 # How a decoder shows bytes that are no whole character.
 BROKEN = "\ufffd"

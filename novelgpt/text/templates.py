@@ -17,6 +17,7 @@ from transformers import AddedToken, PreTrainedTokenizerBase
 
 from novelgpt.model.baichuan.tokenization import BaichuanTokenizer
 from novelgpt.settings.errors import UserError
+from novelgpt.text.encoding import document_begin_ids
 
 CHATML_TEMPLATE = (
     "{% for message in messages %}{{ '<|im_start|>' + message['role'] + '\\n' + message['content'] + '<|im_end|>\\n' }}"
@@ -109,9 +110,12 @@ def _default_template(tokenizer: PreTrainedTokenizerBase, model_folder: str) -> 
                 tokenizer.add_tokens([AddedToken(piece, normalized=False) for piece in pieces])
             second = _is_second_generation(tokenizer, Path(model_folder))
             return BAICHUAN_NAMES[second], baichuan_template(pieces[0], pieces[1], ends_answers=not second)
+    # Written into the template, so that other programs, which encode what it renders as it is, have it too.
+    begin = "".join(tokenizer.convert_ids_to_tokens(document_begin_ids(tokenizer)))
+    before = f"{{{{ {begin!r} }}}}" if begin else ""
     if {"<|im_start|>", "<|im_end|>"} <= tokenizer.get_vocab().keys():
-        return "chatml", CHATML_TEMPLATE
-    return "plain", PLAIN_TEMPLATE
+        return "chatml", before + CHATML_TEMPLATE
+    return "plain", before + PLAIN_TEMPLATE
 
 
 def _is_second_generation(tokenizer: PreTrainedTokenizerBase, folder: Path) -> bool:

@@ -17,9 +17,9 @@ import numpy
 from transformers import PreTrainedTokenizerBase
 
 from novelgpt.settings.errors import UserError
+from novelgpt.text.encoding import document_begin_ids, document_end_id
 from novelgpt.text.origins import SavedMarks, TokenOrigins
 from novelgpt.text.pieces import PieceEncoder, encode_texts
-from novelgpt.text.tokenizer import document_end_id
 
 KIND, VERSION = "novelgpt tokens", 1
 MANIFEST, SHARDS, TOKENS, STARTS, ORIGINS = "manifest.json", "shards", "tokens", "starts.npy", "origins.jsonl"
@@ -90,7 +90,8 @@ def join_texts(texts: Iterable[TokenText]) -> TokenText:
 
 
 def tokenizer_digest(tokenizer: PreTrainedTokenizerBase) -> str:
-    """Hexadecimal sha256 of what decides the tokens of a text: the vocabulary, the end of documents, what it merges.
+    """Hexadecimal sha256 of what decides the tokens of a text: the vocabulary, what begins and ends documents, what it
+    merges.
 
     The last by encoding a text made of the vocabulary, so that saving a tokenizer, loading it in another version of its
     library, and giving it another chat template change nothing.
@@ -102,6 +103,8 @@ def tokenizer_digest(tokenizer: PreTrainedTokenizerBase) -> str:
         for begin in range(0, len(tried), 500)
     ]
     what = [vocabulary, document_end_id(tokenizer), encode_texts([_PROBE, *texts], tokenizer)]
+    if begin := document_begin_ids(tokenizer):
+        what.append(begin)  # else the digest is that of folders made before begin tokens were put in
     return hashlib.sha256(json.dumps(what).encode()).hexdigest()
 
 

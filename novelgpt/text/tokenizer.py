@@ -7,6 +7,7 @@ from transformers import AutoTokenizer, PreTrainedTokenizerBase
 from novelgpt.model.hub import locate, runs_own_code
 from novelgpt.settings.arguments import ModelArguments
 from novelgpt.settings.errors import UserError
+from novelgpt.text.encoding import encode
 from novelgpt.text.templates import settle_template
 
 
@@ -41,14 +42,3 @@ def load_tokenizer(model: ModelArguments) -> PreTrainedTokenizerBase:
         tokenizer.init_kwargs.pop("auto_map", None)  # saved, it would name files that are not there
     settle_template(tokenizer, source)
     return tokenizer
-
-
-def document_end_id(tokenizer: PreTrainedTokenizerBase) -> int:
-    """The token between documents in pretraining: <|endoftext|> for the Qwen family, else the end token."""
-    end_of_text = tokenizer.get_vocab().get("<|endoftext|>")
-    return int(tokenizer.eos_token_id) if end_of_text is None else int(end_of_text)
-
-
-def encode(text: str, tokenizer: PreTrainedTokenizerBase) -> list[int]:
-    """Tokens of a piece of text, with nothing added before or after, whatever its length."""
-    return list(tokenizer(text, add_special_tokens=False, verbose=False)["input_ids"])

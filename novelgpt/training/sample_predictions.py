@@ -23,8 +23,8 @@ from novelgpt.model.generation import Answer, answer_end_ids, answer_prompts
 from novelgpt.scoring.repetition import rep4_char
 from novelgpt.scoring.rouge import mean_f, score_texts
 from novelgpt.settings.arguments import GenerationArguments, TrainArguments
+from novelgpt.text.encoding import document_end_id
 from novelgpt.text.statistics import BROKEN, trained_runs
-from novelgpt.text.tokenizer import document_end_id
 
 PREDICTIONS_FILE = "predictions_during_eval.jsonl"
 # Where a row has no prompt of its own, this much of its first half is one.

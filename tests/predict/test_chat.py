@@ -15,7 +15,7 @@ from novelgpt.model.loading import load_for_generation
 from novelgpt.settings.arguments import GenerationArguments, ModelArguments
 from novelgpt.settings.errors import UserError
 from novelgpt.text.conversation import encode_prompt, end_token_ids
-from novelgpt.text.tokenizer import encode
+from novelgpt.text.encoding import encode
 from predict.chat import Chat, StreamedText
 from tests.launched import PATIENCE
 from tests.text.test_templates import build_baichuan_folder, load_baichuan

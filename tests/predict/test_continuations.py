@@ -15,7 +15,7 @@ from novelgpt.scoring.text_scores import repetition_scores
 from novelgpt.settings.errors import UserError
 from novelgpt.settings.paths import SAMPLES
 from novelgpt.text.conversation import IGNORED
-from novelgpt.text.tokenizer import encode
+from novelgpt.text.encoding import encode
 from predict.__main__ import main as predict_main
 from predict.continuations import Asking, Book, Chapter, choose, main, places, reference_from, rows_of
 from predict.rows import read_prompt_rows

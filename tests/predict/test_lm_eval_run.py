@@ -13,7 +13,8 @@ import torch
 
 from novelgpt.model.loading import load_for_generation
 from novelgpt.settings.arguments import ModelArguments
-from novelgpt.text.tokenizer import encode, load_tokenizer
+from novelgpt.text.encoding import encode
+from novelgpt.text.tokenizer import load_tokenizer
 from predict.lm_eval_run import main
 from tests.launched import PATIENCE
 from tests.model.original_checkpoints import write_original_baichuan

@@ -8,8 +8,8 @@ import pytest
 from transformers import AutoTokenizer, PreTrainedTokenizerBase
 
 from novelgpt.text.conversation import IGNORED, Message, encode_conversation, record_answers
+from novelgpt.text.encoding import encode
 from novelgpt.text.templates import CHATML_TEMPLATE, PLAIN_TEMPLATE, settle_template
-from novelgpt.text.tokenizer import encode
 from predict.chat import Chat
 from predict.rows import PromptRow, read_prompt_rows
 from tests.text.test_templates import (

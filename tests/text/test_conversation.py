@@ -23,9 +23,9 @@ from novelgpt.text.conversation import (
     end_token_ids,
     record_answers,
 )
+from novelgpt.text.encoding import encode
 from novelgpt.text.packing import PackedRows
 from novelgpt.text.templates import CHATML_TEMPLATE, PLAIN_TEMPLATE, settle_template, template_record
-from novelgpt.text.tokenizer import encode
 from tests.text.test_templates import THINKING as QWEN3
 from tests.text.test_templates import build_baichuan_folder, load_baichuan, with_template
 

@@ -15,8 +15,8 @@ from novelgpt.settings.arguments import CorpusArguments, ModelArguments
 from novelgpt.settings.errors import UserError
 from novelgpt.text.collator import Collator
 from novelgpt.text.conversation import IGNORED
+from novelgpt.text.encoding import document_end_id, encode
 from novelgpt.text.packing import PackedBlocks
-from novelgpt.text.tokenizer import document_end_id, encode
 from tests.rounding import assert_close
 
 END = 0

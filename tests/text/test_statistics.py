@@ -9,9 +9,10 @@ from transformers import PreTrainedTokenizerBase
 
 from novelgpt.settings.arguments import ModelArguments
 from novelgpt.text.conversation import IGNORED, encode_conversation
+from novelgpt.text.encoding import document_end_id, encode
 from novelgpt.text.packing import PackedBlocks
 from novelgpt.text.statistics import trained_characters, trained_runs
-from novelgpt.text.tokenizer import document_end_id, encode, load_tokenizer
+from novelgpt.text.tokenizer import load_tokenizer
 
 SHARED = Path(__file__).resolve().parents[3] / "shared" / "tokenizers"
 TOKENIZERS = ["embedded"] + [name for name in ("qwen2", "baichuan2-fast") if (SHARED / name).is_dir()]

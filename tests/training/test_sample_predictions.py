@@ -20,8 +20,8 @@ from novelgpt.scoring.repetition import rep4_char
 from novelgpt.scoring.rouge import mean_f, score_texts
 from novelgpt.settings.arguments import GenerationArguments, ModelArguments, TrainArguments
 from novelgpt.text.conversation import encode_conversation, encode_prompt
+from novelgpt.text.encoding import document_end_id, encode
 from novelgpt.text.packing import PackedBlocks
-from novelgpt.text.tokenizer import document_end_id, encode
 from novelgpt.training.sample_predictions import (
     MOST_PROMPT_TOKENS,
     PREDICTIONS_FILE,

@@ -1,0 +1,33 @@
+"""Text to tokens, and the tokens that begin and end documents."""
+
+from __future__ import annotations
+
+from transformers import PreTrainedTokenizerBase
+
+
+def document_begin_ids(tokenizer: PreTrainedTokenizerBase) -> list[int]:
+    """The tokens that a model has seen before each text: Llama's and Gemma's begin token; none for Qwen and Baichuan.
+
+    They are those that the tokenizer itself puts before a text, whatever it names them.
+    """
+    probe = "字"
+    whole = list(tokenizer(probe, add_special_tokens=True, verbose=False)["input_ids"])
+    text = encode(probe, tokenizer)
+    places = (place for place in range(len(whole)) if whole[place : place + len(text)] == text)
+    return whole[: next(places, 0)]
+
+
+def encode_document(text: str, tokenizer: PreTrainedTokenizerBase) -> list[int]:
+    """Tokens of a text from its start: those that begin a document, then its own. Nothing ends it."""
+    return document_begin_ids(tokenizer) + encode(text, tokenizer)
+
+
+def encode(text: str, tokenizer: PreTrainedTokenizerBase) -> list[int]:
+    """Tokens of a piece of text, with nothing added before or after, whatever its length."""
+    return list(tokenizer(text, add_special_tokens=False, verbose=False)["input_ids"])
+
+
+def document_end_id(tokenizer: PreTrainedTokenizerBase) -> int:
+    """The token between documents in pretraining: <|endoftext|> for the Qwen family, else the end token."""
+    end_of_text = tokenizer.get_vocab().get("<|endoftext|>")
+    return int(tokenizer.eos_token_id) if end_of_text is None else int(end_of_text)
