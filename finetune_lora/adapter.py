@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import warnings
 from pathlib import Path
 
 import torch
@@ -12,6 +13,7 @@ from transformers.integrations import is_deepspeed_zero3_enabled
 from transformers.pytorch_utils import Conv1D
 from transformers.utils import GENERATION_CONFIG_NAME
 
+from finetune_lora.experts import expert_parameters, modules_left, settle_experts
 from novelgpt.model.baichuan.modeling import NormHead
 from novelgpt.settings.arguments import LoraArguments
 from novelgpt.settings.errors import UserError
@@ -43,22 +45,31 @@ def attach_lora(
         UserError: no module has a name of `lora_targets`, or one that has cannot bear an adapter; or rows that should
             be trained cannot be.
     """
-    _check_targets(model, lora.lora_targets)
+    everything = lora.lora_targets == ["all-linear"]
+    modules, parameters = ([], []) if everything else modules_left(model, lora.lora_targets)
+    _check_targets(model, modules, lora.lora_targets)
     rows = {} if tokenizer is None else _rows_to_train(model, lora, tokenizer)
     config = LoraConfig(
         task_type="CAUSAL_LM",
         r=lora.lora_rank,
         lora_alpha=lora.lora_alpha,
         lora_dropout=lora.lora_dropout,
-        target_modules="all-linear" if lora.lora_targets == ["all-linear"] else lora.lora_targets,
+        target_modules="all-linear" if everything else [name for name in lora.lora_targets if name not in parameters],
+        target_parameters=parameters or None,
         trainable_token_indices=rows or None,
         use_rslora=lora.use_rslora,
         use_dora=lora.use_dora,
     )
+    for line in settle_experts(model, config):
+        if is_first_process():
+            say(line)
     if lora.qlora:
         model = prepare_model_for_kbit_training(model, use_gradient_checkpointing=False)
     try:
-        adapted = get_peft_model(model, config)
+        with warnings.catch_warnings():
+            # Ranks by pattern are those of parameters here, which peft looks for among the modules alone.
+            warnings.filterwarnings("ignore", message="The following (rank|alpha)_pattern keys")
+            adapted = get_peft_model(model, config)
     except ValueError as error:
         raise UserError(f"--lora_targets {' '.join(lora.lora_targets)}: {error}", _choice(model)) from error
     # With activation checkpointing, adapters get no gradient unless the embedding's output asks for one.
@@ -68,14 +79,12 @@ def attach_lora(
     return adapted  # type: ignore[return-value]
 
 
-def _check_targets(model: PreTrainedModel, targets: list[str]) -> None:
-    """Each name is that of a module (or the end of one, after a dot), and none that of a NormHead."""
-    if targets == ["all-linear"]:
-        return
+def _check_targets(model: PreTrainedModel, targets: list[str], named: list[str]) -> None:
+    """Each name of `targets`, of all that are named, is that of a module, or its end, and none that of a NormHead."""
     for target in targets:
         parts = [part for name, part in model.named_modules() if f".{name}".endswith(f".{target}")]
         if not parts:
-            raise UserError(f"--lora_targets {' '.join(targets)}: no module is named {target}", _choice(model))
+            raise UserError(f"--lora_targets {' '.join(named)}: no module is named {target}", _choice(model))
         if any(isinstance(part, NormHead) for part in parts):
             raise UserError(
                 f"--lora_targets {target}: the head of {type(model).__name__} normalises its rows, which does not "
@@ -90,7 +99,7 @@ def _choice(model: PreTrainedModel) -> str:
         for name, part in model.named_modules()
         if isinstance(part, ADAPTABLE) and not isinstance(part, NormHead)
     }
-    return f"take some of {', '.join(sorted(names))}, or all-linear"
+    return f"take some of {', '.join(sorted(names | expert_parameters(model)))}, or all-linear"
 
 
 def _rows_to_train(

@@ -229,6 +229,11 @@ class TrainArguments(TrainingArguments):
         "What to do in a step whose loss or gradients are not finite, once its rows are named. skip: leave the step "
         "out; ten in a row stop all the same.",
     )
+    router_aux_loss_coef: float | None = option(
+        None,
+        "Weight of the loss that keeps the experts of a mixture evenly used; 0 is off. Default: what config.json asks "
+        "for: its own router_aux_loss_coef where output_router_logits is true.",
+    )
     stop_check: int = option(
         20, "After fine-tuning, answer this many training prompts and report how many answers end; 0 is off."
     )

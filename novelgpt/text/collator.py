@@ -11,6 +11,8 @@ from novelgpt.text.conversation import IGNORED
 
 # A row's number among the training rows, where they carry one, and those of a batch: not for the model.
 NUMBER, NUMBERS = "number", "numbers"
+# [rows, tokens] bool: what is no padding, in packed rows.
+TOKEN_MASK = "token_mask"
 
 
 @dataclass
@@ -27,10 +29,12 @@ class Collator:
     borders that attention must not cross in transformers' terms: "cu_seq_lens_q" and "cu_seq_lens_k", [documents + 1]
     int32, where documents start in the rows laid end to end, then the number of all tokens; "max_length_q" and
     "max_length_k", tokens of the longest. Where rows carry a "number", "numbers" lists them, to be taken out before the
-    model gets the batch.
+    model gets the batch. With `mask_packs`, packed rows have a "token_mask" as well, [rows, tokens] bool, for the
+    statistics of routers: no attention needs it.
     """
 
     pad_token_id: int
+    mask_packs: bool = False
 
     def __call__(self, rows: list[dict[str, Any]]) -> dict[str, Any]:
         """Rows are {"input_ids", "labels"} and, where they are packed, "position_ids"."""
@@ -49,6 +53,8 @@ class Collator:
         starts = (positions == 0).flatten().nonzero()[:, 0]
         borders = torch.cat([starts, torch.tensor([positions.numel()])]).to(torch.int32)
         most = int(borders.diff().max())
+        if self.mask_packs:
+            batch[TOKEN_MASK] = _pad([[1] * len(row["input_ids"]) for row in rows], longest, 0).bool()
         return batch | {
             "position_ids": positions,
             "cu_seq_lens_q": borders,

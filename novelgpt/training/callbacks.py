@@ -167,7 +167,8 @@ class Progress(ProgressCallback):
         elif "loss" in logs:
             line = (
                 f"step {state.global_step:>5}/{state.max_steps}  loss {logs['loss']:.4f}  "
-                f"lr {logs['learning_rate']:.2e}  grad norm {logs.get('grad_norm', 0.0):.3f}  "
+                + (f"balancing loss {logs['aux_loss']:.3f}  " if "aux_loss" in logs else "")
+                + f"lr {logs['learning_rate']:.2e}  grad norm {logs.get('grad_norm', 0.0):.3f}  "
                 f"{logs['tokens_per_second']:,.0f} tokens/s  {logs['utilisation']:.0%} of peak  "
                 f"{logs['memory_gb']:.2f} GB  {timedelta(seconds=round(logs['seconds_left']))} left"
             )

@@ -21,6 +21,7 @@ RANGES: dict[str, tuple[float, float]] = {
     "predict_max_new_tokens": (1, 1e6),
     "stop_check": (0, 1e6),
     "stop_check_max_new_tokens": (1, 1e6),
+    "router_aux_loss_coef": (0, 1e3),
     "per_device_train_batch_size": (1, 1e6),
     "per_device_eval_batch_size": (1, 1e6),
     "gradient_accumulation_steps": (1, 1e6),

@@ -175,7 +175,17 @@ class Assumptions(TorchDispatchMode):
             return False if args[0].dtype == torch.bool else 1
         if func is aten.nonzero.default:
             return args[0].new_empty((0, args[0].dim()), dtype=torch.int64)
+        if func is aten._grouped_mm.default:  # whose stand-in knows bf16 alone
+            return _grouped_product(*args[:3])
         if func is aten.index.Tensor and len(args[1]) == 1 and args[1][0].dtype == torch.bool:
             mask = args[1][0]
             return args[0].new_empty((mask.numel(), *args[0].shape[mask.dim() :]))
         return func(*args, **(kwargs or {}))
+
+
+def _grouped_product(left: torch.Tensor, right: torch.Tensor, ends: torch.Tensor | None = None) -> torch.Tensor:
+    """What the products of a mixture's experts take: [rows, columns] of each group's own, or one for each group."""
+    if left.dim() == 2 and right.dim() == 2:
+        assert ends is not None
+        return left.new_empty((len(ends), left.shape[0], right.shape[1]))
+    return left.new_empty((*left.shape[:-1], right.shape[-1]))

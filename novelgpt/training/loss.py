@@ -21,6 +21,7 @@ from transformers.utils import ModelOutput
 
 from novelgpt.model.baichuan.modeling import NormHead
 from novelgpt.text.conversation import IGNORED
+from novelgpt.training.routers import RouterBalance
 
 # Bytes of one chunk of logits: large enough that matrix products run near their best.
 CHUNK_BYTES = {"cpu": 160 * 2**20, "cuda": 512 * 2**20}
@@ -37,17 +38,23 @@ class TokenLoss(ModelOutput):
     """What a model with `attach_chunked_loss` returns for labelled rows.
 
     Attributes:
-        loss: [] the sum (of nats) over trained tokens divided by `num_items_in_batch`, or their mean without it.
+        loss: [] the sum (of nats) over trained tokens divided by `num_items_in_batch`, or their mean without it; where
+            gradients are made, with the balancing loss of routers.
+        aux_loss: [] the balancing loss alone, times the share of `num_items_in_batch` that these rows have: over all
+            micro-batches and processes of a step, a mean weighted by trained tokens. Without gradient and coefficient.
         token_losses: [trained tokens] fp32, row by row, where no gradients are made.
         token_hits: [trained tokens] bool, whether the likeliest token was right, where no gradients are made.
     """
 
     loss: torch.Tensor | None = None
+    aux_loss: torch.Tensor | None = None
     token_losses: torch.Tensor | None = None
     token_hits: torch.Tensor | None = None
 
 
-def attach_chunked_loss(model: PreTrainedModel, head_is_last: bool = True) -> None:
+def attach_chunked_loss(
+    model: PreTrainedModel, head_is_last: bool = True, balance: RouterBalance | None = None
+) -> None:
     """Let `model(labels=…)` return a TokenLoss. Without labels, it returns logits as ever.
 
     The model's forward and its head's are replaced on the instance, so that wrappers (peft, DDP, DeepSpeed) and their
@@ -57,6 +64,8 @@ def attach_chunked_loss(model: PreTrainedModel, head_is_last: bool = True) -> No
         model: a causal language model.
         head_is_last: whether the head's output is what the model returns. If not (soft caps, scaled logits), all logits
             are made and the loss is a plain cross-entropy.
+        balance: adds the balancing loss of routers where gradients are made; None leaves it out. What is padding is
+            told by "attention_mask", in packed rows by "token_mask".
     """
     head = model.get_output_embeddings()
     assert isinstance(head, nn.Module)
@@ -75,22 +84,45 @@ def attach_chunked_loss(model: PreTrainedModel, head_is_last: bool = True) -> No
         *arguments: Any,
         labels: torch.Tensor | None = None,
         num_items_in_batch: torch.Tensor | int | None = None,
+        token_mask: torch.Tensor | None = None,
         **options: Any,
     ) -> Any:
         if labels is None:
             return whole_forward(*arguments, **options)
         options.pop("return_dict", None)
+        balanced = balance is not None and torch.is_grad_enabled()
+        if balance is not None:
+            options["output_router_logits"] = balanced
         if not head_is_last:
-            logits = whole_forward(*arguments, **options).logits
-            return _plain_loss(logits, labels, num_items_in_batch)
-        hidden = model.get_decoder()(*arguments, **options).last_hidden_state
-        hidden, targets = _trained(hidden, labels)
-        return head(hidden, targets=targets, scale=_scale(targets, num_items_in_batch))
+            outputs = whole_forward(*arguments, **options)
+            loss = _plain_loss(outputs.logits, labels, num_items_in_batch)
+        else:
+            outputs = model.get_decoder()(*arguments, **options)
+            hidden, targets = _trained(outputs.last_hidden_state, labels)
+            loss = head(hidden, targets=targets, scale=_scale(targets, num_items_in_batch))
+        if balance is None or not balanced:
+            return loss
+        mask = token_mask if token_mask is not None else options.get("attention_mask")
+        return _with_balance(loss, balance, balance.loss(outputs.router_logits, mask), labels, num_items_in_batch)
 
     # `generate` and the Trainer read in the signature what the model takes.
     forward.__signature__ = inspect.signature(type(model).forward)  # type: ignore[attr-defined]
     head.forward = MethodType(forward_head, head)  # type: ignore[method-assign]
     model.forward = MethodType(forward, model)  # type: ignore[method-assign]
+
+
+def _with_balance(
+    loss: TokenLoss,
+    balance: RouterBalance,
+    of_routers: torch.Tensor,
+    labels: torch.Tensor,
+    num_items_in_batch: torch.Tensor | int | None,
+) -> TokenLoss:
+    """The loss with the balancing loss of the same rows, which counts as much as they do among those of the step."""
+    assert loss.loss is not None
+    targets = labels[:, 1:][labels[:, 1:] != IGNORED]
+    share = of_routers * (len(targets) * _scale(targets, num_items_in_batch))
+    return TokenLoss(loss=loss.loss + balance.coefficient * share, aux_loss=share.detach())
 
 
 def _trained(outputs: torch.Tensor, labels: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:

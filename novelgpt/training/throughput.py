@@ -34,14 +34,20 @@ class StepCost:
     """FLOPs of training steps, counted as useful work: what is computed again for checkpointing does not count.
 
     A weight costs 2 FLOPs a token forward, 2 for the gradient of its input, and 2 for its own where it is trained. The
-    head is charged for trained tokens only. Attention costs 6 L² of a layer's width for a document of L tokens: half of
-    the 12 L² of all pairs, since tokens see only what is before them.
+    head is charged for trained tokens only, experts of a mixture for the tokens sent to them. Attention costs 6 L² of a
+    layer's width for a document of L tokens: half of the 12 L² of all pairs, since tokens see only what is before them.
     """
 
     def __init__(self, model: PreTrainedModel) -> None:
         head = model.get_output_embeddings()
         self.per_token = self.per_trained_token = 0
+        chosen = getattr(model.config.get_text_config(), "num_experts_per_tok", None)
         for module in model.modules():
+            experts = vars(module).get("num_experts")
+            if experts and chosen:
+                stacks = [weight for weight in module.parameters(recurse=False) if weight.dim() == 3]
+                each = sum(weight.numel() * (6 if weight.requires_grad else 4) for weight in stacks)
+                self.per_token += each * chosen // experts
             if not isinstance(module, nn.Linear):
                 continue
             # in_features and out_features, since quantised and partitioned weights have other shapes.

@@ -33,8 +33,8 @@ from transformers import (
 
 from novelgpt.scoring.perplexity import row_sums, summarise
 from novelgpt.settings.arguments import TrainArguments
-from novelgpt.settings.terminal import say_above_bars
-from novelgpt.text.collator import NUMBERS
+from novelgpt.settings.terminal import say, say_above_bars
+from novelgpt.text.collator import NUMBERS, Collator
 from novelgpt.training.checkpoints.folders import checkpoints, step_of
 from novelgpt.training.checkpoints.trainer import CheckpointTrainer
 from novelgpt.training.forward_checks import head_is_last
@@ -42,6 +42,7 @@ from novelgpt.training.guards import GradientWatch, check_forward, check_vocabul
 from novelgpt.training.longest_batch import try_batch
 from novelgpt.training.loss import attach_chunked_loss
 from novelgpt.training.numbers import StepWatch
+from novelgpt.training.routers import explain_balance, router_balance
 from novelgpt.training.row_losses import DocumentLoss, MicroBatch, NumberedRows, document_losses
 from novelgpt.training.sample_predictions import SamplePredictions
 from novelgpt.training.signals import EvaluationStopped
@@ -69,10 +70,17 @@ class NovelTrainer(CheckpointTrainer):
         super().__init__(**arguments, train_dataset=self.rows, compute_metrics=partial(_metrics, characters=characters))
         self.samples = samples
         base = base_model(self.model)
-        attach_chunked_loss(base, head_is_last(base))
+        self.balance = router_balance(base, cast(TrainArguments, self.args).router_aux_loss_coef)
+        attach_chunked_loss(base, head_is_last(base), self.balance)
+        if isinstance(self.data_collator, Collator):
+            self.data_collator.mask_packs = self.balance is not None
+        line = explain_balance(base, self.balance)
+        if line is not None and self.is_world_process_zero():
+            say(line)
         self.model_accepts_loss_kwargs = True  # the loss is divided by num_items_in_batch, whatever the architecture
         self.watch = self._step_watch(note)
-        self._loss_before = torch.zeros(())  # the sum since the last entry, before the step that is going on
+        # Sums since the last entry, before the step that is going on.
+        self._loss_before, self._aux_before = torch.zeros(()), torch.zeros(())
         self.throughput: Throughput | None = None  # from the first step on
         self._first_step = 0
         # Where weights may be left out of a step, tensors without a gradient tell nothing.
@@ -118,20 +126,37 @@ class NovelTrainer(CheckpointTrainer):
             self._first_step = self.state.global_step
             self.throughput = Throughput(base_model(self.model), self.args.device, dtype)
         if self.watch.begin(inputs, inputs.pop(NUMBERS)):
-            self._loss_before = self._tr_loss.clone()
+            self._loss_before, self._aux_before = self._tr_loss.clone(), self._aux_sum.clone()
         self.throughput.count(inputs)
+        self._aux_loss = None
         if not self._watch_gradients:
-            return super().training_step(model, inputs, num_items_in_batch)
+            return self._cross_entropy(super().training_step(model, inputs, num_items_in_batch))
         self._watch_gradients = False
         watch = GradientWatch(cast(nn.Module, self.model))
         loss = super().training_step(model, inputs, num_items_in_batch)
         watch.check()
-        return loss
+        return self._cross_entropy(loss)
 
-    def compute_loss(self, *arguments: Any, **keywords: Any) -> torch.Tensor:
+    def _cross_entropy(self, loss: torch.Tensor) -> torch.Tensor:
+        """What is logged as the loss of a micro-batch, without the balancing loss of routers, an entry of its own."""
+        if self.balance is None or self._aux_loss is None:
+            return loss
+        self._aux_sum = self._aux_sum.to(loss.device) + self._aux_loss
+        processes = self.accelerator.num_processes if self.args.average_tokens_across_devices else 1
+        return loss - self.balance.coefficient * processes * self._aux_loss
+
+    def compute_loss(
+        self,
+        model: nn.Module,
+        inputs: dict[str, Any],
+        return_outputs: bool = False,
+        num_items_in_batch: torch.Tensor | int | None = None,
+    ) -> Any:
         """The stock loss of a micro-batch, made NaN where the optimizer is to leave out the step (see StepWatch)."""
-        loss = cast(torch.Tensor, super().compute_loss(*arguments, **keywords))
-        return self.watch.see_loss(loss, last=self.accelerator.sync_gradients)
+        loss, outputs = super().compute_loss(model, inputs, True, num_items_in_batch)
+        self._aux_loss = outputs.aux_loss
+        loss = self.watch.see_loss(loss, last=self.accelerator.sync_gradients)
+        return (loss, outputs) if return_outputs else loss
 
     def _get_grad_norm(
         self, model: nn.Module, grad_norm: torch.Tensor | float | None = None
@@ -147,6 +172,7 @@ class NovelTrainer(CheckpointTrainer):
             cast(AcceleratedOptimizer, self.optimizer)._is_overflow = left_out  # the schedule stands still where it is
         if left_out:
             self._tr_loss.copy_(self._loss_before)
+            self._aux_sum = self._aux_before
             if self.accelerator.scaler is not None:
                 self.accelerator.scaler.update()  # or it would take the next step's gradients for these
             # The optimizer then does nothing, as in the midst of a step; the Trainer clears the gradients.
@@ -169,8 +195,8 @@ class NovelTrainer(CheckpointTrainer):
             self.accelerator.deepspeed_engine_wrapped.engine.empty_partition_cache()
         return found
 
-    def _without_skipped(self, loss: float) -> dict[str, float]:
-        """The mean loss of the steps since the last entry, as if of those that were trained; and how many were not.
+    def _means(self, loss: float) -> dict[str, float]:
+        """The mean losses of the steps since the last entry, as if of those that were trained; and how many were not.
 
         From the history alone, which a run that is gone on with has as well.
         """
@@ -181,7 +207,12 @@ class NovelTrainer(CheckpointTrainer):
         steps = self.state.global_step - last.get("step", 0)
         if skipped:
             loss = loss * steps / (steps - skipped) if skipped < steps else math.nan
-        return {"loss": loss} | ({"skipped_steps": total} if total else {})
+        means = {"loss": loss} | ({"skipped_steps": total} if total else {})
+        if self.balance is not None:
+            of_all = float(self.accelerator.reduce(self._aux_sum.to(self.args.device), "sum"))
+            means["aux_loss"] = of_all / (steps - skipped) if skipped < steps else math.nan
+            self._aux_sum = torch.zeros(())
+        return means
 
     def _step_watch(self, note: Callable[[dict[str, Any]], None] | None) -> StepWatch:
         def keep(entry: dict[str, Any]) -> None:
@@ -277,7 +308,7 @@ class NovelTrainer(CheckpointTrainer):
         if "train_loss" in logs:  # the stock one is of the steps since the run was last started
             logs["train_loss"] = self._total_loss_scalar / max(self.state.global_step, 1)
         if "loss" in logs and self.throughput is not None:
-            logs |= self._without_skipped(logs["loss"])
+            logs |= self._means(logs["loss"])
             logs |= self.throughput.read(lambda sums: self.accelerator.reduce(sums, "sum"), self.args.world_size)
             steps = self.state.global_step - self._first_step
             logs["seconds_left"] = round(logs["seconds"] / steps * (self.state.max_steps - self.state.global_step), 1)

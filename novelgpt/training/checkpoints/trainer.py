@@ -58,6 +58,8 @@ class CheckpointTrainer(Trainer):
         self._complete = complete
         self._order: ShuffledRows | None = None
         self._stored: dict[str, Any] | None = None  # states.json of the checkpoint that the run goes on from
+        self._aux_sum = torch.zeros(())  # of the routers' balancing losses of this process, since the last log entry
+        self._aux_loss: torch.Tensor | None = None  # of the micro-batch that is going on
         self.saved_step: int | None = None  # of the best checkpoint, once it is found at the end
         self.reloaded = False  # that checkpoint's weights have taken the place of the last step's
         self.add_callback(_Steps(self))
@@ -222,6 +224,7 @@ class CheckpointTrainer(Trainer):
             rank, processes = (self.args.process_index, self.args.world_size) if self.is_deepspeed_enabled else (0, 1)
             write_states(unfinished, cast(nn.Module, self.model), self.optimizer, rank, processes)
         losses = gather_object([float(self._tr_loss)])
+        aux_losses = gather_object([float(self._aux_sum)])
         if not self.is_world_process_zero():
             return
         scaler = self.accelerator.scaler
@@ -235,6 +238,7 @@ class CheckpointTrainer(Trainer):
             "scaler": None if scaler is None else scaler.state_dict(),
             "engine": {name: int(vars(engine)[name]) for name in names} if engine is not None else {},
             "losses": losses,
+            "aux_losses": aux_losses,
             "total_loss": self._total_loss_scalar,
             "last_logged": self._globalstep_last_logged,
         }
@@ -269,9 +273,10 @@ class _Steps(TrainerCallback):
         stored = self.trainer._stored
         if not state.global_step or stored is None:
             return
-        losses = stored["losses"]
-        own = losses[args.process_index] if len(losses) == args.world_size else sum(losses) / len(losses)
-        self.trainer._tr_loss += own
+        losses, aux_losses = stored["losses"], stored.get("aux_losses", [0.0])
+        same = len(losses) == args.world_size
+        self.trainer._tr_loss += losses[args.process_index] if same else sum(losses) / len(losses)
+        self.trainer._aux_sum += aux_losses[args.process_index] if same else sum(aux_losses) / args.world_size
         self.trainer._total_loss_scalar = stored["total_loss"]
         self.trainer._globalstep_last_logged = stored["last_logged"]
         evaluated = any("eval_loss" in entry and entry["step"] == state.global_step for entry in state.log_history)
