@@ -5,6 +5,7 @@ from __future__ import annotations
 import sys
 
 from novelgpt.settings.errors import UserError, exit_on_user_error
+from novelgpt.settings.remedies import python_module
 from novelgpt.settings.terminal import say
 
 COMMANDS = {
@@ -21,7 +22,7 @@ def main(argv: list[str] | None = None) -> None:
     words = list(sys.argv[1:] if argv is None else argv)
     if words[:1] in ([], ["--help"], ["-h"]):
         width = max(map(len, COMMANDS))
-        say("python -m dataset COMMAND …", "")
+        say(python_module("dataset COMMAND …"), "")
         say(*(f"  {name:<{width}}  {text}" for name, text in COMMANDS.items()))
         return
     command, *rest = words

@@ -14,6 +14,8 @@ from dataset.instructions import Instructions
 from dataset.novels.headings import LONGEST_HEADING, to_number
 from dataset.readers import Record, read_records
 from novelgpt.settings.errors import UserError
+from novelgpt.settings.remedies import python_module
+from novelgpt.settings.units import counted
 
 MANIFEST = "manifest.json"
 SPLITS = ("train", "held_out")
@@ -65,7 +67,9 @@ def find_splits(path: Path) -> dict[str, list[Path]]:
     if not path.is_dir():
         return {"train": [path], "held_out": []}
     if not (path / MANIFEST).is_file():
-        raise UserError(f"{path} holds no {MANIFEST}", "name a folder that `python -m dataset novels` has finished")
+        raise UserError(
+            f"{path} holds no {MANIFEST}", f"name a folder that `{python_module('dataset novels')}` has finished"
+        )
     shards = {
         split: [file for kind in SHARD_KINDS for file in sorted(path.glob(f"{split}-*.{kind}"))] for split in SPLITS
     }
@@ -101,7 +105,7 @@ def read_table(path: Path, columns: Sequence[str] = ()) -> Records:
             continue
         if len(values) != len(names):
             raise UserError(
-                f"{path}:{reader.line_num}: {len(values)} columns instead of {len(names)}",
+                f"{path}:{reader.line_num}: {counted(len(values), 'column')} instead of {len(names)}",
                 "mend that line, or name the columns in order with --columns, _ for one to leave out",
             )
         record = {name: value for name, value in zip(names, values, strict=True) if name != SKIPPED_COLUMN}

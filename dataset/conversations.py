@@ -15,6 +15,7 @@ from novelgpt.settings.arguments import ConversationArguments
 from novelgpt.settings.errors import UserError
 from novelgpt.settings.process import is_first_process
 from novelgpt.settings.terminal import say
+from novelgpt.settings.units import counted
 from novelgpt.text.conversation import IGNORED, EncodedRow, encode_conversation, record_answers
 from novelgpt.text.origins import TracedRows
 from novelgpt.text.packing import PackedRows
@@ -59,7 +60,8 @@ def read_conversations(
         encoded[name], counts[name] = encode_rows(rows, tokenizer, data)
         if not counts[name].trained:
             raise UserError(
-                f"no trainable token is left in the {len(rows)} {name} rows within --max_length {data.max_length}",
+                f"no trainable token is left in the {counted(len(rows), f'{name} row')} within --max_length "
+                f"{data.max_length}",
                 "raise --max_length, or bring rows with answers",
             )
     if is_first_process():
@@ -71,8 +73,9 @@ def read_conversations(
     train_packs, valid_packs = (PackedRows(encoded[name], data.max_length) for name in ("train", "valid"))
     if is_first_process():
         say(
-            f"{len(train_packs.rows):,} rows in {len(train_packs):,} packs of {data.max_length:,} tokens, "
-            f"{train_packs.fill():.1%} full: {len(train_packs.rows) / len(train_packs):.1f} rows a pack",
+            f"{counted(len(train_packs.rows), 'row')} in {counted(len(train_packs), 'pack')} of "
+            f"{data.max_length:,} tokens, {train_packs.fill():.1%} full: "
+            f"{len(train_packs.rows) / len(train_packs):.1f} rows a pack",
             "",
         )
     return train_packs, valid_packs
@@ -90,7 +93,7 @@ def _read_rows(data: ConversationArguments) -> tuple[list[Record], list[Record]]
         for row in rows:
             word_row(row, drawn)  # what is wrong in a row is to be mended first
         raise UserError(
-            f"{len(rows)} rows cannot be split into training and evaluation "
+            f"{counted(len(rows), 'row')} cannot be split into training and evaluation "
             f"with --valid_fraction {data.valid_fraction}",
             "name --valid_files or bring more rows",
         )

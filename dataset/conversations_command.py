@@ -28,6 +28,7 @@ from dataset.instructions import BUILT_IN, Instructions, load_instructions
 from novelgpt.settings.command_parser import CommandParser
 from novelgpt.settings.console import make_console
 from novelgpt.settings.errors import UserError, exit_on_user_error
+from novelgpt.settings.paths import from_home
 from novelgpt.settings.terminal import say, visible
 
 EXAMPLE_CHARACTERS = 300
@@ -103,7 +104,9 @@ def _parse(argv: list[str] | None) -> Namespace:
     parser.add_argument("--near_duplicates", type=float, default=0.8, help="similarity from which rows repeat each "
                         "other; 0 is off [default: 0.8]")  # fmt: skip
     parser.add_argument("--drop_leaks", action="store_true", help="drop rows whose question holds the answer")
-    parser.add_argument("--instruction_templates", nargs="+", default=[], help="YAML files of wordings, as in training")
+    parser.add_argument(
+        "--instruction_templates", nargs="+", type=from_home, default=[], help="YAML files of wordings, as in training"
+    )
     parser.add_argument("--instruction_seed", type=int, default=42, help="of the wording of the example that is shown")
     words = parser.parse_args(argv)
     for name, least in (("max_characters", 1), ("previous_chapters", 1), ("opening_characters", 1)):

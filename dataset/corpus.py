@@ -15,7 +15,9 @@ from dataset.readers import read_text_rows
 from novelgpt.settings.arguments import CorpusArguments
 from novelgpt.settings.errors import UserError
 from novelgpt.settings.process import is_first_process
+from novelgpt.settings.remedies import python_module
 from novelgpt.settings.terminal import say
+from novelgpt.settings.units import counted
 from novelgpt.text.origins import TextMarks
 from novelgpt.text.packing import PackedBlocks
 from novelgpt.text.pieces import DocumentCutter, Piece, PieceEncoder
@@ -120,7 +122,9 @@ def _in_folder(folder: Path) -> list[Source]:
         if (files := sorted(path for path in folder.glob(f"{split}-*") if path.suffix in (".parquet", ".jsonl")))
     ]
     if not found:
-        raise UserError(f"{folder} holds no train-….parquet or .jsonl", "prepare it: python -m dataset novels RAW OUT")
+        raise UserError(
+            f"{folder} holds no train-….parquet or .jsonl", f"prepare it: {python_module('dataset novels RAW OUT')}"
+        )
     return found
 
 
@@ -166,7 +170,7 @@ def _split(blocks: PackedBlocks, data: CorpusArguments, most: int) -> tuple[Pack
     kept = min(most, math.ceil(len(blocks) * data.valid_fraction))
     if not 0 < kept < len(blocks):
         raise UserError(
-            f"{len(blocks)} blocks of {data.max_length} tokens cannot be split into training and evaluation "
+            f"{counted(len(blocks), 'block')} of {data.max_length} tokens cannot be split into training and evaluation "
             f"with --valid_fraction {data.valid_fraction}",
             "name --valid_files, lower --max_length, or bring more text",
         )
@@ -190,5 +194,5 @@ def _advise(sources: list[Source]) -> None:
     if size > LARGE or any(source.folder and source.files for source in sources):
         say(
             f"every process now tokenises {size / 1e6:,.1f} MB of files; to do it once, for this and later runs:",
-            "  python -m dataset tokens IN … OUT --model MODEL, then --train_files OUT",
+            f"  {python_module('dataset tokens IN … OUT --model MODEL')}, then --train_files OUT",
         )

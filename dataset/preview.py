@@ -26,8 +26,9 @@ from novelgpt.settings.arguments import ConversationArguments, ModelArguments
 from novelgpt.settings.command_parser import CommandParser
 from novelgpt.settings.console import make_console
 from novelgpt.settings.errors import UserError, exit_on_user_error
-from novelgpt.settings.paths import TINY
+from novelgpt.settings.paths import TINY, from_home
 from novelgpt.settings.terminal import say
+from novelgpt.settings.units import counted
 from novelgpt.settings.whole_files import write_whole
 from novelgpt.text.encoding import document_end_id, encode_document
 from novelgpt.text.packing import PackedBlocks
@@ -77,7 +78,7 @@ def _parse(argv: list[str] | None) -> Namespace:
     parser.add_argument("--row", help="the id of one row instead")
     parser.add_argument("--max_length", type=int, default=2048, help="tokens of a row at most, as in training")
     parser.add_argument("--overlong", choices=("truncate", "split", "refuse"), default="truncate", help="see training")
-    parser.add_argument("--instruction_templates", nargs="+", default=[], help="as in training")
+    parser.add_argument("--instruction_templates", nargs="+", type=from_home, default=[], help="as in training")
     parser.add_argument("--instruction_seed", type=int, default=42, help="as in training")
     parser.add_argument("--wording", choices=("drawn", "first"), default="drawn", help="drawn: as rows to train on; "
                         "first: as rows to evaluate on")  # fmt: skip
@@ -120,7 +121,8 @@ def _conversations(words: Namespace, tokenizer: PreTrainedTokenizerBase) -> Iter
             spans = row_spans(piece.input_ids, piece.labels, tokenizer, by_token=words.borders)
             parts.append(Part(border, list(spans)))
         if counts.dropped:
-            parts.append(Part(f"✂ cut here: {counts.dropped:,} tokens are not trained on", []))
+            are = "is" if counts.dropped == 1 else "are"
+            parts.append(Part(f"✂ cut here: {counted(counts.dropped, 'token')} {are} not trained on", []))
         yield Shown(row["id"], row["source"], counts, parts)
 
 

@@ -6,6 +6,7 @@ from dataclasses import dataclass
 from html import escape
 
 from novelgpt.settings.terminal import visible
+from novelgpt.settings.units import counted
 from novelgpt.text.statistics import Span, TokenCounts
 
 GREEN, BOLD_GREEN, DIM, BOLD, YELLOW, RESET = "\x1b[32m", "\x1b[1;32m", "\x1b[2m", "\x1b[1m", "\x1b[33m", "\x1b[0m"
@@ -86,7 +87,8 @@ def in_html(rows: list[Shown], title: str, total: TokenCounts, borders: bool) ->
         '<!DOCTYPE html>\n<html lang="en"><head><meta charset="utf-8">'
         '<meta name="viewport" content="width=device-width, initial-scale=1">'
         f"<title>{_html(title)}</title><style>{_STYLE}</style></head><body><h1>{_html(title)}</h1>"
-        f'<p class="about">{total.rows:,} rows · {describe(total)}<br><span class="trained">trained 参与训练</span> '
+        f'<p class="about">{counted(total.rows, "row")} · {describe(total)}<br>'
+        '<span class="trained">trained 参与训练</span> '
         f'<span class="context">context 只读不训练</span></p>{"".join(sections)}</body></html>\n'
     )
 
@@ -94,7 +96,7 @@ def in_html(rows: list[Shown], title: str, total: TokenCounts, borders: bool) ->
 def describe(counts: TokenCounts) -> str:
     """The counts of a row in a line."""
     parts = f"{counts.trained:,} trained, {counts.context:,} context, {counts.dropped:,} dropped"
-    return f"{counts.tokens_in:,} tokens: {parts}"
+    return f"{counted(counts.tokens_in, 'token')}: {parts}"
 
 
 def _paint(text: str, style: str, coloured: bool) -> str:

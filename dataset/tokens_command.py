@@ -26,7 +26,9 @@ from dataset.corpus import Source, cut_file, find_sources
 from novelgpt.settings.arguments import ModelArguments
 from novelgpt.settings.command_parser import CommandParser
 from novelgpt.settings.errors import UserError, exit_on_user_error
+from novelgpt.settings.paths import from_home
 from novelgpt.settings.terminal import say
+from novelgpt.settings.units import counted
 from novelgpt.settings.whole_files import hash_file, write_whole
 from novelgpt.text.origins import TextMarks, save_marks
 from novelgpt.text.pieces import DocumentCutter, Piece, PieceEncoder, Unfinished
@@ -167,7 +169,7 @@ class TokenRun:
         }
 
     def _show(self, path: Path, tokens: int) -> None:
-        line = f"{path}: {tokens:,} tokens"
+        line = f"{path}: {counted(tokens, 'token')}"
         if self.seconds and self.bytes_left:
             line += f", about {self.bytes_left / max(1, self.bytes_read) * self.seconds / 60:,.1f} min left"
         if not self.quiet:
@@ -197,7 +199,7 @@ def main(argv: list[str] | None = None) -> None:
         prog="python -m dataset tokens", description="Text to tokens that training maps into memory."
     )
     parser.add_argument(
-        "inputs", nargs="+", metavar="IN", help="text files, or folders made by python -m dataset novels"
+        "inputs", nargs="+", metavar="IN", help="text files, or folders that `dataset novels` made", type=from_home
     )
     parser.add_argument("out", type=Path, metavar="OUT", help="folder of the tokens")
     parser.add_argument(
@@ -218,7 +220,7 @@ def main(argv: list[str] | None = None) -> None:
         run = TokenRun(words.out, load_tokenizer(model), model.model, words.text_column)
         manifest = run.run(words.inputs)
     for name, split in manifest["splits"].items():
-        say(f"{name}: {split['tokens']:,} tokens of {split['documents']:,} documents")
+        say(f"{name}: {counted(split['tokens'], 'token')} of {counted(split['documents'], 'document')}")
     if not run.made:
         say(f"{words.out} was up to date: nothing to do")
     say(f"train on it: bash scripts/run_pretrain.sh --train_files {words.out}")

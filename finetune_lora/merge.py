@@ -41,7 +41,7 @@ from novelgpt.model.pickles import check_adapter_files, check_no_pickles
 from novelgpt.settings.arguments import ModelArguments
 from novelgpt.settings.command_parser import CommandParser
 from novelgpt.settings.errors import UserError, exit_on_user_error
-from novelgpt.settings.paths import complete_folder
+from novelgpt.settings.paths import complete_folder, from_home
 from novelgpt.settings.terminal import say
 from novelgpt.text.tokenizer import load_tokenizer
 
@@ -68,7 +68,7 @@ def main(argv: list[str] | None = None) -> None:
 
 def _parser() -> argparse.ArgumentParser:
     parser = CommandParser(prog="python -m finetune_lora.merge", description="An adapter merged into its base.")
-    parser.add_argument("adapter", help="folder of a finetune_lora run or of one of its checkpoints")
+    parser.add_argument("adapter", type=from_home, help="folder of a finetune_lora run or of one of its checkpoints")
     parser.add_argument("output", type=Path, help="new folder for the full checkpoint")
     parser.add_argument("--base", help="where the base lies now; tiny is the small base "
                         "[default: where it lay in training]")  # fmt: skip

@@ -24,8 +24,9 @@ from novelgpt.health import machine, versions
 from novelgpt.health.findings import Check, Finding, any_problem, run_check, show, write_json
 from novelgpt.settings.command_parser import CommandParser
 from novelgpt.settings.errors import UserError, exit_on_user_error
-from novelgpt.settings.paths import OUTPUT, TINY
+from novelgpt.settings.paths import OUTPUT, TINY, from_home
 from novelgpt.settings.terminal import say
+from novelgpt.settings.units import counted
 
 PIPELINES = ("pretrain", "finetune", "finetune_lora")
 Section = tuple[str, list[tuple[str, Check]]]
@@ -69,7 +70,7 @@ def main(argv: list[str] | None = None) -> None:
         raise SystemExit(130) from None
     problems = sum(finding.mark == "problem" for finding in findings)
     notes = sum(finding.mark == "note" for finding in findings)
-    say("", f"{problems} problems, {notes} notes, {time.perf_counter() - begin:.0f} s")
+    say("", f"{counted(problems, 'problem')}, {counted(notes, 'note')}, {time.perf_counter() - begin:.0f} s")
     if options.json is not None:
         write_json(options.json, findings, time.perf_counter() - begin)
     if any_problem(findings):
@@ -182,7 +183,7 @@ def _parser() -> CommandParser:
     parser.add_argument("--pipeline", choices=PIPELINES, default="finetune", help="which training [%(default)s]")
     parser.add_argument("--train_files", nargs="+", default=[], metavar="FILE", help="what it trains on [its samples]")
     parser.add_argument("--max_length", type=int, metavar="TOKENS", help="tokens of the longest row [2048]")
-    parser.add_argument("--output_dir", metavar="FOLDER", help="run folder [output/PIPELINE]")
+    parser.add_argument("--output_dir", type=from_home, metavar="FOLDER", help="run folder [output/PIPELINE]")
     parser.add_argument("--time_limit", type=float, default=40, metavar="S", help="for the longest batch [%(default)s]")
     parser.add_argument("--json", type=Path, metavar="FILE", help="write the findings there as well")
     return parser

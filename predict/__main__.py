@@ -28,6 +28,7 @@ from novelgpt.settings.paths import TINY, check_folder_can_be_made
 from novelgpt.settings.process import leave_process_group
 from novelgpt.settings.runs import PredictRun
 from novelgpt.settings.terminal import say
+from novelgpt.settings.units import counted
 from novelgpt.settings.whole_files import write_whole
 from novelgpt.text.tokenizer import load_tokenizer
 from novelgpt.training.run_record import newest_finetuning
@@ -66,7 +67,7 @@ def main(argv: list[str] | None = None) -> None:
     # Without the word, accelerate takes several processes on CPUs for one each.
     state = PartialState(cpu=not torch.accelerator.is_available())
     if state.is_main_process:
-        say(f"{len(rows)} rows for {source.name}")
+        say(f"{counted(len(rows), 'row')} for {source.name}")
     with Journal(folder, _identity(run, source.name, rows), state.process_index) as journal:
         known = len(journal.answers)
         if known and state.is_main_process:

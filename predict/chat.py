@@ -24,6 +24,7 @@ from novelgpt.settings.errors import UserError, exit_on_user_error
 from novelgpt.settings.parser import parse_arguments
 from novelgpt.settings.paths import TINY
 from novelgpt.settings.terminal import say, say_text
+from novelgpt.settings.units import counted
 from novelgpt.text.conversation import Message, encode_prompt
 from novelgpt.text.statistics import BROKEN
 from novelgpt.text.templates import template_record
@@ -120,7 +121,7 @@ class Chat:
                 self.messages = kept
                 return prompt, forgotten
         raise UserError(
-            f"the question takes {len(prompt)} tokens with the system message, and {room} fit",
+            f"the question takes {counted(len(prompt), 'token')} with the system message, and {room} fit",
             f"shorten it, or lower --max_new_tokens {self.max_new_tokens}",
         )
 
@@ -235,7 +236,7 @@ def _answer(chat: Chat, question: str, model: PreTrainedModel, generation: Gener
         say(f"({error.cause}; {error.remedy})")
         return
     if forgotten:
-        say(f"(the conversation no longer fits: its oldest {forgotten} turns were forgotten)")
+        say(f"(the conversation no longer fits: forgotten, from the oldest on, {counted(forgotten, 'turn')})")
     ends = answer_end_ids(model, chat.tokenizer)
     streamed = StreamedText(chat.tokenizer, ends)
     config = _generation_config(generation, chat.answer_room(prompt), ends, int(chat.tokenizer.pad_token_id))

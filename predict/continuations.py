@@ -23,7 +23,10 @@ from typing import Any, NamedTuple
 from dataset.readers import read_records, read_text_rows
 from novelgpt.settings.command_parser import CommandParser
 from novelgpt.settings.errors import UserError, exit_on_user_error
+from novelgpt.settings.paths import from_home
+from novelgpt.settings.remedies import python_module
 from novelgpt.settings.terminal import say
+from novelgpt.settings.units import counted
 from novelgpt.settings.whole_files import write_whole
 
 QUESTION = "请续写下面的小说，约{characters}字。人物、口吻和文风与原文一致，直接写正文。\n\n{passage}"
@@ -113,7 +116,7 @@ def held_out_files(names: Sequence[str]) -> list[Path]:
             files.append(path)
             continue
         if not (path / "manifest.json").is_file():
-            raise UserError(f"{name} has no manifest.json", "prepare it: python -m dataset novels RAW OUT")
+            raise UserError(f"{name} has no manifest.json", f"prepare it: {python_module('dataset novels RAW OUT')}")
         found = sorted(file for file in path.glob("held_out-*") if file.suffix in (".parquet", ".jsonl"))
         if not found:
             raise UserError(f"{name} holds no book out", "prepare it with --held_out or --held_out_share")
@@ -219,8 +222,8 @@ def main(argv: list[str] | None = None) -> None:
     parser = CommandParser(
         prog="python -m predict.continuations", description="Rows that ask a model to go on with held-out novels."
     )
-    parser.add_argument("held_out", nargs="+", help="folders of `python -m dataset novels`, of which only the held-out "
-                        "part is read, or text files that no training has seen")  # fmt: skip
+    parser.add_argument("held_out", nargs="+", type=from_home, help="folders of `dataset novels`, of which only the "
+                        "held-out part is read, or text files that no training has seen")  # fmt: skip
     parser.add_argument("output", type=Path, help="where the rows go, .jsonl")
     parser.add_argument("--lengths", type=int, nargs="+", default=[500, 2000, 4000],
                         help="characters of the references [default: 500 2000 4000]")  # fmt: skip
@@ -248,12 +251,14 @@ def main(argv: list[str] | None = None) -> None:
         short += short_of_book
     if not rows:
         raise UserError(
-            f"no place in {', '.join(words.held_out)} with {asking.reach} characters: {short} chapters are too short",
+            f"no place in {', '.join(words.held_out)} with {asking.reach} characters: "
+            f"{counted(short, 'chapter')} {'is' if short == 1 else 'are'} too short",
             "lower --lengths or --prompt_characters, or bring longer texts",
         )
     _write(rows, words.output)
-    say(f"{len(rows)} rows from {len(rows) // len(lengths)} places in {books} books, in {words.output}")
-    say(f"left out: {short} chapters, which fewer than {asking.reach} characters follow")
+    places = counted(len(rows) // len(lengths), "place")
+    say(f"{counted(len(rows), 'row')} from {places} in {counted(books, 'book')}, in {words.output}")
+    say(f"left out: {counted(short, 'chapter')}, which fewer than {asking.reach} characters follow")
 
 
 def _text_rows(file: Path) -> Iterator[dict[str, Any]]:

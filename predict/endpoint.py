@@ -14,6 +14,7 @@ from typing import TYPE_CHECKING, Any
 from novelgpt.model.generation import Answer
 from novelgpt.settings.arguments import GenerationArguments
 from novelgpt.settings.errors import UserError
+from novelgpt.settings.remedies import pip_install
 from predict.generate import AnswerRows
 from predict.rows import PromptRow
 
@@ -42,7 +43,7 @@ def through_endpoint(
     try:
         import openai
     except ImportError as error:
-        raise UserError("--endpoint needs the package openai", "pip install openai") from error
+        raise UserError("--endpoint needs the package openai", pip_install("openai")) from error
     if generation.num_beams != 1 or generation.no_repeat_ngram_size:
         raise UserError("an endpoint has neither --num_beams nor --no_repeat_ngram_size", "leave them out")
     if concurrency < 1:

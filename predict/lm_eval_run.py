@@ -26,6 +26,8 @@ from novelgpt.settings.arguments import ModelArguments
 from novelgpt.settings.command_parser import CommandParser
 from novelgpt.settings.console import make_console
 from novelgpt.settings.errors import UserError, exit_on_user_error
+from novelgpt.settings.paths import from_home
+from novelgpt.settings.remedies import pip_install
 from novelgpt.settings.terminal import say
 from novelgpt.text.encoding import document_begin_ids
 from novelgpt.text.tokenizer import load_tokenizer
@@ -48,7 +50,7 @@ def main(argv: list[str] | None = None) -> None:
     parser.add_argument("--apply_chat_template", action="store_true", help="ask in the chat template")
     parser.add_argument("--limit", help="of each task, only so many questions: a try, not a result")
     parser.add_argument("--batch_size", default="8", help="questions at once, or auto [default: 8]")
-    parser.add_argument("--include_path", help="folder with tasks of your own")
+    parser.add_argument("--include_path", type=from_home, help="folder with tasks of your own")
     parser.add_argument("--allow_pickles", action="store_true", help=PICKLES_HELP)
     parser.add_argument("--output_path", type=Path, help="folder of the results [default: MODEL/lm_eval]")
     parser.add_argument("--compare", nargs=2, type=Path, metavar=("BEFORE", "AFTER"),
@@ -85,7 +87,7 @@ def _run_harness(words: list[str]) -> None:
         from lm_eval.api.registry import register_model
         from lm_eval.models.huggingface import HFLM
     except ImportError as error:
-        raise UserError(f"the harness cannot be loaded: {error}", "pip install lm_eval") from error
+        raise UserError(f"the harness cannot be loaded: {error}", pip_install("lm_eval")) from error
 
     @register_model("novelgpt")
     class Checkpoint(HFLM):

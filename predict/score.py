@@ -27,7 +27,9 @@ from novelgpt.settings.command_parser import CommandParser
 from novelgpt.settings.console import make_console
 from novelgpt.settings.errors import UserError, exit_on_user_error
 from novelgpt.settings.paths import check_folder_can_be_made
+from novelgpt.settings.remedies import pip_install
 from novelgpt.settings.terminal import say
+from novelgpt.settings.units import counted
 from novelgpt.settings.whole_files import write_whole
 from predict.scoring_fields import Scoring, read_scoring
 
@@ -209,7 +211,7 @@ def _score_by_package(predictions: Sequence[Prediction], rows: list[RowScores]) 
     try:
         import rouge_chinese
     except ImportError as error:
-        raise UserError("--scorer rouge_chinese needs that package", "pip install rouge-chinese") from error
+        raise UserError("--scorer rouge_chinese needs that package", pip_install("rouge-chinese")) from error
     from importlib.metadata import version
 
     package = rouge_chinese.Rouge()
@@ -257,7 +259,7 @@ def _show_scores(scores: Mapping[str, Any]) -> None:
     make_console().print(table)
     groups = scores.get("groups", {})
     if len(groups) > GROUPS_SHOWN:
-        say(f"scores of {len(groups)} groups: see the file")
+        say(f"scores of {counted(len(groups), 'group')}: see the file")
     elif groups:
         _show_groups(groups)
 
@@ -293,7 +295,7 @@ def _told(scores: Mapping[str, Any], name: str) -> str:
 
 
 def _show_comparison(comparisons: Sequence[Comparison], rows: int) -> None:
-    table = Table(title=f"Second against first, {rows:,} rows", title_justify="left")
+    table = Table(title=f"Second against first, {counted(rows, 'row')}", title_justify="left")
     for title in ("score", "first", "second", "difference", "95 % interval", "p"):
         table.add_column(title, justify="left" if title == "score" else "right")
     for one in comparisons:

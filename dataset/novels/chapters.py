@@ -14,6 +14,7 @@ from dataset.novels.headings import LONGEST_HEADING, Candidate
 from dataset.novels.numbering import describe_numbering
 from dataset.novels.paragraphs import fits_width, join_lines, parts_of_about, wrap_width
 from dataset.novels.records import Chapter, Line, Removed
+from novelgpt.settings.units import counted
 
 PART_CHARACTERS = 5_000
 """Length of the parts of a book without headings."""
@@ -59,7 +60,7 @@ def split_chapters(lines: Sequence[Line], part_characters: int = PART_CHARACTERS
         book.add_chapters()
     chapters = book.chapters(part_characters)
     if choice.kind == "none" and chapters:
-        book.findings.append(f"no headings: cut at paragraph ends into {_count(len(chapters), 'part')}")
+        book.findings.append(f"no headings: cut at paragraph ends into {counted(len(chapters), 'part')}")
     volumes = {one.index for one in choice.volumes}
     numbered = [one for one in book.headings if one.number is not None and one.index not in volumes]
     book.findings += describe_numbering(numbered, sorted(volumes))
@@ -134,7 +135,7 @@ class _Book:
             else:
                 self._remove_piece(one.index, "volume_heading", draft.heading)
         if empty:
-            self.findings.append(f"{_count(len(empty), 'chapter')} without text: {'; '.join(empty[:MOST_NAMED])}")
+            self.findings.append(f"{counted(len(empty), 'chapter')} without text: {'; '.join(empty[:MOST_NAMED])}")
 
     def _add_front(self, end: int) -> None:
         front = [index for index in range(end) if index not in self._gone]
@@ -224,7 +225,7 @@ class _Book:
                 parts = parts_of_about(paragraphs, part_characters)
                 found += [Chapter("", "", "", None, draft.volume, "\n".join(part)) for part in parts]
         if known:
-            where = f"{known.most_common(1)[0][0]} columns in {_count(known.total(), 'chapter')}"
+            where = f"{counted(known.most_common(1)[0][0], 'column')} in {counted(known.total(), 'chapter')}"
             self.findings.append(f"hard-wrapped at about {where}: lines joined")
         return found
 
@@ -262,7 +263,3 @@ def _put_before(prose: str, body: list[str]) -> list[str]:
 
 def _plain(text: str) -> str:
     return "".join(text.split())
-
-
-def _count(number: int, noun: str) -> str:
-    return f"{number:,} {noun}" + ("" if number == 1 else "s")

@@ -16,6 +16,8 @@ from typing import TYPE_CHECKING
 
 from novelgpt.settings.errors import UserError
 from novelgpt.settings.paths import ROOT
+from novelgpt.settings.remedies import pip_install
+from novelgpt.settings.units import counted
 
 if TYPE_CHECKING:
     from datatrove.executor.base import PipelineExecutor
@@ -50,7 +52,7 @@ class FilesOfTask:
 
     def __repr__(self) -> str:
         """One line, as it goes into the log of every task."""
-        return f"{len(self.files)} files"
+        return f"{counted(len(self.files), 'file')}"
 
 
 def run_on(
@@ -109,7 +111,7 @@ def run_on(
     left = executor.get_incomplete_ranks(skip_completed=True)
     if left or problem:
         raise UserError(
-            f"{problem}{len(left)} of {tasks} tasks did not finish: {', '.join(map(str, left[:10]))}"
+            f"{problem}{len(left)} of {counted(tasks, 'task')} did not finish: {', '.join(map(str, left[:10]))}"
             f"{last_words(folder, left)}",
             f"see the logs in {folder}, then run the same command again: files that are done stay done",
         )
@@ -146,7 +148,7 @@ def new_run_folder(logging_folder: Path) -> Path:
 def _check_packages(engine: str) -> None:
     for package in ("datatrove", "ray") if engine == "ray" else ("datatrove",):
         if importlib.util.find_spec(package) is None:
-            raise UserError(f"the engine {engine} needs the package {package}", f'pip install "{INSTALL[engine]}"')
+            raise UserError(f"the engine {engine} needs the package {package}", pip_install(INSTALL[engine]))
 
 
 def _local_executor(step: FilesOfTask, tasks: int, workers: int, folder: Path) -> PipelineExecutor:

@@ -18,6 +18,7 @@ from dataset.novels.terminal import Display
 from novelgpt.settings.command_parser import CommandParser
 from novelgpt.settings.cores import usable_cores
 from novelgpt.settings.errors import UserError, exit_on_user_error
+from novelgpt.settings.remedies import python_module
 from novelgpt.settings.terminal import say
 
 INTERRUPTED = 130
@@ -66,7 +67,7 @@ def main(argv: list[str] | None = None) -> None:
         ("near_duplicate_threshold", words.near_duplicate_threshold, 0 < words.near_duplicate_threshold <= 1),
     ):
         if not fits:
-            raise UserError(f"--{name} {value} is out of range", "see `python -m dataset novels --help`")
+            raise UserError(f"--{name} {value} is out of range", f"see `{python_module('dataset novels --help')}`")
     collection = CollectionOptions(
         format=words.format,
         shard_megabytes=words.shard_size,

@@ -16,6 +16,7 @@ from dataset.novels.collection import Written
 from dataset.novels.records import BookRecord
 from novelgpt.settings.console import make_console
 from novelgpt.settings.terminal import say
+from novelgpt.settings.units import counted
 
 SECONDS_BETWEEN_LINES = 10.0
 MOST_RULES, MOST_REFUSED = 8, 20
@@ -76,7 +77,7 @@ class Display:
         levels = Counter(pair["level"] for pair in written.pairs)
         say(
             f"left out 未采用 (left_out.jsonl): {reasons or 'no chapter'}; alike 相似 (duplicates.jsonl): "
-            f"{levels['book']:,} pairs of books, {levels['chapter']:,} pairs of chapters"
+            f"{counted(levels['book'], 'pair of books')}, {counted(levels['chapter'], 'pair of chapters')}"
         )
         for source, reason in written.skipped[:MOST_REFUSED]:
             say(f"  not read 未读取 {source}: {reason}")
@@ -136,6 +137,6 @@ class _PlainProgress:
         seconds = max(now - self.start, 1e-3)
         left = (self.total_bytes - self.bytes) / max(self.bytes / seconds, 1)
         self.display.say(
-            f"{self.title}: {self.done:,} of {self.count:,} files, {self.bytes / 1e6:,.1f} of "
+            f"{self.title}: {self.done:,} of {counted(self.count, 'file')}, {self.bytes / 1e6:,.1f} of "
             f"{self.total_bytes / 1e6:,.1f} MB, {self.bytes / seconds / 1e6:,.1f} MB/s, {left:,.0f} s left 剩余"
         )

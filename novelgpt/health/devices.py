@@ -15,7 +15,8 @@ import torch
 
 from novelgpt.health.findings import Finding, Mark
 from novelgpt.settings.arguments import TrainArguments
-from novelgpt.settings.units import gigabytes
+from novelgpt.settings.remedies import pip_install
+from novelgpt.settings.units import counted, gigabytes
 from novelgpt.training.memory import compute_dtype
 from novelgpt.training.memory_plan import available_memory
 
@@ -28,7 +29,8 @@ BF16_CAPABILITY = (8, 0)
 def check_host() -> Iterator[Finding]:
     """Cores, and memory that is free."""
     free = available_memory(torch.device("cpu"))
-    text = f"{os.cpu_count()} cores, torch uses {torch.get_num_threads()}, {gigabytes(free)} of memory free"
+    cores = counted(os.cpu_count() or 1, "core")
+    text = f"{cores}, torch uses {torch.get_num_threads()}, {gigabytes(free)} of memory free"
     if free < 2e9:
         yield Finding("host", "note", text, "end other programs: even the small base takes about 1 GB")
     else:
@@ -89,7 +91,7 @@ def check_toolchain() -> Iterator[Finding]:
         remedy = "install the CUDA toolkit of torch's version and export CUDA_HOME; ZERO=0 does without DeepSpeed"
         yield Finding("compilers", serious, text, remedy)
     if lacking:
-        remedy = "apt-get install g++ ninja-build, or pip install ninja"
+        remedy = f"apt-get install g++ ninja-build, or {pip_install('ninja')}"
         yield Finding("compilers", serious, f"missing for DeepSpeed's operators: {', '.join(lacking)}", remedy)
     release = None if nvcc is None else nvcc_release(nvcc)
     if release is not None and torch.version.cuda is not None and release[0] != _numbers(torch.version.cuda)[0]:

@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Any, Literal
 
 from novelgpt.settings.errors import UserError
+from novelgpt.settings.remedies import pip_install
 from novelgpt.settings.terminal import say
 from novelgpt.settings.whole_files import write_whole
 
@@ -58,7 +59,8 @@ def run_check(name: str, check: Check, failure: Mark = "problem") -> list[Findin
     except (Exception, SystemExit) as error:  # of any kind: what is broken here is what is looked for
         reason = (str(error).strip().splitlines() or [""])[0]
         text = f"this could not be looked at: {type(error).__name__}: {reason:.300}"
-        remedy = "mend what the line names; for a package: bash scripts/setup.sh, or pip install -r requirements.txt"
+        remedy = "mend what the line names; for a package: bash scripts/setup.sh, or "
+        remedy += pip_install("-r", "requirements.txt")
         findings.append(Finding(name, failure, text, remedy))
     return findings
 

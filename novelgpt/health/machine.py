@@ -11,7 +11,7 @@ from urllib.parse import urlsplit
 
 from novelgpt.health.findings import Finding
 from novelgpt.settings.paths import existing_folder
-from novelgpt.settings.units import GIGABYTE, gigabytes
+from novelgpt.settings.units import GIGABYTE, counted, gigabytes
 
 DEFAULT_PORT = 29500
 # The final weights of the small base with a checkpoint or two, and what most runs on models of use leave.
@@ -86,7 +86,9 @@ def check_open_files() -> Iterator[Finding]:
     soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
     if 0 <= soft < LEAST_OPEN_FILES:
         wanted = LEAST_OPEN_FILES if hard < 0 else min(hard, 65536)
-        text = f"a process may hold {soft} files open; large folders of shards and many workers may need more"
+        text = (
+            f"a process may hold {counted(soft, 'file')} open; large folders of shards and many workers may need more"
+        )
         yield Finding("open files", "note", text, f"ulimit -n {wanted}")
     else:
         yield Finding("open files", "ok", f"a process may hold {'any number of' if soft < 0 else soft} files open")

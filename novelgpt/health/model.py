@@ -13,7 +13,7 @@ from novelgpt.model.loading import read_config
 from novelgpt.model.pickles import check_no_pickles, pickled_weights
 from novelgpt.model.weight_files import stored_tensors, weight_files
 from novelgpt.settings.runs import LoraRun, PretrainRun, TrainingRun
-from novelgpt.settings.units import gigabytes
+from novelgpt.settings.units import counted, gigabytes
 from novelgpt.text.conversation import IGNORED, encode_conversation
 from novelgpt.text.templates import template_record
 from novelgpt.training.launch_checks import check_before_launch
@@ -35,7 +35,7 @@ def check_settings(run: TrainingRun) -> Iterator[Finding]:
         yield Finding("data", "problem", f"empty: {', '.join(empty)}", "name files that hold rows: --train_files FILE")
     else:
         size = sum(Path(name).stat().st_size for name in names if Path(name).is_file())
-        yield Finding("data", "ok", f"{len(names)} files or folders, {size / 1e6:.1f} MB in files")
+        yield Finding("data", "ok", f"{counted(len(names), 'path')}, {size / 1e6:.1f} MB in files")
 
 
 def check_files(run: TrainingRun) -> Iterator[Finding]:
@@ -46,7 +46,8 @@ def check_files(run: TrainingRun) -> Iterator[Finding]:
     tensors = [tensor for file in files for tensor in stored_tensors(file)]
     size = sum(tensor.size for tensor in tensors)
     kinds = ", ".join(sorted({tensor.dtype for tensor in tensors}))
-    text = f"{config.model_type}: {len(tensors)} tensors in {len(files)} files, {gigabytes(size)} of {kinds}"
+    count = f"{counted(len(tensors), 'tensor')} in {counted(len(files), 'file')}"
+    text = f"{config.model_type}: {count}, {gigabytes(size)} of {kinds}"
     yield Finding("model files", "ok", text)
 
 
@@ -61,10 +62,13 @@ def check_vocabulary(run: TrainingRun, tokenizer: PreTrainedTokenizerBase) -> It
     highest = max(tokenizer.get_vocab().values())
     if highest >= rows:
         beyond = sum(index >= rows for index in tokenizer.get_vocab().values())
-        text = f"{beyond} tokens of {len(tokenizer)} have no row in the embedding of {rows}, as token {highest}"
+        lacks = f"{'has' if beyond == 1 else 'have'} no row in the embedding of {rows}"
+        text = f"{counted(beyond, 'token')} of {len(tokenizer)} {lacks}, as token {highest}"
         yield Finding("vocabulary", "problem", text, "put the tokenizer that belongs to the model beside its weights")
     else:
-        yield Finding("vocabulary", "ok", f"{len(tokenizer)} tokens, {rows} rows in the embedding")
+        yield Finding(
+            "vocabulary", "ok", f"{counted(len(tokenizer), 'token')}, {counted(rows, 'row')} in the embedding"
+        )
 
 
 def check_ends(run: TrainingRun, tokenizer: PreTrainedTokenizerBase) -> Iterator[Finding]:

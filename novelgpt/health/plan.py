@@ -25,6 +25,7 @@ from novelgpt.settings.arguments import LoraArguments
 from novelgpt.settings.errors import UserError
 from novelgpt.settings.parser import parse_arguments
 from novelgpt.settings.paths import EMBEDDED_BASE, OUTPUT, existing_folder
+from novelgpt.settings.remedies import python_module
 from novelgpt.settings.runs import FinetuneRun, LoraRun, PretrainRun, TrainingRun
 from novelgpt.settings.units import gigabytes
 from novelgpt.training.auto_batch import set_micro_batch
@@ -63,7 +64,7 @@ def read_run(pipeline: str, words: Sequence[str]) -> TrainingRun:
     if run.model.trust_remote_code and runs_own_code(run.model):
         raise UserError(
             f"{run.model.model} needs code that lies with it, and none of that is run to look at a model",
-            f"start the run itself: python -m {pipeline} … --trust_remote_code",
+            f"start the run itself: {python_module(pipeline)} … --trust_remote_code",
         )
     run.model.trust_remote_code = False
     return run

@@ -27,7 +27,7 @@ from novelgpt.health.plan import Plan, adapt, base_dtype, read_run
 from novelgpt.model.loading import load_model
 from novelgpt.settings.paths import ROOT
 from novelgpt.settings.runs import LoraRun, TrainingRun
-from novelgpt.settings.units import gigabytes
+from novelgpt.settings.units import counted, gigabytes
 from novelgpt.text.encoding import encode
 from novelgpt.text.tokenizer import load_tokenizer
 from novelgpt.training.auto_batch import cuda_peak
@@ -105,7 +105,7 @@ def try_longest_batch(run: TrainingRun) -> Iterator[Finding]:
     autocast = partial(torch.autocast, device.type, dtype=dtype, enabled=dtype is not None)
     rows, tokens = training.per_device_train_batch_size, run.data.max_length
     batch = _filled(worst_batch(rows, tokens, run.data.packing, device), tokenizer)
-    shape = f"{rows} x {tokens} tokens"
+    shape = f"{rows} x {counted(tokens, 'token')}"
     begin = time.perf_counter()
     try:
         peak = (cuda_peak if device.type == "cuda" else _host_peak)(partial(_train, model, batch, autocast))

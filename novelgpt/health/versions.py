@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import re
-import shlex
 import sys
 from collections.abc import Iterator
 from importlib import metadata
@@ -11,6 +10,7 @@ from pathlib import Path
 
 from novelgpt.health.findings import Finding
 from novelgpt.settings.paths import ROOT
+from novelgpt.settings.remedies import pip_install
 
 REQUIREMENTS = ROOT / "requirements.txt"
 PYTHONS = ((3, 10), (3, 13))
@@ -82,12 +82,8 @@ def _check_agreement(names: list[str]) -> Iterator[Finding]:
                 continue
             if not requirement.specifier.contains(found, prereleases=True):
                 text = f"{name} needs {requirement.name}{requirement.specifier}, and {found} is installed"
-                yield Finding(name, "problem", text, f"{_python()} -m pip install -r requirements.txt")
+                yield Finding(name, "problem", text, pip_install("-r", "requirements.txt"))
 
 
 def _install(requirement: str) -> str:
-    return f"{_python()} -m pip install {shlex.quote(re.sub(r' +', '', requirement))}"
-
-
-def _python() -> str:
-    return shlex.quote(sys.executable or "python")
+    return pip_install(re.sub(r" +", "", requirement))

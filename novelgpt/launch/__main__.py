@@ -29,8 +29,10 @@ from novelgpt.launch.ranks import Block, Failure, Ranks
 from novelgpt.settings.command_parser import CommandParser
 from novelgpt.settings.cores import usable_cores
 from novelgpt.settings.errors import UserError, exit_on_user_error
+from novelgpt.settings.remedies import python_module
 from novelgpt.settings.signals import IMPATIENT_SIGNALS, STOP_SIGNALS
 from novelgpt.settings.terminal import say, say_text
+from novelgpt.settings.units import counted
 
 POLL_SECONDS = 0.05
 # When a rank has died, the others fail for lack of it, and say what they know; then they are ended.
@@ -54,7 +56,7 @@ def main(argv: list[str] | None = None) -> None:
         else:
             words, environment = options.words, dict(os.environ)
             if not words:
-                raise UserError("no module to start", "python -m novelgpt.launch --processes 2 pretrain")
+                raise UserError("no module to start", python_module("novelgpt.launch --processes 2 pretrain"))
             place = _place(options)
         remotes: list[Remote] = []
         if options.hostfile is not None and place.hosts > 1:
@@ -176,7 +178,8 @@ def _meet(place: Place, remotes: Sequence[Remote], signals: Signals) -> tuple[Ch
         return member, member.block(place.processes, watch)
     first = FirstHost(place.hosts, place.port + 1)
     block = first.gather(place.processes, place.port, watch)
-    say(f"{place.hosts} hosts, {block.world_size} processes, meeting at {block.address} port {block.port}")
+    met = f"{counted(place.hosts, 'host')}, {counted(block.world_size, 'process')}"
+    say(f"{met}, meeting at {block.address} port {block.port}")
     return first, block
 
 

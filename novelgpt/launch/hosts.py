@@ -15,6 +15,7 @@ from pathlib import Path
 
 from novelgpt.settings.errors import UserError
 from novelgpt.settings.paths import ROOT
+from novelgpt.settings.units import counted
 
 _HOST = re.compile(r"[A-Za-z0-9][A-Za-z0-9._:-]*|[A-Za-z0-9][A-Za-z0-9._-]*@[A-Za-z0-9][A-Za-z0-9._:-]*")
 _SSH = ("ssh", "-o", "BatchMode=yes", "-o", "ConnectTimeout=20", "-o", "ServerAliveInterval=15", "-T")
@@ -84,7 +85,7 @@ def slurm_place(environment: Mapping[str, str], processes: int) -> Place:
         ) from error
     if tasks != hosts:
         raise UserError(
-            f"{tasks} Slurm tasks on {hosts} hosts",
+            f"{counted(tasks, 'Slurm task')} on {counted(hosts, 'host')}",
             "one task a host starts all its processes: srun --ntasks-per-node=1, with NPROC processes each",
         )
     return Place(host, hosts, processes, first_host(names), port)

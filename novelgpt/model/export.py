@@ -28,7 +28,8 @@ from novelgpt.settings.arguments import ModelArguments
 from novelgpt.settings.command_parser import CommandParser
 from novelgpt.settings.console import make_console
 from novelgpt.settings.errors import UserError
-from novelgpt.settings.paths import complete_folder
+from novelgpt.settings.paths import complete_folder, from_home
+from novelgpt.settings.remedies import python_module
 from novelgpt.settings.terminal import say
 from novelgpt.settings.whole_files import follow_umask
 from novelgpt.text.conversation import encode_prompt
@@ -78,7 +79,9 @@ class Written:
 def read_export_words(program: str, description: str, architecture: str, argv: list[str] | None) -> argparse.Namespace:
     """The command line of an export: `checkpoint`, `output`, and what is asked of the files."""
     parser = CommandParser(prog=program, description=description)
-    parser.add_argument("checkpoint", help="folder or hub name of a full checkpoint; merge adapters first")
+    parser.add_argument(
+        "checkpoint", type=from_home, help="folder or hub name of a full checkpoint; merge adapters first"
+    )
     parser.add_argument("output", type=Path, help=f"new folder for the {architecture}")
     parser.add_argument("--tolerance", type=float, default=1e-3, help=f"{TOLERANCE_HELP} [default: 0.001]")
     parser.add_argument("--dtype", choices=DTYPE_CHOICES, default="auto", help=DTYPE_HELP)
@@ -220,7 +223,7 @@ def read_full_config(model: ModelArguments) -> PreTrainedConfig:
     if adapter_base(model.model) is not None:
         raise UserError(
             f"{model.model} is an adapter",
-            "merge it first: python -m finetune_lora.merge ADAPTER OUTPUT, then take OUTPUT",
+            f"merge it first: {python_module('finetune_lora.merge ADAPTER OUTPUT')}, then take OUTPUT",
         )
     return read_config(model)
 
@@ -282,12 +285,13 @@ def vllm_notes(config: PreTrainedConfig) -> list[str]:
     of 125696, whatever the configuration says.
     """
     if config.model_type == "qwen":
-        way_out = "python -m novelgpt.model.qwen1.qwen2_export makes a Qwen2 of it"
+        way_out = f"{python_module('novelgpt.model.qwen1.qwen2_export')} makes a Qwen2 of it"
         return [f"vLLM after 0.23 does not know Qwen v1; {way_out}"]
     if config.model_type != "baichuan":
         return []
     rope = config.position_embedding == "rope"
-    way_out = "python -m novelgpt.model.baichuan.llama_export makes a Llama of it" if rope else "use transformers"
+    llama = f"{python_module('novelgpt.model.baichuan.llama_export')} makes a Llama of it"
+    way_out = llama if rope else "use transformers"
     notes = [f"vLLM after 0.23 does not know Baichuan; {way_out}"]
     if rope != ("BaiChuanForCausalLM" in (config.architectures or []) or config.hidden_size == 4096):
         notes.append(f"vLLM up to 0.23 takes a Baichuan of width {config.hidden_size} for one with other positions")

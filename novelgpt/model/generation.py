@@ -13,6 +13,7 @@ from novelgpt.model.growing_cache import growing_cache
 from novelgpt.model.prompt_reading import left_padded, read_prompts
 from novelgpt.settings.arguments import GenerationArguments
 from novelgpt.settings.errors import UserError
+from novelgpt.settings.units import counted
 from novelgpt.text.conversation import end_token_ids
 
 
@@ -129,7 +130,7 @@ def answer_continuously(
             output = manager.get_result(timeout=1)
             if output is None:
                 if not manager.is_running():
-                    raise RuntimeError(f"continuous batching ended with {left} answers missing")
+                    raise RuntimeError(f"continuous batching ended with {counted(left, 'answer')} missing")
                 continue
             if not output.is_finished():
                 continue

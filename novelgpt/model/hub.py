@@ -17,6 +17,7 @@ from novelgpt.model.embedded_base import ensure_embedded_base
 from novelgpt.settings.arguments import ModelArguments
 from novelgpt.settings.errors import UserError
 from novelgpt.settings.paths import EMBEDDED_BASE, TINY
+from novelgpt.settings.remedies import pip_install
 
 # What a checkpoint consists of; weights are safetensors, or pickles where there are none and they are allowed.
 DESCRIPTIONS = ["*.json", "*.model", "*.tiktoken", "*.txt", "*.jinja"]
@@ -163,7 +164,7 @@ def _download_from_modelscope(name: str, with_code: bool, with_pickles: bool) ->
     try:
         from modelscope import snapshot_download
     except ImportError as error:
-        raise UserError("--hub modelscope needs the package modelscope", "pip install modelscope") from error
+        raise UserError("--hub modelscope needs the package modelscope", pip_install("modelscope")) from error
     patterns = DESCRIPTIONS + (CODE if with_code else [])
     lock = Path(tempfile.gettempdir()) / f"novelgpt-modelscope-{getpass.getuser()}.lock"
     try:

@@ -31,6 +31,8 @@ from novelgpt.model.pickles import check_adapter_files, check_no_pickles
 from novelgpt.model.weight_files import stored_tensors, weight_files
 from novelgpt.settings.arguments import ModelArguments
 from novelgpt.settings.errors import UserError
+from novelgpt.settings.remedies import pip_install
+from novelgpt.settings.units import counted
 
 # What transformers, safetensors and torch raise on files that are missing, damaged or of another model.
 UNREADABLE = (
@@ -120,13 +122,13 @@ def _check_weights(name: str, report: dict[str, Any]) -> None:
     differing = [f"{key} ({_shape(there)} instead of {_shape(here)})" for key, there, here in report["mismatched_keys"]]
     if differing:
         raise UserError(
-            f"{len(differing)} weights of {name} have other shapes than config.json says: {_few(differing)}",
+            f"{name}: {counted(len(differing), 'weight')} of other shapes than config.json says: {_few(differing)}",
             "put the config.json that belongs to these weights beside them",
         )
     if report["missing_keys"]:
         missing = report["missing_keys"]
         raise UserError(
-            f"{len(missing)} weights of {name} are in none of its files: {_few(missing)}",
+            f"{name}: {counted(len(missing), 'weight')} in none of its files: {_few(missing)}",
             "download the checkpoint again, or put the config.json that belongs to these weights beside them",
         )
 
@@ -237,7 +239,7 @@ def _four_bits() -> object:
     try:
         import bitsandbytes  # noqa: F401  only to tell early that it is missing
     except ImportError as error:
-        raise UserError("--qlora needs the package bitsandbytes", "pip install bitsandbytes") from error
+        raise UserError("--qlora needs the package bitsandbytes", pip_install("bitsandbytes")) from error
     from transformers import BitsAndBytesConfig
 
     return BitsAndBytesConfig(

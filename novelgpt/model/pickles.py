@@ -6,6 +6,7 @@ Where it is allowed, nothing but tensors is taken from it (`weights_only`), whic
 from __future__ import annotations
 
 import json
+import shlex
 from pathlib import Path
 
 from peft.utils import SAFETENSORS_WEIGHTS_NAME as ADAPTER_SAFE_NAME
@@ -13,6 +14,7 @@ from peft.utils import WEIGHTS_NAME as ADAPTER_NAME
 from transformers.utils import SAFE_WEIGHTS_INDEX_NAME, SAFE_WEIGHTS_NAME, WEIGHTS_INDEX_NAME, WEIGHTS_NAME
 
 from novelgpt.settings.errors import UserError
+from novelgpt.settings.remedies import python_module
 
 SAFE_SUFFIX = ".safetensors"
 
@@ -34,7 +36,7 @@ def check_no_pickles(folder: Path, allowed: bool) -> None:
         raise UserError(
             f"the weights of {folder} are pickles ({', '.join(pickles)}), and reading a pickle can run code",
             "take its safetensors where there are any; if you trust the source: --allow_pickles, or once and for all "
-            f"`python -m novelgpt.model.to_safetensors {folder} OUTPUT`",
+            f"`{python_module(f'novelgpt.model.to_safetensors {shlex.quote(str(folder))} OUTPUT')}`",
         )
 
 

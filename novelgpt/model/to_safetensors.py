@@ -24,6 +24,7 @@ from novelgpt.settings.command_parser import CommandParser
 from novelgpt.settings.errors import UserError, exit_on_user_error
 from novelgpt.settings.paths import complete_folder
 from novelgpt.settings.terminal import say
+from novelgpt.settings.units import counted
 from novelgpt.settings.whole_files import follow_umask
 
 STEMS = {Path(WEIGHTS_NAME).stem: "model"}  # other stems stay
@@ -40,7 +41,7 @@ def main(argv: list[str] | None = None) -> None:
         raise UserError(f"{words.folder} is no folder", "name the folder of a model or an adapter")
     with complete_folder(words.output) as unfinished:
         count = convert(words.folder, unfinished)
-    say(f"{count} tensors written to {words.output}")
+    say(f"{counted(count, 'tensor')} written to {words.output}")
 
 
 def convert(folder: Path, output: Path) -> int:

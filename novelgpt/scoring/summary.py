@@ -17,6 +17,7 @@ from sacrebleu.metrics import BLEU
 from novelgpt.scoring.answers import ANSWER_DEFINITIONS
 from novelgpt.scoring.row_scores import RowScores, corpus_bleu
 from novelgpt.scoring.text_scores import DEFINITIONS as TEXT_DEFINITIONS
+from novelgpt.settings.units import counted
 
 RESAMPLES = 2000
 PERMUTATIONS = 5000
@@ -162,7 +163,7 @@ def compare_rows(first: Sequence[RowScores], second: Sequence[RowScores], seed: 
         ValueError: no rows, or not as many.
     """
     if not first or len(first) != len(second):
-        raise ValueError(f"{len(first)} rows against {len(second)}: a paired comparison needs the same rows")
+        raise ValueError(f"{counted(len(first), 'row')} against {len(second)}: a paired comparison needs the same rows")
     (first_names, a), (second_names, b) = _columns(first), _columns(second)
     shared = [name for name in first_names if name in second_names]
     names = {name: place for place, name in enumerate(shared)}

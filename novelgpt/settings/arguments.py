@@ -15,6 +15,7 @@ from transformers import TrainingArguments
 from novelgpt.settings.deepspeed_builds import release_build_locks, spare_unused_build
 from novelgpt.settings.errors import UserError
 from novelgpt.settings.paths import SAMPLES, TINY, model_place
+from novelgpt.settings.remedies import pip_install
 
 # Figures of an evaluation that a best checkpoint can be told by, and whether more of it is better; those of its answers
 # are there with predict_during_eval.
@@ -76,7 +77,7 @@ class ModelArguments:
         False, "Run Python code that lies with the checkpoint, where the architecture is not known here. Read it first."
     )
     hub: Literal["huggingface", "modelscope"] = option(
-        "huggingface", "Where names are looked up. modelscope needs `pip install modelscope`."
+        "huggingface", "Where names are looked up. modelscope needs the package modelscope."
     )
     allow_pickles: bool = option(
         False, "Read weights from pickles (.bin) where there are no safetensors; tensors only. For sources you trust."
@@ -95,8 +96,8 @@ class CorpusArguments:
 
     train_files: list[str] = option(
         _samples("novels/deng_ta_xia_de_xin.txt"),
-        "What to train on: text files (.txt .jsonl .json .csv .parquet), folders made by `python -m dataset novels` or "
-        "`python -m dataset tokens`.",
+        "What to train on: text files (.txt .jsonl .json .csv .parquet), folders that `dataset novels` or "
+        "`dataset tokens` made.",
     )
     valid_files: list[str] = option(
         [],
@@ -158,9 +159,7 @@ class LoraArguments:
     lora_targets: list[str] = option(["all-linear"], "Module names to adapt, e.g. q_proj v_proj, or all-linear.")
     use_rslora: bool = option(False, "Rank-stabilised scaling (arXiv:2312.03732).")
     use_dora: bool = option(False, "Weight-decomposed LoRA (arXiv:2402.09353).")
-    qlora: bool = option(
-        False, "Hold the base in 4 bits (arXiv:2305.14314). Needs CUDA and `pip install bitsandbytes`."
-    )
+    qlora: bool = option(False, "Hold the base in 4 bits (arXiv:2305.14314). Needs CUDA and the package bitsandbytes.")
     train_mark_tokens: Literal["auto", "always", "never"] = option(
         "auto",
         "Train the embedding rows of the chat template's marks (<|im_end|>, …) beside the adapter. auto: where the "
@@ -302,7 +301,7 @@ class TrainArguments(TrainingArguments):
     def _choose_liger_kernels(self) -> None:
         """Norm, rotary and SwiGLU; the loss is this toolkit's own."""
         if importlib.util.find_spec("liger_kernel") is None:
-            raise UserError("--use_liger_kernel needs the package liger-kernel", "pip install liger-kernel")
+            raise UserError("--use_liger_kernel needs the package liger-kernel", pip_install("liger-kernel"))
         chosen = {"rope": True, "rms_norm": True, "swiglu": True, "cross_entropy": False}
         self.liger_kernel_config = chosen | {"fused_linear_cross_entropy": False} | (self.liger_kernel_config or {})
 
@@ -354,7 +353,7 @@ class PredictArguments:
         False, "Run Python code that lies with the checkpoint, where the architecture is not known here. Read it first."
     )
     hub: Literal["huggingface", "modelscope"] = option(
-        "huggingface", "Where names are looked up. modelscope needs `pip install modelscope`."
+        "huggingface", "Where names are looked up. modelscope needs the package modelscope."
     )
     allow_pickles: bool = option(
         False, "Read weights from pickles (.bin) where there are no safetensors; tensors only. For sources you trust."

@@ -17,6 +17,7 @@ import numpy
 from transformers import PreTrainedTokenizerBase
 
 from novelgpt.settings.errors import UserError
+from novelgpt.settings.remedies import python_module
 from novelgpt.text.encoding import document_begin_ids, document_end_id
 from novelgpt.text.origins import SavedMarks, TokenOrigins
 from novelgpt.text.pieces import PieceEncoder, encode_texts
@@ -120,7 +121,8 @@ def read_token_manifest(folder: Path) -> dict[str, Any] | None:
     except FileNotFoundError:
         raise UserError(
             f"{folder} has no {MANIFEST}: nothing was prepared there, or not to its end",
-            "name files, or a folder that `python -m dataset novels` or `python -m dataset tokens` has finished",
+            "name files, or a folder that `dataset novels` or `dataset tokens` has finished: "
+            f"{python_module('dataset --help')}",
         ) from None
     except (OSError, ValueError) as error:
         raise UserError(f"{path} cannot be read: {error}", "prepare the folder again") from error
@@ -151,9 +153,9 @@ def open_tokens(folder: Path, manifest: dict[str, Any], split: str, tokenizer: P
     made_with = manifest["tokenizer"]
     if made_with["sha256"] != (digest := tokenizer_digest(tokenizer)):
         raise UserError(
-            f"{folder} holds tokens of the tokenizer of {made_with['model']} ({made_with['vocabulary']:,} tokens, "
-            f"{made_with['sha256'][:12]}), and the model has another one ({len(tokenizer):,} tokens, {digest[:12]})",
-            f"train {made_with['model']}, or run `python -m dataset tokens` with the --model that you train",
+            f"{folder} holds tokens of the tokenizer of {made_with['model']} ({made_with['vocabulary']} tokens, "
+            f"{made_with['sha256'][:12]}), and the model has another one ({len(tokenizer)} tokens, {digest[:12]})",
+            f"train {made_with['model']}, or run `{python_module('dataset tokens')}` with the --model that you train",
         )
     return join_texts(_open_shard(folder, shard, made_with["dtype"]) for shard in manifest["splits"][split]["shards"])
 
@@ -166,7 +168,9 @@ def _open_shard(folder: Path, shard: dict[str, Any], dtype: str) -> TokenText:
     except (OSError, ValueError, EOFError):
         complete = False
     if not complete or len(starts) != shard["documents"]:
-        raise UserError(f"{path} is damaged or missing", "run the same `python -m dataset tokens` again: it mends that")
+        raise UserError(
+            f"{path} is damaged or missing", f"run the same `{python_module('dataset tokens')}` again: it mends that"
+        )
     # Folders of older versions do not know what their shards were made of.
     made_from = shard.get("file") or f"{path}"
     return TokenText(

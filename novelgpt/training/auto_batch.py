@@ -15,6 +15,7 @@ from torch import nn
 from novelgpt.settings.arguments import TrainArguments
 from novelgpt.settings.errors import UserError
 from novelgpt.settings.process import in_process_group
+from novelgpt.settings.units import counted
 from novelgpt.training.loss import attach_chunked_loss
 from novelgpt.training.memory import checkpointing_options, compute_dtype, optimizer_bytes
 from novelgpt.training.simulated_model import changes_logits, worst_batch
@@ -64,7 +65,7 @@ def no_row_fits(need: float, has: float, tokens: int) -> UserError:
     """
     taken = "more" if need == float("inf") else f"{need / 1e9:.1f} GB"
     return UserError(
-        f"--auto_batch: one row of {tokens} tokens takes {taken}, and the device has {has / 1e9:.1f} GB",
+        f"--auto_batch: one row of {counted(tokens, 'token')} takes {taken}, and the device has {has / 1e9:.1f} GB",
         "lower --max_length, set --activation_checkpointing, train with LoRA, or take several devices with ZERO=3",
     )
 

@@ -12,6 +12,7 @@ from novelgpt.settings.arguments import ANSWER_FIGURES, EVALUATION_FIGURES, Trai
 from novelgpt.settings.errors import UserError
 from novelgpt.settings.paths import EMBEDDED_BASE, TINY
 from novelgpt.settings.process import is_first_process
+from novelgpt.settings.remedies import python_module
 from novelgpt.settings.runs import TrainingRun
 from novelgpt.settings.terminal import say
 
@@ -54,7 +55,7 @@ def check_before_launch(run: TrainingRun) -> None:
     if adapter_base(run.model.model) is not None:
         raise UserError(
             f"{run.model.model} is an adapter, not a base",
-            "merge it first: python -m finetune_lora.merge ADAPTER OUTPUT, then train on OUTPUT",
+            f"merge it first: {python_module('finetune_lora.merge ADAPTER OUTPUT')}, then train on OUTPUT",
         )
     check_no_pickles(Path(locate(run.model)), run.model.allow_pickles)
     longest = longest_row(read_config(run.model))

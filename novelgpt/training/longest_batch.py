@@ -15,7 +15,7 @@ from torch import nn
 
 from novelgpt.settings.arguments import TrainArguments
 from novelgpt.settings.errors import UserError
-from novelgpt.settings.units import gigabytes
+from novelgpt.settings.units import counted, gigabytes
 from novelgpt.training.memory import checkpointing_options, optimizer_bytes
 from novelgpt.training.sample_predictions import undisturbed
 
@@ -123,4 +123,4 @@ def _cuda_peak_and_capacity() -> tuple[int, int]:
 
 def _shape(batch: dict[str, Any]) -> str:
     rows, tokens = batch["input_ids"].shape
-    return f"{rows} x {tokens} tokens"
+    return f"{rows} x {counted(tokens, 'token')}"

@@ -19,6 +19,7 @@ from novelgpt.settings.errors import UserError
 from novelgpt.settings.process import first_process_value, is_first_process
 from novelgpt.settings.runs import TrainingRun
 from novelgpt.settings.terminal import say
+from novelgpt.settings.units import counted
 from novelgpt.text.packing import PackedBlocks
 from novelgpt.training.auto_batch import (
     TRIED_SHARE,
@@ -240,8 +241,8 @@ def _lengths(train: Dataset[Any], packed_length: int | None) -> list[int]:
 def _batch_line(training: TrainArguments, tokens: int) -> str:
     rows, steps = training.per_device_train_batch_size, training.gradient_accumulation_steps
     return (
-        f"{rows} x {tokens:,} tokens a micro-batch, "
-        f"{rows * steps * tokens * training.world_size:,} tokens an optimizer step"
+        f"{rows} x {counted(tokens, 'token')} a micro-batch, "
+        f"{counted(rows * steps * tokens * training.world_size, 'token')} an optimizer step"
     )
 
 

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+import shlex
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -15,6 +16,8 @@ from typing import Any
 
 from novelgpt.scoring.row_scores import RowScores
 from novelgpt.settings.errors import UserError
+from novelgpt.settings.remedies import python_module
+from novelgpt.settings.units import counted
 from predict.report.metrics import is_number
 from predict.scoring_fields import read_scoring
 
@@ -71,7 +74,7 @@ def read_runs(paths: Sequence[Path]) -> list[Run]:
         UserError: too many, one twice, a file is missing or broken, or the files of a folder do not fit together.
     """
     if len(paths) > MOST_RUNS:
-        raise UserError(f"{len(paths)} runs are too many for one page", f"name at most {MOST_RUNS}")
+        raise UserError(f"{counted(len(paths), 'run')} are too many for one page", f"name at most {MOST_RUNS}")
     folders = [_prediction_folder(path) for path in paths]
     resolved = [folder.resolve() for folder in folders]
     for number, folder in enumerate(resolved):
@@ -113,7 +116,7 @@ def _names(folders: Sequence[Path]) -> list[str]:
 
 
 def _read_run(folder: Path, name: str) -> Run:
-    again = f"python -m predict.score {folder / 'predictions.jsonl'}"
+    again = python_module(f"predict.score {shlex.quote(str(folder / 'predictions.jsonl'))}")
     path = folder / "scores.json"
     try:
         scores = json.loads(path.read_text(encoding="utf-8"))
@@ -125,7 +128,7 @@ def _read_run(folder: Path, name: str) -> Run:
     except ValueError as error:
         raise UserError(f"{path} is no JSON: {error}", again) from error
     if not isinstance(scores, dict) or scores.get("rows") != len(rows):
-        raise UserError(f"{path} is not about the {len(rows)} rows of row_scores.jsonl", again)
+        raise UserError(f"{path} is not about the {counted(len(rows), 'row')} of row_scores.jsonl", again)
     places, identities = _read_places(folder / "predictions.jsonl", rows, again)
     return Run(name, folder, scores, rows, places, identities, _read_losses(folder))
 
@@ -163,7 +166,7 @@ def _read_places(path: Path, rows: Sequence[RowScores], again: str) -> tuple[lis
         key = json.dumps([identity, reference]).encode()  # escapes, so that no text is without bytes
         identities.append(hashlib.blake2b(key, digest_size=12).hexdigest())
     if len(places) != len(rows) or not places:
-        raise UserError(f"{path} has {len(places)} rows, and row_scores.jsonl has {len(rows)}", again)
+        raise UserError(f"{path} has {counted(len(places), 'row')}, and row_scores.jsonl has {len(rows)}", again)
     return places, identities
 
 

@@ -172,7 +172,7 @@ CASES = {
     "text too short to split": (
         "pretrain",
         ["--train_files", "short.txt"],
-        "1 blocks of 2048 tokens cannot be split into training and evaluation",
+        "1 block of 2048 tokens cannot be split into training and evaluation",
     ),
     "blank file": ("finetune", ["--train_files", "blank.jsonl"], "blank.jsonl is empty"),
     "row without the text field": (
@@ -613,7 +613,7 @@ CASES = {
     "continuations: text too short": (
         "predict.continuations",
         ["short.txt", "{tmp}/out.jsonl"],
-        "no place in short.txt with 6400 characters: 1 chapters are too short",
+        "no place in short.txt with 6400 characters: 1 chapter is too short",
     ),
     "continuations: no length": (
         "predict.continuations",

@@ -375,7 +375,7 @@ def test_without_its_package_the_pip_line_is_told(monkeypatch: pytest.MonkeyPatc
     monkeypatch.setitem(sys.modules, "modelscope", None)
     with pytest.raises(UserError) as refusal:
         locate(ModelArguments("someone/novel", hub="modelscope"))
-    assert refusal.value.remedy == "pip install modelscope"
+    assert refusal.value.remedy.endswith("python -m pip install modelscope")
 
 
 def test_a_failed_download_is_told(monkeypatch: pytest.MonkeyPatch) -> None:

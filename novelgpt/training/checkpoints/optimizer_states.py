@@ -22,6 +22,7 @@ from torch import nn
 
 from novelgpt.settings.errors import UserError
 from novelgpt.settings.process import is_first_process
+from novelgpt.settings.units import counted
 from novelgpt.settings.whole_files import follow_umask
 from novelgpt.training.checkpoints.weights import StoredWeights
 
@@ -317,7 +318,8 @@ def _plain(group: dict[str, Any]) -> dict[str, Any]:
 def _set_groups(inner: Any, groups: list[dict[str, Any]]) -> None:
     if len(groups) != len(inner.param_groups):
         raise UserError(
-            f"the checkpoint's optimizer has {len(groups)} groups of weights, this one {len(inner.param_groups)}",
+            f"the checkpoint's optimizer has {counted(len(groups), 'group of weights')}, this one "
+            f"{len(inner.param_groups)}",
             "go on with the settings that the run was started with",
         )
     for group, stored in zip(inner.param_groups, groups, strict=True):

@@ -1,0 +1,30 @@
+"""Commands that remedies name: by the interpreter that runs, whatever `python` and `pip` are in the user's shell."""
+
+from __future__ import annotations
+
+import shlex
+import sys
+from pathlib import Path
+
+
+def this_python() -> str:
+    """The interpreter that runs, as a word for a shell; relative where it lies below the folder that the user is in."""
+    interpreter = Path(sys.executable or "python")
+    try:
+        return shlex.quote(str(interpreter.relative_to(Path.cwd())))
+    except (ValueError, OSError):  # it lies elsewhere, or the folder is gone
+        return shlex.quote(str(interpreter))
+
+
+def python_module(words: str) -> str:
+    """The command line of a module of this toolkit.
+
+    Args:
+        words: the module and what follows it, quoted where they have to be.
+    """
+    return f"{this_python()} -m {words}"
+
+
+def pip_install(*requirements: str) -> str:
+    """The command line that installs packages where this toolkit finds them."""
+    return python_module(f"pip install {shlex.join(requirements)}")

@@ -1,0 +1,146 @@
+"""What stands in YAML files and on command lines: homes, mappings, lists, words that YAML reads as something else."""
+
+import json
+import sys
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+import dataset.preview
+from finetune_lora import merge
+from novelgpt.settings.command_parser import CommandParser
+from novelgpt.settings.errors import UserError
+from novelgpt.settings.parser import parse_arguments
+from novelgpt.settings.remedies import pip_install, python_module
+from novelgpt.settings.runs import FinetuneRun, LoraRun, PredictRun, PretrainRun, TrainingRun
+from novelgpt.settings.units import counted
+
+MODEL = ["--model", "someone/novel"]
+
+
+def from_yaml(folder: Path, text: str, run: type[TrainingRun] = FinetuneRun) -> Any:
+    (folder / "mine.yaml").write_text(text, encoding="utf-8")
+    return parse_arguments(run, [*MODEL, "--config", str(folder / "mine.yaml")])
+
+
+@pytest.fixture
+def home(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """A home of the user's, and another folder to be in."""
+    (tmp_path / "home").mkdir()
+    (tmp_path / "here").mkdir()
+    monkeypatch.setenv("HOME", str(tmp_path / "home"))
+    monkeypatch.chdir(tmp_path / "here")
+    return tmp_path / "home"
+
+
+@pytest.mark.parametrize("run_type", [PretrainRun, FinetuneRun, LoraRun])
+def test_a_tilde_is_the_home_in_every_path(run_type: type[TrainingRun], home: Path) -> None:
+    (home / "zero.json").write_text("{}", encoding="utf-8")
+    paths = {"train_files": ["~/a.jsonl", "b~.jsonl"], "valid_files": ["~/v.jsonl"], "output_dir": "~/run"}
+    paths |= {"model": "~/base", "resume_from_checkpoint": "~/run/checkpoint-3"}
+    if run_type is not PretrainRun:
+        paths |= {"instruction_templates": ["~/t.yaml"]}
+    expected = {
+        name: [word.replace("~/", f"{home}/") for word in value] if isinstance(value, list) else f"{home}{value[1:]}"
+        for name, value in paths.items()
+    }
+    (home / "mine.yaml").write_text(json.dumps(paths), encoding="utf-8")
+    words = [word for name, value in paths.items() for word in _words(name, value)]
+    for given in (["--config", "~/mine.yaml"], ["--config=~/mine.yaml"], words):
+        run = parse_arguments(run_type, given)
+        told = {name: value for group in vars(run).values() for name, value in vars(group).items() if name in paths}
+        assert told == expected, given
+    assert list((home.parent / "here").iterdir()) == []
+
+
+def _words(name: str, value: str | list[str]) -> list[str]:
+    """As a shell hands on what stands behind an equals sign: it expands no `~` there."""
+    return [f"--{name}={value}"] if isinstance(value, str) else [f"--{name}", *value]
+
+
+def test_a_tilde_is_the_home_for_prediction_and_small_commands(home: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    run = parse_arguments(PredictRun, ["--model=~/m", "--data_files=~/d.jsonl", "--output_dir=~/o"])
+    assert (run.data.model, run.data.data_files) == (f"{home}/m", [f"{home}/d.jsonl"])
+    assert run.data.output_dir == f"{home}/o"
+    (home / "rows.jsonl").write_text('{"prompt": "灯塔下有什么？", "completion": "一封信。"}\n', encoding="utf-8")
+    dataset.preview.main(["~/rows.jsonl", "--html=~/page.html"])
+    assert (home / "page.html").is_file()
+    capsys.readouterr()
+    with pytest.raises(SystemExit):
+        merge.main(["~/adapter", "~/merged"])
+    assert str(home / "adapter") in capsys.readouterr().err
+    parser = CommandParser(prog="any")
+    parser.add_argument("--file", type=Path, nargs="+")
+    assert parser.parse_args(["--file", "~/a", "./b"]).file == [home / "a", Path("b")]
+
+
+MAPPINGS: dict[str, tuple[str, Any]] = {
+    "lr_scheduler_kwargs": ("{num_cycles: 2}", {"num_cycles": 2}),
+    "activation_checkpointing_kwargs": ("{use_reentrant: false}", {"use_reentrant": False}),
+    "gradient_checkpointing_kwargs": ("{use_reentrant: true}", {"use_reentrant": True}),
+}
+
+
+@pytest.mark.parametrize("name", MAPPINGS)
+def test_mappings_are_taken_from_yaml_and_as_json(name: str, tmp_path: Path) -> None:
+    text, expected = MAPPINGS[name]
+    assert vars(from_yaml(tmp_path, f"{name}: {text}\n").training)[name] == expected
+    indented = "".join(f"\n  {key}: {str(value).lower()}" for key, value in expected.items())
+    assert vars(from_yaml(tmp_path, f"{name}:{indented}\n").training)[name] == expected
+    as_text = json.dumps(expected)
+    assert vars(from_yaml(tmp_path, f"{name}: '{as_text}'\n").training)[name] == expected
+    run = parse_arguments(FinetuneRun, [*MODEL, f"--{name}", as_text])
+    assert vars(run.training)[name] == expected
+
+
+def test_further_mappings(tmp_path: Path) -> None:
+    training = from_yaml(tmp_path, "accelerator_config: {even_batches: false}\n").training
+    assert training.accelerator_config.even_batches is False
+    training = from_yaml(tmp_path, "optim: sgd\noptim_args: {momentum: 0.9, nesterov: true}\n").training
+    assert training.optim_args == "momentum=0.9,nesterov=True"
+
+
+@pytest.mark.parametrize(
+    ("text", "cause"),
+    [
+        ("learning_rate: {a: 1}", "learning_rate takes one value, not a dict"),
+        ("learning_rate: [1]", "learning_rate takes one value, not a list"),
+        ("train_files: [{a: 1}]", "train_files holds {'a': 1} where a single value stands"),
+        ("lr_scheduler_kwargs: two", "lr_scheduler_kwargs: 'two' does not fit: 'two' is no mapping in JSON"),
+        ("lr_scheduler_kwargs: '[1]'", "is no mapping in JSON"),
+        ("num_train_epochs:", "num_train_epochs has no value"),
+        ("model:", "model has no value"),
+        ("valid_files:", "valid_files has no value"),
+        ("seed: [", "is not YAML"),
+    ],
+)
+def test_other_shapes_are_refused_by_file_and_key(text: str, cause: str, tmp_path: Path) -> None:
+    with pytest.raises(UserError) as refusal:
+        from_yaml(tmp_path, f"{text}\n")
+    assert "mine.yaml" in refusal.value.cause and cause in refusal.value.cause
+
+
+def test_words_of_yaml_are_the_options_own(tmp_path: Path) -> None:
+    training = from_yaml(tmp_path, "eval_strategy: no\nresume_from_checkpoint: true\nsave_total_limit:\n").training
+    assert (training.eval_strategy.value, training.resume_from_checkpoint) == ("no", "true")
+    assert training.save_total_limit is None
+    assert from_yaml(tmp_path, "packing: false\n").data.packing is False
+
+
+def test_remedies_name_this_interpreter(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(sys, "executable", "/opt/my env/bin/python")
+    assert pip_install("datatrove[ray]") == "'/opt/my env/bin/python' -m pip install 'datatrove[ray]'"
+    monkeypatch.setattr(sys, "executable", str(tmp_path / ".venv" / "bin" / "python"))
+    monkeypatch.chdir(tmp_path)
+    assert python_module("dataset novels IN OUT") == ".venv/bin/python -m dataset novels IN OUT"
+    with pytest.raises(UserError) as refusal:
+        CommandParser(prog="python -m dataset tokens").parse_args(["--nothing"])
+    assert refusal.value.remedy == "see `.venv/bin/python -m dataset tokens --help`"
+
+
+def test_one_is_no_several() -> None:
+    told = [counted(number, "problem") for number in (0, 1, 2, 1000)]
+    assert told == ["0 problems", "1 problem", "2 problems", "1,000 problems"]
+    assert [counted(number, "pair of books") for number in (1, 2)] == ["1 pair of books", "2 pairs of books"]
+    assert [counted(number, "process") for number in (1, 2)] == ["1 process", "2 processes"]
