@@ -51,7 +51,7 @@ class ChatArguments:
         False, "Run Python code that lies with the checkpoint, where the architecture is not known here. Read it first."
     )
     hub: Literal["huggingface", "modelscope"] = option(
-        "huggingface", "Where names are looked up. modelscope needs `pip install modelscope`."
+        "huggingface", "Where names are looked up. modelscope needs the package modelscope."
     )
     allow_pickles: bool = option(
         False, "Read weights from pickles (.bin) where there are no safetensors; tensors only. For sources you trust."
