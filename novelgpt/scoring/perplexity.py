@@ -34,13 +34,18 @@ def summarise(sums: numpy.ndarray, characters: int | None = None) -> dict[str, f
         characters: of the text that the trained tokens stand for.
 
     Returns:
-        {"loss" (nats per token), "perplexity", "token_accuracy"} and, where characters are given,
-        "bits_per_character": all nats, those of end tokens too, / ln 2 / characters. Unlike the others, it compares
-        models of different tokenizers.
+        {"loss" (nats per token), "perplexity", "token_accuracy", "tokens" (trained ones of all rows)} and, where
+        characters are given, "bits_per_character": all nats, those of end tokens too, / ln 2 / characters. Unlike the
+        others, it compares models of different tokenizers.
     """
     nll, tokens, right = (float(total) for total in sums.sum(axis=0))
     loss = nll / max(tokens, 1.0)
-    means = {"loss": loss, "perplexity": math.exp(min(loss, 700.0)), "token_accuracy": right / max(tokens, 1.0)}
+    means = {
+        "loss": loss,
+        "perplexity": math.exp(min(loss, 700.0)),
+        "token_accuracy": right / max(tokens, 1.0),
+        "tokens": int(tokens),
+    }
     if characters is not None:
         means["bits_per_character"] = nll / math.log(2.0) / max(characters, 1)
     return means

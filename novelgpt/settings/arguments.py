@@ -211,6 +211,11 @@ class TrainArguments(TrainingArguments):
     logging_first_step: bool = option(True, "Log step 1 as well.")
     eval_strategy: str = option("epoch", "When to evaluate: no, steps (every eval_steps) or epoch.")
     eval_on_start: bool = option(True, "Evaluate before step 1, so that curves start at the untouched model.")
+    max_eval_share: float = option(
+        0.2,
+        "Most tokens that all evaluations together may read, as a share of those of training: of more rows, some are "
+        "taken, spread evenly. 0 evaluates on all rows.",
+    )
     predict_during_eval: int = option(
         0, "At each evaluation, answer this many of its rows and log the texts, their ROUGE and repetition; 0 is off."
     )
@@ -262,7 +267,7 @@ class TrainArguments(TrainingArguments):
         "output_dir", "overwrite_output_dir", "precision", "num_train_epochs", "max_steps", "learning_rate",
         "per_device_train_batch_size", "per_device_eval_batch_size", "gradient_accumulation_steps", "auto_batch",
         "lr_scheduler_type", "warmup_steps", "weight_decay", "max_grad_norm", "activation_checkpointing", "seed",
-        "logging_steps", "eval_strategy", "eval_steps", "eval_on_start", "predict_during_eval",
+        "logging_steps", "eval_strategy", "eval_steps", "eval_on_start", "max_eval_share", "predict_during_eval",
         "predict_max_new_tokens", "preflight", "guards", "on_non_finite", "stop_check", "stop_check_max_new_tokens",
         "save_strategy",
         "save_steps", "save_total_limit", "resume", "resume_from_checkpoint", "deepspeed",

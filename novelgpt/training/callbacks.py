@@ -23,6 +23,8 @@ from novelgpt.settings.whole_files import write_whole
 from novelgpt.training.loss_plot import draw_losses
 from novelgpt.training.run_record import only_json
 
+# Where no bar shows how far an evaluation has come, a line does, after as many seconds each.
+SECONDS_BETWEEN_LINES = 15.0
 # The plot may take this share of the run's time.
 PLOT_SHARE = 0.02
 
@@ -164,6 +166,7 @@ class Progress(ProgressCallback):
             if "eval_rouge-l" in logs:
                 rouge = "/".join(f"{logs[f'eval_{metric}']:.3f}" for metric in METRICS)
                 line += f"  rouge-1/2/l {rouge}  rep4 {logs['eval_rep4_char']:.3f}"
+            line += f"  over {logs['eval_tokens']:,} tokens in {timedelta(seconds=round(logs['eval_runtime']))}"
         elif "loss" in logs:
             line = (
                 f"step {state.global_step:>5}/{state.max_steps}  loss {logs['loss']:.4f}  "
@@ -176,9 +179,20 @@ class Progress(ProgressCallback):
             return
         say_above_bars(line)
 
+    def on_prediction_step(self, *arguments: Any, **keywords: Any) -> None:
+        """The stock bar, which says what it is of."""
+        super().on_prediction_step(*arguments, **keywords)
+        if self.prediction_bar is not None:
+            self.prediction_bar.set_description("evaluation", refresh=False)
+
 
 class ProgressLines(Progress):
-    """The same lines without a bar, for logs and pipes."""
+    """The same lines without a bar, for logs and pipes; of a long evaluation, lines on how far it has come."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.batches = 0  # of the evaluation that goes on
+        self.began = self.next_line = 0.0
 
     def on_train_begin(self, *arguments: Any, **keywords: Any) -> None:
         """No bar."""
@@ -186,11 +200,28 @@ class ProgressLines(Progress):
     def on_step_end(self, *arguments: Any, **keywords: Any) -> None:
         """No bar."""
 
-    def on_prediction_step(self, *arguments: Any, **keywords: Any) -> None:
-        """No bar."""
+    def on_prediction_step(
+        self,
+        args: TrainingArguments,
+        state: TrainerState,
+        control: TrainerControl,
+        eval_dataloader: Any = None,
+        **_: Any,
+    ) -> None:
+        """A line now and then."""
+        now = time.monotonic()
+        if not self.batches:
+            self.began, self.next_line = now, now + SECONDS_BETWEEN_LINES
+        self.batches += 1
+        total = len(eval_dataloader)
+        if state.is_world_process_zero and now >= self.next_line and self.batches < total:
+            left = (now - self.began) / self.batches * (total - self.batches)
+            say_above_bars(f"evaluating: {self.batches:,} of {total:,} batches, {timedelta(seconds=round(left))} left")
+            self.next_line = now + SECONDS_BETWEEN_LINES
 
     def on_evaluate(self, *arguments: Any, **keywords: Any) -> None:
-        """No bar."""
+        """The next evaluation begins anew."""
+        self.batches = 0
 
     def on_train_end(self, *arguments: Any, **keywords: Any) -> None:
         """No bar."""

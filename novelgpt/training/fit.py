@@ -27,9 +27,10 @@ from novelgpt.text.conversation import end_token_ids
 from novelgpt.text.statistics import trained_characters
 from novelgpt.training.base_recorder import BaseRecorder
 from novelgpt.training.callbacks import Curves, Progress, ProgressLines, RunRecorder
+from novelgpt.training.evaluations import plan_evaluations
 from novelgpt.training.forward_checks import check_packing
 from novelgpt.training.longest_batch import rows_to_try
-from novelgpt.training.memory_plan import MemoryPlan
+from novelgpt.training.memory_plan import MemoryPlan, row_lengths
 from novelgpt.training.run_folder import RunFolder
 from novelgpt.training.sample_predictions import SamplePredictions
 from novelgpt.training.stop_check import check_stops
@@ -50,9 +51,9 @@ def fit(
 
     Returns:
         The figures that run.json keeps: saved_step, whose weights are saved (that of the best checkpoint with
-        load_best_model_at_end, else the last), their eval_loss, eval_perplexity, eval_token_accuracy, those of the
-        untouched model as start_…, stopped (share of training prompts whose answer ended, in [0, 1]; not for raw text),
-        train_runtime (seconds, evaluations included) and tokens_per_second (of training alone).
+        load_best_model_at_end, else the last), their eval_loss, eval_perplexity and eval_token_accuracy over so many
+        eval_tokens, those of the untouched model as start_…, stopped (share of training prompts whose answer ended, in
+        [0, 1]; not for raw text), train_runtime (seconds, evaluations included) and tokens_per_second (of training).
 
     Raises:
         UserError: the model cannot be trained so.
@@ -80,6 +81,11 @@ def _fit_into(
     plan: MemoryPlan,
 ) -> dict[str, float]:
     training, folder, resumed = run.training, claimed.path, run.training.resume_from_checkpoint
+    rows = len(train)  # type: ignore[arg-type]
+    evaluations = plan_evaluations(valid, plan.lengths, row_lengths(valid), rows, training)
+    valid = evaluations.rows
+    if training.process_index == 0:
+        say(evaluations.explain(training.max_eval_share))
     base_recorder = BaseRecorder(model)
     # Events of every run lie under logs/, where `tensorboard --logdir output` finds them by the run's name.
     # What a run that is gone on with had written after its checkpoint is not shown.
@@ -92,6 +98,7 @@ def _fit_into(
             samples=SamplePredictions(valid, tokenizer, training, folder, writer),
             longest=rows_to_try(plan.lengths, training) if training.preflight else [],
             characters=trained_characters(valid, tokenizer),
+            evaluations=evaluations,
             model=model,
             args=training,
             train_dataset=train,
@@ -163,7 +170,7 @@ def save_generation_config(tokenizer: PreTrainedTokenizerBase, folder: Path) -> 
 def _results(history: list[dict[str, Any]], metrics: dict[str, Any]) -> dict[str, float]:
     evaluations = [entry for entry in history if "eval_loss" in entry]
     names = ("eval_loss", "eval_perplexity", "eval_token_accuracy")
-    results = {name: evaluations[-1][name] for name in names}
+    results = {name: evaluations[-1][name] for name in (*names, "eval_tokens")}
     if evaluations[0]["step"] == 0:
         results |= {f"start_{name}": evaluations[0][name] for name in names}
     # The first entry holds the warm-up of caches and kernels.

@@ -18,6 +18,7 @@ from novelgpt.settings.terminal import say
 
 MOST_STEPS = 1e12
 RANGES: dict[str, tuple[float, float]] = {
+    "max_eval_share": (0, 1e6),
     "predict_during_eval": (0, 1e6),
     "predict_max_new_tokens": (1, 1e6),
     "stop_check": (0, 1e6),

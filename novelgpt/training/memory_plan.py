@@ -101,7 +101,7 @@ class MemoryPlan:
         self.training, self.packed = run.training, run.data.packing
         self.device = run.training.device
         self.estimate: MemoryEstimate | None = None
-        self.lengths = _lengths(train, run.data.max_length if run.data.packing else None)
+        self.lengths = row_lengths(train, run.data.max_length if run.data.packing else None)
         self.tokens = max(self.lengths)
         self.capacity = available_memory(self.device)
         self.model: SimulatedModel | None = None
@@ -229,7 +229,7 @@ def available_memory(device: torch.device) -> int:
     return held + left // int(os.environ.get("LOCAL_WORLD_SIZE", "1"))
 
 
-def _lengths(train: Dataset[Any], packed_length: int | None) -> list[int]:
+def row_lengths(train: Dataset[Any], packed_length: int | None = None) -> list[int]:
     """Tokens of the rows; of the first packs, which are about as long as the others, where rows are packed."""
     if isinstance(train, PackedBlocks):
         return train.counts().lengths

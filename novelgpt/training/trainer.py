@@ -37,6 +37,7 @@ from novelgpt.settings.terminal import say, say_above_bars
 from novelgpt.text.collator import NUMBERS, Collator
 from novelgpt.training.checkpoints.folders import checkpoints, step_of
 from novelgpt.training.checkpoints.trainer import CheckpointTrainer
+from novelgpt.training.evaluations import EvaluationPlan
 from novelgpt.training.forward_checks import head_is_last
 from novelgpt.training.guards import GradientWatch, check_forward, check_vocabulary
 from novelgpt.training.longest_batch import try_batch
@@ -57,11 +58,14 @@ class NovelTrainer(CheckpointTrainer):
         *,
         samples: SamplePredictions | None = None,
         characters: int | None = None,
+        evaluations: EvaluationPlan | None = None,
         note: Callable[[dict[str, Any]], None] | None = None,
         longest: Sequence[int] = (),
         **arguments: Any,
     ) -> None:
         """Evaluations also answer `samples`, and divide by the `characters` of the rows for bits per character.
+
+        Those that `evaluations` says are to come are a part of the time left.
 
         `note` takes what is found out about single steps, as entries of metrics.jsonl. The `longest` training rows, by
         their indices, are tried as one micro-batch before training.
@@ -69,6 +73,9 @@ class NovelTrainer(CheckpointTrainer):
         self.rows = NumberedRows(arguments.pop("train_dataset"))
         super().__init__(**arguments, train_dataset=self.rows, compute_metrics=partial(_metrics, characters=characters))
         self.samples = samples
+        self.evaluations = evaluations
+        self._last_evaluation: float | None = None  # its seconds
+        self._evaluated = 0.0  # seconds, since the first step
         base = base_model(self.model)
         self.balance = router_balance(base, cast(TrainArguments, self.args).router_aux_loss_coef)
         attach_chunked_loss(base, head_is_last(base), self.balance)
@@ -261,8 +268,10 @@ class NovelTrainer(CheckpointTrainer):
             self.control = self.callback_handler.on_save(self.args, self.state, self.control)
             raise AssertionError("the callback that stopped the evaluation did not end the run") from None
         finally:
+            self._last_evaluation = time.perf_counter() - begin
             if self.throughput is not None:
-                self.throughput.outside += time.perf_counter() - begin
+                self.throughput.outside += self._last_evaluation
+                self._evaluated += self._last_evaluation
 
     @contextmanager
     def at_saved_step(self) -> Iterator[None]:
@@ -310,13 +319,20 @@ class NovelTrainer(CheckpointTrainer):
         if "loss" in logs and self.throughput is not None:
             logs |= self._means(logs["loss"])
             logs |= self.throughput.read(lambda sums: self.accelerator.reduce(sums, "sum"), self.args.world_size)
-            steps = self.state.global_step - self._first_step
-            logs["seconds_left"] = round(logs["seconds"] / steps * (self.state.max_steps - self.state.global_step), 1)
+            logs["seconds_left"] = round(self._seconds_left(logs["seconds"], logs["tokens_per_second"]), 1)
         if "eval_loss" in logs and self.samples is not None:
             # Here and not in the evaluation loop: its rows a second are then those of the loss.
             model = cast(PreTrainedModel, self.model)  # or the same with an adapter
             logs |= self.samples.scores(model, self.accelerator, self.state.global_step)
         super().log(logs, start_time)
+
+    def _seconds_left(self, since_first_step: float, tokens_per_second: float) -> float:
+        """To the end of the last step and of the evaluations to come."""
+        step = self.state.global_step
+        of_steps = (since_first_step - self._evaluated) / (step - self._first_step) * (self.state.max_steps - step)
+        if self.evaluations is None:
+            return of_steps
+        return of_steps + self.evaluations.seconds_left(step, self._last_evaluation, tokens_per_second)
 
 
 class _BeforeTraining(TrainerCallback):
