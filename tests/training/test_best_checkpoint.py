@@ -23,6 +23,7 @@ from novelgpt.training import throughput
 from novelgpt.training.checkpoints.best import best_checkpoint
 from novelgpt.training.launch_checks import check_before_launch
 from tests.faults.runs import write_base, write_rows
+from tests.ranks import run_pipeline
 
 # A learning rate under which a few rows are soon learnt by heart, and what is evaluated on gets worse.
 RATE = "0.03"
@@ -161,6 +162,22 @@ def test_a_run_gone_on_with_ends_with_the_best_of_both_parts(
     assert again["results"]["saved_step"] == whole["results"]["saved_step"] < 6
     assert again["results"]["eval_loss"] == whole["results"]["eval_loss"]
     check_saved(base, tmp_path / "moved", files[1], again)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(("main", "zero"), [(finetune, 0), (finetune, 2), (finetune, 3), (finetune_lora, 3)])
+def test_ranks_load_the_best_together(
+    main: Any, zero: int, base: Path, files: tuple[Path, Path], tmp_path: Path
+) -> None:
+    words = f"--model {base} --train_files {files[0]} --valid_files {files[1]} --output_dir {tmp_path / 'run'}"
+    more = "--max_steps 6 --eval_steps 2 --save_steps 2 --per_device_train_batch_size 2 --train_mark_tokens never"
+    more = more if main is finetune_lora else more.replace("--train_mark_tokens never", "")
+    pipeline = main.__module__.removesuffix(".__main__")
+    run_pipeline(pipeline, f"{words} --learning_rate {RATE} {QUICK} {more}".split(), 2, zero)
+    description = json.loads((tmp_path / "run" / "run.json").read_text(encoding="utf-8"))
+    losses = recorded(tmp_path / "run")
+    assert description["results"]["saved_step"] == min((loss, step) for step, loss in losses.items() if step)[1] < 6
+    check_saved(base, tmp_path / "run", files[1], description)
 
 
 def history(**figures: float) -> list[dict[str, Any]]:

@@ -42,6 +42,7 @@ from novelgpt.training.simulated_model import SimulatedModel, track_step, worst_
 from novelgpt.training.throughput import StepCost
 from novelgpt.training.trainer import NovelTrainer
 from tests.faults.runs import weights, write_base, write_rows
+from tests.ranks import run_pipeline
 
 VOCABULARY, EXPERTS, CHOSEN = 71, 4, 2
 SIZES: dict[str, Any] = {
@@ -277,6 +278,21 @@ def test_a_run_gone_on_with_ends_with_the_same_experts(
     ours, theirs = (AutoModelForCausalLM.from_pretrained(folder) for folder in (tmp_path / "again", base))
     name = "model.layers.1.mlp.experts.down_proj"
     assert not torch.equal(ours.get_parameter(name), theirs.get_parameter(name))
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("zero", [0, 2])
+def test_two_ranks_balance_as_one_does(zero: int, base: Path, rows: Path, tmp_path: Path) -> None:
+    one = words_of(base, rows, tmp_path / "one", "--optim sgd --packing False --lr_scheduler_type constant --seed 3")
+    one[one.index("--logging_steps") + 1] = "1"
+    two = [word.replace(str(tmp_path / "one"), str(tmp_path / "two")) for word in one]
+    two[two.index("--gradient_accumulation_steps") + 1] = "1"
+    for words, processes in ((one, 1), (two, 2)):
+        run_pipeline("finetune", words, processes, zero if processes == 2 else 0)
+    for name in ("loss", "aux_loss", "eval_loss"):
+        of_one, of_two = entries(tmp_path / "one", name), entries(tmp_path / "two", name)
+        assert [step for step, _ in of_one] == [step for step, _ in of_two]
+        assert [value for _, value in of_two] == pytest.approx([value for _, value in of_one], rel=1e-3), name
 
 
 def test_lora_with_its_defaults_trains_the_experts(
