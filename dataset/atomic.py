@@ -3,18 +3,17 @@
 from __future__ import annotations
 
 import errno
-import fcntl
 import hashlib
 import json
-import os
-import platform
 import shutil
+import uuid
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
 from novelgpt.settings.errors import UserError
+from novelgpt.settings.locks import let_go, make_and_hold, remove_empty
 from novelgpt.settings.whole_files import sync
 
 
@@ -30,9 +29,8 @@ def new_folder(folder: Path) -> Iterator[Path]:
     Where another process has made `folder` in the meantime, from the same inputs, that one stays.
     Its files are on disk before it gets its name, so that no crash of the machine leaves a name without its content.
     """
-    # Hosts that share a disk may run processes of one number.
-    unfinished = folder.with_name(f"{folder.name}.unfinished-{platform.node()}-{os.getpid()}")
-    shutil.rmtree(unfinished, ignore_errors=True)
+    # Hosts that share a disk, and containers of one name, may run processes of one number.
+    unfinished = folder.with_name(f"{folder.name}.unfinished-{uuid.uuid4().hex}")
     unfinished.mkdir(parents=True)
     try:
         yield unfinished
@@ -50,45 +48,34 @@ def new_folder(folder: Path) -> Iterator[Path]:
 
 
 @contextmanager
-def folder_if_used(folder: Path) -> Iterator[None]:
-    """Make a folder; after a UserError, those that were made and are still empty are gone again.
+def only_run(out: Path, inside: Path) -> Iterator[None]:
+    """Make a folder, with another one inside, and hold it for the block.
+
+    The system lets go of it when this process ends, in whatever way. After a UserError, the folders that were made and
+    are still empty are gone again.
 
     Raises:
-        UserError: it cannot be made, or what the block raises.
+        UserError: another run holds it, it cannot be made, or the disk is full; or what the block raises.
     """
-    made = [path for path in (folder, *folder.parents) if not path.exists()]
     try:
-        folder.mkdir(parents=True, exist_ok=True)
-    except OSError as error:
-        raise UserError(f"{folder} cannot be made: {error.strerror}", "name a folder you can write to") from error
-    try:
-        yield
-    except UserError:
-        for path in made:
-            if not path.is_dir() or any(path.iterdir()):
-                break
-            path.rmdir()
-        raise
-
-
-@contextmanager
-def only_run(out: Path) -> Iterator[None]:
-    """Hold the lock of a folder that is there; the system lets go of it when this process ends, in whatever way.
-
-    Raises:
-        UserError: another run holds it, or the disk is full.
-    """
-    handle = os.open(out, os.O_RDONLY)
-    try:
-        fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        yield
+        handle, made = make_and_hold(out)
     except BlockingIOError:
         raise UserError(f"another run is writing into {out}", "wait until it ends, or name another folder") from None
     except OSError as error:
+        raise UserError(f"{out} cannot be made: {error.strerror}", "name a folder you can write to") from error
+    try:
+        made = [*(path for path in (inside, *inside.parents) if not path.exists()), *made]
+        inside.mkdir(parents=True, exist_ok=True)
+        yield
+    except UserError:
+        remove_empty(made)
+        raise
+    except OSError as error:
+        remove_empty(made)
         if error.errno not in (errno.ENOSPC, errno.EDQUOT):
             raise
         raise UserError(
             f"{out}: the disk is full", "make room and run the same command again: what is done stays done"
         ) from error
     finally:
-        os.close(handle)
+        let_go(handle)

@@ -28,6 +28,7 @@ from dataset.instructions import BUILT_IN, Instructions, load_instructions
 from novelgpt.settings.command_parser import CommandParser
 from novelgpt.settings.console import make_console
 from novelgpt.settings.errors import UserError, exit_on_user_error
+from novelgpt.settings.locks import let_go, make_and_hold
 from novelgpt.settings.paths import from_home
 from novelgpt.settings.terminal import say, visible
 
@@ -129,7 +130,11 @@ def _token_counter(model: str) -> Callable[[str], int]:
 
 
 def _write(words: Namespace, instructions: Instructions, filters: dict[str, RowFilter]) -> dict[str, Tally]:
-    """Write the three files, which appear under their names when all are complete."""
+    """Write the three files, which appear under their names when all are complete.
+
+    Raises:
+        UserError: another run writes them, they cannot be written, or no row is left.
+    """
     splits = [find_splits(path) for path in words.inputs]
     cut = Cut(words.max_characters, words.previous_chapters, words.opening_characters)
     paths = {"train": words.output} | {name: _beside(words.output, name) for name in ("held_out", "rejected")}
@@ -137,8 +142,13 @@ def _write(words: Namespace, instructions: Instructions, filters: dict[str, RowF
     tallies = {"held_out": Tally(), "train": Tally()}
     names: Counter[str] = Counter()
     try:
+        handle, _ = make_and_hold(words.output.absolute().parent, partial["train"].name)
+    except BlockingIOError as error:
+        raise UserError(f"another run writes {words.output}", "wait for its end, or name another output") from error
+    except OSError as error:
+        raise UserError(f"{words.output}: {error.strerror}", "name an output that can be written") from error
+    try:
         with ExitStack() as stack:
-            words.output.parent.mkdir(parents=True, exist_ok=True)
             files = {
                 name: stack.enter_context(path.open("w", encoding="utf-8", newline="\n"))
                 for name, path in partial.items()
@@ -164,6 +174,7 @@ def _write(words: Namespace, instructions: Instructions, filters: dict[str, RowF
     finally:
         for path in partial.values():
             path.unlink(missing_ok=True)
+        let_go(handle)
     return tallies
 
 

@@ -21,7 +21,7 @@ from typing import Any
 import numpy
 from transformers import PreTrainedTokenizerBase
 
-from dataset.atomic import digest_of, folder_if_used, new_folder, only_run
+from dataset.atomic import digest_of, new_folder, only_run
 from dataset.corpus import Source, cut_file, find_sources
 from novelgpt.settings.arguments import ModelArguments
 from novelgpt.settings.command_parser import CommandParser
@@ -216,7 +216,7 @@ def main(argv: list[str] | None = None) -> None:
         os.environ["RAYON_NUM_THREADS"] = str(words.workers)  # read by the tokenizers library at its first batch
     model = ModelArguments(words.model, trust_remote_code=words.trust_remote_code, hub=words.hub)
     _check_folder(words.out)
-    with folder_if_used(words.out / SHARDS), only_run(words.out):
+    with only_run(words.out, words.out / SHARDS):
         run = TokenRun(words.out, load_tokenizer(model), model.model, words.text_column)
         manifest = run.run(words.inputs)
     for name, split in manifest["splits"].items():

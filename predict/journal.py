@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import fcntl
 import json
 import os
 import shutil
@@ -14,6 +13,7 @@ from typing import IO
 
 from novelgpt.model.generation import Answer
 from novelgpt.settings.errors import UserError
+from novelgpt.settings.locks import let_go, make_and_hold
 
 
 class Journal:
@@ -39,15 +39,13 @@ class Journal:
         self.answers: dict[int, Answer] = {}
         own = self.folder / f"{process}.jsonl"
         try:
-            self.folder.mkdir(parents=True, exist_ok=True)
-            self.file: IO[bytes] = own.open("a+b")
+            # Not what another prediction, which ends in this moment, removes.
+            self._handle, _ = make_and_hold(self.folder, own.name)
+        except BlockingIOError as error:
+            raise UserError(f"another prediction writes into {folder}", "wait for it, or name --output_dir") from error
         except OSError as error:
             raise UserError(f"{own}: {error.strerror}", "name a folder that can be written") from error
-        try:
-            fcntl.flock(self.file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except OSError as error:
-            self.file.close()
-            raise UserError(f"another prediction writes into {folder}", "wait for it, or name --output_dir") from error
+        self.file: IO[bytes] = open(self._handle, "a+b", closefd=False)  # noqa: SIM115  # closed with the journal
         for path in sorted(self.folder.glob("*.jsonl")):
             complete = self._read(path, prediction)
             if path == own:
@@ -98,3 +96,4 @@ class Journal:
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
         self.file.close()
+        let_go(self._handle)

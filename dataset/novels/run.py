@@ -12,7 +12,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 
-from dataset.atomic import folder_if_used, only_run
+from dataset.atomic import only_run
 from dataset.novels.cluster import run_on
 from dataset.novels.collection import CollectionOptions, Written, read_shelves, write_collection
 from dataset.novels.manifest import (
@@ -63,7 +63,7 @@ def prepare_novels(
     """
     raw, out = raw.resolve(), out.resolve()
     _check_folders(raw, out)
-    with folder_if_used(out / "cache" / "files"), only_run(out):
+    with only_run(out, out / "cache" / "files"):
         return _Run(raw, out, out / "cache", files, collection, machines, display).run()
 
 

@@ -15,11 +15,11 @@ from __future__ import annotations
 import contextlib
 import hashlib
 import json
-import os
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 from huggingface_hub.constants import HF_HOME
+from pydantic import TypeAdapter
 from transformers.utils import SAFE_WEIGHTS_INDEX_NAME, SAFE_WEIGHTS_NAME, WEIGHTS_INDEX_NAME, WEIGHTS_NAME, cached_file
 from transformers.utils.hub import get_checkpoint_shard_files
 
@@ -36,6 +36,7 @@ CACHED_FROM_BYTES = 1 << 30
 CHUNK_BYTES = 1 << 26
 # Of config.json: what tells apart models whose tensors have the same names and shapes.
 ESSENTIALS = ("model_type", "num_attention_heads", "n_head")
+_CACHED = TypeAdapter(dict[str, str])
 
 
 def weights_fingerprint(folder: Path, cache: Path | None = None, threads: int | None = None) -> str:
@@ -67,7 +68,7 @@ def weights_fingerprint(folder: Path, cache: Path | None = None, threads: int | 
         return kept[key]
     fingerprint = _hash(folder, files, threads or min(8, usable_cores()))
     if cache is not None:
-        _write_cache(cache, kept | {key: fingerprint})
+        _write_cache(cache, _read_cache(cache) | {key: fingerprint})  # others may have written since
     return fingerprint
 
 
@@ -187,16 +188,14 @@ def _state_of_files(files: list[Path]) -> str:
 
 
 def _read_cache(cache: Path | None) -> dict[str, str]:
-    # A cache that cannot be read costs time only.
+    # A cache that cannot be read, or holds something else, costs time only.
     with contextlib.suppress(OSError, ValueError):
         if cache is not None and cache.is_file():
-            return dict(json.loads(cache.read_text(encoding="utf-8")))
+            return _CACHED.validate_json(cache.read_bytes())
     return {}
 
 
 def _write_cache(cache: Path, kept: dict[str, str]) -> None:
     with contextlib.suppress(OSError):
         cache.parent.mkdir(parents=True, exist_ok=True)
-        unfinished = cache.with_name(f"{cache.name}.{os.getpid()}")
-        unfinished.write_text(json.dumps(kept, indent=1), encoding="utf-8")
-        unfinished.replace(cache)
+        write_whole(cache, json.dumps(kept, indent=1))

@@ -10,15 +10,16 @@ from contextlib import contextmanager
 from pathlib import Path
 
 
-def hold(path: Path, wait: bool = False) -> int:
-    """Lock a folder, or a file, which is made where it is not there and whose content stays.
+def hold(path: Path, wait: bool = False, folder: bool = False) -> int:
+    """Lock a file, which is made where it is not there and whose content stays, or a folder that is there.
 
     Whoever holds a file may rename or remove it, so that the one that was opened here may have lost its name before it
     was locked; the lock is on what has the name when this returns. On file systems without locks nothing is locked.
 
     Args:
-        path: of the folder or file.
+        path: of the file or folder.
         wait: until whoever holds it lets go.
+        folder: whether it is one. Network file systems lock only what is open for writing, as folders cannot be.
 
     Returns:
         The open file; `let_go` closes it.
@@ -27,23 +28,25 @@ def hold(path: Path, wait: bool = False) -> int:
         BlockingIOError: another process holds it, and this one shall not wait.
         OSError: it cannot be opened.
     """
+    flags = os.O_RDONLY | os.O_DIRECTORY if folder else os.O_RDWR | os.O_APPEND | os.O_CREAT
     while True:
-        # Network file systems lock only what is open for writing, as folders cannot be.
-        handle = os.open(path, os.O_RDONLY if path.is_dir() else os.O_RDWR | os.O_APPEND | os.O_CREAT, 0o666)
+        handle = os.open(path, flags, 0o666)
         try:
             fcntl.flock(handle, fcntl.LOCK_EX | (0 if wait else fcntl.LOCK_NB))
-            with contextlib.suppress(FileNotFoundError):
-                if os.path.samestat(os.fstat(handle), path.stat()):
-                    return handle
-            os.close(handle)
-        except OSError as error:
-            if not isinstance(error, BlockingIOError):
-                return handle
+        except BlockingIOError:
             os.close(handle)
             raise
+        except OSError:
+            return handle
         except BaseException:
             os.close(handle)
             raise
+        try:
+            if os.path.samestat(os.fstat(handle), path.stat()):
+                return handle
+        except FileNotFoundError:
+            pass
+        os.close(handle)
 
 
 def let_go(handle: int) -> None:
@@ -51,6 +54,56 @@ def let_go(handle: int) -> None:
     with contextlib.suppress(OSError):
         fcntl.flock(handle, fcntl.LOCK_UN)
     os.close(handle)
+
+
+@contextmanager
+def held(path: Path, wait: bool = False) -> Iterator[int]:
+    """`hold` a file for the block; its value is the open file."""
+    handle = hold(path, wait)
+    try:
+        yield handle
+    finally:
+        let_go(handle)
+
+
+def make_and_hold(folder: Path, lock: str | None = None) -> tuple[int, list[Path]]:
+    """Make a folder, where it is not there, and `hold` it, whoever else makes or removes it in the same moment.
+
+    Args:
+        folder: and those above it.
+        lock: name of a file in it that is held in its place, so that network file systems do it as well.
+
+    Returns:
+        The open file, and the folders that were made, the innermost first.
+
+    Raises:
+        BlockingIOError: another process holds it.
+        OSError: it cannot be made.
+    """
+    made: list[Path] = []
+    try:
+        while True:
+            for path in reversed([path for path in (folder, *folder.parents) if not path.is_dir()]):
+                with contextlib.suppress(FileExistsError):
+                    path.mkdir()
+                    made.insert(0, path)
+            try:
+                return hold(folder / lock if lock else folder, folder=lock is None), made
+            except FileNotFoundError:
+                if folder.exists():
+                    raise
+    except BlockingIOError:
+        raise  # it is the other's now
+    except BaseException:
+        remove_empty(made)
+        raise
+
+
+def remove_empty(folders: list[Path]) -> None:
+    """Remove folders, the innermost first, up to one that holds something."""
+    with contextlib.suppress(OSError):
+        for path in folders:
+            path.rmdir()
 
 
 def is_held(path: Path) -> bool:
@@ -68,18 +121,3 @@ def is_held(path: Path) -> bool:
     finally:
         os.close(handle)
     return False
-
-
-@contextmanager
-def held(path: Path, wait: bool = False) -> Iterator[None]:
-    """Hold a folder or a file for the block.
-
-    Raises:
-        BlockingIOError: another process holds it, and this one shall not wait.
-        OSError: it cannot be opened.
-    """
-    handle = hold(path, wait)
-    try:
-        yield
-    finally:
-        let_go(handle)

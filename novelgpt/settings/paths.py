@@ -2,13 +2,15 @@
 
 from __future__ import annotations
 
+import errno
 import os
 import tempfile
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from pathlib import Path
 
 from novelgpt.settings.errors import UserError
+from novelgpt.settings.locks import let_go, make_and_hold, remove_empty
 
 ROOT = Path(__file__).resolve().parents[2]
 SAMPLES = ROOT / "dataset" / "samples"
@@ -55,20 +57,33 @@ def existing_folder(path: Path) -> Path:
 def complete_folder(output: Path) -> Iterator[Path]:
     """A folder to fill, which becomes `output` when the block ends; after an error or an interrupt, nothing is there.
 
-    Filled under another name beside `output`, on the same disk, so that the last step is a renaming.
+    Filled under another name beside `output`, on the same disk, so that the last step is a renaming. Until then there
+    is an empty folder of that name, which no other process takes.
 
     Raises:
-        UserError: `output` is there and not an empty folder, or nothing can be written where it shall lie.
+        UserError: `output` is there and not an empty folder, another process fills it, or nothing can be written where
+            it shall lie.
     """
     if output.exists() and (not output.is_dir() or any(output.iterdir())):
         raise UserError(f"{output} is not empty", "name a new folder")
-    try:
-        output.parent.mkdir(parents=True, exist_ok=True)
-        work = tempfile.TemporaryDirectory(dir=output.parent, prefix=f"{output.name}.unfinished-")
-    except OSError as error:
-        raise UserError(f"{output} cannot be made: {error.strerror}", "name a folder you can write to") from error
-    with work:
-        unfinished = Path(work.name) / output.name
+    target = Path(os.path.realpath(output))  # of a link, which stays
+    with ExitStack() as stack:
+        try:
+            handle, made = make_and_hold(target)
+            stack.callback(let_go, handle)
+            stack.callback(remove_empty, made)  # where it stays empty
+            work = tempfile.TemporaryDirectory(dir=target.parent, prefix=f"{output.name}.unfinished-")
+        except BlockingIOError as error:
+            raise UserError(f"another command fills {output}", "wait for its end, or name another folder") from error
+        except OSError as error:
+            raise UserError(f"{output} cannot be made: {error.strerror}", "name a folder you can write to") from error
+        unfinished = Path(stack.enter_context(work)) / output.name
         unfinished.mkdir()
         yield unfinished
-        unfinished.replace(output)
+        try:
+            unfinished.replace(target)
+        except OSError as error:
+            if error.errno not in (errno.ENOTEMPTY, errno.EEXIST, errno.EBUSY):
+                raise
+            taken = "is where a disk is mounted" if error.errno == errno.EBUSY else "was filled by something else"
+            raise UserError(f"{output} {taken}", "name a new folder") from error

@@ -7,6 +7,8 @@ import hashlib
 import os
 from pathlib import Path
 
+from novelgpt.settings.locks import held
+
 _BLOCK = 1 << 20
 
 
@@ -22,16 +24,22 @@ def hash_file(path: Path) -> tuple[str, int]:
 
 
 def write_whole(path: Path, content: str | bytes) -> None:
-    """Write a file that keeps its former content until it has the new one, also where the disk is full."""
+    """Write a file that keeps its former content until it has the new one, also where the disk is full.
+
+    Of processes that write it at once, one comes after the other.
+    """
     unfinished = path.with_name(f"{path.name}.unfinished")
-    try:
-        unfinished.write_bytes(content.encode() if isinstance(content, str) else content)
-        sync(unfinished)
-        unfinished.replace(path)
-    except OSError:
-        with contextlib.suppress(OSError):
-            unfinished.unlink()
-        raise
+    with held(unfinished, wait=True) as handle:
+        try:
+            os.ftruncate(handle, 0)  # a killed process may have left something
+            with open(handle, "wb", closefd=False) as file:
+                file.write(content.encode() if isinstance(content, str) else content)
+            os.fsync(handle)
+            unfinished.replace(path)
+        except OSError:
+            with contextlib.suppress(OSError):
+                unfinished.unlink()
+            raise
     sync(path.parent)
 
 

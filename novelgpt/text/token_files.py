@@ -14,6 +14,7 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 import numpy
+from pydantic import BaseModel, ConfigDict, Field, ValidationError
 from transformers import PreTrainedTokenizerBase
 
 from novelgpt.settings.errors import UserError
@@ -27,6 +28,40 @@ MANIFEST, SHARDS, TOKENS, STARTS, ORIGINS = "manifest.json", "shards", "tokens",
 # Of the vocabulary, about so many tokens go into the text that tokenizers are told apart by.
 _TRIED = 20_000
 _PROBE = "第一回　甄士隐梦幻识通灵\n\n　　“你好！”他说：《红楼梦》共120回。\n\t  It's 3.14 — don't 😀\r\n繁體，龘𠮷……"
+
+
+class _Shard(BaseModel):
+    model_config = ConfigDict(strict=True, extra="allow")
+
+    name: str = Field(pattern=r"^\w+$")
+    tokens: int = Field(ge=0)
+    documents: int = Field(ge=0)
+    sha256: dict[str, str] = {}
+    file: str = ""
+
+
+class _Split(BaseModel):
+    model_config = ConfigDict(strict=True, extra="allow")
+
+    shards: list[_Shard]
+
+
+class _Tokenizer(BaseModel):
+    model_config = ConfigDict(strict=True, extra="allow")
+
+    model: str
+    sha256: str
+    vocabulary: int
+    dtype: str = Field(pattern=r"^[<|]u[1248]$")
+
+
+class _Manifest(BaseModel):
+    """What a folder of tokens is asked for; more may be there."""
+
+    model_config = ConfigDict(strict=True, extra="allow")
+
+    tokenizer: _Tokenizer
+    splits: dict[str, _Split]
 
 
 class TokenArray:
@@ -124,13 +159,18 @@ def read_token_manifest(folder: Path) -> dict[str, Any] | None:
             "name files, or a folder that `dataset novels` or `dataset tokens` has finished: "
             f"{python_module('dataset --help')}",
         ) from None
-    except (OSError, ValueError) as error:
+    except (OSError, ValueError, RecursionError) as error:
         raise UserError(f"{path} cannot be read: {error}", "prepare the folder again") from error
     if not isinstance(manifest, dict) or manifest.get("kind") != KIND:
         return None
-    if manifest["version"] != VERSION:
+    if manifest.get("version") != VERSION:
         raise UserError(f"{folder} holds tokens in the form of another version", "prepare them again")
-    return manifest
+    try:
+        return _Manifest.model_validate(manifest).model_dump(exclude_unset=True)
+    except ValidationError as error:
+        first = error.errors(include_url=False)[0]
+        where = ".".join(map(str, first["loc"]))
+        raise UserError(f"{path} cannot be read: {where}: {first['msg']}", "prepare the folder again") from error
 
 
 def describe_tokenizer(encoder: PieceEncoder, model: str) -> dict[str, Any]:

@@ -172,7 +172,8 @@ def _token_files(folder: Path, manifest: dict[str, Any]) -> list[DataFile]:
                     continue  # told where the tokens are opened
                 status = path.stat()
                 files.append(DataFile(
-                    name=str(path.relative_to(folder)), bytes=status.st_size, sha256=shard["sha256"][name],
+                    name=str(path.relative_to(folder)), bytes=status.st_size,
+                    sha256=shard.get("sha256", {}).get(name) or hash_file(path)[0],
                     written=[status.st_ino, status.st_mtime_ns, status.st_ctime_ns],
                 ))  # fmt: skip
     return files

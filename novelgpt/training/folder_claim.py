@@ -9,7 +9,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 
 from novelgpt.settings.errors import UserError
-from novelgpt.settings.locks import hold, is_held, let_go
+from novelgpt.settings.locks import is_held, let_go, make_and_hold, remove_empty
 
 LOCK = "run.lock"
 
@@ -41,8 +41,7 @@ class Claim:
         with contextlib.suppress(OSError):
             if is_vacant(self.folder) or (self.lock_made and unused):
                 (self.folder / LOCK).unlink()
-            for path in self.made:
-                path.rmdir()
+        remove_empty(self.made)
         let_go(self.handle)
         self.handle = None
 
@@ -55,29 +54,15 @@ def take(folder: Path) -> Claim:
         UserError: it cannot be made.
     """
     target = Path(os.path.realpath(folder))  # of a link, which stays
-    made: list[Path] = []
+    lock_made = not (target / LOCK).exists()
     try:
-        while True:
-            for path in reversed([path for path in (target, *target.parents) if not path.is_dir()]):
-                with contextlib.suppress(FileExistsError):  # by another process, in this moment
-                    path.mkdir()
-                    made.insert(0, path)
-            if not made and (target / LOCK).exists() and is_vacant(target):
-                made.append(target)  # by a process that was killed
-            lock_made = bool(made) or not (target / LOCK).exists()
-            try:
-                return Claim(folder, hold(target / LOCK), made, lock_made)
-            except FileNotFoundError:
-                if target.is_dir():
-                    raise
-                made = []  # another process let go of the folder, which took it away
+        left = not lock_made and is_vacant(target)  # by a process that was killed
+        handle, made = make_and_hold(target, LOCK)
+    except BlockingIOError:
+        raise
     except OSError as error:
-        for path in made:
-            with contextlib.suppress(OSError):
-                path.rmdir()
-        if isinstance(error, BlockingIOError):
-            raise
         raise UserError(f"{folder} cannot be made: {error.strerror}", "name a folder that can be written") from error
+    return Claim(folder, handle, made or ([target] if left else []), lock_made or left)
 
 
 def look(folder: Path) -> Claim:

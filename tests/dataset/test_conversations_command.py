@@ -16,6 +16,7 @@ from dataset.conversation_sources import keep_tail
 from dataset.conversations_command import main
 from dataset.instructions import load_instructions
 from dataset.readers import read_conversation_rows
+from novelgpt.settings.locks import held
 from tests.launched import PATIENCE
 from tests.warm_python import warm_python
 
@@ -328,6 +329,20 @@ def test_real_papers(tmp_path: Path) -> None:
     assert not any(plain(row["title"]) in plain(row["abstract"]) for row in kept)
     with pytest.raises(SystemExit):  # they are the same papers
         main([str(jsonl), str(tmp_path / "x.jsonl"), "--task", "title_to_abstract", "--exclude", str(tsv), *columns])
+
+
+def test_what_another_run_is_writing_is_left_to_it(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    rows = [{"title": "灯塔下的一封信", "abstract": "雨停了，灯还亮着，她把信又读了一遍，然后下了楼。"}]
+    words = [str(write(tmp_path / "papers.jsonl", rows)), str(tmp_path / "rows.jsonl"), "--task", "title_to_abstract"]
+    partial = tmp_path / "rows.jsonl.partial"
+    partial.write_text("of the other", encoding="utf-8")
+    with held(partial):
+        with pytest.raises(SystemExit, match="2"):
+            main(words)
+        assert "another run writes" in capsys.readouterr().err
+        assert partial.read_text(encoding="utf-8") == "of the other"
+    main(words)  # the other was killed
+    assert len(read(tmp_path / "rows.jsonl")) == 1 and not partial.exists()
 
 
 def test_from_the_command_line_to_a_training(tmp_path: Path, base_folder: Path) -> None:

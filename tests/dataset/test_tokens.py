@@ -7,6 +7,7 @@ import random
 import shutil
 import signal
 import sys
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -204,6 +205,37 @@ def test_a_damaged_shard_is_refused_and_mended(
         corpus([out], tokenizer, max_length=64)
     tokenise(files, out, base_folder)
     assert content(out) == good
+
+
+ODD_MANIFESTS: dict[str, Callable[[dict[str, Any]], Any]] = {
+    "no version": lambda manifest: {"kind": manifest["kind"]},
+    "no splits": lambda manifest: manifest | {"splits": None},
+    "splits in a list": lambda manifest: manifest | {"splits": [manifest["splits"]]},
+    "a split of numbers": lambda manifest: manifest | {"splits": {"train": {"shards": [1, 2]}}},
+    "a shard without a name": lambda manifest: manifest | {"splits": {"train": {"shards": [{"tokens": 1}]}}},
+    "a shard elsewhere": lambda manifest: (
+        manifest | {"splits": {"train": {"shards": [{"name": "../../etc", "tokens": 1, "documents": 1}]}}}
+    ),
+    "less than no token": lambda manifest: (
+        manifest | {"splits": {"train": {"shards": [{"name": "a", "tokens": -1, "documents": 1}]}}}
+    ),
+    "no tokenizer": lambda manifest: {**manifest, "tokenizer": "qwen"},
+    "objects for numbers": lambda manifest: manifest | {"tokenizer": manifest["tokenizer"] | {"dtype": "|O"}},
+}
+
+
+@pytest.mark.parametrize("name", ODD_MANIFESTS)
+def test_a_manifest_of_another_shape_is_told_by_its_name(
+    name: str, base_folder: Path, files: list[Path], tmp_path: Path, tokenizer: PreTrainedTokenizerBase
+) -> None:
+    out = tmp_path / "out"
+    tokenise(files[:1], out, base_folder)
+    manifest = json.loads((out / "manifest.json").read_text(encoding="utf-8"))
+    (out / "manifest.json").write_text(json.dumps(ODD_MANIFESTS[name](manifest)), encoding="utf-8")
+    with pytest.raises(
+        UserError, match=r"out(/manifest.json cannot be read: \w+| holds tokens in the form of another)"
+    ):
+        corpus([out], tokenizer)
 
 
 def killed_at(event: int, words: list[str], out: Path) -> bool:

@@ -103,8 +103,9 @@ def test_a_kept_result_holds_as_long_as_the_files_stay_as_they_are(tmp_path: Pat
     os.utime(folder / "model.safetensors", ns=(stat.st_atime_ns, stat.st_mtime_ns))
     assert weights_fingerprint(folder, cache) not in ("kept", first)
 
-    cache.write_text("damaged", encoding="utf-8")
-    assert weights_fingerprint(folder, cache) == weights_fingerprint(folder)
+    for damaged in (b"damaged", b"[1]", b"7", b'{"key": 7}', b"\xff", b"[" * 100_000, b'{"key": ["kept"]}'):
+        cache.write_bytes(damaged)
+        assert weights_fingerprint(folder, cache) == weights_fingerprint(folder)
 
 
 def test_the_stored_type_is_that_of_most_weights(tmp_path: Path) -> None:

@@ -3,6 +3,7 @@
 import json
 import random
 import signal
+import sys
 import time
 from pathlib import Path
 
@@ -63,6 +64,23 @@ def test_another_predictions_answers_are_not_taken(tmp_path: Path) -> None:
 def test_two_predictions_at_once_are_refused(tmp_path: Path) -> None:
     with Journal(tmp_path, "one"), pytest.raises(UserError, match="another prediction writes into"):
         Journal(tmp_path, "one")
+
+
+def test_what_another_prediction_removes_as_it_ends_is_not_written_into(tmp_path: Path) -> None:
+    """It ends when this one has opened the file, and would lock it next."""
+    ending = Journal(tmp_path, "one")
+
+    def end() -> None:
+        ending.remove()
+        ending.__exit__(None, None, None)
+
+    armed = [end]
+    sys.addaudithook(lambda event, _: armed.pop()() if event == "fcntl.flock" and armed else None)
+    with Journal(tmp_path, "one") as journal:
+        journal.add(ANSWERS)
+    assert not armed
+    with Journal(tmp_path, "one") as again:
+        assert again.answers == ANSWERS
 
 
 def command(base_folder: Path, output: Path) -> list[str]:
