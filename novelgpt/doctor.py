@@ -117,12 +117,15 @@ def check_run(pipeline: str, words: Sequence[str], time_limit: float) -> Iterato
         words: of its command line.
         time_limit: seconds for loading the model and trying the batch.
     """
-    from novelgpt.health import model, plan, trial
+    from novelgpt.health import devices, model, plan, trial
     from novelgpt.text.tokenizer import load_tokenizer
     from novelgpt.training.disk import saved_bytes
+    from novelgpt.training.memory import compute_dtype
 
     run = plan.read_run(pipeline, words)
     settings = run_check("settings", partial(model.check_settings, run))
+    if compute_dtype(run.training) is not None:
+        settings += run_check("precision", partial(devices.check_precision, run.training))
     files = run_check("model files", partial(model.check_files, run))
     yield from [*settings, *files]
     if any_problem(files):

@@ -1,6 +1,7 @@
 """The fastest matrix products of this machine, for train_throughput.py: python matrix_ceilings.py REQUEST RESULT.json.
 
-The request is not read. Writes {"fp32", "bf16"} in FLOP/s, each the best of several shapes, layouts and repetitions.
+The request is not read. Writes {"fp32", "bf16"} in FLOP/s, each the best of several shapes, layouts and repetitions;
+without "bf16" on a CPU that has no fast instructions for it, where a single product would take minutes.
 """
 
 from __future__ import annotations
@@ -11,6 +12,9 @@ import time
 from pathlib import Path
 
 import torch
+
+from novelgpt.health.devices import NEARLY_AS_FAST
+from novelgpt.training.throughput import matmul_ceiling
 
 # Rows, inner size and columns of left @ right: squares, the head of the small model, and its gradient.
 CPU_SHAPES = [(2048, 2048, 2048), (4096, 4096, 4096), (1024, 256, 151936), (1024, 151936, 256)]
@@ -39,8 +43,11 @@ def fastest(shape: tuple[int, int, int], dtype: torch.dtype, transposed: bool, d
 
 device = "cuda" if torch.cuda.is_available() else "cpu"
 shapes = CUDA_SHAPES if device == "cuda" else CPU_SHAPES
+formats = {"fp32": torch.float32, "bf16": torch.bfloat16}
+tried = {name: matmul_ceiling(torch.device(device), dtype) for name, dtype in formats.items()}
 ceilings = {
-    name: max(fastest(shape, dtype, transposed, device) for shape in shapes for transposed in (True, False))
-    for name, dtype in (("fp32", torch.float32), ("bf16", torch.bfloat16))
+    name: max(fastest(shape, formats[name], transposed, device) for shape in shapes for transposed in (True, False))
+    for name in formats
+    if device == "cuda" or tried[name] >= NEARLY_AS_FAST * tried["fp32"]
 }
 Path(sys.argv[2]).write_text(json.dumps(ceilings), encoding="utf-8")

@@ -19,9 +19,12 @@ from novelgpt.settings.remedies import pip_install
 from novelgpt.settings.units import counted, gigabytes
 from novelgpt.training.memory import compute_dtype
 from novelgpt.training.memory_plan import available_memory
+from novelgpt.training.throughput import matmul_ceiling
 
 # Of a GPU's memory: what is usually free where no other process holds any.
 FREE_SHARE = 0.8
+# Of the speed in fp32: below it, a number format is slower on a CPU, beyond what measuring is unsure of.
+NEARLY_AS_FAST = 0.8
 # The first compute capability whose bf16 is not emulated.
 BF16_CAPABILITY = (8, 0)
 
@@ -63,8 +66,17 @@ def check_gpus() -> Iterator[Finding]:
         yield Finding("gpu", "problem", "there is a driver, and torch sees no GPU", "look at what nvidia-smi says")
 
 
-def check_precision() -> Iterator[Finding]:
-    """What `--precision auto` takes here."""
+def check_precision(training: TrainArguments | None = None) -> Iterator[Finding]:
+    """What `--precision auto` takes here, or how fast a CPU is in the 16-bit format that a run asks for.
+
+    The latter is measured, which takes a second or two.
+
+    Args:
+        training: of the run; None where there is none yet.
+    """
+    if training is not None and training.device.type == "cpu" and compute_dtype(training) is not None:
+        yield _compare_with_fp32(compute_dtype(training) or torch.float32)
+        return
     dtype = compute_dtype(TrainArguments(output_dir="unused")) or torch.float32
     name = str(dtype).removeprefix("torch.")
     gpu = torch.cuda.is_available()
@@ -73,6 +85,17 @@ def check_precision() -> Iterator[Finding]:
         yield Finding("precision", "note", text, "--precision fp16")
     else:
         yield Finding("precision", "ok", f"--precision auto takes {name}{'' if gpu else ', as on all CPUs'}")
+
+
+def _compare_with_fp32(dtype: torch.dtype) -> Finding:
+    """Whether this CPU multiplies in a 16-bit format at least about as fast as in fp32."""
+    device = torch.device("cpu")
+    half, full = matmul_ceiling(device, dtype), matmul_ceiling(device, torch.float32)
+    name = {torch.bfloat16: "bf16", torch.float16: "fp16"}[dtype]
+    figures = f"in {name} this CPU multiplies matrices at {half / 1e9:,.1f} GFLOP/s, in fp32 at {full / 1e9:,.1f}"
+    if half >= NEARLY_AS_FAST * full:
+        return Finding("precision", "ok", figures)
+    return Finding("precision", "note", f"{figures}: it has no fast instructions for {name}", "--precision fp32")
 
 
 def check_toolchain() -> Iterator[Finding]:

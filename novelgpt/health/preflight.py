@@ -20,6 +20,7 @@ from novelgpt.settings.errors import UserError
 from novelgpt.settings.process import first_process_value, is_first_process
 from novelgpt.settings.runs import TrainingRun
 from novelgpt.settings.terminal import say
+from novelgpt.training.memory import compute_dtype
 
 
 def preflight(run: TrainingRun, tokenizer: PreTrainedTokenizerBase) -> None:
@@ -60,6 +61,8 @@ def _checks(run: TrainingRun, tokenizer: PreTrainedTokenizerBase) -> Iterator[tu
         yield "gpu", devices.check_gpus
     if cuda and run.training.precision == "auto":
         yield "precision", devices.check_precision
+    elif compute_dtype(run.training) is not None and run.training.device.type == "cpu":
+        yield "precision", partial(devices.check_precision, run.training)
     if cuda and run.training.world_size > 1:
         yield "shared memory", machine.check_shared_memory
     if cuda and run.training.deepspeed and compiles_operators(run.training.hf_deepspeed_config.config):

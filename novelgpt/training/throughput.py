@@ -13,21 +13,38 @@ from transformers import PreTrainedModel
 # Square products timed for the ceiling: large enough to run near the best, small enough to take a moment.
 CEILING_SIZE = {"cpu": 1024, "cuda": 8192}
 CEILING_RUNS = 8
+# On CPUs, which may multiply a number format in plain loops, sizes grow from the first one as long as the runs of a
+# size take no more seconds than these.
+FIRST_CPU_SIZE = 128
+CEILING_SECONDS = 0.5
 
 
 def matmul_ceiling(device: torch.device, dtype: torch.dtype) -> float:
-    """FLOP/s of the fastest of a few large matrix products, measured now."""
-    size = CEILING_SIZE.get(device.type, CEILING_SIZE["cuda"])
+    """FLOP/s of the fastest of some matrix products, measured now; on a CPU in a second or so, whatever the format."""
+    largest = CEILING_SIZE.get(device.type, CEILING_SIZE["cuda"])
+    size = min(FIRST_CPU_SIZE, largest) if device.type == "cpu" else largest
+    best = 0.0
+    while True:
+        seconds = _fastest_product(size, device, dtype)
+        best = max(best, 2.0 * size**3 / seconds)
+        size *= 2
+        # A product of twice the size takes eight times as long.
+        if size > largest or 8 * seconds * CEILING_RUNS > CEILING_SECONDS:
+            return best
+
+
+def _fastest_product(size: int, device: torch.device, dtype: torch.dtype) -> float:
+    """Seconds of the fastest of a few products of two square matrices."""
     generator = torch.Generator(device)  # its own: the training's random state stays what it is
     left, right = torch.randn(2, size, size, device=device, dtype=dtype, generator=generator).unbind()
-    best = float("inf")
+    times = []
     for _ in range(CEILING_RUNS):
         begin = time.perf_counter()
         left @ right
         if device.type == "cuda":
             torch.cuda.synchronize(device)
-        best = min(best, time.perf_counter() - begin)
-    return 2.0 * size**3 / best
+        times.append(time.perf_counter() - begin)
+    return min(times)
 
 
 class StepCost:
@@ -72,7 +89,9 @@ class Throughput:
     def __init__(self, model: PreTrainedModel, device: torch.device, dtype: torch.dtype) -> None:
         self.cost = StepCost(model)
         self.device = device
-        self.ceiling = matmul_ceiling(device, dtype)
+        # A CPU without instructions for a format has its best products in fp32.
+        formats = {dtype, torch.float32} if device.type == "cpu" else {dtype}
+        self.ceiling = max(matmul_ceiling(device, format) for format in formats)
         self.began = self.since = time.perf_counter()
         self.outside = 0.0
         self._forget()

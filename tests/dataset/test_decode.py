@@ -142,6 +142,51 @@ def test_clean_files_come_back_exactly(name: str) -> None:
     assert decode_tolerant(data, name) == Decoded(text, encoding, ())
 
 
+FIRST, LAST = "他沿着河边慢慢地走，心里想着白天的事。", "“你为什么不去？”她问。"
+ENGLISH = "He walked along the river and thought about the day. Nobody came to see him, and the light went out. "
+# Between two sentences, far more of what says nothing about the encoding.
+FILLINGS = {
+    "blanks": " " * 5_000, "line ends": "\n" * 5_000, "digits": "0" * 5_001, "dashes": "-" * 5_000,
+    "letters": "e" * 5_000, "pairs": "- " * 3_000, "words": "all work " * 500, "wide blanks": "　" * 5_000,
+    "dots": "…" * 5_000, "numbers": "10 2003 40 " * 500, "English": ENGLISH * 50,
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("encoding", ENCODINGS)
+@pytest.mark.parametrize("filling", FILLINGS)
+@pytest.mark.parametrize("edges", [(FIRST, LAST), ("你好", "再见")], ids=["sentences", "words"])
+def test_what_stands_between_two_sentences_decides_no_encoding(
+    encoding: str, filling: str, edges: tuple[str, str]
+) -> None:
+    if encoding == "big5hkscs":
+        edges = ("她沒有回答，只是看著遠處的燈火。", "「你為什麼不去？」她問。")
+    text = FILLINGS[filling].join(edges)
+    if text.encode(encoding).isascii():
+        pytest.skip("also reads as English")
+    assert decode_tolerant(text.encode(encoding), "x") == Decoded(text, encoding, ())
+
+
+@pytest.mark.parametrize("encoding", ENCODINGS)
+def test_many_nuls_at_the_end_decide_no_encoding(encoding: str) -> None:
+    body = ENCODINGS[encoding].encode(encoding)
+    padding = BadBytes(len(body), b"\0" * 65_536)
+    assert decode_tolerant(body + padding.data, "x") == Decoded(ENCODINGS[encoding], encoding, (padding,))
+
+
+@pytest.mark.parametrize("damage", [b"\xff", b"\x80", b"\xe9", b"\x92", b"\0"])
+@pytest.mark.parametrize("behind", ["", "t", " "])
+def test_a_bad_byte_in_english_is_named_and_makes_no_hanzi(damage: bytes, behind: str) -> None:
+    front, back = ENGLISH.encode() * 20, behind.encode() + ENGLISH.encode() * 20
+    expected = Decoded((front + back).decode(), "utf-8", (BadBytes(len(front), damage),))
+    assert decode_tolerant(front + damage + back, "x") == expected
+
+
+def test_utf_8_that_is_damaged_around_blanks_stays_utf_8() -> None:
+    front = (FIRST + " " * 5_000).encode()
+    damaged = decode_tolerant(front + b"\xff" + LAST.encode(), "x")
+    assert damaged == Decoded(FIRST + " " * 5_000 + LAST, "utf-8", (BadBytes(len(front), b"\xff"),))
+
+
 @pytest.mark.parametrize("name", damaged_files())
 def test_a_damaged_character_is_left_out_and_named(name: str) -> None:
     data, expected = damaged_files()[name]
