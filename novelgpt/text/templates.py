@@ -13,6 +13,8 @@ import re
 from pathlib import Path
 from typing import Any
 
+import jinja2.ext
+import jinja2.meta
 from transformers import AddedToken, PreTrainedTokenizerBase
 
 from novelgpt.model.baichuan.tokenization import BaichuanTokenizer
@@ -38,10 +40,24 @@ BAICHUAN2_VOCABULARY = 125696
 BAICHUAN_NAMES = ("baichuan", "baichuan2")
 # The key in tokenizer_config.json.
 RECORD = "novelgpt_chat_template"
+# The variables by which a template is asked to leave room for a thought, and the line that gives each its default:
+# Qwen3 and its kin; DeepSeek V3.1 and Granite, which then go by the first as well.
+THINKING_DEFAULTS = {
+    "enable_thinking": "{%- set enable_thinking = enable_thinking | default(VALUE) %}\n",
+    "thinking": "{%- set thinking = thinking | default(enable_thinking | default(VALUE)) %}\n",
+}
+DEFAULT_LINES = re.compile(
+    "".join(f"(?:{re.escape(line).replace('VALUE', '(?:true|false)')})?" for line in THINKING_DEFAULTS.values())
+)
+# Blocks of transformers' own, which jinja2 does not know.
+GENERATION_TAGS = re.compile(r"\{%-?\s*(?:end)?generation\s*-?%\}")
 
 
 def settle_template(tokenizer: PreTrainedTokenizerBase, model_folder: str) -> None:
     """Give the tokenizer its chat template for certain, and note name and hash for its checkpoints.
+
+    Where nothing is said of thoughts, the template leaves room for one as `encode_prompt` does: as most answers of the
+    training began with one, and without a training not at all. So whatever serves a saved folder asks as we do.
 
     Args:
         tokenizer: as loaded from `model_folder`; one without a template gets one.
@@ -59,8 +75,10 @@ def settle_template(tokenizer: PreTrainedTokenizerBase, model_folder: str) -> No
                 "put chat_template.jinja of the training back; to train on with a new template, "
                 f"delete {RECORD!r} from tokenizer_config.json",
             )
+        _default_to_thinking(tokenizer, bool(stored.get("thinking", False)))
     elif tokenizer.chat_template:
         _note(tokenizer, "own")
+        _default_to_thinking(tokenizer, False)
     else:
         use_template(tokenizer, *_default_template(tokenizer, model_folder))
 
@@ -77,8 +95,10 @@ def template_record(tokenizer: PreTrainedTokenizerBase) -> dict[str, Any]:
 
 
 def record_thinking(tokenizer: PreTrainedTokenizerBase, thinking: bool) -> None:
-    """Note whether answers begin with a thought of their own, so that prompts leave room for one (Qwen3)."""
+    """Note whether answers begin with a thought of their own, so that prompts leave room for one (Qwen3), here and by
+    default wherever the template is used."""
     tokenizer.init_kwargs[RECORD] = template_record(tokenizer) | {"thinking": thinking}
+    _default_to_thinking(tokenizer, thinking)
 
 
 def baichuan_template(user: str, assistant: str, ends_answers: bool) -> str:
@@ -128,12 +148,40 @@ def _is_second_generation(tokenizer: PreTrainedTokenizerBase, folder: Path) -> b
     return len(tokenizer) >= BAICHUAN2_VOCABULARY if norm_head is None else bool(norm_head)
 
 
+def _default_to_thinking(tokenizer: PreTrainedTokenizerBase, thinking: bool) -> None:
+    """Have the template, or each of several, leave room for a thought or not where it is not told."""
+    templates = tokenizer.chat_template
+    if isinstance(templates, dict):
+        tokenizer.chat_template = {name: _with_default(text, thinking) for name, text in templates.items()}
+    elif templates:
+        tokenizer.chat_template = _with_default(templates, thinking)
+
+
+def _with_default(text: str, thinking: bool) -> str:
+    """A template with a default for each variable of thoughts that it reads."""
+    text = _without_default(text)
+    environment = jinja2.Environment(extensions=[jinja2.ext.loopcontrols])
+    try:
+        read = jinja2.meta.find_undeclared_variables(environment.parse(GENERATION_TAGS.sub("", text)))
+    except jinja2.TemplateSyntaxError:
+        return text  # rendering says what is wrong with it
+    lines = (line for name, line in THINKING_DEFAULTS.items() if name in read)
+    # Each line feed goes with its block, as everywhere in chat templates (trim_blocks).
+    return "".join(lines).replace("VALUE", "true" if thinking else "false") + text
+
+
+def _without_default(text: str) -> str:
+    match = DEFAULT_LINES.match(text)
+    return text if match is None else text[match.end() :]
+
+
 def _note(tokenizer: PreTrainedTokenizerBase, name: str) -> None:
     tokenizer.init_kwargs[RECORD] = {"name": name, "sha256": _digest(tokenizer)}
 
 
 def _digest(tokenizer: PreTrainedTokenizerBase) -> str:
-    """Of the template's text; kinds of line feeds do not count, as reading the file back makes them one."""
+    """Of the template's text without our default; kinds of line feeds do not count, as reading the file back makes them
+    one."""
     try:
         text = tokenizer.get_chat_template() if tokenizer.chat_template else ""
     except ValueError as error:
@@ -141,4 +189,5 @@ def _digest(tokenizer: PreTrainedTokenizerBase) -> str:
             "the tokenizer has several chat templates, none of them named 'default'",
             "put the one to train with into chat_template.jinja beside the weights",
         ) from error
-    return hashlib.sha256(text.replace("\r\n", "\n").replace("\r", "\n").encode()).hexdigest()
+    text = _without_default(text.replace("\r\n", "\n").replace("\r", "\n"))
+    return hashlib.sha256(text.encode()).hexdigest()

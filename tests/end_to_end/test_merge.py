@@ -23,11 +23,12 @@ from novelgpt.model.loading import load_model
 from novelgpt.settings.arguments import ModelArguments
 from novelgpt.settings.errors import UserError
 from novelgpt.settings.paths import complete_folder
-from novelgpt.text.conversation import end_token_ids
-from novelgpt.text.templates import template_record
+from novelgpt.text.conversation import encode_prompt, end_token_ids
+from novelgpt.text.templates import RECORD, template_record, use_template
 from novelgpt.text.tokenizer import load_tokenizer
 from tests.model.original_checkpoints import write_original_baichuan
 from tests.model.original_qwen1 import write_original_qwen1
+from tests.text.test_templates import THINKING
 
 IDS = torch.tensor([[3, 17, 42, 5, 9, 60, 1, 33]])
 MARKS = [1, 2]  # ChatML's, in the embedded base
@@ -179,6 +180,23 @@ def test_tokenizer_template_and_end_tokens_come_along(base_folder: Path, adapter
     assert set(end_token_ids(base)) <= set(ends)
     assert config_of(tmp_path / "merged")["use_cache"] is True
     assert AutoTokenizer.from_pretrained(tmp_path / "merged").pad_token_id == base.pad_token_id
+
+
+def test_a_merged_model_asks_for_thoughts_as_its_adapter_was_trained(
+    base_folder: Path, adapter: Path, tmp_path: Path
+) -> None:
+    """By default, as a server does that is told nothing; also of an adapter whose own template has no default yet."""
+    copied = tmp_path / "adapter"
+    shutil.copytree(adapter, copied)
+    tokenizer = load_tokenizer(ModelArguments(str(base_folder)))
+    use_template(tokenizer, "own", THINKING)
+    tokenizer.init_kwargs[RECORD]["thinking"] = False
+    tokenizer.save_pretrained(copied)
+    merge([str(copied), str(tmp_path / "merged")])
+    asked = [{"role": "user", "content": "写一句。"}]
+    ids = AutoTokenizer.from_pretrained(tmp_path / "merged").apply_chat_template(asked, add_generation_prompt=True)
+    assert list(ids["input_ids"]) == encode_prompt(asked, tokenizer, thinking=False)
+    assert list(ids["input_ids"]) != encode_prompt(asked, tokenizer, thinking=True)
 
 
 @pytest.mark.parametrize(

@@ -5,6 +5,7 @@ import json
 from pathlib import Path
 from typing import Any
 
+import jinja2.meta
 import pytest
 import sentencepiece
 from sentencepiece import sentencepiece_model_pb2
@@ -58,6 +59,22 @@ THINKING = r"""
     {{- '<|im_start|>assistant\n' }}
     {%- if enable_thinking is defined and enable_thinking is false %}{{- '<think>\n\n</think>\n\n' }}{% endif %}
 {%- endif %}"""
+
+# As DeepSeek V3.1 asks: another variable, with a default of its own.
+OTHER_VARIABLE = (
+    "{% if not thinking is defined %}{% set thinking = true %}{% endif %}"
+    + CHATML_TEMPLATE
+    + "{% if add_generation_prompt %}{{ '<think>' if thinking else '</think>' }}{% endif %}"
+)
+# What other templates ask of whoever uses them; nobody here says it.
+ADD_DEFAULT_SYSTEM = (
+    "{% if add_default_system is not defined or add_default_system %}{{ '<|im_start|>system\nA<|im_end|>\n' }}"
+    "{% endif %}" + CHATML_TEMPLATE
+)
+LEADING_LINE_FEED = "\n \n" + THINKING.lstrip().replace("{%- set last", "{% set last", 1)
+TAGGED = "{% for m in messages %}{% generation %}{{ m.content }}{% endgeneration %}{% break %}{% endfor %}" + (
+    "{{ '<think></think>' if not enable_thinking }}"
+)
 
 SYSTEM = {"role": "system", "content": "你是一位小说家。"}
 USER = {"role": "user", "content": "写一个开头。"}
@@ -265,3 +282,82 @@ def test_of_several_templates_the_default_counts(bare: PreTrainedTokenizerBase, 
     several.chat_template = {"rag": CHATML_TEMPLATE, "tool_use": PLAIN_TEMPLATE}
     with pytest.raises(UserError, match="none of them named 'default'"):
         settle_template(several, str(tmp_path))
+
+
+ASKING = {
+    "Qwen3": THINKING,
+    "default system": DEFAULT_SYSTEM,
+    "another variable": OTHER_VARIABLE,
+    "add_default_system": ADD_DEFAULT_SYSTEM,
+    "leading line feed": LEADING_LINE_FEED,
+    "tags of transformers": TAGGED,
+    "chatml": CHATML_TEMPLATE,
+    "plain": PLAIN_TEMPLATE,
+}
+
+
+def served_ids(folder: Path, messages: list[dict[str, str]], **variables: bool) -> list[int]:
+    """What a server makes of messages that it puts into the template of a folder, telling it nothing."""
+    slow = (folder / "tokenizer.model").exists()
+    tokenizer = (BaichuanTokenizer if slow else AutoTokenizer).from_pretrained(str(folder))
+    ids = tokenizer.apply_chat_template(messages, add_generation_prompt=True, tokenize=True, **variables)
+    return list(ids["input_ids"])
+
+
+@pytest.mark.parametrize("thinking", [False, True, None])
+@pytest.mark.parametrize("name", ASKING)
+def test_who_serves_a_saved_folder_asks_as_prediction_does(
+    name: str, thinking: bool | None, bare: PreTrainedTokenizerBase, tmp_path: Path
+) -> None:
+    """By default, and where it says what it wants; after a second training that was otherwise, too."""
+    own = copy.deepcopy(bare)
+    own.chat_template = ASKING[name]
+    settle_template(own, str(tmp_path))
+    original = template_record(own)
+    asked = encode_prompt([SYSTEM, USER, ANSWER, USER_2], own, thinking)
+    for trained in [thinking] if thinking is None else [not thinking, thinking]:
+        if trained is not None:
+            record_thinking(own, trained)
+        own.save_pretrained(tmp_path)
+        own = reload(tmp_path)
+    assert served_ids(tmp_path, [SYSTEM, USER, ANSWER, USER_2]) == asked
+    assert served_ids(tmp_path, [SYSTEM, USER, ANSWER, USER_2]) == encode_prompt([SYSTEM, USER, ANSWER, USER_2], own)
+    assert template_record(own)["sha256"] == original["sha256"]
+    for said in (True, False):
+        assert served_ids(tmp_path, [USER], enable_thinking=said) == encode_prompt([USER], own, said)
+        reference = copy.deepcopy(bare)
+        reference.chat_template = ASKING[name]
+        if name != "another variable":
+            expected = reference.apply_chat_template([USER], add_generation_prompt=True, enable_thinking=said)
+            assert served_ids(tmp_path, [USER], enable_thinking=said) == list(expected["input_ids"])
+    text = (tmp_path / "chat_template.jinja").read_text(encoding="utf-8")
+    assert text.endswith(ASKING[name]) and text.count("default(") <= 2
+
+
+def test_a_folder_of_an_earlier_version_is_served_as_it_was_trained(
+    bare: PreTrainedTokenizerBase, tmp_path: Path
+) -> None:
+    """Its template has no default yet; merging and exporting load it and save it again."""
+    own = with_template(bare, "own", THINKING)
+    own.init_kwargs[RECORD]["thinking"] = False
+    own.save_pretrained(tmp_path / "old")
+    assert (tmp_path / "old" / "chat_template.jinja").read_text(encoding="utf-8") == THINKING
+    again = reload(tmp_path / "old")
+    again.save_pretrained(tmp_path / "new")
+    assert served_ids(tmp_path / "new", [USER]) == encode_prompt([USER], again)
+    assert served_ids(tmp_path / "new", [USER]) != served_ids(tmp_path / "old", [USER])
+
+
+def test_baichuan_folders_are_served_as_they_were_trained(baichuan: tuple[int, Path], tmp_path: Path) -> None:
+    tokenizer = load_baichuan(baichuan[1])
+    tokenizer.save_pretrained(tmp_path)
+    for messages in ([USER], [SYSTEM, USER, ANSWER, USER_2]):
+        assert served_ids(tmp_path, messages) == encode_prompt(messages, tokenizer)
+
+
+def test_servers_still_see_the_variable(bare: PreTrainedTokenizerBase, tmp_path: Path) -> None:
+    """vLLM hands a template only such variables as it finds undeclared in it."""
+    own = with_template(bare, "own", THINKING)
+    record_thinking(own, False)
+    found = jinja2.meta.find_undeclared_variables(jinja2.Environment().parse(own.chat_template))
+    assert {"enable_thinking", "messages", "add_generation_prompt"} <= found
