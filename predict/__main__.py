@@ -5,6 +5,7 @@ from __future__ import annotations
 import hashlib
 import json
 import time
+from collections import Counter
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -17,7 +18,7 @@ from tqdm import tqdm
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from dataset.instructions import load_instructions
-from novelgpt.model.generation import Answer, plan_batches
+from novelgpt.model.generation import Answer, check_continuous, plan_batches
 from novelgpt.model.hub import folder_of
 from novelgpt.model.loading import load_for_generation
 from novelgpt.scoring.summary import reference_scores
@@ -32,7 +33,7 @@ from novelgpt.settings.units import counted
 from novelgpt.settings.whole_files import write_whole
 from novelgpt.text.tokenizer import load_tokenizer
 from novelgpt.training.run_record import newest_finetuning
-from predict.endpoint import through_endpoint
+from predict.endpoint import check_settings, through_endpoint
 from predict.generate import AnswerRows, continuously, in_batches, reference_sums
 from predict.journal import Journal
 from predict.rows import PromptRow, read_prompt_rows
@@ -54,9 +55,10 @@ class Source:
 def main(argv: list[str] | None = None) -> None:
     """Run the pipeline on the words of a command line."""
     run = parse_arguments(PredictRun, argv)
+    _check_backend(run)
     folder = _output_folder(run)
     instructions = load_instructions(run.data.instruction_templates)
-    if run.data.endpoint:
+    if run.data.endpoint is not None:
         rows = read_prompt_rows(run.data.data_files, None, run.data.max_rows, instructions)
         source = _server(run)
     else:
@@ -74,7 +76,7 @@ def main(argv: list[str] | None = None) -> None:
             say(f"{known} of them were answered before")
         state.wait_for_everyone()  # each process has read what all had written
         begin = time.perf_counter()
-        whole_batches = not run.data.endpoint and run.data.backend == "batches"
+        whole_batches = run.data.endpoint is None and run.data.backend == "batches"
         batches = _unanswered(rows, run.data.batch_size, journal, state, whole_batches)
         _answer(source.answer, rows, batches, journal, state.is_main_process)
         seconds = time.perf_counter() - begin
@@ -92,7 +94,19 @@ def main(argv: list[str] | None = None) -> None:
             figures = {"seconds": seconds, "answered_before": known, "model": source.name}
             _write_scores(rows, ordered, sums, figures | {"generation": asdict(run.generation)}, folder / "scores.json")
             journal.remove()
+            _say_endings(rows, ordered)
             say(f"  predictions   {folder / 'predictions.jsonl'}", f"  scores        {folder / 'scores.json'}")
+
+
+def _check_backend(run: PredictRun) -> None:
+    """Refuse settings that what answers cannot honour, before anything is read."""
+    continuous = run.data.backend == "continuous"
+    if run.data.endpoint is not None:
+        if continuous:
+            raise UserError("--backend continuous does nothing with --endpoint", "take one of them")
+        check_settings(run.generation)
+    elif continuous:
+        check_continuous(run.generation)
 
 
 def _chosen_model(run: PredictRun) -> ModelArguments:
@@ -118,14 +132,17 @@ def _model(run: PredictRun, chosen: ModelArguments, tokenizer: PreTrainedTokeniz
 
 def _server(run: PredictRun) -> Source:
     url = str(run.data.endpoint)
-    name, answer = through_endpoint(url, run.data.endpoint_model, run.generation, run.data.endpoint_concurrency)
-    return Source(f"{name} at {url}", answer)
+    data = run.data
+    name, answer = through_endpoint(
+        url, data.endpoint_model, run.generation, data.endpoint_concurrency, data.endpoint_timeout
+    )
+    return Source(name, answer)
 
 
 def _output_folder(run: PredictRun) -> Path:
     if run.data.output_dir:
         folder = Path(run.data.output_dir)
-    elif run.data.endpoint:
+    elif run.data.endpoint is not None:
         raise UserError("--endpoint has no folder that predictions could be written beside", "name --output_dir")
     else:
         folder = folder_of(_chosen_model(run), "--output_dir") / "predict"
@@ -174,17 +191,33 @@ def _answer(
 def _write_predictions(rows: Sequence[PromptRow], answers: Sequence[Answer], path: Path) -> None:
     lines = []
     for row, answer in zip(rows, answers, strict=True):
+        (thought, text), (reference_thought, reference) = row.told_apart(answer), row.reference_told_apart()
         line = {
             "id": row.id,
             "prompt": row.prompt,
-            "reference": row.reference,
-            "prediction": answer.text,
+            "reference": reference,
+            "prediction": text,
             "finish_reason": answer.finish_reason,
             "prompt_tokens": answer.prompt_tokens or len(row.prompt_ids),
             "completion_tokens": answer.completion_tokens,
         }
+        thoughts = {"reasoning": thought, "reference_reasoning": reference_thought}
+        line |= {name: value for name, value in thoughts.items() if value}
         lines.append(json.dumps(line | row.scoring.fields(), ensure_ascii=False) + "\n")
     write_whole(path, "".join(lines))
+
+
+def _say_endings(rows: Sequence[PromptRow], answers: Sequence[Answer]) -> None:
+    """Say how many answers hold no answer proper, or ended otherwise than by themselves or at --max_new_tokens."""
+    thoughts = sum(bool(thought) and not text for thought, text in map(PromptRow.told_apart, rows, answers))
+    if thoughts:
+        say(
+            f"{thoughts} of {len(answers)} answers are a thought alone, and count as empty: raise --max_new_tokens; a "
+            "server that takes whole answers for thoughts wants no reasoning parser"
+        )
+    reasons = Counter(answer.finish_reason for answer in answers)
+    for reason in sorted(reasons.keys() - {"stop", "length"}):
+        say(f"{reasons[reason]} of {len(answers)} answers ended with {reason!r}, by the server's word")
 
 
 def _write_scores(
@@ -195,15 +228,18 @@ def _write_scores(
     path: Path,
 ) -> None:
     predictions = [
-        scored_prediction(row.id, answer.text, row.reference, row.scoring, answer.finish_reason)
+        scored_prediction(
+            row.id, row.told_apart(answer)[1], row.reference_told_apart()[1], row.scoring, answer.finish_reason
+        )
         for row, answer in zip(rows, answers, strict=True)
     ]
     of_the_model = {number: reference_scores(row) for number, row in enumerate(sums.tolist()) if row[1]}
     tokens = sum(answer.completion_tokens for answer in answers)
     seconds = figures["seconds"]
     assert isinstance(seconds, float)
-    # Of the answers made before a kill, only these seconds are not known.
-    speed = {} if figures["answered_before"] else {"tokens_per_second": tokens / seconds}
+    # Of the answers made before a kill, the seconds are not known; and some servers do not count tokens.
+    unknown = figures["answered_before"] or any(answer.text and not answer.completion_tokens for answer in answers)
+    speed = {} if unknown else {"tokens_per_second": tokens / seconds}
     write_scores(score_predictions(predictions, of_the_model), path, figures | speed)
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 import os
 import shutil
@@ -11,16 +12,32 @@ from pathlib import Path
 from types import TracebackType
 from typing import IO
 
+from pydantic import BaseModel, ConfigDict, Field, ValidationError
+
 from novelgpt.model.generation import Answer
 from novelgpt.settings.errors import UserError
 from novelgpt.settings.locks import let_go, make_and_hold
+
+
+class _Entry(BaseModel):
+    """A line of the journal."""
+
+    model_config = ConfigDict(strict=True, extra="forbid")
+
+    row: int = Field(ge=0)
+    text: str
+    finish_reason: str
+    completion_tokens: int = Field(ge=0)
+    prompt_tokens: int = Field(default=0, ge=0)
+    reasoning: str = ""
 
 
 class Journal:
     """The answers of one prediction: a file a process in `predictions.partial`, a line an answer.
 
     The first line of each file says which prediction it belongs to. Files of another prediction are no part of this
-    one, and go when it ends; a line that a kill cut off is written again.
+    one, and go when it ends; a line that a kill cut off is written again, and a row whose line holds no answer (as
+    earlier versions took from servers) is asked again.
 
     Args:
         folder: of the results.
@@ -82,12 +99,19 @@ class Journal:
                     if entry != {"prediction": prediction}:
                         return 0
                 else:
-                    number = int(entry.pop("row"))
-                    self.answers[number] = Answer(**entry)
-            except (ValueError, KeyError, TypeError, AttributeError):
+                    self._take(entry)
+            except (ValueError, RecursionError):
                 break  # a disk that lost power may hold anything behind the last line that was synced
             complete += len(line)
         return complete
+
+    def _take(self, entry: object) -> None:
+        """Take the answer of a line, if it is one."""
+        with contextlib.suppress(ValidationError):
+            valid = _Entry.model_validate(entry)
+            if not valid.text and valid.completion_tokens > 1 and "reasoning" not in valid.model_fields_set:
+                return  # an earlier version took null for an answer, and lost the thought beside it
+            self.answers[valid.row] = Answer(**valid.model_dump(exclude={"row"}))
 
     def __enter__(self) -> Journal:
         return self

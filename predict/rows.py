@@ -10,6 +10,7 @@ from transformers import PreTrainedTokenizerBase
 
 from dataset.instructions import Instructions
 from dataset.readers import Message, read_unworded_rows, word_row
+from novelgpt.model.generation import Answer
 from novelgpt.settings.errors import UserError
 from novelgpt.text.conversation import (
     IGNORED,
@@ -19,6 +20,7 @@ from novelgpt.text.conversation import (
     encode_prompt,
 )
 from novelgpt.text.encoding import encode, encode_document
+from novelgpt.text.thoughts import PROMPT_END, opens_thought, split_thought
 from predict.scoring_fields import Scoring, read_scoring
 
 
@@ -34,6 +36,9 @@ class PromptRow:
         scoring: what the row says of its scores.
         plain: whether the prompt is raw text that the model goes on with, as in pretraining, without the marks of a
             conversation.
+        thinking: whether the prompt shall leave room for a thought; None where no reference says so, and the default of
+            the template decides.
+        opened: whether the prompt ends within a thought; None where it has no tokens here.
     """
 
     id: str
@@ -42,6 +47,8 @@ class PromptRow:
     reference: str
     scoring: Scoring = Scoring()
     plain: bool = False
+    thinking: bool | None = None
+    opened: bool | None = None
 
     @property
     def prompt(self) -> str:
@@ -51,6 +58,16 @@ class PromptRow:
     def asked(self) -> list[Message]:
         """The messages before the reference."""
         return self.messages[:-1] if self.reference else self.messages
+
+    def told_apart(self, answer: Answer) -> tuple[str, str]:
+        """(thought, answer proper) of what a model or a server answers; raw text has no thought."""
+        if self.plain or answer.reasoning:
+            return answer.reasoning, answer.text
+        return split_thought(answer.text, self.opened)
+
+    def reference_told_apart(self) -> tuple[str, str]:
+        """(thought, answer proper) of the reference."""
+        return ("", self.reference) if self.plain else split_thought(self.reference, False)
 
     def encoded_reference(self, tokenizer: PreTrainedTokenizerBase) -> EncodedRow | None:
         """Prompt and reference as a training row, in which the last answer alone is labelled; None without one.
@@ -108,7 +125,9 @@ def _conversation_row(
     reference = messages[-1]["content"] if answered else ""
     thinking = begins_with_thought(reference) if reference else None
     prompt_ids = encode_prompt(prompt, tokenizer, thinking) if tokenizer is not None else []
-    return PromptRow(row["id"], prompt_ids, messages, reference, read_scoring(unworded["record"], row["source"]))
+    opened = None if tokenizer is None else opens_thought(str(tokenizer.decode(prompt_ids[-PROMPT_END:])))
+    scoring = read_scoring(unworded["record"], row["source"])
+    return PromptRow(row["id"], prompt_ids, messages, reference, scoring, thinking=thinking, opened=opened)
 
 
 def _plain_row(unworded: dict[str, Any], tokenizer: PreTrainedTokenizerBase | None) -> PromptRow:
@@ -123,4 +142,6 @@ def _plain_row(unworded: dict[str, Any], tokenizer: PreTrainedTokenizerBase | No
     if reference:
         messages.append({"role": "assistant", "content": reference})
     prompt_ids = encode_document(prompt, tokenizer) if tokenizer is not None else []
-    return PromptRow(unworded["id"], prompt_ids, messages, reference, read_scoring(record, where), plain=True)
+    return PromptRow(
+        unworded["id"], prompt_ids, messages, reference, read_scoring(record, where), plain=True, opened=False
+    )

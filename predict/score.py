@@ -31,6 +31,7 @@ from novelgpt.settings.remedies import pip_install
 from novelgpt.settings.terminal import say
 from novelgpt.settings.units import counted
 from novelgpt.settings.whole_files import write_whole
+from novelgpt.text.thoughts import split_thought
 from predict.scoring_fields import Scoring, read_scoring
 
 GROUPS_SHOWN = 4  # beside each other in the terminal
@@ -64,8 +65,13 @@ def scored_prediction(
     return Prediction(name, scoring.scored_row(prediction, reference), known, scoring.score_group)
 
 
-def read_predictions(path: Path) -> list[Prediction]:
+def read_predictions(path: Path, keep_thoughts: bool = False) -> list[Prediction]:
     """The rows of a predictions file.
+
+    Args:
+        path: of the file.
+        keep_thoughts: whether a thought (<think>…</think>) before an answer belongs to the texts. Else the answer alone
+            does, on either side.
 
     Raises:
         UserError: what the readers raise, no row, or a row without its texts.
@@ -76,8 +82,10 @@ def read_predictions(path: Path) -> list[Prediction]:
             if not isinstance(record.get(field), str):
                 raise UserError(f"{where}: field {field} is missing or no text", "give every row both texts")
         name, scoring = str(record.get("id", number)), read_scoring(record, where)
-        texts = record["prediction"], record["reference"]
-        predictions.append(scored_prediction(name, *texts, scoring, record.get("finish_reason")))
+        prediction, reference = record["prediction"], record["reference"]
+        if not keep_thoughts:
+            prediction, reference = (split_thought(text, False)[1] for text in (prediction, reference))
+        predictions.append(scored_prediction(name, prediction, reference, scoring, record.get("finish_reason")))
     if not predictions:
         raise UserError(f"{path} holds no row", "name a file with predictions")
     return predictions
@@ -180,7 +188,7 @@ def main(argv: list[str] | None = None) -> None:
         if words.output.is_dir():
             raise UserError(f"--output {words.output} is a folder", "name a file")
         check_folder_can_be_made(words.output.parent, f"--output {words.output}")
-    predictions = read_predictions(words.file)
+    predictions = read_predictions(words.file, keep_thoughts=words.convention is not None)
     if words.convention:
         _score_by_convention(predictions, words.convention, words.output or words.file.with_name("scores.json"))
     elif words.compare:

@@ -19,15 +19,21 @@ from novelgpt.text.conversation import end_token_ids
 
 @dataclass
 class Answer:
-    """What the model wrote: its text, why it ended ("stop" or "length"), and its tokens, end token included.
+    """What the model wrote.
 
-    `prompt_tokens` is what a server says of the prompt, which has no tokens here; else 0.
+    Attributes:
+        text: all of it, but the end token and what a server has set apart.
+        finish_reason: why it ended: "stop" or "length", or what else a server says ("content_filter", "tool_calls", …).
+        completion_tokens: of it, end token included; 0 where a server does not say.
+        prompt_tokens: what a server says of the prompt, which has no tokens here; else 0.
+        reasoning: the thought before the text, where a server has set it apart.
     """
 
     text: str
     finish_reason: str
     completion_tokens: int
     prompt_tokens: int = 0
+    reasoning: str = ""
 
 
 def answer_prompts(
@@ -86,6 +92,22 @@ def answer_batch(
     return [_answer(ids, ends, tokenizer) for ids in sequences[:, batch["input_ids"].shape[1] :].tolist()]
 
 
+def check_continuous(generation: GenerationArguments) -> None:
+    """Refuse the settings that transformers' continuous batching drops, with a warning at most.
+
+    Raises:
+        UserError: names the setting.
+    """
+    for name, neutral in (("num_beams", 1), ("no_repeat_ngram_size", 0), ("repetition_penalty", 1.0)):
+        value = vars(generation)[name]
+        if value != neutral:
+            raise UserError(
+                "continuous batching has neither beams nor no_repeat_ngram_size nor repetition_penalty: "
+                f"--{name} {value} would do nothing",
+                "take --backend batches, or leave it out",
+            )
+
+
 def answer_continuously(
     model: PreTrainedModel,
     tokenizer: PreTrainedTokenizerBase,
@@ -110,8 +132,7 @@ def answer_continuously(
     Raises:
         UserError: the settings or the model's attention cannot be batched so.
     """
-    if generation.num_beams != 1 or generation.no_repeat_ngram_size:
-        raise UserError("continuous batching has neither beams nor no_repeat_ngram_size", "take --backend batches")
+    check_continuous(generation)
     if not model._supports_sdpa or not model._can_set_attn_implementation():
         raise UserError(
             f"continuous batching cannot replace the attention of {type(model).__name__}", "take --backend batches"

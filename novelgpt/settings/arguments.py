@@ -5,7 +5,7 @@ from __future__ import annotations
 import importlib.util
 import json
 import sys
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, fields
 from pathlib import Path
 from typing import Any, ClassVar, Literal
 
@@ -353,6 +353,7 @@ class PredictArguments:
     )
     endpoint_model: str | None = option(None, "Name of the model on that server. Default: the first it lists.")
     endpoint_concurrency: int = option(32, "Requests to that server at once.")
+    endpoint_timeout: float = option(1800, "Seconds for one answer of that server, from asking to its last byte.")
     attention: Literal["sdpa", "eager", "flash_attention_2"] = option("sdpa", "Attention kernel.")
     trust_remote_code: bool = option(
         False, "Run Python code that lies with the checkpoint, where the architecture is not known here. Read it first."
@@ -371,6 +372,7 @@ class PredictArguments:
             UserError: names the option.
         """
         _check_least(self, {"batch_size": 1, "max_rows": 1, "endpoint_concurrency": 1})
+        check_ranges(self, {"endpoint_timeout": (0.1, 1e6)})
 
 
 @dataclass
@@ -403,3 +405,11 @@ class GenerationArguments:
                 raise UserError(f"--{name} {vars(self)[name]} is too small", "take more than 0")
         if self.do_sample and not self.top_p <= 1:
             raise UserError(f"--top_p {self.top_p} is no share", "take at most 1")
+        if not self.do_sample:
+            defaults = {one.name: one.default for one in fields(self)}
+            for name in ("temperature", "top_p", "top_k"):
+                if vars(self)[name] != defaults[name]:
+                    raise UserError(
+                        f"--{name} {vars(self)[name]} does nothing without --do_sample",
+                        "add --do_sample, or leave it out",
+                    )

@@ -25,6 +25,7 @@ from novelgpt.scoring.rouge import mean_f, score_texts
 from novelgpt.settings.arguments import GenerationArguments, TrainArguments
 from novelgpt.text.encoding import document_end_id
 from novelgpt.text.statistics import BROKEN, trained_runs
+from novelgpt.text.thoughts import PROMPT_END, opens_thought, split_thought
 
 PREDICTIONS_FILE = "predictions_during_eval.jsonl"
 # Where a row has no prompt of its own, this much of its first half is one.
@@ -137,7 +138,8 @@ class SamplePredictions:
         self.writer = writer
         self.samples = choose_samples(dataset, tokenizer, training.predict_during_eval, training.predict_max_new_tokens)
         self.prompts = [_text(sample.prompt_ids, tokenizer).strip(BROKEN) for sample in self.samples]
-        self.references = [_text(sample.reference_ids, tokenizer, True).rstrip(BROKEN) for sample in self.samples]
+        references = [_text(sample.reference_ids, tokenizer, True).rstrip(BROKEN) for sample in self.samples]
+        self.references = [answer for _, answer in self._told_apart(references)]
 
     def scores(self, model: PreTrainedModel, accelerator: Accelerator, step: int) -> dict[str, float]:
         """Answer all samples. Every process calls this, and gets the scores of the first.
@@ -161,8 +163,9 @@ class SamplePredictions:
             with undisturbed(model), accelerator.autocast():
                 answers = self._answers(model)
             if accelerator.is_main_process:
-                self._keep(answers, step)
-                scores = [self._scores([answer.text for answer in answers])]
+                told_apart = self._told_apart([answer.text for answer in answers])
+                self._keep(answers, told_apart, step)
+                scores = [self._scores([text for _, text in told_apart])]
         return broadcast_object_list(scores)[0]
 
     @torch.no_grad()  # not inference mode: under ZeRO-3, training goes on with the weights that were gathered here
@@ -174,6 +177,15 @@ class SamplePredictions:
         # `generate` itself sees whether processes have to wait for each other (its synced_gpus).
         return answer_prompts(model, self.tokenizer, prompts, self.generation, self.batch_size, ends)
 
+    def _told_apart(self, texts: list[str]) -> list[tuple[str, str]]:
+        """(thought, answer proper) of a text for each sample; what goes on with a text has no thought."""
+        return [
+            ("", text)
+            if sample.continues_text
+            else split_thought(text, opens_thought(_text(sample.prompt_ids[-PROMPT_END:], self.tokenizer)))
+            for sample, text in zip(self.samples, texts, strict=True)
+        ]
+
     def _scores(self, texts: list[str]) -> dict[str, float]:
         return {
             **{f"eval_{name}": mean for name, mean in mean_f(score_texts(texts, self.references)).items()},
@@ -181,23 +193,24 @@ class SamplePredictions:
             "eval_predicted_characters": sum(map(len, texts)) / len(texts),
         }
 
-    def _keep(self, answers: list[Answer], step: int) -> None:
+    def _keep(self, answers: list[Answer], told_apart: list[tuple[str, str]], step: int) -> None:
+        rows = list(zip(self.prompts, self.references, answers, told_apart, strict=True))
         with (self.folder / PREDICTIONS_FILE).open("a", encoding="utf-8") as file:
-            for prompt, reference, answer in zip(self.prompts, self.references, answers, strict=True):
+            for prompt, reference, answer, (thought, text) in rows:
                 line = {
                     "step": step,
                     "prompt": prompt,
                     "reference": reference,
-                    "prediction": answer.text,
+                    "prediction": text,
                     "finish_reason": answer.finish_reason,
                 }
-                file.write(json.dumps(line, ensure_ascii=False) + "\n")
+                file.write(json.dumps(line | ({"reasoning": thought} if thought else {}), ensure_ascii=False) + "\n")
         if self.writer is None:
             return
-        for index, (prompt, reference, answer) in enumerate(zip(self.prompts, self.references, answers, strict=True)):
+        for index, (prompt, reference, answer, _) in enumerate(rows):
             parts = {"prompt": prompt, "reference": reference, f"prediction ({answer.finish_reason})": answer.text}
-            text = "\n\n".join(f"**{name}**\n\n{_quoted(part)}" for name, part in parts.items())
-            self.writer.add_text(f"predictions/{index}", text, step)
+            shown = "\n\n".join(f"**{name}**\n\n{_quoted(part)}" for name, part in parts.items())
+            self.writer.add_text(f"predictions/{index}", shown, step)
         self.writer.flush()
 
 

@@ -3,19 +3,31 @@
 import importlib.util
 import json
 import os
+import shutil
 import socket
 import subprocess
 import sys
 import time
 import urllib.error
 import urllib.request
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
+from typing import Any
 
 import pytest
 
+from novelgpt.model.loading import load_for_generation
+from novelgpt.settings.arguments import GenerationArguments, ModelArguments
+from novelgpt.settings.errors import UserError
+from novelgpt.text.conversation import encode_prompt, record_answers
+from novelgpt.text.templates import use_template
+from novelgpt.text.tokenizer import load_tokenizer
 from predict.__main__ import main
+from predict.generate import continuously, in_batches
+from predict.rows import PromptRow
 from tests.launched import PATIENCE
+from tests.predict.endpoint_servers import write_rows
+from tests.text.test_templates import THINKING
 
 ROOT = Path(__file__).resolve().parents[2]
 # At 10 tokens, no answer ends in white space, which `transformers serve` strips.
@@ -55,6 +67,46 @@ def test_drawn_answers_come_again_with_the_seed(base_folder: Path, tmp_path: Pat
     assert predictions(tmp_path / "a") == predictions(tmp_path / "b") != predictions(tmp_path / "c")
 
 
+@pytest.fixture(scope="module")
+def asking(base_folder: Path) -> Callable[..., list[str]]:
+    """(backend, settings) -> answers of the base to a few questions."""
+    chosen = ModelArguments(str(base_folder), "sdpa")
+    tokenizer = load_tokenizer(chosen)
+    model = load_for_generation(chosen, tokenizer)
+    questions = [[{"role": "user", "content": text}] for text in ("雨夜", "灯塔在哪里？", "写一个开头。")]
+    rows = [
+        PromptRow(str(number), encode_prompt(asked, tokenizer), asked, "") for number, asked in enumerate(questions)
+    ]
+
+    def answers(backend: str, **settings: Any) -> list[str]:
+        generation = GenerationArguments(max_new_tokens=8, **settings)
+        if backend == "continuous":
+            way = continuously(model, tokenizer, generation, 3)
+        else:
+            way = in_batches(model, tokenizer, generation)
+        found = {number: one for some in way(rows, [[0, 1, 2]]) for number, one in some.items()}
+        return [found[number].text for number in range(3)]
+
+    return answers
+
+
+@pytest.mark.parametrize("backend", ["batches", "continuous"])
+def test_each_setting_is_obeyed_or_refused(backend: str, asking: Callable[..., list[str]]) -> None:
+    """Draws from the likeliest token alone are greedy, however that is said; others are not."""
+    greedy = asking(backend)
+    for narrow in ({"top_k": 1}, {"top_p": 1e-6, "top_k": 0}, {"temperature": 1e-4}):
+        assert asking(backend, do_sample=True, **{"temperature": 2.0, **narrow}) == greedy
+    wide = {"do_sample": True, "temperature": 3.0, "top_p": 1.0, "top_k": 0}
+    drawn = asking(backend, **wide)
+    assert drawn != greedy and asking(backend, **wide) == drawn != asking(backend, **wide, seed=7)
+    for settings in ({"repetition_penalty": 8.0}, {"no_repeat_ngram_size": 1}, {"num_beams": 4}):
+        if backend == "continuous":
+            with pytest.raises(UserError, match=f"--{next(iter(settings))}"):
+                asking(backend, **settings)
+        else:
+            assert asking(backend, **settings) != greedy
+
+
 def test_rows_may_ask_for_scores_of_short_answers(base_folder: Path, tmp_path: Path) -> None:
     rows = [
         {"id": "1", "prompt": "青螺岛在哪里？", "completion": "海上", "metrics": ["exact_match"], "answers": ["海里"]},
@@ -69,8 +121,8 @@ def test_rows_may_ask_for_scores_of_short_answers(base_folder: Path, tmp_path: P
 
 
 @pytest.fixture(scope="module")
-def server(base_folder: Path, tmp_path_factory: pytest.TempPathFactory) -> Iterator[str]:
-    """`transformers serve` in a process of its own; its URL."""
+def server(tmp_path_factory: pytest.TempPathFactory) -> Iterator[str]:
+    """`transformers serve` in a process of its own, for whatever folder a request names; its URL."""
     missing = [name for name in ("openai", "fastapi", "uvicorn") if importlib.util.find_spec(name) is None]
     if missing:
         pytest.skip(f"not installed: {', '.join(missing)}")
@@ -79,7 +131,6 @@ def server(base_folder: Path, tmp_path_factory: pytest.TempPathFactory) -> Itera
         port = free.getsockname()[1]
     words = [
         "serve",
-        str(base_folder),
         "--host",
         "127.0.0.1",
         "--port",
@@ -117,6 +168,34 @@ def test_a_server_gives_the_same_text(server: str, base_folder: Path, one_by_one
     assert "perplexity" not in scores and "rouge-1" in scores
 
 
+@pytest.fixture(scope="module")
+def asked_to_think(base_folder: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The base with a template that leaves room for a thought unless told otherwise, trained without thoughts."""
+    folder = tmp_path_factory.mktemp("thinking") / "model"
+    shutil.copytree(base_folder, folder)
+    tokenizer = load_tokenizer(ModelArguments(str(base_folder)))
+    use_template(tokenizer, "own", THINKING)
+    record_answers([[{"role": "user", "content": "问"}, {"role": "assistant", "content": "答"}]], tokenizer)
+    tokenizer.save_pretrained(folder)
+    return folder
+
+
+@pytest.mark.parametrize("reference", ["雨停了。", ""])
+def test_a_server_asks_in_the_prompts_of_training(
+    reference: str, server: str, asked_to_think: Path, tmp_path: Path
+) -> None:
+    """Also where nothing is said of thinking, as there is no reference."""
+    rows = write_rows(tmp_path, *([reference] * 3))
+    words = ["--data_files", str(rows), "--max_new_tokens", "10"]
+    main(["--model", str(asked_to_think), *words, "--batch_size", "1", "--output_dir", str(tmp_path / "here")])
+    served = ["--endpoint", server, "--endpoint_model", str(asked_to_think), *words]
+    main([*served, "--output_dir", str(tmp_path / "there")])
+    here, there = predictions(tmp_path / "here"), predictions(tmp_path / "there")
+    for line in [*here, *there]:
+        line["prediction"] = str(line["prediction"]).strip()  # as this server does
+    assert there == here
+
+
 @pytest.mark.parametrize(
     ("words", "message"),
     [
@@ -124,6 +203,13 @@ def test_a_server_gives_the_same_text(server: str, base_folder: Path, one_by_one
         (["--endpoint", "http://127.0.0.1:9/v1"], "no folder that predictions could be written beside"),
         (["--endpoint", "http://127.0.0.1:9/v1", "--output_dir", "x", "--num_beams", "2"], "--num_beams"),
         (["--backend", "continuous", "--num_beams", "2", "--output_dir", "x"], "continuous batching has neither beams"),
+        (["--backend", "continuous", "--repetition_penalty", "1.2", "--output_dir", "x"], "--repetition_penalty 1.2"),
+        (["--backend", "continuous", "--no_repeat_ngram_size", "3", "--output_dir", "x"], "--no_repeat_ngram_size 3"),
+        (["--endpoint", "http://127.0.0.1:9/v1", "--no_repeat_ngram_size", "3", "--output_dir", "x"], "cannot be told"),
+        (["--endpoint", "http://127.0.0.1:9/v1", "--backend", "continuous", "--output_dir", "x"], "does nothing with"),
+        (["--temperature", "0.2", "--output_dir", "x"], "--temperature 0.2 does nothing without --do_sample"),
+        (["--top_k", "0", "--output_dir", "x"], "--top_k 0 does nothing without --do_sample"),
+        (["--top_p", "0.2", "--output_dir", "x"], "--top_p 0.2 does nothing without --do_sample"),
     ],
 )
 def test_what_cannot_be_asked_is_said(

@@ -115,6 +115,16 @@ def test_packed_conversations_are_asked_one_by_one(tokenizer: PreTrainedTokenize
     assert sorted(numbers(99)) == list(range(9))
 
 
+def test_thoughts_before_answers_are_not_scored(tokenizer: PreTrainedTokenizerBase, tmp_path: Path) -> None:
+    asked = [{"role": "user", "content": "写一句。"}]
+    rows: list[Row] = []
+    for answer in ("<think>想</think>答", "<think>想到一半", "用 <think> 写。"):
+        rows += map(vars, encode_conversation([*asked, {"role": "assistant", "content": answer}], tokenizer))
+    training = TrainArguments(output_dir=str(tmp_path), predict_during_eval=9, predict_max_new_tokens=4)
+    samples = SamplePredictions(rows, tokenizer, training, tmp_path)  # type: ignore[arg-type]
+    assert samples.references == ["答", "", "用 <think> 写。"]
+
+
 def test_text_is_asked_to_go_on_after_its_first_half(tokenizer: PreTrainedTokenizerBase) -> None:
     ids = [*encode(NOVEL.read_text(encoding="utf-8")[:3000], tokenizer), document_end_id(tokenizer)]
     for max_length in (64, 2 * MOST_PROMPT_TOKENS, 1024):
