@@ -11,6 +11,7 @@ from torch import nn
 from transformers import GenerationConfig, PreTrainedModel, PreTrainedTokenizerBase
 from transformers.integrations import is_deepspeed_zero3_enabled
 from transformers.pytorch_utils import Conv1D
+from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR
 from transformers.utils import GENERATION_CONFIG_NAME
 
 from finetune_lora.experts import expert_parameters, modules_left, settle_experts
@@ -149,7 +150,8 @@ def _known_ends(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase) -> s
     known = {int(tokenizer.eos_token_id)}
     # Continued pretraining notes all end tokens for later use, but has shown the model none of a template's.
     folder = Path(model.name_or_path or "")
-    if any((read_run(place) or {}).get("pipeline") == "pretrain" for place in (folder, folder.parent)):
+    places = (folder, folder.parent) if folder.name.startswith(PREFIX_CHECKPOINT_DIR) else (folder,)
+    if any((read_run(place) or {}).get("pipeline") == "pretrain" for place in places):
         return known
     named = [model.generation_config.eos_token_id if model.generation_config is not None else None]
     if model.device.type == "meta" and (folder / GENERATION_CONFIG_NAME).is_file():  # made without it, for planning

@@ -6,13 +6,14 @@ as long as the file system says that nobody has written them since; else they ar
 
 from __future__ import annotations
 
+import contextlib
 import functools
 from collections.abc import Iterable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
-from pydantic import BaseModel, ConfigDict, TypeAdapter
+from pydantic import BaseModel, ConfigDict, Field, TypeAdapter
 
 from novelgpt.settings.arguments import ConversationArguments
 from novelgpt.settings.errors import UserError
@@ -52,6 +53,7 @@ class DataSource(BaseModel):
         name: as it was named.
         manifest_sha256: of a folder that was prepared, else "".
         files: all that is read there, in order.
+        seen: of this process alone: its files by path, with inode, size and time, as they were before they were hashed.
     """
 
     model_config = ConfigDict(strict=True)
@@ -61,6 +63,7 @@ class DataSource(BaseModel):
     name: str
     manifest_sha256: str = ""
     files: list[DataFile]
+    seen: dict[str, list[int]] = Field(default={}, exclude=True)
 
     @property
     def digest(self) -> str:
@@ -88,6 +91,22 @@ def identify_data(run: TrainingRun) -> list[DataSource]:
             known[name] = _identify(role, name)
         sources.append(known[name].model_copy(update={"role": role}))
     return sources
+
+
+def check_unwritten(sources: Iterable[DataSource]) -> None:
+    """Make sure, once they are read, that files and folders are still what they were when they were hashed.
+
+    Raises:
+        UserError: names the first one that is not.
+    """
+    for source in sources:
+        now = _state_of(Path(source.path))
+        changed = sorted(path for path in now.keys() | source.seen.keys() if now.get(path) != source.seen.get(path))
+        if changed:
+            raise UserError(
+                f"{changed[0]} was written while this run read it, so that it may hold some of both",
+                "start again once nothing writes there",
+            )
 
 
 def data_sha256(sources: Iterable[DataSource]) -> dict[str, str]:
@@ -127,6 +146,7 @@ def _identify(role: str, name: str) -> DataSource:
     try:
         if not path.exists():
             return source  # told where it would be read
+        source.seen = _state_of(path)
         if not path.is_dir():
             if not path.is_file():
                 raise UserError(f"{name} is no regular file", "write its rows to a file, and name that")
@@ -138,8 +158,7 @@ def _identify(role: str, name: str) -> DataSource:
         if manifest is not None:
             source.files = _token_files(path, manifest)
         else:
-            found = sorted(file for pattern in PREPARED for file in path.glob(pattern))
-            read = [file for file in found if file.suffix in PREPARED_KINDS]
+            read = _prepared_files(path)
             with ThreadPoolExecutor(HASHING_THREADS) as pool:
                 source.files = list(pool.map(_hashed, read, [file.name for file in read]))
     except OSError as error:
@@ -147,6 +166,22 @@ def _identify(role: str, name: str) -> DataSource:
             f"{error.filename or name} cannot be read: {error.strerror}", "name files you can read"
         ) from error
     return source
+
+
+def _prepared_files(folder: Path) -> list[Path]:
+    found = sorted(path for pattern in PREPARED for path in folder.glob(pattern))
+    return [path for path in found if path.suffix in PREPARED_KINDS]
+
+
+def _state_of(path: Path) -> dict[str, list[int]]:
+    """What changes when a file is written, by path: of a file, or of a folder's manifest and shards."""
+    files = [path / MANIFEST, *_prepared_files(path), *path.glob(f"{SHARDS}/*/*")] if path.is_dir() else [path]
+    found = {}
+    for file in files:
+        with contextlib.suppress(FileNotFoundError):
+            status = file.stat()
+            found[str(file)] = [status.st_ino, status.st_size, status.st_mtime_ns]
+    return found
 
 
 def _hashed(path: Path, name: str) -> DataFile:

@@ -14,7 +14,7 @@ from novelgpt.settings.process import first_process_value, is_first_process
 from novelgpt.settings.runs import TrainingRun
 from novelgpt.settings.terminal import say
 from novelgpt.training.checkpoints.folders import checkpoints
-from novelgpt.training.data_identity import DataSource, identify_data
+from novelgpt.training.data_identity import DataSource, check_unwritten, identify_data
 from novelgpt.training.folder_claim import LOCK, Claim, empty, snapshot, take
 from novelgpt.training.run_choice import choose, settle
 from novelgpt.training.run_record import RUN_FILE, describe_run, now, write_run
@@ -54,12 +54,13 @@ class RunFolder:
         All ranks call it. From here on a signal finds a folder that is the run's own.
 
         Raises:
-            UserError: what shall be replaced is not what was there when the folder was chosen.
+            UserError: what shall be replaced, or the data, are not what was there when the folder was chosen.
         """
         self.stop.only_note()
         problem: UserError | None = None
         if is_first_process():
             try:
+                check_unwritten(self._data)
                 self._begin(describe_run(run, self._data) | {"status": "running"})
             except UserError as error:
                 problem = error

@@ -163,6 +163,21 @@ def test_continued_pretraining_teaches_no_marks(
     assert bool(trained_rows(attach_lora(base, LoraArguments(), tokenizer))) == trained
 
 
+def test_a_run_json_beside_a_base_is_not_that_of_the_base(base_folder: Path, tmp_path: Path) -> None:
+    """Only of a checkpoint does the folder above tell how it was trained."""
+    unseen(base_folder, tmp_path / "checkpoint-9", pipeline="finetune")
+    unseen(base_folder, tmp_path / "base", pipeline="finetune")
+    for folder in ("checkpoint-9", "base"):
+        (tmp_path / folder / "run.json").unlink()
+    (tmp_path / "run.json").write_text('{"pipeline": "pretrain"}', encoding="utf-8")
+    for folder, trained in (("checkpoint-9", True), ("base", False)):
+        base, tokenizer = loaded(tmp_path / folder)
+        assert bool(trained_rows(attach_lora(base, LoraArguments(), tokenizer))) == trained
+    (tmp_path / "run.json").write_text("[]", encoding="utf-8")
+    base, tokenizer = loaded(tmp_path / "base")
+    assert not trained_rows(attach_lora(base, LoraArguments(), tokenizer))
+
+
 def test_modules_with_an_adapter_of_their_own_keep_their_rows(base_folder: Path, tmp_path: Path) -> None:
     base, tokenizer = loaded(unseen(base_folder, tmp_path / "base", tied=False))
     model = attach_lora(base, LoraArguments(lora_targets=["q_proj", "lm_head"]), tokenizer)

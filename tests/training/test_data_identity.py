@@ -6,6 +6,7 @@ import json
 import os
 import shutil
 from collections.abc import Callable
+from contextlib import ExitStack
 from pathlib import Path
 
 import pytest
@@ -79,6 +80,13 @@ def flip_token(own: Path) -> None:
     content[len(content) // 2] ^= 1
     path.write_bytes(content)
     os.utime(path, ns=(times.st_atime_ns, times.st_mtime_ns))
+
+
+def flip_token_later(own: Path) -> None:
+    """The same at a later time."""
+    path = max(own.glob("tokens/shards/*/tokens"), key=lambda one: one.stat().st_size)
+    flip_token(own)
+    os.utime(path)
 
 
 def replace_tokens(own: Path) -> None:
@@ -180,6 +188,30 @@ def test_a_run_of_an_earlier_version_is_compared_by_what_it_noted(base_folder: P
         change(own)
         with pytest.raises(UserError, match="unfinished run with other settings: .*(data files|content of)"):
             choose_run_folder(sft(base_folder, tmp_path / "run", own, train, valid))
+
+
+@pytest.mark.parametrize(
+    ("change", "name"),
+    [
+        (append("b.jsonl", '{"prompt": "问", "completion": "答"}\n'), "b.jsonl"),
+        (append("prepared/held_out-00000.jsonl", '{"text": "灯"}\n'), "prepared/held_out-00000.jsonl"),
+        (append("prepared/train-00002.jsonl", '{"text": "灯"}\n'), "prepared/train-00002.jsonl"),
+        (lambda own: (own / "prepared" / "train-00001.jsonl").unlink(), "prepared/train-00001.jsonl"),
+        (flip_token_later, "tokens/shards"),
+    ],
+)
+def test_what_is_written_while_it_is_read_is_not_trained(
+    change: Callable[[Path], None], name: str, base_folder: Path, own: Path, tmp_path: Path
+) -> None:
+    """As by `python -m dataset novels` and `tokens`, which bring a folder up to date."""
+    files = [str(own / one) for one in ("a.jsonl", "b.jsonl", "prepared", "tokens")]
+    words = ["--model", str(base_folder), "--output_dir", str(tmp_path / "run"), "--train_files", *files]
+    run = parse_arguments(PretrainRun, words)
+    with pytest.raises(UserError, match=f"{name}.* was written while this run read it"), ExitStack() as stack:
+        folder = stack.enter_context(claim_run_folder(run))
+        change(own)
+        folder.begin(run)
+    assert not (tmp_path / "run").exists()
 
 
 def test_what_cannot_be_read_twice_is_refused(base_folder: Path, own: Path, tmp_path: Path) -> None:
