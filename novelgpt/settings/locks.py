@@ -9,6 +9,9 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
+# In which others may have taken a folder away; some places, as /proc, take none and say the same.
+ATTEMPTS = 1000
+
 
 def hold(path: Path, wait: bool = False, folder: bool = False) -> int:
     """Lock a file, which is made where it is not there and whose content stays, or a folder that is there.
@@ -82,16 +85,17 @@ def make_and_hold(folder: Path, lock: str | None = None) -> tuple[int, list[Path
     """
     made: list[Path] = []
     try:
-        while True:
-            for path in reversed([path for path in (folder, *folder.parents) if not path.is_dir()]):
-                with contextlib.suppress(FileExistsError):
-                    path.mkdir()
-                    made.insert(0, path)
+        for attempt in range(ATTEMPTS):
             try:
+                for path in reversed([path for path in (folder, *folder.parents) if not path.is_dir()]):
+                    with contextlib.suppress(FileExistsError):
+                        path.mkdir()
+                        made = [path, *(other for other in made if other != path)]
                 return hold(folder / lock if lock else folder, folder=lock is None), made
-            except FileNotFoundError:
-                if folder.exists():
+            except FileNotFoundError:  # another process took it away in this moment; or it is a place for no folder
+                if attempt == ATTEMPTS - 1:
                     raise
+        raise AssertionError("the last attempt returns or raises")
     except BlockingIOError:
         raise  # it is the other's now
     except BaseException:

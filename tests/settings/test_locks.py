@@ -23,7 +23,7 @@ def test_one_holds_a_folder_that_all_make_and_remove(lock: str | None, tmp_path:
 
     def often(_: int) -> int:
         times = 0
-        for _ in range(100):
+        for _ in range(200):
             try:
                 handle, made = make_and_hold(folder, lock)
             except BlockingIOError:
@@ -41,6 +41,18 @@ def test_one_holds_a_folder_that_all_make_and_remove(lock: str | None, tmp_path:
 
     with ThreadPoolExecutor(4) as pool:
         assert sum(pool.map(often, range(4))) >= 1
+
+
+@pytest.mark.parametrize("place", ["/proc/none/run", "nowhere/run", "file/run"])
+def test_where_no_folder_can_be_nothing_is_waited_for(place: str, tmp_path: Path) -> None:
+    (tmp_path / "nowhere").symlink_to(tmp_path / "gone" / "target")
+    (tmp_path / "file").touch()
+    for lock in ("lock", None):
+        with pytest.raises(OSError):
+            make_and_hold(tmp_path / place, lock)
+    with pytest.raises(UserError, match="cannot be made"), complete_folder(Path("/proc/none/output")):
+        pass
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["file", "nowhere"]
 
 
 def test_a_lock_ends_with_what_holds_it(tmp_path: Path) -> None:
