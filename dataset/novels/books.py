@@ -69,9 +69,10 @@ def prepare_book(book: RawBook, rules: Rules, simplify: bool) -> PreparedBook:
         record.characters_in = sum(map(count_visible, _texts(book.sections)))
         chapters, removed = [], []
         for place, section in enumerate(book.sections, start=1):
-            chapter, taken = _prepare_section(section, rules)
+            chapter, taken = _prepare_section(section, rules) if not section.rule else (None, _leave_out(section))
             chapters += [] if chapter is None else [chapter]
             removed += [RemovedFrom(entry, place) for entry in taken]
+    record.findings = [*book.findings, *record.findings]
     _count_removed(record, removed, rules)
     if simplify:
         chapters = list(map(_simplify, chapters))
@@ -116,6 +117,12 @@ def _prepare_section(section: Section, rules: Rules) -> tuple[Chapter | None, li
     found = next((candidate for candidate in find_candidates([title]) if candidate.shaped), None)
     label, words, number = (found.label, found.title, found.number) if found else ("", title, None)
     return Chapter(title, label, words, number, "", "\n".join([title, *paragraphs] if title else paragraphs)), removed
+
+
+def _leave_out(section: Section) -> list[Removed]:
+    """All lines of a section that is no chapter."""
+    lines = enumerate([section.title, *section.text.split("\n")], start=1)
+    return [Removed(number, section.rule, line) for number, line in lines if line.strip()]
 
 
 def _count_removed(record: BookRecord, removed: Sequence[RemovedFrom], rules: Rules) -> None:

@@ -214,19 +214,22 @@ class _Book:
         known = Counter(width for width in widths if width)
         usual = known.most_common(1)[0][0] if known.total() * 2 > len(widths) else None
         found = []
+        wrapped, breaks = 0, 0
         for draft, width in zip(self._drafts, widths, strict=True):
             if usual and width is None and len(draft.body) < 20 and fits_width(draft.body, usual):
                 width = usual
             paragraphs = join_lines(draft.body, width)
+            joined = sum(not text.isspace() for text in draft.body if text) - len(paragraphs) if width else 0
+            wrapped, breaks = wrapped + (joined > 0), breaks + max(0, joined)
             if draft.heading:
                 text = "\n".join([draft.heading, *paragraphs])
                 found.append(Chapter(draft.heading, draft.label, draft.title, draft.number, draft.volume, text))
             else:
                 parts = parts_of_about(paragraphs, part_characters)
                 found += [Chapter("", "", "", None, draft.volume, "\n".join(part)) for part in parts]
-        if known:
-            where = f"{counted(known.most_common(1)[0][0], 'column')} in {counted(known.total(), 'chapter')}"
-            self.findings.append(f"hard-wrapped at about {where}: lines joined")
+        if known and breaks:
+            where = f"{counted(known.most_common(1)[0][0], 'column')} in {counted(wrapped, 'chapter')}"
+            self.findings.append(f"hard-wrapped at about {where}: {counted(breaks, 'line break')} joined")
         return found
 
 

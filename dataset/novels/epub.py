@@ -1,4 +1,4 @@
-"""Chapters of an .epub: its reading order, its table of contents, and the text of its pages."""
+"""Chapters of an .epub: its reading order, its table of contents, and what becomes of its pages."""
 
 from __future__ import annotations
 
@@ -6,89 +6,48 @@ import html
 import posixpath
 import re
 from collections.abc import Callable, Sequence
-from html.parser import HTMLParser
+from typing import NamedTuple
 from urllib.parse import unquote
 from xml.etree import ElementTree
 
 from dataset.decode import decode_tolerant
+from dataset.novels.epub_matter import matter_of_page, matter_of_section
+from dataset.novels.epub_page import Block, read_page
+from dataset.novels.headings import Candidate, find_candidates
 from dataset.novels.records import BadBytes, Section
 from novelgpt.settings.errors import UserError
 
-_HEADINGS = frozenset(f"h{level}" for level in range(1, 7))
-_PARAGRAPHS = _HEADINGS | {
-    "p", "div", "li", "ul", "ol", "dl", "dt", "dd", "blockquote", "section", "article", "aside", "header", "footer",
-    "main", "figure", "figcaption", "table", "tr", "td", "th", "pre", "hr", "body", "br",
-}  # fmt: skip
-_NO_TEXT = frozenset(("script", "style", "title", "svg", "template"))
-_BLANKS = re.compile(r"[ \t\n\r\f]+")
-_WRAP = re.compile(r"(?<=[\u2e80-\u9fff\uff00-\uffef]) ?\n ?(?=[\u2e80-\u9fff\uff00-\uffef])")
-_SKIPPED = ("cover", "toc")
+_SKIPPED = {"cover": "cover_page", "toc": "contents_page", "copyright-page": "imprint_page"}
 _ENTITY = re.compile(r"&(?!amp;|lt;|gt;|quot;|apos;)[A-Za-z][A-Za-z0-9]*;")
 _PAGE_TYPES = ("application/xhtml+xml", "text/html")
+_EDGE = 3  # pages at either end, where those who pass a book on put their own
+_CHAPTER_UNITS = "章回话話"
+MOST_IMAGES_NAMED = 20
 
 
-class _Block:
-    """A paragraph of a page, or a heading; `ids` are the places in it that a table of contents can point to."""
+class Epub(NamedTuple):
+    """What an epub holds.
 
-    def __init__(self, heading: bool) -> None:
-        self.heading = heading
-        self.pieces: list[str] = []
-        self.ids: set[str] = set()
+    Attributes:
+        sections: its chapters in reading order; those with a `rule` are pages that are no part of the book.
+        encoding: of most of its pages.
+        bad_bytes: of pages, that fit no character.
+        findings: sentences about what is missing, damaged or lost.
+    """
 
-    @property
-    def text(self) -> str:
-        joined = re.sub(r"[ \t\r\f]*\n[ \t\r\n\f]*", "\n", "".join(self.pieces))
-        cleaned = _BLANKS.sub(" ", _WRAP.sub("", joined)).strip(" ")
-        return "" if cleaned.isspace() else cleaned
-
-
-class _Page(HTMLParser):
-    """The blocks of a page, in order."""
-
-    def __init__(self) -> None:
-        super().__init__(convert_charrefs=True)
-        self.blocks = [_Block(False)]
-        self._silent = 0
-        self._heading = 0
-
-    def handle_starttag(self, tag: str, attrs: list[tuple[str, str | None]]) -> None:
-        if tag in _NO_TEXT:
-            self._silent += 1
-        self._heading += tag in _HEADINGS
-        if tag in _PARAGRAPHS:
-            self._begin()
-        self.blocks[-1].ids.update(value for name, value in attrs if name in ("id", "name") and value)
-
-    def handle_startendtag(self, tag: str, attrs: list[tuple[str, str | None]]) -> None:
-        if tag not in _NO_TEXT:
-            self.handle_starttag(tag, attrs)
-            self.handle_endtag(tag)
-
-    def handle_endtag(self, tag: str) -> None:
-        if tag in _NO_TEXT:
-            self._silent = max(0, self._silent - 1)
-        if tag in _HEADINGS:
-            self._heading = max(0, self._heading - 1)
-        if tag in _PARAGRAPHS:
-            self._begin()
-
-    def handle_data(self, data: str) -> None:
-        if not self._silent:
-            self.blocks[-1].pieces.append(data)
-
-    def _begin(self) -> None:
-        block = _Block(self._heading > 0)
-        if not self.blocks[-1].text:  # places in front of a paragraph point to it
-            block.ids = self.blocks.pop().ids
-        self.blocks.append(block)
+    sections: tuple[Section, ...]
+    encoding: str
+    bad_bytes: tuple[BadBytes, ...]
+    findings: tuple[str, ...]
 
 
 class _Chapter:
     """A section in the making: from one place that the contents or a heading name to the next."""
 
-    def __init__(self, title: str) -> None:
+    def __init__(self, title: str, rule: str = "") -> None:
         self.title = title
-        self.blocks: list[_Block] = []
+        self.rule = rule
+        self.blocks: list[Block] = []
 
     def finished(self) -> Section:
         title, rest = self.title, [block for block in self.blocks if block.text]
@@ -100,17 +59,17 @@ class _Chapter:
                 break
             if not _without_blanks(title).startswith(joined):
                 break
-        return Section(title, "\n".join(block.text for block in rest))
+        texts = [block.text for block in rest]
+        return Section(title, "\n".join(texts), self.rule or matter_of_section(title, texts))
 
 
-def read_epub(
-    names: Sequence[str], read: Callable[[str], bytes], source: str
-) -> tuple[tuple[Section, ...], str, tuple[BadBytes, ...]]:
-    """The chapters of an epub in reading order, the encoding of its pages, and bytes of them that fit no character.
+def read_epub(names: Sequence[str], read: Callable[[str], bytes], source: str) -> Epub:
+    """The chapters of an epub in reading order, and what was met on the way.
 
-    A chapter begins where the table of contents (nav or ncx) points to, or, where that is silent, at a page that begins
-    with a heading; other pages go on with the chapter before. A chapter's text does not repeat its title; it is empty
-    where there is nothing else. The cover, the contents page and pages without text are passed over.
+    A chapter begins where the table of contents (nav or ncx) points to, and at headings: numbered ones wherever they
+    stand in a page, others where the contents are silent. Other pages go on with the chapter before. A chapter's text
+    does not repeat its title; it is empty where there is nothing else. Contents, imprint and advertisements become
+    sections with a rule. A page or table of contents that is missing or damaged costs no more than itself.
 
     Args:
         names: of all members.
@@ -118,7 +77,7 @@ def read_epub(
         source: of the epub, to name in errors.
 
     Raises:
-        UserError: protected, damaged, or without text.
+        UserError: protected, damaged as a whole, or without text.
     """
     container = _xml(read("META-INF/container.xml"), f"{source}!META-INF/container.xml")
     package_name = next((root.get("full-path", "") for root in _all(container, "rootfile")), "")
@@ -127,55 +86,158 @@ def read_epub(
     items = {item.get("id", ""): item for item in _all(package, "item")}
     hrefs = {key: _resolve(base, item.get("href", "")) for key, item in items.items()}
     protected = _protected(names, read, source)
-    titles = _contents(package, items, hrefs, read, source)
-    skipped = {_resolve(base, one.get("href", "")) for one in _all(package, "reference") if one.get("type") in _SKIPPED}
-    chapters: list[_Chapter] = []
+    findings: list[str] = []
+    titles = _contents(package, items, hrefs, read, names, source, findings)
+    guide = {
+        _resolve(base, one.get("href", "")): _SKIPPED.get(one.get("type", ""), "") for one in _all(package, "reference")
+    }
+    pages = _Pages(titles)
     encodings: list[str] = []
     bad: list[BadBytes] = []
-    for reference in _all(package, "itemref"):
-        key = reference.get("idref", "")
-        item = items.get(key)
-        if item is None or item.get("media-type") not in _PAGE_TYPES or "nav" in item.get("properties", "").split():
-            continue
-        name = hrefs[key]
-        if name in skipped:
-            continue
+    spine = _spine(package, items, hrefs, findings)
+    for place, name in enumerate(spine):
         if name in protected:
             raise UserError(f"{source} is protected against reading ({name} is encrypted)", "leave it out")
-        data = read(name)
+        try:
+            data = read(name)
+        except UserError as error:
+            findings.append(f"a page is lost: {_why_lost(error, name, names, source)}")
+            continue
         if not data.strip():
             continue
         text, encoding, more = decode_tolerant(data, f"{source}!{name}")
         encodings.append(encoding)
         bad += more
-        _add_page(chapters, text, {place: title for (page, place), title in titles.items() if page == name})
-    sections = tuple(chapter.finished() for chapter in chapters if chapter.blocks)
-    if not any(section.text for section in sections):
+        at_the_edge = place < _EDGE or place >= len(spine) - _EDGE
+        pages.add(name, read_page(text), guide.get(name, ""), at_the_edge, only=len(spine) == 1)
+    sections = tuple(chapter.finished() for chapter in pages.chapters if chapter.blocks)
+    if not any(section.text for section in sections if not section.rule):
         raise UserError(f"{source} holds no text", "leave it out")
-    return sections, max(encodings, key=encodings.count), tuple(bad)
+    return Epub(sections, max(encodings, key=encodings.count), tuple(bad), (*findings, *pages.lost_images()))
 
 
-def _add_page(chapters: list[_Chapter], text: str, titles: dict[str, str]) -> None:
-    """Append the blocks of a page to the last chapter, or to new ones; `titles` by place, "" for the page's top."""
-    page = _Page()
-    page.feed(text)
-    page.close()
-    blocks = [block for block in page.blocks if block.text]
-    if not blocks:
-        return
-    heads = []
-    for block in blocks:
-        if not block.heading:
-            break
-        heads.append(block.text)
-    top = titles.get("") or ("" if titles else " ".join(heads))
-    if top or not chapters:
-        chapters.append(_Chapter(top))
-    for block in blocks:
-        named = sorted(place for place in block.ids if titles.get(place))
-        if named and not (block is blocks[0] and top == titles[named[0]]):
-            chapters.append(_Chapter(titles[named[0]]))
-        chapters[-1].blocks.append(block)
+def _spine(
+    package: ElementTree.Element,
+    items: dict[str, ElementTree.Element],
+    hrefs: dict[str, str],
+    findings: list[str],
+) -> list[str]:
+    """The pages in reading order, without the navigation."""
+    names = []
+    for reference in _all(package, "itemref"):
+        key = reference.get("idref", "")
+        item = items.get(key)
+        if item is None:
+            findings.append(f"a page is lost: the manifest has no {key!r}, which the reading order names")
+        elif item.get("media-type") in _PAGE_TYPES and "nav" not in item.get("properties", "").split():
+            names.append(hrefs[key])
+    return names
+
+
+class _Pages:
+    """Takes up pages, and makes chapters of them.
+
+    Args:
+        titles: of the table of contents, by page and place in the page; "" for the page's top.
+    """
+
+    def __init__(self, titles: dict[tuple[str, str], str]) -> None:
+        self.titles = titles
+        self.chapters: list[_Chapter] = []
+        self._lost: list[str] = []
+
+    def add(self, name: str, blocks: list[Block], rule: str, at_the_edge: bool, only: bool) -> None:
+        """Append the blocks of a page to the last chapter, or to new ones."""
+        texts = [block.text for block in blocks]
+        rule = (rule if blocks else "") or matter_of_page(texts, self.titles.values(), at_the_edge)
+        if not blocks:
+            return
+        if rule:
+            self.chapters.append(_Chapter("", rule))
+            self.chapters[-1].blocks += blocks
+            return
+        starts = self._starts(name, blocks, only)
+        for index, block in enumerate(blocks):
+            self._lost += [f"…{before}[{image.file}]" for before, image in block.lost()]
+            for title in starts.get(index, ()):
+                self.chapters.append(_Chapter(title))
+            self._current().blocks.append(block)
+
+    def lost_images(self) -> list[str]:
+        """A sentence on images that may be characters."""
+        if not self._lost:
+            return []
+        shown = "; ".join(self._lost[:MOST_IMAGES_NAMED])
+        return [f"images in the text that may be characters, without a word for them ({len(self._lost)}): {shown}"]
+
+    def _current(self) -> _Chapter:
+        """The last chapter of the book; pages that are left out have nothing that goes on."""
+        for chapter in reversed(self.chapters):
+            if not chapter.rule:
+                return chapter
+        self.chapters.append(_Chapter(""))
+        return self.chapters[-1]
+
+    def _starts(self, name: str, blocks: list[Block], only: bool) -> dict[int, list[str]]:
+        """Titles of the chapters that begin at each block, by its index."""
+        titles = {place: title for (page, place), title in self.titles.items() if page == name}
+        starts: dict[int, list[str]] = {0: [titles[""]]} if titles.get("") else {}
+        for index, block in enumerate(blocks):
+            named = sorted(place for place in block.ids if titles.get(place))
+            if named and not (index == 0 and titles.get("") == titles[named[0]]):
+                starts.setdefault(index, []).append(titles[named[0]])
+        level = 0 if self.titles else _chapter_level([block.level for block in blocks if block.level], only)
+        for index, title, shaped in _units(blocks, level):
+            above = starts.get(index, [""])[-1] if index in starts else titles.get("", "")
+            if _says(title, above) and index in starts:
+                continue
+            if shaped is not None:
+                begins = shaped.unit in _CHAPTER_UNITS or not _is_chapter(above)
+            else:
+                begins = not titles and (index == 0 or (level > 0 and blocks[index].level == level))
+            if begins and not (index in starts and shaped is None):
+                starts.setdefault(index, []).append(title)
+        return starts
+
+
+def _units(blocks: list[Block], level: int) -> list[tuple[int, str, Candidate | None]]:
+    """Headings: index of the first block, the words of it and of those that go with it, and whether it is numbered.
+
+    Headings in a row are one ("第二章", "风"), until one that says itself which chapter it is, or is of the `level` of
+    chapters.
+    """
+    units: list[tuple[int, str, Candidate | None]] = []
+    for index, block in enumerate(blocks):
+        if not block.level:
+            continue
+        shaped = next((one for one in find_candidates([block.text]) if one.shaped), None)
+        follows = index > 0 and blocks[index - 1].level > 0
+        if follows and shaped is None and block.level != level:
+            first, title, before = units[-1]
+            units[-1] = (first, f"{title} {block.text}", before)
+        else:
+            units.append((index, block.text, shaped))
+    return units
+
+
+def _chapter_level(levels: Sequence[int], only: bool) -> int:
+    """The level of the headings that begin chapters in a book without contents: the highest, if it comes repeatedly.
+
+    `only`: the page is the whole book, in which a heading that stands alone is the book's name.
+    """
+    repeated = [level for level in sorted(set(levels)) if levels.count(level) > 1]
+    highest = min(levels, default=0)
+    return repeated[0] if repeated and (only or repeated[0] == highest) else 0
+
+
+def _is_chapter(title: str) -> bool:
+    return any(one.shaped and one.unit in _CHAPTER_UNITS for one in find_candidates([title]))
+
+
+def _says(heading: str, title: str) -> bool:
+    """Whether a heading says what a title of the contents does, or a part of it."""
+    first, second = _without_blanks(heading), _without_blanks(title)
+    return bool(second) and (first.startswith(second) or second.startswith(first))
 
 
 def _contents(
@@ -183,18 +245,40 @@ def _contents(
     items: dict[str, ElementTree.Element],
     hrefs: dict[str, str],
     read: Callable[[str], bytes],
+    names: Sequence[str],
     source: str,
+    findings: list[str],
 ) -> dict[tuple[str, str], str]:
     """Titles by (page, place in the page) from the nav of EPUB 3 or else the ncx of EPUB 2; the first one counts."""
-    titles: dict[tuple[str, str], str] = {}
     nav = next((key for key, item in items.items() if "nav" in item.get("properties", "").split()), None)
     ncx = next((key for key, item in items.items() if item.get("media-type") == "application/x-dtbncx+xml"), None)
-    key = nav or ncx
-    if key is None:
-        return titles
-    name = hrefs[key]
-    tree = _xml(read(name), f"{source}!{name}")
-    if nav is None:
+    for key in (nav, ncx):
+        if key is None:
+            continue
+        name = hrefs[key]
+        try:
+            return _titles(_xml(read(name), f"{source}!{name}"), name, is_nav=key == nav)
+        except UserError as error:
+            why = _why_lost(error, name, names, source)
+            findings.append(f"the table of contents is lost, and chapters are told by their headings: {why}")
+    return {}
+
+
+def _why_lost(error: UserError, name: str, names: Sequence[str], source: str) -> str:
+    """Why a member could not be read.
+
+    Raises:
+        UserError: it is no damage, but an attack.
+    """
+    if "unpacks to more" in error.cause or "declares XML entities" in error.cause:
+        raise error
+    return error.cause.removeprefix(f"{source}!") if name in names else f"there is no {name}"
+
+
+def _titles(tree: ElementTree.Element, name: str, is_nav: bool) -> dict[tuple[str, str], str]:
+    """As `_contents`, of the document with this name."""
+    titles: dict[tuple[str, str], str] = {}
+    if not is_nav:
         found = [
             (content.get("src", ""), "".join(label.itertext()))
             for point in _all(tree, "navPoint")

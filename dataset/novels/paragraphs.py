@@ -22,6 +22,7 @@ _FINAL = frozenset("。！？!?…”’」』）)】》\"'：:")
 _NUMBER_ONLY = re.compile(r"[（(【\[]?[0-9０-９一二三四五六七八九十百零〇○]{1,5}[)）】\]、.．]?")
 _LETTERS = frozenset(string.ascii_letters)
 _NEVER_FIRST = frozenset("，。；、！？：,;")
+_MID_SENTENCE = frozenset("，、；,;")
 _OPENING = re.compile("[“「『‘（《]")
 _CLOSING = re.compile("[”」』’）》]")
 
@@ -116,6 +117,9 @@ def parts_of_about(paragraphs: Sequence[str], characters: int) -> Iterator[list[
 def _unwrap(texts: Sequence[str], width: int) -> list[str]:
     """Join lines that were broken at `width`. A line clearly shorter, a blank line or an indent ends a paragraph.
 
+    A full line that stops in the middle of a sentence goes on behind blank lines, too: there a page ended. It does so
+    where it stops with a comma, or where paragraphs are indented and the next line is not.
+
     Verse and letters stand in blocks of their own indent and width: there a line goes on where it stops in the middle
     of a clause. A line that begins with a comma or a full stop continues any.
     """
@@ -125,12 +129,13 @@ def _unwrap(texts: Sequence[str], width: int) -> list[str]:
     base = _continuation_indent(widths, indents)
     blocks = _block_widths(texts, widths, indents, base)
     blank_ends = not _is_double_spaced(widths, shortest)
+    indented = any(indent > base + 1 for width, indent in zip(widths, indents, strict=True) if width)
     paragraphs: list[str] = []
     pieces: list[str] = []
     full, block = False, -1
     for text, columns, indent in zip(texts, widths, indents, strict=True):
         if not columns:
-            if blank_ends:
+            if blank_ends and not (full and _is_unfinished(pieces[-1], indented)):
                 full, block = False, -1
             continue
         stripped = text.strip()
@@ -150,6 +155,11 @@ def _unwrap(texts: Sequence[str], width: int) -> list[str]:
     if pieces:
         paragraphs.append("".join(pieces))
     return paragraphs
+
+
+def _is_unfinished(line: str, indented: bool) -> bool:
+    """Whether a line stops in the middle of a sentence; `indented`: paragraphs show where they begin."""
+    return line[-1] in _MID_SENTENCE or (indented and line[-1] not in _FINAL)
 
 
 def _is_number(stripped: str) -> bool:

@@ -9,6 +9,7 @@ may run it, anywhere, in any order, and twice.
 from __future__ import annotations
 
 import functools
+from collections.abc import Sequence
 from dataclasses import dataclass
 from importlib.metadata import version
 from pathlib import Path, PurePosixPath
@@ -17,6 +18,7 @@ from dataset.atomic import digest_of, new_folder
 from dataset.novels.artefacts import ArtefactWriter
 from dataset.novels.books import prepare_book
 from dataset.novels.cleaning import Rules, load_rules
+from dataset.novels.series import Series, read_series
 from dataset.novels.sources import LeftOut, read_books
 from novelgpt.settings.errors import UserError
 from novelgpt.settings.whole_files import hash_file
@@ -36,12 +38,18 @@ class FileOptions:
         rules_digest: of all rules, as `load_rules` gives it.
         code: digest of the code of the steps.
         to_simplified: whether chapters are converted.
+        series: files that are one book; the first one stands for all of them.
     """
 
     rules: tuple[Path, ...] = ()
     rules_digest: str = ""
     code: str = ""
     to_simplified: bool = False
+    series: tuple[Series, ...] = ()
+
+    def series_of(self, source: str) -> Series | None:
+        """The series that a file stands for; None for a file by itself."""
+        return next((one for one in self.series if one.members[0] == source), None)
 
 
 def file_options(rules: tuple[Path, ...] = (), simplify: bool = False) -> FileOptions:
@@ -70,12 +78,25 @@ def artefact_of(sha256: str, source: str, work: Path, options: FileOptions) -> P
     """Where the artefact of a file goes: named for all that decides its content.
 
     Args:
-        sha256: of the file's bytes.
+        sha256: of the file's bytes; of a series as `hash_series` gives it.
         source: its path relative to the folder of raw files.
         work: the folder of artefacts.
         options: of the run.
     """
+    series = options.series_of(source)
+    source = source if series is None else series.source
     return work / digest_of([sha256, source, options.rules_digest, options.to_simplified, options.code])[:40]
+
+
+def hash_series(sha256s: Sequence[str]) -> str:
+    """What stands for the hash of a file, of files that are one book."""
+    return digest_of(list(sha256s))
+
+
+def _hash(path: Path, folder: Path, series: Series | None) -> str:
+    if series is None:
+        return hash_file(path)[0]
+    return hash_series([hash_file(folder / member)[0] for member in series.members])
 
 
 def prepare_file(path: Path, folder: Path, work: Path, options: FileOptions) -> Path:
@@ -94,7 +115,8 @@ def prepare_file(path: Path, folder: Path, work: Path, options: FileOptions) -> 
         UserError: rules or code are not those of `options`, or the file changed meanwhile.
     """
     source = path.relative_to(folder).as_posix()
-    sha256, _ = hash_file(path)
+    series = options.series_of(source)
+    sha256 = _hash(path, folder, series)
     artefact = artefact_of(sha256, source, work, options)
     if artefact.is_dir():
         return artefact
@@ -107,7 +129,7 @@ def prepare_file(path: Path, folder: Path, work: Path, options: FileOptions) -> 
     try:
         with new_folder(artefact) as unfinished:
             _fill(unfinished, path, folder, rules, options)
-            if hash_file(path)[0] != sha256:
+            if _hash(path, folder, series) != sha256:
                 raise UserError(f"{path} changed while it was read", "run the same command again when it is written")
     except OSError:
         if not artefact.is_dir():  # else another process made it meanwhile
@@ -118,8 +140,10 @@ def prepare_file(path: Path, folder: Path, work: Path, options: FileOptions) -> 
 def _fill(artefact: Path, path: Path, folder: Path, rules: Rules, options: FileOptions) -> None:
     source = path.relative_to(folder).as_posix()
     with ArtefactWriter(artefact) as writer:
+        series = options.series_of(source)
         try:
-            for raw in read_books(path, folder, functools.partial(_leave_out, writer)):
+            leave_out = functools.partial(_leave_out, writer)
+            for raw in read_books(path, folder, leave_out) if series is None else [read_series(series, folder)]:
                 writer.add(prepare_book(raw, rules, options.to_simplified), raw.bad_bytes)
         except UserError as error:
             # Errors name the file as the user's shell would; an artefact is the same wherever the folder lies.

@@ -35,10 +35,17 @@ class BadBytes(NamedTuple):
 
 @dataclass(frozen=True)
 class Section:
-    """A chapter whose borders the source itself gives (epub, rows of a .jsonl file)."""
+    """A chapter whose borders the source itself gives (epub, rows of a .jsonl file, a file a chapter).
+
+    Attributes:
+        title: its heading; "" where it has none.
+        text: what stands below.
+        rule: why all of it is left out, where it is no chapter: "contents_page", for example.
+    """
 
     title: str
     text: str
+    rule: str = ""
 
 
 @dataclass(frozen=True)
@@ -52,6 +59,7 @@ class RawBook:
         encoding: "utf-8", "utf-8-sig", "utf-16-le", "utf-16-be", "gb18030", "big5hkscs".
         bad_bytes: what could not be decoded.
         sections: the chapters, where the source gives them; else None.
+        findings: sentences about what was met while it was read.
     """
 
     name: str
@@ -60,6 +68,7 @@ class RawBook:
     encoding: str
     bad_bytes: tuple[BadBytes, ...] = ()
     sections: tuple[Section, ...] | None = None
+    findings: tuple[str, ...] = ()
 
 
 @dataclass(frozen=True)
@@ -97,7 +106,7 @@ class BookRecord:
         characters_kept: those of them in chapters.
         chapter_characters: characters of each chapter, in order.
         removed: rule -> {"lines": n, "characters": n}; characters without white space.
-        findings: sentences about the numbering: gaps, repeats, no headings.
+        findings: sentences about the source and the numbering: gaps, repeats, no headings.
         chinese_share: share of Chinese characters among those kept, in [0, 1].
         repetition: share of the book's 20-character windows that it has more than once, in [0, 1].
         script: "simplified", "traditional" or "none".

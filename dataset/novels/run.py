@@ -8,8 +8,8 @@ from __future__ import annotations
 
 import functools
 import shutil
-from collections.abc import Mapping, Sequence
-from dataclasses import asdict, dataclass, field
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 
 from dataset.atomic import only_run
@@ -24,7 +24,8 @@ from dataset.novels.manifest import (
     put_in_place,
     write_manifest,
 )
-from dataset.novels.prepare import FileOptions, artefact_of, code_digest, prepare_file
+from dataset.novels.prepare import FileOptions, artefact_of, code_digest, hash_series, prepare_file
+from dataset.novels.series import find_series
 from dataset.novels.sources import list_folder
 from dataset.novels.terminal import Display
 from dataset.novels.workers import map_files
@@ -101,6 +102,8 @@ class _Run:
             "inputs": describe_inputs(hashed, self.raw),
             "skipped": skipped,
         }
+        self.files = replace(self.files, series=tuple(find_series([file.path for file in hashed], self.raw)))
+        hashed = list(self._books(hashed))
         artefacts = list(map(self._artefact_of, hashed))
         finished = self.work / "next"
         if is_up_to_date(self.out, origin, self.machines.workers):
@@ -130,6 +133,18 @@ class _Run:
                 hashed.append(file)
                 advance(file.size)
         return hashed
+
+    def _books(self, hashed: Sequence[Hashed]) -> Iterator[Hashed]:
+        """The files, and for those that are one book the first one alone, which stands for all."""
+        by_source = {self._source(file): file for file in hashed}
+        series_of = {member: series for series in self.files.series for member in series.members}
+        for source, file in by_source.items():
+            series = series_of.get(source)
+            if series is None:
+                yield file
+            elif series.members[0] == source:
+                members = [by_source[member] for member in series.members]
+                yield Hashed(file.path, hash_series([one.sha256 for one in members]), sum(one.size for one in members))
 
     def _source(self, file: Hashed) -> str:
         return file.path.relative_to(self.raw).as_posix()

@@ -19,6 +19,7 @@ from typing import IO, Any, NamedTuple, TypeAlias
 from dataset.decode import decode_tolerant, likeliest_encoding, read_bytes
 from dataset.novels.epub import read_epub
 from dataset.novels.records import RawBook, Section
+from dataset.novels.references import decode_references
 from novelgpt.settings.errors import UserError
 
 SUFFIXES = (".txt", ".gz", ".zip", ".epub", ".jsonl")
@@ -114,8 +115,9 @@ def read_books(path: Path, folder: Path, left_out: Callable[[LeftOut], None] | N
     elif suffix == ".epub":
         with _archive(path, source) as archive:
             meter = _Meter(path.stat().st_size, source)
-            sections, encoding, bad = read_epub(archive.namelist(), lambda name: meter.member(archive, name), source)
-        yield RawBook(_clean_name(path.stem, source), source, "", encoding, bad, sections)
+            book = read_epub(archive.namelist(), lambda name: meter.member(archive, name), source)
+        name = _clean_name(path.stem, source)
+        yield RawBook(name, source, "", book.encoding, book.bad_bytes, book.sections, book.findings)
     elif suffix == ".jsonl":
         with _opened(path, source) as stream:
             yield from _read_rows(_Meter(0, source, packed=False).lines(stream), source, _clean_name(path.stem, source))
@@ -146,7 +148,7 @@ def _clean_name(stem: str, source: str) -> str:
 
 def _decoded(data: bytes, source: str, stem: str) -> RawBook:
     text, encoding, bad = decode_tolerant(data, source)
-    return RawBook(_clean_name(stem, source), source, text, encoding, bad)
+    return RawBook(_clean_name(stem, source), source, decode_references(text), encoding, bad)
 
 
 def _opened(path: Path, source: str) -> IO[bytes]:
@@ -317,7 +319,7 @@ def _row(raw: bytes, encoding: str, where: str) -> dict[str, str]:
         raise UserError(f"{where}: no text in field 'text'", 'write rows like {"text": "…", "book": "…"}')
     if _LONE_SURROGATE.search(record["text"]):
         raise UserError(f"{where}: the text holds half a character (\\ud800 to \\udfff)", "write the row anew")
-    text = record["text"].replace("\r\n", "\n").replace("\r", "\n")
+    text = decode_references(record["text"].replace("\r\n", "\n").replace("\r", "\n"))
     extra = {key: record.get(key) for key in ("book", "chapter", "title")}
     return {"text": text, **{key: "" if value is None else str(value).strip() for key, value in extra.items()}}
 

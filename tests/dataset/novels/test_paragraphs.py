@@ -65,6 +65,18 @@ def test_blank_lines_end_paragraphs() -> None:
     assert join_lines([full, full, "", full, "夜。"], 72) == [full * 2, full + "夜。"]
 
 
+def test_a_sentence_goes_on_behind_the_end_of_a_page() -> None:
+    full, comma = "雪" * 36, "雪" * 35 + "，"
+    # The next line is no beginning of a paragraph, where these are indented; a comma ends none anywhere.
+    assert join_lines(["　　" + "雪" * 34, full, "", full, "夜。"], 72) == ["雪" * 34 + full * 2 + "夜。"]
+    assert join_lines([full, comma, "", "\f", full, "夜。"], 72) == [full + comma + full + "夜。"]
+    # An indent, the end of a sentence, or a short line end a paragraph as before.
+    assert join_lines(["　　" + "雪" * 34, comma, "", "　　夜。"], 72) == ["雪" * 34 + comma, "夜。"]
+    ended = "雪" * 35 + "。"
+    assert join_lines(["　　" + "雪" * 34, ended, "", full, "夜。"], 72) == ["雪" * 34 + ended, full + "夜。"]
+    assert join_lines(["　　" + "雪" * 34, "短，", "", full, "夜。"], 72) == ["雪" * 34 + "短，", full + "夜。"]
+
+
 def test_verse_sections_and_speech_are_not_glued() -> None:
     verse = ["    宋江重赏升官日，方腊当刑受剐时。", "    善恶到头终有报，只争来早与来迟！"]
     full = "雪" * 36

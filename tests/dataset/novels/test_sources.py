@@ -182,6 +182,84 @@ EPUBS = {  # content -> sections
         epub({"v.html": page("<h1>上卷</h1>"), "a.html": page("<h1>一</h1><p>甲</p>")}),
         [Section("上卷", ""), Section("一", "甲")],
     ),
+    "headings in one page": (
+        epub({"all": page("<h1>书名</h1><h2>雨</h2><p>甲</p><h2>渡</h2><h3>一</h3><p>乙</p><h2>信</h2><p>丙</p>")}),
+        [Section("书名", ""), Section("雨", "甲"), Section("渡 一", "乙"), Section("信", "丙")],
+    ),
+    "numbered headings in the pages of volumes": (
+        epub(
+            {
+                "v1": page(
+                    "<h1>第一卷 江湖</h1><h2>第一章 雨</h2><p>甲</p><h3>其一</h3><p>乙</p>"
+                    "<h2>第二章</h2><h3>渡</h3><p>丙</p>"
+                ),
+                "v2": page("<h2>第三章 信</h2><p>丁</p><h4>第一节</h4><p>戊</p>"),
+            },
+            "<navMap>" + point("第一卷 江湖", "v1") + point("第三章 信", "v2") + "</navMap>",
+            version=2,
+        ),
+        [
+            Section("第一卷 江湖", ""), Section("第一章 雨", "甲\n其一\n乙"), Section("第二章 渡", "丙"),
+            Section("第三章 信", "丁\n第一节\n戊"),
+        ],
+    ),
+    "readings": (
+        epub(
+            {
+                "a": page(
+                    "<p>名叫<ruby>饕<rt>tāo</rt>餮<rt>tiè</rt></ruby>，握着<ruby><rb>剑</rb><rp>（</rp><rt>咖喱棒</rt><rp>）</rp>"
+                    "</ruby>来。</p><p><ruby>漢<rt>かん<rt>k</ruby>字。<ruby>甲<rtc><rt>a</rt></rtc></ruby>乙</p>"
+                )
+            }
+        ),
+        [Section("", "名叫饕餮，握着剑来。\n漢字。甲乙")],
+    ),
+    "what readers do not see": (
+        epub(
+            {
+                "a": page(
+                    '<p>甲<span epub:type="pagebreak" title="12">12</span>乙<span role="doc-pagebreak"/>丙</p>'
+                    '<p hidden="">无</p><div style="display: none"><p>无</p><br/>无</div><p>丁</p>'
+                )
+            }
+        ),
+        [Section("", "甲乙丙\n丁")],
+    ),
+    "images of characters": (
+        epub(
+            {
+                "a": page(
+                    '<p>身<img alt="体" src="w1.png"/>微微<img class="g" src="龘.png" alt="龘靐"/>。</p>'
+                    '<p><img src="p.png" alt="图"/></p><p>看<img src="b.png" alt="封面"/>海</p>'
+                )
+            }
+        ),
+        [Section("", "身体微微龘靐。\n看海")],
+    ),
+    "pages that are no part of the book": (
+        epub(
+            {
+                "i": page("<h1>版权信息</h1><p>书名：雨</p><p>ISBN：9787</p>"),
+                "j": page("<p>书名：雨</p><p>作者：某</p><p>出版社：某社</p><p>雨</p>"),
+                "t": page("<p>雨</p><p>渡</p><p>信</p><p>船</p>"),
+                "m": page("<h1>目錄</h1><p>雨</p>"),
+                "a": page("<h2>雨</h2><p>甲</p>"), "b": page("<h2>渡</h2><p>乙</p>"),
+                "c": page("<h2>信</h2><p>他说：“关注我的公众号，免费领取电子书。”</p>"),
+                "d": page("<h2>目录</h2><p>" + "他翻开目录，一页一页地看了下去。" * 8 + "</p>"),
+                "e": page("<h2>船</h2><p>丁</p>"),
+                "x": page("<p>扫码关注公众号，领取电子书。</p><p>更多好书：www.x.com</p>"),
+            },
+            "".join(point(title, name) for name, title in zip("abce", "雨渡信船", strict=True)), version=2,
+        ),
+        [
+            Section("", "版权信息\n书名：雨\nISBN：9787", "imprint_page"),
+            Section("", "书名：雨\n作者：某\n出版社：某社\n雨", "imprint_page"),
+            Section("", "雨\n渡\n信\n船", "contents_page"), Section("", "目錄\n雨", "contents_page"),
+            Section("雨", "甲"), Section("渡", "乙"), Section("信", "他说：“关注我的公众号，免费领取电子书。”"),
+            Section("目录", "他翻开目录，一页一页地看了下去。" * 8), Section("船", "丁"),
+            Section("", "扫码关注公众号，领取电子书。\n更多好书：www.x.com", "advertisement_page"),
+        ],
+    ),
     "no headings": (epub({"a.html": page("<p>甲</p>"), "b.html": page("<p>乙</p>")}), [Section("", "甲\n乙")]),
 }  # fmt: skip
 
@@ -256,6 +334,56 @@ def test_what_cannot_be_used_is_refused_in_one_line(tmp_path: Path, name: str) -
     for part in parts:
         assert part in caught.value.cause
     assert caught.value.remedy
+
+
+def test_what_an_epub_lacks_costs_no_more_than_itself(tmp_path: Path) -> None:
+    pages = {name: page(f"<h2>第{number}章</h2><p>{number}</p>") for name, number in zip("abc", "一二三", strict=True)}
+    contents = "".join(point(f"第{number}章", name) for name, number in zip("abc", "一二三", strict=True))
+    whole = epub(pages, contents, version=2)
+    with zipfile.ZipFile(io.BytesIO(whole)) as archive:
+        members = {name: archive.read(name) for name in archive.namelist()}
+
+    def read(changed: dict[str, bytes | None]) -> RawBook:
+        kept = {name: data for name, data in (members | changed).items() if data is not None}
+        return next(read_books(written(tmp_path, "书.epub", zipped(kept)), tmp_path))
+
+    def titles(book: RawBook) -> list[str]:
+        return [section.title for section in book.sections or ()]
+
+    assert titles(read({})) == ["第一章", "第二章", "第三章"]
+    usual = read({}).findings
+    assert usual == ("a page is lost: the manifest has no 'nav', which the reading order names",)
+    book = read({"OEBPS/b": None})
+    assert (titles(book), book.findings) == (["第一章", "第三章"], (*usual, "a page is lost: there is no OEBPS/b"))
+    for damaged in (None, b"<ncx><navMap>", b"\x00\xff"):
+        book = read({"OEBPS/toc.ncx": damaged})
+        assert titles(book) == ["第一章", "第二章", "第三章"]
+        assert len(book.findings) == 2 and "table of contents is lost" in book.findings[0]
+    manifest = members["OEBPS/content.opf"].replace(b'id="p1"', b'id="q"')
+    book = read({"OEBPS/content.opf": manifest})
+    assert titles(book) == ["第一章", "第三章"] and "'p1'" in book.findings[1]
+    lost = epub({"a": page('<p>微微一<img src="w.png" alt=""/>，停了。</p><p><img src="all.png"/></p>')})
+    *_, finding = next(read_books(written(tmp_path, "图.epub", lost), tmp_path)).findings
+    assert "(1): …微微一[w.png]" in finding
+    for attack in (BILLION_LAUGHS,):  # no damage
+        with pytest.raises(UserError, match="entities"):
+            read({"OEBPS/toc.ncx": attack})
+
+
+@pytest.mark.parametrize(
+    ("text", "expected"),
+    [
+        ("他是&#39;狂魔&#39;&#x4f60;&#22909;。", "他是'狂魔'你好。"),
+        ("&hellip;&ldquo;来&rdquo;&mdash;&nbsp;&emsp;好", "…“来”—\xa0\u2003好"),
+        ("&amp;#39; &amp;amp;", "&#39; &amp;"),  # once
+        ("甲&#10;乙&#13;丙&Tab;丁", "甲 乙 丙 丁"),  # no line ends, and no line of its own
+        ("AT&T; a&b &copy 他&她 &#0; &#xD800; &#99999999; &nosuch;", None),
+    ],
+)
+def test_character_references_are_decoded_once(text: str, expected: str | None, tmp_path: Path) -> None:
+    for name, content in (("书.txt", text.encode()), ("书.jsonl", rows({"text": text}))):
+        (book,) = read_books(written(tmp_path, name, content), tmp_path)
+        assert book.text == (text if expected is None else expected)
 
 
 @pytest.mark.parametrize("name", ["a.txt", "a.txt.gz", "a.zip", "a.epub", "a.jsonl"])

@@ -1,0 +1,138 @@
+"""Folders with one file a chapter: which files are one book, in which order, and the book that they make."""
+
+from __future__ import annotations
+
+import re
+from collections import Counter
+from collections.abc import Iterable, Sequence
+from itertools import pairwise
+from pathlib import Path
+from statistics import median
+from typing import NamedTuple
+
+from dataset.decode import decode_tolerant, read_bytes
+from dataset.novels.headings import Candidate, find_candidates, to_number
+from dataset.novels.records import BadBytes, RawBook, Section
+from dataset.novels.references import decode_references
+from novelgpt.settings.errors import UserError
+
+LEAST_FILES = 3
+MOST_MISSING = 0.5
+"""Of the files there are: how many numbers between the first and the last one may be missing."""
+LONGEST_CHAPTER, USUAL_CHAPTER = 200_000, 60_000
+"""Bytes of the longest file, and of the usual one, that may be a chapter that does not say so."""
+_LOOKED_AT = 4096  # bytes at the beginning of a file, for its heading
+_STEM = re.compile(
+    r"(?P<before>.*?)(?P<number>[0-9０-９]{1,6}|(?<=第)[零〇○一二三四五六七八九十百千两]{1,7})(?P<after>\D*)"
+)
+_JOINTS = " \t\u3000_-—.．、:：()（）[]【】第章回节節话話卷"
+
+
+class Series(NamedTuple):
+    """The files of a book, one a chapter.
+
+    Attributes:
+        name: of the book: that of the folder, or what stands before the number in all names.
+        members: paths relative to the folder of raw files, in the order of their numbers.
+    """
+
+    name: str
+    members: tuple[str, ...]
+
+    @property
+    def source(self) -> str:
+        """As a record names it: the first file, and the name of the last."""
+        return f"{self.members[0]}…{self.members[-1].rpartition('/')[2]}"
+
+
+class _Part(NamedTuple):
+    """A file whose name has a number: words before and behind it."""
+
+    path: Path
+    before: str
+    number: int
+    title: str
+
+
+def find_series(files: Iterable[Path], folder: Path) -> list[Series]:
+    """The books among the .txt files below `folder` that have a file a chapter.
+
+    Their names differ by numbers that hardly leave one out. Where the files begin with numbered headings, these count
+    upwards from file to file: novels, which count from 1 each, are books of their own, however their files are
+    numbered. Where they have no headings, no file is longer than a chapter can be.
+    """
+    groups: dict[tuple[Path, str], list[_Part]] = {}
+    for path in files:
+        if path.suffix.lower() == ".txt" and (part := _part(path)) is not None:
+            groups.setdefault((path.parent, part.before), []).append(part)
+    found = []
+    for (parent, before), parts in sorted(groups.items()):
+        parts.sort(key=lambda part: part.number)
+        if _is_counted(parts) and _are_chapters(parts):
+            name = before or (parent.name if parent != folder else folder.resolve().name)
+            found.append(Series(name, tuple(part.path.relative_to(folder).as_posix() for part in parts)))
+    return found
+
+
+def read_series(series: Series, folder: Path) -> RawBook:
+    """The book of a series: its texts end to end, or, where they have no headings, a section a file.
+
+    Raises:
+        UserError: a file that cannot be read or decoded.
+    """
+    texts, encodings, bad = [], [], list[BadBytes]()
+    for member in series.members:
+        text, encoding, more = decode_tolerant(read_bytes(folder / member), member)
+        texts.append(decode_references(text))
+        encodings.append(encoding)
+        bad += more
+    names = [member.rpartition("/")[2] for member in series.members]
+    finding = f"made of {len(names)} files, one a chapter, in the order of their numbers: {names[0]} to {names[-1]}"
+    encoding = Counter(encodings).most_common(1)[0][0]
+    if 2 * sum(_first_heading(text) is not None for text in texts) >= len(texts):
+        return RawBook(series.name, series.source, "\n\n".join(texts), encoding, tuple(bad), findings=(finding,))
+    sections = []
+    for member, text in zip(series.members, texts, strict=True):
+        part = _part(Path(member))
+        sections.append(Section(part.title if part else "", text.strip("\n")))
+    return RawBook(series.name, series.source, "", encoding, tuple(bad), tuple(sections), (finding,))
+
+
+def _part(path: Path) -> _Part | None:
+    found = _STEM.fullmatch(path.stem)
+    if found is None:
+        return None
+    number = found["number"]
+    value = int(number) if number.isdecimal() else to_number(number)
+    before = found["before"].strip(_JOINTS)
+    return None if value is None else _Part(path, before, value, " ".join(found["after"].strip(_JOINTS).split()))
+
+
+def _is_counted(parts: Sequence[_Part]) -> bool:
+    numbers = [part.number for part in parts]
+    missing = numbers[-1] - numbers[0] + 1 - len(numbers)
+    return len(numbers) >= LEAST_FILES and len(set(numbers)) == len(numbers) and missing <= MOST_MISSING * len(numbers)
+
+
+def _are_chapters(parts: Sequence[_Part]) -> bool:
+    """Whether files that are numbered without gaps are the chapters of one book."""
+    headings = [_first_heading(_beginning(part.path)) for part in parts]
+    numbers = [heading.number for heading in headings if heading is not None and heading.number is not None]
+    if 2 * len(numbers) >= len(parts):
+        return all(first < second for first, second in pairwise(numbers))
+    sizes = [part.path.stat().st_size for part in parts]
+    return not numbers and max(sizes) <= LONGEST_CHAPTER and median(sizes) <= USUAL_CHAPTER
+
+
+def _beginning(path: Path) -> str:
+    try:
+        with path.open("rb") as file:
+            return decode_tolerant(file.read(_LOOKED_AT), str(path)).text
+    except (OSError, UserError):
+        return ""  # what is wrong with it is told where it is read
+
+
+def _first_heading(text: str) -> Candidate | None:
+    """The heading among the first lines of a text."""
+    lines = [line for line in text.split("\n")[:40] if line.strip()][:5]
+    return next((candidate for candidate in find_candidates(lines) if candidate.shaped), None)

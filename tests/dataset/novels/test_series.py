@@ -1,0 +1,92 @@
+"""A folder with one file a chapter is one book in the order of the numbers; numbered novels are books of their own."""
+
+from pathlib import Path
+
+import pytest
+
+from dataset.novels.series import find_series
+from dataset.novels.sources import list_folder
+from tests.dataset.novels.test_prepare import prepare
+from tests.novel_files import CHINESE_NUMBERS, json_rows, sample_bodies, shard_rows
+
+BODIES = sample_bodies()
+
+
+def chapter(number: int) -> str:
+    return f"第{CHINESE_NUMBERS[number - 1]}章 风雨\n{BODIES[number - 1]}\n"
+
+
+def members(folder: Path) -> list[tuple[str, list[str]]]:
+    return [(series.name, list(series.members)) for series in find_series(list_folder(folder).files, folder)]
+
+
+@pytest.mark.parametrize("share", [0.0, 0.1, 0.9])
+def test_numbered_files_are_one_book_of_one_split(share: float, tmp_path: Path) -> None:
+    raw = tmp_path / "raw"
+    (raw / "长夜").mkdir(parents=True)
+    for number in range(1, 11):
+        (raw / "长夜" / f"{number}.txt").write_text(chapter(number), encoding="gb18030" if number % 2 else "utf-8")
+    (raw / "另一本.txt").write_text("第一章 海\n" + BODIES[12] + "\n第二章 灯\n" + BODIES[13], encoding="utf-8")
+    prepare(raw, tmp_path / "out", "--held_out_share", str(share))
+    books = {book["name"]: book for book in json_rows(tmp_path / "out" / "books.jsonl")}
+    assert set(books) == {"长夜", "另一本"}
+    book = books["长夜"]
+    assert book["source"] == "长夜/1.txt…10.txt" and "10 files" in book["findings"][0]
+    rows = [
+        row for split in ("train", "held_out") for row in shard_rows(tmp_path / "out", split) if row["book"] == "长夜"
+    ]
+    assert [row["chapter"] for row in rows] == [f"第{number}章" for number in CHINESE_NUMBERS]
+    assert [row["text"].split("\n", 1)[1] for row in rows] == [
+        "\n".join(line.strip() for line in body.split("\n") if line.strip()) for body in BODIES[:10]
+    ]
+    # A changed file is seen, and the others are not read as books of their own.
+    (raw / "长夜" / "10.txt").write_text(chapter(10).replace("风雨", "归人"), encoding="utf-8")
+    prepare(raw, tmp_path / "out", "--held_out_share", str(share))
+    rows = [row for split in ("train", "held_out") for row in shard_rows(tmp_path / "out", split)]
+    assert [row["title"] for row in rows if row["chapter"] == "第十章"] == ["归人"]
+
+
+def test_files_without_headings_are_named_by_their_files(tmp_path: Path) -> None:
+    raw = tmp_path / "长夜"
+    raw.mkdir()
+    for number, title in enumerate(("雨夜", "渡口", "旧信"), start=9):
+        (raw / f"{number:03} {title}.txt").write_text(BODIES[number], encoding="utf-8")
+    prepare(raw, tmp_path / "out", "--held_out_share", "0")
+    rows = shard_rows(tmp_path / "out", "train")
+    assert [(row["book"], row["chapter"]) for row in rows] == [("长夜", "雨夜"), ("长夜", "渡口"), ("长夜", "旧信")]
+
+
+@pytest.mark.parametrize(
+    "names",
+    [
+        ["第8章.txt", "第9章.txt", "第10章.txt"],
+        ["第一章 雨.txt", "第二章 渡.txt", "第三章 信.txt"],
+        ["长夜_001.txt", "长夜_002.txt", "长夜_004.txt"],
+        ["1.雨.TXT", "2.渡.txt", "3.信.txt"],
+    ],
+)
+def test_ways_of_numbering(names: list[str], tmp_path: Path) -> None:
+    numbers = [8, 9, 10] if "第10章.txt" in names else [1, 2, 4] if "长夜_004.txt" in names else [1, 2, 3]
+    for name, number in zip(names, numbers, strict=True):
+        (tmp_path / name).write_text(chapter(number), encoding="utf-8")
+    ((name, found),) = members(tmp_path)
+    assert found == names
+    assert name == ("长夜" if names[0].startswith("长夜") else tmp_path.name)
+
+
+def test_what_is_no_series(tmp_path: Path) -> None:
+    novel = "".join(map(chapter, (1, 2, 3)))
+    folders = {
+        "numbered novels": {f"{number:02} 书{number}.txt": novel for number in (1, 2, 3, 4)},
+        "bare numbered novels": {f"{number}.txt": novel for number in (1, 2, 3)},
+        "long texts without headings": {f"{number}.txt": BODIES[number] * 60 for number in (1, 2, 3)},
+        "two files": {f"{number}.txt": chapter(number) for number in (1, 2)},
+        "far apart": {f"{number}.txt": chapter(index) for index, number in enumerate((1, 40, 900), start=1)},
+        "names without numbers": {"甲.txt": chapter(1), "乙.txt": chapter(2), "丙.txt": chapter(3)},
+        "years": {f"{number}年.txt": chapter(1) for number in (1984, 1991, 2049)},
+    }
+    for folder, files in folders.items():
+        (tmp_path / folder).mkdir()
+        for name, text in files.items():
+            (tmp_path / folder / name).write_text(text, encoding="utf-8")
+    assert members(tmp_path) == []
