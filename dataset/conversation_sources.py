@@ -2,17 +2,17 @@
 
 from __future__ import annotations
 
-import csv
 import re
 from collections import deque
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
+from dataset.csv_rows import read_csv
 from dataset.decode import decode_text, read_bytes
 from dataset.instructions import Instructions
 from dataset.novels.headings import LONGEST_HEADING, to_number
-from dataset.readers import Record, read_records
+from dataset.records import Record, read_records
 from novelgpt.settings.errors import UserError
 from novelgpt.settings.remedies import python_module
 from novelgpt.settings.units import counted
@@ -89,27 +89,30 @@ def read_table(path: Path, columns: Sequence[str] = ()) -> Records:
         UserError: what `read_records` raises, or a line with another number of columns.
     """
     kind = path.suffix.lower()
-    if kind != ".tsv" and not (columns and kind == ".csv"):
+    if kind == ".csv" and columns:
+        for where, record in read_csv(decode_text(read_bytes(path), str(path)), str(path), columns):
+            yield where, {name: value for name, value in record.items() if name != SKIPPED_COLUMN}
+        return
+    if kind != ".tsv":
         yield from read_records(path)
         return
-    csv.field_size_limit(2**31 - 1)
-    lines = decode_text(read_bytes(path), str(path)).split("\n")
-    quoting = {"delimiter": "\t", "quoting": csv.QUOTE_NONE} if kind == ".tsv" else {}
-    reader = csv.reader((line + "\n" for line in lines), **quoting)  # type: ignore[arg-type]
     names = list(columns)
-    for values in reader:
-        if not "".join(values).strip():
+    for number, line in enumerate(decode_text(read_bytes(path), str(path)).split("\n"), start=1):
+        values = line.split("\t")
+        if not line.strip():
             continue
         if not names:
             names = values
             continue
         if len(values) != len(names):
             raise UserError(
-                f"{path}:{reader.line_num}: {counted(len(values), 'column')} instead of {len(names)}",
+                f"{path}:{number}: {counted(len(values), 'column')} instead of {len(names)}",
                 "mend that line, or name the columns in order with --columns, _ for one to leave out",
             )
-        record = {name: value for name, value in zip(names, values, strict=True) if name != SKIPPED_COLUMN}
-        yield f"{path}:{reader.line_num}", record
+        yield (
+            f"{path}:{number}",
+            {name: value for name, value in zip(names, values, strict=True) if name != SKIPPED_COLUMN},
+        )
 
 
 def read_candidates(
@@ -243,7 +246,7 @@ def _names(task: str, instructions: Instructions) -> list[str]:
 
 
 def _clean(value: object) -> str:
-    return value.replace("\r\n", "\n").strip() if isinstance(value, str) else ""
+    return value.replace("\r\n", "\n").replace("\r", "\n").strip() if isinstance(value, str) else ""
 
 
 def _number(record: Record, text: str) -> int | None:

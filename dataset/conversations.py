@@ -17,6 +17,7 @@ from novelgpt.settings.process import is_first_process
 from novelgpt.settings.terminal import say
 from novelgpt.settings.units import counted
 from novelgpt.text.conversation import IGNORED, EncodedRow, encode_conversation, record_answers
+from novelgpt.text.messages import Message, is_empty_answer
 from novelgpt.text.origins import TracedRows
 from novelgpt.text.packing import PackedRows
 from novelgpt.text.statistics import TokenCounts, show_counts, show_row
@@ -59,11 +60,7 @@ def read_conversations(
     for name, rows in (("train", train), ("valid", valid)):
         encoded[name], counts[name] = encode_rows(rows, tokenizer, data)
         if not counts[name].trained:
-            raise UserError(
-                f"no trainable token is left in the {counted(len(rows), f'{name} row')} within --max_length "
-                f"{data.max_length}",
-                "raise --max_length, or bring rows with answers",
-            )
+            raise _nothing_to_train(name, len(rows), counts[name], data.max_length)
     if is_first_process():
         show_counts(counts)
         first = encoded["train"][0]
@@ -79,6 +76,20 @@ def read_conversations(
             "",
         )
     return train_packs, valid_packs
+
+
+def _nothing_to_train(name: str, rows: int, counts: TokenCounts, max_length: int) -> UserError:
+    """Why no token of a data set is trained: its rows are cut before their answers, or hold none to train."""
+    if any(note.startswith("rows above") for note in counts.notes):
+        return UserError(
+            f"no trainable token is left in the {counted(rows, f'{name} row')} within --max_length {max_length}",
+            "raise --max_length, or bring rows with answers",
+        )
+    noted = "; ".join(f"{number:,} {note}" for note, number in counts.notes.items())
+    return UserError(
+        f"no trainable token is left in the {counted(rows, f'{name} row')}: {noted}",
+        "bring rows with answers to train on",
+    )
 
 
 def _read_rows(data: ConversationArguments) -> tuple[list[Record], list[Record]]:
@@ -97,8 +108,12 @@ def _read_rows(data: ConversationArguments) -> tuple[list[Record], list[Record]]
             f"with --valid_fraction {data.valid_fraction}",
             "name --valid_files or bring more rows",
         )
-    random.Random(SPLIT_SEED).shuffle(rows)
-    return [word_row(row, drawn) for row in rows[kept:]], [word_row(row, drawn.fixed()) for row in rows[:kept]]
+    order = list(range(len(rows)))
+    random.Random(SPLIT_SEED).shuffle(order)
+    held_out = set(order[:kept])
+    # In the order of the files, so that what is wrong is told of the first row that has it.
+    worded = [word_row(row, drawn.fixed() if number in held_out else drawn) for number, row in enumerate(rows)]
+    return [worded[number] for number in order[kept:]], [worded[number] for number in order[:kept]]
 
 
 def encode_rows(
@@ -113,9 +128,10 @@ def encode_rows(
             messages = messages[1:]
             counts.notes["answers before any question, left out"] += 1
         try:
-            pieces = encode_conversation(messages, tokenizer)
+            pieces = encode_conversation(messages, tokenizer, row.get("tools", ()))
         except UserError as error:
             raise UserError(f"{row['source']}: {error.cause}", error.remedy) from error
+        _note_untrained(messages, counts)
         if not pieces:
             counts.notes["rows without an answer, left out"] += 1
         elif messages[-1]["role"] != "assistant":
@@ -140,6 +156,13 @@ def encode_rows(
         for made in kept[known:]:
             made.source = row["source"]
     return kept, counts
+
+
+def _note_untrained(messages: list[Message], counts: TokenCounts) -> None:
+    for message in messages:
+        if message["role"] == "assistant" and not message.get("trained", True):
+            empty = is_empty_answer(message)
+            counts.notes["empty answers, not trained" if empty else "answers that a flag keeps out of the loss"] += 1
 
 
 def _keep(row: EncodedRow, kept: list[EncodedRow], counts: TokenCounts, repeated: int = 0) -> None:

@@ -122,7 +122,8 @@ def _conversations(words: Namespace, tokenizer: PreTrainedTokenizerBase) -> Iter
             parts.append(Part(border, list(spans)))
         if counts.dropped:
             are = "is" if counts.dropped == 1 else "are"
-            parts.append(Part(f"✂ cut here: {counted(counts.dropped, 'token')} {are} not trained on", []))
+            what = "cut here" if kept else "left out"
+            parts.append(Part(f"✂ {what}: {counted(counts.dropped, 'token')} {are} not trained on", []))
         yield Shown(row["id"], row["source"], counts, parts)
 
 

@@ -3,28 +3,25 @@
 
 from __future__ import annotations
 
-import csv
-import io
-import json
-from collections.abc import Callable, Iterator
+import shlex
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
-import pyarrow
-import pyarrow.parquet
-
 from dataset.decode import decode_text, read_bytes
-from dataset.instructions import PAPERS_TASK, Instructions, load_instructions
+from dataset.instructions import Instructions
+from dataset.records import Record, read_records
+from dataset.row_fields import check_row_fields, is_absent, read_flag
+from dataset.row_shapes import TITLE_TO_ABSTRACT, fields_read, messages_of
+from dataset.tool_rows import read_tools
 from novelgpt.settings.errors import UserError
+from novelgpt.settings.remedies import python_module
+from novelgpt.text.messages import Message, answer_text, begins_with_thought, is_empty_answer
 
-Record = dict[str, Any]
-Message = dict[str, str]
-
-TITLE_TO_ABSTRACT = "请根据下面的论文标题，写出这篇论文的摘要。\n标题：{title}"
-_ROLES = {
-    "system": "system", "user": "user", "human": "user", "assistant": "assistant", "gpt": "assistant",
-    "function_call": "assistant", "observation": "tool", "tool": "tool",
-}  # fmt: skip
+__all__ = [
+    "TITLE_TO_ABSTRACT", "Message", "Record", "messages_of", "read_conversation_rows", "read_records",
+    "read_text_rows", "read_unworded_rows", "word_row",
+]  # fmt: skip
 
 
 def read_text_rows(path: Path, text_column: str = "text") -> Iterator[Record]:
@@ -42,10 +39,11 @@ def read_text_rows(path: Path, text_column: str = "text") -> Iterator[Record]:
         if not isinstance(text, str):
             raise UserError(
                 f"{where}: no text in field {text_column!r} (the row has: {', '.join(map(str, record)) or 'nothing'})",
-                "name the field that holds the text with --text_column",
+                "name the field that holds the text with --text_column; conversations are for fine-tuning: "
+                "bash scripts/run_finetune.sh or run_lora.sh",
             )
         extra = {key: str(record.get(key) or "") for key in ("book", "chapter", "title")}
-        yield {"text": text.replace("\r\n", "\n"), **extra, "source": where}
+        yield {"text": _with_line_feeds(text), **extra, "source": where}
 
 
 def read_conversation_rows(path: Path, instructions: Instructions | None = None) -> Iterator[Record]:
@@ -63,177 +61,73 @@ def read_conversation_rows(path: Path, instructions: Instructions | None = None)
 
 
 def read_unworded_rows(path: Path) -> Iterator[Record]:
-    """{"id", "record", "source"} of each row: conversation rows whose messages `word_row` makes."""
+    """{"id", "record", "source"} of each row: conversation rows whose messages `word_row` makes.
+
+    Line ends inside texts are made "\\n", as those of the file are. A row without an id gets one.
+
+    Raises:
+        UserError: what `read_records` raises, or a file or folder of text, which is for pretraining.
+    """
+    if path.suffix.lower() == ".txt" or path.is_dir():
+        raise UserError(
+            f"{path}: {'a folder' if path.is_dir() else 'a .txt file'} holds text, and these rows are conversations",
+            f"pretrain on it: bash scripts/run_pretrain.sh --train_files {shlex.quote(str(path))}; or make "
+            f"conversations of it: {python_module('dataset novels')}, then {python_module('dataset conversations')}",
+        )
     for index, (where, record) in enumerate(read_records(path)):
-        yield {"id": str(record.get("id", f"{path.stem}-{index}")), "record": record, "source": where}
+        name = f"{path.stem}-{index}" if is_absent(record.get("id")) else str(record["id"])
+        yield {"id": name, "record": _with_line_feeds(record), "source": where}
 
 
 def word_row(row: Record, instructions: Instructions | None = None) -> Record:
-    """The conversation row of a row of `read_unworded_rows`."""
-    messages = messages_of(row["record"], row["source"], instructions)
-    return {"id": row["id"], "messages": messages, "source": row["source"]}
+    """The conversation row of a row of `read_unworded_rows`.
 
-
-def read_records(path: Path) -> Iterator[tuple[str, Record]]:
-    """("file:line" or "file row N", mapping) of each row of a .jsonl, .json, .csv or .parquet file."""
-    suffix = path.suffix.lower()
-    readers: dict[str, Callable[[Path], Iterator[tuple[str, Any]]]] = {
-        ".jsonl": _json_lines, ".json": _json, ".csv": _csv, ".parquet": _parquet,
-    }  # fmt: skip
-    if suffix not in readers:
-        raise UserError(f"{path}: no reader for {suffix or 'files without a suffix'}",
-                        f"convert it to one of {', '.join(readers)}")  # fmt: skip
-    for where, record in readers[suffix](path):
-        if not isinstance(record, dict):
-            raise UserError(f"{where}: the row is a {type(record).__name__}, not a mapping of fields",
-                            'write rows like {"field": "value"}')  # fmt: skip
-        yield where, record
-
-
-def _json_lines(path: Path) -> Iterator[tuple[str, Any]]:
-    # Split on line feeds only: JSON strings may hold U+2028 and its like, at which str.splitlines cuts.
-    for number, line in enumerate(decode_text(read_bytes(path), str(path)).split("\n"), start=1):
-        if line.strip():
-            yield f"{path}:{number}", _load_json(line, f"{path}:{number}")
-
-
-def _json(path: Path) -> Iterator[tuple[str, Any]]:
-    text = decode_text(read_bytes(path), str(path))
-    if not text.lstrip().startswith("["):
-        # JSON lines under the name .json are common.
-        yield from _json_lines(path)
-        return
-    for index, record in enumerate(_load_json(text, str(path))):
-        yield f"{path} row {index}", record
-
-
-def _load_json(text: str, where: str) -> Any:
-    try:
-        value = json.loads(text)
-        if "\\ud" in text.lower():  # may spell half of a character, which no tokenizer takes
-            json.dumps(value, ensure_ascii=False).encode("utf-8")
-        return value
-    except UnicodeEncodeError as error:
-        raise UserError(f"{where}: a \\ud… escape spells half of a character (a lone surrogate)",
-                        "remove it, or write both halves") from error  # fmt: skip
-    except json.JSONDecodeError as error:
-        line = f" line {error.lineno}" if error.lineno > 1 else ""
-        raise UserError(f"{where}{line}: invalid JSON, column {error.colno}: {error.msg}",
-                        "mend that line, or write the file with json.dumps") from error  # fmt: skip
-    except (ValueError, RecursionError) as error:  # a number of thousands of digits; lists in lists in lists
-        raise UserError(f"{where}: JSON that cannot be read: {error}", "write rows of fields and texts") from error
-
-
-def _csv(path: Path) -> Iterator[tuple[str, Any]]:
-    csv.field_size_limit(2**31 - 1)  # a field may hold a whole book; the default ends at 128 KiB
-    reader = csv.DictReader(io.StringIO(decode_text(read_bytes(path), str(path)), newline=""))
-    for record in reader:
-        yield f"{path}:{reader.line_num}", record
-
-
-def _parquet(path: Path) -> Iterator[tuple[str, Any]]:
-    if not path.is_file() or not path.stat().st_size:
-        read_bytes(path)  # raises, with the reason
-    try:
-        rows = pyarrow.parquet.ParquetFile(path).iter_batches(batch_size=1024)
-        index = 0
-        for batch in rows:
-            for record in batch.to_pylist():
-                yield f"{path} row {index}", record
-                index += 1
-    except pyarrow.ArrowException as error:
-        raise UserError(f"{path} is no readable parquet file: {error}", "write the file again") from error
-
-
-def messages_of(record: Record, where: str, instructions: Instructions | None = None) -> list[Message]:
-    """Messages of a row in Alpaca, ShareGPT, OpenAI, prompt/completion, task or title/abstract shape.
-
-    The last answer, where there is one, comes last: in every shape the answers are the messages of role "assistant".
-    Rows that name a task are worded by `instructions` (by default, by the first of the built-in wordings);
-    title/abstract rows that name none have one wording, unless `instructions` word them, too.
+    Where the row says more than its messages: "tools", as chat templates take them, and "enable_thinking". Answers that
+    hold nothing, or that the row keeps out of the loss, are marked "trained": False.
 
     Raises:
-        UserError: no shape fits, a field is no text, or a role or a task is unknown.
+        UserError: what `messages_of` raises, or a field that changes training and is not obeyed.
     """
-    if "messages" in record:
-        return _with_system(record, where, _turns(record["messages"], "role", "content", where, "messages"))
-    if "conversations" in record:
-        turns = _turns(record["conversations"], "from", "value", where, "conversations")
-        return _with_system(record, where, turns)
-    if "instruction" in record and "output" in record:
-        return _alpaca(record, where)
-    for prompt, completion in (("prompt", "completion"), ("prompt", "response"), ("query", "response")):
-        if prompt in record and completion in record:
-            return _pair(record, prompt, completion, where)
-    if record.get("task"):
-        return (instructions or load_instructions()).messages(record["task"], record, where)
-    if "title" in record and "abstract" in record:
-        if instructions is not None and instructions.words_papers:
-            return instructions.messages(PAPERS_TASK, record, where)
-        question = TITLE_TO_ABSTRACT.format(title=_text(record, "title", where))
-        return [_message("user", question), _message("assistant", _text(record, "abstract", where))]
-    raise UserError(
-        f"{where}: the row has the fields {', '.join(map(str, record)) or 'none'}, which make no known shape",
-        "use messages, conversations, instruction+output, prompt+completion, title+abstract or a task",
-    )
+    record, where = row["record"], row["source"]
+    used = fields_read(record, where, instructions)
+    check_row_fields(record, where, used)
+    messages = messages_of(record, where, instructions)
+    flag = read_flag({name: value for name, value in record.items() if name not in used}, where)
+    left_out = flag is not None and not flag[1]
+    for message in messages:
+        if message["role"] == "assistant" and (left_out or is_empty_answer(message)):
+            message["trained"] = False
+    worded: Record = {"id": row["id"], "messages": messages, "source": where}
+    tools = read_tools({name: value for name, value in record.items() if name not in used}, where)
+    if tools:
+        worded["tools"] = tools
+    thinking = record.get("enable_thinking")
+    if not is_absent(thinking):
+        worded["enable_thinking"] = _checked_thinking(thinking, messages, where)
+    return worded
 
 
-def _alpaca(record: Record, where: str) -> list[Message]:
-    messages = []
-    history = record.get("history") or []
-    if isinstance(history, str):
-        history = _load_json(history, f"{where} field history")  # a column of a .csv
-    for number, turn in enumerate(history):
-        if not (isinstance(turn, (list, tuple)) and len(turn) == 2 and all(isinstance(text, str) for text in turn)):
-            raise UserError(f"{where}: field history[{number}] is no pair of texts", 'write ["question", "answer"]')
-        messages += [_message("user", turn[0]), _message("assistant", turn[1])]
-    parts = [_text(record, "instruction", where), _text(record, "input", where) if record.get("input") else ""]
-    messages.append(_message("user", "\n".join(part for part in parts if part)))
-    messages.append(_message("assistant", _text(record, "output", where)))
-    return _with_system(record, where, messages)
+def _checked_thinking(value: Any, messages: list[Message], where: str) -> bool:
+    """A row's switch for thoughts, which must say what its answers do: they decide what prompts leave room for."""
+    thinking = {"true": True, "false": False}.get(str(value).strip().lower())
+    if thinking is None:
+        raise UserError(f"{where}: field enable_thinking is {value!r}", "write true or false, or leave it out")
+    for message in messages:
+        if message["role"] == "assistant" and begins_with_thought(answer_text(message)) != thinking:
+            raise UserError(
+                f"{where}: field enable_thinking is {value!r}, and the answer {message['content'][:20]!r} "
+                f"{'has no thought' if thinking else 'begins with one'}",
+                "leave it out: whether an answer thinks decides",
+            )
+    return thinking
 
 
-def _pair(record: Record, prompt: str, completion: str, where: str) -> list[Message]:
-    sides = []
-    for field, role in ((prompt, "user"), (completion, "assistant")):
-        if isinstance(record[field], list):
-            sides += _turns(record[field], "role", "content", where, field)
-        else:
-            sides.append(_message(role, _text(record, field, where)))
-    return _with_system(record, where, sides)
-
-
-def _with_system(record: Record, where: str, messages: list[Message]) -> list[Message]:
-    if record.get("system"):
-        return [_message("system", _text(record, "system", where)), *messages]
-    return messages
-
-
-def _turns(turns: Any, role_key: str, content_key: str, where: str, field: str) -> list[Message]:
-    if isinstance(turns, str):
-        turns = _load_json(turns, f"{where} field {field}")  # a column of a .csv
-    if not isinstance(turns, list) or not turns:
-        raise UserError(f"{where}: field {field} is no list of messages", f"write [{{{role_key!r}: …}}, …]")
-    messages = []
-    for number, turn in enumerate(turns):
-        name = f"{field}[{number}]"
-        if not isinstance(turn, dict):
-            raise UserError(f"{where}: field {name} is no message", f"write {{{role_key!r}: …, {content_key!r}: …}}")
-        role = turn.get(role_key, turn.get("role"))
-        if not isinstance(role, str) or role not in _ROLES:
-            raise UserError(f"{where}: field {name}.{role_key} is {role!r}", f"use one of {', '.join(_ROLES)}")
-        key = content_key if content_key in turn else "content"
-        messages.append(_message(_ROLES[role], _text(turn, key, where, f"{name}.{key}")))
-    return messages
-
-
-def _text(record: Record, field: str, where: str, name: str | None = None) -> str:
-    value = record.get(field)
-    if not isinstance(value, str):
-        raise UserError(f"{where}: field {name or field} is {'missing' if value is None else 'no text'}",
-                        "give it a text, or remove the row")  # fmt: skip
+def _with_line_feeds(value: Any) -> Any:
+    """A value in whose texts every line ends in "\\n"."""
+    if isinstance(value, str):
+        return value.replace("\r\n", "\n").replace("\r", "\n") if "\r" in value else value
+    if isinstance(value, list):
+        return [_with_line_feeds(item) for item in value]
+    if isinstance(value, dict):
+        return {_with_line_feeds(name): _with_line_feeds(item) for name, item in value.items()}
     return value
-
-
-def _message(role: str, content: str) -> Message:
-    return {"role": role, "content": content}

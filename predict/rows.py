@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
+from itertools import islice
 from pathlib import Path
 from typing import Any
 
@@ -10,16 +12,12 @@ from transformers import PreTrainedTokenizerBase
 
 from dataset.instructions import Instructions
 from dataset.readers import Message, read_unworded_rows, word_row
+from dataset.row_fields import is_absent
 from novelgpt.model.generation import Answer
 from novelgpt.settings.errors import UserError
-from novelgpt.text.conversation import (
-    IGNORED,
-    EncodedRow,
-    begins_with_thought,
-    encode_conversation,
-    encode_prompt,
-)
+from novelgpt.text.conversation import IGNORED, EncodedRow, encode_conversation, encode_prompt
 from novelgpt.text.encoding import encode, encode_document
+from novelgpt.text.messages import answer_text, begins_with_thought, is_empty_answer
 from novelgpt.text.thoughts import PROMPT_END, opens_thought, split_thought
 from predict.scoring_fields import Scoring, read_scoring
 
@@ -39,6 +37,7 @@ class PromptRow:
         thinking: whether the prompt shall leave room for a thought; None where no reference says so, and the default of
             the template decides.
         opened: whether the prompt ends within a thought; None where it has no tokens here.
+        tools: that the assistant may call, as chat templates take them.
     """
 
     id: str
@@ -49,6 +48,7 @@ class PromptRow:
     plain: bool = False
     thinking: bool | None = None
     opened: bool | None = None
+    tools: Sequence[dict[str, Any]] = ()
 
     @property
     def prompt(self) -> str:
@@ -80,7 +80,7 @@ class PromptRow:
         if self.plain:
             ids = encode(self.reference, tokenizer)
             return EncodedRow(self.prompt_ids + ids, [IGNORED] * len(self.prompt_ids) + ids)
-        row = encode_conversation(self.messages, tokenizer)[-1]
+        row = encode_conversation(self.messages, tokenizer, self.tools)[-1]
         border = len(self.prompt_ids)
         return EncodedRow(row.input_ids, [IGNORED] * border + row.labels[border:])
 
@@ -101,33 +101,71 @@ def read_prompt_rows(
     Raises:
         UserError: what the readers raise, or no row at all.
     """
-    rows = []
-    for file in files:
-        for unworded in read_unworded_rows(Path(file)):
-            if "text_prompt" in unworded["record"]:
-                rows.append(_plain_row(unworded, tokenizer))
-            else:
-                rows.append(_conversation_row(unworded, tokenizer, instructions))
-            if max_rows is not None and len(rows) >= max_rows:
-                return rows
+    rows: list[PromptRow] = []
+    nameless: list[PromptRow] = []
+    for unworded in islice((row for file in files for row in read_unworded_rows(Path(file))), max_rows):
+        if "text_prompt" in unworded["record"]:
+            rows.append(_plain_row(unworded, tokenizer))
+        else:
+            rows.append(_conversation_row(unworded, tokenizer, instructions))
+        if is_absent(unworded["record"].get("id")):
+            nameless.append(rows[-1])
     if not rows:
         raise UserError(f"no row in {', '.join(files)}", "name --data_files with rows to answer")
+    _name_apart(nameless, rows)
     return rows
+
+
+def _name_apart(nameless: Sequence[PromptRow], rows: Sequence[PromptRow]) -> None:
+    """Give the rows that brought no id one that no other row has."""
+    made = {id(row) for row in nameless}
+    taken = {row.id for row in rows if id(row) not in made}
+    for row in nameless:
+        name, number = row.id, 1
+        while row.id in taken:
+            number += 1
+            row.id = f"{name}~{number}"
+        taken.add(row.id)
 
 
 def _conversation_row(
     unworded: dict[str, Any], tokenizer: PreTrainedTokenizerBase | None, instructions: Instructions | None
 ) -> PromptRow:
     row = word_row(unworded, instructions)
-    messages = row["messages"]
+    # Whether an answer was trained is no matter here: the last one is what the model is to say.
+    messages = [{name: value for name, value in message.items() if name != "trained"} for message in row["messages"]]
     answered = messages[-1]["role"] == "assistant"
+    if answered and is_empty_answer(messages[-1]):
+        messages, answered = messages[:-1], False
+    if not messages:
+        raise UserError(f"{row['source']}: the row asks nothing", "give it a question, or leave it out")
+    tools = row.get("tools", [])
+    called = next((message for message in messages if message.get("tool_calls")), None)
+    if tokenizer is None and (tools or called):
+        raise UserError(
+            f"{row['source']}: field {'tools' if tools else 'tool_calls'} is not sent to a server",
+            "predict with --model, whose chat template takes tools, or leave these rows out",
+        )
     prompt = messages[:-1] if answered else messages
-    reference = messages[-1]["content"] if answered else ""
-    thinking = begins_with_thought(reference) if reference else None
-    prompt_ids = encode_prompt(prompt, tokenizer, thinking) if tokenizer is not None else []
-    opened = None if tokenizer is None else opens_thought(str(tokenizer.decode(prompt_ids[-PROMPT_END:])))
-    scoring = read_scoring(unworded["record"], row["source"])
-    return PromptRow(row["id"], prompt_ids, messages, reference, scoring, thinking=thinking, opened=opened)
+    made = PromptRow(row["id"], [], messages, "", read_scoring(unworded["record"], row["source"]), tools=tools)
+    made.reference = answer_text(messages[-1]) if answered else ""
+    made.thinking = begins_with_thought(made.reference) if answered else row.get("enable_thinking")
+    if tokenizer is not None:
+        try:
+            made.prompt_ids = encode_prompt(prompt, tokenizer, made.thinking, tools)
+            if answered and messages[-1].get("tool_calls"):
+                made.reference = _calls_in_words(made, tokenizer)
+        except UserError as error:
+            raise UserError(f"{row['source']}: {error.cause}", error.remedy) from error
+        made.opened = opens_thought(str(tokenizer.decode(made.prompt_ids[-PROMPT_END:])))
+    return made
+
+
+def _calls_in_words(row: PromptRow, tokenizer: PreTrainedTokenizerBase) -> str:
+    """The last answer with its calls as the template writes them, without the end token."""
+    encoded = encode_conversation(row.messages, tokenizer, row.tools)[-1]
+    answer = [label for label in encoded.labels[len(row.prompt_ids) :] if label != IGNORED]
+    return str(tokenizer.decode(answer[:-1]))
 
 
 def _plain_row(unworded: dict[str, Any], tokenizer: PreTrainedTokenizerBase | None) -> PromptRow:

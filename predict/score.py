@@ -4,7 +4,8 @@
     python -m predict.score FILE.jsonl --compare OTHER.jsonl
     python -m predict.score FILE.jsonl --convention llamafactory
 
-FILE: any .jsonl, .json, .csv or .parquet whose rows have `prediction` and `reference`.
+FILE: any .jsonl, .json, .csv or .parquet whose rows have `prediction` and `reference`; or `predict` and `label`, as
+LLaMA-Factory writes them, or `response` and `labels`, as ms-swift does.
 """
 
 from __future__ import annotations
@@ -18,7 +19,8 @@ from typing import Any
 
 from rich.table import Table
 
-from dataset.readers import read_records
+from dataset.records import read_records
+from dataset.row_fields import is_absent
 from novelgpt.scoring.conventions import CONVENTIONS
 from novelgpt.scoring.row_scores import RowScores, ScoredRow, score_rows
 from novelgpt.scoring.segmentation import segment
@@ -32,7 +34,7 @@ from novelgpt.settings.terminal import say
 from novelgpt.settings.units import counted
 from novelgpt.settings.whole_files import write_whole
 from novelgpt.text.thoughts import split_thought
-from predict.scoring_fields import Scoring, read_scoring
+from predict.scoring_fields import Scoring, read_scoring, read_texts
 
 GROUPS_SHOWN = 4  # beside each other in the terminal
 
@@ -76,13 +78,15 @@ def read_predictions(path: Path, keep_thoughts: bool = False) -> list[Prediction
     Raises:
         UserError: what the readers raise, no row, or a row without its texts.
     """
+    records = list(read_records(path))
+    taken = {str(record["id"]) for _, record in records if not is_absent(record.get("id"))}
     predictions = []
-    for number, (where, record) in enumerate(read_records(path)):
-        for field in ("prediction", "reference"):
-            if not isinstance(record.get(field), str):
-                raise UserError(f"{where}: field {field} is missing or no text", "give every row both texts")
-        name, scoring = str(record.get("id", number)), read_scoring(record, where)
-        prediction, reference = record["prediction"], record["reference"]
+    for number, (where, record) in enumerate(records):
+        scoring = read_scoring(record, where)
+        name = str(number) if is_absent(record.get("id")) else str(record["id"])
+        while is_absent(record.get("id")) and name in taken:
+            name += "~"
+        prediction, reference = read_texts(record, where)
         if not keep_thoughts:
             prediction, reference = (split_thought(text, False)[1] for text in (prediction, reference))
         predictions.append(scored_prediction(name, prediction, reference, scoring, record.get("finish_reason")))
@@ -170,7 +174,8 @@ def _groups(rows: Sequence[RowScores]) -> dict[str, dict[str, Any]]:
 def main(argv: list[str] | None = None) -> None:
     """Score the file that the command line names."""
     parser = CommandParser(prog="python -m predict.score", description="Scores of a predictions file.")
-    parser.add_argument("file", type=Path, help="rows with the texts `prediction` and `reference`")
+    parser.add_argument("file", type=Path, help="rows with the texts `prediction` and `reference` "
+                        "(predict and label, response and labels)")  # fmt: skip
     parser.add_argument("--output", type=Path, help="where to write [default: scores.json beside the file]")
     parser.add_argument("--compare", type=Path, metavar="OTHER",
                         help="other predictions for the same rows: is OTHER better?")  # fmt: skip

@@ -10,6 +10,9 @@ from novelgpt.scoring.answers import ANSWER_SCORES
 from novelgpt.scoring.row_scores import ScoredRow
 from novelgpt.settings.errors import UserError
 
+# What predictions and references are called: here, by LLaMA-Factory, by ms-swift.
+TEXT_FIELDS = (("prediction", "reference"), ("predict", "label"), ("response", "labels"))
+
 
 @dataclass(frozen=True)
 class Scoring:
@@ -60,3 +63,25 @@ def read_scoring(record: Mapping[str, Any], where: str) -> Scoring:
     if unknown:
         raise UserError(f"{where}: no metric {sorted(unknown)[0]!r}", f"take of {', '.join(ANSWER_SCORES)}")
     return Scoring(texts["metrics"], texts["answers"], group, characters)
+
+
+def text_fields(record: Mapping[str, Any]) -> tuple[str, str]:
+    """Names of the fields that hold the prediction and the reference of a row."""
+    # Our own name before the others': a row may as well keep the response that it was made from.
+    return next((names for names in TEXT_FIELDS if names[0] in record), TEXT_FIELDS[0])
+
+
+def read_texts(record: Mapping[str, Any], where: str) -> tuple[str, str]:
+    """Prediction and reference of a row, under any of the names of `TEXT_FIELDS`.
+
+    Raises:
+        UserError: one of them is missing or no text.
+    """
+    names = text_fields(record)
+    for name in names:
+        if not isinstance(record.get(name), str):
+            pairs = ", ".join(" and ".join(pair) for pair in TEXT_FIELDS)
+            raise UserError(
+                f"{where}: field {name} is missing or no text", f"give every row both texts, under the names {pairs}"
+            )
+    return record[names[0]], record[names[1]]

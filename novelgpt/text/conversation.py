@@ -8,19 +8,24 @@ training) or is to be generated (in prediction), and the mask never depends on s
 from __future__ import annotations
 
 import re
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field
+from typing import Any
 
 from transformers import PreTrainedTokenizerBase
 
 from novelgpt.settings.errors import UserError
-from novelgpt.text.encoding import encode
+from novelgpt.text.marks import mark_pattern
+from novelgpt.text.messages import THOUGHT, Message, answer_text, begins_with_thought
+from novelgpt.text.rendering import RenderedConversation
 from novelgpt.text.templates import BAICHUAN_NAMES, USER_ID, record_thinking, template_record
 
+__all__ = [
+    "IGNORED", "EncodedRow", "Message", "begins_with_thought", "encode_conversation", "encode_prompt", "end_token_ids",
+    "record_answers",
+]  # fmt: skip
+
 IGNORED = -100
-Message = dict[str, str]
-# An answer that begins with a thought, as Qwen3 and its kin write them: (thought, answer proper).
-THOUGHT = re.compile(r"\s*<think>(.*?)</think>(.*)", re.DOTALL)
 
 
 @dataclass
@@ -49,37 +54,50 @@ class _HistoryRewrittenError(Exception):
     """The chat template renders earlier turns differently once later ones follow (Qwen3 drops old thoughts)."""
 
 
-def encode_conversation(messages: list[Message], tokenizer: PreTrainedTokenizerBase) -> list[EncodedRow]:
+def encode_conversation(
+    messages: Sequence[Message], tokenizer: PreTrainedTokenizerBase, tools: Sequence[dict[str, Any]] = ()
+) -> list[EncodedRow]:
     """Rows that train every assistant turn: decode(trained labels) == answer + end token, for each turn.
 
     One row as a rule. Where the template rewrites earlier turns, one row for each turn, each with the very prompt that
     prediction would use. Messages after the last answer are left out; a conversation without answers gives no row.
+    Answers that are marked "trained": False are context.
 
-    An answer that begins with a thought (<think>…</think>) is trained with it, in the blanks that the template puts
-    around thoughts. An empty thought is no part of an answer where the template puts it into the prompt.
+    An answer that begins with a thought (<think>…</think>, or "reasoning_content") is trained with it, in the blanks
+    that the template puts around thoughts. An empty thought is no part of an answer where the template puts it into the
+    prompt. The calls of an answer are trained as the template writes them. A special token that a text spells is text.
+
+    Args:
+        messages: in order.
+        tokenizer: whose template is used.
+        tools: that the assistant may call, as templates take them.
 
     Raises:
-        UserError: the template fails on the messages, or changes an answer beyond blanks at its ends.
+        UserError: the template fails on the messages, has no place for tools or calls, or changes an answer beyond
+            blanks at its ends.
     """
     turns = [index for index, message in enumerate(messages) if message["role"] == "assistant"]
     if not turns:
         return []
+    chat = RenderedConversation(messages[: turns[-1] + 1], tokenizer, tools)
     try:
-        return [_read_turns(messages[: turns[-1] + 1], tokenizer).finish()]
+        return [_read_turns(chat, turns[-1] + 1).finish()]
     except _HistoryRewrittenError:
         rows = []
-        for turn in turns:
-            thinking = begins_with_thought(messages[turn]["content"])
-            prompt = _render(messages[:turn], tokenizer, thinking, add_generation_prompt=True)
-            reader = _Reader(tokenizer, prompt)
-            reader.row.extend(encode_prompt(messages[:turn], tokenizer, thinking), trained=False)
-            reader.read_answer(messages[: turn + 1])
+        for turn in [turn for turn in turns if chat.trained[turn]] or turns[-1:]:
+            thinking = _thinks(chat.messages[turn])
+            reader = _Reader(chat, chat.render(turn, thinking, add_generation_prompt=True))
+            reader.row.extend(_prompt_ids(chat, turn, thinking), trained=False)
+            reader.read_answer(turn)
             rows.append(reader.finish())
         return rows
 
 
 def encode_prompt(
-    messages: list[Message], tokenizer: PreTrainedTokenizerBase, thinking: bool | None = None
+    messages: Sequence[Message],
+    tokenizer: PreTrainedTokenizerBase,
+    thinking: bool | None = None,
+    tools: Sequence[dict[str, Any]] = (),
 ) -> list[int]:
     """Tokens up to where the next answer starts: exactly those that training saw before that answer.
 
@@ -88,17 +106,14 @@ def encode_prompt(
         tokenizer: whose template is used.
         thinking: whether the answer may begin with a thought, for templates that prompt for it (Qwen3); by default,
             what most answers of the training did, and no thought where nothing is known of a training.
+        tools: that the assistant may call.
+
+    Raises:
+        UserError: the template fails on the messages, or has no place for tools or calls.
     """
     if thinking is None:
         thinking = bool(template_record(tokenizer).get("thinking", False))
-    prompt = _render(messages, tokenizer, thinking, add_generation_prompt=True)
-    try:
-        reader = _read_turns(messages, tokenizer)
-        reader.read_prompt(prompt)
-        return reader.row.input_ids
-    except (_HistoryRewrittenError, UserError):
-        # Nor does training piece it together, where the template rewrites earlier turns or changes their answers.
-        return encode(prompt, tokenizer)
+    return _prompt_ids(RenderedConversation(messages, tokenizer, tools), len(messages), thinking)
 
 
 def end_token_ids(tokenizer: PreTrainedTokenizerBase) -> list[int]:
@@ -119,19 +134,10 @@ def end_token_ids(tokenizer: PreTrainedTokenizerBase) -> list[int]:
     return sorted(ends)
 
 
-def begins_with_thought(answer: str) -> bool:
-    """Whether an answer begins with a thought of its own; an empty one is none."""
-    thought = THOUGHT.fullmatch(answer)
-    return thought is not None and bool(thought[1].strip("\n"))
-
-
 def record_answers(conversations: Iterable[list[Message]], tokenizer: PreTrainedTokenizerBase) -> None:
     """Note with the template whether most answers begin with a thought, for which later prompts then leave room."""
     thoughts = [
-        begins_with_thought(message["content"])
-        for messages in conversations
-        for message in messages
-        if message["role"] == "assistant"
+        _thinks(message) for messages in conversations for message in messages if message["role"] == "assistant"
     ]
     record_thinking(tokenizer, 2 * sum(thoughts) > len(thoughts))
 
@@ -140,45 +146,51 @@ def record_answers(conversations: Iterable[list[Message]], tokenizer: PreTrained
 class _Reader:
     """Takes up a conversation piece by piece.
 
-    tokenizer: makes the tokens; rendered: text that has been read; row: its tokens; unended: whether the last answer
-    still lacks its end token, as the template puts nothing there.
+    chat: the conversation; rendered: text of it that has been read; row: its tokens; unended: whether the last answer
+    still lacks its end token, as the template puts nothing there; trained: whether that answer is trained.
     """
 
-    tokenizer: PreTrainedTokenizerBase
+    chat: RenderedConversation
     rendered: str = ""
     row: EncodedRow = field(default_factory=lambda: EncodedRow([], []))
     unended: bool = False
+    trained: bool = True
+
+    @property
+    def end_id(self) -> int:
+        """The tokenizer's end token."""
+        return int(self.chat.tokenizer.eos_token_id)
 
     def read_prompt(self, prompt: str) -> None:
         """Go on to where an answer starts: `prompt` is all text before it."""
         if not prompt.startswith(self.rendered):
             raise _HistoryRewrittenError
-        ids = encode(prompt[len(self.rendered) :], self.tokenizer)
+        ids = self.chat.tokens(prompt[len(self.rendered) :])
         border = len(self.row.labels)
         self.row.extend(ids, trained=False)
         if self.unended and ids:
-            self.row.labels[border] = int(self.tokenizer.eos_token_id)
+            if self.trained:
+                self.row.labels[border] = self.end_id
             self.unended = False
         self.rendered = prompt
 
-    def read_answer(self, messages: list[Message]) -> None:
-        """Go on through the answer of the last message, its end token and what the template puts after."""
-        content = messages[-1]["content"]
-        full = _render(messages, self.tokenizer, begins_with_thought(content), add_generation_prompt=False)
+    def read_answer(self, turn: int) -> None:
+        """Go on through the answer that is message `turn`, its end token and what the template puts after."""
+        message = self.chat.messages[turn]
+        full = self.chat.render(turn + 1, _thinks(message), add_generation_prompt=False)
         rest = full[len(self.rendered) :]
-        answer = _as_rendered(content, rest)
+        answer = self._calls_as_rendered(message, rest) if message.get("tool_calls") else None
+        if answer is None and not message.get("tool_calls"):
+            answer = _as_rendered(answer_text(message), rest)
         if not full.startswith(self.rendered) or answer is None:
-            raise UserError(
-                f"the chat template changes the answer {content[:20]!r}…, so what to train on is unclear",
-                "take reasoning tags out of the answers, or put a chat_template.jinja beside the weights "
-                "that keeps answers as they are",
-            )
+            raise self._changed(message)
         self.finish()  # an answer right after an answer that the template does not end
-        self.row.extend(encode(answer, self.tokenizer), trained=True)
-        tail = encode(rest[len(answer) :], self.tokenizer)
+        self.trained = self.chat.trained[turn]
+        self.row.extend(self.chat.tokens(answer), self.trained)
+        tail = self.chat.tokens(rest[len(answer) :])
         if tail:
-            special = tail[0] in self.tokenizer.added_tokens_decoder
-            self.row.extend([tail.pop(0) if special else int(self.tokenizer.eos_token_id)], trained=True)
+            special = tail[0] in self.chat.tokenizer.added_tokens_decoder
+            self.row.extend([tail.pop(0) if special else self.end_id], self.trained)
             self.row.extend(tail, trained=False)
         self.unended = rest == answer
         self.rendered = full
@@ -186,20 +198,66 @@ class _Reader:
     def finish(self) -> EncodedRow:
         """The row; an answer at its end that the template does not end gets its end token."""
         if self.unended:
-            self.row.extend([int(self.tokenizer.eos_token_id)], trained=True)
+            self.row.extend([self.end_id], self.trained)
             self.unended = False
         return self.row
 
+    def _calls_as_rendered(self, message: Message, rest: str) -> str | None:
+        """Thought, text and calls of an answer as the template writes them: all before the mark that ends the answer.
 
-def _read_turns(messages: list[Message], tokenizer: PreTrainedTokenizerBase) -> _Reader:
-    """All up to the last answer, what the template puts after it included."""
-    reader = _Reader(tokenizer)
-    for index, message in enumerate(messages):
+        None where no mark ends it, or the text does not stand there.
+        """
+        marks = list(mark_pattern(self.chat.tokenizer).finditer(rest))
+        said = answer_text(message)
+        if not marks or rest[marks[-1].end() :].strip():
+            return None
+        answer = rest[: marks[-1].start()]
+        return answer if not said.strip() or _as_rendered(said.strip(), answer) is not None else None
+
+    def _changed(self, message: Message) -> UserError:
+        told = self.chat.told(message["content"][:20])
+        if message.get("reasoning_content"):
+            return UserError(
+                f"field reasoning_content: the chat template has no place for the thought before the answer {told!r}…",
+                "take a model whose template has one (Qwen3), write the thought into the answer, or leave it out",
+            )
+        if message.get("tool_calls"):
+            return UserError(
+                f"field tool_calls: the chat template writes the calls of the answer {told!r}… so that "
+                "where they end is unclear",
+                "put a chat_template.jinja beside the weights that ends calls with a special token, as answers",
+            )
+        return UserError(
+            f"the chat template changes the answer {told!r}…, so what to train on is unclear",
+            "take reasoning tags out of the answers, or put a chat_template.jinja beside the weights "
+            "that keeps answers as they are",
+        )
+
+
+def _read_turns(chat: RenderedConversation, count: int) -> _Reader:
+    """The first `count` messages up to their last answer, what the template puts after it included."""
+    reader = _Reader(chat)
+    for turn, message in enumerate(chat.messages[:count]):
         if message["role"] == "assistant":
-            thinking = begins_with_thought(message["content"])
-            reader.read_prompt(_render(messages[:index], tokenizer, thinking, add_generation_prompt=True))
-            reader.read_answer(messages[: index + 1])
+            reader.read_prompt(chat.render(turn, _thinks(message), add_generation_prompt=True))
+            reader.read_answer(turn)
     return reader
+
+
+def _prompt_ids(chat: RenderedConversation, count: int, thinking: bool) -> list[int]:
+    """Tokens of the first `count` messages up to where the next answer starts."""
+    prompt = chat.render(count, thinking, add_generation_prompt=True)
+    try:
+        reader = _read_turns(chat, count)
+        reader.read_prompt(prompt)
+        return reader.row.input_ids
+    except (_HistoryRewrittenError, UserError):
+        # Nor does training piece it together, where the template rewrites earlier turns or changes their answers.
+        return chat.tokens(prompt)
+
+
+def _thinks(answer: Message) -> bool:
+    return begins_with_thought(answer_text(answer))
 
 
 def _as_rendered(answer: str, rest: str) -> str | None:
@@ -221,21 +279,3 @@ def _as_rendered(answer: str, rest: str) -> str | None:
     forms = [form for content in contents for blanks in ("\n", None)
              for form in (content, content.lstrip(blanks), content.rstrip(blanks), content.strip(blanks))]  # fmt: skip
     return max((form for form in forms if rest.startswith(form)), key=len, default=None)
-
-
-def _render(
-    messages: list[Message], tokenizer: PreTrainedTokenizerBase, thinking: bool, add_generation_prompt: bool
-) -> str:
-    try:
-        # enable_thinking: where it is off, the empty think block of Qwen3 stands in the prompt, outside the loss.
-        text = tokenizer.apply_chat_template(
-            messages, tokenize=False, add_generation_prompt=add_generation_prompt, enable_thinking=thinking
-        )
-    except Exception as error:
-        roles = " ".join(message["role"] for message in messages)
-        raise UserError(
-            f"the chat template refuses messages of the roles {roles!r}: {error}",
-            "order the roles as the template wants, or give the tokenizer another template",
-        ) from error
-    assert isinstance(text, str)
-    return text

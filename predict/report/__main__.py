@@ -3,7 +3,8 @@
     python -m predict.report RUN
     python -m predict.report RUN OTHER --output FOLDER
 
-RUN: a folder with predictions.jsonl, row_scores.jsonl and scores.json, or a run folder in which `predict` is one.
+RUN: a folder with predictions.jsonl, row_scores.jsonl and scores.json, a run folder in which `predict` is one, or
+another tool's file of predictions that `python -m predict.score` has scored.
 """
 
 from __future__ import annotations

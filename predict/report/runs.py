@@ -14,14 +14,18 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from dataset.row_fields import is_absent
 from novelgpt.scoring.row_scores import RowScores
 from novelgpt.settings.errors import UserError
 from novelgpt.settings.remedies import python_module
 from novelgpt.settings.units import counted
+from novelgpt.text.thoughts import split_thought
 from predict.report.metrics import is_number
-from predict.scoring_fields import read_scoring
+from predict.scoring_fields import read_scoring, text_fields
 
 MOST_RUNS = 6
+# The names that files of predictions have: here, and in LLaMA-Factory.
+FILES = ("predictions.jsonl", "generated_predictions.jsonl")
 
 
 @dataclass(frozen=True)
@@ -30,29 +34,36 @@ class Run:
 
     Attributes:
         name: unlike that of every other run of the report.
-        folder: with predictions.jsonl, row_scores.jsonl and scores.json.
+        file: of the predictions, beside row_scores.jsonl and scores.json.
         scores: what scores.json holds.
         rows: what row_scores.jsonl holds.
-        places: of each row, the first byte of its line in predictions.jsonl.
+        places: of each row, the first byte of its line in the file.
         identities: of each row, a hash of id and reference.
         losses: log entries of the training that made the model, where they lie beside; [] otherwise.
     """
 
     name: str
-    folder: Path
+    file: Path
     scores: dict[str, Any]
     rows: list[RowScores]
     places: list[int]
     identities: list[str]
     losses: list[dict[str, Any]]
 
+    @property
+    def folder(self) -> Path:
+        """The folder of the predictions and their scores."""
+        return self.file.parent
+
     def texts(self, numbers: Sequence[int]) -> Iterator[dict[str, Any]]:
-        """The lines of predictions.jsonl of these rows, one by one; of a prediction, the part that is scored."""
-        with (self.folder / "predictions.jsonl").open("rb") as file:
+        """The lines of these rows, one by one, with "prediction" (the part that is scored) and "reference"."""
+        with self.file.open("rb") as file:
             for number in numbers:
                 file.seek(self.places[number])
                 entry = json.loads(file.readline())
-                yield {**entry, "prediction": entry["prediction"][: entry.get("scored_characters")]}
+                prediction, reference = _scored_texts(entry, self.rows[number]) or _texts(entry)
+                scored = prediction[: entry.get("scored_characters")]
+                yield {**entry, "id": self.rows[number].get("id"), "prediction": scored, "reference": reference}
 
     def values(self, name: str) -> list[float]:
         """A score of each row that has it."""
@@ -68,19 +79,19 @@ def read_runs(paths: Sequence[Path]) -> list[Run]:
     """The runs of these folders, in order.
 
     Args:
-        paths: prediction folders, or run folders in which the folder `predict` is one.
+        paths: prediction folders, run folders in which the folder `predict` is one, or files of predictions.
 
     Raises:
         UserError: too many, one twice, a file is missing or broken, or the files of a folder do not fit together.
     """
     if len(paths) > MOST_RUNS:
         raise UserError(f"{counted(len(paths), 'run')} are too many for one page", f"name at most {MOST_RUNS}")
-    folders = [_prediction_folder(path) for path in paths]
-    resolved = [folder.resolve() for folder in folders]
+    files = [_prediction_file(path) for path in paths]
+    resolved = [file.parent.resolve() for file in files]
     for number, folder in enumerate(resolved):
         if folder in resolved[:number]:
             raise UserError(f"{paths[number]} is named twice", "name each run once")
-    return [_read_run(folder, name) for folder, name in zip(folders, _names(resolved), strict=True)]
+    return [_read_run(file, name) for file, name in zip(files, _names(resolved), strict=True)]
 
 
 def matched_rows(first: Run, other: Run) -> list[int] | None:
@@ -93,10 +104,13 @@ def matched_rows(first: Run, other: Run) -> list[int] | None:
     return [places[identity] for identity in first.identities]
 
 
-def _prediction_folder(path: Path) -> Path:
+def _prediction_file(path: Path) -> Path:
+    if path.is_file():
+        return path
     for folder in (path, path / "predict"):
-        if (folder / "predictions.jsonl").is_file():
-            return folder
+        for name in FILES:
+            if (folder / name).is_file():
+                return folder / name
     if not path.is_dir():
         raise UserError(f"{path} is no folder", "name the folder of a run, or the folder with its predictions.jsonl")
     raise UserError(
@@ -115,8 +129,9 @@ def _names(folders: Sequence[Path]) -> list[str]:
     return ["/".join(folder.parts[-2:]) if names.count(n) > 1 else n for folder, n in zip(folders, names, strict=True)]
 
 
-def _read_run(folder: Path, name: str) -> Run:
-    again = python_module(f"predict.score {shlex.quote(str(folder / 'predictions.jsonl'))}")
+def _read_run(file: Path, name: str) -> Run:
+    again = python_module(f"predict.score {shlex.quote(str(file))}")
+    folder = file.parent
     path = folder / "scores.json"
     try:
         scores = json.loads(path.read_text(encoding="utf-8"))
@@ -129,8 +144,8 @@ def _read_run(folder: Path, name: str) -> Run:
         raise UserError(f"{path} is no JSON: {error}", again) from error
     if not isinstance(scores, dict) or scores.get("rows") != len(rows):
         raise UserError(f"{path} is not about the {counted(len(rows), 'row')} of row_scores.jsonl", again)
-    places, identities = _read_places(folder / "predictions.jsonl", rows, again)
-    return Run(name, folder, scores, rows, places, identities, _read_losses(folder))
+    places, identities = _read_places(file, rows, again)
+    return Run(name, file, scores, rows, places, identities, _read_losses(folder))
 
 
 def _read_lines(path: Path, remedy: str) -> Iterator[tuple[int, dict[str, Any]]]:
@@ -154,20 +169,39 @@ def _read_places(path: Path, rows: Sequence[RowScores], again: str) -> tuple[lis
     places: list[int] = []
     identities: list[str] = []
     for number, (place, entry) in enumerate(_read_lines(path, "predict again, or mend the line")):
-        prediction, reference = entry.get("prediction"), entry.get("reference", "")
+        where = f"{path}: row {number + 1}"
+        prediction, reference = _texts(entry)
         if not (isinstance(prediction, str) and isinstance(reference, str)):
-            raise UserError(f"{path}: row {number + 1} has no text `prediction` or `reference`", "predict again")
-        identity = str(entry.get("id", number))
+            raise UserError(f"{where} has no text `prediction` or `reference`", "predict again")
         row = rows[number] if number < len(rows) else {}
-        scored = read_scoring(entry, f"{path}: row {number + 1}").scored_row(prediction, reference).prediction
-        if str(row.get("id")) != identity or row.get("prediction_characters") != len(scored):
-            raise UserError(f"{path}: row {number + 1}, {identity}, is not what row_scores.jsonl was made of", again)
+        identity = str(row.get("id"))
+        named = is_absent(entry.get("id")) or str(entry["id"]) == identity
+        read_scoring(entry, where)
+        texts = _scored_texts(entry, row)
+        if not named or texts is None:
+            name = str(entry.get("id", number))
+            raise UserError(f"{where}, {name}, is not what row_scores.jsonl was made of", again)
         places.append(place)
-        key = json.dumps([identity, reference]).encode()  # escapes, so that no text is without bytes
+        key = json.dumps([identity, texts[1]]).encode()  # escapes, so that no text is without bytes
         identities.append(hashlib.blake2b(key, digest_size=12).hexdigest())
     if len(places) != len(rows) or not places:
         raise UserError(f"{path} has {counted(len(places), 'row')}, and row_scores.jsonl has {len(rows)}", again)
     return places, identities
+
+
+def _texts(entry: dict[str, Any]) -> tuple[Any, Any]:
+    """Prediction and reference, "" for none."""
+    prediction, reference = text_fields(entry)
+    return entry.get(prediction), entry.get(reference, "")
+
+
+def _scored_texts(entry: dict[str, Any], row: RowScores) -> tuple[str, str] | None:
+    """The texts that a row's scores are of: as they stand, or without the thoughts before the answers; else None."""
+    whole = _texts(entry)
+    for texts in (whole, (split_thought(whole[0], False)[1], split_thought(whole[1], False)[1])):
+        if len(texts[0][: entry.get("scored_characters")]) == row.get("prediction_characters"):
+            return texts
+    return None
 
 
 def _read_losses(folder: Path) -> list[dict[str, Any]]:

@@ -2,6 +2,7 @@
 
 import json
 import math
+import random
 import re
 import shutil
 from html import unescape
@@ -14,8 +15,9 @@ from novelgpt.scoring.summary import compare_rows
 from novelgpt.settings.errors import UserError
 from predict.report.__main__ import main
 from predict.report.runs import read_runs
+from predict.score import main as score
 from predict.scoring_fields import Scoring
-from tests.predict.scored_runs import papers, predict_folder, three_runs
+from tests.predict.scored_runs import noised, papers, predict_folder, three_runs
 
 HOSTILE = '<script>alert(1)</script><img src="https://example.org/x.png" onerror="alert(2)">"\'&'
 
@@ -269,3 +271,24 @@ def test_losses_after_a_resumption_replace_those_before(tmp_path: Path) -> None:
     lines = [{"step": 1, "loss": 3.0}, {"step": 2, "loss": 2.0}, {"step": 3, "loss": 9.0}, {"step": 2, "loss": 1.0}]
     (tmp_path / "metrics.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines), encoding="utf-8")
     assert read_runs([folder])[0].losses == [lines[0], lines[3]]
+
+
+def test_files_of_other_tools_are_runs_once_they_are_scored(tmp_path: Path) -> None:
+    names = ("predict", "label")
+    thought = "<think>\n先想想。\n</think>\n\n"
+    entries = [{names[0]: noised(text, 0.3, random.Random(name)), names[1]: text} for name, _, text in papers()[:6]]
+    thoughtful = [{name: thought + text for name, text in entry.items()} for entry in entries]
+    lines = "".join(json.dumps(entry, ensure_ascii=False) + "\n" for entry in thoughtful)
+    file = tmp_path / "theirs" / "generated_predictions.jsonl"
+    file.parent.mkdir()
+    file.write_text(lines, encoding="utf-8")
+    score([str(file)])
+    main([str(file.parent)])
+    page = (file.parent / "report.html").read_text(encoding="utf-8")
+    assert all(entry[name] in text_of(page) for entry in entries[:1] for name in names)
+    other = tmp_path / "others" / "answers.jsonl"
+    other.parent.mkdir()
+    other.write_text(lines, encoding="utf-8")
+    score([str(other)])
+    main([str(file), str(other), "--output", str(tmp_path)])
+    assert "Paired comparison" in (tmp_path / "report.html").read_text(encoding="utf-8")

@@ -117,3 +117,61 @@ def test_files_that_do_not_fit_are_refused(
         main([str(first), "--compare", str(second)])
     assert left.value.code == 2
     assert message in capsys.readouterr().err
+
+
+NAMES = {"LLaMA-Factory": ("predict", "label"), "ms-swift": ("response", "labels")}
+
+
+def renamed(made: list[dict[str, Any]], names: tuple[str, str]) -> list[dict[str, Any]]:
+    """The rows as another tool writes them, without ids."""
+    return [{names[0]: row["prediction"], names[1]: row["reference"], "prompt": "写。", "id": None} for row in made]
+
+
+@pytest.mark.parametrize("tool", NAMES)
+def test_files_of_other_tools_are_scored_and_compared(tool: str, tmp_path: Path) -> None:
+    made = [{**row, "id": str(number)} for number, row in enumerate(rows(0.5, 12))]
+    ours = write(tmp_path / "predictions.jsonl", made)
+    theirs = write(tmp_path / "generated_predictions.jsonl", renamed(made, NAMES[tool]))
+    for file, output in ((ours, "ours"), (theirs, "theirs")):
+        main([str(file), "--output", str(tmp_path / f"{output}.json")])
+        main([str(file), "--convention", "llamafactory", "--output", str(tmp_path / output / "scores.json")])
+    scores, same = load(tmp_path / "ours.json"), load(tmp_path / "theirs.json")
+    assert [scores[name] for name in ("rouge-1", "rouge-l", "rows")] == [
+        same[name] for name in ("rouge-1", "rouge-l", "rows")
+    ]
+    better = write(tmp_path / "better.jsonl", renamed(rows(0.9, 12), NAMES[tool]))
+    better_rows = [{**row, "id": str(number)} for number, row in enumerate(rows(0.9, 12))]
+    main([str(theirs), "--compare", str(better), "--output", str(tmp_path / "theirs_compared.json")])
+    main([str(ours), "--compare", str(write(tmp_path / "b.jsonl", better_rows)), "--output", str(tmp_path / "o.json")])
+    compared = load(tmp_path / "o.json")["scores"]
+    assert load(tmp_path / "theirs_compared.json")["scores"] == [one for one in compared if one["name"] != "stopped"]
+
+
+def test_rows_without_an_id_are_told_apart(tmp_path: Path) -> None:
+    made = [{**row, "id": name} for row, name in zip(rows(0.5, 4), ["1", None, "", "a"], strict=True)]
+    file = write(tmp_path / "predictions.jsonl", made)
+    main([str(file)])
+    lines = [json.loads(line) for line in (tmp_path / "row_scores.jsonl").read_text(encoding="utf-8").splitlines()]
+    assert [line["id"] for line in lines] == ["1", "1~", "2", "a"]
+    main([str(file), "--compare", str(file)])
+    assert load(tmp_path / "comparison.json")["rows"] == 4
+
+
+@pytest.mark.parametrize(
+    ("row", "field"),
+    [
+        ({"predict": "好"}, "label"),
+        ({"output": "好"}, "prediction"),
+        ({"predict": "好", "label": None}, "label"),
+        ({"prediction": "好"}, "reference"),
+        ({"response": ["好"], "labels": "好"}, "response"),
+    ],
+)
+def test_a_row_without_its_texts_names_the_field(
+    row: dict[str, Any], field: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    with pytest.raises(SystemExit) as ended:
+        main([str(write(tmp_path / "predictions.jsonl", [row]))])
+    told = capsys.readouterr().err
+    assert ended.value.code == 2 and f"predictions.jsonl:1: field {field} is missing or no text" in told
+    assert "predict and label" in told and "response and labels" in told
