@@ -12,7 +12,6 @@ import argparse
 import warnings
 from pathlib import Path
 
-import torch
 from peft import PeftModel
 from torch import nn
 
@@ -35,12 +34,12 @@ from novelgpt.model.export import (
 from novelgpt.model.fingerprint import base_folder, check_base
 from novelgpt.model.generation import answer_end_ids
 from novelgpt.model.hub import locate
-from novelgpt.model.loading import UNREADABLE, adapter_base, load_model, read_config
+from novelgpt.model.loading import NOT_OF_FILES, adapter_base, load_model, read_config
 from novelgpt.model.merging import merge_adapter
 from novelgpt.model.pickles import check_adapter_files, check_no_pickles
 from novelgpt.settings.arguments import ModelArguments
 from novelgpt.settings.command_parser import CommandParser
-from novelgpt.settings.errors import UserError, exit_on_user_error
+from novelgpt.settings.errors import UserError, exit_on_user_error, reason_of
 from novelgpt.settings.paths import complete_folder, from_home
 from novelgpt.settings.terminal import say
 from novelgpt.text.tokenizer import load_tokenizer
@@ -107,12 +106,12 @@ def _attach(base_model: nn.Module, adapter: str, base: str) -> PeftModel:
             # Of a head and an embedding that share their weights, which `merge_adapter` takes care of.
             warnings.filterwarnings("ignore", message="Model (has|with) `tie_word_embeddings=True`")
             return PeftModel.from_pretrained(base_model, adapter).eval()  # type: ignore[arg-type]
-    except torch.OutOfMemoryError:
+    except NOT_OF_FILES:
         raise
-    except UNREADABLE as error:
-        reason = (str(error).strip() or type(error).__name__).splitlines()[0]
+    except Exception as error:
         raise UserError(
-            f"the adapter {adapter} does not fit {base}: {reason}", "name the base it was trained on with --base"
+            f"the adapter {adapter} does not fit {base}: {reason_of(error)}",
+            "name the base it was trained on with --base",
         ) from error
 
 

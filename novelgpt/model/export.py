@@ -28,6 +28,7 @@ from novelgpt.settings.arguments import ModelArguments
 from novelgpt.settings.command_parser import CommandParser
 from novelgpt.settings.console import make_console
 from novelgpt.settings.errors import UserError
+from novelgpt.settings.parsed_files import read_object
 from novelgpt.settings.paths import complete_folder, from_home
 from novelgpt.settings.remedies import python_module
 from novelgpt.settings.terminal import say
@@ -330,7 +331,7 @@ def _check_space(model: PreTrainedModel, folder: Path) -> None:
 def _name_architectures(folder: Path, architectures: list[str]) -> None:
     """As in the checkpoint it was made from: other tools choose their class by this name."""
     path = folder / "config.json"
-    config = json.loads(path.read_text(encoding="utf-8"))
+    config = read_object(path)
     path.write_text(json.dumps(config | {"architectures": architectures}, indent=2) + "\n", encoding="utf-8")
 
 

@@ -19,13 +19,15 @@ from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 from huggingface_hub.constants import HF_HOME
-from pydantic import TypeAdapter
+from pydantic import BaseModel, TypeAdapter
 from transformers.utils import SAFE_WEIGHTS_INDEX_NAME, SAFE_WEIGHTS_NAME, WEIGHTS_INDEX_NAME, WEIGHTS_NAME, cached_file
 from transformers.utils.hub import get_checkpoint_shard_files
 
+from novelgpt.model.folder_checks import check_model_folder
 from novelgpt.model.weight_files import StoredTensor, stored_tensors, weight_files
 from novelgpt.settings.cores import usable_cores
 from novelgpt.settings.errors import UserError
+from novelgpt.settings.parsed_files import check_fields, read_object
 from novelgpt.settings.terminal import say
 from novelgpt.settings.whole_files import write_whole
 
@@ -79,6 +81,7 @@ def base_folder(source: str) -> Path:
         UserError: there is neither a folder nor a hub's model of that name.
     """
     if Path(source).is_dir():
+        check_model_folder(Path(source))
         return Path(source)
     try:
         cached_file(source, "config.json")
@@ -87,6 +90,13 @@ def base_folder(source: str) -> Path:
         raise UserError(
             f"the base {source} is not there: {str(error).strip().splitlines()[0]}", "name its folder with --base"
         ) from error
+
+
+class BaseRecord(BaseModel):
+    """base.json: where the base lay, and its fingerprint."""
+
+    base: str
+    fingerprint: str
 
 
 def write_base_record(folder: Path, base_source: str, fingerprint: str | None = None) -> None:
@@ -120,10 +130,12 @@ def check_base(adapter_folder: Path, base_source: str, remedy: str = "name the r
         say(note, style="yellow", stderr=True)
         return
     try:
-        record = json.loads(path.read_text(encoding="utf-8"))
-        wanted, trained_on = str(record["fingerprint"]), str(record["base"])
-    except (ValueError, KeyError, TypeError) as error:
-        raise UserError(f"{path} is damaged", "copy it again from the training run, or delete it") from error
+        record = check_fields(BaseRecord, read_object(path), str(path))
+    except UserError as error:
+        raise UserError(
+            f"{path} is damaged: {error.cause}", "copy it again from the training run, or delete it"
+        ) from error
+    wanted, trained_on = record.fingerprint, record.base
     found = weights_fingerprint(base_folder(base_source))
     if found != wanted:
         raise UserError(
@@ -176,7 +188,7 @@ def _chunk_digest(chunk: tuple[StoredTensor, int]) -> bytes:
 
 
 def _essentials(folder: Path) -> str:
-    config = json.loads((folder / "config.json").read_text(encoding="utf-8"))
+    config = read_object(folder / "config.json")
     return json.dumps({name: config[name] for name in ESSENTIALS if name in config})
 
 

@@ -14,8 +14,9 @@ from transformers.models.auto.configuration_auto import CONFIG_MAPPING
 from transformers.models.auto.tokenization_auto import get_tokenizer_config, tokenizer_class_from_name
 
 from novelgpt.model.embedded_base import ensure_embedded_base
+from novelgpt.model.folder_checks import check_model_folder
 from novelgpt.settings.arguments import ModelArguments
-from novelgpt.settings.errors import UserError
+from novelgpt.settings.errors import UserError, reason_of
 from novelgpt.settings.paths import EMBEDDED_BASE, TINY
 from novelgpt.settings.remedies import pip_install
 
@@ -42,6 +43,7 @@ def locate(model: ModelArguments) -> str:
         if not any(folder.iterdir()):
             raise UserError(f"model folder {model.model} is empty", "name one with config.json, weights and tokenizer")
         _refuse_unfinished_run(folder)
+        check_model_folder(folder)
         return str(folder.absolute())
     if looks_like_path(model.model):
         raise _missing(model.model)
@@ -173,9 +175,8 @@ def _download_from_modelscope(name: str, with_code: bool, with_pickles: bool) ->
             if not any(folder.glob(SAFETENSORS[0])) and with_pickles:
                 folder = Path(snapshot_download(name, allow_file_pattern=patterns + PICKLES))
     except Exception as error:  # of many kinds: the package's own, those of its HTTP client, those of the file system
-        reason = (str(error).strip().splitlines() or [type(error).__name__])[0]
         raise UserError(
-            f"{name} cannot be downloaded from ModelScope: {reason}",
+            f"{name} cannot be downloaded from ModelScope: {reason_of(error)}",
             "check the name (OWNER/MODEL) and the connection, or download it yourself and name the folder",
         ) from error
     return str(folder.absolute())

@@ -2,17 +2,16 @@
 
 from __future__ import annotations
 
-import json
+import math
 import pickle
 from collections.abc import Collection
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
+import psutil
 import torch
-from huggingface_hub.errors import StrictDataclassError
 from peft import PeftModel
-from safetensors import SafetensorError
 from transformers import (
     MODEL_FOR_CAUSAL_LM_MAPPING,
     AutoConfig,
@@ -21,24 +20,25 @@ from transformers import (
     PreTrainedModel,
     PreTrainedTokenizerBase,
 )
+from transformers.integrations import is_deepspeed_zero3_enabled
 
 from novelgpt.model.attention import PACKED_ATTENTION
 from novelgpt.model.fingerprint import base_folder, check_base
+from novelgpt.model.folder_checks import ADAPTER_CONFIG, AdapterSettings, check_model_folder
 from novelgpt.model.hub import locate, looks_like_path, runs_own_code
 from novelgpt.model.merging import merge_adapter
 from novelgpt.model.packed_weights import pack_weights
-from novelgpt.model.pickles import check_adapter_files, check_no_pickles
+from novelgpt.model.pickles import SAFE_SUFFIX, check_adapter_files, check_no_pickles
 from novelgpt.model.weight_files import stored_tensors, weight_files
 from novelgpt.settings.arguments import ModelArguments
-from novelgpt.settings.errors import UserError
+from novelgpt.settings.errors import UserError, reason_of
+from novelgpt.settings.parsed_files import check_fields, read_object
 from novelgpt.settings.remedies import pip_install
-from novelgpt.settings.units import counted
+from novelgpt.settings.units import counted, gigabytes
 
-# What transformers, safetensors and torch raise on files that are missing, damaged or of another model.
-UNREADABLE = (
-    OSError, ValueError, KeyError, TypeError, ImportError, RuntimeError, EOFError, SafetensorError,
-    StrictDataclassError, pickle.UnpicklingError,
-)  # fmt: skip
+# Not about the files, or told in words of the toolkit already. All else that transformers, peft, safetensors and torch
+# raise while they read a folder is about what lies there, in errors of any kind.
+NOT_OF_FILES = (UserError, MemoryError, torch.OutOfMemoryError)
 
 
 def load_model(
@@ -60,6 +60,8 @@ def load_model(
     source = locate(model)
     check_no_pickles(Path(source), model.allow_pickles)
     config = read_config(model)
+    if Path(source).is_dir():
+        _check_headers(Path(source), config, None if qlora or is_deepspeed_zero3_enabled() else dtype)
     try:
         # Shapes that differ are told below, with their names.
         outcome: Any = AutoModelForCausalLM.from_pretrained(
@@ -68,15 +70,50 @@ def load_model(
             use_safetensors=None if model.allow_pickles else True,
             output_loading_info=True, **options,
         )  # fmt: skip
-    except torch.OutOfMemoryError:
+    except NOT_OF_FILES:
         raise
-    except UNREADABLE as error:
+    except Exception as error:
         raise _unreadable(model.model, source, error) from error
     loaded, report = outcome
     _check_weights(model.model, report)
     _check_vocabulary(model.model, tokenizer, loaded.config.vocab_size)
     loaded.config.use_cache = False
     return loaded
+
+
+def _check_headers(folder: Path, config: PreTrainedConfig, dtype: torch.dtype | None) -> None:
+    """Before any memory is taken, refuse weight files that are damaged, and sizes that neither they nor memory hold.
+
+    Args:
+        folder: of the model.
+        config: its configuration.
+        dtype: in which this process will hold all the weights; None where it will not.
+
+    Raises:
+        UserError: so it is.
+    """
+    files = [file for file in weight_files(folder) if file.suffix == SAFE_SUFFIX]
+    tensors = [tensor for file in files for tensor in stored_tensors(file)]
+    stored = sum(tensor.size for tensor in tensors)
+    memory = psutil.virtual_memory().total + psutil.swap_memory().total
+    needed = 0 if dtype is None else sum(math.prod(tensor.shape) for tensor in tensors) * dtype.itemsize
+    if needed > memory:
+        raise UserError(
+            f"the weights of {folder} take {gigabytes(needed)} as {str(dtype).removeprefix('torch.')}, and this "
+            f"machine has {gigabytes(memory)} of memory",
+            "take a smaller model, or see that the files are whole: of those cut off, some systems keep the full size",
+        )
+    sizes = vars(config.get_text_config())
+    width = sizes.get("hidden_size") or 1
+    for name in ("vocab_size", "intermediate_size", "hidden_size"):
+        rows = sizes.get(name)
+        # Weights of less than a bit do not exist.
+        if files and isinstance(rows, int) and rows * width > 8 * stored:
+            raise UserError(
+                f"{folder / 'config.json'}: {name} {rows} and hidden_size {width} take far more than the "
+                f"{stored:,} bytes of weights that lie beside it",
+                "put the config.json that belongs to these weights beside them",
+            )
 
 
 def read_config(model: ModelArguments) -> PreTrainedConfig:
@@ -88,9 +125,11 @@ def read_config(model: ModelArguments) -> PreTrainedConfig:
     source, own_code = locate(model), runs_own_code(model)
     try:
         config = AutoConfig.from_pretrained(source, trust_remote_code=own_code)
-    except UNREADABLE as error:
+    except NOT_OF_FILES:
+        raise
+    except Exception as error:
         raise UserError(
-            f"no model can be loaded from {model.model}: {_first_line(error)}",
+            f"no model can be loaded from {model.model}: {reason_of(error)}",
             "check --model: a folder with config.json and all its weights, or a hub name",
         ) from error
     if not own_code and "auto_map" in vars(config):
@@ -161,16 +200,10 @@ def _unreadable(name: str, source: str, error: Exception) -> UserError:
                 "fetch it again, or get the weights as safetensors",
             )
         return precise
-    except (ValueError, KeyError):  # the index itself is damaged, of which `error` tells
-        pass
     return UserError(
-        f"no model can be loaded from {name}: {_first_line(error)}",
+        f"no model can be loaded from {name}: {reason_of(error)}",
         "check --model: a folder with config.json and all its weights, or a hub name",
     )
-
-
-def _first_line(error: Exception) -> str:
-    return (str(error).strip().splitlines() or [type(error).__name__])[0]
 
 
 def _few(names: Collection[str]) -> str:
@@ -205,9 +238,11 @@ def load_for_generation(model: ModelArguments, tokenizer: PreTrainedTokenizerBas
     if base is not None:
         try:
             loaded = merge_adapter(PeftModel.from_pretrained(loaded, locate(model)))
-        except UNREADABLE as error:
+        except NOT_OF_FILES:
+            raise
+        except Exception as error:
             raise UserError(
-                f"adapter {model.model} does not fit its base {base}: {_first_line(error)}",
+                f"adapter {model.model} does not fit its base {base}: {reason_of(error)}",
                 "use the base that the adapter was trained on",
             ) from error
     loaded.config.use_cache = True
@@ -224,13 +259,14 @@ def adapter_base(folder: str) -> str | None:
     Raises:
         UserError: adapter_config.json is damaged or names no base.
     """
-    config = Path(folder) / "adapter_config.json"
+    config = Path(folder) / ADAPTER_CONFIG
     if not config.is_file():
         return None
-    try:
-        return str(json.loads(config.read_text(encoding="utf-8"))["base_model_name_or_path"])
-    except (ValueError, KeyError, TypeError) as error:
-        raise UserError(f"{config} names no base: {_first_line(error)}", "copy the adapter's folder again") from error
+    check_model_folder(Path(folder))
+    base = check_fields(AdapterSettings, read_object(config), str(config)).base_model_name_or_path
+    if base is None:
+        raise UserError(f"{config} names no base: base_model_name_or_path", "copy the adapter's folder again")
+    return base
 
 
 def _four_bits() -> object:

@@ -13,6 +13,7 @@ from peft.utils import SAFETENSORS_WEIGHTS_NAME as ADAPTER_SAFE_NAME
 from peft.utils import WEIGHTS_NAME as ADAPTER_NAME
 from transformers.utils import SAFE_WEIGHTS_INDEX_NAME, SAFE_WEIGHTS_NAME, WEIGHTS_INDEX_NAME, WEIGHTS_NAME
 
+from novelgpt.model.weight_files import stored_tensors
 from novelgpt.settings.errors import UserError
 from novelgpt.settings.remedies import python_module
 
@@ -44,10 +45,14 @@ def check_adapter_files(folder: Path, allowed: bool) -> None:
     """Refuse an adapter without weights, or with pickled ones that are not allowed. peft would ask the hub for them.
 
     Raises:
-        UserError: so it is.
+        UserError: so it is, or its weights are damaged.
     """
     check_no_pickles(folder, allowed)
-    if not any((folder / name).is_file() for name in (ADAPTER_SAFE_NAME, ADAPTER_NAME)):
+    if (folder / ADAPTER_SAFE_NAME).is_file():
+        whole = [tensor.name for tensor in stored_tensors(folder / ADAPTER_SAFE_NAME) if not tensor.is_floating]
+        if whole:
+            raise UserError(f"{folder / ADAPTER_SAFE_NAME}: {whole[0]} is of whole numbers", "fetch the file again")
+    elif not (folder / ADAPTER_NAME).is_file():
         raise UserError(f"adapter {folder} holds no {ADAPTER_SAFE_NAME}", "copy the adapter's folder again")
 
 

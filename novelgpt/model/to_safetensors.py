@@ -8,7 +8,6 @@ Nothing but tensors is taken from the pickles, one file after the other; values,
 from __future__ import annotations
 
 import json
-import pickle
 import shutil
 from pathlib import Path
 from typing import Any
@@ -18,6 +17,7 @@ from peft.utils import WEIGHTS_NAME as ADAPTER_NAME
 from safetensors.torch import save_file
 from transformers.utils import WEIGHTS_INDEX_NAME, WEIGHTS_NAME
 
+from novelgpt.model.folder_checks import check_model_folder, read_index
 from novelgpt.model.hub import DESCRIPTIONS
 from novelgpt.model.pickles import pickled_weights
 from novelgpt.settings.command_parser import CommandParser
@@ -39,6 +39,7 @@ def main(argv: list[str] | None = None) -> None:
     words = parser.parse_args(argv)
     if not words.folder.is_dir():
         raise UserError(f"{words.folder} is no folder", "name the folder of a model or an adapter")
+    check_model_folder(words.folder)
     with complete_folder(words.output) as unfinished:
         count = convert(words.folder, unfinished)
     say(f"{counted(count, 'tensor')} written to {words.output}")
@@ -78,11 +79,7 @@ def _pickles(folder: Path) -> list[Path]:
         raise UserError(f"{folder} holds no pickled weights", f"name a folder with {WEIGHTS_NAME} or {ADAPTER_NAME}")
     if names[0] != WEIGHTS_INDEX_NAME:
         return [folder / names[0]]
-    try:
-        weight_map = json.loads((folder / WEIGHTS_INDEX_NAME).read_text(encoding="utf-8"))["weight_map"]
-        found = [folder / Path(name).name for name in sorted(set(weight_map.values()))]
-    except (ValueError, KeyError, TypeError, AttributeError) as error:
-        raise UserError(f"{folder / WEIGHTS_INDEX_NAME} is damaged: {error}", "fetch the file again") from error
+    found = [folder / name for name in read_index(folder / WEIGHTS_INDEX_NAME)]
     missing = [file.name for file in found if not file.is_file()]
     if missing:
         raise UserError(f"{folder} lacks {', '.join(missing)}", f"fetch the files that {WEIGHTS_INDEX_NAME} names")
@@ -94,7 +91,7 @@ def _read(file: Path) -> dict[str, torch.Tensor]:
     try:
         content: Any = torch.load(file, map_location="cpu", weights_only=True)
         return {str(name): tensor.detach().clone().contiguous() for name, tensor in content.items()}
-    except (ValueError, KeyError, RuntimeError, EOFError, AttributeError, pickle.UnpicklingError) as error:
+    except Exception as error:  # of any kind: a damaged pickle raises what it likes
         raise UserError(
             f"{file} is damaged or holds more than tensors, and nothing else is read from a pickle",
             "fetch it again, or get the weights as safetensors",

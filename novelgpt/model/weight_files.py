@@ -2,20 +2,26 @@
 
 from __future__ import annotations
 
-import json
+import math
 import pickle
 from collections import Counter
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
+from typing import Annotated
 
 import torch
+from pydantic import BaseModel, ConfigDict, Field
 from transformers.utils import SAFE_WEIGHTS_INDEX_NAME, SAFE_WEIGHTS_NAME, WEIGHTS_INDEX_NAME, WEIGHTS_NAME
 
+from novelgpt.model.folder_checks import read_index
 from novelgpt.settings.errors import UserError
+from novelgpt.settings.parsed_files import check_fields, parse_object
 
 _BYTES_READ_AT_ONCE = 1 << 22
+# The format's own limit.
+MOST_HEADER_BYTES = 100_000_000
 # The names that safetensors gives to the types which weights are stored in.
 _DTYPES = {
     "F64": torch.float64,
@@ -47,6 +53,11 @@ class StoredTensor:
     size: int
     read: Callable[[int, int], Iterator[memoryview]]
 
+    @property
+    def is_floating(self) -> bool:
+        """Whether its values are, as those of weights are that are not packed."""
+        return self.dtype not in _DTYPES or _DTYPES[self.dtype].is_floating_point
+
 
 def weight_files(folder: Path) -> list[Path]:
     """The files that `from_pretrained` reads the weights of `folder` from, in order of their names.
@@ -58,8 +69,7 @@ def weight_files(folder: Path) -> list[Path]:
         if (folder / name).is_file():
             return [folder / name]
         if (folder / index_name).is_file():
-            index = json.loads((folder / index_name).read_text(encoding="utf-8"))
-            files = [folder / file for file in sorted(set(index["weight_map"].values()))]
+            files = [folder / file for file in read_index(folder / index_name)]
             missing = [file.name for file in files if not file.is_file()]
             if missing:
                 raise UserError(f"{folder} lacks {', '.join(missing)}", f"fetch the files that {index_name} names")
@@ -97,19 +107,38 @@ def _in_safetensors(file: Path) -> list[StoredTensor]:
     """From the header: its length in 8 bytes, then JSON with the type, shape and place of each tensor."""
     with file.open("rb") as opened:
         length = int.from_bytes(opened.read(8), "little")
-        if length > file.stat().st_size:
+        data = file.stat().st_size - 8 - length
+        if data < 0 or length > MOST_HEADER_BYTES:
             raise ValueError("it is no safetensors file")
-        header = json.loads(opened.read(length))
-    tensors = []
-    for name, entry in header.items():
+        header = parse_object(opened.read(length), f"{file}: its header")
+    tensors, places = [], []
+    for name, given in header.items():
         if name == "__metadata__":
             continue
-        begin, end = entry["data_offsets"]
-        if 8 + length + end > file.stat().st_size:
+        entry = check_fields(_Entry, given, f"{file}: {name}")
+        begin, end = entry.data_offsets
+        if end > data:
             raise ValueError("it ends too early")
+        dtype = _DTYPES.get(entry.dtype)
+        if begin > end or (dtype is not None and end - begin != math.prod(entry.shape) * dtype.itemsize):
+            raise ValueError(f"{name} of shape {list(entry.shape)} in {entry.dtype} does not have {end - begin} bytes")
         read = partial(_read_file, file, 8 + length + begin)
-        tensors.append(StoredTensor(name, entry["dtype"], tuple(entry["shape"]), end - begin, read))
+        tensors.append(StoredTensor(name, entry.dtype, tuple(entry.shape), end - begin, read))
+        places.append((begin, end))
+    ends = [0, *(end for _, end in sorted(places))]
+    if [begin for begin, _ in sorted(places)] != ends[:-1] or ends[-1] != data:
+        raise ValueError("its tensors do not lie end to end from its header to its end")
     return tensors
+
+
+class _Entry(BaseModel):
+    """What the header of a safetensors file says of a tensor."""
+
+    model_config = ConfigDict(strict=True)
+
+    dtype: str
+    shape: list[Annotated[int, Field(ge=0, le=1 << 48)]]
+    data_offsets: Annotated[list[Annotated[int, Field(ge=0)]], Field(min_length=2, max_length=2)]
 
 
 def _read_file(file: Path, start: int, begin: int, end: int) -> Iterator[memoryview]:

@@ -26,6 +26,12 @@ class UserError(Exception):
         return UserError, (self.cause, self.remedy)
 
 
+def reason_of(error: BaseException) -> str:
+    """What an error of a library says in its first line, and in the next where that one only leads to it."""
+    lines = str(error).strip().splitlines() or [type(error).__name__]
+    return " ".join(lines[: 2 if lines[0].rstrip().endswith(":") else 1])
+
+
 def exit_on_user_error(main: Callable[..., None]) -> Callable[..., None]:
     """Decorate a `main` so that a UserError ends in two lines on standard error and exit status 2.
 

@@ -8,7 +8,6 @@ asked in the very words it was trained on.
 from __future__ import annotations
 
 import hashlib
-import json
 import re
 from pathlib import Path
 from typing import Any
@@ -19,6 +18,7 @@ from transformers import AddedToken, PreTrainedTokenizerBase
 
 from novelgpt.model.baichuan.tokenization import BaichuanTokenizer
 from novelgpt.settings.errors import UserError
+from novelgpt.settings.parsed_files import read_object
 from novelgpt.text.encoding import document_begin_ids
 
 CHATML_TEMPLATE = (
@@ -140,10 +140,8 @@ def _default_template(tokenizer: PreTrainedTokenizerBase, model_folder: str) -> 
 
 def _is_second_generation(tokenizer: PreTrainedTokenizerBase, folder: Path) -> bool:
     """Baichuan2 has a NormHead, which small configurations name, and nearly twice the vocabulary of Baichuan."""
-    try:
-        config = json.loads((folder / "config.json").read_text(encoding="utf-8"))
-    except (OSError, ValueError):
-        config = {}
+    path = folder / "config.json"
+    config = read_object(path) if path.is_file() else {}
     norm_head = config.get("norm_head")
     return len(tokenizer) >= BAICHUAN2_VOCABULARY if norm_head is None else bool(norm_head)
 

@@ -6,9 +6,12 @@ from transformers import AutoTokenizer, PreTrainedTokenizerBase
 
 from novelgpt.model.hub import locate, runs_own_code
 from novelgpt.settings.arguments import ModelArguments
-from novelgpt.settings.errors import UserError
+from novelgpt.settings.errors import UserError, reason_of
 from novelgpt.text.encoding import encode
 from novelgpt.text.templates import settle_template
+
+# The module of what tokenizers raises where its own code fails on a file, which is no Exception.
+RUST_PANICS = "pyo3_runtime"
 
 
 def load_tokenizer(model: ModelArguments) -> PreTrainedTokenizerBase:
@@ -20,10 +23,12 @@ def load_tokenizer(model: ModelArguments) -> PreTrainedTokenizerBase:
     source, own_code = locate(model), runs_own_code(model)
     try:
         tokenizer = AutoTokenizer.from_pretrained(source, trust_remote_code=own_code)
-    except (OSError, ValueError, KeyError, ImportError, TypeError, RuntimeError) as error:
-        reason = (str(error).strip().splitlines() or [type(error).__name__])[0]
+    except BaseException as error:  # of any kind: what is read are files of any origin
+        ours = isinstance(error, UserError)
+        if ours or not (isinstance(error, Exception) or type(error).__module__ == RUST_PANICS):
+            raise
         raise UserError(
-            f"no tokenizer can be loaded from {model.model}: {reason}",
+            f"no tokenizer can be loaded from {model.model}: {reason_of(error)}",
             "put the tokenizer's files (tokenizer.json, tokenizer_config.json) beside the weights",
         ) from error
     if not encode("字", tokenizer):

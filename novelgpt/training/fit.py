@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import sys
 from pathlib import Path
 from typing import Any, cast
@@ -20,6 +19,7 @@ from transformers import (
 from transformers.utils import GENERATION_CONFIG_NAME
 
 from novelgpt.model.generation import answer_end_ids
+from novelgpt.settings.parsed_files import read_object
 from novelgpt.settings.runs import TrainingRun
 from novelgpt.settings.terminal import say
 from novelgpt.text.collator import Collator
@@ -161,7 +161,7 @@ def _set_end_tokens(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase) 
 def save_generation_config(tokenizer: PreTrainedTokenizerBase, folder: Path) -> None:
     """All tokens that end an answer, those that the folder's file names already included, and the padding token."""
     path = folder / GENERATION_CONFIG_NAME
-    named = json.loads(path.read_text(encoding="utf-8")).get("eos_token_id") if path.is_file() else None
+    named = read_object(path).get("eos_token_id") if path.is_file() else None
     known = named if isinstance(named, list) else [] if named is None else [named]
     ends = sorted({*end_token_ids(tokenizer), *known})
     GenerationConfig(eos_token_id=ends, pad_token_id=tokenizer.pad_token_id).save_pretrained(folder)

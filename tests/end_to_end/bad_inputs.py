@@ -301,7 +301,11 @@ CASES = {
         "Should have a `model_type` key in its config.json.",
     ),
     "weights cut off": ("finetune_lora", ["--model", "{cut_weights}"], "cannot be read: it ends too early"),
-    "broken configuration": ("pretrain", ["--model", "{broken_config}"], "It looks like the config file at '"),
+    "broken configuration": (
+        "pretrain",
+        ["--model", "{broken_config}"],
+        "config.json is not a valid JSON file: Expecting property name",
+    ),
     "architecture nobody knows": (
         "pretrain",
         ["--model", "{other_architecture}"],
@@ -526,7 +530,7 @@ CASES = {
     "predict: broken adapter": (
         "predict",
         ["--model", "{broken_adapter}"],
-        "names no base: Expecting property name enclosed in double quotes: line",
+        "adapter_config.json is not a valid JSON file: Expecting property name",
     ),
     "predict: no prompts in a batch": ("predict", ["--batch_size", "0"], "--batch_size 0 is too small"),
     "predict: no row": ("predict", ["--max_rows", "0"], "--max_rows 0 is too small"),
@@ -631,7 +635,7 @@ CASES = {
     "merge: broken adapter": (
         "finetune_lora.merge",
         ["{broken_adapter}", "{tmp}/out"],
-        "names no base: Expecting property name enclosed in double quotes: line",
+        "adapter_config.json is not a valid JSON file: Expecting property name",
     ),
     "merge: base that is gone": (
         "finetune_lora.merge",

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import copy
-import json
 import math
 from contextlib import ExitStack
 from pathlib import Path
@@ -17,6 +16,7 @@ from torch import nn
 from transformers import PreTrainedModel
 from transformers.utils import SAFE_WEIGHTS_INDEX_NAME, SAFE_WEIGHTS_NAME
 
+from novelgpt.model.folder_checks import read_index
 from novelgpt.settings.errors import UserError
 from novelgpt.settings.units import counted
 
@@ -77,8 +77,7 @@ def weight_paths(folder: Path) -> list[Path]:
     index = folder / SAFE_WEIGHTS_INDEX_NAME
     if not index.is_file():
         return []
-    named = json.loads(index.read_text(encoding="utf-8"))["weight_map"].values()
-    return [folder / name for name in sorted(set(named))]
+    return [folder / name for name in read_index(index)]
 
 
 def load_weights(folder: Path, model: PreTrainedModel) -> None:

@@ -1,0 +1,109 @@
+"""The border for JSON files of any origin: what is read is a mapping of the fields that are asked for, or an error."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any, TypeVar
+
+from pydantic import BaseModel, ValidationError
+
+from novelgpt.settings.errors import UserError
+
+Fields = TypeVar("Fields", bound=BaseModel)
+REMEDY = "fetch the file again, or correct it"
+# Far above what any settings take; tokenizers and indices of shards are larger.
+MOST_BYTES = 1 << 30
+SHOWN = 60
+
+
+def read_object(path: Path, remedy: str = REMEDY, most_bytes: int = MOST_BYTES) -> dict[str, Any]:
+    """The mapping that a JSON file holds.
+
+    Args:
+        path: of the file.
+        remedy: what to do where it cannot be read.
+        most_bytes: larger files are refused before they are read.
+
+    Raises:
+        UserError: no file, no UTF-8, no JSON, not a mapping, or one with a key that stands there with two values; names
+            the file, and line and column where there are any.
+    """
+    try:
+        if path.exists() and not path.is_file():  # a pipe would be waited for
+            raise UserError(f"{path} is no file", remedy)
+        size = path.stat().st_size
+        if size > most_bytes:
+            raise UserError(f"{path} has {size:,} bytes, too many for what its name says", remedy)
+        return parse_object(path.read_bytes(), str(path), remedy)
+    except OSError as error:
+        raise UserError(f"{path}: {error.strerror or error}", remedy) from error
+
+
+def parse_object(content: bytes, name: str, remedy: str = REMEDY) -> dict[str, Any]:
+    """The mapping that JSON in UTF-8 spells.
+
+    Args:
+        content: bytes of the file.
+        name: of the file, for errors.
+        remedy: what to do where it cannot be read.
+
+    Raises:
+        UserError: as read_object.
+    """
+    if not content.strip():
+        raise UserError(f"{name} is empty", remedy)
+    if content.startswith((b"\xff\xfe", b"\xfe\xff", b"\xef\xbb\xbf")):
+        raise UserError(f"{name} begins with a byte order mark", "save it as UTF-8 without one")
+    try:
+        value = json.loads(content.decode("utf-8"), object_pairs_hook=_mapping)
+    except UnicodeDecodeError as error:
+        raise UserError(f"{name} is no UTF-8: byte {error.start}: {error.reason}", remedy) from error
+    except (ValueError, RecursionError) as error:
+        raise UserError(f"{name} is not a valid JSON file: {error}", remedy) from error
+    if not isinstance(value, dict):
+        raise UserError(f"{name} holds no settings by name: it is a {type(value).__name__}", remedy)
+    return value
+
+
+def check_fields(model: type[Fields], content: object, name: str, remedy: str = REMEDY) -> Fields:
+    """The fields of a parsed file, each of its type and within its bounds.
+
+    Args:
+        model: what is asked for.
+        content: as it was parsed.
+        name: of the file, for errors.
+        remedy: what to do where it does not fit.
+
+    Raises:
+        UserError: names the first field that does not fit.
+    """
+    try:
+        return model.model_validate(content)
+    except ValidationError as error:
+        first = error.errors(include_url=False, include_context=False)[0]
+        place = [part for part in map(str, first["loc"]) if not _is_member(part)]
+        found = f", not {_short(first['input'])}" if first["type"] not in ("missing", "value_error") else ""
+        message = first["msg"].removeprefix("Value error, ")
+        where = f"{name}: {'.'.join(place)}" if place else name
+        raise UserError(f"{where}: {message[:1].lower()}{message[1:]}{found}", remedy) from error
+
+
+def _is_member(part: str) -> bool:
+    """Whether a part of the place of an error is no field, but how pydantic names a member of a union."""
+    return part in ("int", "float", "str", "bool") or part.startswith(("constrained-", "list[", "dict[", "function-"))
+
+
+def _short(value: object) -> str:
+    text = repr(value)
+    return text if len(text) <= SHOWN else f"{text[:SHOWN]}…"
+
+
+def _mapping(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+    """A key may stand there twice with one value, as in some published files; two values are two meanings."""
+    found: dict[str, Any] = {}
+    for key, value in pairs:
+        if key in found and found[key] != value:
+            raise ValueError(f"{key!r} stands there with two values")
+        found[key] = value
+    return found
