@@ -6,7 +6,7 @@ import warnings
 from pathlib import Path
 
 import torch
-from peft import LoraConfig, PeftModel, get_peft_model, prepare_model_for_kbit_training
+from peft import PeftModel, get_peft_model, prepare_model_for_kbit_training
 from torch import nn
 from transformers import GenerationConfig, PreTrainedModel, PreTrainedTokenizerBase
 from transformers.integrations import is_deepspeed_zero3_enabled
@@ -14,8 +14,8 @@ from transformers.pytorch_utils import Conv1D
 from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR
 from transformers.utils import GENERATION_CONFIG_NAME
 
-from finetune_lora.experts import expert_parameters, modules_left, settle_experts
 from novelgpt.model.baichuan.modeling import NormHead
+from novelgpt.model.lora import expert_parameters, lora_config, modules_left
 from novelgpt.settings.arguments import LoraArguments
 from novelgpt.settings.errors import UserError
 from novelgpt.settings.process import is_first_process
@@ -46,22 +46,11 @@ def attach_lora(
         UserError: no module has a name of `lora_targets`, or one that has cannot bear an adapter; or rows that should
             be trained cannot be.
     """
-    everything = lora.lora_targets == ["all-linear"]
-    modules, parameters = ([], []) if everything else modules_left(model, lora.lora_targets)
-    _check_targets(model, modules, lora.lora_targets)
+    if lora.lora_targets != ["all-linear"]:
+        _check_targets(model, modules_left(model, lora.lora_targets)[0], lora.lora_targets)
     rows = {} if tokenizer is None else _rows_to_train(model, lora, tokenizer)
-    config = LoraConfig(
-        task_type="CAUSAL_LM",
-        r=lora.lora_rank,
-        lora_alpha=lora.lora_alpha,
-        lora_dropout=lora.lora_dropout,
-        target_modules="all-linear" if everything else [name for name in lora.lora_targets if name not in parameters],
-        target_parameters=parameters or None,
-        trainable_token_indices=rows or None,
-        use_rslora=lora.use_rslora,
-        use_dora=lora.use_dora,
-    )
-    for line in settle_experts(model, config):
+    config, lines = lora_config(model, lora, rows)
+    for line in lines:
         if is_first_process():
             say(line)
     if lora.qlora:

@@ -13,7 +13,7 @@ from typing import Any, cast
 import torch
 from huggingface_hub import snapshot_download
 from huggingface_hub.errors import HFValidationError, LocalEntryNotFoundError
-from peft import LoraConfig, get_peft_model
+from peft import get_peft_model
 from torch import nn
 from torch.utils.data import Dataset
 from transformers import PreTrainedModel
@@ -21,6 +21,7 @@ from transformers import PreTrainedModel
 from novelgpt.health.findings import Finding
 from novelgpt.model.embedded_base import ensure_embedded_base
 from novelgpt.model.hub import looks_like_path, runs_own_code
+from novelgpt.model.lora import lora_config
 from novelgpt.settings.arguments import LoraArguments
 from novelgpt.settings.errors import UserError
 from novelgpt.settings.parser import parse_arguments
@@ -100,11 +101,7 @@ def adapt(run: TrainingRun, model: PreTrainedModel) -> nn.Module:
     if not isinstance(run, LoraRun):
         return model
     lora: LoraArguments = run.lora
-    targets = "all-linear" if lora.lora_targets == ["all-linear"] else lora.lora_targets
-    config = LoraConfig(
-        task_type="CAUSAL_LM", r=lora.lora_rank, lora_alpha=lora.lora_alpha, lora_dropout=lora.lora_dropout,
-        target_modules=targets, use_rslora=lora.use_rslora, use_dora=lora.use_dora,
-    )  # fmt: skip
+    config, _ = lora_config(model, lora)
     try:
         adapted = get_peft_model(model, config)
     except ValueError as error:

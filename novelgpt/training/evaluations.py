@@ -59,17 +59,18 @@ class EvaluationPlan:
         each = self.tokens / max(tokens_per_second, 1e-9) * TIME_SHARE if last is None else last
         return each * self.left(step)
 
-    def explain(self, limit: float) -> str:
+    def explain(self) -> str:
         """A line on what is evaluated."""
         rows, tokens = self.whole
         chosen = len(self.rows)  # type: ignore[arg-type]
-        cost = f"{self.share:.0%} of those of training"
         times = "once" if self.times == 1 else f"{self.times:,} times"
+        cost = f"together {self.share:.0%} of the tokens that training reads"
+        named = f"{rows:,} row" if rows == 1 else f"{rows:,} rows"
         if chosen == rows:
-            return f"evaluation: {times}, on {rows:,} rows of {tokens:,} tokens; in all {cost}"
-        why = "no less, or figures would tell too little" if self.least else f"at most {limit:.0%}"
-        which = f"{chosen:,} of {rows:,} rows, spread evenly, {self.tokens:,} of {tokens:,} tokens"
-        return f"evaluation: {times}, on {which}; in all {cost} ({why}; --max_eval_share 0 evaluates on all rows)"
+            return f"evaluation: {times}, on {named} of {tokens:,} tokens, {cost}"
+        which = f"{chosen:,} of {named}, spread evenly, {self.tokens:,} of {tokens:,} tokens"
+        why = " (fewer would tell too little)" if self.least else ""
+        return f"evaluation: {times}, on {which}, {cost}{why}; --max_eval_share 0 evaluates on all rows"
 
 
 def plan_evaluations(

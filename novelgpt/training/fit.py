@@ -85,7 +85,7 @@ def _fit_into(
     evaluations = plan_evaluations(valid, plan.lengths, row_lengths(valid), rows, training)
     valid = evaluations.rows
     if training.process_index == 0:
-        say(evaluations.explain(training.max_eval_share))
+        say(evaluations.explain())
     base_recorder = BaseRecorder(model)
     # Events of every run lie under logs/, where `tensorboard --logdir output` finds them by the run's name.
     # What a run that is gone on with had written after its checkpoint is not shown.

@@ -87,7 +87,4 @@ def explain_balance(model: PreTrainedModel, balance: RouterBalance | None) -> st
     if FUNCTION not in vars(sys.modules[type(model).__module__]):
         return None
     usual = vars(model).get("router_aux_loss_coef") or USUAL
-    return (
-        f"mixture of experts: the routers' balancing loss is off, as output_router_logits is in config.json or by "
-        f"--router_aux_loss_coef 0; --router_aux_loss_coef {usual:g} adds it"
-    )
+    return f"mixture of experts: the routers' balancing loss is off; --router_aux_loss_coef {usual:g} adds it"

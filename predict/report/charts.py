@@ -210,6 +210,7 @@ def loss_chart(runs: Sequence[Named]) -> Chart | None:
             colour = RUN_COLOURS[run.number]
             for key, english, chinese in (("loss", "train", "训练"), ("eval_loss", "eval", "评测")):
                 points = [(entry["step"], entry[key]) for entry in run.content if _finite(entry.get(key))]
+                points.sort(key=lambda point: point[0])  # an evaluation of the best weights comes last
                 if not points:
                     continue
                 steps, losses = zip(*points, strict=True)

@@ -34,7 +34,7 @@ def test_all_evaluations_together_take_a_share_of_training(tmp_path: Path) -> No
     assert isinstance(found.rows, Subset)
     chosen = list(found.rows.indices)
     assert chosen == [number * 400 // 45 for number in range(45)]  # from all parts of the rows, in their order
-    text = found.explain(0.06)
+    text = found.explain()
     assert "4 times, on 45 of 400 rows, spread evenly, 4,500 of 40,000 tokens" in text and "--max_eval_share 0" in text
     again = plan([100] * 400, [100] * 1000, tmp_path, max_eval_share=0.06)
     assert isinstance(again.rows, Subset) and list(again.rows.indices) == chosen
@@ -59,7 +59,8 @@ def test_how_often(training: dict[str, Any], times: int, tmp_path: Path) -> None
 def test_what_costs_little_is_evaluated_whole(tmp_path: Path) -> None:
     found = plan([100] * 10, [100] * 1000, tmp_path)
     assert found.rows == list(range(10))
-    assert "on 10 rows of 1,000 tokens" in found.explain(0.2) and "max_eval_share" not in found.explain(0.2)
+    assert "4 times, on 10 rows of 1,000 tokens" in found.explain() and "max_eval_share" not in found.explain()
+    assert "once, on 1 row of 7 tokens" in plan([7], [9], tmp_path, eval_strategy="no", eval_on_start=False).explain()
     whole = plan([100] * 4000, [100] * 1000, tmp_path, max_eval_share=0)
     assert whole.tokens == 400_000
 
@@ -67,7 +68,7 @@ def test_what_costs_little_is_evaluated_whole(tmp_path: Path) -> None:
 def test_a_short_run_evaluates_on_something_all_the_same(tmp_path: Path) -> None:
     found = plan([30] * 400, [100] * 1000, tmp_path, max_steps=1, per_device_train_batch_size=1)
     assert found.tokens == 90
-    assert "no less" in found.explain(0.2)
+    assert "fewer would tell too little" in found.explain()
     assert len(plan([1000] * 400, [100] * 1000, tmp_path, max_steps=1).rows) == 2  # type: ignore[arg-type]
 
 

@@ -29,10 +29,12 @@ from dataset.conversations import EncodedRows
 from finetune.__main__ import main as finetune
 from finetune_lora.__main__ import main as finetune_lora
 from finetune_lora.adapter import attach_lora
+from novelgpt.health.plan import adapt
 from novelgpt.model import attention as _attention  # noqa: F401  registers "packed"
 from novelgpt.model.merging import merge_adapter
-from novelgpt.settings.arguments import LoraArguments, ModelArguments, TrainArguments
+from novelgpt.settings.arguments import ConversationArguments, LoraArguments, ModelArguments, TrainArguments
 from novelgpt.settings.errors import UserError
+from novelgpt.settings.runs import LoraRun, LoraTrainArguments
 from novelgpt.text.collator import Collator
 from novelgpt.text.conversation import IGNORED, EncodedRow
 from novelgpt.training import throughput
@@ -329,6 +331,17 @@ def test_experts_are_adapted_by_name(
     printed = capsys.readouterr().out
     assert ("leaves the experts as they are" in printed) == (not adapted)
     assert ("without dropout" in printed) == bool(adapted)
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_the_doctor_tries_the_adapter_of_the_pipeline(kind: str, tmp_path: Path) -> None:
+    lora, training = LoraArguments(lora_rank=2), LoraTrainArguments(output_dir=str(tmp_path), use_cpu=True)
+    run = LoraRun(ModelArguments(str(tmp_path)), ConversationArguments(), lora, training)
+    names = [
+        {name for name, weight in adapted.named_parameters() if weight.requires_grad}
+        for adapted in (adapt(run, tiny(kind)), attach_lora(tiny(kind), lora))
+    ]
+    assert names[0] == names[1]
 
 
 def test_what_does_not_go_together_with_experts_names_its_remedy() -> None:

@@ -1,4 +1,4 @@
-"""LoRA on the experts of a mixture, whose weights transformers 5 holds as one parameter a layer, not as modules."""
+"""Settings of an adapter, on the experts of a mixture too, which transformers 5 holds as parameters, not modules."""
 
 from __future__ import annotations
 
@@ -11,7 +11,37 @@ from peft.utils.transformers_weight_conversion import (
 )
 from transformers import PreTrainedModel
 
+from novelgpt.settings.arguments import LoraArguments
 from novelgpt.settings.errors import UserError
+
+
+def lora_config(
+    model: PreTrainedModel, lora: LoraArguments, rows: dict[str, list[int]] | None = None
+) -> tuple[LoraConfig, list[str]]:
+    """Settings that peft can put an adapter on `model` with, and lines on what was settled for its experts.
+
+    Args:
+        model: the base.
+        lora: what is asked for.
+        rows: of embeddings and heads that are trained as they are, by module.
+
+    Raises:
+        UserError: what is asked for does not go together with experts.
+    """
+    everything = lora.lora_targets == ["all-linear"]
+    parameters = [] if everything else modules_left(model, lora.lora_targets)[1]
+    config = LoraConfig(
+        task_type="CAUSAL_LM",
+        r=lora.lora_rank,
+        lora_alpha=lora.lora_alpha,
+        lora_dropout=lora.lora_dropout,
+        target_modules="all-linear" if everything else [name for name in lora.lora_targets if name not in parameters],
+        target_parameters=parameters or None,
+        trainable_token_indices=rows or None,
+        use_rslora=lora.use_rslora,
+        use_dora=lora.use_dora,
+    )
+    return config, _settle_experts(model, config)
 
 
 def expert_parameters(model: PreTrainedModel) -> set[str]:
@@ -19,8 +49,8 @@ def expert_parameters(model: PreTrainedModel) -> set[str]:
     return {".".join(name.split(".")[-2:]) for name, weight in model.named_parameters() if weight.dim() == 3}
 
 
-def settle_experts(model: PreTrainedModel, config: LoraConfig) -> list[str]:
-    """Make the settings of an adapter such that peft can put it on experts, where it is to.
+def _settle_experts(model: PreTrainedModel, config: LoraConfig) -> list[str]:
+    """Take the dropout out of settings that put an adapter on experts, and say whether they do.
 
     Names of the experts' layers as older checkpoints have them (gate_proj, up_proj, …) stand for the parameters that
     hold them now. No dropout comes before those, as peft adds the update to the weights themselves: where there are
@@ -83,7 +113,7 @@ def modules_left(model: PreTrainedModel, targets: list[str]) -> tuple[list[str],
         tried = LoraConfig(task_type="CAUSAL_LM", target_modules=left)
         try:
             convert_peft_config_for_transformers(tried, model, get_model_conversion_mapping(model))
-        except ValueError:  # told by `settle_experts`
+        except ValueError:  # told by `_settle_experts`
             return [], parameters
         left = [target for target in left if target in (tried.target_modules or ())]
     return left, parameters
