@@ -6,6 +6,7 @@ import sys
 
 from novelgpt.settings.errors import UserError, exit_on_user_error
 from novelgpt.settings.remedies import python_module
+from novelgpt.settings.signals import importing
 from novelgpt.settings.terminal import say
 
 COMMANDS = {
@@ -27,16 +28,17 @@ def main(argv: list[str] | None = None) -> None:
         return
     command, *rest = words
     # Imported when called for: a command that needs no model library starts without it.
-    if command == "novels":
-        from dataset.novels.command import main as run
-    elif command == "tokens":
-        from dataset.tokens_command import main as run
-    elif command == "conversations":
-        from dataset.conversations_command import main as run
-    elif command == "preview":
-        from dataset.preview import main as run
-    else:
-        raise UserError(f"no command {command!r}", f"take one of {', '.join(COMMANDS)}")
+    with importing():
+        if command == "novels":
+            from dataset.novels.command import main as run
+        elif command == "tokens":
+            from dataset.tokens_command import main as run
+        elif command == "conversations":
+            from dataset.conversations_command import main as run
+        elif command == "preview":
+            from dataset.preview import main as run
+        else:
+            raise UserError(f"no command {command!r}", f"take one of {', '.join(COMMANDS)}")
     run(rest)
 
 

@@ -1,10 +1,15 @@
 """What the pipelines share: settings, text, models, training and scoring. It imports none of them.
 
-Importing it switches telemetry off; so each room imports it before anything else.
+Importing it switches telemetry off, and under `python -m` lets Ctrl-C end the process without a traceback until `main`
+begins; so each room imports it before anything else.
 """
 
 import os
+import sys
 
+from novelgpt.settings.signals import begin_command
 from novelgpt.settings.telemetry import switch_off
 
+if sys.argv[:1] == ["-m"]:  # as it reads until runpy has found the module
+    begin_command()
 switch_off(os.environ)

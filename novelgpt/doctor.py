@@ -25,6 +25,7 @@ from novelgpt.health.findings import Check, Finding, any_problem, run_check, sho
 from novelgpt.settings.command_parser import CommandParser
 from novelgpt.settings.errors import UserError, exit_on_user_error
 from novelgpt.settings.paths import OUTPUT, TINY, from_home
+from novelgpt.settings.signals import importing
 from novelgpt.settings.terminal import say
 from novelgpt.settings.units import counted
 
@@ -102,7 +103,8 @@ def general_sections(environment: dict[str, str], output: Path) -> list[Section]
 
 def check_devices() -> Iterator[Finding]:
     """Host, GPUs, number format and compilers; a problem where torch cannot even be imported."""
-    from novelgpt.health import devices
+    with importing():
+        from novelgpt.health import devices
 
     checks = {"host": devices.check_host, "gpu": devices.check_gpus, "precision": devices.check_precision}
     for name, check in {**checks, "compilers": devices.check_toolchain}.items():
@@ -117,10 +119,11 @@ def check_run(pipeline: str, words: Sequence[str], time_limit: float) -> Iterato
         words: of its command line.
         time_limit: seconds for loading the model and trying the batch.
     """
-    from novelgpt.health import devices, model, plan, trial
-    from novelgpt.text.tokenizer import load_tokenizer
-    from novelgpt.training.disk import saved_bytes
-    from novelgpt.training.memory import compute_dtype
+    with importing():
+        from novelgpt.health import devices, model, plan, trial
+        from novelgpt.text.tokenizer import load_tokenizer
+        from novelgpt.training.disk import saved_bytes
+        from novelgpt.training.memory import compute_dtype
 
     run = plan.read_run(pipeline, words)
     settings = run_check("settings", partial(model.check_settings, run))

@@ -16,6 +16,7 @@ from novelgpt.settings.deepspeed_builds import release_build_locks, spare_unused
 from novelgpt.settings.errors import UserError
 from novelgpt.settings.paths import SAMPLES, TINY, model_place
 from novelgpt.settings.remedies import pip_install
+from novelgpt.settings.unheeded import refuse_unheeded
 
 # Figures of an evaluation that a best checkpoint can be told by, and whether more of it is better; those of its answers
 # are there with predict_during_eval.
@@ -209,7 +210,9 @@ class TrainArguments(TrainingArguments):
     weight_decay: float = option(0.0, "AdamW weight decay.")
     logging_steps: float = option(5, "Steps between two points of the curves.")
     logging_first_step: bool = option(True, "Log step 1 as well.")
-    eval_strategy: str = option("epoch", "When to evaluate: no, steps (every eval_steps) or epoch.")
+    eval_strategy: str = option(
+        "epoch", "When to evaluate: no, steps (every eval_steps, which says so by itself) or epoch."
+    )
     eval_on_start: bool = option(True, "Evaluate before step 1, so that curves start at the untouched model.")
     max_eval_share: float = option(
         0.2,
@@ -244,7 +247,9 @@ class TrainArguments(TrainingArguments):
     stop_check_max_new_tokens: int | None = option(
         None, "Longest of these answers, in tokens. Default: twice the longest reference, at most 512."
     )
-    save_strategy: str = option("epoch", "When to save a checkpoint: no, steps (every save_steps) or epoch.")
+    save_strategy: str = option(
+        "epoch", "When to save a checkpoint: no, steps (every save_steps, which says so by itself) or epoch."
+    )
     save_total_limit: int | None = option(2, "Checkpoints kept; the oldest go first.")
     resume: bool | None = field(
         default=None,
@@ -258,7 +263,9 @@ class TrainArguments(TrainingArguments):
     resume_from_checkpoint: str | None = option(None, "Go on from this checkpoint-N folder.")
     metric_for_best_model: str | None = option("loss", "Figure of evaluations whose best checkpoint is always kept.")
     logging_nan_inf_filter: bool = option(False, "Log what the last losses were in place of a loss that is NaN.")
-    report_to: None | str | list[str] = option("none", "Further loggers (wandb, …). TensorBoard is always on.")
+    report_to: None | str | list[str] = option(
+        "none", "Further trackers (wandb, …), where their packages are installed. TensorBoard is always on."
+    )
     ddp_find_unused_parameters: bool | None = option(False, "Only for models that leave out weights in some steps.")
     remove_unused_columns: bool = option(False, "Not needed: rows hold tokens only.")
 
@@ -302,6 +309,7 @@ class TrainArguments(TrainingArguments):
         output_dir = self.output_dir
         super().__post_init__()
         self.output_dir = output_dir
+        refuse_unheeded(self)
 
     def _choose_liger_kernels(self) -> None:
         """Norm, rotary and SwiGLU; the loss is this toolkit's own."""

@@ -5,6 +5,7 @@ from __future__ import annotations
 import functools
 from collections.abc import Callable
 
+from novelgpt.settings.signals import hear_interrupts
 from novelgpt.settings.terminal import say, visible
 
 
@@ -41,6 +42,7 @@ def exit_on_user_error(main: Callable[..., None]) -> Callable[..., None]:
 
     @functools.wraps(main)
     def wrapped(argv: list[str] | None = None) -> None:
+        hear_interrupts()
         try:
             main(argv)
         except UserError as error:

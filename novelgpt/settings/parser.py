@@ -30,6 +30,8 @@ PATHS = (
     "config", "model", "train_files", "valid_files", "data_files", "instruction_templates", "output_dir",
     "resume_from_checkpoint", "deepspeed", "fsdp_config", "accelerator_config",
 )  # fmt: skip
+# Of what a number of steps alone says how often it happens, as --save_steps does.
+INTERVALS = ("save", "eval")
 # Options that say on what a model is trained.
 OWN_DATA = ("train_files", "valid_files")
 
@@ -70,6 +72,9 @@ def parse_arguments(run_type: type[Run], argv: list[str] | None = None) -> Run:
     for name in given["config"] or []:
         settings |= _read_yaml(Path(name), actions, kinds)
     named = {name for name in actions if given[name] is not None or settings.get(name) is not None}
+    for interval in INTERVALS:  # which would have no effect otherwise
+        if f"{interval}_steps" in named and f"{interval}_strategy" not in named:
+            settings[f"{interval}_strategy"] = "steps"
     model = given.get("model") if given.get("model") is not None else settings.get("model")
     parser.set_defaults(**(_settings_of_model(pipeline, model, named, actions, kinds) | settings))
     try:

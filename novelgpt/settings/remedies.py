@@ -8,12 +8,8 @@ from pathlib import Path
 
 
 def this_python() -> str:
-    """The interpreter that runs, as a word for a shell; relative where it lies below the folder that the user is in."""
-    interpreter = Path(sys.executable or "python")
-    try:
-        return shlex.quote(str(interpreter.relative_to(Path.cwd())))
-    except (ValueError, OSError):  # it lies elsewhere, or the folder is gone
-        return shlex.quote(str(interpreter))
+    """The interpreter that runs, as a word for a shell."""
+    return environment_program(Path(sys.executable or "python").name)
 
 
 def python_module(words: str) -> str:
@@ -28,3 +24,12 @@ def python_module(words: str) -> str:
 def pip_install(*requirements: str) -> str:
     """The command line that installs packages where this toolkit finds them."""
     return python_module(f"pip install {shlex.join(requirements)}")
+
+
+def environment_program(name: str) -> str:
+    """A program beside the interpreter, as a word for a shell; relative where the user is in a folder above it."""
+    program = Path(sys.executable or "python").with_name(name)
+    try:
+        return shlex.quote(str(program.relative_to(Path.cwd())))
+    except (ValueError, OSError):  # it lies elsewhere, or the folder is gone
+        return shlex.quote(str(program))

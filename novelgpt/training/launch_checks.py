@@ -15,6 +15,7 @@ from novelgpt.settings.process import is_first_process
 from novelgpt.settings.remedies import python_module
 from novelgpt.settings.runs import TrainingRun
 from novelgpt.settings.terminal import say
+from novelgpt.training.optimizer_checks import check_optimizer
 
 MOST_STEPS = 1e12
 RANGES: dict[str, tuple[float, float]] = {
@@ -51,6 +52,7 @@ def check_before_launch(run: TrainingRun) -> None:
         raise UserError(f"--valid_fraction {run.data.valid_fraction} is no share", "take a number between 0 and 1")
     _check_numbers(run.training)
     _check_best(run.training)
+    check_optimizer(run.training)
     if run.model.model == str(EMBEDDED_BASE) and is_first_process():
         say(f"training the small base ({TINY}), with the settings of {run.pipeline}/configs/{TINY}.yaml")
     if adapter_base(run.model.model) is not None:
