@@ -18,7 +18,6 @@ from transformers.utils import SAFE_WEIGHTS_INDEX_NAME, SAFE_WEIGHTS_NAME
 
 from novelgpt.model.folder_checks import read_index
 from novelgpt.settings.errors import UserError
-from novelgpt.settings.units import counted
 
 # Names that a message lists.
 MOST_NAMES = 3
@@ -158,7 +157,7 @@ def _problem(stored: StoredWeights, expected: dict[str, int], moved: bool) -> st
     missing = [name for name in expected if name not in names]
     total = sum(math.prod(stored.shape(name)) for name in names)
     if missing and (not sum(expected.values()) or total < sum(expected.values())):
-        return f"lack {len(missing)} of {counted(len(expected), 'tensor')}: {_listed(missing)}"
+        return f"lack {len(missing)} of {len(expected)} tensors: {_listed(missing)}"
     strange = [name for name in names if not stored.finite(name)]
     if strange:
         return f"hold values that are not finite: {_listed(strange)}"
