@@ -41,6 +41,8 @@ _ALONE = re.compile(rb"[\t\n\r -~][\x81-\xfe][\x40-\x7e](?=[\t\n\r -~])")
 _RARE, _ALONE_AND_RARE = -12.0, -12.0
 _SURELY_UTF_8 = 24
 """So many bytes that are not ASCII are never valid UTF-8 by chance: in GB18030, once in 10^17 texts."""
+_TELLING = 256
+"""In so many bytes of UTF-16 there are control characters of ASCII: one in nine hanzi has one, "\\n" has one."""
 _NEVER_INSIDE = re.compile(rb"[\x00-\x2f]")
 """Such a byte is a character of its own in UTF-8, GB18030 and Big5: reading can start anew behind it."""
 _BLOCK, _LONGEST_BLOCK = 16_384, 262_144
@@ -134,6 +136,9 @@ def likeliest_encoding(data: bytes, candidates: Sequence[str] = _UNMARKED) -> st
             if data.isascii():
                 return "utf-8"
             candidates = [encoding for encoding in candidates if encoding in _NARROW]
+    sampled = b"".join(_RUN.sub(_shorten, sample) for sample in _samples(data, "utf-8"))
+    if len(sampled) >= _TELLING and not _CONTROL_BYTE.search(sampled):
+        candidates = [encoding for encoding in candidates if encoding in _NARROW] or candidates
     return max(candidates, key=lambda encoding: _likelihood(data, encoding))
 
 
