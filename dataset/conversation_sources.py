@@ -11,7 +11,8 @@ from pathlib import Path
 from dataset.csv_rows import read_csv
 from dataset.decode import decode_text, read_bytes
 from dataset.instructions import Instructions
-from dataset.novels.headings import LONGEST_HEADING, to_number
+from dataset.novels.headings import LONGEST_HEADING
+from dataset.novels.numerals import to_number
 from dataset.records import Record, read_records
 from novelgpt.settings.errors import UserError
 from novelgpt.settings.remedies import python_module

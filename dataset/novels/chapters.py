@@ -23,6 +23,9 @@ MOST_NAMED = 20
 
 _SECTION = re.compile(r"[（(]?[0-9０-９一二三四五六七八九十]{1,4}[)）]?[、.．]?")
 _NO_TITLE = re.compile(r".*[。，；：”」』,:;].*|[“「『—].*|.{26,}")
+_PROSE = re.compile(r"[。；]|[，,].*[。！？!?…”」』]|[，,][^，,]*[，,]")
+"""What titles do not have: the end of a sentence, or several of its parts."""
+_LONGEST_WORD = 20
 _PROSE_BEGINS = ("话说", "話說", "却说", "卻說", "且说", "且說", "诗曰", "詩曰", "词曰", "詞曰")
 
 
@@ -150,11 +153,10 @@ class _Book:
         kept: list[Candidate] = []
         for one in headings:
             if kept and kept[-1].number == one.number is not None and not self._has_text(kept[-1].index + 1, one.index):
-                before, after = _plain(kept[-1].heading), _plain(one.heading)
-                if after in before:
+                if kept[-1].says(one):
                     self.remove([one.index], "repeated_heading")
                     continue
-                if before in after:
+                if one.says(kept[-1]):
                     self.remove([kept.pop().index], "repeated_heading")
             kept.append(one)
         return kept
@@ -191,22 +193,26 @@ class _Book:
             begin = title_line + 1
         indices = [index for index in range(begin, end) if index not in self._gone]
         if not prose:
-            indices = self._without_repeated_heading(indices, heading, title)
+            indices = self._without_repeated_heading(indices, one, heading, title)
         body = [self.texts[index] for index in indices]
         if prose:
             body = _put_before(prose, body)
         return _Draft(heading, one.label, title, one.number, "", body)
 
-    def _without_repeated_heading(self, indices: Sequence[int], heading: str, title: str) -> list[int]:
-        """The lines below a heading, less one at their beginning that says the heading or its title again."""
+    def _without_repeated_heading(self, indices: Sequence[int], one: Candidate, heading: str, title: str) -> list[int]:
+        """The lines below a heading, less those at their beginning that say the heading or its title again."""
         for place, index in enumerate(indices):
             text = _plain(self.texts[index])
-            if text:
-                if text.removeprefix("正文") == _plain(heading) or text == _plain(title):
-                    self.remove([index], "repeated_heading")
-                    return list(indices[place + 1 :])
-                break
-        return list(indices)
+            if not text:
+                continue
+            if (
+                text.removeprefix("正文") != _plain(heading)
+                and text != _plain(title)
+                and not one.says_line(self.texts[index].strip())
+            ):
+                return list(indices[place:])
+            self.remove([index], "repeated_heading")
+        return []
 
     def chapters(self, part_characters: int) -> list[Chapter]:
         """The chapters put together: lines to paragraphs, text under no heading to parts."""
@@ -235,12 +241,24 @@ class _Book:
 
 def _usual_segments(headings: Sequence[Candidate]) -> tuple[int, int]:
     """How many words, between blanks, most titles have, and the length that hardly any exceeds."""
-    titles = [one.title for one in headings if one.title and len(one.heading) <= LONGEST_HEADING]
+    titles = [" ".join(_words_of_title(one)) for one in headings if one.title]
+    titles = [title for title in titles if title and len(title) <= LONGEST_HEADING]
     if len(titles) < 5:
         return 0, LONGEST_HEADING
     segments, count = Counter(title.count(" ") + 1 for title in titles).most_common(1)[0]
     lengths = sorted(len(title) for title in titles)
     return (segments if count >= 0.6 * len(titles) else 0), lengths[int(0.95 * (len(lengths) - 1))] + 4
+
+
+def _words_of_title(one: Candidate) -> list[str]:
+    """The words behind the label up to the first that reads as prose; all of them, where the line is but a heading."""
+    words = one.title.split(" ")
+    if one.fits_shape and not _PROSE.search(one.title):
+        return words
+    count = next(
+        (place for place, word in enumerate(words) if len(word) > _LONGEST_WORD or _PROSE.search(word)), len(words)
+    )
+    return words[: max(1, count)] if len(words[0]) <= 40 else []
 
 
 def _cut_title(one: Candidate, segments: tuple[int, int]) -> tuple[str, str]:
@@ -249,11 +267,11 @@ def _cut_title(one: Candidate, segments: tuple[int, int]) -> tuple[str, str]:
     words = one.title.split(" ")
     if usual and len(words) > usual and (len(one.title) > longest or words[usual].startswith(_PROSE_BEGINS)):
         return " ".join(words[:usual]), " ".join(words[usual:])
-    if len(one.heading) <= LONGEST_HEADING:
+    count = len(_words_of_title(one))
+    if len(one.heading) <= LONGEST_HEADING and (count in (0, len(words)) or not _PROSE.search(" ".join(words[1:]))):
         return one.title, ""
-    count = max(1, usual)
     title = " ".join(words[:count])
-    return (title, " ".join(words[count:])) if len(words) > count and len(title) <= 40 else ("", one.title)
+    return (title, " ".join(words[count:])) if len(words) > count and title else ("", one.title)
 
 
 def _put_before(prose: str, body: list[str]) -> list[str]:

@@ -15,8 +15,9 @@ _LONGEST_BETWEEN = 40
 """Characters between two entries: the title of an entry on a line of its own."""
 _VOLUMES = frozenset(("卷", "部", "部分", "集", "编", "編", "册", "冊", "篇"))
 _Key = tuple[str, str | int]
-_AGAIN = 0.7
-"""Share of the entries that must come again; the others are chapters that the book lacks, or misprints."""
+_AGAIN, _AGAIN_BELOW_TITLE = 0.7, 0.5
+"""Share of the entries that must come again, also where 目录 stands above them; the others are chapters that the book
+lacks, or misprints."""
 
 
 def find_contents(texts: Sequence[str], candidates: Sequence[Candidate]) -> tuple[set[int], int]:
@@ -28,10 +29,12 @@ def find_contents(texts: Sequence[str], candidates: Sequence[Candidate]) -> tupl
     lines: set[int] = set()
     entries = 0
     for first, last in _runs(texts, usable):
-        if last > first and later[_key(usable[last])][-1] == last:
+        if last > first and later[_key(usable[last])][-1] == last and not _goes_on(texts, usable, last):
             last -= 1  # the first chapter, right below
         titled = _title_above(texts, usable[first].index)
-        if last - first + 1 < (2 if titled is not None else 3) or not _comes_again(usable, first, last, later):
+        if last - first + 1 < (2 if titled is not None else 3) or not _comes_again(
+            usable, first, last, later, _AGAIN if titled is None else _AGAIN_BELOW_TITLE
+        ):
             continue
         begin = usable[first].index if titled is None else titled
         end = usable[last].index + 1
@@ -43,6 +46,18 @@ def find_contents(texts: Sequence[str], candidates: Sequence[Candidate]) -> tupl
     if not lines:
         return _contents_without_labels(texts, candidates)
     return lines, entries
+
+
+def _goes_on(texts: Sequence[str], usable: Sequence[Candidate], last: int) -> bool:
+    """Whether the last entry of a run is one like those before it, though the book lacks its chapter."""
+    if last + 1 == len(usable):
+        return False
+    one, before, following = usable[last], usable[last - 1], usable[last + 1]
+    if _is_empty(texts, one.index + 1, following.index):
+        return True
+    # A blurb or the like below: the entries are numbered on, and behind them the numbers begin anew.
+    numbered = one.number is not None and before.number is not None
+    return numbered and one.unit == before.unit and one.first == before.last + 1 > following.first > 0
 
 
 def _key(one: Candidate) -> _Key:
@@ -80,7 +95,9 @@ def _is_empty(texts: Sequence[str], begin: int, end: int) -> bool:
     return all(len(text) <= _LONGEST_BETWEEN and text[-1] not in "。！？”」…：" for text in between)
 
 
-def _comes_again(usable: Sequence[Candidate], first: int, last: int, later: Mapping[_Key, Sequence[int]]) -> bool:
+def _comes_again(
+    usable: Sequence[Candidate], first: int, last: int, later: Mapping[_Key, Sequence[int]], share: float
+) -> bool:
     """Whether most entries of a run are headings again behind it, most of them with the same title."""
     again, titled, same = 0, 0, 0
     run = usable[first : last + 1]
@@ -92,7 +109,7 @@ def _comes_again(usable: Sequence[Candidate], first: int, last: int, later: Mapp
         if one.title and titles:
             titled += 1
             same += any(map(_begin_alike, titles, repeat(one.title)))
-    return again >= _AGAIN * len(run) and same >= 0.5 * titled
+    return again >= share * len(run) and same >= 0.5 * titled
 
 
 def _begin_alike(title: str, other: str) -> bool:

@@ -11,12 +11,11 @@ from itertools import pairwise
 from statistics import median
 
 from dataset.novels.contents import find_contents
-from dataset.novels.headings import Candidate, find_candidates, find_numbered_lines
+from dataset.novels.headings import Candidate, find_candidates, find_numbered_lines, unit_of
 
 _DEEP = frozenset(("章", "回", "话", "chapter"))
 _SHALLOW = ("部", "部分", "卷", "编", "集", "册", "篇", "幕", "折")
 """Units of volumes, the largest first; of chapters in books that have no smaller ones."""
-_SIMPLIFIED = {"節": "节", "話": "话", "冊": "册", "編": "编"}
 _SENTENCE_MARKS = frozenset("。！？!?…”」』")
 _NAME = re.compile(r"[\w《》·]{1,16}")
 _LATE = 0.25
@@ -75,11 +74,6 @@ def choose_headings(texts: Sequence[str]) -> Choice:
     specials = [one for one in rest if one.unit == "序" and abs(_columns(one.indent) - indent) < 2]
     choice.chapters = sorted(chapters + specials, key=lambda chapter: chapter.index)
     return choice
-
-
-def unit_of(candidate: Candidate) -> str:
-    """Its unit, traditional and simplified as one."""
-    return _SIMPLIFIED.get(candidate.unit, candidate.unit)
 
 
 def _adopt_prefixes(candidates: Iterable[Candidate]) -> None:
@@ -141,6 +135,8 @@ def _numbered(texts: Sequence[str], candidates: Iterable[Candidate], unit: str) 
     own = [candidate for candidate in numbered if unit_of(candidate) == unit and candidate.shaped]
     if not own:
         own = [one for one in numbered if unit_of(one) == unit and not one.prefix and _may_fill(one)]
+    else:
+        own = _with_text_behind(own, [one for one in numbered if unit_of(one) == unit])
     differences = _differences(texts, own)
     kept = [one for one in own if differences(one) <= 1]
     kept = [one for place, one in enumerate(kept) if not differences(one) or not _breaks(kept, place)]
@@ -148,7 +144,39 @@ def _numbered(texts: Sequence[str], candidates: Iterable[Candidate], unit: str) 
         kept = _few(texts, kept)
     taken = {one.index for one in kept}
     others = [one for one in numbered if unit_of(one) in _DEEP | {unit, "节"} and one.index not in taken]
-    return _fill_gaps(kept, others, lambda one: one.shaped and unit_of(one) == unit and differences(one) <= 2)
+    others = [one for one in others if _may_fill(one)]
+    if sum(not one.separated for one in kept) >= 0.9 * len(kept) and len(kept) > 1:
+        goes_on = [one for one in numbered if one.doubtful and unit_of(one) == unit and not differences(one)]
+        others = sorted([*others, *_as_indented(kept, goes_on)], key=lambda one: one.index)
+    apart = _stand_apart(texts, kept)
+
+    def alike(one: Candidate) -> bool:
+        return (one.shaped or (one.doubtful and apart)) and unit_of(one) == unit and differences(one) <= 2
+
+    return _fill_gaps(kept, others, alike)
+
+
+def _with_text_behind(shaped: list[Candidate], numbered: Iterable[Candidate]) -> list[Candidate]:
+    """`shaped`, and the headings that are none by their shape as text stands behind them, if most are like that."""
+    behind = [one for one in numbered if not (one.shaped or one.prefix or one.doubtful) and _may_fill(one)]
+    together = sorted([*shaped, *behind], key=lambda one: one.index)
+    if len(behind) < max(2, len(shaped)) or _steps([one.first for one in together]) < 0.8 * len(together):
+        return shaped
+    return together
+
+
+def _as_indented(kept: Sequence[Candidate], others: Iterable[Candidate]) -> list[Candidate]:
+    """Those of `others` that begin in a column where headings do."""
+    columns = {_columns(one.indent) for one in kept}
+    return [one for one in others if _columns(one.indent) in columns]
+
+
+def _stand_apart(texts: Sequence[str], kept: Sequence[Candidate]) -> bool:
+    """Whether an indent like that of the headings tells them from other lines."""
+    columns = {_columns(one.indent) for one in kept}
+    lines = [text for text in texts if text and not text.isspace()]
+    alike = sum(_columns(text[: len(text) - len(text.lstrip())]) in columns for text in lines)
+    return alike < 2 * len(kept) + 0.1 * len(lines)
 
 
 def _differences(texts: Sequence[str], own: Sequence[Candidate]) -> Callable[[Candidate], int]:
@@ -197,9 +225,9 @@ def _few(texts: Sequence[str], headings: Sequence[Candidate]) -> list[Candidate]
 
 
 def _fill_gaps(
-    kept: list[Candidate], others: Iterable[Candidate], alike: Callable[[Candidate], bool]
+    kept: list[Candidate], others: Sequence[Candidate], alike: Callable[[Candidate], bool]
 ) -> list[Candidate]:
-    """`kept`, and those of `others` whose number is the one missing between two of them.
+    """`kept`, and those of `others` whose numbers are the ones missing between two of them.
 
     One that looks `alike` may also be the first of several that are missing.
     """
@@ -207,14 +235,25 @@ def _fill_gaps(
     for one in others:
         place = bisect_left(filled, one.index, key=lambda heading: heading.index)
         before = filled[place - 1].last if place else 0
-        after = filled[place].first if place < len(filled) else None
-        if one.first != before + 1 or not _may_fill(one) or not filled:
+        after = filled[place] if place < len(filled) else None
+        if one.first != before + 1 or not filled:
             continue
-        if after == one.last + 1 or (alike(one) and (after is None or after > one.last)):
+        if alike(one) if after is None else _reaches(one, after, others) or (alike(one) and after.first > one.last):
             if one.prefix:
                 one.cut_prefix()
             filled.insert(place, one)
     return filled
+
+
+def _reaches(one: Candidate, after: Candidate, others: Sequence[Candidate]) -> bool:
+    """Whether `one`, and `others` between it and the heading `after`, are all the numbers that are missing there."""
+    last = one.last
+    for other in others[bisect_left(others, one.index + 1, key=lambda candidate: candidate.index) :]:
+        if last + 1 >= after.first or other.index >= after.index:
+            break
+        if other.first == last + 1:
+            last = other.last
+    return last + 1 == after.first
 
 
 def _volumes(texts: Sequence[str], rest: Iterable[Candidate], chapters: Sequence[Candidate]) -> list[Candidate]:
@@ -301,7 +340,8 @@ def _titles_in_contents(texts: Sequence[str], contents: Iterable[int]) -> list[C
 def _title(index: int, title: str) -> Candidate:
     return Candidate(
         index=index, indent="", unit="", number=None, last=0, label="", title=" ".join(title.split()), joint="",
-        separated=True, prefix="", volume="", shaped=True, several=False, ended=False, fits_shape=True, cut=(),
+        separated=True, prefix="", volume="", shaped=True, several=False, ended=False, doubtful=False,
+        fits_shape=True, cut=(),
     )  # fmt: skip
 
 

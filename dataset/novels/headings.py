@@ -3,31 +3,34 @@
 from __future__ import annotations
 
 import re
-import unicodedata
 from bisect import bisect_right
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from itertools import accumulate
 
+from dataset.novels.normalized import NormalizedCopy
+from dataset.novels.numerals import DASHES, DIGITS, to_numbers
+
 _B = r"[^\S\n]"
 """A blank within a line."""
-_DIGIT = "0-9０-９一二三四五六七八九十百千零〇○两兩廿卅卌壹贰貳叁參肆伍陆陸柒捌玖拾佰仟"
-_NUMBER = rf"(?:[{_DIGIT}]{_B}{{0,3}}){{1,9}}"
+_NUMBER = rf"(?:[{DIGITS}]{_B}{{0,3}}){{1,9}}"
+_NUMBER_OR_DASH = rf"(?:[{DIGITS}{DASHES}]{_B}{{0,3}}){{1,19}}"
+_DASHED = rf"[{DIGITS}{DASHES}]{{1,6}}(?<=[{DIGITS}].|.[{DIGITS}])"
 _CHAPTER_UNITS = "章回节節话話"
 _VOLUME_UNITS = "卷部集篇册冊幕折"
-# 第二部分 is a volume; 第一回合, 第三章程, 第二节课, 第一集团军, 第三卷子 and the like are words of the prose.
-_UNIT = (
-    r"(?:部分(?!人)|章(?!程)|回(?!合)|[节節](?![课課目日])|[话話](?![题題剧劇])"
-    r"|卷(?!子)|部(?![队隊门門])|集(?![团團合])|篇(?!文章)|[册冊](?!子)|幕(?!府)|折(?![子扣]))"
+# 第二部分 is a volume; 第一回合, 第三章程, 第二节课, 第一集团军, 第三卷子 and the like are mostly words of the prose.
+_UNIT = r"(?:部分(?!人)|[章回节節话話卷部集篇册冊幕折])"
+_WORD = re.compile(
+    r"章程|回合|[节節][课課目日]|[话話][题題剧劇]|卷子|部[队隊门門]|集[团團合]|篇文章|[册冊]子|幕府|折[子扣]|部分人"
 )
 _LABEL = re.compile(
-    rf"第{_B}{{0,3}}(?P<number>{_NUMBER})(?:[-－—~～至、]{_B}?第?(?P<last>{_NUMBER}))?(?P<unit>{_UNIT})"
+    rf"第{_B}{{0,3}}(?P<number>{_NUMBER_OR_DASH}(?:[~～至、]{_B}?第?{_NUMBER_OR_DASH}|第{_NUMBER})?)(?P<unit>{_UNIT})"
 )
 _SPECIAL = (
     "楔子|引子|序[章言幕曲篇]?|自序|代序|总序|總序|前言|前[记記]|引言|[缘緣]起首回|首[回章]|[缘緣]起|番外[篇卷]?|外[传傳]"
     "|尾[声聲]|后[记記]|後[记記]|终章|終章|终曲|最[终終][章回]|大[结結]局|[结結]局|[结結][语語]|跋|附[录錄]|完本感言"
 )
-_NAMED_VOLUME = rf"卷{_B}?[之第]?{_B}?{_NUMBER}|[上中下](?:卷|部|[册冊]|篇|[编編])"
+_NAMED_VOLUME = rf"卷{_B}?[之第]?{_B}?(?:{_NUMBER}|[{DASHES}](?={_B}|\n|$))|[上中下](?:卷|部|[册冊]|篇|[编編])"
 _ENGLISH = r"(?i:chapter)[^\S\n]*[0-9０-９]{1,4}"
 _OPENERS = "【[〔〖「『《〈<(（"
 _CLOSERS = "】]〕〗」』》〉>)）"
@@ -37,10 +40,11 @@ _DECORATION = rf"[{re.escape(_OPENERS + _SYMBOLS)}]"
 _LINE_START = re.compile(
     rf"\n(?:{_B}|{_DECORATION}){{0,40}}"
     rf"(?:(?P<special>{_SPECIAL})|(?P<volume>{_NAMED_VOLUME})|(?P<english>{_ENGLISH})"
-    rf"|(?P<bare>[{_DIGIT}]{{1,6}}[章回])(?![^\s:：、.]))"
+    rf"|(?P<bare>[{DIGITS}{DASHES}]{{1,6}}[章回])(?![^\s:：、.]))"
 )
 _NUMBERED_LINE = re.compile(
-    rf"\n{_B}{{0,40}}(?P<open>[（(【\[]?)(?P<number>[{_DIGIT}]{{1,6}})(?P<close>[）)】\]]|[.．、:：]|(?={_B}|\n|$))"
+    rf"\n{_B}{{0,40}}(?P<open>[（(【\[]?)(?P<number>[{DIGITS}]{{1,6}}|{_DASHED})"
+    rf"(?P<close>[）)】\]]|[.．、:：]|(?={_B}|\n|$))"
 )
 _SEPARATOR = re.compile(r"[\s:：、.．·—-]*")
 _KNOWN_PREFIX = re.compile(
@@ -52,10 +56,8 @@ _VOLUME_PREFIX = re.compile(
 )
 _ENDED = re.compile(r"[（(]?(?:完|终|終|[结結]束|本章完)[）)]?[。！]?")
 _SIDES = {"上": 1, "中": 2, "下": 3}
-_DIGIT_ROWS = ("零〇○", "一壹", "二两兩贰貳", "三叁參", "四肆", "五伍", "六陆陸", "七柒", "八捌", "九玖")
-_DIGITS = {character: digit for digit, row in enumerate(_DIGIT_ROWS) for character in row}
-_MULTIPLES = {"十": 10, "拾": 10, "百": 100, "佰": 100, "千": 1000, "仟": 1000}
-_TENS = {"廿": "二十", "卅": "三十", "卌": "四十"}
+_SIMPLIFIED = {"節": "节", "話": "话", "冊": "册", "編": "编"}
+_GOES_ON = "的中里裡是也就才时時"
 LONGEST_HEADING = 60
 """Characters of a heading line; a longer one is one with prose behind it, or is prose."""
 
@@ -80,6 +82,7 @@ class Candidate:
         shaped: looks like a heading by itself: it fits, and nothing else stands before the label.
         several: has two labels of a unit, as lines in tables of contents do.
         ended: says that a chapter ends: 第一章完.
+        doubtful: the words go on behind the label without a blank, as prose does: 第十一回里城囚西伯侯, 第二回合.
         cut: pieces of the line that do not belong to the heading, with the rule that says so.
     """
 
@@ -98,6 +101,7 @@ class Candidate:
     shaped: bool
     several: bool
     ended: bool
+    doubtful: bool
     cut: tuple[tuple[str, str], ...]
 
     @property
@@ -108,7 +112,23 @@ class Candidate:
     def cut_prefix(self) -> None:
         """Take the words before the label for the book's name: no part of the heading."""
         self.prefix = ""
-        self.shaped = self.fits_shape and not self.several
+        self.shaped = self.fits_shape and not self.several and not self.doubtful
+
+    def says(self, other: Candidate) -> bool:
+        """Whether this heading has all that `other` has: the number, in any digits, and the words of its title."""
+        if (self.number, self.last) != (other.number, other.last):
+            return False
+        mine, its = folded(self.title), folded(other.title)
+        return its in mine if unit_of(self) == unit_of(other) else bool(its) and its == mine
+
+    def says_line(self, line: str) -> bool:
+        """Whether a line is this heading again: its number, in any digits, with the same title or without one."""
+        if self.number is None or len(line) > LONGEST_HEADING:
+            return False
+        labelled = [one for one in find_candidates([line]) if one.number is not None and not one.several]
+        if any(self.says(one) and (one.title or not one.prefix) for one in labelled):
+            return True
+        return bool(self.title) and any(self.says(one) and one.title for one in find_numbered_lines([line]))
 
     @property
     def heading(self) -> str:
@@ -118,31 +138,14 @@ class Candidate:
         return f"{self.label}{self.joint or ' '}{self.title}"
 
 
-def to_number(text: str) -> int | None:
-    """An Arabic, full-width or Chinese number: 12, １２, 十二, 一二零, 一百零一, 廿三, 壹佰贰拾; None for all else.
+def unit_of(candidate: Candidate) -> str:
+    """Its unit, traditional and simplified as one."""
+    return _SIMPLIFIED.get(candidate.unit, candidate.unit)
 
-    >>> [to_number(text) for text in ("一百二十", "一一零", "廿三", "１２", "两千零一", "一十")]
-    [120, 110, 23, 12, 2001, 10]
-    """
-    text = unicodedata.normalize("NFKC", "".join(text.split()))
-    if text.isdecimal():
-        return int(text)
-    text = "".join(_TENS.get(character, character) for character in text)
-    if not any(character in _MULTIPLES for character in text):
-        digits = [_DIGITS.get(character, int(character) if character.isdecimal() else None) for character in text]
-        return None if not digits or None in digits else int("".join(map(str, digits)))
-    total, digit = 0, 0
-    for character in text:
-        if character in _MULTIPLES:
-            total += (digit or 1) * _MULTIPLES[character]
-            digit = 0
-        elif character in _DIGITS:
-            digit = _DIGITS[character]
-        elif character.isdecimal():
-            digit = digit * 10 + int(character)
-        else:
-            return None
-    return total + digit
+
+def folded(text: str) -> str:
+    """Only what punctuation, blanks, half and full width and the common traditional characters do not change."""
+    return NormalizedCopy.of(text).text
 
 
 def find_candidates(texts: Sequence[str]) -> list[Candidate]:
@@ -161,7 +164,8 @@ def find_numbered_lines(texts: Sequence[str]) -> list[Candidate]:
         index = bisect_right(starts, match.start() + 1) - 1
         line = texts[index]
         begin, end = match.start("open") - starts[index], match.end() - starts[index]
-        number = to_number(match["number"])
+        numbers = to_numbers(match["number"])
+        number = numbers[0] if numbers and numbers[0] == numbers[1] else None
         bracketed = match["close"] in tuple("）)】]")
         if number is None or line[end : end + 1].isdecimal() or bracketed != bool(match["open"]):
             continue
@@ -178,6 +182,8 @@ def _candidates(texts: Sequence[str]) -> Iterator[Candidate]:
     for match in _LABEL.finditer(joined):
         index = bisect_right(starts, match.start()) - 1
         before = joined[starts[index] : match.start()]
+        if _WORD.match(joined, match.start("unit")) and (index in labels or before.strip()):
+            continue
         if index in labels or (len(before) <= LONGEST_HEADING and "，" not in before and "。" not in before):
             labels.setdefault(index, []).append(match)
     others = {}
@@ -206,17 +212,17 @@ def _labelled(index: int, line: str, start: int, matches: list[re.Match[str]]) -
     match, several, outer = matches[0], False, ""
     for later in matches[1:]:
         if later["unit"] == match["unit"]:
-            several = several or to_number(later["number"]) != to_number(match["number"])
+            several = several or to_numbers(later["number"]) != to_numbers(match["number"])
         elif match["unit"][0] in _VOLUME_UNITS and later["unit"][0] in _CHAPTER_UNITS:
             match = later
         elif match["unit"] == "章" and later["unit"] in "节節" and match.string[match.end() : later.start()].isspace():
             outer, match = match[0], later
-    number = to_number(match["number"])
-    if number is None:
+    numbers = to_numbers(match["number"])
+    if numbers is None:
         return None
     begin, end = match.start() - start, match.end() - start
-    candidate = _take_apart(index, line, begin, end, match["unit"], number, outer)
-    candidate.last = max(number, to_number(match["last"] or "") or 0)
+    candidate = _take_apart(index, line, begin, end, match["unit"], numbers[0], outer)
+    candidate.last = numbers[1]
     candidate.several = several
     candidate.shaped = candidate.shaped and not several
     return candidate
@@ -229,7 +235,7 @@ def _begun(index: int, line: str, start: int, match: re.Match[str]) -> Candidate
     label = match[kind].rstrip()
     end = begin + len(label)
     if kind == "special":
-        part = re.match(rf"{_B}?[（(]?[{_DIGIT}上中下]{{1,4}}[)）]?(?=[\s:：、]|$)", line[end:])
+        part = re.match(rf"{_B}?[（(]?[{DIGITS}上中下]{{1,4}}[)）]?(?=[\s:：、]|$)", line[end:])
         end += part.end() if part else 0
         candidate = _take_apart(index, line, begin, end, "序", None)
         free = candidate.separated or label.endswith("首回") or (label[:2] == "番外" and candidate.title[:1] == "之")
@@ -237,13 +243,14 @@ def _begun(index: int, line: str, start: int, match: re.Match[str]) -> Candidate
         return candidate
     if kind == "volume":
         side = _SIDES.get(label[0])
-        number = side if side else to_number(re.sub(r"[卷之第\s]", "", label))
+        number = side if side else (to_numbers(re.sub(r"[卷之第\s]", "", label)) or (None,))[0]
         candidate = _take_apart(index, line, begin, end, label[-1] if side else "卷", number)
         candidate.shaped = candidate.shaped and candidate.separated
         return candidate
-    number = to_number(re.sub(r"(?i)chapter|[章回]", "", label))
-    if number is None:
+    numbers = to_numbers(re.sub(r"(?i)chapter|[章回]", "", label).strip())
+    if numbers is None:
         return None
+    number = numbers[0]
     candidate = _take_apart(index, line, begin, end, "chapter" if kind == "english" else label[-1], number)
     candidate.shaped = candidate.shaped and kind == "english"
     return candidate
@@ -285,12 +292,14 @@ def _take_apart(
         and title[-1:] not in tuple("，、；：,;:（(“「『《")
         and title[:1] not in tuple("，。、；！？”」』》）)]】")
         and not ended
-        and (separated or title[0] not in "的中里裡是也就才时時")
+        and (separated or not words or title[0] not in _GOES_ON)
     )
+    goes_on = not separated and (title[0] in _GOES_ON or _WORD.match(line, max(begin, end - len(unit))) is not None)
     return Candidate(
         index=index, indent=indent, unit=unit, number=number, last=number or 0, label=_regular(line[begin:end]),
         title=title, joint="".join(separator.split()), separated=separated, prefix=words, volume=volume,
-        fits_shape=fits, shaped=fits and not words, several=False, ended=ended, cut=tuple(cut),
+        fits_shape=fits, shaped=fits and not words and not goes_on, several=False, ended=ended,
+        doubtful=fits and not words and goes_on, cut=tuple(cut),
     )  # fmt: skip
 
 

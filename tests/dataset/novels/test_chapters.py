@@ -10,7 +10,7 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
 from dataset.novels.chapters import Split, split_chapters
-from dataset.novels.headings import to_number
+from dataset.novels.numerals import to_number, to_numbers
 from dataset.novels.records import Line
 
 NOVELS = Path(__file__).resolve().parents[4] / "shared" / "data" / "novels"
@@ -209,6 +209,65 @@ def test_numbers(text: str, number: int | None) -> None:
     assert to_number(text) == number
 
 
+DASHES = "—－―ー-–─ㄧ"
+
+
+@pytest.mark.parametrize("dash", DASHES)
+def test_a_dash_in_a_number_is_a_misprint_of_one(dash: str) -> None:
+    for written, number in (("十{}", 11), ("{}百", 100), ("一百{}十二", 112), ("{}百{}十{}", 111), ("二十{}", 21)):
+        assert to_numbers(written.replace("{}", dash)) == (number, number)
+    lines = ["第十章 雪", f"第十{dash}章 夜", "第十二章 火"]
+    found = split(book(*lines))
+    assert [(one.number, one.title) for one in found.chapters] == [(10, "雪"), (11, "夜"), (12, "火")]
+    assert found.findings == ["the numbering begins at 10"]
+
+
+@pytest.mark.parametrize(
+    ("lines", "numbers"),
+    [
+        (["十、雪", "十—、夜", "十二、火"], []),
+        (["卷—", "卷二", "卷三"], [1, 2, 3]),
+        (["第—卷 雪", "第二卷 夜", "第三卷 火"], [1, 2, 3]),
+        (["第九十九回 雪", "第—百回 夜", "第—百零—回 火"], [99, 100, 101]),
+        (["第十—十二章 雪", "第十三章 夜"], [10, 13]),
+        (["第1—2章 雪", "第3章 夜"], [1, 3]),
+    ],
+)
+def test_dashes_of_misprints_and_of_ranges(lines: list[str], numbers: list[int]) -> None:
+    assert [one.number for one in split(book(*lines)).chapters if one.number] == numbers
+
+
+def test_a_dash_before_speech_is_no_number() -> None:
+    speech = ["—— 你来了。", "— 来了。", "——他没有回答。"]
+    found = split(book("第一章 雪", ["第二章 夜", *speech], "第三章 火"))
+    assert headings(found) == ["第一章 雪", "第二章 夜", "第三章 火"]
+    assert found.chapters[1].text.split("\n")[1:4] == speech
+
+
+GOES_ON = ["里城夜火", "裡城夜火", "中原逐鹿", "的卢救主", "是非之地", "时来运转", "才子佳人", "就义东市", "也是英雄"]
+
+
+@pytest.mark.parametrize("title", [*GOES_ON, "合浦珠还"])
+@pytest.mark.parametrize("place", [0, 2, 4])
+def test_a_title_behind_no_blank_may_begin_with_any_word(title: str, place: int) -> None:
+    titles = ["雨夜孤舟", "渡口旧信", "开船北去", "青苔石阶"]
+    titles.insert(place, title)
+    found = split(book(*(f"第{number}回{title}" for number, title in zip("一二三四五", titles, strict=True))))
+    assert [one.title for one in found.chapters] == titles
+    assert found.findings == []
+
+
+def test_words_of_the_prose_are_no_titles_behind_no_blank() -> None:
+    lines = [f"第{number}回雨夜孤舟" for number in "一二三四五六"]
+    for line in ["第四回里说过的话", "　　第六回中的人", "第七回里说过的话", "　　第七回是他的信", "第二回合开始了"]:
+        texts = book(*lines, prose=[text.strip() for text in PROSE])
+        assert headings(split([*texts[:-3], line, *texts[-3:]])) == [
+            f"第{number}回 雨夜孤舟" for number in "一二三四五六"
+        ]
+    spaced = [f"第{number}回 雨夜孤舟" for number in "一二四五六"]
+    assert headings(split([*book(*spaced[:2]), "第三回里说过的话", *book(*spaced[2:])])) == spaced
+
+
 @pytest.mark.parametrize(
     "line",
     [
@@ -282,6 +341,26 @@ def test_a_book_with_one_line_a_chapter() -> None:
     assert all(chapter.text.split("\n")[1:] == [visible(PROSE)] for chapter in found.chapters)
 
 
+BEHIND = "老周把船系在木桩上，拍了拍手上的泥。岸边的芦苇被风压得很低，他听见远处有人喊他的名字，却看不清是谁。"
+
+
+@pytest.mark.parametrize("alone", [(), (2,), (0,), (5,), (1, 2)])
+@pytest.mark.parametrize("text", [BEHIND, "他没有回答，雨还没有停。", f"“你来了。”{BEHIND}", f"话说{BEHIND}"])
+def test_text_behind_most_headings(alone: tuple[int, ...], text: str) -> None:
+    titles = ["雨夜", "渡口", "旧信", "开船", "青苔", "铜铃"]
+    lines = [f"第{number}回    {title}" for number, title in zip("一二三四五六", titles, strict=True)]
+    found = split(book(*(line if place in alone else f"{line}　{text}" for place, line in enumerate(lines))))
+    assert [one.title for one in found.chapters] == titles
+    assert [one.text.split("\n")[1] == text for one in found.chapters] == [place not in alone for place in range(6)]
+    assert found.findings == []
+
+
+def test_text_behind_a_few_headings_in_a_row() -> None:
+    lines = [f"第{number}回 雨夜" for number in "一二三四五六七八"]
+    found = split(book(*(f"{line} {BEHIND}" if place in (3, 4) else line for place, line in enumerate(lines))))
+    assert headings(found) == lines
+
+
 def test_sections_stay_in_their_chapter() -> None:
     for first, second in (("一", "二"), ("1", "2"), ("第一节 甲", "第二节 乙")):
         found = split(book(["第一章 雪", first], second, ["第二章 夜", first], second))
@@ -328,6 +407,27 @@ def test_tables_of_contents(contents: list[str], entries: int) -> None:
     assert found.findings == [f"a table of contents with {entries} entries was left out"]
 
 
+@pytest.mark.parametrize(
+    "contents",
+    [
+        [*CONTENTS, "第五回 午未"],
+        [entry.replace("一", "1").replace("二", "2").replace("三", "3").replace("四", "4") for entry in CONTENTS]
+        + ["第5回 午未"],
+        [*CONTENTS, "后记"],
+        ["序章", *CONTENTS, "第五回 午未", "番外 申酉"],
+        [*CONTENTS, "第五回 午未", "", "内容简介：", "一个人在雪夜里回家的故事，写了三年，改了又改。"],
+    ],
+)
+def test_entries_of_chapters_that_the_book_lacks_are_no_chapters(contents: list[str]) -> None:
+    found = split(["目录", *contents, "", *book(*CONTENTS)])
+    assert headings(found) == CONTENTS
+    assert not any("without text" in finding or "begins" in finding for finding in found.findings)
+
+
+def test_the_first_chapter_right_below_a_table_of_contents_is_none_of_its_entries() -> None:
+    assert headings(split(["目录", *CONTENTS, "", *book("楔子", *CONTENTS)])) == ["楔子", *CONTENTS]
+
+
 def test_titles_without_numbers() -> None:
     """They are told by a table of contents, or by being the only lines without an indent."""
     titles = ["雪", "夜里", "归人的路"]
@@ -358,6 +458,52 @@ def test_repeated_headings() -> None:
     assert headings(found) == ["第一章 雪", "第二章 夜", "第三章 火", "第四章 灯火"]
     assert rules(found) == {"repeated_heading": 4}
     assert found.findings == []
+
+
+@pytest.mark.parametrize("indent", ["", "　　"])
+@pytest.mark.parametrize(
+    ("first", "second"),
+    [
+        *[("第12章 雪夜", other) for other in ("第十二章 雪夜", "第１２章 雪夜", "第拾贰章 雪夜", "第一二章 雪夜")],
+        *[("第十二章 雪夜", other) for other in ("第12章 雪夜", "第012章 雪夜", "十二、雪夜", "12. 雪夜", "12 雪夜")],
+        *[("第十二节 灯（上）", other) for other in ("第12節 灯(上)", "第12节：灯（上）", "正文 第12节 灯（上）")],
+        ("第12章", "第十二章"),
+        ("第12章 雪夜", "第十二章"),
+        ("第12章 雪夜", "雪夜归人 第十二章 雪夜"),
+        ("第12章 雪夜", "第十二回 雪夜"),
+    ],
+)
+def test_a_heading_in_other_digits_is_one_heading(first: str, second: str, indent: str) -> None:
+    unit = "节" if "节" in first else "章"
+    found = split(
+        book(
+            f"第11{unit} 火", [first, indent + second], [f"第13{unit} 灰", f"{indent}第十三{unit} 灰"], f"第14{unit} 归"
+        )
+    )
+    assert [one.number for one in found.chapters] == [11, 12, 13, 14]
+    assert found.chapters[1].heading == first
+    assert rules(found)["repeated_heading"] == 2
+    assert found.findings == ["the numbering begins at 11"]
+
+
+def test_what_is_no_repetition_stays() -> None:
+    for line in ("第十三章 雪夜", "第十二章 别的", "十二", "一、雪夜", "第十二章里写着雪夜。", "雪夜里，他来了。"):
+        found = split(book("第11章 火", ["第12章 雪夜", f"　　{line}"], "第14章 归"))
+        assert line in "\n".join(one.text for one in found.chapters).split("\n")
+        assert rules(found)["repeated_heading"] == 0
+
+
+LONG = [text for number in range(8) for text in (*PROSE[:3], f"　　第{number}天，他又来了，站在门口，不说话。")]
+
+
+@pytest.mark.parametrize("word", ["导读：", "導讀", "内容简介", "【内容简介】", "作者简介", "作品介绍：", "文案"])
+def test_a_word_of_blurbs_in_the_middle_of_prose_ends_nothing(word: str) -> None:
+    chapters = book("第一章 雪", "第二章 夜")
+    found = split([*LONG, f"　　{word}", *PROSE[:3], "", *chapters])
+    assert visible(one.text for one in found.chapters) == visible([*LONG, word, *PROSE[:3], *chapters])
+    assert not found.removed
+    blurb = split(["雪夜", "作者：某人", word, *PROSE[:3], "", *chapters])
+    assert headings(blurb) == ["第一章 雪", "第二章 夜"]
 
 
 def test_findings_about_numbers() -> None:
