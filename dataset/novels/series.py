@@ -11,7 +11,8 @@ from statistics import median
 from typing import NamedTuple
 
 from dataset.decode import decode_tolerant, read_bytes
-from dataset.novels.headings import Candidate, find_candidates, to_number
+from dataset.novels.headings import Candidate, find_candidates
+from dataset.novels.numerals import to_number
 from dataset.novels.records import BadBytes, RawBook, Section
 from dataset.novels.references import decode_references
 from novelgpt.settings.errors import UserError
