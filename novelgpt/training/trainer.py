@@ -285,7 +285,8 @@ class NovelTrainer(CheckpointTrainer):
         if self.saved_step is not None:
             self.state.global_step = self.saved_step
             history = self.state.log_history
-            self.state.epoch = next(entry["epoch"] for entry in history if _is_evaluation_of(entry, self.saved_step))
+            own = next(entry for entry in history if _is_evaluation_of(entry, self.saved_step))
+            self.state.epoch = own.get("epoch", self.state.epoch)
             self.log({"saved_step": self.saved_step})
         yield
         self.state.global_step, self.state.epoch = last

@@ -1,8 +1,10 @@
 """With --load_best_model_at_end, what is saved and what is recorded are of one step, the best of the checkpoints."""
 
 import json
+import os
 import re
 import shutil
+import signal
 from pathlib import Path
 from typing import Any
 
@@ -21,7 +23,9 @@ from novelgpt.text.conversation import IGNORED, encode_conversation
 from novelgpt.text.tokenizer import load_tokenizer
 from novelgpt.training import throughput
 from novelgpt.training.checkpoints.best import best_checkpoint
+from novelgpt.training.checkpoints.folders import checkpoints, damage, step_of
 from novelgpt.training.launch_checks import check_before_launch
+from novelgpt.training.trainer import NovelTrainer
 from tests.faults.runs import write_base, write_rows
 from tests.ranks import run_pipeline
 
@@ -162,6 +166,35 @@ def test_a_run_gone_on_with_ends_with_the_best_of_both_parts(
     assert again["results"]["saved_step"] == whole["results"]["saved_step"] < 6
     assert again["results"]["eval_loss"] == whole["results"]["eval_loss"]
     check_saved(base, tmp_path / "moved", files[1], again)
+
+
+def test_a_signal_while_the_best_is_evaluated_leaves_all_checkpoints_as_they_are(
+    base: Path, files: tuple[Path, Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    words = "--max_steps 8 --eval_steps 2 --save_steps 2 --save_total_limit 9"
+    whole = run(finetune, base, files, tmp_path / "whole", words)
+    load = NovelTrainer._load_best_model
+
+    def load_and_signal(trainer: NovelTrainer) -> None:
+        load(trainer)
+        assert trainer.reloaded
+        os.kill(os.getpid(), signal.SIGTERM)
+
+    with monkeypatch.context() as patched:
+        patched.setattr(NovelTrainer, "_load_best_model", load_and_signal)
+        with pytest.raises(SystemExit) as stopped:
+            run(finetune, base, files, tmp_path / "run", words)
+    assert stopped.value.code == 128 + signal.SIGTERM
+    steps = [step_of(folder) for folder in checkpoints(tmp_path / "run")]
+    assert steps == [8, 6, 4, 2]
+    for step in steps:  # above all not the best's weights beside the states of the last step
+        found = [tmp_path / name / f"checkpoint-{step}" for name in ("run", "whole")]
+        assert damage(found[0]) is None
+        assert len({(folder / "model.safetensors").read_bytes() for folder in found}) == 1
+    again = run(finetune, base, files, tmp_path / "run", words)
+    assert again["results"]["saved_step"] == whole["results"]["saved_step"]
+    assert again["results"]["eval_loss"] == whole["results"]["eval_loss"]
+    check_saved(base, tmp_path / "run", files[1], again)
 
 
 @pytest.mark.slow
