@@ -15,6 +15,7 @@ from pathlib import Path
 from peft import PeftModel
 from torch import nn
 
+from novelgpt.model.adapter_bases import BASE_HELP, find_base
 from novelgpt.model.export import (
     DTYPE_CHOICES,
     DTYPE_HELP,
@@ -53,7 +54,7 @@ def main(argv: list[str] | None = None) -> None:
     if trained_on is None:
         locate(ModelArguments(words.adapter))  # tells what is wrong with a folder that is no model either
         raise UserError(f"{words.adapter} holds no adapter_config.json", "name the folder of a LoRA run")
-    base = locate(ModelArguments(words.base)) if words.base else trained_on
+    base = find_base(words.adapter, trained_on, ModelArguments(words.base) if words.base else None)
     with complete_folder(words.output) as unfinished:
         check_no_pickles(base_folder(base), words.allow_pickles)
         check_adapter_files(Path(words.adapter), words.allow_pickles)
@@ -69,8 +70,7 @@ def _parser() -> argparse.ArgumentParser:
     parser = CommandParser(prog="python -m finetune_lora.merge", description="An adapter merged into its base.")
     parser.add_argument("adapter", type=from_home, help="folder of a finetune_lora run or of one of its checkpoints")
     parser.add_argument("output", type=Path, help="new folder for the full checkpoint")
-    parser.add_argument("--base", help="where the base lies now; tiny is the small base "
-                        "[default: where it lay in training]")  # fmt: skip
+    parser.add_argument("--base", help=f"{BASE_HELP}; tiny is the small base")
     parser.add_argument(
         "--trust_remote_code", action="store_true", help="run Python code that lies with the base, if it needs that"
     )
@@ -85,7 +85,7 @@ def _write_merged(words: argparse.Namespace, base: str, folder: Path) -> tuple[W
     """Write the merged checkpoint; also by how much the adapter moves a logit. No model is left in memory."""
     tokenizer = load_tokenizer(ModelArguments(words.adapter, "sdpa", words.trust_remote_code))
     model = ModelArguments(base, "sdpa", words.trust_remote_code, allow_pickles=words.allow_pickles)
-    loaded = load_model(model, tokenizer).eval()
+    loaded = load_model(model, tokenizer, adapter=Path(words.adapter)).eval()
     architectures = read_config(model).architectures
     ends = answer_end_ids(loaded, tokenizer)
     adapted = _attach(loaded, words.adapter, base)

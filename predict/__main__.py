@@ -20,7 +20,7 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 from dataset.instructions import load_instructions
 from novelgpt.model.generation import Answer, check_continuous, plan_batches
 from novelgpt.model.hub import folder_of
-from novelgpt.model.loading import load_for_generation
+from novelgpt.model.loading import load_for_generation, longest_row
 from novelgpt.scoring.summary import reference_scores
 from novelgpt.settings.arguments import ModelArguments, PredictArguments
 from novelgpt.settings.errors import UserError, exit_on_user_error
@@ -36,8 +36,10 @@ from novelgpt.training.run_record import newest_finetuning
 from predict.endpoint import check_settings, through_endpoint
 from predict.generate import AnswerRows, continuously, in_batches, reference_sums
 from predict.journal import Journal
+from predict.lengths import check_lengths
 from predict.rows import PromptRow, read_prompt_rows
 from predict.score import score_predictions, scored_prediction, write_scores
+from predict.shown_answers import show_answers
 
 
 @dataclass
@@ -65,7 +67,7 @@ def main(argv: list[str] | None = None) -> None:
         chosen = _chosen_model(run)
         tokenizer = load_tokenizer(chosen)
         rows = read_prompt_rows(run.data.data_files, tokenizer, run.data.max_rows, instructions)
-        source = _model(run, chosen, tokenizer)
+        source = _model(run, chosen, tokenizer, rows)
     # Without the word, accelerate takes several processes on CPUs for one each.
     state = PartialState(cpu=not torch.accelerator.is_available())
     if state.is_main_process:
@@ -91,6 +93,7 @@ def main(argv: list[str] | None = None) -> None:
         if state.is_main_process:
             ordered = [answers[number] for number in range(len(rows))]
             _write_predictions(rows, ordered, folder / "predictions.jsonl")
+            show_answers(rows, ordered)
             figures = {"seconds": seconds, "answered_before": known, "model": source.name}
             _write_scores(rows, ordered, sums, figures | {"generation": asdict(run.generation)}, folder / "scores.json")
             journal.remove()
@@ -121,8 +124,11 @@ def _chosen_model(run: PredictRun) -> ModelArguments:
     return ModelArguments(name, data.attention, data.trust_remote_code, data.hub, data.allow_pickles)
 
 
-def _model(run: PredictRun, chosen: ModelArguments, tokenizer: PreTrainedTokenizerBase) -> Source:
-    model = load_for_generation(chosen, tokenizer)
+def _model(
+    run: PredictRun, chosen: ModelArguments, tokenizer: PreTrainedTokenizerBase, rows: Sequence[PromptRow]
+) -> Source:
+    model = load_for_generation(chosen, tokenizer, run.data.base)
+    check_lengths(rows, tokenizer, longest_row(model.config), run.generation.max_new_tokens)
     if run.data.backend == "continuous":
         answer = continuously(model, tokenizer, run.generation, run.data.batch_size)
     else:
@@ -154,7 +160,7 @@ def _identity(run: PredictRun, name: str, rows: Sequence[PromptRow]) -> str:
     """What the answers depend on, as a hash: the model's files, the prompts, the settings."""
     files = sorted(path for path in Path(name).iterdir() if path.is_file()) if Path(name).is_dir() else []
     state = [(path.name, path.stat().st_size, path.stat().st_mtime_ns) for path in files]
-    settings = asdict(run.generation), run.data.batch_size, run.data.backend, run.data.attention
+    settings = asdict(run.generation), run.data.base, run.data.batch_size, run.data.backend, run.data.attention
     asked = [(row.id, row.prompt_ids, row.prompt, row.plain) for row in rows]
     return hashlib.sha256(json.dumps([name, state, settings, asked]).encode()).hexdigest()
 

@@ -1,6 +1,6 @@
-"""Talk to a checkpoint, an adapter or a base in the terminal.
+"""Talk to a checkpoint, an adapter or a base in the terminal, or let it go on with a text.
 
-    python -m predict.chat [--model FOLDER]
+    python -m predict.chat [--model FOLDER] [--mode chat|text]
 
 Prompts are those of training, and answers appear while they are made.
 """
@@ -26,12 +26,15 @@ from novelgpt.settings.paths import TINY
 from novelgpt.settings.terminal import say, say_text
 from novelgpt.settings.units import counted
 from novelgpt.text.conversation import Message, encode_prompt
+from novelgpt.text.encoding import answer_text, document_end_id
 from novelgpt.text.statistics import BROKEN
 from novelgpt.text.templates import template_record
 from novelgpt.text.tokenizer import load_tokenizer
 from novelgpt.training.run_record import newest_finetuning
+from predict.raw_text import RawText, continues_text
 
 COMMANDS = "/clear forgets the conversation, /exit or Ctrl-D ends it, Ctrl-C stops an answer"
+TEXT_COMMANDS = "a line begins a text to go on with, an empty line goes on; /exit or Ctrl-D ends, Ctrl-C stops a text"
 
 
 @dataclass
@@ -44,6 +47,16 @@ class ChatArguments:
         None,
         "Full checkpoint, adapter folder or hub name; tiny is the small base. Default: the newest finished fine-tuning "
         "under output/; where there is none, tiny.",
+    )
+    base: str | None = option(
+        None,
+        "Of an adapter: folder or hub name of its base. Default: where it lay in training, or its copy in the hub's "
+        "cache; only a base that is named here is ever fetched.",
+    )
+    mode: Literal["auto", "chat", "text"] = option(
+        "auto",
+        "chat: a conversation, in the model's chat template. text: the model goes on with what you type, without any "
+        "marks. auto: text for checkpoints of `pretrain` and for bases without a chat template of their own.",
     )
     system: str = option("", "System message that every conversation starts with; none by default.")
     attention: Literal["sdpa", "eager", "flash_attention_2"] = option("sdpa", "Attention kernel.")
@@ -181,7 +194,7 @@ class StreamedText(BaseStreamer):
         self.printed = ready
 
     def _decode(self, begin: int, end: int) -> str:
-        return str(self.tokenizer.decode(self.tokens[begin:end], skip_special_tokens=True))
+        return answer_text(self.tokens[begin:end], self.tokenizer, self.ends)
 
 
 @exit_on_user_error
@@ -193,11 +206,15 @@ def main(argv: list[str] | None = None) -> None:
     name = run.chat.model or str(newest_finetuning() or TINY)
     chosen = ModelArguments(name, run.chat.attention, run.chat.trust_remote_code, run.chat.hub, run.chat.allow_pickles)
     tokenizer = load_tokenizer(chosen)
-    model = load_for_generation(chosen, tokenizer)
+    is_text = _is_text(run.chat, chosen, tokenizer)
+    model = load_for_generation(chosen, tokenizer, run.chat.base)
     set_seed(run.generation.seed)
     context = longest_row(model.config) or int(tokenizer.model_max_length)
-    chat = Chat(tokenizer, context, run.generation.max_new_tokens, run.chat.system)
-    say(f"{Path(chosen.model).name}, template {template_record(tokenizer)['name']}, {context:,} tokens: {COMMANDS}")
+    longest = run.generation.max_new_tokens
+    chat = RawText(tokenizer, context, longest) if is_text else Chat(tokenizer, context, longest, run.chat.system)
+    commands = TEXT_COMMANDS if is_text else COMMANDS
+    kind = "raw text (--mode chat asks questions)" if is_text else f"template {template_record(tokenizer)['name']}"
+    say(f"{Path(chosen.model).name}, {kind}, {context:,} tokens: {commands}")
     if isinstance(sys.stdin, io.TextIOWrapper):
         sys.stdin.reconfigure(errors="replace")  # half a character is no reason to end
     while (question := _read_line()) is not None:
@@ -208,36 +225,49 @@ def main(argv: list[str] | None = None) -> None:
             chat.clear()
             say("(forgotten)")
         elif command.startswith("/"):
-            say(f"({COMMANDS})")
-        elif command:
+            say(f"({commands})")
+        elif command or (isinstance(chat, RawText) and chat.text):
             try:
-                _answer(chat, question, model, run.generation)
+                _answer(chat, question if command else "", model, run.generation)
             except KeyboardInterrupt:
                 say("", "(stopped)")
 
 
+def _is_text(chosen: ChatArguments, model: ModelArguments, tokenizer: PreTrainedTokenizerBase) -> bool:
+    """Whether the model goes on with raw text."""
+    if chosen.mode == "text" and chosen.system:
+        raise UserError("--system is a message of a conversation, and --mode text has none", "leave one of them out")
+    if chosen.mode == "auto":
+        return not chosen.system and continues_text(Path(model.model), tokenizer)
+    return chosen.mode == "text"
+
+
 def _read_line() -> str | None:
-    """What the user wrote; None at the end of the input. Ctrl-C drops the line."""
+    """What the user wrote; None at the end of the input. Ctrl-C drops the line and asks what can be typed."""
     try:
         return input("\n> ")
     except KeyboardInterrupt:
-        say("", f"({COMMANDS})")
-        return ""
+        say("")
+        return "/"
     except EOFError:
         say("")
         return None
 
 
-def _answer(chat: Chat, question: str, model: PreTrainedModel, generation: GenerationArguments) -> None:
+def _answer(chat: Chat | RawText, question: str, model: PreTrainedModel, generation: GenerationArguments) -> None:
     """Print the answer while it is made, and keep it, as far as it got."""
     try:
         prompt, forgotten = chat.ask(question)
     except UserError as error:
         say(f"({error.cause}; {error.remedy})")
         return
-    if forgotten:
+    if forgotten and isinstance(chat, RawText):
+        say(f"(the text no longer fits: not read, from its beginning on, {counted(forgotten, 'token')})")
+    elif forgotten:
         say(f"(the conversation no longer fits: forgotten, from the oldest on, {counted(forgotten, 'turn')})")
     ends = answer_end_ids(model, chat.tokenizer)
+    if isinstance(chat, RawText):
+        ends = sorted({*ends, document_end_id(chat.tokenizer)})
     streamed = StreamedText(chat.tokenizer, ends)
     config = _generation_config(generation, chat.answer_room(prompt), ends, int(chat.tokenizer.pad_token_id))
     ids = torch.tensor([prompt], device=model.device)

@@ -19,6 +19,7 @@ from typing import Any
 import torch
 from rich.table import Table
 
+from novelgpt.model.adapter_bases import BASE_HELP
 from novelgpt.model.export import PICKLES_HELP
 from novelgpt.model.hub import folder_of
 from novelgpt.model.loading import load_for_generation
@@ -45,6 +46,7 @@ def main(argv: list[str] | None = None) -> None:
         allow_abbrev=False,
     )
     parser.add_argument("--model", help="full checkpoint, adapter folder or hub name; tiny is the small base")
+    parser.add_argument("--base", help=BASE_HELP)
     parser.add_argument("--tasks", default=GENERAL_TASKS, help=f"names with commas between [default: {GENERAL_TASKS}]")
     parser.add_argument("--num_fewshot", help="solved examples in each prompt [default: what the task says]")
     parser.add_argument("--apply_chat_template", action="store_true", help="ask in the chat template")
@@ -64,9 +66,10 @@ def main(argv: list[str] | None = None) -> None:
     if not words.model:
         raise UserError("no model is named", "--model FOLDER, or --compare BEFORE AFTER")
     output = words.output_path or folder_of(ModelArguments(words.model), "--output_path") / "lm_eval"
-    pickles = ",allow_pickles=True" if words.allow_pickles else ""
+    further_model = ",allow_pickles=True" if words.allow_pickles else ""
+    further_model += f",base={words.base}" if words.base else ""
     options = {
-        "--model": "novelgpt", "--model_args": f"pretrained={words.model}{pickles}", "--tasks": words.tasks,
+        "--model": "novelgpt", "--model_args": f"pretrained={words.model}{further_model}", "--tasks": words.tasks,
         "--batch_size": words.batch_size, "--device": "cuda" if torch.cuda.is_available() else "cpu",
         "--output_path": str(output), "--num_fewshot": words.num_fewshot, "--limit": words.limit,
         "--include_path": words.include_path,
@@ -94,11 +97,16 @@ def _run_harness(words: list[str]) -> None:
         """A model as prediction loads it."""
 
         def __init__(
-            self, pretrained: str, device: str | None = None, allow_pickles: bool = False, **further: Any
+            self,
+            pretrained: str,
+            device: str | None = None,
+            allow_pickles: bool = False,
+            base: str | None = None,
+            **further: Any,
         ) -> None:
             chosen = ModelArguments(pretrained, "sdpa", allow_pickles=bool(allow_pickles))
             tokenizer = load_tokenizer(chosen)
-            model = load_for_generation(chosen, tokenizer)
+            model = load_for_generation(chosen, tokenizer, base)
             # As in training, texts begin with the token that the tokenizer puts before them (Llama, Gemma).
             further.setdefault("add_bos_token", bool(document_begin_ids(tokenizer)))
             # Thoughts before an answer: off, as in training on answers without one.

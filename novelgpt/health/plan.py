@@ -11,14 +11,13 @@ from pathlib import Path
 from typing import Any, cast
 
 import torch
-from huggingface_hub import snapshot_download
-from huggingface_hub.errors import HFValidationError, LocalEntryNotFoundError
 from peft import get_peft_model
 from torch import nn
 from torch.utils.data import Dataset
 from transformers import PreTrainedModel
 
 from novelgpt.health.findings import Finding
+from novelgpt.model.cached import cached_folder
 from novelgpt.model.embedded_base import ensure_embedded_base
 from novelgpt.model.hub import looks_like_path, runs_own_code
 from novelgpt.model.lora import lora_config
@@ -81,13 +80,13 @@ def local_model(model: str) -> str:
         if model == str(EMBEDDED_BASE):
             ensure_embedded_base()
         return model
-    try:
-        return snapshot_download(model, local_files_only=True)
-    except (LocalEntryNotFoundError, HFValidationError, OSError, ValueError) as error:
+    cached = cached_folder(model)
+    if cached is None:
         raise UserError(
             f"model {model} is not on this host, and nothing is downloaded here",
             f"hf download {shlex.quote(model)}, or name a folder",
-        ) from error
+        )
+    return cached
 
 
 def base_dtype(run: TrainingRun) -> torch.dtype:

@@ -3,18 +3,20 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 from transformers import GenerationConfig, PreTrainedModel, PreTrainedTokenizerBase
 from transformers.generation.configuration_utils import ContinuousBatchingConfig
 
 from novelgpt.model.growing_cache import growing_cache
+from novelgpt.model.loading import longest_row
 from novelgpt.model.prompt_reading import left_padded, read_prompts
 from novelgpt.settings.arguments import GenerationArguments
 from novelgpt.settings.errors import UserError
 from novelgpt.settings.units import counted
 from novelgpt.text.conversation import end_token_ids
+from novelgpt.text.encoding import answer_text
 
 
 @dataclass
@@ -46,8 +48,8 @@ def answer_prompts(
 ) -> list[Answer]:
     """Answers in the order of `prompts`, in batches of prompts of like length.
 
-    As `answer_batch` otherwise. Weights that several processes share (ZeRO-3) need all of them here, with prompts of
-    the same lengths.
+    As `answer_batch` otherwise, but that answers are shorter where the model's positions end. Weights that several
+    processes share (ZeRO-3) need all of them here, with prompts of the same lengths.
 
     Args:
         model: one that generates; adapters too.
@@ -58,9 +60,12 @@ def answer_prompts(
         ends: tokens that end an answer.
     """
     answers: dict[int, Answer] = {}
+    positions = longest_row(model.config)
     for batch in plan_batches(list(map(len, prompts)), batch_size):
         chosen = [prompts[number] for number in batch]
-        answers |= zip(batch, answer_batch(model, tokenizer, chosen, generation, ends), strict=True)
+        room = generation.max_new_tokens if positions is None else positions - len(chosen[0])
+        bounded = replace(generation, max_new_tokens=max(1, min(generation.max_new_tokens, room)))
+        answers |= zip(batch, answer_batch(model, tokenizer, chosen, bounded, ends), strict=True)
     return [answers[number] for number in range(len(prompts))]
 
 
@@ -207,6 +212,5 @@ def _generation_config(generation: GenerationArguments, ends: list[int], pad: in
 def _answer(ids: list[int], ends: list[int], tokenizer: PreTrainedTokenizerBase) -> Answer:
     end = next((position for position, token in enumerate(ids) if token in ends), None)
     kept = ids if end is None else ids[:end]
-    text = tokenizer.decode(kept, skip_special_tokens=True)
-    assert isinstance(text, str)
+    text = answer_text(kept, tokenizer, ends)
     return Answer(text, "length" if end is None else "stop", len(kept) + (end is not None))

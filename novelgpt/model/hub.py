@@ -13,6 +13,7 @@ from transformers import MODEL_FOR_CAUSAL_LM_MAPPING, TOKENIZER_MAPPING, PreTrai
 from transformers.models.auto.configuration_auto import CONFIG_MAPPING
 from transformers.models.auto.tokenization_auto import get_tokenizer_config, tokenizer_class_from_name
 
+from novelgpt.model.cached import check_hub
 from novelgpt.model.embedded_base import ensure_embedded_base
 from novelgpt.model.folder_checks import check_model_folder
 from novelgpt.settings.arguments import ModelArguments
@@ -49,6 +50,7 @@ def locate(model: ModelArguments) -> str:
         raise _missing(model.model)
     if model.hub == "modelscope":
         return _download_from_modelscope(model.model, model.trust_remote_code, model.allow_pickles)
+    check_hub(model.model)
     return model.model
 
 

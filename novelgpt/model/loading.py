@@ -22,6 +22,7 @@ from transformers import (
 )
 from transformers.integrations import is_deepspeed_zero3_enabled
 
+from novelgpt.model.adapter_bases import extend_vocabulary, find_base
 from novelgpt.model.attention import PACKED_ATTENTION
 from novelgpt.model.fingerprint import base_folder, check_base
 from novelgpt.model.folder_checks import ADAPTER_CONFIG, AdapterSettings, check_model_folder
@@ -42,7 +43,11 @@ NOT_OF_FILES = (UserError, MemoryError, torch.OutOfMemoryError)
 
 
 def load_model(
-    model: ModelArguments, tokenizer: PreTrainedTokenizerBase, dtype: torch.dtype = torch.float32, qlora: bool = False
+    model: ModelArguments,
+    tokenizer: PreTrainedTokenizerBase,
+    dtype: torch.dtype = torch.float32,
+    qlora: bool = False,
+    adapter: Path | None = None,
 ) -> PreTrainedModel:
     """The causal language model of a folder or hub name, with every weight read from its files.
 
@@ -51,6 +56,7 @@ def load_model(
         tokenizer: its tokenizer, whose ids must fit the embedding.
         dtype: of the weights; fp32 for full training, where small updates would be lost in bf16.
         qlora: hold the weights in 4 bits.
+        adapter: folder of the adapter that will be put on it, and may have a vocabulary of its own.
 
     Raises:
         UserError: nothing to load, an unknown architecture, code of its own that may not run, files that are missing,
@@ -58,6 +64,11 @@ def load_model(
     """
     options = {"quantization_config": _four_bits()} if qlora else {}
     source = locate(model)
+    if adapter_base(source) is not None:  # transformers would load the base it names instead, from wherever that is
+        raise UserError(
+            f"{model.model} is an adapter, not a model",
+            "merge it first: .venv/bin/python -m finetune_lora.merge ADAPTER OUTPUT",
+        )
     check_no_pickles(Path(source), model.allow_pickles)
     config = read_config(model)
     if Path(source).is_dir():
@@ -76,7 +87,9 @@ def load_model(
         raise _unreadable(model.model, source, error) from error
     loaded, report = outcome
     _check_weights(model.model, report)
-    _check_vocabulary(model.model, tokenizer, loaded.config.vocab_size)
+    if adapter is not None:
+        extend_vocabulary(loaded, adapter)
+    _check_vocabulary(model.model if adapter is None else f"adapter {adapter}", tokenizer, loaded.config.vocab_size)
     loaded.config.use_cache = False
     return loaded
 
@@ -214,28 +227,40 @@ def _shape(size: Collection[int]) -> str:
     return "x".join(map(str, size))
 
 
-def load_for_generation(model: ModelArguments, tokenizer: PreTrainedTokenizerBase) -> PreTrainedModel:
+def load_for_generation(
+    model: ModelArguments, tokenizer: PreTrainedTokenizerBase, base: str | None = None
+) -> PreTrainedModel:
     """A full checkpoint, or a base with an adapter merged into it in memory, ready to generate.
 
     Merged, since an unmerged adapter adds two products to each layer of each token. On a CPU its linear layers are
     PackedLinear: it can be neither trained nor saved.
 
+    Args:
+        model: a full checkpoint or an adapter.
+        tokenizer: its tokenizer.
+        base: folder or hub name of the adapter's base, where the user names it.
+
     Raises:
-        UserError: as load_model; or the adapter's base is not where it was, or is another model.
+        UserError: as load_model; or the adapter's base is not on this host, or is another model.
     """
     dtype = torch.bfloat16 if torch.cuda.is_available() and torch.cuda.is_bf16_supported() else torch.float32
-    base = adapter_base(model.model)
-    if base is not None and looks_like_path(base) and not Path(base).is_dir():
-        raise UserError(
-            f"the base of adapter {model.model} is not there any more: {base}",
-            "put it back, or write where it is now into base_model_name_or_path of adapter_config.json",
-        )
-    if base is not None:
-        check_adapter_files(Path(locate(model)), model.allow_pickles)
+    recorded = adapter_base(model.model)
+    if recorded is None:
+        if base is not None:
+            raise UserError(f"--base {base} goes with an adapter, and {model.model} is none", "leave --base out")
+        loaded = load_model(model, tokenizer, dtype)
+    else:
+        base = find_base(model.model, recorded, None if base is None else replace(model, model=base))
+        if looks_like_path(base) and not Path(base).is_dir():
+            raise UserError(
+                f"the base of adapter {model.model} is not there any more: {base}",
+                "put it back, or name where it is now: --base FOLDER",
+            )
+        adapter = Path(locate(model))
+        check_adapter_files(adapter, model.allow_pickles)
         check_no_pickles(base_folder(base), model.allow_pickles)
-        check_base(Path(locate(model)), base, "use the base that the adapter was trained on")
-    loaded = load_model(replace(model, model=base or model.model), tokenizer, dtype)
-    if base is not None:
+        check_base(adapter, base, "name the base that the adapter was trained on: --base FOLDER")
+        loaded = load_model(replace(model, model=base), tokenizer, dtype, adapter=adapter)
         try:
             loaded = merge_adapter(PeftModel.from_pretrained(loaded, locate(model)))
         except NOT_OF_FILES:

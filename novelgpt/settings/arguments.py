@@ -343,6 +343,11 @@ class PredictArguments:
         "under output/; where there is none, tiny answers the samples.",
     )
     data_files: list[str] = option(_samples("papers/valid.jsonl"), "Rows to answer, in any format of fine-tuning.")
+    base: str | None = option(
+        None,
+        "Of an adapter: folder or hub name of its base. Default: where it lay in training, or its copy in the hub's "
+        "cache; only a base that is named here is ever fetched.",
+    )
     output_dir: str | None = option(None, "Folder for predictions.jsonl and scores.json. Default: MODEL/predict.")
     max_rows: int | None = option(None, "Answer the first rows only.")
     instruction_templates: list[str] = option(

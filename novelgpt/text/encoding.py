@@ -1,6 +1,8 @@
-"""Text to tokens, and the tokens that begin and end documents."""
+"""Text to tokens and answers to text, and the tokens that begin and end documents."""
 
 from __future__ import annotations
+
+from collections.abc import Collection, Iterable
 
 from transformers import PreTrainedTokenizerBase
 
@@ -31,3 +33,17 @@ def document_end_id(tokenizer: PreTrainedTokenizerBase) -> int:
     """The token between documents in pretraining: <|endoftext|> for the Qwen family, else the end token."""
     end_of_text = tokenizer.get_vocab().get("<|endoftext|>")
     return int(tokenizer.eos_token_id) if end_of_text is None else int(end_of_text)
+
+
+def answer_text(tokens: Iterable[int], tokenizer: PreTrainedTokenizerBase, ends: Collection[int] = ()) -> str:
+    """The text of an answer's tokens, without those that end or pad one.
+
+    Special tokens otherwise stay: marks that a user added to the vocabulary are part of what the model was taught.
+
+    Args:
+        tokens: ids.
+        tokenizer: its end and padding tokens are left out.
+        ends: further tokens that end an answer.
+    """
+    silent = {tokenizer.eos_token_id, tokenizer.pad_token_id, *ends}
+    return str(tokenizer.decode([token for token in tokens if token not in silent], skip_special_tokens=False))

@@ -12,6 +12,7 @@ import re
 from transformers import PreTrainedTokenizerBase
 
 from novelgpt.text.encoding import encode
+from novelgpt.text.template_bounds import render_template
 from novelgpt.text.templates import ASSISTANT_ID, BAICHUAN_NAMES, USER_ID, template_record
 
 # How a mark of a template looks; added tokens may as well be blanks or words.
@@ -52,7 +53,7 @@ def _mark_texts(tokenizer: PreTrainedTokenizerBase, template: str, size: int) ->
     if template_record(tokenizer)["name"] in BAICHUAN_NAMES:
         marks |= set(tokenizer.convert_ids_to_tokens([USER_ID, ASSISTANT_ID]))
     try:
-        rendered = str(tokenizer.apply_chat_template(_PROBE, tokenize=False)) if template else ""
+        rendered = render_template(tokenizer, _PROBE) if template else ""
     except Exception:  # whatever a template may raise
         rendered = ""
     marks |= {token.content for token in added if _MARK.fullmatch(token.content) and token.content in rendered}

@@ -15,6 +15,7 @@ from novelgpt.settings.errors import UserError
 from novelgpt.text.encoding import encode
 from novelgpt.text.marks import encode_ordinary, mark_pattern, mark_texts
 from novelgpt.text.messages import Message
+from novelgpt.text.template_bounds import render_template
 
 # Fields of messages that a template may read.
 _READ = ("role", "content", "reasoning_content", "tool_calls", "tool_call_id", "name")
@@ -181,21 +182,21 @@ class RenderedConversation:
     ) -> str:
         try:
             # enable_thinking: where it is off, the empty think block of Qwen3 stands in the prompt, outside the loss.
-            text = self.tokenizer.apply_chat_template(
+            return render_template(
+                self.tokenizer,
                 messages,
-                tools=tools,  # type: ignore[arg-type]
-                tokenize=False,
+                tools=tools,
                 add_generation_prompt=add_generation_prompt,
                 enable_thinking=thinking,
             )
+        except UserError:
+            raise
         except Exception as error:
             roles = " ".join(message["role"] for message in messages)
             raise UserError(
                 f"the chat template refuses messages of the roles {roles!r}: {error}",
                 "order the roles as the template wants, or give the tokenizer another template",
             ) from error
-        assert isinstance(text, str)
-        return text
 
 
 def _texts(value: Any) -> Any:

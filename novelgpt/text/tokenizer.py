@@ -8,6 +8,7 @@ from novelgpt.model.hub import locate, runs_own_code
 from novelgpt.settings.arguments import ModelArguments
 from novelgpt.settings.errors import UserError, reason_of
 from novelgpt.text.encoding import encode
+from novelgpt.text.template_bounds import check_template_ends
 from novelgpt.text.templates import settle_template
 
 # The module of what tokenizers raises where its own code fails on a file, which is no Exception.
@@ -18,7 +19,8 @@ def load_tokenizer(model: ModelArguments) -> PreTrainedTokenizerBase:
     """The tokenizer of a model, with a chat template and a padding token for certain.
 
     Raises:
-        UserError: the folder is missing or holds no tokenizer, it needs code that may not run, or it has no end token.
+        UserError: the folder is missing or holds no tokenizer, it needs code that may not run, it has no end token, or
+            its chat template does not end.
     """
     source, own_code = locate(model), runs_own_code(model)
     try:
@@ -46,4 +48,5 @@ def load_tokenizer(model: ModelArguments) -> PreTrainedTokenizerBase:
     if not own_code:
         tokenizer.init_kwargs.pop("auto_map", None)  # saved, it would name files that are not there
     settle_template(tokenizer, source)
+    check_template_ends(tokenizer)
     return tokenizer

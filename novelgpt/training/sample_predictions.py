@@ -23,7 +23,8 @@ from novelgpt.model.generation import Answer, answer_end_ids, answer_prompts
 from novelgpt.scoring.repetition import rep4_char
 from novelgpt.scoring.rouge import mean_f, score_texts
 from novelgpt.settings.arguments import GenerationArguments, TrainArguments
-from novelgpt.text.encoding import document_end_id
+from novelgpt.text.conversation import end_token_ids
+from novelgpt.text.encoding import answer_text, document_end_id
 from novelgpt.text.statistics import BROKEN, trained_runs
 from novelgpt.text.thoughts import PROMPT_END, opens_thought, split_thought
 
@@ -108,8 +109,8 @@ def _between_characters(tokens: list[int], border: int, tokenizer: PreTrainedTok
     return next((place for place in nearby if not _text(tokens[:place], tokenizer).endswith(BROKEN)), border)
 
 
-def _text(tokens: list[int], tokenizer: PreTrainedTokenizerBase, skip_special_tokens: bool = False) -> str:
-    return str(tokenizer.decode(tokens, skip_special_tokens=skip_special_tokens))
+def _text(tokens: list[int], tokenizer: PreTrainedTokenizerBase) -> str:
+    return str(tokenizer.decode(tokens, skip_special_tokens=False))
 
 
 class SamplePredictions:
@@ -138,7 +139,8 @@ class SamplePredictions:
         self.writer = writer
         self.samples = choose_samples(dataset, tokenizer, training.predict_during_eval, training.predict_max_new_tokens)
         self.prompts = [_text(sample.prompt_ids, tokenizer).strip(BROKEN) for sample in self.samples]
-        references = [_text(sample.reference_ids, tokenizer, True).rstrip(BROKEN) for sample in self.samples]
+        ends = end_token_ids(tokenizer) if self.samples else []
+        references = [answer_text(sample.reference_ids, tokenizer, ends).rstrip(BROKEN) for sample in self.samples]
         self.references = [answer for _, answer in self._told_apart(references)]
 
     def scores(self, model: PreTrainedModel, accelerator: Accelerator, step: int) -> dict[str, float]:

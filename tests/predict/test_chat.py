@@ -1,6 +1,8 @@
 """Chat: the history and its limits, text that streams in whole characters, and the command itself."""
 
+import json
 import os
+import shutil
 import signal
 import subprocess
 import threading
@@ -15,8 +17,11 @@ from novelgpt.model.loading import load_for_generation
 from novelgpt.settings.arguments import GenerationArguments, ModelArguments
 from novelgpt.settings.errors import UserError
 from novelgpt.text.conversation import encode_prompt, end_token_ids
-from novelgpt.text.encoding import encode
-from predict.chat import Chat, StreamedText
+from novelgpt.text.encoding import encode, encode_document
+from novelgpt.text.templates import record_thinking
+from novelgpt.text.tokenizer import load_tokenizer
+from predict.chat import Chat, StreamedText, main
+from predict.raw_text import RawText, continues_text
 from tests.launched import PATIENCE
 from tests.text.test_templates import build_baichuan_folder, load_baichuan
 from tests.warm_python import warm_python
@@ -201,3 +206,64 @@ def test_what_cannot_be_is_said_before_anything_is_loaded(words: list[str], caus
     with pytest.raises(SystemExit) as caught:
         main(words)
     assert caught.value.code == 2
+
+
+@pytest.mark.parametrize(
+    ("pipeline", "template", "expected"),
+    [
+        ("pretrain", "own", True),
+        ("finetune", "plain", False),
+        (None, "own", False),
+        (None, "plain", True),
+    ],
+)
+def test_raw_text_is_for_what_has_seen_no_conversation(
+    pipeline: str | None, template: str, expected: bool, base_folder: Path, tmp_path: Path
+) -> None:
+    folder = tmp_path / "model"
+    shutil.copytree(base_folder, folder)
+    if template == "plain":
+        (folder / "chat_template.jinja").unlink()
+    if pipeline is not None:
+        (folder / "run.json").write_text(json.dumps({"pipeline": pipeline}), encoding="utf-8")
+    tokenizer = load_tokenizer(ModelArguments(str(folder)))
+    assert continues_text(folder, tokenizer) == expected
+    checkpoint = folder / "checkpoint-3"
+    assert continues_text(checkpoint, tokenizer) == expected
+    if expected:  # trained on conversations meanwhile, and copied without its run.json
+        record_thinking(tokenizer, False)
+        assert not continues_text(tmp_path, tokenizer)
+
+
+def test_raw_text_goes_on_without_marks(tokenizer: PreTrainedTokenizerBase) -> None:
+    raw = RawText(tokenizer, context=40, max_new_tokens=8)
+    prompt, left_out = raw.ask("灯塔下")
+    assert (prompt, left_out) == (encode_document("灯塔下", tokenizer), 0)
+    raw.answered("有一封信")
+    assert raw.ask("")[0] == encode_document("灯塔下有一封信", tokenizer)
+    assert raw.ask("海")[0] == encode_document("海", tokenizer)
+    prompt, left_out = raw.ask("潮水退下去的时候，灯塔的影子正好落在信上。" * 5)
+    whole = encode_document(raw.text, tokenizer)
+    assert (prompt, left_out) == (whole[-32:], len(whole) - 32)
+    assert raw.answer_room(prompt) == 8
+
+
+def test_a_base_goes_on_with_what_is_typed(
+    base_folder: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    asked: list[list[int]] = []
+    original = RawText.ask
+
+    def ask(self: RawText, text: str) -> tuple[list[int], int]:
+        asked.append(original(self, text)[0])
+        return asked[-1], 0
+
+    monkeypatch.setattr(RawText, "ask", ask)
+    lines = iter(["", "灯塔下", "", "/help"])
+    monkeypatch.setattr("builtins.input", lambda _: next(lines, "/exit"))
+    main(["--model", str(base_folder), "--mode", "text", "--max_new_tokens", "3", "--do_sample", "False"])
+    assert len(asked) == 2  # an empty line before any text is nothing
+    assert asked[1][: len(asked[0])] == asked[0]
+    assert "raw text" in capsys.readouterr().out
+    with pytest.raises(SystemExit):
+        main(["--model", str(base_folder), "--mode", "text", "--system", "你是"])
