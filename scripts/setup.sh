@@ -13,6 +13,12 @@ if ! "$python" -c 'import sys; sys.exit(sys.version_info < (3, 10))' 2>/dev/null
   echo "  fix: install Python 3.10 or newer, or name it: PYTHON=python3.11 bash $0" >&2
   exit 2
 fi
+stamp_of() { echo "$venv/installed-$(cat "$root/requirements.txt" "$1" | cksum | tr ' ' '-')"; }
+if [ ! -e "$(stamp_of "$requirements")" ] && command -v flock > /dev/null; then
+  # Of runs that start together, one installs; the others wait for it.
+  exec 9< "$root"
+  flock 9 || true
+fi
 if [ ! -x "$venv/bin/python" ]; then
   echo "making $venv"
   "$python" -m venv "$venv" || {
@@ -21,7 +27,6 @@ if [ ! -x "$venv/bin/python" ]; then
     exit 2
   }
 fi
-stamp_of() { echo "$venv/installed-$(cat "$root/requirements.txt" "$1" | cksum | tr ' ' '-')"; }
 if [ ! -e "$(stamp_of "$requirements")" ]; then
   echo "installing $(basename "$requirements") (once; some minutes)"
   if ! "$venv/bin/python" -m pip install --quiet --disable-pip-version-check -r "$requirements"; then
