@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import contextlib
+import errno
 import fcntl
 import os
+import uuid
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -87,20 +89,55 @@ def make_and_hold(folder: Path, lock: str | None = None) -> tuple[int, list[Path
     try:
         for attempt in range(ATTEMPTS):
             try:
-                for path in reversed([path for path in (folder, *folder.parents) if not path.is_dir()]):
+                for path in reversed([path for path in _to_make(folder, lock) if not path.is_dir()]):
                     with contextlib.suppress(FileExistsError):
                         path.mkdir()
                         made = [path, *(other for other in made if other != path)]
-                return hold(folder / lock if lock else folder, folder=lock is None), made
+                if lock is None:
+                    return hold(folder, folder=True), made
+                if folder.exists():
+                    return hold(folder / lock), made
+                handle = _make_held(folder, lock)
+                if handle is not None:
+                    return handle, [folder, *made]
             except FileNotFoundError:  # another process took it away in this moment; or it is a place for no folder
                 if attempt == ATTEMPTS - 1:
                     raise
-        raise AssertionError("the last attempt returns or raises")
+        raise FileNotFoundError(errno.ENOENT, os.strerror(errno.ENOENT), str(folder))
     except BlockingIOError:
         raise  # it is the other's now
     except BaseException:
         remove_empty(made)
         raise
+
+
+def _to_make(folder: Path, lock: str | None) -> Iterator[Path]:
+    """The innermost first. A folder with a file that is held is made by `_make_held`."""
+    if lock is None:
+        yield folder
+    yield from folder.parents
+
+
+def _make_held(folder: Path, lock: str) -> int | None:
+    """Make a folder that is held when it gets its name; None where another process was faster.
+
+    So whoever makes a folder is who holds it, and takes it away where nothing came of it.
+    """
+    new = folder.with_name(f"{folder.name}.unfinished-{uuid.uuid4().hex}")
+    new.mkdir()
+    handle: int | None = None
+    try:
+        handle = hold(new / lock)
+        new.rename(folder)  # not onto another one's, which holds a file
+    except BaseException as error:
+        (new / lock).unlink(missing_ok=True)
+        remove_empty([new])
+        if handle is not None:
+            let_go(handle)
+        if isinstance(error, OSError) and error.errno in (errno.ENOTEMPTY, errno.EEXIST):
+            return None
+        raise
+    return handle
 
 
 def remove_empty(folders: list[Path]) -> None:

@@ -31,6 +31,7 @@ class DataFile(BaseModel):
 
     Attributes:
         name: within its folder; of a file that is named itself, its ending, which decides how it is read.
+        split: of tokens, which their manifest says; else "".
         bytes: its size.
         sha256: of its content, hexadecimal.
         written: of tokens: inode, times of the last change of content and of status in ns, as the hash held; else [].
@@ -41,6 +42,7 @@ class DataFile(BaseModel):
     name: str
     bytes: int
     sha256: str
+    split: str = ""
     written: list[int] = []
 
 
@@ -199,8 +201,8 @@ def _token_manifest(folder: Path) -> dict[str, Any] | None:
 
 def _token_files(folder: Path, manifest: dict[str, Any]) -> list[DataFile]:
     files = []
-    for split in manifest["splits"].values():
-        for shard in split["shards"]:
+    for split, content in manifest["splits"].items():
+        for shard in content["shards"]:
             for name in (TOKENS, STARTS):
                 path = folder / SHARDS / shard["name"] / name
                 if not path.is_file():
@@ -209,7 +211,7 @@ def _token_files(folder: Path, manifest: dict[str, Any]) -> list[DataFile]:
                 files.append(DataFile(
                     name=str(path.relative_to(folder)), bytes=status.st_size,
                     sha256=shard.get("sha256", {}).get(name) or hash_file(path)[0],
-                    written=[status.st_ino, status.st_mtime_ns, status.st_ctime_ns],
+                    split=split, written=[status.st_ino, status.st_mtime_ns, status.st_ctime_ns],
                 ))  # fmt: skip
     return files
 
@@ -218,7 +220,8 @@ def _difference(old: DataSource, new: DataSource) -> str:
     """What of a source is another one's: its name, that of a file in it, or ""."""
     inside = f"{Path(new.name).name}/" if new.manifest_sha256 or Path(new.path).is_dir() else ""
     for one, other in zip(old.files, new.files, strict=False):
-        if (one.name, one.bytes) != (other.name, other.bytes) or not _same_content(one, other, Path(new.path)):
+        same = (one.name, one.bytes, one.split) == (other.name, other.bytes, other.split)
+        if not same or not _same_content(one, other, Path(new.path)):
             return f"{inside}{other.name}" if inside else Path(new.name).name
     return "" if len(old.files) == len(new.files) else Path(new.name).name
 

@@ -30,6 +30,13 @@ class Claim:
     made: list[Path] = field(default_factory=list)
     lock_made: bool = False
 
+    def holds(self) -> bool:
+        """Whether the folder is still the one that was claimed: neither moved nor taken away and made anew."""
+        try:
+            return self.handle is not None and os.path.samestat(os.fstat(self.handle), (self.folder / LOCK).stat())
+        except OSError:
+            return False
+
     def let_go(self, unused: bool = False) -> None:
         """End the claim. What was made for it is gone again where it holds nothing.
 

@@ -26,7 +26,10 @@ DECISIVE = (
 DATA_FILES = ("train_files", "valid_files")
 FILES = (*DATA_FILES, "instruction_templates")
 MOST_CHANGES = 4
-SMALL_FILES = ("config.json", "tokenizer.json", "tokenizer_config.json", "tokenizer.model", "chat_template.jinja")
+SMALL_FILES = (
+    "config.json", "tokenizer.json", "tokenizer_config.json", "tokenizer.model", "chat_template.jinja", "vocab.json",
+    "merges.txt", "vocab.txt", "added_tokens.json", "special_tokens_map.json", "qwen.tiktoken",
+)  # fmt: skip
 
 
 def model_identity(model: str) -> dict[str, Any]:
@@ -50,7 +53,10 @@ def changes(before: dict[str, Any], now: dict[str, Any]) -> list[str]:
     if before["pipeline"] != now["pipeline"]:
         return [f"the pipeline was {before['pipeline']}"]
     found = []
-    if before.get("model_identity") != now["model_identity"]:
+    identity = now["model_identity"]
+    if "data" not in before:  # an earlier version, which looked at fewer files
+        identity = {name: identity.get(name) for name in before.get("model_identity", {})}
+    if before.get("model_identity", {}) != identity:
         found.append(f"the model ({before['model']}, now {now['model']}) or its files")
     if "data" in before and "data" in now:
         found += data_changes(before["data"], now["data"])

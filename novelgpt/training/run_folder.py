@@ -97,6 +97,8 @@ class RunFolder:
         return self._before is not None and self.checkpoint is not None
 
     def _begin(self, description: dict[str, Any]) -> None:
+        if self._claim is None or not self._claim.holds():
+            raise UserError(f"{self.path} was moved or deleted while this run loaded", "start again")
         if self._before is not None and self.checkpoint is not None:
             again = {"at": description["started"], "checkpoint": self.checkpoint.name}
             description["started"] = self._before.get("started", description["started"])

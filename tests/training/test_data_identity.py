@@ -89,6 +89,14 @@ def flip_token_later(own: Path) -> None:
     os.utime(path)
 
 
+def swap_splits(own: Path) -> None:
+    """What was trained is evaluated on."""
+    path = own / "tokens" / "manifest.json"
+    manifest = json.loads(path.read_text(encoding="utf-8"))
+    manifest["splits"] = {"held_out": manifest["splits"]["train"]}
+    path.write_text(json.dumps(manifest), encoding="utf-8")
+
+
 def replace_tokens(own: Path) -> None:
     """Another file has the name."""
     path = max(own.glob("tokens/shards/*/tokens"), key=lambda one: one.stat().st_size)
@@ -139,6 +147,7 @@ REFUSED_CORPUS = {
     "a shard more": (append("prepared/train-00002.jsonl", '{"text": "灯"}\n'), "content of prepared"),
     "two shards swapped": (swap_shards, "content of prepared/train-00000.jsonl"),
     "a token": (flip_token, "content of tokens/shards/"),
+    "splits swapped": (swap_splits, "content of tokens/shards/"),
     "all tokens": (replace_tokens, "content of tokens/shards/"),
     "a text": (append("book.txt", "灯"), "content of book.txt"),
 }
@@ -176,11 +185,22 @@ def test_the_same_data_elsewhere_are_the_same(
     choose_run_folder(corpus(base_folder, tmp_path / "corpus", moved, *CORPUS))
 
 
+def test_another_vocabulary_is_another_model(base_folder: Path, own: Path, tmp_path: Path) -> None:
+    base = Path(shutil.copytree(base_folder, tmp_path / "base"))
+    (base / "vocab.json").write_text('{"a": 0}', encoding="utf-8")
+    begin(sft(base, tmp_path / "run", own, *SFT))
+    choose_run_folder(sft(base, tmp_path / "run", own, *SFT))
+    (base / "vocab.json").write_text('{"b": 0}', encoding="utf-8")
+    with pytest.raises(UserError, match="the model .* or its files"):
+        choose_run_folder(sft(base, tmp_path / "run", own, *SFT))
+
+
 def test_a_run_of_an_earlier_version_is_compared_by_what_it_noted(base_folder: Path, own: Path, tmp_path: Path) -> None:
     path = tmp_path / "run" / "run.json"
     begin(sft(base_folder, tmp_path / "run", own, *SFT))
     description = json.loads(path.read_text(encoding="utf-8"))
     del description["data"]
+    del description["model_identity"]["chat_template.jinja"]  # as if it had not been looked at
     path.write_text(json.dumps(description), encoding="utf-8")
     choose_run_folder(sft(base_folder, tmp_path / "run", own, *SFT))
     for name in ("evaluated rows are trained", "moved from one to the other", "twice", "another order", "a row more"):

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import shutil
 import threading
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
@@ -116,6 +117,16 @@ def test_only_the_run_that_was_seen_is_replaced(finished: Path, words: Words) ->
     assert files_of(finished).items() >= before.items()
     (finished / "predict" / "scores.json").unlink()
     (finished / "predict").rmdir()
+
+
+def test_a_folder_that_was_taken_away_is_not_written_into(words: Words, tmp_path: Path) -> None:
+    """Another run may have made it anew."""
+    run = parse_arguments(FinetuneRun, words(tmp_path / "run"))
+    with pytest.raises(UserError, match="was moved or deleted"), ExitStack() as stack:
+        folder = stack.enter_context(claim_run_folder(run))
+        shutil.rmtree(tmp_path / "run")
+        stack.enter_context(claim_run_folder(parse_arguments(FinetuneRun, words(tmp_path / "run"))))
+        folder.begin(run)
 
 
 def test_a_finished_run_is_not_even_touched(finished: Path, words: Words, capsys: pytest.CaptureFixture[str]) -> None:
