@@ -27,6 +27,7 @@ from predict.server_client import ServerAddress, ServerClient, ServerError
 from predict.server_replies import read_chat_reply, read_model_names, read_text_reply
 
 LIST_SECONDS = 30.0
+MOST_CAUSES = 20  # told beside the progress bar; a server may put something new into each
 # A token is a few characters, and a character up to twelve bytes of JSON ("\\ud83d\\ude42").
 BYTES_A_TOKEN, BYTES_BESIDE = 256, 4 * 2**20
 # By these words servers refuse a field that they do not know, where they do not name it.
@@ -188,7 +189,7 @@ class _Asking:
             for number in numbers:
                 await answers.put((number, await self._ask(client, rows[number], number)))
 
-        asking = [asyncio.ensure_future(ask_in_turn()) for _ in range(concurrency)]
+        asking = [asyncio.ensure_future(ask_in_turn()) for _ in range(min(concurrency, len(rows)))]
         try:
             await asyncio.gather(*asking)
             await answers.put(None)
@@ -244,7 +245,7 @@ class _Asking:
 
     def _say_once(self, cause: str) -> None:
         """A line beside the progress bar, once for each cause."""
-        if cause not in self.noted:
+        if cause not in self.noted and len(self.noted) < MOST_CAUSES:
             self.noted.add(cause)
             say_above_bars(f"the server {cause}")
 

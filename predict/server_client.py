@@ -190,15 +190,16 @@ class ServerClient:
         for _ in range(MOST_REDIRECTS + 1):
             response = await self.client.send(request, stream=True)
             try:
-                following = response.next_request
-                if following is None:
+                if response.next_request is None:
                     return await self._read(response)
             finally:
                 await response.aclose()
-            if following.method != method:
+            request = response.next_request
+            if request.method != method:
                 break
-            request = following
-        raise ServerError("redirects the request to where it is not taken", 0, status=response.status_code)
+        place = f"{request.url.scheme}://{request.url.netloc.decode('ascii')}{request.url.path}"
+        said = f"redirects the request to {self.address.plain(place)}, where it does not arrive"
+        raise ServerError(said, 0, status=response.status_code)
 
     async def _read(self, response: httpx2.Response) -> bytes:
         if response.headers.get("content-encoding", "identity") != "identity":

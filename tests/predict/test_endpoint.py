@@ -2,6 +2,7 @@
 
 import base64
 import gzip
+import itertools
 import json
 import re
 import signal
@@ -15,7 +16,7 @@ from typing import Any
 import pytest
 
 from novelgpt.settings.errors import UserError
-from predict import server_client
+from predict import endpoint, server_client
 from predict.server_client import ServerAddress
 from predict.server_replies import InvalidReplyError, read_chat_reply, read_model_names
 from tests.predict.endpoint_servers import (
@@ -280,6 +281,22 @@ def test_no_server_makes_us_wait_for_long(tmp_path: Path, monkeypatch: pytest.Mo
     assert not pauses
 
 
+def test_causes_of_further_tries_are_told_once_and_not_without_end(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(server_client, "LAST_PAUSE", 0.0)
+    rows = write_rows(tmp_path, *(["雨停了。"] * 12))
+    counted = itertools.count()
+
+    def recipe(handler: BaseHTTPRequestHandler, asked: Asked, served: Served) -> None:
+        number = next(counted)
+        send(handler, completion()) if number % 4 == 3 else send(handler, f"busy, request {number}", 503)
+
+    with serving(recipe) as served:
+        predict(served, rows, "--endpoint_concurrency", "1")
+    assert capsys.readouterr().out.count("busy, request") == endpoint.MOST_CAUSES
+
+
 def test_tries_are_bounded(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     with serving(always({"error": {"message": "no\x1b[31m\u202e memory\n" * 99}}, 503, Retry_After="0")) as served:
         said = refused(served, write_rows(tmp_path, "雨停了。"), capsys)
@@ -304,7 +321,8 @@ def test_redirects_that_lose_the_question_or_go_round_are_refused(
     status: int, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     with serving(always("", status, Location="/v1/chat/completions")) as served:
-        assert f"status {status}: redirects" in refused(served, write_rows(tmp_path, "雨停了。"), capsys)
+        said = refused(served, write_rows(tmp_path, "雨停了。"), capsys)
+        assert f"status {status}: redirects the request to {served.url}/chat/completions," in said
         assert len(served.asked) <= 1 + 1 + server_client.MOST_REDIRECTS
 
 
