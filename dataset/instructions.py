@@ -12,9 +12,8 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
-import yaml
-
 from novelgpt.settings.errors import UserError
+from novelgpt.settings.parsed_files import read_yaml
 
 BUILT_IN = Path(__file__).with_name("instructions.yaml")
 PAPERS_TASK = "title_to_abstract"
@@ -184,12 +183,7 @@ def _built_in() -> dict[str, tuple[Wording, ...]]:
 
 
 def _read(path: Path, known: Mapping[str, tuple[Wording, ...]]) -> dict[str, tuple[Wording, ...]]:
-    try:
-        content = yaml.safe_load(path.read_text(encoding="utf-8"))
-    except OSError as error:
-        raise UserError(f"{path}: {error.strerror}", "name an existing YAML file") from error
-    except (yaml.YAMLError, UnicodeDecodeError) as error:
-        raise UserError(f"{path} is not YAML: {error}", f"write it like {BUILT_IN}") from error
+    content = read_yaml(path, "name an existing YAML file", f"write it like {BUILT_IN}")
     if not isinstance(content, dict) or not content:
         raise UserError(f"{path} holds no tasks", f"write it like {BUILT_IN}")
     tasks = {}

@@ -181,7 +181,7 @@ def _complete(folder: Path) -> dict[str, Any] | None:
     try:
         about: dict[str, Any] = json.loads((folder / ABOUT).read_text(encoding="utf-8"))
         whole = all(hash_file(folder / name)[0] == sha256 for name, sha256 in about["sha256"].items())
-    except (OSError, ValueError):
+    except (OSError, ValueError, KeyError, TypeError, AttributeError, RecursionError):
         return None
     return about if whole else None
 

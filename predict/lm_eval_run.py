@@ -9,7 +9,6 @@ in memory, no code that lies with a checkpoint.
 
 from __future__ import annotations
 
-import json
 import math
 import sys
 from collections.abc import Mapping
@@ -17,6 +16,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from pydantic import BaseModel, Field
 from rich.table import Table
 
 from novelgpt.model.adapter_bases import BASE_HELP
@@ -27,6 +27,7 @@ from novelgpt.settings.arguments import ModelArguments
 from novelgpt.settings.command_parser import CommandParser
 from novelgpt.settings.console import make_console
 from novelgpt.settings.errors import UserError, exit_on_user_error
+from novelgpt.settings.parsed_files import check_fields, read_object
 from novelgpt.settings.paths import from_home
 from novelgpt.settings.remedies import pip_install
 from novelgpt.settings.terminal import say
@@ -166,6 +167,14 @@ def _pairs(first: Mapping[str, Any], second: Mapping[str, Any]) -> list[tuple[st
     return pairs
 
 
+class _Results(BaseModel):
+    results: dict[str, dict[str, Any]]
+    group_subtasks: dict[str, list[str]] = {}
+    shots: dict[str, Any] = Field({}, alias="n-shot")
+    samples: dict[str, Any] = Field({}, alias="n-samples")
+    versions: dict[str, Any] = {}
+
+
 def _read_results(path: Path) -> dict[str, Any]:
     """Results of a file, or of the newest in a folder.
 
@@ -175,14 +184,9 @@ def _read_results(path: Path) -> dict[str, Any]:
     files = sorted(path.rglob("results_*.json"), key=lambda file: file.name) if path.is_dir() else [path]
     if not files:
         raise UserError(f"{path} holds no results_….json", "run the harness first")
-    try:
-        results = json.loads(files[-1].read_text(encoding="utf-8"))
-        if not isinstance(results["results"], dict):
-            raise TypeError("results")
-    except OSError as error:
-        raise UserError(f"{files[-1]}: {error.strerror}", "name a results_….json or its folder") from error
-    except (ValueError, KeyError, TypeError) as error:
-        raise UserError(f"{files[-1]} holds no results of lm_eval", "name a results_….json or its folder") from error
+    remedy = "name a results_….json or its folder"
+    results = read_object(files[-1], remedy)
+    check_fields(_Results, results, f"{files[-1]} holds no results of lm_eval", remedy)
     return {"model_name": str(path), **results}
 
 

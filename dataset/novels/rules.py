@@ -10,10 +10,9 @@ from dataclasses import dataclass, fields
 from pathlib import Path
 from typing import Any
 
-import yaml
-
 from dataset.novels.normalized import fold
 from novelgpt.settings.errors import UserError
+from novelgpt.settings.parsed_files import read_yaml
 
 RULES_FILE = Path(__file__).parent / "rules.yaml"
 
@@ -88,12 +87,8 @@ def _built_in() -> tuple[Rule, ...]:
 
 def _entries(path: Path) -> list[tuple[dict[str, Any], str]]:
     """The rows of a file, each with the words that name it in an error."""
-    try:
-        content = yaml.load(path.read_text(encoding="utf-8"), _Loader)
-    except OSError as error:
-        raise UserError(f"{path}: {error.strerror}", "name an existing file with --rules") from error
-    except (UnicodeDecodeError, yaml.YAMLError) as error:
-        raise UserError(f"{path} is not YAML: {error}", "write it in UTF-8, as dataset/novels/rules.yaml") from error
+    remedy = "write it in UTF-8, as dataset/novels/rules.yaml"
+    content = read_yaml(path, "name an existing file with --rules", remedy)
     rows = content.get("rules") if isinstance(content, dict) and set(content) == {"rules"} else None
     if not isinstance(rows, list) or not all(isinstance(row, dict) for row in rows):
         raise UserError(f"{path}: no list of rules", 'begin it with "rules:" and write below: "- name: …", one a rule')
@@ -179,18 +174,3 @@ def _use(rule: Rule, line: str) -> None:
             pass
     if rule.refuse:
         rule.refuse.search(line[-rule.longest :])
-
-
-class _Loader(yaml.SafeLoader):
-    """YAML in which a key that stands twice is an error, not the last one's silent win."""
-
-
-def _unique_mapping(loader: _Loader, node: yaml.MappingNode) -> dict[Any, Any]:
-    keys = [loader.construct_object(key) for key, _ in node.value]  # type: ignore[no-untyped-call]
-    twice = {str(key) for key in keys if keys.count(key) > 1}
-    if twice:
-        raise yaml.YAMLError(f"{', '.join(sorted(twice))} stands twice in line {node.start_mark.line + 1}")
-    return dict(zip(keys, (loader.construct_object(value, deep=True) for _, value in node.value), strict=True))  # type: ignore[no-untyped-call]
-
-
-_Loader.add_constructor(yaml.resolver.BaseResolver.DEFAULT_MAPPING_TAG, _unique_mapping)

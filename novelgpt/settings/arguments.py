@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import importlib.util
-import json
 import sys
 from dataclasses import dataclass, field, fields
 from pathlib import Path
@@ -13,6 +12,7 @@ import torch
 from transformers import TrainingArguments
 
 from novelgpt.settings.deepspeed_builds import release_build_locks, spare_unused_build
+from novelgpt.settings.deepspeed_file import check_deepspeed_file
 from novelgpt.settings.errors import UserError
 from novelgpt.settings.paths import SAMPLES, TINY, model_place
 from novelgpt.settings.remedies import pip_install
@@ -283,7 +283,7 @@ class TrainArguments(TrainingArguments):
     def __post_init__(self) -> None:
         """Turn `precision` into the switches of TrainingArguments, and leave pinned memory to machines with a GPU."""
         if isinstance(self.deepspeed, str) and (self.deepspeed.endswith(".json") or Path(self.deepspeed).exists()):
-            _check_deepspeed_file(Path(self.deepspeed))
+            check_deepspeed_file(Path(self.deepspeed))
         if not torch.accelerator.is_available():
             # Without it, bf16 is refused, and accelerate takes several ranks on CPUs for one process each.
             self.use_cpu = True
@@ -317,18 +317,6 @@ class TrainArguments(TrainingArguments):
             raise UserError("--use_liger_kernel needs the package liger-kernel", pip_install("liger-kernel"))
         chosen = {"rope": True, "rms_norm": True, "swiglu": True, "cross_entropy": False}
         self.liger_kernel_config = chosen | {"fused_linear_cross_entropy": False} | (self.liger_kernel_config or {})
-
-
-def _check_deepspeed_file(path: Path) -> None:
-    """Refuse what DeepSpeed's settings cannot be read from, by its name."""
-    try:
-        settings = json.loads(path.read_text(encoding="utf-8"))
-    except OSError as error:
-        raise UserError(f"--deepspeed {path}: {error.strerror}", "name a JSON file, as scripts/deepspeed/*") from error
-    except ValueError as error:
-        raise UserError(f"--deepspeed {path} is no JSON: {error}", "correct it, or take scripts/deepspeed/*") from error
-    if not isinstance(settings, dict):
-        raise UserError(f"--deepspeed {path} holds no settings by name", "begin it with {, as scripts/deepspeed/*")
 
 
 @dataclass

@@ -1,4 +1,4 @@
-"""The border for JSON files of any origin: what is read is a mapping of the fields that are asked for, or an error."""
+"""The border for JSON and YAML files of any origin: what is read has the fields that are asked for, or is an error."""
 
 from __future__ import annotations
 
@@ -6,6 +6,7 @@ import json
 from pathlib import Path
 from typing import Any, TypeVar
 
+import yaml
 from pydantic import BaseModel, ValidationError
 
 from novelgpt.settings.errors import UserError
@@ -15,29 +16,35 @@ REMEDY = "fetch the file again, or correct it"
 # Far above what any settings take; tokenizers and indices of shards are larger.
 MOST_BYTES = 1 << 30
 SHOWN = 60
+# Of a YAML file, in which a few lines of references can stand for more than memory holds.
+MOST_VALUES = 1_000_000
 
 
-def read_object(path: Path, remedy: str = REMEDY, most_bytes: int = MOST_BYTES) -> dict[str, Any]:
+def read_object(
+    path: Path, remedy: str = REMEDY, most_bytes: int = MOST_BYTES, name: str | None = None
+) -> dict[str, Any]:
     """The mapping that a JSON file holds.
 
     Args:
         path: of the file.
         remedy: what to do where it cannot be read.
         most_bytes: larger files are refused before they are read.
+        name: of the file in errors; None for its path.
 
     Raises:
         UserError: no file, no UTF-8, no JSON, not a mapping, or one with a key that stands there with two values; names
             the file, and line and column where there are any.
     """
+    name = str(path) if name is None else name
     try:
-        if path.exists() and not path.is_file():  # a pipe would be waited for
-            raise UserError(f"{path} is no file", remedy)
+        if path.exists() and not (path.is_file() or path.is_dir()):  # a pipe would be waited for
+            raise UserError(f"{name} is no file", remedy)
         size = path.stat().st_size
         if size > most_bytes:
-            raise UserError(f"{path} has {size:,} bytes, too many for what its name says", remedy)
-        return parse_object(path.read_bytes(), str(path), remedy)
+            raise UserError(f"{name} has {size} bytes, too many for what its name says", remedy)
+        return parse_object(path.read_bytes(), name, remedy)
     except OSError as error:
-        raise UserError(f"{path}: {error.strerror or error}", remedy) from error
+        raise UserError(f"{name}: {error.strerror or error}", remedy) from error
 
 
 def parse_object(content: bytes, name: str, remedy: str = REMEDY) -> dict[str, Any]:
@@ -60,10 +67,49 @@ def parse_object(content: bytes, name: str, remedy: str = REMEDY) -> dict[str, A
     except UnicodeDecodeError as error:
         raise UserError(f"{name} is no UTF-8: byte {error.start}: {error.reason}", remedy) from error
     except (ValueError, RecursionError) as error:
-        raise UserError(f"{name} is not a valid JSON file: {error}", remedy) from error
+        raise UserError(f"{name} is no JSON: {error}", remedy) from error
     if not isinstance(value, dict):
         raise UserError(f"{name} holds no settings by name: it is a {type(value).__name__}", remedy)
     return value
+
+
+def read_yaml(path: Path, missing: str, remedy: str) -> Any:
+    """What a YAML file in UTF-8 holds.
+
+    Args:
+        path: of the file.
+        missing: what to do where there is no such file.
+        remedy: what to do where it is no YAML.
+
+    Raises:
+        UserError: it cannot be read, a key stands there twice, or it stands for more than a file would hold.
+    """
+    try:
+        value = yaml.load(path.read_text(encoding="utf-8"), _UniqueKeys)
+    except OSError as error:
+        raise UserError(f"{path}: {error.strerror or error}", missing) from error
+    except (yaml.YAMLError, ValueError, RecursionError) as error:  # dates that are none are ValueErrors
+        raise UserError(f"{path} is not YAML: {error}", remedy) from error
+    waiting, count = [value], 0
+    while waiting:
+        part = waiting.pop()
+        waiting += list(part.values()) if isinstance(part, dict) else part if isinstance(part, list) else []
+        count += 1
+        if count > MOST_VALUES:
+            raise UserError(f"{path} stands for more than {MOST_VALUES} values", remedy)
+    return value
+
+
+class _UniqueKeys(yaml.SafeLoader):
+    """YAML in which a key that stands twice is an error, not the last one's silent win."""
+
+    def construct_mapping(self, node: yaml.MappingNode, deep: bool = False) -> dict[Any, Any]:
+        own = [key for key, _ in node.value if key.tag != "tag:yaml.org,2002:merge"]
+        keys = [self.construct_object(key, deep=True) for key in own]  # type: ignore[no-untyped-call]
+        twice = {str(key) for key in keys if keys.count(key) > 1}
+        if twice:
+            raise yaml.YAMLError(f"{', '.join(sorted(twice))} stands twice in line {node.start_mark.line + 1}")
+        return super().construct_mapping(node, deep)  # type: ignore[no-any-return, no-untyped-call]
 
 
 def check_fields(model: type[Fields], content: object, name: str, remedy: str = REMEDY) -> Fields:

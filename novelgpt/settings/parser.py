@@ -12,7 +12,6 @@ from enum import Enum
 from pathlib import Path
 from typing import Any, TypeVar
 
-import yaml
 from rich.table import Table
 from rich.text import Text
 from transformers import HfArgumentParser
@@ -22,6 +21,7 @@ from novelgpt.settings.arguments import TrainArguments
 from novelgpt.settings.command_parser import CommandParser
 from novelgpt.settings.console import make_console
 from novelgpt.settings.errors import UserError
+from novelgpt.settings.parsed_files import read_yaml
 from novelgpt.settings.paths import EMBEDDED_BASE, ROOT, TINY, from_home, model_place
 
 Run = TypeVar("Run")
@@ -156,12 +156,7 @@ def _takes(kind: Any, wanted: type) -> bool:
 
 def _read_yaml(path: Path, actions: dict[str, argparse.Action], kinds: dict[str, Any]) -> dict[str, Any]:
     """The settings of one YAML file, each checked against the argument of that name."""
-    try:
-        settings = yaml.safe_load(path.read_text(encoding="utf-8")) or {}
-    except OSError as error:
-        raise UserError(f"{path}: {error.strerror}", "name an existing file with --config") from error
-    except (yaml.YAMLError, UnicodeDecodeError) as error:
-        raise UserError(f"{path} is not YAML: {error}", "write one `key: value` a line") from error
+    settings = read_yaml(path, "name an existing file with --config", "write one `key: value` a line") or {}
     if not isinstance(settings, dict):
         raise UserError(f"{path} does not hold `key: value` lines", "write one `key: value` a line")
     for key, value in settings.items():

@@ -14,9 +14,12 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from pydantic import BaseModel
+
 from dataset.row_fields import is_absent
 from novelgpt.scoring.row_scores import RowScores
 from novelgpt.settings.errors import UserError
+from novelgpt.settings.parsed_files import check_fields, read_object
 from novelgpt.settings.remedies import python_module
 from novelgpt.settings.units import counted
 from novelgpt.text.thoughts import split_thought
@@ -129,20 +132,29 @@ def _names(folders: Sequence[Path]) -> list[str]:
     return ["/".join(folder.parts[-2:]) if names.count(n) > 1 else n for folder, n in zip(folders, names, strict=True)]
 
 
+class _Scores(BaseModel):
+    """What a report takes from scores.json beside plain numbers."""
+
+    intervals: dict[str, tuple[float | None, float | None]] = {}
+    definitions: dict[str, Any] = {}
+    generation: dict[str, Any] | None = None
+    groups: dict[str, dict[str, Any]] = {}
+
+
 def _read_run(file: Path, name: str) -> Run:
     again = python_module(f"predict.score {shlex.quote(str(file))}")
     folder = file.parent
     path = folder / "scores.json"
     try:
-        scores = json.loads(path.read_text(encoding="utf-8"))
+        path.stat()  # or it is missing, as the other file may be
+        scores = read_object(path, again)
+        check_fields(_Scores, scores, str(path), again)
         rows = [row for _, row in _read_lines(folder / "row_scores.jsonl", again)]
     except FileNotFoundError as error:
         raise UserError(f"{error.filename} is missing", again) from error
     except OSError as error:
         raise UserError(f"{error.filename}: {error.strerror}", "make the file readable") from error
-    except ValueError as error:
-        raise UserError(f"{path} is no JSON: {error}", again) from error
-    if not isinstance(scores, dict) or scores.get("rows") != len(rows):
+    if scores.get("rows") != len(rows):
         raise UserError(f"{path} is not about the {counted(len(rows), 'row')} of row_scores.jsonl", again)
     places, identities = _read_places(file, rows, again)
     return Run(name, file, scores, rows, places, identities, _read_losses(folder))
@@ -156,7 +168,7 @@ def _read_lines(path: Path, remedy: str) -> Iterator[tuple[int, dict[str, Any]]]
             if line.strip():
                 try:
                     entry = json.loads(line)
-                except ValueError as error:
+                except (ValueError, RecursionError) as error:
                     raise UserError(f"{path}:{number}: no JSON: {error}", remedy) from error
                 if not isinstance(entry, dict):
                     raise UserError(f"{path}:{number}: no JSON object", remedy)
@@ -213,7 +225,7 @@ def _read_losses(folder: Path) -> list[dict[str, Any]]:
     for line in path.read_bytes().splitlines():
         try:
             entry = json.loads(line)
-        except ValueError:
+        except (ValueError, RecursionError):
             continue  # the end of a line that a kill cut off
         if not isinstance(entry, dict) or not is_number(entry.get("step")):
             continue

@@ -304,7 +304,7 @@ CASES = {
     "broken configuration": (
         "pretrain",
         ["--model", "{broken_config}"],
-        "config.json is not a valid JSON file: Expecting property name",
+        "config.json is no JSON: Expecting property name",
     ),
     "architecture nobody knows": (
         "pretrain",
@@ -530,7 +530,7 @@ CASES = {
     "predict: broken adapter": (
         "predict",
         ["--model", "{broken_adapter}"],
-        "adapter_config.json is not a valid JSON file: Expecting property name",
+        "adapter_config.json is no JSON: Expecting property name",
     ),
     "predict: no prompts in a batch": ("predict", ["--batch_size", "0"], "--batch_size 0 is too small"),
     "predict: no row": ("predict", ["--max_rows", "0"], "--max_rows 0 is too small"),
@@ -635,7 +635,7 @@ CASES = {
     "merge: broken adapter": (
         "finetune_lora.merge",
         ["{broken_adapter}", "{tmp}/out"],
-        "adapter_config.json is not a valid JSON file: Expecting property name",
+        "adapter_config.json is no JSON: Expecting property name",
     ),
     "merge: base that is gone": (
         "finetune_lora.merge",

@@ -9,8 +9,11 @@ from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
+from pydantic import BaseModel
 from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR
 
+from novelgpt.settings.errors import UserError
+from novelgpt.settings.parsed_files import check_fields, read_object
 from novelgpt.settings.whole_files import hash_file, sync
 
 MANIFEST = "manifest.json"
@@ -77,15 +80,24 @@ def finish(folder: Path, files: dict[str, dict[str, Any]], step: int) -> None:
     sync(folder.parent)
 
 
+class _File(BaseModel):
+    bytes: int
+    sha256: str
+
+
+class _Manifest(BaseModel):
+    files: dict[str, _File]
+
+
 def damage(folder: Path) -> str | None:
     """What is wrong with a checkpoint, None where every file is what the manifest says."""
-    try:
-        manifest = json.loads((folder / MANIFEST).read_text(encoding="utf-8"))
-        files = {str(name): (int(entry["bytes"]), str(entry["sha256"])) for name, entry in manifest["files"].items()}
-    except FileNotFoundError:
+    if not (folder / MANIFEST).exists():
         return f"it has no {MANIFEST}"
-    except (OSError, ValueError, KeyError, TypeError, AttributeError):
+    try:
+        manifest = check_fields(_Manifest, read_object(folder / MANIFEST), MANIFEST)
+    except UserError:
         return f"{MANIFEST} cannot be read"
+    files = {name: (entry.bytes, entry.sha256) for name, entry in manifest.files.items()}
     if not files:
         return f"{MANIFEST} lists no files"
     for name, (size, _) in files.items():

@@ -1,0 +1,80 @@
+"""The JSON file of --deepspeed before DeepSpeed and accelerate read it: settings of the kinds that they take."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Annotated, Any, Literal
+
+from pydantic import BaseModel, ConfigDict, Field
+
+from novelgpt.settings.parsed_files import check_fields, read_object
+
+Size = Annotated[int, Field(ge=1)] | Literal["auto"] | None
+Switch = bool | Literal["auto"] | None
+Number = float | Literal["auto"] | None
+
+
+class _Settings(BaseModel):
+    """Fields that are not named here are for DeepSpeed to judge."""
+
+    model_config = ConfigDict(extra="ignore", strict=True, allow_inf_nan=False)
+
+
+class _Offload(_Settings):
+    device: str = "none"
+
+
+class _Zero(_Settings):
+    stage: Annotated[int, Field(ge=0, le=3)] | Literal["auto"] | None = None
+    offload_optimizer: _Offload | None = None
+    offload_param: _Offload | None = None
+    cpu_offload: bool | None = None
+    overlap_comm: Switch = None
+    contiguous_gradients: Switch = None
+    reduce_scatter: Switch = None
+    stage3_gather_16bit_weights_on_model_save: Switch = None
+    reduce_bucket_size: Number = None
+    allgather_bucket_size: Number = None
+    stage3_prefetch_bucket_size: Number = None
+    stage3_param_persistence_threshold: Number = None
+    sub_group_size: Number = None
+
+
+class _Enabled(_Settings):
+    enabled: Switch = None
+
+
+class _Made(_Settings):
+    """An optimizer or a schedule."""
+
+    type: str
+    params: dict[str, Any] = {}
+
+
+class DeepSpeedSettings(_Settings):
+    """The settings that this toolkit, transformers and accelerate look at."""
+
+    zero_optimization: _Zero | None = None
+    fp16: _Enabled | None = None
+    bf16: _Enabled | None = None
+    optimizer: _Made | None = None
+    scheduler: _Made | None = None
+    train_batch_size: Size = None
+    train_micro_batch_size_per_gpu: Size = None
+    gradient_accumulation_steps: Size = None
+    gradient_clipping: Number = None
+    steps_per_print: Number = None
+    zero_allow_untested_optimizer: bool | None = None
+    zero_force_ds_cpu_optimizer: bool | None = None
+    wall_clock_breakdown: bool | None = None
+
+
+def check_deepspeed_file(path: Path) -> None:
+    """Refuse what DeepSpeed's settings cannot be read from, by its name and field.
+
+    Raises:
+        UserError: so it is.
+    """
+    remedy = "name a JSON file, as scripts/deepspeed/*"
+    name = f"--deepspeed {path}"
+    check_fields(DeepSpeedSettings, read_object(path, remedy, name=name), name, remedy)
