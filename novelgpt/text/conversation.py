@@ -81,7 +81,9 @@ def encode_conversation(
         return []
     chat = RenderedConversation(messages[: turns[-1] + 1], tokenizer, tools)
     try:
-        return [_read_turns(chat, turns[-1] + 1).finish()]
+        reader = _read_turns(chat, turns[-1] + 1)
+        chat.refuse_lost_texts(reader.rendered, turns[-1] + 1)
+        return [reader.finish()]
     except _HistoryRewrittenError:
         rows = []
         for turn in [turn for turn in turns if chat.trained[turn]] or turns[-1:]:
@@ -215,7 +217,7 @@ class _Reader:
         return answer if not said.strip() or _as_rendered(said.strip(), answer) is not None else None
 
     def _changed(self, message: Message) -> UserError:
-        told = self.chat.told(message["content"][:20])
+        told = self.chat.told(answer_text(message)[:20])
         if message.get("reasoning_content"):
             return UserError(
                 f"field reasoning_content: the chat template has no place for the thought before the answer {told!r}…",
@@ -223,9 +225,10 @@ class _Reader:
             )
         if message.get("tool_calls"):
             return UserError(
-                f"field tool_calls: the chat template writes the calls of the answer {told!r}… so that "
-                "where they end is unclear",
-                "put a chat_template.jinja beside the weights that ends calls with a special token, as answers",
+                f"field tool_calls: the chat template leaves out what the answer {told!r}… says beside its calls, or "
+                "where the calls end is unclear",
+                "leave out the text beside the calls, or put a chat_template.jinja beside the weights that writes it "
+                "and ends calls with a special token",
             )
         return UserError(
             f"the chat template changes the answer {told!r}…, so what to train on is unclear",
@@ -247,6 +250,7 @@ def _read_turns(chat: RenderedConversation, count: int) -> _Reader:
 def _prompt_ids(chat: RenderedConversation, count: int, thinking: bool) -> list[int]:
     """Tokens of the first `count` messages up to where the next answer starts."""
     prompt = chat.render(count, thinking, add_generation_prompt=True)
+    chat.refuse_lost_texts(prompt, count)
     try:
         reader = _read_turns(chat, count)
         reader.read_prompt(prompt)

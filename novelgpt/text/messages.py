@@ -16,7 +16,7 @@ THOUGHT = re.compile(r"\s*<think>(.*?)</think>(.*)", re.DOTALL)
 
 def answer_text(message: Message) -> str:
     """What an answer says, its thought in front where the message holds that apart; its calls are no part of it."""
-    thought, content = message.get("reasoning_content"), str(message["content"])
+    thought, content = message.get("reasoning_content"), str(message["content"] or "")
     return f"<think>\n{thought}\n</think>\n\n{content}" if thought else content
 
 

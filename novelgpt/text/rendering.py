@@ -40,8 +40,7 @@ class RenderedConversation:
         trained: of each message, whether it is trained if it is an answer.
 
     Raises:
-        UserError: the template fails on the messages, or leaves out a tool, a call, or what a system or tool message
-            says.
+        UserError: the template fails on the messages, or leaves out the tools or a call.
     """
 
     def __init__(
@@ -54,9 +53,18 @@ class RenderedConversation:
         self._find_marks([read, list(tools)])
         self.messages: list[Message] = self._hidden(read)
         self._tools: list[dict[str, Any]] | None = self._hidden(list(tools)) or None
-        if any("tool_calls" in message for message in self.messages):
-            self._settle_arguments()
-        self._refuse_losses()
+        self._calls = [
+            (number, place)
+            for number, message in enumerate(self.messages)
+            for place in range(len(message.get("tool_calls", ())))
+        ]
+        if self._calls:
+            self._settle_calls()
+        if self._tools and self._renders_alike(self.messages, self.messages, None):
+            raise UserError(
+                "field tools: the chat template has no place for a list of tools",
+                "take a model whose template has one (Qwen2.5, Qwen3), or leave out tools and the rows that call them",
+            )
 
     def render(self, count: int, thinking: bool, add_generation_prompt: bool) -> str:
         """The text of the first `count` messages.
@@ -108,74 +116,84 @@ class RenderedConversation:
             return {self._hidden(name): self._hidden(item) for name, item in value.items()}
         return value
 
-    def _settle_arguments(self) -> None:
-        """Give the template the arguments of calls as mappings, or as JSON where it takes them for texts."""
+    def refuse_lost_texts(self, rendered: str, count: int) -> None:
+        """Check that the template writes what each system and tool message says.
+
+        Args:
+            rendered: what `render` gave for the first `count` messages.
+            count: of messages.
+
+        Raises:
+            UserError: it leaves one of them out.
+        """
+        for number, message in enumerate(self.messages[:count]):
+            said = message["content"].strip() if message["role"] in ("system", "tool") else ""
+            if not said or said in rendered:
+                continue
+            changed = self.messages[:count]
+            changed[number] = {**message, "content": _PROBE + message["content"]}
+            if self._renders_alike(self.messages[:count], changed, self._tools):
+                raise UserError(
+                    f"message {number + 1}: the chat template leaves out what the role {message['role']!r} says",
+                    "take a model whose template has a place for it, or leave the message out",
+                )
+
+    def _settle_calls(self) -> None:
+        """Give the template the calls in the form that it writes out.
+
+        Arguments are mappings, or JSON where it takes them for a text; beside calls, no text is "" or null
+        (which transformers takes out).
+
+        Raises:
+            UserError: it writes out none of these forms.
+        """
+        given = self.messages
+        for empty, as_text in itertools.product(("", None), (False, True)):
+            self.messages = copy.deepcopy(given)
+            for number, place in self._calls:
+                message = self.messages[number]
+                message["content"] = message["content"] or empty
+                function = message["tool_calls"][place]["function"]
+                if as_text:
+                    function["arguments"] = json.dumps(function["arguments"], ensure_ascii=False)
+            if self._lost_call() is None:
+                return
+        self.messages = given
+        self.render(len(given), False, add_generation_prompt=False)  # raises, where it fails on something else
+        number, _ = self._lost_call() or self._calls[0]
+        raise UserError(
+            f"field tool_calls of message {number + 1} (or its function_call): the chat template has no place for "
+            "calls of tools",
+            "take a model whose template has one (Qwen2.5, Qwen3), or leave out the rows that call tools",
+        )
+
+    def _lost_call(self) -> tuple[int, int] | None:
+        """The first call (number of the message, place in it) that the template does not write out as JSON."""
         try:
             rendered = self.render(len(self.messages), False, add_generation_prompt=False)
-            if not any(
-                str(given) in rendered and str(given) != json.dumps(given, ensure_ascii=False)
-                for given in self._arguments()
+        except UserError:
+            return self._calls[0]
+        for number, place in self._calls:
+            changed = copy.deepcopy(self.messages)
+            function = changed[number]["tool_calls"][place]["function"]
+            arguments, other = function["arguments"], {_PROBE: _PROBE}
+            in_python = str(arguments) != json.dumps(arguments, ensure_ascii=False) and str(arguments) in rendered
+            function["arguments"] = json.dumps(other) if isinstance(arguments, str) else other
+            if (in_python and not isinstance(arguments, str)) or self._renders_alike(
+                self.messages, changed, self._tools
             ):
-                return
-        except UserError:
-            pass
-        mappings = copy.deepcopy(self.messages)
-        for message in self.messages:
-            for call in message.get("tool_calls", ()):
-                call["function"]["arguments"] = json.dumps(call["function"]["arguments"], ensure_ascii=False)
+                return number, place
+        return None
+
+    def _renders_alike(
+        self, messages: list[Message], others: list[Message], tools: list[dict[str, Any]] | None
+    ) -> bool:
+        """Whether the template makes the same of `others` and `tools` as of `messages` and the tools of these."""
+        rendered = self._render(messages, self._tools, False, False)
         try:
-            self.render(len(self.messages), False, add_generation_prompt=False)
+            return rendered == self._render(others, tools, False, False)
         except UserError:
-            self.messages = mappings  # it fails on something else
-
-    def _arguments(self) -> list[Any]:
-        calls = (call for message in self.messages for call in message.get("tool_calls", ()))
-        return [call["function"]["arguments"] for call in calls]
-
-    def _refuse_losses(self) -> None:
-        """Raise where the template renders the same without something as with it."""
-        watched = [message for message in self.messages if message["role"] in ("system", "tool")]
-        calls = any("tool_calls" in message for message in self.messages)
-        if not (watched or calls or self._tools) or not self.messages:
-            return
-        rendered = self.render(len(self.messages), False, add_generation_prompt=False)
-
-        def is_lost(messages: list[Message], tools: list[dict[str, Any]] | None) -> bool:
-            try:
-                return rendered == self._render(messages, tools, False, False)
-            except UserError:
-                return False
-
-        if self._tools and is_lost(self.messages, None):
-            raise UserError(
-                "field tools: the chat template has no place for a list of tools",
-                "take a model whose template has one (Qwen2.5, Qwen3), or leave out tools and the rows that call them",
-            )
-        for number, message in enumerate(self.messages):
-            for place in range(len(message.get("tool_calls", ()))):
-                if is_lost(self._changed_call(number, place), self._tools):
-                    raise UserError(
-                        f"field tool_calls of message {number + 1} (or its function_call): the chat template has no "
-                        "place for calls of tools",
-                        "take a model whose template has one (Qwen2.5, Qwen3), or leave out the rows that call tools",
-                    )
-            said = message["content"].strip() if message in watched else ""
-            if said and said not in rendered:
-                changed = [*self.messages]
-                changed[number] = {**message, "content": _PROBE + message["content"]}
-                if is_lost(changed, self._tools):
-                    raise UserError(
-                        f"message {number + 1}: the chat template leaves out what the role {message['role']!r} says",
-                        "take a model whose template has a place for it, or leave the message out",
-                    )
-
-    def _changed_call(self, number: int, place: int) -> list[Message]:
-        """The messages with other arguments in one call."""
-        changed = copy.deepcopy(self.messages)
-        function = changed[number]["tool_calls"][place]["function"]
-        other = {_PROBE: _PROBE}
-        function["arguments"] = json.dumps(other) if isinstance(function["arguments"], str) else other
-        return changed
+            return False
 
     def _render(
         self, messages: list[Message], tools: list[dict[str, Any]] | None, thinking: bool, add_generation_prompt: bool

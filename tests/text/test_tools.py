@@ -218,6 +218,43 @@ def test_templates_that_take_arguments_for_texts_get_json(
     assert trained(row, older) == f"{BLOCK}<|im_end|>{ANSWER['content']}<|im_end|>"
 
 
+# As other families have them: the call of an answer, after the mark of its role.
+FAMILIES = {
+    # One call, ended by a token of its own (Llama 3.1).
+    "llama": (
+        "{{ '{\"name\": \"' + call.name + '\", \"parameters\": ' + (call.arguments | tojson) + '}<|endoftext|>' }}",
+        "if message.tool_calls",
+        '{"name": "get_weather", "parameters": {"city": "北京"}}<|endoftext|>',
+    ),
+    # Where there is no text, and from arguments that are one (DeepSeek V3); the block has special tokens in it.
+    "deepseek": (
+        "{{ '<|im_start|>' + call.name + '\n' + call.arguments + '\n<|im_start|><|im_end|>' }}",
+        "if message.content is not defined",
+        '<|im_start|>get_weather\n{"city": "北京"}\n<|im_start|><|im_end|>',
+    ),
+}
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_calls_of_other_families(family: str, tokenizer: PreTrainedTokenizerBase, tmp_path: Path) -> None:
+    block, condition, written = FAMILIES[family]
+    template = (
+        "{% for message in messages %}{{ '<|im_start|>' + message.role + '\n' }}{% " + condition + " %}"
+        "{% set call = message.tool_calls[0].function %}" + block + "{% else %}{{ message.content + '<|im_end|>' }}"
+        "{% endif %}{{ '\n' }}{% endfor %}{% if add_generation_prompt %}{{ '<|im_start|>assistant\n' }}{% endif %}"
+    )
+    chat = with_template(tokenizer, "own", template)
+    for content in ("", None):
+        (row,), _ = encoded({"messages": [USER, call(content), RESULT, ANSWER]}, chat, tmp_path)
+        assert trained(row, chat) == f"{written}{ANSWER['content']}<|im_end|>"
+        for turn in (1, 3):
+            prompt = encode_prompt([USER, call(content), RESULT][:turn], chat)
+            assert row.input_ids[: len(prompt)] == prompt and row.labels[len(prompt)] != IGNORED
+    # What is said beside a call has no place here.
+    with pytest.raises(UserError, match="field tool_calls"):
+        encoded({"messages": [USER, call("我查一下。"), RESULT, ANSWER]}, chat, tmp_path)
+
+
 def test_calls_after_thoughts(qwen3: PreTrainedTokenizerBase, tmp_path: Path) -> None:
     thinking = {**call(), "reasoning_content": "先查天气。"}
     (row,), _ = encoded(openai(thinking, RESULT, ANSWER), qwen3, tmp_path)
