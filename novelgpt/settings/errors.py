@@ -6,7 +6,7 @@ import functools
 from collections.abc import Callable
 
 from novelgpt.settings.signals import hear_interrupts
-from novelgpt.settings.terminal import say, visible
+from novelgpt.settings.terminal import guard_terminal, say, visible
 
 
 class UserError(Exception):
@@ -43,6 +43,7 @@ def exit_on_user_error(main: Callable[..., None]) -> Callable[..., None]:
     @functools.wraps(main)
     def wrapped(argv: list[str] | None = None) -> None:
         hear_interrupts()
+        guard_terminal()
         try:
             main(argv)
         except UserError as error:

@@ -6,13 +6,21 @@ through here or through `novelgpt.settings.console`; `ruff` refuses `print` and 
 
 from __future__ import annotations
 
+import io
+import logging
+import re
 import sys
+import traceback
 import unicodedata
+import warnings
+from types import TracebackType
 
 # Categories of Unicode whose characters steer a terminal, turn the order of letters, or cannot be written as UTF-8.
 STEERING = ("Cc", "Cf", "Cs", "Zl", "Zp")
 # Of these, what texts are laid out with, and the joiners within emoji and within words of some scripts.
 HARMLESS = "\n\t\u200c\u200d"
+# Colours and weights of letters, which transformers gives to what it logs.
+_COLOURS = re.compile(r"(\x1b\[[0-9;]*m)")
 
 
 def visible(text: str) -> str:
@@ -73,3 +81,35 @@ def say_above_bars(line: str) -> None:
     from tqdm import tqdm  # not before: the doctor looks at installations without it
 
     tqdm.write(one_line(line))
+
+
+class VisibleRecord(logging.LogRecord):
+    """What a library logs may quote a file, as names of tensors: of it, only colours reach the terminal."""
+
+    def getMessage(self) -> str:  # noqa: N802  logging's own name
+        """The message, made visible but for colours."""
+        parts = _COLOURS.split(super().getMessage())
+        return "".join(part if number % 2 else visible(part) for number, part in enumerate(parts))
+
+
+def guard_terminal() -> None:
+    """What libraries log, warn of and raise is made visible too; letters that the terminal lacks end no command."""
+    for stream in (sys.stdout, sys.stderr):
+        if isinstance(stream, io.TextIOWrapper):
+            stream.reconfigure(errors="backslashreplace")
+    logging.setLogRecordFactory(VisibleRecord)
+    warnings.formatwarning = _format_warning
+    sys.excepthook = _show_error
+
+
+_format_plainly = warnings.formatwarning
+
+
+def _format_warning(
+    message: Warning | str, category: type[Warning], filename: str, lineno: int, line: str | None = None
+) -> str:
+    return visible(_format_plainly(message, category, filename, lineno, line))
+
+
+def _show_error(kind: type[BaseException], error: BaseException, trace: TracebackType | None) -> None:
+    say_text("".join(traceback.format_exception(kind, error, trace)), end="", stderr=True)

@@ -2,8 +2,14 @@
 
 from __future__ import annotations
 
+import ast
 import io
+import logging
+import sys
 import unicodedata
+import warnings
+from collections.abc import Iterator
+from pathlib import Path
 
 import pytest
 from rich.progress import Progress, TextColumn
@@ -13,6 +19,7 @@ from rich.text import Text
 from novelgpt.settings.command_parser import CommandParser
 from novelgpt.settings.console import make_console
 from novelgpt.settings.errors import UserError, exit_on_user_error
+from novelgpt.settings.paths import ROOT
 from novelgpt.settings.terminal import one_line, say, say_above_bars, say_text, visible
 
 # ESC, an operating system command with BEL, C1's CSI, a bidirectional override, CR, backspace, a line separator, and
@@ -86,3 +93,61 @@ def test_errors_of_the_command_line_are_shown_as_well() -> None:
     with pytest.raises(UserError) as raised:
         parser.parse_args(["--number", HOSTILE])
     assert not steers(raised.value.cause) and "\n" not in raised.value.cause
+
+
+@pytest.fixture
+def guarded(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
+    """As in a command; undone afterwards."""
+    monkeypatch.setattr(warnings, "formatwarning", warnings.formatwarning)
+    monkeypatch.setattr(sys, "excepthook", sys.excepthook)
+    factory = logging.getLogRecordFactory()
+    exit_on_user_error(lambda argv: None)()
+    yield
+    logging.setLogRecordFactory(factory)
+
+
+def test_what_libraries_log_warn_of_and_raise_does_not_steer(guarded: None, capsys: pytest.CaptureFixture[str]) -> None:
+    logged = io.StringIO()
+    logger = logging.getLogger("a library")
+    handler = logging.StreamHandler(logged)
+    logger.addHandler(handler)
+    logger.warning("\x1b[1mkeys\x1b[0m %s", "\x1b]0;title\x07\x9b2J")
+    logger.removeHandler(handler)
+    assert logged.getvalue() == "\x1b[1mkeys\x1b[0m <U+001B>]0;title<U+0007><U+009B>2J\n"
+    assert not steers(warnings.formatwarning(HOSTILE, UserWarning, "a.py", 1))
+    sys.excepthook(ValueError, ValueError(HOSTILE), None)
+    assert not steers(capsys.readouterr().err)
+
+
+def test_letters_that_a_terminal_lacks_end_no_command(monkeypatch: pytest.MonkeyPatch) -> None:
+    written = io.BytesIO()
+    monkeypatch.setattr(sys, "stdout", io.TextIOWrapper(written, encoding="ascii"))
+    exit_on_user_error(lambda argv: say("雪 …"))()
+    sys.stdout.flush()
+    assert written.getvalue() == b"\\u96ea \\u2026\n"
+
+
+ROOMS = ("novelgpt", "dataset", "predict", "pretrain", "finetune", "finetune_lora", "scripts")
+BORDER = ("novelgpt/settings/terminal.py", "novelgpt/settings/console.py")
+# JSON in ASCII for another process; a preview that is visible but for its own colours.
+PRINTING = {"novelgpt/health/trial.py", "dataset/preview.py"}
+
+
+def printed_by(path: Path) -> set[str]:
+    """Ways past the border that a module takes."""
+    found = set()
+    for node in ast.walk(ast.parse(path.read_text(encoding="utf-8"))):
+        if isinstance(node, ast.Call):
+            name = ast.unparse(node.func)
+            if name in ("print", "tqdm.write", "sys.stdout.write", "sys.stderr.write", "Console", "console.log"):
+                found.add(name)
+        if isinstance(node, ast.ImportFrom) and node.module in ("rich", "rich.console", "rich.markup"):
+            found |= {alias.name for alias in node.names} & {"print", "Console", "escape", "get_console"}
+    return found
+
+
+def test_nothing_is_printed_past_the_border() -> None:
+    paths = [path for room in ROOMS for path in (ROOT / room).rglob("*.py")]
+    past = {str(path.relative_to(ROOT)): printed_by(path) for path in paths}
+    assert {name for name, ways in past.items() if ways and name not in BORDER} == PRINTING
+    assert all(past[name] == {"print"} for name in PRINTING)
