@@ -186,4 +186,6 @@ def _stop_with_the_launcher() -> None:
 def _tail(path: Path) -> str:
     with path.open("rb") as file:
         file.seek(max(0, path.stat().st_size - TAIL_BYTES))
-        return file.read().decode("utf-8", "replace").strip()
+        lines = file.read().decode("utf-8", "replace").split("\n")
+    # Of a progress bar, which returns to the begin of its line, what stood there last.
+    return "\n".join(line.rstrip("\r").rpartition("\r")[2] for line in lines).strip()

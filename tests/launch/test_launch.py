@@ -180,11 +180,11 @@ def test_two_launchers_share_out_the_ranks(tmp_path: Path) -> None:
 
 def test_a_rank_that_dies_on_another_host_ends_all_and_the_first_host_says_why(tmp_path: Path) -> None:
     port = free_port()
-    script = f"if rank == 2: print('so sorry'); sys.exit(7){FOREVER}"
+    script = f"if rank == 2: print('1 %\\r2 %\\rso sorry \\x1b[2J'); sys.exit(7){FOREVER}"
     with launcher(tmp_path, script, *on_two_hosts(port, 1, 2)) as other:
         status, _, errors = launch(tmp_path, script, *on_two_hosts(port, 0, 1))
         assert (status, other.wait(timeout=PATIENCE)) == (7, 7)
-    assert "so sorry" in errors
+    assert "\nso sorry <U+001B>[2J\n" in errors  # a bar as it stood last, and nothing that steers
     assert f"error: rank 2 ({socket.gethostname()}) ended with exit status 7" in errors
 
 
