@@ -15,7 +15,7 @@ from dataset.row_fields import check_row_fields, is_absent, read_flag
 from dataset.row_shapes import TITLE_TO_ABSTRACT, fields_read, messages_of
 from dataset.tool_rows import read_tools
 from novelgpt.settings.errors import UserError
-from novelgpt.settings.remedies import python_module
+from novelgpt.settings.remedies import python_module, run_script
 from novelgpt.text.messages import Message, answer_text, begins_with_thought, is_empty_answer
 
 __all__ = [
@@ -71,7 +71,7 @@ def read_unworded_rows(path: Path) -> Iterator[Record]:
     if path.suffix.lower() == ".txt" or path.is_dir():
         raise UserError(
             f"{path}: {'a folder' if path.is_dir() else 'a .txt file'} holds text, and these rows are conversations",
-            f"pretrain on it: bash scripts/run_pretrain.sh --train_files {shlex.quote(str(path))}; or make "
+            f"pretrain on it: {run_script('run_pretrain.sh', f'--train_files {shlex.quote(str(path))}')}; or make "
             f"conversations of it: {python_module('dataset novels')}, then {python_module('dataset conversations')}",
         )
     for index, (where, record) in enumerate(read_records(path)):

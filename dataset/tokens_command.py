@@ -11,6 +11,7 @@ from __future__ import annotations
 
 import json
 import os
+import shlex
 import shutil
 import time
 from collections.abc import Iterator
@@ -27,6 +28,7 @@ from novelgpt.settings.arguments import ModelArguments
 from novelgpt.settings.command_parser import CommandParser
 from novelgpt.settings.errors import UserError, exit_on_user_error
 from novelgpt.settings.paths import from_home
+from novelgpt.settings.remedies import run_script
 from novelgpt.settings.terminal import say
 from novelgpt.settings.units import counted
 from novelgpt.settings.whole_files import hash_file, write_whole
@@ -223,7 +225,8 @@ def main(argv: list[str] | None = None) -> None:
         say(f"{name}: {counted(split['tokens'], 'token')} of {counted(split['documents'], 'document')}")
     if not run.made:
         say(f"{words.out} was up to date: nothing to do")
-    say(f"train on it: bash scripts/run_pretrain.sh --train_files {words.out}")
+    command = run_script("run_pretrain.sh", f"--train_files {shlex.quote(str(words.out))}", words.model)
+    say(f"train on it: {command}")
 
 
 if __name__ == "__main__":

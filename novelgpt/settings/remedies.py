@@ -6,6 +6,10 @@ import shlex
 import sys
 from pathlib import Path
 
+from novelgpt.settings.paths import ROOT
+
+EXAMPLE_MODEL = "Qwen/Qwen3-0.6B"
+
 
 def this_python() -> str:
     """The interpreter that runs, as a word for a shell."""
@@ -28,8 +32,23 @@ def pip_install(*requirements: str) -> str:
 
 def environment_program(name: str) -> str:
     """A program beside the interpreter, as a word for a shell; relative where the user is in a folder above it."""
-    program = Path(sys.executable or "python").with_name(name)
+    return _word(Path(sys.executable or "python").with_name(name))
+
+
+def run_script(name: str, words: str, model: str = EXAMPLE_MODEL) -> str:
+    """The command line of a pipeline's script.
+
+    Args:
+        name: of the file in scripts/.
+        words: for the pipeline, quoted where they have to be.
+        model: to train or to ask; an example where none is known.
+    """
+    return f"MODEL={shlex.quote(model)} bash {_word(ROOT / 'scripts' / name)} {words}"
+
+
+def _word(path: Path) -> str:
+    """A path for a shell; relative where it lies below the folder that the user is in."""
     try:
-        return shlex.quote(str(program.relative_to(Path.cwd())))
+        return shlex.quote(str(path.relative_to(Path.cwd())))
     except (ValueError, OSError):  # it lies elsewhere, or the folder is gone
-        return shlex.quote(str(program))
+        return shlex.quote(str(path))

@@ -1,8 +1,6 @@
 """Which model a command takes and which settings go with it: settled once, whatever names the model."""
 
 import io
-import os
-import subprocess
 import sys
 from dataclasses import asdict
 from pathlib import Path
@@ -23,6 +21,7 @@ from novelgpt.settings.errors import UserError
 from novelgpt.settings.parser import parse_arguments
 from novelgpt.settings.paths import EMBEDDED_BASE
 from novelgpt.settings.runs import FinetuneRun, LoraRun, PredictRun, PretrainRun, TrainingRun
+from tests import script_words
 
 ROOT = Path(__file__).resolve().parents[2]
 TRAININGS: dict[str, type[TrainingRun]] = {run.pipeline: run for run in (PretrainRun, FinetuneRun, LoraRun)}
@@ -30,23 +29,8 @@ SCRIPTS = {"pretrain": "run_pretrain.sh", "finetune": "run_finetune.sh", "finetu
 
 
 def words_of(folder: Path, script: str, *words: str, **variables: str) -> list[str]:
-    """The words that a script hands to a pipeline, taken down by what it starts in place of Python."""
-    (folder / "venv" / "bin").mkdir(parents=True, exist_ok=True)
-    python = folder / "venv" / "bin" / "python"
-    python.write_text(f'#!/bin/sh\nprintf "%s\\0" "$@" >> "{folder}/words"\n')
-    python.chmod(0o755)
-    for stamp in Path(sys.prefix).glob("installed-*"):
-        (folder / "venv" / stamp.name).touch()
-    (folder / "words").unlink(missing_ok=True)
-    environment = {name: value for name, value in os.environ.items() if name not in ("MODEL", "NPROC", "HOSTFILE")}
-    environment |= {"VENV": str(folder / "venv"), **variables}
-    done = subprocess.run(
-        ["bash", str(ROOT / "scripts" / script), *words], cwd=folder, env=environment, capture_output=True, text=True
-    )
-    assert done.returncode == 0, done.stderr
-    handed = (folder / "words").read_text(encoding="utf-8").split("\0")[:-1]
-    # Of a base that was to be built first, and of the pipeline, the last is the pipeline.
-    return handed[len(handed) - handed[::-1].index("-m") + 1 :]
+    """The words that a script hands to its pipeline."""
+    return script_words.words_of(folder, script, *words, **variables)[1:]
 
 
 def settings_of(run: Any) -> dict[str, Any]:
