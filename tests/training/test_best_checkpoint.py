@@ -99,6 +99,18 @@ def figures(base: Path, folder: Path, rows: Path) -> tuple[float, float]:
     return total / tokens, hits / tokens
 
 
+ALL_KEPT = "--max_steps 8 --eval_steps 2 --save_steps 2 --save_total_limit 9"
+
+
+@pytest.fixture(scope="module")
+def whole(
+    base: Path, files: tuple[Path, Path], tmp_path_factory: pytest.TempPathFactory
+) -> tuple[Path, dict[str, Any]]:
+    """An undisturbed run whose checkpoints are all there, and its run.json."""
+    folder = tmp_path_factory.mktemp("whole") / "run"
+    return folder, run(finetune, base, files, folder, ALL_KEPT)
+
+
 def check_saved(base: Path, folder: Path, rows: Path, description: dict[str, Any], figure: str = "eval_loss") -> None:
     """All that is recorded of a finished run is true of what lies in its folder."""
     results = description["results"]
@@ -127,11 +139,9 @@ def test_the_best_step_is_saved_and_recorded(
     assert shown == [f"{losses[saved]:.4f}"] * 2
 
 
-@pytest.mark.parametrize(
-    "more", ["--max_steps 7 --save_only_model", "--max_steps 7 --metric_for_best_model perplexity"]
-)
+@pytest.mark.parametrize("more", ["--save_only_model", "--metric_for_best_model perplexity"])
 def test_whatever_else_is_set(more: str, base: Path, files: tuple[Path, Path], tmp_path: Path) -> None:
-    words = more + " --eval_steps 2 --save_steps 2"
+    words = more + " --max_steps 5 --eval_steps 2 --save_steps 2"
     description = run(finetune, base, files, tmp_path / "run", words)
     losses = recorded(tmp_path / "run")
     assert description["results"]["saved_step"] == min((loss, step) for step, loss in losses.items() if step)[1]
@@ -150,29 +160,28 @@ def test_a_figure_of_which_more_is_better(base: Path, files: tuple[Path, Path], 
 
 
 def test_a_run_gone_on_with_ends_with_the_best_of_both_parts(
-    base: Path, files: tuple[Path, Path], tmp_path: Path
+    whole: tuple[Path, dict[str, Any]], base: Path, files: tuple[Path, Path], tmp_path: Path
 ) -> None:
-    words = "--max_steps 8 --eval_steps 2 --save_steps 2 --save_total_limit 9"
-    whole = run(finetune, base, files, tmp_path / "whole", words)
+    undisturbed, description = whole
     # The folder as a kill after step 6 leaves it, and moved since.
-    shutil.copytree(tmp_path / "whole", tmp_path / "moved")
+    shutil.copytree(undisturbed, tmp_path / "moved")
     for path in (*tmp_path.glob("moved/checkpoint-8"), *tmp_path.glob("moved/*.safetensors")):
         shutil.rmtree(path) if path.is_dir() else path.unlink()
     path = tmp_path / "moved" / "run.json"
-    left = {key: value for key, value in whole.items() if key not in ("results", "finished")} | {"status": "running"}
-    path.write_text(json.dumps(left), encoding="utf-8")
-    again = run(finetune, base, files, tmp_path / "moved", words)
+    left = {key: value for key, value in description.items() if key not in ("results", "finished")}
+    path.write_text(json.dumps(left | {"status": "running"}), encoding="utf-8")
+    again = run(finetune, base, files, tmp_path / "moved", ALL_KEPT)
     assert again["resumed"][0]["checkpoint"] == "checkpoint-6"
-    assert again["results"]["saved_step"] == whole["results"]["saved_step"] < 6
-    assert again["results"]["eval_loss"] == whole["results"]["eval_loss"]
+    assert again["results"]["saved_step"] == description["results"]["saved_step"] < 6
+    assert again["results"]["eval_loss"] == description["results"]["eval_loss"]
     check_saved(base, tmp_path / "moved", files[1], again)
 
 
 def test_a_signal_while_the_best_is_evaluated_leaves_all_checkpoints_as_they_are(
-    base: Path, files: tuple[Path, Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    words = "--max_steps 8 --eval_steps 2 --save_steps 2 --save_total_limit 9"
-    whole = run(finetune, base, files, tmp_path / "whole", words)
+    whole: tuple[Path, dict[str, Any]], base: Path, files: tuple[Path, Path], tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:  # fmt: skip
+    undisturbed, description = whole
     load = NovelTrainer._load_best_model
 
     def load_and_signal(trainer: NovelTrainer) -> None:
@@ -183,17 +192,17 @@ def test_a_signal_while_the_best_is_evaluated_leaves_all_checkpoints_as_they_are
     with monkeypatch.context() as patched:
         patched.setattr(NovelTrainer, "_load_best_model", load_and_signal)
         with pytest.raises(SystemExit) as stopped:
-            run(finetune, base, files, tmp_path / "run", words)
+            run(finetune, base, files, tmp_path / "run", ALL_KEPT)
     assert stopped.value.code == 128 + signal.SIGTERM
     steps = [step_of(folder) for folder in checkpoints(tmp_path / "run")]
     assert steps == [8, 6, 4, 2]
     for step in steps:  # above all not the best's weights beside the states of the last step
-        found = [tmp_path / name / f"checkpoint-{step}" for name in ("run", "whole")]
+        found = [folder / f"checkpoint-{step}" for folder in (tmp_path / "run", undisturbed)]
         assert damage(found[0]) is None
         assert len({(folder / "model.safetensors").read_bytes() for folder in found}) == 1
-    again = run(finetune, base, files, tmp_path / "run", words)
-    assert again["results"]["saved_step"] == whole["results"]["saved_step"]
-    assert again["results"]["eval_loss"] == whole["results"]["eval_loss"]
+    again = run(finetune, base, files, tmp_path / "run", ALL_KEPT)
+    assert again["results"]["saved_step"] == description["results"]["saved_step"]
+    assert again["results"]["eval_loss"] == description["results"]["eval_loss"]
     check_saved(base, tmp_path / "run", files[1], again)
 
 
