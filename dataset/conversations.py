@@ -80,16 +80,11 @@ def read_conversations(
 
 def _nothing_to_train(name: str, rows: int, counts: TokenCounts, max_length: int) -> UserError:
     """Why no token of a data set is trained: its rows are cut before their answers, or hold none to train."""
+    cause = f"no trainable token is left in the {counted(rows, f'{name} row')} within --max_length {max_length}"
     if any(note.startswith("rows above") for note in counts.notes):
-        return UserError(
-            f"no trainable token is left in the {counted(rows, f'{name} row')} within --max_length {max_length}",
-            "raise --max_length, or bring rows with answers",
-        )
+        return UserError(cause, "raise --max_length, or bring rows with answers")
     noted = "; ".join(f"{number:,} {note}" for note, number in counts.notes.items())
-    return UserError(
-        f"no trainable token is left in the {counted(rows, f'{name} row')}: {noted}",
-        "bring rows with answers to train on",
-    )
+    return UserError(f"{cause}: {noted}", "bring rows with answers to train on")
 
 
 def _read_rows(data: ConversationArguments) -> tuple[list[Record], list[Record]]:

@@ -161,7 +161,7 @@ def _turn(turn: Record, role: str, key: str, where: str, name: str) -> Message:
     elif calls and is_absent(turn.get(key)):
         content = ""
     else:
-        content = _content(turn, key, where, f"{name}.{key}")
+        content = _text(turn, key, where, f"{name}.{key}")
     message: Message = _message(_ROLES[role], content)
     message |= {field: turn[field] for field in _KEPT if isinstance(turn.get(field), str)}
     if calls:
@@ -186,20 +186,6 @@ def _with_thought(message: Message, thought: str, where: str, name: str) -> Mess
             f"{where}: field {name} begins with <think>, and {THOUGHTS[0]} holds a thought, too", "keep one of them"
         )
     return {**message, THOUGHTS[0]: thought}
-
-
-def _content(turn: Record, key: str, where: str, name: str) -> str:
-    """The text of a turn; OpenAI's lists of text parts are joined."""
-    value = turn.get(key)
-    if not isinstance(value, list):
-        return _text(turn, key, where, name)
-    texts = []
-    for number, part in enumerate(value):
-        text = part.get("text") if isinstance(part, dict) and part.get("type", "text") == "text" else part
-        if not isinstance(text, str):
-            raise UserError(f"{where}: field {name}[{number}] is no text", "leave the row out: models read text alone")
-        texts.append(text)
-    return "".join(texts)
 
 
 def _refuse(record: Record, fields: Collection[str], where: str, place: str) -> None:

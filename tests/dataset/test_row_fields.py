@@ -138,7 +138,7 @@ def test_a_row_that_a_flag_leaves_out_is_counted_and_dropped(
     with pytest.raises(UserError) as caught:
         read_conversations(ConversationArguments([str(file)], [str(file)]), tokenizer)
     assert "3 answers" in caught.value.cause or "4 answers" in caught.value.cause
-    assert "max_length" not in str(caught.value.cause) + str(caught.value.remedy)
+    assert "max_length" not in str(caught.value.remedy)
 
 
 EMPTY = ["", " ", "\n", "　\n", "<think>\n\n</think>\n\n", "<think></think>"]
@@ -222,7 +222,10 @@ def test_fields_of_messages_that_are_not_obeyed_are_refused_by_name(field: str, 
         ({"query": "问", "response": "答", "history": {"一": "二"}}, "history"),
         ({"messages": [HELLO, NEW], "reasoning_content": "想"}, "reasoning_content"),
         ({"messages": [{**HELLO, "reasoning_content": "想"}, NEW]}, "messages[0]"),
-        ({"messages": [HELLO, {**NEW, "content": [{"type": "image_url", "image_url": {}}]}]}, "messages[1].content[0]"),
+        (
+            {"messages": [HELLO, {**NEW, "content": [{"type": "image_url", "image_url": {}}]}]},
+            "messages[1].content is no text",
+        ),
     ],
 )
 def test_fields_in_the_wrong_place_are_refused_by_name(record: dict[str, Any], named: str, tmp_path: Path) -> None:
@@ -310,12 +313,6 @@ def test_the_switch_for_thoughts(tokenizer: PreTrainedTokenizerBase, tmp_path: P
                    {"messages": [HELLO, thoughtful], "enable_thinking": False}):  # fmt: skip
         with pytest.raises(UserError, match="field enable_thinking"):
             list(read_conversation_rows(write(tmp_path, record)))
-
-
-def test_lists_of_text_parts_are_joined(tmp_path: Path) -> None:
-    parts = [{"type": "text", "text": "你"}, {"type": "text", "text": "好"}]
-    (row,) = read_conversation_rows(write(tmp_path, {"messages": [{"role": "user", "content": parts}, NEW]}))
-    assert row["messages"] == [HELLO, NEW]
 
 
 def with_carriage_returns(value: Any, line_end: str) -> Any:
