@@ -7,26 +7,34 @@ import hashlib
 import itertools
 import json
 import re
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, fields
 from pathlib import Path
 from typing import Any, NamedTuple
 
 import numpy as np
 
+from dataset.novels.headings import find_candidates, find_numbered_lines
 from dataset.novels.normalized import SENTENCE_ENDS, NormalizedCopy, Words, character_codes, folding_table
 from dataset.novels.records import Line, Removed
 from dataset.novels.rules import Rule, read_rules
 
 _DECIDING = {field.name for field in fields(Rule)} - {"about", "removes", "keeps"}
 _EDGE_LINES = 40
+_FRONT_CHARACTERS = 600
 _LINES_BELOW_HEADING, _LINES_ABOVE_HEADING = 4, 12
+_BRACKETED = r"[\s　]*[（(【\[〔［《＜<「『〖][^（(【\[〔［《＜<「『〖]{1,80}[）)】\]〕］》＞>」』〗][\s　]*$"
+_TAIL = re.compile(rf"{_BRACKETED}|[\s　]+(?=.*[0-9A-Za-z０-９Ａ-Ｚａ-ｚ])")
 _OPENERS, _CLOSERS = "（([【［｛{〔<＜《〈", "）)]】］｝}〕>＞》〉”’」』"
+_QUOTES = "\"'＂＇"
+"""Signs that open and close alike: around a part, they go with it."""
+_GOES_ON = ("，", "、", "：", "；")
+"""Behind a part these say that it is a piece of a sentence."""
 _KEPT_BARE = frozenset("“”‘’「」『』…—！？")
 """A line of punctuation that has one of these may be somebody's silence or surprise: never junk."""
 _HEADING = re.compile(
     r"[\s　]*(?:正文|VIP|[上中下]卷)?[\s　]*"
-    r"(?:第[\s　]*[零〇一二三四五六七八九十百千万两0-9０-９]{1,7}[\s　]*[章回节節卷集部篇]"
+    r"(?:第[\s　]*[零〇一二三四五六七八九十百千万两0-9０-９—－―ー]{1,7}[\s　]*[章回节節卷集部篇]"
     r"|(?:楔子|序章|尾声|尾聲|番外|后记|後記)(?=$|[\s　：:])).{0,40}$"
 )
 
@@ -166,16 +174,61 @@ def _clean_line(rules: Rules, texts: list[str], index: int) -> tuple[str, list[t
     pieces = [texts[index]]
     for markup in (True, False):
         for number, piece in enumerate(pieces):
-            copy = NormalizedCopy.of(piece)
-            for place in sorted(_asked(rules, copy)):
-                rule = rules.rules[place]
-                if rule.where != "block" and piece and markup == (rule.where == "part" and not rule.normalized):
-                    copy = copy if copy.line is piece else NormalizedCopy.of(piece)
-                    piece, parts = _apply(rule, piece, copy, texts, index)
-                    taken += [(rule.name, part) for part in parts]
-            pieces[number] = piece
+            if not markup and _is_heading(piece):
+                piece, parts = _clean_heading(rules, texts, index, piece)
+                taken += parts
+                pieces[number] = _clean_piece(rules, texts, index, piece, taken, lambda rule: rule.after == "anything")
+            else:
+                is_of_pass = functools.partial(_is_markup, markup)
+                pieces[number] = _clean_piece(rules, texts, index, piece, taken, is_of_pass)
         pieces = "\n".join(pieces).split("\n")
     return "\n".join(pieces).rstrip(), taken
+
+
+def _is_markup(markup: bool, rule: Rule) -> bool:
+    return markup == (rule.where == "part" and not rule.normalized)
+
+
+def _clean_piece(
+    rules: Rules,
+    texts: list[str],
+    index: int,
+    piece: str,
+    taken: list[tuple[str, str]],
+    tried: Callable[[Rule], bool],
+) -> str:
+    """What the rules that are `tried` leave of a piece of a line; what they take goes to `taken`."""
+    copy = NormalizedCopy.of(piece)
+    for place in sorted(_asked(rules, copy)):
+        rule = rules.rules[place]
+        if rule.where != "block" and piece and tried(rule):
+            copy = copy if copy.line is piece else NormalizedCopy.of(piece)
+            piece, parts = _apply(rule, piece, copy, texts, index)
+            taken += [(rule.name, part) for part in parts]
+    return piece
+
+
+def _is_heading(line: str) -> bool:
+    """Whether a line is a heading, with or without something in brackets behind it."""
+    bracketed = re.search(_BRACKETED, line)
+    front = line[: bracketed.start()] if bracketed else line
+    fronts = (front, line) if front.strip() else (line,)
+    found = [one for text in fronts for one in find_candidates([text])]
+    if any(one.shaped or one.doubtful for one in found):
+        return True
+    return front is not line and any(one.shaped and one.title for one in find_numbered_lines([front]))
+
+
+def _clean_heading(rules: Rules, texts: list[str], index: int, line: str) -> tuple[str, list[tuple[str, str]]]:
+    """A heading without what stands behind it, in brackets or behind a blank, and is nothing but junk."""
+    for match in _TAIL.finditer(line):
+        head, tail = line[: match.start()], line[match.start() :]
+        if not head.strip() or not (_is_heading(head) or find_numbered_lines([head])):
+            continue
+        parts: list[tuple[str, str]] = []
+        if not _clean_piece(rules, texts, index, tail, parts, lambda rule: True).strip():
+            return head, parts
+    return line, []
 
 
 def _asked(rules: Rules, copy: NormalizedCopy) -> set[int]:
@@ -195,7 +248,7 @@ def _apply(rule: Rule, line: str, copy: NormalizedCopy, texts: list[str], index:
         return line, []
     if (rule.refuse and rule.refuse.search(line)) or not _is_near(rule, texts, index):
         return line, []
-    return "", [bare]
+    return ("", [bare]) if rule.suits(bare, copy.text if rule.normalized else bare) else (line, [])
 
 
 def _take_parts(rule: Rule, line: str, copy: NormalizedCopy) -> tuple[str, list[str]]:
@@ -229,7 +282,10 @@ def _spans(rule: Rule, line: str, copy: NormalizedCopy) -> Iterator[tuple[int, i
         matches = (rule.search.match(copy.text, start) for start in copy.starts_before(rule.contains, rule.longest))
     for match in matches:
         if match and match.group():
-            begin, end = _widen(line, int(copy.places[match.start()]), int(copy.places[match.end() - 1]) + 1)
+            begin, end = int(copy.places[match.start()]), int(copy.places[match.end() - 1]) + 1
+            if not rule.suits(line[begin:end], match.group()) or line[end : end + 1] in _GOES_ON:
+                continue
+            begin, end = _widen(line, begin, end)
             if _is_balanced(line[begin:end]) and (
                 anywhere or (_ends_sentence(line[:begin]) and _is_closed(line[:begin]))
             ):
@@ -243,6 +299,8 @@ def _widen(line: str, begin: int, end: int) -> tuple[int, int]:
     rest = line[end:]
     if not any(map(str.isalnum, rest)) and _is_balanced(line[begin:]):
         return begin, len(line)
+    if begin and line[begin - 1] in _QUOTES and line[end : end + 1] == line[begin - 1]:
+        return begin - 1, end + 1
     while end < len(line) and line[end] in _CLOSERS and _is_balanced(line[begin : end + 1]):
         end += 1
     return begin, end
@@ -271,11 +329,15 @@ def _is_closed(front: str) -> bool:
 def _is_near(rule: Rule, texts: list[str], index: int) -> bool:
     if rule.near == "anywhere":
         return True
+    if rule.near == "front":
+        above = texts[:index] if index < _EDGE_LINES else []
+        prose = sum(map(len, above))
+        return index < _EDGE_LINES and prose < _FRONT_CHARACTERS and not any(map(_HEADING.match, above))
     if rule.near == "edges":
         return index < _EDGE_LINES or index >= len(texts) - _EDGE_LINES
-    above = itertools.islice(filter(None, reversed(texts[max(0, index - 30) : index])), _LINES_BELOW_HEADING)
+    heads = itertools.islice(filter(None, reversed(texts[max(0, index - 30) : index])), _LINES_BELOW_HEADING)
     below = list(itertools.islice(filter(None, texts[index + 1 : index + 60]), _LINES_ABOVE_HEADING))
-    return len(below) < _LINES_ABOVE_HEADING or any(map(_HEADING.match, itertools.chain(above, below)))
+    return len(below) < _LINES_ABOVE_HEADING or any(map(_HEADING.match, itertools.chain(heads, below)))
 
 
 def _block(rules: Rules, texts: list[str], index: int) -> tuple[Rule | None, int]:
@@ -290,6 +352,8 @@ def _block(rules: Rules, texts: list[str], index: int) -> tuple[Rule | None, int
         for number in range(index + 1, len(texts)):
             if rule.last.fullmatch(texts[number].strip()):
                 return rule, number - 1
+            if _HEADING.match(texts[number]):
+                break
             lines += bool(texts[number])
             if lines > rule.most_lines:
                 break

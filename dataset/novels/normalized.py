@@ -15,14 +15,27 @@ import numpy as np
 SENTENCE_ENDS = "。！？!?…”’」』）)】］]》>～~—.;；"
 _ENDS = re.compile(f"[{re.escape(SENTENCE_ENDS)}]")
 # Letters that look like others, and traditional characters that calls to readers are written with.
-_LOOK_ALIKE = dict(zip("ωοχеосхтѡаꓪ", "woxeocxtwaw", strict=True))
-_SIMPLIFIED = dict(
+_LOOK_ALIKE = dict(
     zip(
-        "請讀閱網頁說説書載點擊訪問記機戶瀏覽節時間數聲權題發錄續補給謝賞轉註優質費彈無廣們壹還訂購買後",
-        "请读阅网页说说书载点击访问记机户浏览节时间数声权题发录续补给谢赏转注优质费弹无广们一还订购买后",
+        "αβεικνορτυχωηавсԁеһіјкмноԛрѕтухѵшѡԝոօꓪꓳꓚꓟꓐꓢꓔ",
+        "abeiknoptuxwnabcdehijkmhoqpstyxvwwwnowocmbst",
         strict=True,
     )
 )
+_SIMPLIFIED = dict(
+    zip(
+        "請讀閱網頁說説書載點擊訪問記機戶瀏覽節時間數聲權題發錄續補給謝賞轉註優質費彈無廣們壹還訂購買後"
+        "電腦閣館學庫齋壇論掃對製鏈連熱門這處動員盡",
+        "请读阅网页说说书载点击访问记机户浏览节时间数声权题发录续补给谢赏转注优质费弹无广们一还订购买后"
+        "电脑阁馆学库斋坛论扫对制链连热门这处动员尽",
+        strict=True,
+    )
+)
+# Letters of other alphabets' shapes and styles, whose compatibility form is none: ᴡ, 🅦, 🇼.
+_STYLED = re.compile(
+    r"(?:LATIN|MODIFIER LETTER|NEGATIVE|SQUARED|CIRCLED|REGIONAL INDICATOR|MATHEMATICAL)\b.* ([A-Z])(?: WITH .*)?"
+)
+_BEYOND = range(0x10000, 0x20000)
 
 
 class Words:
@@ -60,9 +73,24 @@ class Words:
 
 
 def character_codes(text: str) -> np.ndarray:
-    """(len(text),) uint16: characters, those outside the basic plane as 0xFFFF."""
+    """(len(text),) uint16: characters; of those outside the basic plane styled letters as plain ones, others 0xFFFF."""
     codes = np.frombuffer(text.encode("utf-32-le", "surrogatepass"), "<u4")
-    return np.minimum(codes, 0xFFFF).astype(np.uint16)
+    found = np.minimum(codes, 0xFFFF).astype(np.uint16)
+    beyond = np.flatnonzero(found == 0xFFFF)
+    if beyond.size:
+        found[beyond] = _styled_letters()[np.minimum(codes[beyond], _BEYOND.stop) - np.uint32(0xFFFF)]
+    return found
+
+
+@functools.cache
+def _styled_letters() -> np.ndarray:
+    """(0x10002,) uint16: the plain letter of each character from 0xFFFF to 0x20000, 0xFFFF where it is none."""
+    letters = np.full(len(_BEYOND) + 2, 0xFFFF, np.uint16)
+    for code in (*range(0x1D400, 0x1D800), *range(0x1F100, 0x1F200)):
+        folded = fold(chr(code))
+        if folded.isascii() and folded:
+            letters[code - 0xFFFF] = ord(folded)
+    return letters
 
 
 @functools.cache
@@ -81,8 +109,11 @@ def folding_table() -> np.ndarray:
 
 @functools.cache
 def fold(character: str) -> str:
-    """A character's normalised form: half width, lower case, simplified, the first of several; "" for punctuation."""
+    """A character's normalised form: half width, lower case, plain, simplified, the first of several; "" for marks."""
     folded = next(filter(str.isalnum, unicodedata.normalize("NFKC", character).lower()), "")
+    if not folded.isascii() or not folded:
+        styled = _STYLED.fullmatch(unicodedata.name(folded or character, ""))
+        folded = styled[1].lower() if styled else folded
     return _LOOK_ALIKE.get(folded, _SIMPLIFIED.get(folded, folded))
 
 

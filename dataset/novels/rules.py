@@ -10,6 +10,7 @@ from dataclasses import dataclass, fields
 from pathlib import Path
 from typing import Any
 
+from dataset.novels.disguises import WRITTEN
 from dataset.novels.normalized import fold
 from novelgpt.settings.errors import UserError
 from novelgpt.settings.parsed_files import read_yaml
@@ -17,7 +18,7 @@ from novelgpt.settings.parsed_files import read_yaml
 RULES_FILE = Path(__file__).parent / "rules.yaml"
 
 _ORDER = ("block", "line", "part")
-_NEAR = ("anywhere", "edges", "chapter_edges")
+_NEAR = ("anywhere", "edges", "front", "chapter_edges")
 _AFTER = ("sentence", "anything")
 _HOSTILE_LENGTH, _HOSTILE_SECONDS = 16_384, 0.2
 
@@ -36,6 +37,9 @@ class Rule:
     after: str = "sentence"
     near: str = "anywhere"
     longest: int = 120
+    written: str = "anyhow"
+    words: str = ""
+    share: int = 0
     becomes: str = ""
     until: str = ""
     most_lines: int = 20
@@ -51,6 +55,23 @@ class Rule:
     def refuse(self) -> re.Pattern[str] | None:
         """`unless`, compiled."""
         return re.compile(self.unless) if self.unless else None
+
+    @functools.cached_property
+    def counted(self) -> re.Pattern[str]:
+        """`words`, compiled."""
+        return re.compile(self.words, re.VERBOSE)
+
+    def suits(self, part: str, normalized: str) -> bool:
+        """Whether a part that the pattern fits is written as the rule asks, and has its words.
+
+        Args:
+            part: as it stands in the line.
+            normalized: as the pattern sees it.
+        """
+        if not WRITTEN[self.written](part):
+            return False
+        said = sum(len(match[0]) for match in self.counted.finditer(normalized)) if self.words else 0
+        return 100 * said >= self.share * len(normalized)
 
     @functools.cached_property
     def last(self) -> re.Pattern[str]:
@@ -117,12 +138,19 @@ def _make_rule(entry: dict[str, Any], place: str) -> Rule:
         raise UserError(f"{place} has no name or no pattern", "give it both")
     values: dict[str, Any] = {key: tuple(value) if isinstance(value, list) else value for key, value in entry.items()}
     rule = Rule(**values)
-    choices = (("where", rule.where, _ORDER), ("near", rule.near, _NEAR), ("after", rule.after, _AFTER))
+    choices = (
+        ("where", rule.where, _ORDER),
+        ("near", rule.near, _NEAR),
+        ("after", rule.after, _AFTER),
+        ("written", rule.written, tuple(WRITTEN)),
+    )
     for key, value, allowed in choices:
         if value not in allowed:
             raise UserError(f"{place}: {key} is {value!r}", f"take one of {', '.join(allowed)}")
     if not all(isinstance(word, str) and word for word in rule.contains):
         raise UserError(f"{place}: contains is {list(rule.contains)!r}", "write a list of words there")
+    if bool(rule.words) != bool(rule.share) or (rule.where == "block" and (rule.words or rule.written != "anyhow")):
+        raise UserError(f"{place}: words and share go together, and not with blocks", "give it both or none")
     block = rule.where == "block"
     if block != bool(rule.until) or (block and (rule.normalized or not rule.contains)):
         raise UserError(f"{place}: a block, and only a block, has until", "give it contains and until, not normalized")
@@ -132,7 +160,7 @@ def _make_rule(entry: dict[str, Any], place: str) -> Rule:
             "write them in lower case, half width, simplified, without blanks and punctuation",
         )
     try:
-        _ = rule.search, rule.refuse, rule.last
+        _ = rule.search, rule.refuse, rule.last, rule.counted
     except re.error as error:
         raise UserError(f"{place}: {error} in its pattern", "mend the regular expression (Python's re)") from error
     return rule
@@ -174,3 +202,6 @@ def _use(rule: Rule, line: str) -> None:
             pass
     if rule.refuse:
         rule.refuse.search(line[-rule.longest :])
+    if rule.words:
+        for _ in rule.counted.finditer(line[-rule.longest :]):
+            pass

@@ -331,7 +331,7 @@ def test_every_rule_does_what_its_examples_say():
         assert rule.removes and rule.about, f"{rule.name} has no example"
         for example in rule.removes:
             line, rest = (example, "") if isinstance(example, str) else example
-            before = "" if rule.near == "edges" else "　　雨下了一夜。\n" * 50
+            before = "" if rule.near in ("edges", "front") else "　　雨下了一夜。\n" * 50
             cleaned = clean(f"{before}{line}\n　　雨下了一夜。\n第三章 雨夜\n" + "　　雨下了一夜。\n" * 50, RULES)
             assert rule.name in {part.rule for part in cleaned.removed}, (rule.name, line)
             stays = "\n".join(kept.text for kept in cleaned.lines).removeprefix(before)
@@ -370,6 +370,129 @@ def test_of_an_advertisement_glued_to_prose_only_itself_goes(prose, advertisemen
 )
 def test_an_address_in_speech_or_in_a_sentence_stays(line):
     assert what_stays(line) == (line, [])
+
+
+HEADINGS = [
+    ("第二章 渡口", "（求月票）"), ("第四章 开船", "【求收藏求推荐票】"), ("　　第五章 铜铃", "（第三更，求月票！）"),
+    ("第六章：归人", "(感谢老陈的月票)"), ("第7章 雪", "（本章字数：3021）"), ("正文 第八章 夜", "（求推荐）"),
+    ("番外一 旧事", "（求收藏求推荐）"), ("12. 渡口", "（求月票）"), ("第九章", " 更新时间:2012-8-3 10:22"),
+    ("第十章 灯火", "  www.qingyun.com"), ("第十一回渡口旧信", "（求月票求推荐票）"),
+]  # fmt: skip
+
+
+@pytest.mark.parametrize(("heading", "junk"), HEADINGS)
+def test_of_a_heading_only_what_stands_behind_it_goes(heading, junk):
+    stays, removed = what_stays(heading + junk)
+    assert stays == heading
+    assert [part.text for part in removed] == [junk.strip()]
+
+
+@pytest.mark.parametrize(
+    "line",
+    [
+        "第二章 求月票",
+        "第三章 最新章节列表",
+        "第四章 起点中文网",
+        "第五章 渡口 求推荐票",
+        "第六章 感谢打赏（上）",
+        "第七章 雪（下）",
+    ],
+)
+def test_a_heading_that_says_what_advertisements_say_stays(line):
+    assert what_stays(line) == (line, [])
+
+
+def test_a_block_takes_no_heading():
+    text = "内容简介：\n一个人回家。\n第一章 雨夜\n　　天亮了。\n正文\n　　雨停了。"
+    assert clean(text, RULES).removed == []
+
+
+ENGLISH = """
+Ladies and gentlemen, welcome to Beijing.
+Please come in.
+I will never become a doctor, according to him.
+My company has a network of accountants.
+Maybe. Come here, Tom. Net income rose.
+He typed it in. Me too.
+“Comrade!”
+W-E-L-C-O-M-E
+I-N-T-E-R-N-E-T
+The organization sent a comic to Connecticut
+Soccer, tobacco, account; success, according, occur cc
+lin@mail.com
+"""
+
+
+@pytest.mark.parametrize("line", [*lines(ENGLISH), *(f"他抬起头。{line}" for line in lines(ENGLISH))])
+def test_english_is_no_address(line):
+    assert what_stays(line) == (line, [])
+
+
+ADDRESSES = """
+记住网址𝓷𝓲𝔂𝓼𝔃.𝓬𝓸𝓶
+𝐰𝐰𝐰.𝐧𝐢𝐲𝐬𝐳.𝐜𝐨𝐦
+ⓦⓦⓦ.ⓝⓘⓨⓢⓩ.ⓒⓞⓜ
+🅦🅦🅦.🅝🅘🅨🅢🅩.🅒🅞🅜
+ｗｗｗ．ｎｉｙｓｚ．ｃｏｍ
+ωωω.niysz.cοм
+www.niуsz.соm
+w​w​w.ni‍ysz.c⁠om
+ｗ。ｗ。ｗ。ｎ、ｉ、ｙ、ｓ、ｚ。ｃ、ｏ、ｍ
+w͜͡w͜͡w͜͡.n͜͡i͜͡y͜͡s͜͡z͜͡.c͜͡o͜͡m͜͡
+ᴡᴡᴡ.ɴɪʏsᴢ.ᴄᴏᴍ
+"""
+
+
+@pytest.mark.parametrize("address", lines(ADDRESSES))
+def test_an_address_in_odd_letters_goes_alone_and_behind_prose(address):
+    assert what_stays(f"　　{address}")[0] == ""
+    stays, removed = what_stays(f"　　他把船系好，没有回头。{address}")
+    assert stays == "　　他把船系好，没有回头。"
+    assert bare("".join(part.text for part in removed)).count("w") <= 3 and removed
+
+
+@pytest.mark.parametrize(
+    ("front", "junk", "back"),
+    [
+        ("雪停了。", '"奇-_-書--*--网-QＩＳuu.ｃＯm"', "台阶上放着一只竹篮。"),
+        ("查收来信要快。", "wＷＷ。ＨＡＯＳｈuＤＵ.coＭ", "他把信又读了一遍。"),
+        ("他把信", "wＷw．ｎｉysＺ．ｃoｍ", "又读了一遍。"),
+        ("他把船系好，没有回头。", "书 包 网 txt小说上传分享", ""),
+        ("天亮以后他们往南走。", "某某书库扫校下一章 回目录", ""),
+        ("他来了。", "青*云*书*屋*最*新*章*节*首*发", ""),
+    ],
+)
+def test_junk_glued_to_prose_goes_and_the_prose_stays(front, junk, back):
+    stays, removed = what_stays(front + junk + back)
+    assert stays == front + back
+    assert "".join(part.text for part in removed) == junk
+
+
+PROSE_LIKE_JUNK = """
+村长在大会上求支持，求了三遍才有人举手支持他。
+候选人站在台上：请大家投票支持我！
+一秒钟记住一个地址，这是老周的本事。
+请记住我们的地址，青石巷十七号。
+天下好书尽在此楼。
+本书由某社首发，印了三千册，全卖光了。
+本书由先生整理，印过两版。
+感谢武林盟主大人不杀之恩！
+第三更到了，更夫敲着梆子走过。
+看完记得还给先生。
+小满打开了最新章节！
+我——我——我——不——知——道
+天、地、玄、黄，宇、宙、洪、荒。
+PS：替我看看那盆兰花。
+他输入ｗｗｗ．ａｂｃｄｅｆ．ｃｏｍ，按下回车。
+他念道。www.abcdef.com上写着他的名字。
+合同上写着，这张图仅供个人参考，不得用作商业用途。
+"""
+
+
+@pytest.mark.parametrize("line", lines(PROSE_LIKE_JUNK))
+def test_prose_that_happens_to_say_such_words_stays(line):
+    for position in (3, 30):
+        assert what_stays(line, position) == (line, [])
 
 
 def test_a_text_of_many_pieces_is_searched_to_its_end():
