@@ -90,9 +90,12 @@ def make_and_hold(folder: Path, lock: str | None = None) -> tuple[int, list[Path
         for attempt in range(ATTEMPTS):
             try:
                 for path in reversed([path for path in _to_make(folder, lock) if not path.is_dir()]):
-                    with contextlib.suppress(FileExistsError):
+                    try:
                         path.mkdir()
                         made = [path, *(other for other in made if other != path)]
+                    except FileExistsError:
+                        if path.exists() and not path.is_dir():
+                            raise
                 if lock is None:
                     return hold(folder, folder=True), made
                 if folder.exists():
