@@ -6,6 +6,7 @@ import contextlib
 import errno
 import fcntl
 import os
+import stat
 import uuid
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -94,7 +95,7 @@ def make_and_hold(folder: Path, lock: str | None = None) -> tuple[int, list[Path
                         path.mkdir()
                         made = [path, *(other for other in made if other != path)]
                     except FileExistsError:
-                        if path.exists() and not path.is_dir():
+                        if not stat.S_ISDIR(path.lstat().st_mode) and not path.is_symlink():
                             raise
                 if lock is None:
                     return hold(folder, folder=True), made
