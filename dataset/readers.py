@@ -70,7 +70,7 @@ def read_unworded_rows(path: Path) -> Iterator[Record]:
     """
     if path.suffix.lower() == ".txt" or path.is_dir():
         raise UserError(
-            f"{path}: no reader for {'a folder' if path.is_dir() else '.txt'}, which holds text, among conversations",
+            f"{path}: no reader for {path.suffix.lower() or 'files without a suffix'}: it holds text, no conversations",
             f"pretrain on it: {run_script('run_pretrain.sh', f'--train_files {shlex.quote(str(path))}')}; or make "
             f"conversations of it: {python_module('dataset novels')}, then {python_module('dataset conversations')}",
         )
