@@ -556,9 +556,9 @@ CASES = {
     "predict: no server": (
         "predict",
         ["--endpoint", "http://127.0.0.1:9/v1"],
-        "no list of models from http://127.0.0.1:9/v1: Connection error.",
+        "no list of models from http://127.0.0.1:9/v1: it does not answer: ",
     ),
-    "predict: no URL": ("predict", ["--endpoint", "localhost"], "no list of models from localhost: Connection error."),
+    "predict: no URL": ("predict", ["--endpoint", "localhost"], "--endpoint is no URL of http or https"),
     "predict: no request": (
         "predict",
         ["--endpoint", "http://127.0.0.1:9/v1", "--endpoint_concurrency", "0"],

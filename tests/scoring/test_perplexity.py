@@ -17,6 +17,7 @@ def test_means_are_weighted_by_tokens() -> None:
         "loss": pytest.approx(16 / 7),
         "perplexity": pytest.approx(math.exp(16 / 7)),
         "token_accuracy": pytest.approx(3 / 7),
+        "tokens": 7,
     }
 
 
