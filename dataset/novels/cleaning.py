@@ -25,6 +25,11 @@ _FRONT_CHARACTERS = 600
 _LINES_BELOW_HEADING, _LINES_ABOVE_HEADING = 4, 12
 _BRACKETED = r"[\s　]*[（(【\[〔［《＜<「『〖][^（(【\[〔［《＜<「『〖]{1,80}[）)】\]〕］》＞>」』〗][\s　]*$"
 _TAIL = re.compile(rf"{_BRACKETED}|[\s　]+(?=.*[0-9A-Za-z０-９Ａ-Ｚａ-ｚ])")
+_LONGEST_WITH_TAIL = 140
+_LABEL_LIKE = re.compile(
+    r"(?i)^.{0,40}?(?:chapter|[第章回卷部篇编編册冊0-9０-９一二三四五六七八九十序子外声聲记記言曲局语語跋录錄])"
+)
+"""Of these characters each heading has one in front."""
 _OPENERS, _CLOSERS = "（([【［｛{〔<＜《〈", "）)]】］｝}〕>＞》〉”’」』"
 _QUOTES = "\"'＂＇"
 """Signs that open and close alike: around a part, they go with it."""
@@ -210,6 +215,8 @@ def _clean_piece(
 
 def _is_heading(line: str) -> bool:
     """Whether a line is a heading, with or without something in brackets behind it."""
+    if len(line.strip()) > _LONGEST_WITH_TAIL or not _LABEL_LIKE.search(line):
+        return False
     bracketed = re.search(_BRACKETED, line)
     front = line[: bracketed.start()] if bracketed else line
     fronts = (front, line) if front.strip() else (line,)

@@ -148,7 +148,7 @@ def _numbered(texts: Sequence[str], candidates: Iterable[Candidate], unit: str) 
     if sum(not one.separated for one in kept) >= 0.9 * len(kept) and len(kept) > 1:
         goes_on = [one for one in numbered if one.doubtful and unit_of(one) == unit and not differences(one)]
         others = sorted([*others, *_as_indented(kept, goes_on)], key=lambda one: one.index)
-    apart = _stand_apart(texts, kept)
+    apart = any(one.doubtful for one in others) and _stand_apart(texts, kept)
 
     def alike(one: Candidate) -> bool:
         return (one.shaped or (one.doubtful and apart)) and unit_of(one) == unit and differences(one) <= 2
