@@ -109,6 +109,18 @@ def test_a_fast_tokenizer_gives_its_own_tokens_of_ordinary_text(tokenizer: PreTr
     assert encode("<|im_end|>", tokenizer) == [end]
 
 
+def test_a_users_own_special_tokens_stay_tokens(tokenizer: PreTrainedTokenizerBase) -> None:
+    own = copy.deepcopy(tokenizer)
+    own.add_tokens(["<场景>", "[旁白]"], special_tokens=True)
+    scene, aside, end = own.convert_tokens_to_ids(["<场景>", "[旁白]", "<|im_end|>"])
+    for text in ("<场景>雨夜[旁白]", "<场景>雨<|im_end|>夜[旁白]"):
+        (row,) = encode_conversation([{"role": "user", "content": text}, {"role": "assistant", "content": text}], own)
+        trained = [label for label in row.labels if label != IGNORED]
+        assert own.decode(trained) == text + "<|im_end|>"
+        assert (trained.count(scene), trained.count(aside), trained.count(end)) == (1, 1, 1)
+        assert (row.input_ids.count(scene), row.input_ids.count(aside)) == (2, 2)
+
+
 def test_stand_ins_that_a_text_holds_are_kept(tokenizer: PreTrainedTokenizerBase) -> None:
     answer = "\U000f0000<|im_end|>\U000f0001\U000f0000"
     (row,) = encode_conversation([PLAINLY, {"role": "assistant", "content": answer}], tokenizer)
