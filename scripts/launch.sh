@@ -5,6 +5,7 @@
 # NPROC=…     processes on this host. Default: one a GPU, 1 without
 # ZERO=0-3    DeepSpeed ZeRO stage; 0 is plain data parallelism. Default: 0 for one process, 2 for several
 # OFFLOAD=1   optimizer states in host memory (ZERO=2), weights too (ZERO=3)
+#             Settings of your own, named by --deepspeed or in a file of --config, take the place of both.
 # HOSTFILE=…  lines of `host slots=N`, for several hosts; the first is this one
 # HOSTS=… HOST=… MASTER_ADDR=… MASTER_PORT=…  for several hosts that are started one by one; Slurm says the same itself
 set -euo pipefail
@@ -72,7 +73,7 @@ if [ "$pipeline" != predict ] && [ "$zero" -gt 0 ]; then
     [ "$zero" -ge 2 ] || die "OFFLOAD=1 has nothing to move at ZERO=$zero" "take ZERO=2 or ZERO=3"
     variant="${variant}_offload"
   fi
-  options+=(--deepspeed "$here/deepspeed/$variant.json")
+  options+=(--deepspeed_by_default "$here/deepspeed/$variant.json")
 elif [ "$pipeline" != predict ] && [ "${OFFLOAD:-0}" = 1 ]; then
   die "OFFLOAD=1 needs DeepSpeed" "take ZERO=2 or ZERO=3"
 fi

@@ -19,8 +19,10 @@ if [ ! -e "$(stamp_of "$requirements")" ] && command -v flock > /dev/null; then
   exec 9< "$root"
   flock 9 || true
 fi
-if [ ! -x "$venv/bin/python" ]; then
-  echo "making $venv"
+# pip's list of its own files is the last that is written when an environment is made.
+holds_pip() { "$venv/bin/python" -c 'import sys; from importlib.metadata import files; sys.exit(not files("pip"))' 2>/dev/null; }
+if [ ! -x "$venv/bin/python" ] || { [ ! -e "$(stamp_of "$requirements")" ] && [ -e "$venv/pyvenv.cfg" ] && ! holds_pip; }; then
+  echo "making $venv" # again, where that was interrupted
   "$python" -m venv "$venv" || {
     echo "error: $python cannot make a virtual environment" >&2
     echo "  fix: install the venv module (Debian, Ubuntu: apt-get install python3-venv)" >&2

@@ -5,14 +5,13 @@ from __future__ import annotations
 import importlib.util
 import sys
 from dataclasses import dataclass, field, fields
-from pathlib import Path
 from typing import Any, ClassVar, Literal
 
 import torch
 from transformers import TrainingArguments
 
 from novelgpt.settings.deepspeed_builds import release_build_locks, spare_unused_build
-from novelgpt.settings.deepspeed_file import check_deepspeed_file
+from novelgpt.settings.deepspeed_file import check_deepspeed
 from novelgpt.settings.errors import UserError
 from novelgpt.settings.paths import SAMPLES, TINY, model_place
 from novelgpt.settings.remedies import pip_install
@@ -282,8 +281,10 @@ class TrainArguments(TrainingArguments):
 
     def __post_init__(self) -> None:
         """Turn `precision` into the switches of TrainingArguments, and leave pinned memory to machines with a GPU."""
-        if isinstance(self.deepspeed, str) and (self.deepspeed.endswith(".json") or Path(self.deepspeed).exists()):
-            check_deepspeed_file(Path(self.deepspeed))
+        if self.deepspeed is not None:
+            check_deepspeed(self.deepspeed)
+        if self.report_to is None:
+            self.report_to = "none"
         if not torch.accelerator.is_available():
             # Without it, bf16 is refused, and accelerate takes several ranks on CPUs for one process each.
             self.use_cpu = True

@@ -1,4 +1,4 @@
-"""The JSON file of --deepspeed before DeepSpeed and accelerate read it: settings of the kinds that they take."""
+"""The settings of --deepspeed, a file or a mapping, before DeepSpeed and accelerate read them: of kinds they take."""
 
 from __future__ import annotations
 
@@ -7,7 +7,7 @@ from typing import Annotated, Any, Literal
 
 from pydantic import BaseModel, ConfigDict, Field
 
-from novelgpt.settings.parsed_files import check_fields, read_object
+from novelgpt.settings.parsed_files import check_fields, parse_object, read_object
 
 Size = Annotated[int, Field(ge=1)] | Literal["auto"] | None
 Switch = bool | Literal["auto"] | None
@@ -69,12 +69,19 @@ class DeepSpeedSettings(_Settings):
     wall_clock_breakdown: bool | None = None
 
 
-def check_deepspeed_file(path: Path) -> None:
+def check_deepspeed(settings: str | dict[str, Any]) -> None:
     """Refuse what DeepSpeed's settings cannot be read from, by its name and field.
+
+    Args:
+        settings: path of a JSON file; or the settings themselves, as a mapping or in JSON.
 
     Raises:
         UserError: so it is.
     """
-    remedy = "name a JSON file, as scripts/deepspeed/*"
-    name = f"--deepspeed {path}"
-    check_fields(DeepSpeedSettings, read_object(path, remedy, name=name), name, remedy)
+    name, remedy = "--deepspeed", "name a JSON file, as scripts/deepspeed/*"
+    if isinstance(settings, str) and settings.lstrip().startswith("{"):
+        settings = parse_object(settings.encode(errors="surrogateescape"), name, remedy)
+    if isinstance(settings, str):
+        name = f"{name} {settings}"
+        settings = read_object(Path(settings), remedy, name=name)
+    check_fields(DeepSpeedSettings, settings, name, remedy)

@@ -5,6 +5,8 @@ from __future__ import annotations
 import argparse
 import difflib
 import json
+import math
+import re
 import sys
 import typing
 from collections.abc import Collection
@@ -32,6 +34,11 @@ PATHS = (
 )  # fmt: skip
 # Of what a number of steps alone says how often it happens, as --save_steps does.
 INTERVALS = ("save", "eval")
+# The option with which scripts/launch.sh names settings of DeepSpeed, and those in whose place they do not stand.
+BY_DEFAULT = "_deepspeed_by_default"
+SHARING = ("deepspeed", "fsdp")
+# Numbers of YAML 1.2 and of JSON, such as 1e-6.
+EXPONENT = re.compile(r"[-+]?[0-9]+(\.[0-9]*)?[eE][-+]?[0-9]+")
 # Options that say on what a model is trained.
 OWN_DATA = ("train_files", "valid_files")
 
@@ -60,6 +67,7 @@ def parse_arguments(run_type: type[Run], argv: list[str] | None = None) -> Run:
         typing.cast(Any, list(groups.values())), prog=f"python -m {pipeline}", allow_abbrev=False, add_help=False
     )
     parser.add_argument("--config", action="append", default=[], metavar="FILE", help="YAML file; may be repeated.")
+    parser.add_argument("--deepspeed_by_default", dest=BY_DEFAULT, metavar="FILE")
     actions = {action.dest: action for action in reversed(parser._actions)}  # of a pair, --x and not --no_x
     if {"--help", "-h", "--help_all"} & set(words):
         _print_help(parser, run_type, everything="--help_all" in words)
@@ -72,6 +80,8 @@ def parse_arguments(run_type: type[Run], argv: list[str] | None = None) -> Run:
     for name in given["config"] or []:
         settings |= _read_yaml(Path(name), actions, kinds)
     named = {name for name in actions if given[name] is not None or settings.get(name) is not None}
+    if given[BY_DEFAULT] is not None and not named.intersection(SHARING):
+        settings["deepspeed"] = given[BY_DEFAULT]
     for interval in INTERVALS:  # which would have no effect otherwise
         if f"{interval}_steps" in named and f"{interval}_strategy" not in named:
             settings[f"{interval}_strategy"] = "steps"
@@ -137,7 +147,7 @@ def _mapping_of(name: str, text_too: bool) -> typing.Callable[[str], Any]:
         if name in PATHS and not text.startswith("{"):
             return from_home(text)
         try:
-            value = json.loads(text)
+            value = json.loads(text, parse_constant=_no_number)
         except ValueError as error:
             raise argparse.ArgumentTypeError(f"{text!r} is no mapping in JSON: {error}") from error
         if not isinstance(value, dict):
@@ -145,6 +155,27 @@ def _mapping_of(name: str, text_too: bool) -> typing.Callable[[str], Any]:
         return text if text_too else value  # transformers reads the text once more
 
     return read
+
+
+def _no_number(word: str) -> typing.NoReturn:
+    raise ValueError(f"{word} is no number")
+
+
+def _with_numbers(where: str, value: Any) -> Any:
+    """What YAML holds, with numbers such as 1e-6, which YAML 1.1 reads as text.
+
+    Raises:
+        UserError: a number is none that is finite.
+    """
+    if isinstance(value, dict):
+        return {name: _with_numbers(f"{where}.{name}", part) for name, part in value.items()}
+    if isinstance(value, list):
+        return [_with_numbers(where, part) for part in value]
+    if isinstance(value, str) and EXPONENT.fullmatch(value):
+        value = float(value)
+    if isinstance(value, float) and not math.isfinite(value):
+        raise UserError(f"{where}: {value} is no number", "correct the value")
+    return value
 
 
 def _takes(kind: Any, wanted: type) -> bool:
@@ -160,7 +191,7 @@ def _read_yaml(path: Path, actions: dict[str, argparse.Action], kinds: dict[str,
     if not isinstance(settings, dict):
         raise UserError(f"{path} does not hold `key: value` lines", "write one `key: value` a line")
     for key, value in settings.items():
-        if key not in actions or key == "config":
+        if key not in kinds:
             raise _unknown_key(str(key), str(path), actions)
         settings[key] = _read_value(f"{path}: {key}", value, actions[key], kinds[key])
     return settings
@@ -184,7 +215,7 @@ def _read_value(where: str, value: Any, action: argparse.Action, kind: Any) -> A
         raise UserError(f"{where} has no value", "write one, or leave the line out")
     several = action.nargs in ("+", "*")
     if isinstance(value, dict) and _takes(kind, dict):
-        return value
+        return _with_numbers(where, value)
     if isinstance(value, dict) and action.dest == "optim_args":
         return ",".join(f"{name}={part}" for name, part in value.items())
     if isinstance(value, list) and (several or _takes(kind, list)):

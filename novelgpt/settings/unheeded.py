@@ -6,6 +6,7 @@ import importlib.util
 from dataclasses import MISSING, fields
 from typing import Any
 
+from accelerate.utils import DynamoBackend
 from transformers import TrainingArguments
 from transformers.integrations.integration_utils import INTEGRATION_TO_CALLBACK
 
@@ -95,6 +96,9 @@ def _refuse_combinations(training: TrainingArguments) -> None:
     """What only something else gives an effect to, or what two settings say at once."""
     if training.liger_kernel_config and not training.use_liger_kernel:
         raise UserError("--liger_kernel_config chooses kernels that are not in use", "add --use_liger_kernel")
+    if training.fsdp_config and not training.fsdp:
+        raise UserError("--fsdp_config says how a model is shared, and --fsdp is off", "add --fsdp, or leave it out")
+    _check_compilation(training)
     name = str(getattr(training.optim, "value", training.optim))
     if training.optim_args and not any(part in name for part in WITH_OPTIONS):
         raise UserError(
@@ -120,6 +124,18 @@ def _refuse_combinations(training: TrainingArguments) -> None:
             "--accelerator_config sets gradient_accumulation_kwargs.num_steps, which the Trainer does not count with",
             "--gradient_accumulation_steps sets both",
         )
+
+
+def _check_compilation(training: TrainingArguments) -> None:
+    """What torch.compile is told are names that it knows."""
+    known = {
+        "torch_compile_backend": [backend.value.lower() for backend in DynamoBackend],
+        "torch_compile_mode": ["default", "reduce-overhead", "max-autotune", "max-autotune-no-cudagraphs"],
+    }
+    for name, names in known.items():
+        value = vars(training)[name]
+        if value is not None and value.lower() not in names:
+            raise UserError(f"--{name} {value} is unknown", f"take one of {', '.join(names)}")
 
 
 def _known_trackers(names: list[str]) -> list[str]:

@@ -2,8 +2,12 @@
 
 from __future__ import annotations
 
+import importlib.util
 import math
+import os
 from pathlib import Path
+
+from transformers.training_args import ParallelMode
 
 from novelgpt.model.hub import locate
 from novelgpt.model.loading import adapter_base, longest_row, read_config
@@ -18,6 +22,8 @@ from novelgpt.settings.terminal import say
 from novelgpt.training.optimizer_checks import check_optimizer
 
 MOST_STEPS = 1e12
+# What launchers tell a process, which DeepSpeed reads.
+OF_LAUNCHERS = ("RANK", "LOCAL_RANK", "WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT")
 RANGES: dict[str, tuple[float, float]] = {
     "max_eval_share": (0, 1e6),
     "predict_during_eval": (0, 1e6),
@@ -32,6 +38,8 @@ RANGES: dict[str, tuple[float, float]] = {
     "num_train_epochs": (0, 1e6),
     "weight_decay": (0, 1),
     "max_grad_norm": (0, math.inf),
+    "label_smoothing_factor": (0, 1),
+    "neftune_noise_alpha": (0, 1e6),
     "warmup_steps": (0, MOST_STEPS),
     "save_total_limit": (0, 1e6),
     "dataloader_num_workers": (0, 1024),
@@ -52,6 +60,7 @@ def check_before_launch(run: TrainingRun) -> None:
         raise UserError(f"--valid_fraction {run.data.valid_fraction} is no share", "take a number between 0 and 1")
     _check_numbers(run.training)
     _check_best(run.training)
+    _check_processes(run.training)
     check_optimizer(run.training)
     if run.model.model == str(EMBEDDED_BASE) and is_first_process():
         say(f"training the small base ({TINY}), with the settings of {run.pipeline}/configs/{TINY}.yaml")
@@ -103,6 +112,20 @@ def _check_best(training: TrainArguments) -> None:
             "--save_only_model and --load_best_model_at_end do not go together under DeepSpeed",
             "leave one of the two out",
         )
+
+
+def _check_processes(training: TrainArguments) -> None:
+    """Several processes are there for what is shared among them, and DeepSpeed finds what it meets them by."""
+    if training.deepspeed and not importlib.util.find_spec("mpi4py"):  # by which it would ask mpirun
+        missing = [name for name in OF_LAUNCHERS if name not in os.environ]
+        if missing:
+            raise UserError(
+                f"--deepspeed needs a launcher, also for one process: {missing[0]} is not set",
+                "ZERO=2 before the script in scripts/ starts one, as does "
+                f"{python_module('novelgpt.launch')} --processes 1 before the name of the pipeline",
+            )
+    if training.fsdp and training.parallel_mode != ParallelMode.DISTRIBUTED:
+        raise UserError("--fsdp shares a model among processes, and there is one", "NPROC=2 before the script, or more")
 
 
 def _exists(name: str) -> bool:

@@ -46,8 +46,8 @@ def _try_optimizer(training: TrainArguments) -> torch.optim.Optimizer:
     except (*REFUSALS, ImportError) as error:
         if "need to pass a" in str(error):  # the model, which the optimizer looks through
             return plain
-        named = re.search(r"pip install (?:-U )?([\w\[\]-]+)", str(error))
-        remedy = pip_install(named[1]) if named else "correct it, or take another --optim"
+        named = re.search(r"pip install (?:-U )?([\w\[\]+:/.-]+)", str(error))
+        remedy = pip_install(named[1].rstrip(".")) if named else "correct it, or take another --optim"
         name = str(getattr(training.optim, "value", training.optim))
         raise UserError(f"--optim {name}: {_line(error)}", remedy) from error
 

@@ -20,7 +20,7 @@ DECISIVE = (
     "num_train_epochs", "max_steps", "learning_rate", "lr_scheduler_type", "lr_scheduler_kwargs", "warmup_steps",
     "weight_decay", "max_grad_norm", "adam_beta1", "adam_beta2", "adam_epsilon", "optim", "optim_args",
     "optim_target_modules", "label_smoothing_factor", "neftune_noise_alpha", "seed", "data_seed",
-    "train_sampling_strategy", "dataloader_drop_last",
+    "train_sampling_strategy", "dataloader_drop_last", "router_aux_loss_coef",
 )  # fmt: skip
 # Told apart by what they hold.
 DATA_FILES = ("train_files", "valid_files")

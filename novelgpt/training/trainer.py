@@ -33,6 +33,7 @@ from transformers import (
 
 from novelgpt.scoring.perplexity import row_sums, summarise
 from novelgpt.settings.arguments import TrainArguments
+from novelgpt.settings.errors import UserError
 from novelgpt.settings.terminal import say, say_above_bars
 from novelgpt.text.collator import NUMBERS, Collator
 from novelgpt.training.checkpoints.folders import checkpoints, step_of
@@ -41,7 +42,7 @@ from novelgpt.training.evaluations import EvaluationPlan
 from novelgpt.training.forward_checks import head_is_last
 from novelgpt.training.guards import GradientWatch, check_forward, check_vocabulary
 from novelgpt.training.longest_batch import try_batch
-from novelgpt.training.loss import attach_chunked_loss
+from novelgpt.training.loss import TokenLoss, attach_chunked_loss
 from novelgpt.training.numbers import StepWatch
 from novelgpt.training.routers import explain_balance, router_balance
 from novelgpt.training.row_losses import DocumentLoss, MicroBatch, NumberedRows, document_losses
@@ -78,6 +79,11 @@ class NovelTrainer(CheckpointTrainer):
         self._evaluated = 0.0  # seconds, since the first step
         base = base_model(self.model)
         self.balance = router_balance(base, cast(TrainArguments, self.args).router_aux_loss_coef)
+        if self.balance is not None and self.label_smoother is not None:
+            raise UserError(
+                "--label_smoothing_factor makes the loss of logits alone, without the routers' balancing loss",
+                "leave it out, or set --router_aux_loss_coef 0",
+            )
         attach_chunked_loss(base, head_is_last(base), self.balance)
         if isinstance(self.data_collator, Collator):
             self.data_collator.mask_packs = self.balance is not None
@@ -161,7 +167,7 @@ class NovelTrainer(CheckpointTrainer):
     ) -> Any:
         """The stock loss of a micro-batch, made NaN where the optimizer is to leave out the step (see StepWatch)."""
         loss, outputs = super().compute_loss(model, inputs, True, num_items_in_batch)
-        self._aux_loss = outputs.aux_loss
+        self._aux_loss = outputs.aux_loss if isinstance(outputs, TokenLoss) else None  # not with label smoothing
         loss = self.watch.see_loss(loss, last=self.accelerator.sync_gradients)
         return (loss, outputs) if return_outputs else loss
 

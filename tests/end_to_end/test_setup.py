@@ -1,11 +1,13 @@
-"""scripts/setup.sh: runs that start together install once."""
+"""scripts/setup.sh: runs that start together install once, and what was interrupted is taken up again."""
 
 from __future__ import annotations
 
 import os
 import shutil
 import subprocess
+import sys
 import time
+import venv
 from pathlib import Path
 
 import pytest
@@ -60,3 +62,19 @@ def test_runs_that_start_together_install_once(tmp_path: Path) -> None:
         go.write("on\n")
     assert (first.wait(PATIENCE), second.wait(PATIENCE)) == (0, 0)
     assert (tmp_path / "log").read_text().split() == ["venv", "made", "pip"]
+
+
+def test_an_environment_whose_making_was_interrupted_is_made_again(tmp_path: Path) -> None:
+    (tmp_path / "scripts").mkdir()
+    shutil.copy(ROOT / "scripts" / "setup.sh", tmp_path / "scripts")
+    (tmp_path / "requirements.txt").write_text("")
+    venv.create(tmp_path / "venv", symlinks=True, with_pip=False)  # as far as it is when pip's turn comes
+    for packages in (tmp_path / "venv" / "lib").glob("python*/site-packages"):
+        (packages / "pip").mkdir()
+        (packages / "pip" / "__init__.py").write_text("")
+    environment = os.environ | {"PYTHON": sys.executable, "VENV": str(tmp_path / "venv")}
+    done = subprocess.run(
+        ["bash", str(tmp_path / "scripts" / "setup.sh")], env=environment, capture_output=True, text=True
+    )
+    assert (done.returncode, done.stderr) == (0, "")
+    assert list((tmp_path / "venv").glob("installed-*"))

@@ -99,6 +99,31 @@ def test_what_the_user_sets_counts_more_than_the_settings_of_the_small_base(tmp_
     assert (run.training.learning_rate, run.lora.lora_rank, run.lora.lora_alpha) == (3e-4, 4, 128)
 
 
+@pytest.mark.parametrize("pipeline", TRAININGS)
+def test_settings_of_deepspeed_that_are_named_take_the_place_of_the_launchers(pipeline: str, tmp_path: Path) -> None:
+    shipped, mine, config = ROOT / "scripts" / "deepspeed", tmp_path / "zero.json", tmp_path / "mine.yaml"
+    mine.write_text('{"zero_optimization": {"stage": 1}}', encoding="utf-8")
+    config.write_text(f"deepspeed: {mine}\n", encoding="utf-8")
+    sharded = tmp_path / "fsdp.yaml"
+    sharded.write_text("fsdp: full_shard\n", encoding="utf-8")
+    ways: list[tuple[list[str], dict[str, str], Path | None]] = [
+        ([], {"NPROC": "2"}, shipped / "zero2.json"),
+        ([], {"ZERO": "3", "OFFLOAD": "1"}, shipped / "zero3_offload.json"),
+        ([], {"NPROC": "2", "ZERO": "0"}, None),
+        (["--config", str(config)], {"NPROC": "2"}, mine),
+        (["--config", str(config)], {"ZERO": "2"}, mine),
+        (["--config", str(config)], {}, mine),
+        (["--deepspeed", str(mine)], {"NPROC": "2"}, mine),
+        (["--config", str(config), "--deepspeed", str(shipped / "zero3.json")], {"NPROC": "2"}, shipped / "zero3.json"),
+        (["--config", str(sharded)], {"NPROC": "2"}, None),
+    ]
+    for words, variables, expected in ways:
+        handed = words_of(tmp_path, SCRIPTS[pipeline], *words, MODEL="someone/novel", **variables)
+        given = handed[handed.index(pipeline) + 1 :] if pipeline in handed else handed
+        named = parse_arguments(TRAININGS[pipeline], given).training.deepspeed
+        assert named == (None if expected is None else str(expected)), (words, variables)
+
+
 @pytest.mark.parametrize("option", ["train_files", "valid_files"])
 @pytest.mark.parametrize("pipeline", TRAININGS)
 def test_files_of_ones_own_need_a_model(pipeline: str, option: str, tmp_path: Path) -> None:

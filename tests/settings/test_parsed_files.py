@@ -12,7 +12,7 @@ import pytest
 
 from dataset.instructions import load_instructions
 from dataset.novels.rules import read_rules
-from novelgpt.settings.deepspeed_file import check_deepspeed_file
+from novelgpt.settings.deepspeed_file import check_deepspeed
 from novelgpt.settings.errors import UserError
 from novelgpt.settings.parsed_files import read_object, read_yaml
 from novelgpt.settings.parser import parse_arguments
@@ -99,12 +99,15 @@ def test_settings_of_deepspeed_are_refused_by_name(name: str, value: Any, tmp_pa
     path = tmp_path / "zero.json"
     path.write_text(json.dumps(settings))
     with pytest.raises(UserError, match=rf"zero\.json: {outer}"):
-        check_deepspeed_file(path)
+        check_deepspeed(str(path))
+    for given in (settings, json.dumps(settings)):
+        with pytest.raises(UserError, match=f"--deepspeed: {outer}"):
+            check_deepspeed(given)
 
 
 def test_the_projects_own_settings_of_deepspeed_pass() -> None:
     for path in (ROOT / "scripts" / "deepspeed").glob("*.json"):
-        check_deepspeed_file(path)
+        check_deepspeed(str(path))
 
 
 JSON = (
@@ -117,7 +120,7 @@ JSON = (
 def test_json_of_any_shape_is_named_by_each_reader(content: bytes, tmp_path: Path) -> None:
     path = tmp_path / "results_1.json"
     path.write_bytes(content)
-    for read in (read_object, check_deepspeed_file, _read_results):
+    for read in (read_object, lambda named: check_deepspeed(str(named)), _read_results):
         with pytest.raises(UserError, match=r"results_1\.json"):
             read(path)
     (tmp_path / MANIFEST).write_bytes(content)

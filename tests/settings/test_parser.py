@@ -144,3 +144,30 @@ def test_one_is_no_several() -> None:
     assert told == ["0 problems", "1 problem", "2 problems", "1,000 problems"]
     assert [counted(number, "pair of books") for number in (1, 2)] == ["1 pair of books", "2 pairs of books"]
     assert [counted(number, "process") for number in (1, 2)] == ["1 process", "2 processes"]
+
+
+def test_numbers_in_mappings_are_read_as_numbers(tmp_path: Path) -> None:
+    text = "lr_scheduler_type: cosine_with_min_lr\nlr_scheduler_kwargs: {min_lr: 1e-6}\n"
+    assert from_yaml(tmp_path, text).training.lr_scheduler_kwargs == {"min_lr": 1e-6}
+    text = "deepspeed: {zero_optimization: {stage: 2, reduce_bucket_size: 5e8, offload_optimizer: {device: cpu}}}\n"
+    stage = from_yaml(tmp_path, text).training.deepspeed["zero_optimization"]
+    assert stage == {"stage": 2, "reduce_bucket_size": 5e8, "offload_optimizer": {"device": "cpu"}}
+    assert from_yaml(tmp_path, "output_dir: 1e5\n").training.output_dir == "1e5"  # a name stays as it is written
+
+
+@pytest.mark.parametrize("number", [".nan", "-.inf", "1e999"])
+def test_numbers_in_mappings_that_are_none_are_refused(number: str, tmp_path: Path) -> None:
+    with pytest.raises(UserError, match=r"mine\.yaml: lr_scheduler_kwargs\.min_lr"):
+        from_yaml(tmp_path, f"lr_scheduler_kwargs: {{min_lr: {number}}}\n")
+    with pytest.raises(UserError, match="NaN is no number"):
+        parse_arguments(FinetuneRun, [*MODEL, "--lr_scheduler_kwargs", '{"min_lr": NaN}'])
+
+
+def test_no_tracker_may_be_written_as_none(tmp_path: Path) -> None:
+    assert from_yaml(tmp_path, "report_to: null\n").training.report_to == []
+
+
+def test_what_only_a_launcher_passes_is_no_key(tmp_path: Path) -> None:
+    for key in ("deepspeed_by_default", "_deepspeed_by_default", "config"):
+        with pytest.raises(UserError, match=f"unknown option '{key}'"):
+            from_yaml(tmp_path, f"{key}: zero.json\n")

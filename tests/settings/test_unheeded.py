@@ -45,6 +45,10 @@ REFUSED = {
         ["--accelerator_config", '{"gradient_accumulation_kwargs": {"num_steps": 2}}'],
         "--accelerator_config sets gradient_accumulation_kwargs.num_steps",
     ),
+    "sharing that is off": (["--fsdp_config", '{"min_num_params": 1}'], "--fsdp is off"),
+    "compiler nobody knows": (["--torch_compile_backend", "mine"], "--torch_compile_backend mine is unknown"),
+    "compilation nobody knows": (["--torch_compile_mode", "fast"], "--torch_compile_mode fast is unknown"),
+    "settings of no mapping": (["--deepspeed", "[]"], "--deepspeed []: No such file"),
     "tracker nobody knows": (["--report_to", "wanbd"], "--report_to wanbd is no tracker"),
 }
 # These take the model, so that they are tried a little later; before a run has a folder, too.
@@ -53,6 +57,10 @@ TRIED = {
     "option of no schedule": (["--lr_scheduler_kwargs", '{"foo": 1}'], "unexpected keyword argument 'foo'"),
     "option of no checkpointing": (["--activation_checkpointing_kwargs", '{"foo": 1}'], "--activation_checkpointing_"),
     "number of no optimizer": (["--adam_beta1", "2"], "Invalid beta parameter"),
+    "smoothing above all": (["--label_smoothing_factor", "5"], "--label_smoothing_factor 5.0 is too large"),
+    "noise of no size": (["--neftune_noise_alpha", "nan"], "--neftune_noise_alpha nan is no number"),
+    "DeepSpeed without a launcher": (["--deepspeed", '{"zero_optimization": {"stage": 2}}'], "needs a launcher"),
+    "sharing with nobody": (["--fsdp", "full_shard"], "--fsdp shares a model among processes, and there is one"),
     "momentum of no optimizer": (["--optim", "sgd", "--optim_args", "momentum=-1"], "Invalid momentum value"),
 }
 PACKAGES = {

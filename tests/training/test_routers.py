@@ -225,6 +225,31 @@ def test_a_step_weighs_its_micro_batches_by_trained_tokens(tmp_path: Path) -> No
     assert entry["aux_loss"] == pytest.approx(float(balancing), rel=1e-4)
 
 
+def test_a_smoothed_loss_is_a_mean_over_the_step_and_leaves_no_balancing_out(tmp_path: Path) -> None:
+    config = Qwen3Config(**SIZES)
+    rows, smoothing = EncodedRows(encoded([30, 17, 24, 12])), {"label_smoothing_factor": 0.2}
+    torch.manual_seed(1)
+    dense = Qwen3ForCausalLM._from_config(config, attn_implementation="packed").train()
+    before = {name: weight.clone() for name, weight in dense.state_dict().items()}
+    batches = {"per_device_train_batch_size": 2, "gradient_accumulation_steps": 2}
+    trainer, recorder = train(dense, tmp_path, rows, **batches, **smoothing)
+    order = list(trainer.get_train_dataloader())
+    model = Qwen3ForCausalLM._from_config(config, attn_implementation="packed").train()
+    model.load_state_dict(before)
+    losses = []
+    for batch in order:
+        logits = model(input_ids=batch["input_ids"], attention_mask=batch["attention_mask"]).logits[:, :-1]
+        labels = batch["labels"][:, 1:]
+        trained = labels != IGNORED
+        losses.append(
+            nn.functional.cross_entropy(logits[trained], labels[trained], reduction="none", label_smoothing=0.2)
+        )
+    torch.cat(losses).mean().backward()
+    assert_close(recorder.gradients[0], gradients(model))
+    with pytest.raises(UserError, match="--label_smoothing_factor makes the loss of logits alone"):
+        train(tiny(), tmp_path, rows, **batches, **smoothing, router_aux_loss_coef=0.5)
+
+
 # --- whole runs
 
 
