@@ -158,7 +158,8 @@ def _output_folder(run: PredictRun) -> Path:
 
 def _identity(run: PredictRun, name: str, rows: Sequence[PromptRow]) -> str:
     """What the answers depend on, as a hash: the model's files, the prompts, the settings."""
-    files = sorted(path for path in Path(name).iterdir() if path.is_file()) if Path(name).is_dir() else []
+    local = run.data.endpoint is None and Path(name).is_dir()
+    files = sorted(path for path in Path(name).iterdir() if path.is_file()) if local else []
     state = [(path.name, path.stat().st_size, path.stat().st_mtime_ns) for path in files]
     settings = asdict(run.generation), run.data.base, run.data.batch_size, run.data.backend, run.data.attention
     asked = [(row.id, row.prompt_ids, row.prompt, row.plain) for row in rows]

@@ -115,7 +115,7 @@ def through_endpoint(
                     raise one
                 yield dict([one])
 
-    return f"{name} at {address.shown}", answer
+    return f"{address.plain(name)} at {address.shown}", answer
 
 
 class _Loop(asyncio.SelectorEventLoop):
@@ -157,7 +157,7 @@ async def _first_model(address: ServerAddress) -> str:
         names = await client.fetch("models", None, read_model_names)
     except ServerError as error:
         raise UserError(
-            f"no list of models from {address.shown}: it {_told(error)}",
+            f"no list of models from {address.shown}: it {error}",
             "check --endpoint and OPENAI_API_KEY, or name --endpoint_model",
         ) from error
     finally:
@@ -183,12 +183,16 @@ class _Asking:
     ) -> None:
         """Put (number, answer) into the queue as they come; then None, or the first error in its place."""
         most_bytes = BYTES_BESIDE + BYTES_A_TOKEN * self.generation.max_new_tokens
-        client = ServerClient(self.address, self.seconds, most_bytes, on_retry=self._say_once)
 
         async def ask_in_turn() -> None:
             for number in numbers:
                 await answers.put((number, await self._ask(client, rows[number], number)))
 
+        try:
+            client = ServerClient(self.address, self.seconds, most_bytes, on_retry=self._say_once)
+        except Exception as error:
+            await answers.put(error)
+            return
         asking = [asyncio.ensure_future(ask_in_turn()) for _ in range(min(concurrency, len(rows)))]
         try:
             await asyncio.gather(*asking)
@@ -250,18 +254,23 @@ class _Asking:
             say_above_bars(f"the server {cause}")
 
 
-def _told(error: ServerError) -> str:
-    return f"answers with status {error.status}: {error}" if error.status else str(error)
-
-
 def _user_error(error: ServerError, row: PromptRow) -> UserError:
-    if error.status:
-        return UserError(
-            f"the server refuses row {row.id} with status {error.status}: {error}",
-            "change what it names (it may not know --top_k or --repetition_penalty) and run this again: it goes on",
-        )
-    return UserError(
-        f"row {row.id}: the server {error}",
+    return UserError(f"row {row.id}: the server {error}", f"{_remedy(error.status)}; run this again: it goes on")
+
+
+def _remedy(status: int) -> str:
+    """What can be done about a request that failed, by the status of the reply; 0 for none."""
+    if status in (401, 403):
+        return "see that OPENAI_API_KEY, or user and password in --endpoint, are those of this server"
+    if status in (402, 429):
+        return "the server wants fewer requests or more credit: lower --endpoint_concurrency, or wait"
+    if status in (404, 405) or 200 <= status < 400:
+        return "see that --endpoint is the server's API up to the version (…/v1), and --endpoint_model a name it lists"
+    if status >= 500:
+        return "see what the server's log says"
+    if status:
+        return "change what it names (it may not know --top_k or --repetition_penalty)"
+    return (
         "see that it runs, that --endpoint is its API up to the version (…/v1), and that --endpoint_timeout is long "
-        "enough; run this again: it goes on",
+        "enough"
     )

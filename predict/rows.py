@@ -61,9 +61,11 @@ class PromptRow:
 
     def told_apart(self, answer: Answer) -> tuple[str, str]:
         """(thought, answer proper) of what a model or a server answers; raw text has no thought."""
-        if self.plain or answer.reasoning:
+        if self.plain:
             return answer.reasoning, answer.text
-        return split_thought(answer.text, self.opened)
+        # Some gateways set the thought apart and leave it in the text as well.
+        thought, text = split_thought(answer.text, False if answer.reasoning else self.opened)
+        return answer.reasoning or thought, text
 
     def reference_told_apart(self) -> tuple[str, str]:
         """(thought, answer proper) of the reference."""

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import base64
+import html
 import json
 import math
 import random
@@ -12,11 +13,12 @@ from dataclasses import dataclass, field
 from datetime import datetime, timezone
 from email.utils import parsedate_to_datetime
 from typing import Any, TypeVar
-from urllib.parse import parse_qsl, unquote, urlsplit, urlunsplit
+from urllib.parse import parse_qsl, quote, quote_plus, unquote, urlsplit, urlunsplit
 
 import httpx2
 
-from novelgpt.settings.errors import UserError
+from novelgpt.settings.errors import UserError, reason_of
+from novelgpt.settings.remedies import pip_install
 from novelgpt.settings.terminal import one_line
 from predict.server_replies import InvalidReplyError, message_of
 
@@ -98,8 +100,10 @@ class ServerAddress:
         plain = parts.username is None and not parts.query and not parts.fragment
         shown = text if plain else urlunsplit((parts.scheme, host, parts.path, "", ""))
         found = [key, user, password, parts.username, parts.password, authorization.partition(" ")[2]]
+        for field_of_query in parts.query.split("&"):  # of one without "=", the name is all there is
+            found.append(field_of_query.rpartition("=")[2] if "=" in field_of_query else field_of_query)
         found += [value for _, value in parse_qsl(parts.query)]
-        secrets = {secret for secret in found if secret and len(secret) >= LEAST_SECRET}
+        secrets = {form for secret in found if secret and len(secret) >= LEAST_SECRET for form in _forms(secret)}
         return cls(shown, url, authorization, tuple(sorted(secrets, key=len, reverse=True)))
 
     def of(self, path: str) -> httpx2.URL:
@@ -114,6 +118,14 @@ class ServerAddress:
         return text if len(text) <= MOST_MESSAGE_CHARACTERS else text[:MOST_MESSAGE_CHARACTERS] + "…"
 
 
+def _forms(secret: str) -> set[str]:
+    """A text as servers write it back: as it is, in JSON, in Python's words, in a URL, in a page."""
+    written = {secret, quote(secret), quote(secret, safe=""), quote_plus(secret), html.escape(secret)}
+    written |= {json.dumps(form)[1:-1] for form in written} | {json.dumps(secret, ensure_ascii=False)[1:-1]}
+    # Python chooses its quotation marks by what stands beside the text.
+    return written | {repr(form)[1:-1] for form in written} | {repr(form + "'\"")[1:-4] for form in written}
+
+
 class ServerClient:
     """Asks one server.
 
@@ -123,6 +135,9 @@ class ServerClient:
         most_bytes: of a reply.
         most_retries: of any request.
         on_retry: told the cause when a request is tried again.
+
+    Raises:
+        UserError: what the environment says of proxies or certificates cannot be used.
     """
 
     def __init__(
@@ -141,7 +156,10 @@ class ServerClient:
         # The time of a whole try is bounded below. As long as the answer is made, no byte comes.
         timeout = httpx2.Timeout(None, connect=min(CONNECT_SECONDS, seconds))
         limits = httpx2.Limits(max_connections=None)
-        self.client = httpx2.AsyncClient(timeout=timeout, limits=limits, follow_redirects=False)
+        try:
+            self.client = httpx2.AsyncClient(timeout=timeout, limits=limits, follow_redirects=False)
+        except (ImportError, ValueError, OSError, httpx2.InvalidURL) as error:
+            raise _unusable_environment(error) from error
 
     async def fetch(self, path: str, body: Mapping[str, Any] | None, read: Callable[[bytes], Read]) -> Read:
         """What `read` makes of the reply; failed connections, busy servers and invalid replies are tried again.
@@ -198,8 +216,9 @@ class ServerClient:
             if request.method != method:
                 break
         place = f"{request.url.scheme}://{request.url.netloc.decode('ascii')}{request.url.path}"
-        said = f"redirects the request to {self.address.plain(place)}, where it does not arrive"
-        raise ServerError(said, 0, status=response.status_code)
+        status = response.status_code
+        cause = f"redirects the request to {self.address.plain(place)}, where it does not arrive"
+        raise ServerError(f"answers with status {status}: {cause}", 0, status=status)
 
     async def _read(self, response: httpx2.Response) -> bytes:
         if response.headers.get("content-encoding", "identity") != "identity":
@@ -214,11 +233,27 @@ class ServerClient:
         if status != 200:
             retries = RETRIES if status in BUSY_STATUSES or status >= 500 else 0
             said = message_of(bytes(data[:most]))
+            cause = f": {self.address.plain(said)}" if said.strip() else " and no word"
             pause = _pause_asked_for(response.headers)
-            raise ServerError(self.address.plain(said), retries, pause, status, said)
+            raise ServerError(f"answers with status {status}{cause}", retries, pause, status, said)
         if len(data) > most:
             raise ServerError(f"sends no answer: it is longer than {most:,} bytes", 0)
         return bytes(data)
+
+
+def _unusable_environment(error: Exception) -> UserError:
+    """What of HTTP_PROXY, ALL_PROXY, SSL_CERT_FILE and their like the HTTP client cannot take; no proxy is shown."""
+    if isinstance(error, ImportError):
+        return UserError("the environment names a SOCKS proxy, which needs the package socksio", pip_install("socksio"))
+    if isinstance(error, OSError):
+        return UserError(
+            f"the certificates that the environment names cannot be read: {reason_of(error)}",
+            "correct SSL_CERT_FILE and SSL_CERT_DIR, or unset them",
+        )
+    return UserError(
+        "the environment names a proxy that is none of http, https or socks5",
+        "correct HTTP_PROXY, HTTPS_PROXY and ALL_PROXY (and their names in small letters), or unset them",
+    )
 
 
 def _pause_asked_for(headers: httpx2.Headers) -> float | None:

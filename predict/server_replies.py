@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import codecs
 import json
 import re
 from typing import Any, TypeVar
@@ -10,12 +11,15 @@ from pydantic import BaseModel, ConfigDict, Field, StrictStr, ValidationError
 
 from novelgpt.model.generation import Answer
 
-# Why an answer ended, as servers name it where the model ended it (text-generation-inference has names of its own).
-ENDED_BY_MODEL = ("stop", "eos_token", "stop_sequence")
+# Why an answer ended, as servers name it where the model ended it or it was cut: those of text-generation-inference,
+# Together, Anthropic, Mistral and Gemini, which gateways pass on.
+ENDED_BY_MODEL = ("stop", "eos", "eos_token", "end_turn", "stop_sequence")
+CUT = ("length", "max_tokens", "model_length")
 # Where a server gave up: no answer to keep.
 BROKEN_OFF = ("abort", "error")
 REASON = re.compile(r"[a-z][a-z0-9_]{0,31}")
 MOST_TOKENS = 10**9
+MOST_NAME = 1000  # characters of a model's
 
 
 class InvalidReplyError(Exception):
@@ -34,7 +38,7 @@ class _Message(_Part):
     reasoning: StrictStr | None = None
     reasoning_content: StrictStr | None = None
     refusal: StrictStr | None = None
-    tool_calls: list[Any] | None = None
+    tool_calls: Any = None  # only whether there are any
 
 
 Reply = TypeVar("Reply", bound=_Part)
@@ -66,7 +70,7 @@ class _TextReply(_Part):
 
 
 class _Model(_Part):
-    id: StrictStr = Field(min_length=1)
+    id: StrictStr = Field(min_length=1, max_length=MOST_NAME)
 
 
 class _Models(_Part):
@@ -82,10 +86,12 @@ def read_chat_reply(data: bytes) -> Answer:
     reply = _validated(_ChatReply, data)
     choice, usage = reply.choices[0], _usage(reply.usage)
     message, reason = choice.message, _reason(choice.finish_reason)
-    thought = message.reasoning_content or message.reasoning or ""
+    thought = next((one for one in (message.reasoning_content, message.reasoning) if one and one.strip()), "")
     text = message.refusal if message.content is None else message.content
     # Some servers write null for an answer of no text, of which there is the end token alone.
-    explained = thought or message.tool_calls or reason == "content_filter" or usage.completion_tokens == 1
+    explained = (
+        thought or message.tool_calls or usage.completion_tokens == 1 or reason not in ("stop", "length", "unknown")
+    )
     if text is None and not explained:
         raise InvalidReplyError("choices.0.message.content holds no text")
     return Answer(text or "", reason, usage.completion_tokens, usage.prompt_tokens, thought)
@@ -116,17 +122,17 @@ def message_of(data: bytes) -> str:
     text = data.decode("utf-8", errors="replace")
     try:
         found: Any = json.loads(text)
+        for key in ("error", "detail", "message"):
+            if isinstance(found, dict) and found.get(key):
+                found = found[key]
+        return found if isinstance(found, str) else json.dumps(found, ensure_ascii=False)
     except (ValueError, RecursionError):
         return text
-    for key in ("error", "detail", "message"):
-        if isinstance(found, dict) and found.get(key):
-            found = found[key]
-    return found if isinstance(found, str) else json.dumps(found, ensure_ascii=False)
 
 
 def _validated(kind: type[Reply], data: bytes) -> Reply:
     try:
-        return kind.model_validate_json(data)
+        return kind.model_validate_json(data.removeprefix(codecs.BOM_UTF8))
     except ValidationError as error:
         first = error.errors(include_url=False, include_context=False, include_input=False)[0]
         place = ".".join(map(str, first["loc"]))
@@ -150,8 +156,11 @@ def _reason(reason: str | None) -> str:
     Raises:
         InvalidReplyError: the server broke off.
     """
+    reason = None if reason is None else reason.lower()
     if reason in BROKEN_OFF:
         raise InvalidReplyError(f"choices.0.finish_reason is {reason}")
     if reason in ENDED_BY_MODEL:
         return "stop"
+    if reason in CUT:
+        return "length"
     return reason if reason is not None and REASON.fullmatch(reason) else "unknown"

@@ -87,7 +87,9 @@ def answer_batch(
     The caller chooses inference mode, evaluation mode, autocast and, where answers are drawn, the seed.
     """
     pad = int(tokenizer.pad_token_id)
-    batch = {name: tensor.to(model.device) for name, tensor in left_padded(prompts, pad).items()}
+    # Of single tokens that may not come back, padding would be one, which ends answers where it is the end token.
+    before = None if generation.no_repeat_ngram_size == 1 else pad
+    batch = {name: tensor.to(model.device) for name, tensor in left_padded(prompts, before).items()}
     cache = growing_cache(model, batch["input_ids"].shape[1] + generation.max_new_tokens)
     if cache is not None:
         read_prompts(model, prompts, pad, cache, generation.num_beams)

@@ -17,11 +17,17 @@ READ_AT_ONCE = 1024
 READ_AT_ONCE_BY_GPU = 16384
 
 
-def left_padded(prompts: list[list[int]], pad: int) -> dict[str, torch.Tensor]:
-    """`input_ids` and `attention_mask`, [prompts, tokens of the longest]."""
+def left_padded(prompts: list[list[int]], pad: int | None) -> dict[str, torch.Tensor]:
+    """`input_ids` and `attention_mask`, [prompts, tokens of the longest].
+
+    Args:
+        prompts: token ids, at least one each.
+        pad: token that goes before shorter prompts; None for the first of each prompt.
+    """
     longest = max(map(len, prompts))
+    filled = [[prompt[0] if pad is None else pad] * (longest - len(prompt)) + prompt for prompt in prompts]
     return {
-        "input_ids": torch.tensor([[pad] * (longest - len(prompt)) + prompt for prompt in prompts]),
+        "input_ids": torch.tensor(filled),
         "attention_mask": torch.tensor([[0] * (longest - len(prompt)) + [1] * len(prompt) for prompt in prompts]),
     }
 

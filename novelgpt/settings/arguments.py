@@ -401,6 +401,7 @@ class GenerationArguments:
         """
         _check_least(self, {"max_new_tokens": 1, "num_beams": 1, "top_k": 0, "no_repeat_ngram_size": 0})
         check_ranges(self, {"max_new_tokens": (1, 1e6), "seed": (0, 2**32 - 1)})
+        check_ranges(self, {"repetition_penalty": (0, 1e4), "temperature": (0, 1e4)})
         above_zero = ["repetition_penalty", *(["temperature", "top_p"] if self.do_sample else [])]
         for name in above_zero:
             if not vars(self)[name] > 0:

@@ -132,3 +132,23 @@ def test_answers_during_training_end_where_the_positions_end(short: Path) -> Non
     with torch.inference_mode():
         answers = answer_prompts(model, tokenizer, prompts, GenerationArguments(max_new_tokens=20), 1, [])
     assert [answer.completion_tokens for answer in answers] == [4, 20]
+
+
+def test_padding_is_no_token_that_may_not_come_back(base_folder: Path, tmp_path: Path) -> None:
+    """A model that writes 天 and then ends, whose padding is its end token, as in most of the Llama kind."""
+    folder = str(write_tiny_base("llama", base_folder, tmp_path / "base"))
+    chosen = ModelArguments(folder, "sdpa")
+    tokenizer = load_tokenizer(chosen)
+    assert tokenizer.pad_token_id == tokenizer.eos_token_id
+    model = load_model(chosen, tokenizer).eval()
+    word, end = tokenizer.convert_tokens_to_ids("天"), int(tokenizer.eos_token_id)
+    with torch.no_grad():
+        for name, parameter in model.named_parameters():
+            parameter.fill_(float("norm" in name or "embed" in name))
+        model.get_output_embeddings().weight[word] = 2.0
+        model.get_output_embeddings().weight[end] = 1.0
+    prompts = [[5, 6, 7, 8, 9], [5], [6, 7]]
+    for setting in ({"no_repeat_ngram_size": 1}, {"repetition_penalty": 4.0}):
+        generation = GenerationArguments(max_new_tokens=4, **setting)
+        answers = answer_prompts(model, tokenizer, prompts, generation, 3, [end])
+        assert [(answer.text, answer.finish_reason) for answer in answers] == [("天", "stop")] * 3

@@ -1,12 +1,16 @@
 """Servers that misbehave: every reply is validated, bounded and asked again, and nothing of it poisons a later run."""
 
 import base64
+import functools
 import gzip
+import html
+import importlib.util
 import itertools
 import json
 import re
 import signal
 import threading
+from collections.abc import Callable
 from datetime import datetime, timedelta, timezone
 from email.utils import format_datetime
 from http.server import BaseHTTPRequestHandler
@@ -63,6 +67,7 @@ INVALID = {
     "reasoning of numbers": completion(None, reasoning_content=[1]),
     "an error": {"error": {"message": "out of memory"}},
     "given up": completion("雨", "abort"),
+    "null without a word": completion(None, reasoning_content=" \n"),
     "no UTF-8": b'{"choices": [{"message": {"content": "\xff"}}]}',
     "too deep": DEEP,
 }
@@ -120,6 +125,14 @@ ENDINGS = [
     (completion(None, "content_filter"), "", None, "content_filter"),
     (completion("雨", "length"), "雨", None, "length"),
     (completion("雨", "eos_token"), "雨", None, "stop"),
+    (completion("雨", "end_turn"), "雨", None, "stop"),
+    (completion("雨", "STOP"), "雨", None, "stop"),
+    (completion("雨", "MAX_TOKENS"), "雨", None, "length"),
+    (completion("雨", "model_length"), "雨", None, "length"),
+    (completion(None, "function_call"), "", None, "function_call"),
+    (completion("雨", tool_calls=""), "雨", None, "stop"),
+    (completion("<think>\n想\n</think>\n\n答", reasoning_content="想"), "答", "想", "stop"),
+    (completion("答", reasoning_content=" \n"), "答", None, "stop"),
     (completion("雨", None), "雨", None, "unknown"),
     (completion("雨", "\x1b[31m"), "雨", None, "unknown"),
     (completion("", "stop"), "", None, "stop"),
@@ -145,7 +158,7 @@ def test_endings_and_thoughts(tmp_path: Path, capsys: pytest.CaptureFixture[str]
         assert line["stopped"] == float(reason == "stop")
         assert line["rouge-1"] == pytest.approx(float(prediction.strip("　") == "答"))
     printed = capsys.readouterr().out
-    assert "2 of 16 answers are a thought alone" in printed and "1 of 16 answers ended with 'tool_calls'" in printed
+    assert "2 of 24 answers are a thought alone" in printed and "1 of 24 answers ended with 'tool_calls'" in printed
 
 
 def test_thoughts_of_references_are_not_scored(tmp_path: Path) -> None:
@@ -364,6 +377,85 @@ def test_secrets_are_nowhere(
     assert not {"hanako", "秘密"} & set(re.findall(r"\w+", capfd.readouterr().err))
 
 
+def say_back(
+    echo: Callable[[Asked], Any], handler: BaseHTTPRequestHandler, asked: Asked, served: Served, status: int = 400
+) -> None:
+    send(handler, echo(asked), status)
+
+
+def test_secrets_are_masked_in_whatever_writing_a_server_says_them_back(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]
+) -> None:
+    key = "sk-a'b\"c\\d&e"
+    monkeypatch.setenv("OPENAI_API_KEY", key)
+    rows = write_rows(tmp_path, "雨停了。")
+    echoes: list[Any] = [
+        lambda asked: {"error": {"headers": asked.headers}},
+        lambda asked: repr(asked.headers),
+        lambda asked: html.escape(asked.headers["authorization"]),
+        lambda asked: asked.path,
+    ]
+    for echo in echoes:
+        recipe = functools.partial(say_back, echo)
+        with serving(recipe) as served, pytest.raises(SystemExit):
+            predict(served, rows, url=served.url + "?key=ab%2Fcdef&nameless")
+    page = functools.partial(say_back, lambda asked: f"<p>{asked.headers['authorization']}", status=200)
+    with serving(page) as served, pytest.raises(SystemExit):
+        predict(served, rows)
+
+    def list_the_key(handler: BaseHTTPRequestHandler, asked: Asked, served: Served) -> None:
+        listed = {"data": [{"id": f"model of {asked.headers['authorization']}"}]}
+        send(handler, listed if asked.path.endswith("/models") else completion())
+
+    with serving(list_the_key, lists_models=False) as served:
+        predict(served, rows)
+        assert key in served.asked[-1].body["model"]
+    printed = capfd.readouterr()
+    shown = printed.out + printed.err + everything_in(tmp_path / "out").decode()
+    assert shown.count("status 400") >= 4
+    assert not [part for part in ("sk-a", "b&quot;c", "d&e", "cdef", "nameless") if part in shown]
+
+
+@pytest.mark.parametrize(
+    ("variables", "said"),
+    [
+        ({"ALL_PROXY": "socks5://127.0.0.1:1"}, "socks"),
+        ({"HTTPS_PROXY": "ftp://hanako:password@127.0.0.1"}, "a proxy that is none"),
+        ({"SSL_CERT_FILE": "/nowhere"}, "certificates"),
+        ({"SSL_CERT_FILE": __file__}, "certificates"),
+    ],
+)
+@pytest.mark.parametrize("words", [[], ["--endpoint_model", "small"]])
+def test_what_the_environment_says_of_proxies_and_certificates_is_checked(
+    variables: dict[str, str],
+    said: str,
+    words: list[str],
+    tmp_path: Path,
+    capsys: pytest.CaptureFixture[str],
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    if said == "socks" and importlib.util.find_spec("socksio") is not None:
+        pytest.skip("SOCKS proxies can be used here")
+    for name, value in variables.items():
+        monkeypatch.setenv(name, value)
+    with serving(always(completion())) as served:
+        told = refused(served, write_rows(tmp_path, "雨停了。"), capsys, *words)
+    assert said in told.lower() and "hanako" not in told and "password" not in told
+
+
+@pytest.mark.parametrize(
+    ("status", "remedy"),
+    [(401, "OPENAI_API_KEY"), (404, "--endpoint_model"), (204, "--endpoint"), (503, "log"), (422, "--top_k")],
+)
+def test_the_remedy_follows_from_the_status(
+    status: int, remedy: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    with serving(always("", status)) as served, pytest.raises(SystemExit):
+        predict(served, write_rows(tmp_path, "雨停了。"))
+    cause, fix = capsys.readouterr().err.splitlines()[-2:]
+    assert cause == f"error: row r0: the server answers with status {status} and no word" and remedy in fix
+
+
 @pytest.mark.parametrize(
     "url", ["localhost:8000/v1", "ftp://host/v1", "http://", "http://h:99999/v1", "http://h:x/", ""]
 )
@@ -372,7 +464,9 @@ def test_what_is_no_url_is_said(url: str) -> None:
         ServerAddress.parse(url, "")
 
 
-@pytest.mark.parametrize("listed", ["<html>", {"data": None}, {"data": [{"id": 3}]}, {}, "[" * 9999])
+@pytest.mark.parametrize(
+    "listed", ["<html>", {"data": None}, {"data": [{"id": 3}]}, {}, "[" * 9999, {"data": [{"id": "x" * 9999}]}]
+)
 def test_lists_of_models_are_validated(listed: Any) -> None:
     with pytest.raises(InvalidReplyError):
         read_model_names((listed if isinstance(listed, str) else json.dumps(listed)).encode())
