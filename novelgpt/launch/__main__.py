@@ -201,7 +201,7 @@ def _place(options: argparse.Namespace) -> Place:
         return Place(0, len(names), names[first], first.split("@")[-1], options.port or _free_ports())
     if not 0 <= options.host < options.hosts or options.processes < 1:
         raise UserError(
-            f"host {options.host} of {options.hosts} with {options.processes} processes is none",
+            f"host {options.host} of {options.hosts} with {counted(options.processes, 'process')} is none",
             "hosts count from 0; each has at least one process",
         )
     if options.hosts > 1 and (options.address is None or options.port is None):

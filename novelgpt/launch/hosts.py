@@ -18,6 +18,7 @@ from novelgpt.settings.paths import ROOT
 from novelgpt.settings.units import counted
 
 _HOST = re.compile(r"[A-Za-z0-9][A-Za-z0-9._:-]*|[A-Za-z0-9][A-Za-z0-9._-]*@[A-Za-z0-9][A-Za-z0-9._:-]*")
+MOST_PROCESSES = 1024
 _SSH = ("ssh", "-o", "BatchMode=yes", "-o", "ConnectTimeout=20", "-o", "ServerAliveInterval=15", "-T")
 
 
@@ -38,6 +39,17 @@ class Place:
     processes: int
     address: str
     port: int
+
+    def __post_init__(self) -> None:
+        """Refuse more processes than a machine has use for, before any is started.
+
+        Raises:
+            UserError: so it is.
+        """
+        if self.processes > MOST_PROCESSES:
+            raise UserError(
+                f"{self.processes} processes on one host are too many", f"take at most {MOST_PROCESSES}, one a device"
+            )
 
 
 def read_hostfile(path: Path) -> dict[str, int]:
@@ -60,6 +72,8 @@ def read_hostfile(path: Path) -> dict[str, int]:
             raise UserError(f"{path}:{number}: {line.strip()!r} is no host", "write lines of `host slots=N`")
         if words[0] in hosts:
             raise UserError(f"{path}:{number}: {words[0]} stands there already", "give each host one line")
+        if int(slots[1]) > MOST_PROCESSES:
+            raise UserError(f"{path}:{number}: {slots[1]} processes are too many", f"take at most {MOST_PROCESSES}")
         hosts[words[0]] = int(slots[1])
     if not hosts:
         raise UserError(f"HOSTFILE={path} names no host", "write lines of `host slots=N`")

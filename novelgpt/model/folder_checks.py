@@ -29,12 +29,34 @@ Token = Annotated[int, Field(ge=-1, le=1 << 31)]
 # One for all layers, or one a layer.
 Widths = Width | list[Width]
 Real = Annotated[float, Field(ge=-1e30, le=1e30)]
+Share = Annotated[float, Field(ge=0, le=1)]
 
 
 class _Settings(BaseModel):
     """Fields that are not named here are for transformers to judge. No text is taken for a number, and NaN for none."""
 
     model_config = ConfigDict(extra="ignore", strict=True, allow_inf_nan=False)
+
+
+class _Positions(_Settings):
+    """How rotary positions are stretched: in all layers, or in those of a kind."""
+
+    rope_type: str | None = None
+    type: str | None = None
+    rope_theta: Annotated[float, Field(gt=0)] | None = None
+    factor: Annotated[float, Field(gt=0, le=1e9)] | None = None
+    original_max_position_embeddings: Rows | None = None
+    attention_factor: Real | None = None
+    partial_rotary_factor: Real | None = None
+    beta_fast: Real | None = None
+    beta_slow: Real | None = None
+    low_freq_factor: Real | None = None
+    high_freq_factor: Real | None = None
+    short_factor: list[float] | None = None
+    long_factor: list[float] | None = None
+
+    full_attention: _Positions | None = None
+    sliding_attention: _Positions | None = None
 
 
 class Configuration(_Settings):
@@ -66,13 +88,21 @@ class Configuration(_Settings):
     num_experts_per_tok: Count | None = None
     layer_types: list[str] | None = None
     rope_theta: Annotated[float, Field(gt=0)] | None = None
-    rope_scaling: dict[str, Any] | None = None
-    rope_parameters: dict[str, Any] | None = None
+    rope_scaling: _Positions | None = None
+    rope_parameters: _Positions | None = None
     quantization_config: dict[str, Any] | None = None
     text_config: dict[str, Any] | None = None
     rms_norm_eps: Annotated[float, Field(ge=0)] | None = None
     layer_norm_epsilon: Annotated[float, Field(ge=0)] | None = None
     initializer_range: Annotated[float, Field(ge=0)] | None = None
+    attention_dropout: Share | None = None
+    hidden_dropout: Share | None = None
+    dropout: Share | None = None
+    attn_pdrop: Share | None = None
+    embd_pdrop: Share | None = None
+    resid_pdrop: Share | None = None
+    output_router_logits: bool | None = None
+    router_aux_loss_coef: Real | None = None
     hidden_act: str | None = None
     tie_word_embeddings: bool | None = None
     bos_token_id: Token | list[Token] | None = None

@@ -24,7 +24,7 @@ from novelgpt.settings.command_parser import CommandParser
 from novelgpt.settings.console import make_console
 from novelgpt.settings.errors import UserError
 from novelgpt.settings.parsed_files import read_yaml
-from novelgpt.settings.paths import EMBEDDED_BASE, ROOT, TINY, from_home, model_place
+from novelgpt.settings.paths import EMBEDDED_BASE, ROOT, TINY, check_utf8, from_home, model_place
 
 Run = TypeVar("Run")
 # Options that hold paths, in which `~` is the home of the user wherever they are written.
@@ -61,6 +61,8 @@ def parse_arguments(run_type: type[Run], argv: list[str] | None = None) -> Run:
         UserError: unknown key (naming the nearest one), wrong type, unreadable YAML, files to train on without a model.
     """
     words = list(sys.argv[1:] if argv is None else argv)
+    for word in words:
+        check_utf8(word)
     groups = {name: hint for name, hint in typing.get_type_hints(run_type).items() if isinstance(hint, type)}
     pipeline: str = vars(run_type)["pipeline"]
     parser = _Parser(

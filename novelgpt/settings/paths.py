@@ -30,6 +30,14 @@ def from_home(path: str) -> str:
     return os.path.expanduser(path)  # noqa: PTH111  a Path would drop the `./`
 
 
+def check_utf8(name: str) -> None:
+    """Raise a UserError where a name holds bytes that are no UTF-8, which no file of settings could note."""
+    try:
+        name.encode()
+    except UnicodeEncodeError as error:
+        raise UserError(f"{name} is no UTF-8", "rename the file or folder") from error
+
+
 def check_folder_can_be_made(folder: Path, name: str) -> None:
     """Nothing is made: whoever needs the folder makes it once there is something to put there.
 
@@ -40,6 +48,7 @@ def check_folder_can_be_made(folder: Path, name: str) -> None:
     Raises:
         UserError: something else has its name or that of a folder above, or nothing can be written there.
     """
+    check_utf8(str(folder))
     there = next(path for path in (folder, *folder.absolute().parents) if path.exists())
     if not there.is_dir():
         raise UserError(f"{name} cannot be made: {there} is no folder", "name a folder that can be written")

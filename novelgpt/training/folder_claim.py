@@ -85,6 +85,18 @@ def is_vacant(folder: Path) -> bool:
     return not target.exists() or (target.is_dir() and all(path.name == LOCK for path in target.iterdir()))
 
 
+def check_none_held_below(folder: Path) -> None:
+    """Make sure that no process holds anything in a folder, such as a run in a folder of it, but for its own lock.
+
+    Raises:
+        UserError: one does.
+    """
+    for place, folders, files in os.walk(folder):
+        for path in (Path(place, name) for name in (*folders, *files)):
+            if path != folder / LOCK and (path.is_dir() or path.is_file()) and is_held(path):
+                raise UserError(f"another process works on {path}", "wait for its end, or choose another folder")
+
+
 def snapshot(folder: Path) -> dict[str, tuple[int, ...]]:
     """All that is in a folder and below, but for the lock: inodes, of files also size and time of the last change."""
     found: dict[str, tuple[int, ...]] = {}

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import functools
 import os
+import re
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -14,11 +15,12 @@ from novelgpt.settings.paths import OUTPUT, check_folder_can_be_made
 from novelgpt.settings.runs import TrainingRun
 from novelgpt.settings.terminal import say
 from novelgpt.training.data_identity import DataSource, identify_data
-from novelgpt.training.folder_claim import LOCK, Claim, is_vacant, look
-from novelgpt.training.resume import changes, check_same_run, newest_whole_checkpoint, unusable
+from novelgpt.training.folder_claim import LOCK, Claim, check_none_held_below, is_vacant, look
+from novelgpt.training.resume import FILES, changes, check_same_run, newest_whole_checkpoint, unusable
 from novelgpt.training.run_record import describe_run, read_run
 
 MOST_NAMES = 10_000
+NAME = re.compile(r"checkpoint-[0-9]+")
 Take = Callable[[Path], Claim]
 """Claim a folder, or look at it; raises BlockingIOError where another process holds it."""
 Choice = tuple[Claim, Path | None, dict[str, Any] | None]
@@ -129,6 +131,8 @@ def _unfinished_same(run: TrainingRun, data: Data, folder: Path) -> dict[str, An
 def _choose_named(run: TrainingRun, data: Data, take: Take, named: str) -> Choice:
     folder = Path(named).absolute()
     check_folder_can_be_made(Path(os.path.realpath(folder)), f"--output_dir {named}")
+    if run.training.overwrite_output_dir:
+        _check_reads_nothing_there(run, folder)
     if not is_held(folder / LOCK):
         _check_replaceable(run, folder, named)  # so that what is refused is not even locked
     try:
@@ -148,6 +152,25 @@ def _choose_named(run: TrainingRun, data: Data, take: Take, named: str) -> Choic
         claim.let_go(unused=True)
         raise
     return claim, checkpoint, before
+
+
+def _check_reads_nothing_there(run: TrainingRun, folder: Path) -> None:
+    """What a run reads, and an adapter needs later, must not go with the run that it replaces; nor what is in use.
+
+    Raises:
+        UserError: so it would.
+    """
+    check_none_held_below(folder)
+    named: dict[str, list[Any]] = {"model": [run.model.model], "deepspeed": [run.training.deepspeed]}
+    named |= {name: vars(run.data).get(name, []) for name in FILES}
+    target = Path(os.path.realpath(folder))
+    for option, values in named.items():
+        for value in values:
+            if isinstance(value, str) and Path(os.path.realpath(value)).is_relative_to(target):
+                raise UserError(
+                    f"--overwrite_output_dir would delete {value}, which --{option} names",
+                    "choose another --output_dir, or move what is still needed elsewhere",
+                )
 
 
 def _check_replaceable(run: TrainingRun, folder: Path, named: str) -> dict[str, Any] | None:
@@ -170,13 +193,22 @@ def _check_replaceable(run: TrainingRun, folder: Path, named: str) -> dict[str, 
 
 
 def _named_checkpoint(run: TrainingRun, data: Data, checkpoint: Path) -> Path:
-    """What --resume_from_checkpoint names."""
+    """What --resume_from_checkpoint names, where it lies: of a link, what that points to."""
     if not checkpoint.is_dir():
         raise UserError(f"--resume_from_checkpoint {checkpoint} is no folder", "name a checkpoint-N folder, or `true`")
+    checkpoint = checkpoint.resolve()
     problem = unusable(checkpoint)
     if problem is not None:
         raise UserError(f"{checkpoint} cannot be gone on from: {problem}", "name another checkpoint-N folder")
-    before = read_run(checkpoint.absolute().parent)
+    if not NAME.fullmatch(checkpoint.name):
+        raise UserError(
+            f"{checkpoint} cannot be gone on from: its name does not say the step",
+            "name it checkpoint-N, N being the step, as it was",
+        )
+    before = read_run(checkpoint.parent)
     if before is not None:
         check_same_run(checkpoint.parent, before, describe_run(run, data()), checkpoint)
-    return checkpoint.absolute()
+    else:
+        note = f"{checkpoint.parent} holds no run.json: nothing tells whether data and settings are those of before"
+        say(note, style="yellow")
+    return checkpoint

@@ -15,7 +15,7 @@ from novelgpt.settings.runs import TrainingRun
 from novelgpt.settings.terminal import say
 from novelgpt.training.checkpoints.folders import checkpoints
 from novelgpt.training.data_identity import DataSource, check_unwritten, identify_data
-from novelgpt.training.folder_claim import LOCK, Claim, empty, snapshot, take
+from novelgpt.training.folder_claim import LOCK, Claim, check_none_held_below, empty, snapshot, take
 from novelgpt.training.run_choice import choose, settle
 from novelgpt.training.run_record import RUN_FILE, describe_run, now, write_run
 from novelgpt.training.shared_folder import check_shared_folder
@@ -119,6 +119,7 @@ class RunFolder:
 
     def _replace(self, description: dict[str, Any]) -> None:
         """At no moment has the folder a run.json beside what belongs to another run."""
+        check_none_held_below(self.path)
         aside = self.path / REPLACED
         if self._contents:
             shutil.rmtree(aside, ignore_errors=True)

@@ -14,7 +14,7 @@ from pathlib import Path
 import psutil
 import pytest
 
-from novelgpt.launch.hosts import first_host, read_hostfile, slurm_place
+from novelgpt.launch.hosts import Place, first_host, read_hostfile, slurm_place
 from novelgpt.settings.errors import UserError
 from tests.launched import OF_LAUNCHERS, PATIENCE, ROOT
 
@@ -234,9 +234,15 @@ def test_a_slurm_task_becomes_the_launcher_of_its_host() -> None:
 
 
 @pytest.mark.parametrize(
-    "line", ["node1", "node1 slots=0", "node1 slots=two", "-oProxyCommand=x slots=1", "a;b slots=1"]
+    "line",
+    ["node1", "node1 slots=0", "node1 slots=two", "-oProxyCommand=x slots=1", "a;b slots=1", "node1 slots=99999"],
 )
 def test_a_line_of_a_hostfile_that_is_none_is_named(line: str, tmp_path: Path) -> None:
     (tmp_path / "hosts").write_text(f"# ours\nnode0 slots=2\n{line}\n")
     with pytest.raises(UserError, match="hosts:3: "):
         read_hostfile(tmp_path / "hosts")
+
+
+def test_more_processes_than_a_host_has_use_for_are_refused_before_any_starts() -> None:
+    with pytest.raises(UserError, match="1000000 processes on one host are too many"):
+        Place(0, 1, 1_000_000, "127.0.0.1", 20000)

@@ -51,7 +51,11 @@ SIZES: list[tuple[str, Any]] = [
     ("num_key_value_heads", 3), ("hidden_size", -256), ("hidden_size", 10**9), ("hidden_size", 1.5),
     ("hidden_size", True), ("vocab_size", 0), ("vocab_size", 10**9), ("vocab_size", 10**8), ("intermediate_size", {}),
     ("max_position_embeddings", -1), ("head_dim", "64"), ("rms_norm_eps", float("nan")), ("rope_parameters", []),
-    ("model_type", 3), ("architectures", "Qwen3ForCausalLM"), ("eos_token_id", "x"), ("tie_word_embeddings", "no"),
+    ("rope_parameters", {"rope_type": "yarn", "factor": "4"}), ("rope_scaling", {"type": "linear", "factor": -1}),
+    ("rope_parameters", {"rope_type": 7}), ("rope_scaling", {"type": "yarn", "original_max_position_embeddings": 0}),
+    ("rope_parameters", {"full_attention": {"rope_theta": "big"}}), ("attention_dropout", 2.0), ("resid_pdrop", -1),
+    ("output_router_logits", "yes"), ("model_type", 3), ("architectures", "Qwen3ForCausalLM"), ("eos_token_id", "x"),
+    ("tie_word_embeddings", "no"),
 ]  # fmt: skip
 
 
@@ -308,7 +312,9 @@ def test_published_settings_pass(tmp_path: Path) -> None:
         json.dumps({"model_type": "llama", "pad_token_id": -1, "eos_token_id": [1, 2], "head_dim": None,
                     "intermediate_size": [1024, 2048], "rope_scaling": None, "rope_theta": 1000000, "num_experts": 0,
                     "quantization_config": {"bits": 4}, "text_config": {"hidden_size": 64, "num_hidden_layers": 2},
-                    "vision_config": None, "torch_dtype": "bfloat16", "sliding_window": None})
+                    "vision_config": None, "torch_dtype": "bfloat16", "sliding_window": None, "attention_dropout": 0,
+                    "rope_parameters": {"full_attention": {"rope_type": "linear", "factor": 8, "rope_theta": 1e6},
+                                        "sliding_attention": {"rope_type": "default", "mrope_section": [16, 24]}}})
     )  # fmt: skip
     (tmp_path / "tokenizer_config.json").write_text(
         '{"model_max_length": 1000000000000000019884624838656, "bos_token": {"content": "<s>"}, '

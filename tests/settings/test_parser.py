@@ -1,6 +1,7 @@
 """What stands in YAML files and on command lines: homes, mappings, lists, words that YAML reads as something else."""
 
 import json
+import os
 import sys
 from pathlib import Path
 from typing import Any
@@ -12,6 +13,7 @@ from finetune_lora import merge
 from novelgpt.settings.command_parser import CommandParser
 from novelgpt.settings.errors import UserError
 from novelgpt.settings.parser import parse_arguments
+from novelgpt.settings.paths import check_folder_can_be_made
 from novelgpt.settings.remedies import pip_install, python_module
 from novelgpt.settings.runs import FinetuneRun, LoraRun, PredictRun, PretrainRun, TrainingRun
 from novelgpt.settings.units import counted
@@ -171,3 +173,12 @@ def test_what_only_a_launcher_passes_is_no_key(tmp_path: Path) -> None:
     for key in ("deepspeed_by_default", "_deepspeed_by_default", "config"):
         with pytest.raises(UserError, match=f"unknown option '{key}'"):
             from_yaml(tmp_path, f"{key}: zero.json\n")
+
+
+@pytest.mark.parametrize("option", ["--output_dir", "--train_files", "--model", "--config"])
+def test_names_that_are_no_utf8_are_refused(option: str, tmp_path: Path) -> None:
+    name = os.fsdecode(b"\xff\xe4")
+    with pytest.raises(UserError, match="is no UTF-8"):
+        parse_arguments(FinetuneRun, [*MODEL, option, name])
+    with pytest.raises(UserError, match="is no UTF-8"):  # as where a relative name is meant from such a folder
+        check_folder_can_be_made(tmp_path / name / "run", "--output_dir run")

@@ -74,6 +74,67 @@ def test_runs_that_start_together_get_folders_of_their_own(
         assert list(tmp_path.iterdir()) == []  # none of them was used
 
 
+@pytest.mark.parametrize(
+    "option", ["model", "model by a link", "checkpoint", "train_files", "valid_files", "deepspeed"]
+)
+def test_a_run_does_not_replace_what_it_reads(option: str, words: Words, finished: Path, tmp_path: Path) -> None:
+    (tmp_path / "link").symlink_to(finished)
+    (finished / "inputs").mkdir(exist_ok=True)
+    rows, zero = finished / "inputs" / "rows.jsonl", finished / "inputs" / "zero.json"
+    rows.write_text('{"prompt": "a", "completion": "b"}\n', encoding="utf-8")
+    zero.write_text('{"zero_optimization": {"stage": 2}}', encoding="utf-8")
+    named = {"model": finished, "model by a link": tmp_path / "link", "checkpoint": finished / "checkpoint-1"}
+    named |= {"train_files": rows, "valid_files": tmp_path / "link" / "inputs" / "rows.jsonl", "deepspeed": zero}
+    name = "model" if named[option].is_dir() else option
+    before = files_of(finished)
+    run = parse_arguments(FinetuneRun, words(finished, "--overwrite_output_dir", f"--{name}", str(named[option])))
+    with pytest.raises(UserError, match=f"which --{name} names"), claim_run_folder(run):
+        pass
+    assert files_of(finished) == before
+    shutil.rmtree(finished / "inputs")
+
+
+@pytest.mark.parametrize("when", ["before", "meanwhile"])
+def test_a_run_does_not_replace_what_another_process_works_on(
+    when: str, words: Words, finished: Path, tmp_path: Path
+) -> None:
+    folder = shutil.copytree(finished, tmp_path / "run")
+    before = files_of(folder)
+    inner = parse_arguments(FinetuneRun, words(folder / "inner"))
+    outer = parse_arguments(FinetuneRun, words(folder, "--overwrite_output_dir"))
+    first, second = (inner, outer) if when == "before" else (outer, inner)
+    (folder / "inner").mkdir()
+    (folder / "inner" / "run.lock").touch()  # as a killed run leaves it
+    with (
+        pytest.raises(UserError, match="another process works on .*inner"),
+        claim_run_folder(first) as one,
+        claim_run_folder(second),
+    ):
+        one.begin(outer)
+    assert before.items() <= files_of(folder).items()
+
+
+def test_a_checkpoint_by_a_link_is_the_one_it_points_to(
+    words: Words, finished: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    (tmp_path / "link").symlink_to(finished / "checkpoint-1")
+    run = parse_arguments(FinetuneRun, words(tmp_path / "on", "--resume_from_checkpoint", str(tmp_path / "link")))
+    with claim_run_folder(run) as folder:
+        assert folder.checkpoint == (finished / "checkpoint-1").resolve()
+    more = words(tmp_path / "on", "--resume_from_checkpoint", str(tmp_path / "link"), "--learning_rate", "0.1")
+    with pytest.raises(UserError, match="learning_rate"), claim_run_folder(parse_arguments(FinetuneRun, more)):
+        pass
+    shutil.copytree(finished / "checkpoint-1", tmp_path / "best")
+    named = parse_arguments(FinetuneRun, words(tmp_path / "on", "--resume_from_checkpoint", str(tmp_path / "best")))
+    with pytest.raises(UserError, match="its name does not say the step"), claim_run_folder(named):
+        pass
+    (tmp_path / "best").rename(tmp_path / "checkpoint-1")
+    alone = words(tmp_path / "on", "--resume_from_checkpoint", str(tmp_path / "checkpoint-1"))
+    capsys.readouterr()
+    with claim_run_folder(parse_arguments(FinetuneRun, alone)):
+        assert "holds no run.json: nothing tells whether data and settings" in capsys.readouterr().out
+
+
 def test_what_a_killed_run_left_before_it_began_is_taken_again(
     words: Words, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
