@@ -6,7 +6,7 @@ from pathlib import Path
 
 from transformers import PreTrainedTokenizerBase
 
-from novelgpt.text.encoding import encode_document
+from novelgpt.text.encoding import document_begin_ids, encode_document
 from novelgpt.text.templates import template_record
 from novelgpt.training.run_record import read_run
 
@@ -42,7 +42,9 @@ class RawText:
         self.text = text or self.text
         ids = encode_document(self.text, self.tokenizer)
         room = self.context - min(self.max_new_tokens, self.context // 2)
-        return ids[-room:], max(0, len(ids) - room)
+        left_out = max(0, len(ids) - room)
+        begin = document_begin_ids(self.tokenizer) if left_out else []  # which the model has seen before every text
+        return begin + ids[len(begin) + left_out :], left_out
 
     def answer_room(self, prompt: list[int]) -> int:
         """Most tokens that the continuation of a prompt may have."""

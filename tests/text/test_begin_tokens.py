@@ -14,6 +14,7 @@ from novelgpt.settings.errors import UserError
 from novelgpt.text.conversation import IGNORED, encode_conversation, encode_prompt
 from novelgpt.text.encoding import document_begin_ids, document_end_id, encode
 from novelgpt.text.tokenizer import load_tokenizer
+from predict.raw_text import RawText
 from predict.rows import read_prompt_rows
 
 BEGIN = "<begin_of_text>"
@@ -109,6 +110,14 @@ def test_raw_texts_to_continue_begin_with_it(plain: PreTrainedTokenizerBase, tmp
     assert row.prompt_ids == [plain.bos_token_id, *encode(TEXTS[0], plain)]
     encoded = row.encoded_reference(plain)
     assert encoded is not None and encoded.input_ids == [*row.prompt_ids, *encode(TEXTS[1], plain)]
+
+
+def test_raw_texts_that_no_longer_fit_begin_with_it_all_the_same(plain: PreTrainedTokenizerBase) -> None:
+    raw = RawText(plain, context=20, max_new_tokens=4)
+    prompt, left_out = raw.ask("".join(TEXTS))
+    ids = encode("".join(TEXTS), plain)
+    assert prompt == [plain.bos_token_id, *ids[-15:]] and left_out == len(ids) - 15
+    assert raw.answer_room(prompt) == 4
 
 
 def test_tokenizers_that_begin_nothing_stay_as_they_are(tokenizer: PreTrainedTokenizerBase) -> None:
