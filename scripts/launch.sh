@@ -46,10 +46,10 @@ if [ "$gpus" -eq 0 ]; then export DS_ACCELERATOR="${DS_ACCELERATOR:-cpu}"; fi
 
 processes="${NPROC:-$((gpus > 1 ? gpus : 1))}"
 case "$processes" in
-  '' | *[!0-9]* | 0) die "NPROC=$processes is no number of processes" "NPROC=2, for example" ;;
+  '' | *[!0-9]* | 0 | ?????*) die "NPROC=$processes is no number of processes" "NPROC=2, for example" ;;
 esac
 case "${HOSTS:-1}" in
-  *[!0-9]* | 0) die "HOSTS=$HOSTS is no number of hosts" "HOSTS=2, for example" ;;
+  *[!0-9]* | 0 | ?????*) die "HOSTS=$HOSTS is no number of hosts" "HOSTS=2, for example" ;;
 esac
 slurm=0
 if [ "${SLURM_STEP_NUM_NODES:-1}" -gt 1 ]; then slurm=1; fi

@@ -24,7 +24,7 @@ from novelgpt.settings.command_parser import CommandParser
 from novelgpt.settings.console import make_console
 from novelgpt.settings.errors import UserError
 from novelgpt.settings.parsed_files import read_yaml
-from novelgpt.settings.paths import EMBEDDED_BASE, ROOT, TINY, check_utf8, from_home, model_place
+from novelgpt.settings.paths import EMBEDDED_BASE, ROOT, TINY, check_not_replaced, check_utf8, from_home, model_place
 
 Run = TypeVar("Run")
 # Options that hold paths, in which `~` is the home of the user wherever they are written.
@@ -97,6 +97,10 @@ def parse_arguments(run_type: type[Run], argv: list[str] | None = None) -> Run:
         raise UserError(str(error), f"see `{parser.prog} --help`") from error
     if unknown:
         raise _unknown_key(unknown[0].split("=")[0], "the command line", actions)
+    for group in objects:
+        if isinstance(group, TrainArguments) and group.overwrite_output_dir and group.output_dir:
+            for name in given["config"] or []:
+                check_not_replaced(name, "config", Path(group.output_dir))
     return run_type(**dict(zip(groups, objects, strict=True)))
 
 

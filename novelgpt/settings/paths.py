@@ -38,6 +38,15 @@ def check_utf8(name: str) -> None:
         raise UserError(f"{name} is no UTF-8", "rename the file or folder") from error
 
 
+def check_not_replaced(path: str, option: str, folder: Path) -> None:
+    """Raise a UserError where a file that is read lies in the folder that --overwrite_output_dir empties."""
+    if Path(os.path.realpath(path)).is_relative_to(os.path.realpath(folder)):
+        raise UserError(
+            f"--overwrite_output_dir would delete {path}, which --{option} names",
+            "choose another --output_dir, or move what is still needed elsewhere",
+        )
+
+
 def check_folder_can_be_made(folder: Path, name: str) -> None:
     """Nothing is made: whoever needs the folder makes it once there is something to put there.
 

@@ -11,7 +11,7 @@ from typing import Any
 
 from novelgpt.settings.errors import UserError
 from novelgpt.settings.locks import is_held
-from novelgpt.settings.paths import OUTPUT, check_folder_can_be_made
+from novelgpt.settings.paths import OUTPUT, check_folder_can_be_made, check_not_replaced
 from novelgpt.settings.runs import TrainingRun
 from novelgpt.settings.terminal import say
 from novelgpt.training.data_identity import DataSource, identify_data
@@ -163,14 +163,10 @@ def _check_reads_nothing_there(run: TrainingRun, folder: Path) -> None:
     check_none_held_below(folder)
     named: dict[str, list[Any]] = {"model": [run.model.model], "deepspeed": [run.training.deepspeed]}
     named |= {name: vars(run.data).get(name, []) for name in FILES}
-    target = Path(os.path.realpath(folder))
     for option, values in named.items():
         for value in values:
-            if isinstance(value, str) and Path(os.path.realpath(value)).is_relative_to(target):
-                raise UserError(
-                    f"--overwrite_output_dir would delete {value}, which --{option} names",
-                    "choose another --output_dir, or move what is still needed elsewhere",
-                )
+            if isinstance(value, str):
+                check_not_replaced(value, option, folder)
 
 
 def _check_replaceable(run: TrainingRun, folder: Path, named: str) -> dict[str, Any] | None:

@@ -182,3 +182,10 @@ def test_names_that_are_no_utf8_are_refused(option: str, tmp_path: Path) -> None
         parse_arguments(FinetuneRun, [*MODEL, option, name])
     with pytest.raises(UserError, match="is no UTF-8"):  # as where a relative name is meant from such a folder
         check_folder_can_be_made(tmp_path / name / "run", "--output_dir run")
+
+
+def test_settings_in_a_folder_that_is_replaced_are_not_lost(tmp_path: Path) -> None:
+    text = f"output_dir: {tmp_path}\noverwrite_output_dir: true\n"
+    with pytest.raises(UserError, match=r"would delete .*mine\.yaml, which --config names"):
+        from_yaml(tmp_path, text)
+    assert from_yaml(tmp_path, text.replace("true", "false")).training.output_dir == str(tmp_path)
