@@ -31,7 +31,7 @@ _LABEL_LIKE = re.compile(
 )
 """Of these characters each heading has one in front."""
 _OPENERS, _CLOSERS = "（([【［｛{〔<＜《〈", "）)]】］｝}〕>＞》〉”’」』"
-_QUOTES = "\"'＂＇"
+_QUOTES = "\"'＂＇|｜"
 """Signs that open and close alike: around a part, they go with it."""
 _GOES_ON = ("，", "、", "：", "；")
 """Behind a part these say that it is a piece of a sentence."""
@@ -286,7 +286,7 @@ def _spans(rule: Rule, line: str, copy: NormalizedCopy) -> Iterator[tuple[int, i
     if anywhere:
         matches: Iterator[re.Match[str] | None] = rule.search.finditer(copy.text)
     else:
-        matches = (rule.search.match(copy.text, start) for start in copy.starts_before(rule.contains, rule.longest))
+        matches = _latest(rule, copy)
     for match in matches:
         if match and match.group():
             begin, end = int(copy.places[match.start()]), int(copy.places[match.end() - 1]) + 1
@@ -299,12 +299,27 @@ def _spans(rule: Rule, line: str, copy: NormalizedCopy) -> Iterator[tuple[int, i
                 yield begin, end
 
 
+def _latest(rule: Rule, copy: NormalizedCopy) -> Iterator[re.Match[str]]:
+    """What the pattern fits from the beginnings of sentences on, without sentences in front that have none of the
+    rule's words: a pattern that begins with any characters would take these along.
+    """
+    starts = copy.starts_before(rule.contains, rule.longest)
+    found = [match for match in (rule.search.match(copy.text, start) for start in starts) if match and match.group()]
+    for number, match in enumerate(found):
+        later = (other for other in found[number + 1 :] if other.end() == match.end())
+        fronts = (copy.text[match.start() : other.start()] for other in later)
+        if not any(all(word not in front for word in rule.contains) for front in fronts):
+            yield match
+
+
 def _widen(line: str, begin: int, end: int) -> tuple[int, int]:
     """Take along the brackets around a match, and punctuation behind it that ends the line."""
     while begin and (line[begin - 1].isspace() or line[begin - 1] in _OPENERS):
         begin -= 1
     rest = line[end:]
     if not any(map(str.isalnum, rest)) and _is_balanced(line[begin:]):
+        while begin and line[begin - 1] in _QUOTES and line[begin - 1] in rest:
+            begin -= 1
         return begin, len(line)
     if begin and line[begin - 1] in _QUOTES and line[end : end + 1] == line[begin - 1]:
         return begin - 1, end + 1

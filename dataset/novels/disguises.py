@@ -13,6 +13,8 @@ _DOMAIN = re.compile(rf"(?=({DOMAINS}))")
 _NAME = re.compile(r"[a-z0-9]+$")
 _MARKED = re.compile(r"https?|www|wap")
 _BEHIND_DOMAIN = re.compile(r"t{0,2}xt")
+_DOTS = frozenset(".．")
+"""Between the names of "m.abc.com"."""
 _SCHEME = re.compile(r"[:：]\s*[/／]\s*[/／]")
 _MAIL = re.compile("[@＠]")
 _ORDINARY = frozenset("，。！？、；：,.!?;:…—-“”‘’\"'「」『』（）()《》〈〉【】[]·~～ \u3000\t")
@@ -53,7 +55,7 @@ def _ends_address(copy: NormalizedCopy, begin: int, end: int, marked: bool) -> b
     if marked:
         return True
     inside = [_gap(copy, place) for place in range(name.start() + 1, begin)]
-    if not any(inside):
+    if not any(inside) or (before in _DOTS and all(gap in _DOTS for gap in inside if gap)):
         return not any(map(str.isspace, before))
     # Letters set apart, "a b c . n e t": something else must stand before the domain.
     return all(inside) and before.strip() not in {gap.strip() for gap in inside}

@@ -11,17 +11,24 @@ from urllib.parse import unquote
 from xml.etree import ElementTree
 
 from dataset.decode import decode_tolerant
+from dataset.novels.epub_headings import (
+    CHAPTER_UNITS,
+    chapter_level,
+    find_units,
+    is_chapter,
+    mark_headings,
+    says,
+    without_blanks,
+)
 from dataset.novels.epub_matter import matter_of_page, matter_of_section
 from dataset.novels.epub_page import Block, read_page
-from dataset.novels.headings import Candidate, find_candidates
 from dataset.novels.records import BadBytes, Section
 from novelgpt.settings.errors import UserError
 
 _SKIPPED = {"cover": "cover_page", "toc": "contents_page", "copyright-page": "imprint_page"}
 _ENTITY = re.compile(r"&(?!amp;|lt;|gt;|quot;|apos;)[A-Za-z][A-Za-z0-9]*;")
-_PAGE_TYPES = ("application/xhtml+xml", "text/html")
+_PAGE_NAMES = (".xhtml", ".html", ".htm", ".xht", ".xml")
 _EDGE = 3  # pages at either end, where those who pass a book on put their own
-_CHAPTER_UNITS = "章回话話"
 MOST_IMAGES_NAMED = 20
 
 
@@ -53,11 +60,11 @@ class _Chapter:
         title, rest = self.title, [block for block in self.blocks if block.text]
         joined = ""
         for count, block in enumerate(rest, start=1):  # the heading is not said twice
-            joined += _without_blanks(block.text)
-            if title and joined == _without_blanks(title):
+            joined += without_blanks(block.text)
+            if title and joined == without_blanks(title):
                 rest = rest[count:]
                 break
-            if not _without_blanks(title).startswith(joined):
+            if not without_blanks(title).startswith(joined):
                 break
         texts = [block.text for block in rest]
         return Section(title, "\n".join(texts), self.rule or matter_of_section(title, texts))
@@ -84,17 +91,26 @@ def read_epub(names: Sequence[str], read: Callable[[str], bytes], source: str) -
     package = _xml(read(package_name), f"{source}!{package_name}")
     base = posixpath.dirname(package_name)
     items = {item.get("id", ""): item for item in _all(package, "item")}
-    hrefs = {key: _resolve(base, item.get("href", "")) for key, item in items.items()}
+    folded = {name.lower(): name for name in names}
+
+    def stored(name: str) -> str:
+        """The member that is meant: those who pack books on other systems mix upper and lower case."""
+        return name if name in names else folded.get(name.lower(), name)
+
+    hrefs = {key: stored(_resolve(base, item.get("href", ""))) for key, item in items.items()}
     protected = _protected(names, read, source)
     findings: list[str] = []
-    titles = _contents(package, items, hrefs, read, names, source, findings)
+    listed = _contents(package, items, hrefs, read, names, source, findings)
+    titles = {(stored(page), place): title for (page, place), title in listed.items()}
     guide = {
-        _resolve(base, one.get("href", "")): _SKIPPED.get(one.get("type", ""), "") for one in _all(package, "reference")
+        stored(_resolve(base, one.get("href", ""))): _SKIPPED.get(one.get("type", ""), "")
+        for one in _all(package, "reference")
     }
     pages = _Pages(titles)
     encodings: list[str] = []
     bad: list[BadBytes] = []
     spine = _spine(package, items, hrefs, findings)
+    read_pages: dict[str, tuple[list[Block], bool]] = {}
     for place, name in enumerate(spine):
         if name in protected:
             raise UserError(f"{source} is protected against reading ({name} is encrypted)", "leave it out")
@@ -108,8 +124,10 @@ def read_epub(names: Sequence[str], read: Callable[[str], bytes], source: str) -
         text, encoding, more = decode_tolerant(data, f"{source}!{name}")
         encodings.append(encoding)
         bad += more
-        at_the_edge = place < _EDGE or place >= len(spine) - _EDGE
-        pages.add(name, read_page(text), guide.get(name, ""), at_the_edge, only=len(spine) == 1)
+        read_pages[name] = (read_page(text), place < _EDGE or place >= len(spine) - _EDGE)
+    mark_headings([block for blocks, _ in read_pages.values() for block in blocks])
+    for name, (blocks, at_the_edge) in read_pages.items():
+        pages.add(name, blocks, guide.get(name, ""), at_the_edge, only=len(spine) == 1)
     sections = tuple(chapter.finished() for chapter in pages.chapters if chapter.blocks)
     if not any(section.text for section in sections if not section.rule):
         raise UserError(f"{source} holds no text", "leave it out")
@@ -129,9 +147,19 @@ def _spine(
         item = items.get(key)
         if item is None:
             findings.append(f"a page is lost: the manifest has no {key!r}, which the reading order names")
-        elif item.get("media-type") in _PAGE_TYPES and "nav" not in item.get("properties", "").split():
+        elif "nav" in item.get("properties", "").split():
+            continue
+        elif _is_page(item.get("media-type", ""), hrefs[key]):
             names.append(hrefs[key])
+        else:
+            kind = item.get("media-type", "no media type")
+            findings.append(f"a page is left out: {hrefs[key]} is no text ({kind})")
     return names
+
+
+def _is_page(kind: str, name: str) -> bool:
+    """Whether an item of the reading order is a page: the name counts as well, as media types are often wrong."""
+    return "html" in kind or name.lower().endswith(_PAGE_NAMES)
 
 
 class _Pages:
@@ -186,58 +214,18 @@ class _Pages:
             named = sorted(place for place in block.ids if titles.get(place))
             if named and not (index == 0 and titles.get("") == titles[named[0]]):
                 starts.setdefault(index, []).append(titles[named[0]])
-        level = 0 if self.titles else _chapter_level([block.level for block in blocks if block.level], only)
-        for index, title, shaped in _units(blocks, level):
+        level = 0 if self.titles else chapter_level([block.level for block in blocks if block.level], only)
+        for index, title, shaped in find_units(blocks, level):
             above = starts.get(index, [""])[-1] if index in starts else titles.get("", "")
-            if _says(title, above) and index in starts:
+            if says(title, above) and index in starts:
                 continue
             if shaped is not None:
-                begins = shaped.unit in _CHAPTER_UNITS or not _is_chapter(above)
+                begins = shaped.unit in CHAPTER_UNITS or not is_chapter(above)
             else:
                 begins = not titles and (index == 0 or (level > 0 and blocks[index].level == level))
             if begins and not (index in starts and shaped is None):
                 starts.setdefault(index, []).append(title)
         return starts
-
-
-def _units(blocks: list[Block], level: int) -> list[tuple[int, str, Candidate | None]]:
-    """Headings: index of the first block, the words of it and of those that go with it, and whether it is numbered.
-
-    Headings in a row are one ("第二章", "风"), until one that says itself which chapter it is, or is of the `level` of
-    chapters.
-    """
-    units: list[tuple[int, str, Candidate | None]] = []
-    for index, block in enumerate(blocks):
-        if not block.level:
-            continue
-        shaped = next((one for one in find_candidates([block.text]) if one.shaped), None)
-        follows = index > 0 and blocks[index - 1].level > 0
-        if follows and shaped is None and block.level != level:
-            first, title, before = units[-1]
-            units[-1] = (first, f"{title} {block.text}", before)
-        else:
-            units.append((index, block.text, shaped))
-    return units
-
-
-def _chapter_level(levels: Sequence[int], only: bool) -> int:
-    """The level of the headings that begin chapters in a book without contents: the highest, if it comes repeatedly.
-
-    `only`: the page is the whole book, in which a heading that stands alone is the book's name.
-    """
-    repeated = [level for level in sorted(set(levels)) if levels.count(level) > 1]
-    highest = min(levels, default=0)
-    return repeated[0] if repeated and (only or repeated[0] == highest) else 0
-
-
-def _is_chapter(title: str) -> bool:
-    return any(one.shaped and one.unit in _CHAPTER_UNITS for one in find_candidates([title]))
-
-
-def _says(heading: str, title: str) -> bool:
-    """Whether a heading says what a title of the contents does, or a part of it."""
-    first, second = _without_blanks(heading), _without_blanks(title)
-    return bool(second) and (first.startswith(second) or second.startswith(first))
 
 
 def _contents(
@@ -251,7 +239,9 @@ def _contents(
 ) -> dict[tuple[str, str], str]:
     """Titles by (page, place in the page) from the nav of EPUB 3 or else the ncx of EPUB 2; the first one counts."""
     nav = next((key for key, item in items.items() if "nav" in item.get("properties", "").split()), None)
-    ncx = next((key for key, item in items.items() if item.get("media-type") == "application/x-dtbncx+xml"), None)
+    named = next((spine.get("toc", "") for spine in _all(package, "spine")), "")
+    kinds = {key: item.get("media-type") for key, item in items.items()}
+    ncx = named if named in items else next((key for key in kinds if kinds[key] == "application/x-dtbncx+xml"), None)
     for key in (nav, ncx):
         if key is None:
             continue
@@ -326,7 +316,3 @@ def _all(tree: ElementTree.Element, tag: str) -> list[ElementTree.Element]:
 
 def _resolve(base: str, href: str) -> str:
     return posixpath.normpath(posixpath.join(base, unquote(href.partition("#")[0])))
-
-
-def _without_blanks(text: str) -> str:
-    return "".join(text.split())

@@ -45,13 +45,15 @@ class Block:
 
     Attributes:
         level: 1 to 6 of a heading; 0 for a paragraph.
+        heading: which of the page's headings it belongs to, as line breaks make several blocks of one; 0 for none.
         pieces: of its text.
         images: in the order of their places in the text.
         ids: the places in it that a table of contents can point to.
     """
 
-    def __init__(self, level: int) -> None:
+    def __init__(self, level: int, heading: int = 0) -> None:
         self.level = level
+        self.heading = heading
         self.pieces: list[str] = []
         self.images: list[Image] = []
         self.ids: set[str] = set()
@@ -100,6 +102,8 @@ class _Page(HTMLParser):
         self.blocks = [Block(0)]
         self._silent = 0
         self._levels: list[int] = []
+        self._headings = 0
+        self._in_link = False  # to a note: its image is a sign to click on
         self._reading = False
         self._hidden: list[str] = []  # tags that are open within a hidden one, that one first
 
@@ -113,9 +117,12 @@ class _Page(HTMLParser):
             self._reading = tag != "rb"
         if tag in _HEADINGS:
             self._levels.append(_HEADINGS[tag])
+            self._headings += 1
         if tag in _PARAGRAPHS:
             self._begin()
-        if tag == "img" and not self._is_apart():
+        if tag == "a":
+            self._in_link = "#" in (given.get("href") or "") or "noteref" in (given.get("epub:type") or "")
+        if tag == "img" and not self._is_apart() and not self._in_link:
             self.blocks[-1].images.append(Image(given.get("alt") or "", given.get("src") or ""))
             self.blocks[-1].pieces.append(_IMAGE)
         self.blocks[-1].ids.update(value for name, value in attrs if name in ("id", "name") and value)
@@ -135,6 +142,8 @@ class _Page(HTMLParser):
             self._reading = False
         if tag in _HEADINGS and self._levels:
             self._levels.pop()
+        if tag == "a":
+            self._in_link = False
         if tag in _PARAGRAPHS:
             self._reading = False
             self._begin()
@@ -147,7 +156,7 @@ class _Page(HTMLParser):
         return bool(self._silent or self._reading or self._hidden)
 
     def _begin(self) -> None:
-        block = Block(self._levels[-1] if self._levels else 0)
+        block = Block(self._levels[-1], self._headings) if self._levels else Block(0)
         if not self.blocks[-1].text:  # places in front of a paragraph point to it
             block.ids = self.blocks.pop().ids
         self.blocks.append(block)

@@ -128,7 +128,8 @@ class RenderedConversation:
         """
         for number, message in enumerate(self.messages[:count]):
             said = message["content"].strip() if message["role"] in ("system", "tool") else ""
-            if not said or said in rendered:
+            others = [one["content"] or "" for one in (*self.messages[:number], *self.messages[number + 1 : count])]
+            if not said or rendered.count(said) > sum(other.count(said) for other in others):
                 continue
             changed = self.messages[:count]
             changed[number] = {**message, "content": _PROBE + message["content"]}

@@ -319,6 +319,22 @@ def test_a_template_that_refuses_the_roles_is_a_user_error(tokenizer: PreTrained
         encode_prompt([SYSTEM, USER], refusing)
 
 
+@pytest.mark.parametrize("role", ["system", "tool"])
+def test_a_message_that_is_left_out_is_noticed_where_another_says_the_same(
+    role: str, tokenizer: PreTrainedTokenizerBase
+) -> None:
+    template = (
+        "{% for message in messages %}{% if message['role'] in ('user', 'assistant') %}"
+        "{{ '<|im_start|>' + message['role'] + '\\n' + message['content'] + '<|im_end|>\\n' }}{% endif %}{% endfor %}"
+        "{% if add_generation_prompt %}{{ '<|im_start|>assistant\\n' }}{% endif %}"
+    )
+    lost = {"role": role, "content": "北风"}
+    asked = {"role": "user", "content": "是北风三级吗？"}
+    with pytest.raises(UserError) as caught:
+        encode_conversation([asked, ANSWER, lost, ANSWER], with_template(tokenizer, "own", template))
+    assert "message 3" in caught.value.cause and role in caught.value.cause
+
+
 def test_without_answers_no_row(case: tuple[PreTrainedTokenizerBase, str]) -> None:
     for messages in ([], [USER], [SYSTEM], [SYSTEM, USER, USER_2]):
         assert encode_conversation(messages, case[0]) == []

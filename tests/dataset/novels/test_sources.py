@@ -4,6 +4,7 @@ import gzip
 import io
 import json
 import random
+import re
 import struct
 import tracemalloc
 import zipfile
@@ -146,6 +147,7 @@ PLAIN = {  # file name -> content, books
     "行.jsonl.gz": (gzip.compress(rows({"text": "好"})), [RawBook("行-1", "行.jsonl.gz:1", "好", "utf-8")]),
 }  # fmt: skip
 
+LONG = "他沿着河岸走了很久，谁也没有说话，只有远处的钟声。" * 10
 EPUBS = {  # content -> sections
     "epub 3": (
         epub(
@@ -259,6 +261,34 @@ EPUBS = {  # content -> sections
             Section("目录", "他翻开目录，一页一页地看了下去。" * 8), Section("船", "丁"),
             Section("", "扫码关注公众号，领取电子书。\n更多好书：www.x.com", "advertisement_page"),
         ],
+    ),
+    "headings over several lines and in two parts": (
+        epub(
+            {
+                "a": page("<h2><span>第一章</span><br/><span>雨夜</span></h2><p>甲</p>"),
+                "b": page("<h2>第二章</h2><h2>渡口</h2><p>乙</p>"),
+                "c": page("<h2>旧<br/>信</h2><p>丙</p>"),
+            }
+        ),
+        [Section("第一章 雨夜", "甲"), Section("第二章 渡口", "乙"), Section("旧 信", "丙")],
+    ),
+    "headings that are paragraphs": (
+        epub(
+            {
+                name: page(f"<h1>{volume}</h1>" + "".join(f"<p>第{n}章 {t}</p><p>{LONG}{t}。</p>" for n, t in titles))
+                for name, volume, titles in (("v1", "上卷", ("一雨", "二渡")), ("v2", "下卷", ("三信", "四船")))
+            },
+            point("上卷", "v1") + point("下卷", "v2"),
+            version=2,
+        ),
+        [
+            Section("上卷", ""), Section("第一章 雨", f"{LONG}雨。"), Section("第二章 渡", f"{LONG}渡。"),
+            Section("下卷", ""), Section("第三章 信", f"{LONG}信。"), Section("第四章 船", f"{LONG}船。"),
+        ],
+    ),
+    "signs of notes": (
+        epub({"a": page('<p>他来<a href="n#b1"><img alt="注" src="n.png"/></a>了<img alt="靐" src="w"/>。</p>')}),
+        [Section("", "他来了靐。")],
     ),
     "no headings": (epub({"a.html": page("<p>甲</p>"), "b.html": page("<p>乙</p>")}), [Section("", "甲\n乙")]),
 }  # fmt: skip
@@ -390,6 +420,26 @@ def test_character_references_are_decoded_once(text: str, expected: str | None, 
 def test_a_missing_file_is_refused(tmp_path: Path, name: str) -> None:
     with pytest.raises(UserError, match=name):
         list(read_books(tmp_path / name, tmp_path))
+
+
+def test_wrong_media_types_and_mixed_case_cost_no_page(tmp_path: Path) -> None:
+    pages = {
+        name: page(f"<p>{text}</p>") for name, text in zip(("a.html", "b.xml", "Text/c.xhtml"), "甲乙丙", strict=True)
+    }
+    contents = "".join(point(title, name) for title, name in zip("雨渡信", pages, strict=True))
+    with zipfile.ZipFile(io.BytesIO(epub(pages, contents, version=2))) as archive:
+        members = {name: archive.read(name) for name in archive.namelist()}
+    package = members["OEBPS/content.opf"].decode().replace('<spine><itemref idref="nav"/>', '<spine toc="ncx">')
+    for name, kind in (("a.html", "text/x-oeb1-document"), ("b.xml", "application/xml"), ("toc.ncx", "text/xml")):
+        package = re.sub(f'href="{name}" media-type="[^"]*"', f'href="{name}" media-type="{kind}"', package)
+    members["OEBPS/content.opf"] = package.encode()
+    members["OEBPS/text/C.xhtml"] = members.pop("OEBPS/Text/c.xhtml")
+    (book,) = read_books(written(tmp_path, "书.epub", zipped(members)), tmp_path)
+    assert book.sections == (Section("雨", "甲"), Section("渡", "乙"), Section("信", "丙"))
+    assert book.findings == ()
+    svg = package.replace('media-type="application/xml"', 'media-type="image/svg+xml"').replace("b.xml", "b.svg")
+    (book,) = read_books(written(tmp_path, "图.epub", zipped(members | {"OEBPS/content.opf": svg.encode()})), tmp_path)
+    assert any("OEBPS/b.svg" in finding for finding in book.findings)
 
 
 def test_members_left_out_are_told_and_the_others_read(tmp_path: Path) -> None:
