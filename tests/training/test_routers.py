@@ -297,6 +297,9 @@ def test_a_run_gone_on_with_ends_with_the_same_experts(
     path = tmp_path / "again" / "run.json"
     left = {key: value for key, value in json.loads(path.read_text("utf-8")).items() if key != "results"}
     path.write_text(json.dumps(left | {"status": "running"}), encoding="utf-8")
+    with pytest.raises(SystemExit):
+        finetune(words_of(base, rows, tmp_path / "again", "--router_aux_loss_coef 0.5"))
+    assert "router_aux_loss_coef (None, now 0.5)" in capsys.readouterr().err
     finetune(words_of(base, rows, tmp_path / "again", "--save_total_limit 9"))
     assert weights(tmp_path / "again") == weights(tmp_path / "whole")
     for name in ("loss", "aux_loss", "eval_loss"):
