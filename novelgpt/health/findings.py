@@ -56,7 +56,9 @@ def run_check(name: str, check: Check, failure: Mark = "problem") -> list[Findin
         findings.extend(check())
     except UserError as error:
         findings.append(Finding(name, "problem", error.cause, error.remedy))
-    except (Exception, SystemExit) as error:  # of any kind: what is broken here is what is looked for
+    except KeyboardInterrupt:
+        raise
+    except BaseException as error:  # of any kind, those of Rust too: what is broken here is what is looked for
         reason = (str(error).strip().splitlines() or [""])[0]
         text = f"this could not be looked at: {type(error).__name__}: {reason:.300}"
         remedy = "mend what the line names; for a package: bash scripts/setup.sh, or "

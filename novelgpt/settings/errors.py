@@ -8,6 +8,9 @@ from collections.abc import Callable
 from novelgpt.settings.signals import hear_interrupts
 from novelgpt.settings.terminal import guard_terminal, say, visible
 
+# The module of what libraries in Rust raise where their own code gives up, which is no Exception.
+RUST_PANICS = "pyo3_runtime"
+
 
 class UserError(Exception):
     """A problem that the user can mend.
@@ -52,5 +55,15 @@ def exit_on_user_error(main: Callable[..., None]) -> Callable[..., None]:
         except KeyboardInterrupt:
             say("stopped by Ctrl-C", stderr=True)
             raise SystemExit(130) from None
+        except BaseException as error:
+            if type(error).__module__ != RUST_PANICS:
+                raise
+            # The patterns of a tokenizer.json may be such that their matching is given up on some texts.
+            say(
+                f"error: the tokenizer fails on a text: {reason_of(error)}",
+                "  fix: see the patterns in its tokenizer.json, or take that of the model's own authors",
+                stderr=True,
+            )
+            raise SystemExit(2) from None
 
     return wrapped

@@ -6,13 +6,10 @@ from transformers import AutoTokenizer, PreTrainedTokenizerBase
 
 from novelgpt.model.hub import locate, runs_own_code
 from novelgpt.settings.arguments import ModelArguments
-from novelgpt.settings.errors import UserError, reason_of
+from novelgpt.settings.errors import RUST_PANICS, UserError, reason_of
 from novelgpt.text.encoding import encode
 from novelgpt.text.template_bounds import check_template_ends
 from novelgpt.text.templates import settle_template
-
-# The module of what tokenizers raises where its own code fails on a file, which is no Exception.
-RUST_PANICS = "pyo3_runtime"
 
 
 def load_tokenizer(model: ModelArguments) -> PreTrainedTokenizerBase:

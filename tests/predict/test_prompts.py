@@ -2,6 +2,7 @@
 
 import copy
 import json
+import shutil
 from pathlib import Path
 
 import pytest
@@ -10,6 +11,7 @@ from transformers import AutoTokenizer, PreTrainedTokenizerBase
 from novelgpt.text.conversation import IGNORED, Message, encode_conversation, record_answers
 from novelgpt.text.encoding import encode
 from novelgpt.text.templates import CHATML_TEMPLATE, PLAIN_TEMPLATE, settle_template
+from predict.__main__ import main as predict
 from predict.chat import Chat
 from predict.rows import PromptRow, read_prompt_rows
 from tests.text.test_templates import (
@@ -82,6 +84,24 @@ def predict_row(messages: list[Message], tokenizer: PreTrainedTokenizerBase, fol
     file.write_text(json.dumps({"messages": messages}, ensure_ascii=False), encoding="utf-8")
     (row,) = read_prompt_rows([str(file)], tokenizer, None)
     return row
+
+
+def test_a_tokenizer_whose_patterns_match_without_end_is_told(
+    base_folder: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    folder = Path(shutil.copytree(base_folder, tmp_path / "base"))
+    file = folder / "tokenizer.json"
+    settings = json.loads(file.read_text(encoding="utf-8"))
+    split = {"type": "Split", "pattern": {"Regex": "(a+)+$"}, "behavior": "Isolated", "invert": False}
+    settings["pre_tokenizer"] = {"type": "Sequence", "pretokenizers": [split, settings["pre_tokenizer"]]}
+    file.write_text(json.dumps(settings), encoding="utf-8")
+    rows = tmp_path / "rows.jsonl"
+    rows.write_text(json.dumps({"messages": turns(None, "a" * 40 + "b", "答")}), encoding="utf-8")
+    with pytest.raises(SystemExit) as left:
+        predict(["--model", str(folder), "--data_files", str(rows), "--output_dir", str(tmp_path / "out")])
+    assert left.value.code == 2
+    assert "error: the tokenizer fails on a text: Onig" in capsys.readouterr().err
+    assert not (tmp_path / "out").exists()
 
 
 @pytest.mark.parametrize("name", CONVERSATIONS)
