@@ -32,8 +32,8 @@ _SPECIAL = (
 )
 _NAMED_VOLUME = rf"卷{_B}?[之第]?{_B}?(?:{_NUMBER}|[{DASHES}](?={_B}|\n|$))|[上中下](?:卷|部|[册冊]|篇|[编編])"
 _ENGLISH = r"(?i:chapter)[^\S\n]*[0-9０-９]{1,4}"
-_OPENERS = "【[〔〖「『《〈<(（"
-_CLOSERS = "】]〕〗」』》〉>)）"
+_OPENERS = "【[［〔〖「『《〈<(（"
+_CLOSERS = "】]］〕〗」』》〉>)）"
 _SYMBOLS = "=＝*＊#＃—_~～·•●◆◇■□★☆※▲△-"
 _DECORATION = rf"[{re.escape(_OPENERS + _SYMBOLS)}]"
 # A newline first: the search then looks at the beginnings of lines only.

@@ -12,7 +12,7 @@ from typing import NamedTuple
 
 from dataset.decode import decode_tolerant, read_bytes
 from dataset.novels.headings import Candidate, find_candidates
-from dataset.novels.numerals import to_number
+from dataset.novels.numerals import DIGITS, to_number
 from dataset.novels.records import BadBytes, RawBook, Section
 from dataset.novels.references import decode_references
 from novelgpt.settings.errors import UserError
@@ -20,12 +20,20 @@ from novelgpt.settings.errors import UserError
 LEAST_FILES = 3
 MOST_MISSING = 0.5
 """Of the files there are: how many numbers between the first and the last one may be missing."""
+MOST_TWICE = 0.2
+"""Of the files: how many may have a number that another one has (1.txt, 01.txt)."""
 LONGEST_CHAPTER, USUAL_CHAPTER = 200_000, 60_000
 """Bytes of the longest file, and of the usual one, that may be a chapter that does not say so."""
 _LOOKED_AT = 4096  # bytes at the beginning of a file, for its heading
 _STEM = re.compile(
     r"(?P<before>.*?)(?P<number>[0-9０-９]{1,6}|(?<=第)[零〇○一二三四五六七八九十百千两]{1,7})(?P<after>\D*)"
 )
+_VOLUME = re.compile(
+    rf"(?:第?\s*(?P<number>[{DIGITS}]{{1,6}})\s*[卷部集册冊篇]"
+    rf"|(?:卷|[Vv]ol(?:ume)?[ ._]?)\s*(?P<named>[{DIGITS}]{{1,6}})"
+    r"|(?P<side>[上中下])[卷部册冊篇])(?:[\s　_:：.-].{0,40})?"
+)
+_SIDES = {"上": 1, "中": 2, "下": 3}
 _JOINTS = " \t\u3000_-—.．、:：()（）[]【】第章回节節话話卷"
 
 
@@ -66,37 +74,71 @@ def find_series(files: Iterable[Path], folder: Path) -> list[Series]:
     for path in files:
         if path.suffix.lower() == ".txt" and (part := _part(path)) is not None:
             groups.setdefault((path.parent, part.before), []).append(part)
-    found = []
+    books: dict[tuple[Path, str], list[tuple[int, list[_Part]]]] = {}
     for (parent, before), parts in sorted(groups.items()):
-        parts.sort(key=lambda part: part.number)
+        parts.sort(key=lambda part: (part.number, part.path.name))
         if _is_counted(parts) and _are_chapters(parts):
-            name = before or (parent.name if parent != folder else folder.resolve().name)
-            found.append(Series(name, tuple(part.path.relative_to(folder).as_posix() for part in parts)))
+            place, volume = _volume(parent, before) if parent != folder else (parent, _volume_number(before))
+            key = (place, before if volume is None else "")
+            books.setdefault(key, []).append((volume or 0, parts))
+    found = []
+    for (parent, before), volumes in sorted(books.items()):
+        name = before or (parent.name if parent != folder else folder.resolve().name)
+        parts = [part for _, members in sorted(volumes, key=lambda one: one[0]) for part in members]
+        found.append(Series(name, tuple(part.path.relative_to(folder).as_posix() for part in parts)))
     return found
+
+
+def _volume(parent: Path, before: str) -> tuple[Path, int | None]:
+    """The folder of the book that files of a volume belong to, and the volume's number; None where it is none.
+
+    The volume is named by the folder of the files, or in their names before the number: 第一卷/1.txt, 1-1.txt.
+    """
+    number = None if before else _volume_number(parent.name, bare=False)
+    return (parent, _volume_number(before)) if number is None else (parent.parent, number)
+
+
+def _volume_number(name: str, bare: bool = True) -> int | None:
+    """The number that a volume's name says; with `bare` a number alone is one."""
+    if bare and name.isdecimal():
+        return int(name)
+    found = _VOLUME.fullmatch(name.strip())
+    if found is None:
+        return None
+    return _SIDES.get(found["side"] or "") or to_number(found["number"] or found["named"] or "")
 
 
 def read_series(series: Series, folder: Path) -> RawBook:
     """The book of a series: its texts end to end, or, where they have no headings, a section a file.
 
+    A file that cannot be read or decoded costs its own text alone, and is named in the findings.
+
     Raises:
-        UserError: a file that cannot be read or decoded.
+        UserError: none of the files can be used.
     """
-    texts, encodings, bad = [], [], list[BadBytes]()
+    texts, encodings, bad, members, lost = [], [], list[BadBytes](), [], []
     for member in series.members:
-        text, encoding, more = decode_tolerant(read_bytes(folder / member), member)
+        try:
+            text, encoding, more = decode_tolerant(read_bytes(folder / member), member)
+        except UserError as error:
+            lost.append(f"a chapter is lost: {error.cause.replace(str(folder / member), member)}")
+            if len(lost) == len(series.members):
+                raise
+            continue
+        members.append(member)
         texts.append(decode_references(text))
         encodings.append(encoding)
         bad += more
-    names = [member.rpartition("/")[2] for member in series.members]
+    names = [member.rpartition("/")[2] for member in members]
     finding = f"made of {len(names)} files, one a chapter, in the order of their numbers: {names[0]} to {names[-1]}"
     encoding = Counter(encodings).most_common(1)[0][0]
     if 2 * sum(_first_heading(text) is not None for text in texts) >= len(texts):
-        return RawBook(series.name, series.source, "\n\n".join(texts), encoding, tuple(bad), findings=(finding,))
+        return RawBook(series.name, series.source, "\n\n".join(texts), encoding, tuple(bad), findings=(finding, *lost))
     sections = []
-    for member, text in zip(series.members, texts, strict=True):
+    for member, text in zip(members, texts, strict=True):
         part = _part(Path(member))
         sections.append(Section(part.title if part else "", text.strip("\n")))
-    return RawBook(series.name, series.source, "", encoding, tuple(bad), tuple(sections), (finding,))
+    return RawBook(series.name, series.source, "", encoding, tuple(bad), tuple(sections), (finding, *lost))
 
 
 def _part(path: Path) -> _Part | None:
@@ -111,16 +153,25 @@ def _part(path: Path) -> _Part | None:
 
 def _is_counted(parts: Sequence[_Part]) -> bool:
     numbers = [part.number for part in parts]
-    missing = numbers[-1] - numbers[0] + 1 - len(numbers)
-    return len(numbers) >= LEAST_FILES and len(set(numbers)) == len(numbers) and missing <= MOST_MISSING * len(numbers)
+    missing = numbers[-1] - numbers[0] + 1 - len(set(numbers))
+    twice = len(numbers) - len(set(numbers))
+    return (
+        len(numbers) - twice >= LEAST_FILES
+        and twice <= MOST_TWICE * len(numbers)
+        and missing <= MOST_MISSING * len(numbers)
+    )
 
 
 def _are_chapters(parts: Sequence[_Part]) -> bool:
     """Whether files that are numbered without gaps are the chapters of one book."""
     headings = [_first_heading(_beginning(part.path)) for part in parts]
-    numbers = [heading.number for heading in headings if heading is not None and heading.number is not None]
+    numbers = [
+        (part.number, heading.number)
+        for part, heading in zip(parts, headings, strict=True)
+        if heading is not None and heading.number is not None
+    ]
     if 2 * len(numbers) >= len(parts):
-        return all(first < second for first, second in pairwise(numbers))
+        return all(first[1] < second[1] or first[0] == second[0] for first, second in pairwise(numbers))
     sizes = [part.path.stat().st_size for part in parts]
     return not numbers and max(sizes) <= LONGEST_CHAPTER and median(sizes) <= USUAL_CHAPTER
 

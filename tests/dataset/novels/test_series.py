@@ -74,6 +74,38 @@ def test_ways_of_numbering(names: list[str], tmp_path: Path) -> None:
     assert name == ("长夜" if names[0].startswith("长夜") else tmp_path.name)
 
 
+@pytest.mark.parametrize(
+    "names",
+    [
+        ["第一卷/1.txt", "第一卷/2.txt", "第一卷/3.txt", "第二卷 渡口/1.txt", "第二卷 渡口/2.txt", "第二卷 渡口/3.txt"],
+        ["1-1.txt", "1-2.txt", "1-3.txt", "2-1.txt", "2-2.txt", "2-3.txt"],
+        ["第1卷第1章.txt", "第1卷第2章.txt", "第1卷第3章.txt", "第2卷第1章.txt", "第2卷第2章.txt", "第2卷第3章.txt"],
+    ],
+)
+def test_volumes_are_one_book(names: list[str], tmp_path: Path) -> None:
+    for index, name in enumerate(names):
+        path = tmp_path / "长夜" / name
+        path.parent.mkdir(parents=True, exist_ok=True)
+        path.write_text(chapter(index % 3 + 1), encoding="utf-8")
+    assert members(tmp_path) == [("长夜", [f"长夜/{name}" for name in names])]
+
+
+def test_a_file_twice_or_damaged_costs_no_other_chapter(tmp_path: Path) -> None:
+    raw = tmp_path / "长夜"
+    raw.mkdir()
+    for number in range(1, 8):
+        (raw / f"{number}.txt").write_text(chapter(number), encoding="utf-8")
+    (raw / "01.txt").write_text(chapter(1), encoding="utf-8")
+    (raw / "4.txt").write_bytes(b"")
+    prepare(raw, tmp_path / "out", "--held_out_share", "0")
+    (book,) = json_rows(tmp_path / "out" / "books.jsonl")
+    assert any("4.txt is empty" in finding for finding in book["findings"])
+    rows = shard_rows(tmp_path / "out", "train")
+    assert sorted({row["chapter"] for row in rows}) == sorted(
+        f"第{CHINESE_NUMBERS[n - 1]}章" for n in (1, 2, 3, 5, 6, 7)
+    )
+
+
 def test_what_is_no_series(tmp_path: Path) -> None:
     novel = "".join(map(chapter, (1, 2, 3)))
     folders = {
