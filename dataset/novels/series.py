@@ -26,7 +26,8 @@ LONGEST_CHAPTER, USUAL_CHAPTER = 200_000, 60_000
 """Bytes of the longest file, and of the usual one, that may be a chapter that does not say so."""
 _LOOKED_AT = 4096  # bytes at the beginning of a file, for its heading
 _STEM = re.compile(
-    r"(?P<before>.*?)(?P<number>[0-9０-９]{1,6}|(?<=第)[零〇○一二三四五六七八九十百千两]{1,7})(?P<after>\D*)"
+    r"(?P<before>.*?)(?P<number>[0-9０-９]{1,6}"
+    r"|(?:(?<=第)|(?<!.)(?=[零〇○一二三四五六七八九十百千两]+$))[零〇○一二三四五六七八九十百千两]{1,7})(?P<after>\D*)"
 )
 _VOLUME = re.compile(
     rf"(?:第?\s*(?P<number>[{DIGITS}]{{1,6}})\s*[卷部集册冊篇]"

@@ -62,6 +62,7 @@ def test_files_without_headings_are_named_by_their_files(tmp_path: Path) -> None
         ["第8章.txt", "第9章.txt", "第10章.txt"],
         ["第一章 雨.txt", "第二章 渡.txt", "第三章 信.txt"],
         ["长夜_001.txt", "长夜_002.txt", "长夜_004.txt"],
+        ["一.txt", "二.txt", "三.txt"],
         ["1.雨.TXT", "2.渡.txt", "3.信.txt"],
     ],
 )
