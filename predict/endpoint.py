@@ -255,7 +255,9 @@ class _Asking:
 
 
 def _user_error(error: ServerError, row: PromptRow) -> UserError:
-    return UserError(f"row {row.id}: the server {error}", f"{_remedy(error.status)}; run this again: it goes on")
+    said = str(error).removeprefix("answers ")
+    cause = f"the server refuses row {row.id} {said}" if error.status else f"row {row.id}: the server {error}"
+    return UserError(cause, f"{_remedy(error.status)}; run this again: it goes on")
 
 
 def _remedy(status: int) -> str:

@@ -453,7 +453,7 @@ def test_the_remedy_follows_from_the_status(
     with serving(always("", status)) as served, pytest.raises(SystemExit):
         predict(served, write_rows(tmp_path, "雨停了。"))
     cause, fix = capsys.readouterr().err.splitlines()[-2:]
-    assert cause == f"error: row r0: the server answers with status {status} and no word" and remedy in fix
+    assert cause == f"error: the server refuses row r0 with status {status} and no word" and remedy in fix
 
 
 @pytest.mark.parametrize(
