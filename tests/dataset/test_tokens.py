@@ -261,7 +261,7 @@ def killed_at(event: int, words: list[str], out: Path) -> bool:
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("earlier", [False, True])
+@pytest.mark.parametrize("earlier", [pytest.param(False, marks=pytest.mark.long), True])
 def test_after_a_kill_at_any_moment_the_outcome_is_the_same(
     base_folder: Path, files: list[Path], prepared: Path, tmp_path: Path, earlier: bool
 ) -> None:

@@ -110,8 +110,9 @@ def test_real_data_runs_as_it_is(tmp_path: Path) -> None:
     papers = shared / "papers" / "csl_title_abstract.jsonl"
     if not novel.is_file():
         pytest.skip("the real data are not beside the checkout")
-    bash("run_pretrain.sh", "--train_files", str(novel), *QUICK, "--output_dir", str(tmp_path / "p"), MODEL="tiny")
-    bash("run_lora.sh", "--train_files", str(papers), *QUICK, "--output_dir", str(tmp_path / "l"), MODEL="tiny")
+    for script, file, output in (("run_pretrain.sh", novel, "p"), ("run_lora.sh", papers, "l")):
+        words = ["--train_files", str(file), *QUICK, "--output_dir", str(tmp_path / output)]
+        bash(script, *words, cwd=SCRIPTS, MODEL="tiny")
     assert len(losses(tmp_path / "p")) == len(losses(tmp_path / "l")) == 3
 
 

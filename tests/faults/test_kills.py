@@ -27,7 +27,9 @@ assert sum(map(len, AIMS.values())) == 25
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("name", AIMS)
+@pytest.mark.parametrize(
+    "name", ["pretrain", "zero2", *(pytest.param(name, marks=pytest.mark.long) for name in ("finetune", "lora"))]
+)
 def test_killed_at_any_moment_it_ends_the_same(
     name: str, runs: Runs, tmp_path: Path, pytestconfig: pytest.Config
 ) -> None:

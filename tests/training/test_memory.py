@@ -134,7 +134,9 @@ def test_rows_of_unequal_length_are_simulated(qwen2: Path) -> None:
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("lora", [False, True], ids=["full", "lora"])
+@pytest.mark.parametrize(
+    "lora", [pytest.param(False, id="full"), pytest.param(True, id="lora", marks=pytest.mark.long)]
+)
 def test_three_layers_stand_for_all(folder: Path, lora: bool, monkeypatch: pytest.MonkeyPatch) -> None:
     few = simulate(folder, lora)
     monkeypatch.setattr(simulated_model, "KEPT_LAYERS", 100)
@@ -375,7 +377,7 @@ def test_a_model_that_cannot_be_simulated_is_no_error(
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("precision", ["fp32", "bf16"])
+@pytest.mark.parametrize("precision", ["fp32", pytest.param("bf16", marks=pytest.mark.long)])
 def test_the_estimate_is_near_what_a_run_takes(
     precision: str, tokenizer: PreTrainedTokenizerBase, tmp_path: Path
 ) -> None:
