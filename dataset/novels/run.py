@@ -102,7 +102,8 @@ class _Run:
             "inputs": describe_inputs(hashed, self.raw),
             "skipped": skipped,
         }
-        self.files = replace(self.files, series=tuple(find_series([file.path for file in hashed], self.raw)))
+        series = find_series([file.path for file in hashed], self.raw, self.raw.name)
+        self.files = replace(self.files, series=tuple(series))
         hashed = list(self._books(hashed))
         artefacts = list(map(self._artefact_of, hashed))
         finished = self.work / "next"

@@ -1,12 +1,12 @@
-"""Folders with one file a chapter: which files are one book, in which order, and the book that they make."""
+"""Folders and archives with one file a chapter: which files are one book, in which order, and the book they make."""
 
 from __future__ import annotations
 
 import re
 from collections import Counter
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from itertools import pairwise
-from pathlib import Path
+from pathlib import Path, PurePath
 from statistics import median
 from typing import NamedTuple
 
@@ -24,7 +24,8 @@ MOST_TWICE = 0.2
 """Of the files: how many may have a number that another one has (1.txt, 01.txt)."""
 LONGEST_CHAPTER, USUAL_CHAPTER = 200_000, 60_000
 """Bytes of the longest file, and of the usual one, that may be a chapter that does not say so."""
-_LOOKED_AT = 4096  # bytes at the beginning of a file, for its heading
+LOOKED_AT = 4096
+"""Bytes at the beginning of a file, for its heading."""
 _STEM = re.compile(
     r"(?P<before>.*?)(?P<number>[0-9０-９]{1,6}"
     r"|(?:(?<=第)|(?<!.)(?=[零〇○一二三四五六七八九十百千两]+$))[零〇○一二三四五六七八九十百千两]{1,7})(?P<after>\D*)"
@@ -43,7 +44,7 @@ class Series(NamedTuple):
 
     Attributes:
         name: of the book: that of the folder, or what stands before the number in all names.
-        members: paths relative to the folder of raw files, in the order of their numbers.
+        members: paths relative to the folder of raw files, or in the archive, in the order of their numbers.
     """
 
     name: str
@@ -58,39 +59,63 @@ class Series(NamedTuple):
 class _Part(NamedTuple):
     """A file whose name has a number: words before and behind it."""
 
-    path: Path
+    path: PurePath
     before: str
     number: int
     title: str
 
 
-def find_series(files: Iterable[Path], folder: Path) -> list[Series]:
+class Glance(NamedTuple):
+    """What is looked at of a file before it is read: its first bytes, and how many it has."""
+
+    begin: bytes
+    size: int
+
+
+def glance_at(path: PurePath) -> Glance:
+    """Of a file on disk; nothing of one that cannot be read, which is told where it is read."""
+    try:
+        with Path(path).open("rb") as file:
+            return Glance(file.read(LOOKED_AT), Path(path).stat().st_size)
+    except OSError:
+        return Glance(b"", 0)
+
+
+def find_series(
+    files: Iterable[PurePath], folder: PurePath, name: str, look: Callable[[PurePath], Glance] = glance_at
+) -> list[Series]:
     """The books among the .txt files below `folder` that have a file a chapter.
 
     Their names differ by numbers that hardly leave one out. Where the files begin with numbered headings, these count
     upwards from file to file: novels, which count from 1 each, are books of their own, however their files are
     numbered. Where they have no headings, no file is longer than a chapter can be.
+
+    Args:
+        files: on disk or in an archive.
+        folder: above them.
+        name: of a book whose files lie in `folder` itself.
+        look: at a file that may be a chapter.
     """
-    groups: dict[tuple[Path, str], list[_Part]] = {}
+    groups: dict[tuple[PurePath, str], list[_Part]] = {}
     for path in files:
         if path.suffix.lower() == ".txt" and (part := _part(path)) is not None:
             groups.setdefault((path.parent, part.before), []).append(part)
-    books: dict[tuple[Path, str], list[tuple[int, list[_Part]]]] = {}
+    books: dict[tuple[PurePath, str], list[tuple[int, list[_Part]]]] = {}
     for (parent, before), parts in sorted(groups.items()):
         parts.sort(key=lambda part: (part.number, part.path.name))
-        if _is_counted(parts) and _are_chapters(parts):
+        if _is_counted(parts) and _are_chapters(parts, look):
             place, volume = _volume(parent, before) if parent != folder else (parent, _volume_number(before))
             key = (place, before if volume is None else "")
             books.setdefault(key, []).append((volume or 0, parts))
     found = []
     for (parent, before), volumes in sorted(books.items()):
-        name = before or (parent.name if parent != folder else folder.resolve().name)
+        called = before or (parent.name if parent != folder else name)
         parts = [part for _, members in sorted(volumes, key=lambda one: one[0]) for part in members]
-        found.append(Series(name, tuple(part.path.relative_to(folder).as_posix() for part in parts)))
+        found.append(Series(called, tuple(part.path.relative_to(folder).as_posix() for part in parts)))
     return found
 
 
-def _volume(parent: Path, before: str) -> tuple[Path, int | None]:
+def _volume(parent: PurePath, before: str) -> tuple[PurePath, int | None]:
     """The folder of the book that files of a volume belong to, and the volume's number; None where it is none.
 
     The volume is named by the folder of the files, or in their names before the number: 第一卷/1.txt, 1-1.txt.
@@ -117,14 +142,32 @@ def read_series(series: Series, folder: Path) -> RawBook:
     Raises:
         UserError: none of the files can be used.
     """
-    texts, encodings, bad, members, lost = [], [], list[BadBytes](), [], []
+
+    def read(member: str) -> bytes:
+        try:
+            return read_bytes(folder / member)
+        except UserError as error:
+            raise UserError(error.cause.replace(str(folder / member), member), error.remedy) from error
+
+    return join_series(series, series.source, read)
+
+
+def join_series(series: Series, source: str, read: Callable[[str], bytes]) -> RawBook:
+    """As `read_series`, of files that `read` gives the bytes of.
+
+    Args:
+        series: of the book.
+        source: of the book.
+        read: bytes of a member; raises UserError where it cannot be read.
+    """
+    texts, encodings, bad, members, lost = [], [], list[BadBytes](), [], list[str]()
     for member in series.members:
         try:
-            text, encoding, more = decode_tolerant(read_bytes(folder / member), member)
+            text, encoding, more = decode_tolerant(read(member), member)
         except UserError as error:
-            lost.append(f"a chapter is lost: {error.cause.replace(str(folder / member), member)}")
-            if len(lost) == len(series.members):
+            if "unpacks to more" in error.cause or len(lost) + 1 == len(series.members):
                 raise
+            lost.append(f"a chapter is lost: {error.cause}")
             continue
         members.append(member)
         texts.append(decode_references(text))
@@ -134,15 +177,15 @@ def read_series(series: Series, folder: Path) -> RawBook:
     finding = f"made of {len(names)} files, one a chapter, in the order of their numbers: {names[0]} to {names[-1]}"
     encoding = Counter(encodings).most_common(1)[0][0]
     if 2 * sum(_first_heading(text) is not None for text in texts) >= len(texts):
-        return RawBook(series.name, series.source, "\n\n".join(texts), encoding, tuple(bad), findings=(finding, *lost))
+        return RawBook(series.name, source, "\n\n".join(texts), encoding, tuple(bad), findings=(finding, *lost))
     sections = []
     for member, text in zip(members, texts, strict=True):
         part = _part(Path(member))
         sections.append(Section(part.title if part else "", text.strip("\n")))
-    return RawBook(series.name, series.source, "", encoding, tuple(bad), tuple(sections), (finding, *lost))
+    return RawBook(series.name, source, "", encoding, tuple(bad), tuple(sections), (finding, *lost))
 
 
-def _part(path: Path) -> _Part | None:
+def _part(path: PurePath) -> _Part | None:
     found = _STEM.fullmatch(path.stem)
     if found is None:
         return None
@@ -163,9 +206,10 @@ def _is_counted(parts: Sequence[_Part]) -> bool:
     )
 
 
-def _are_chapters(parts: Sequence[_Part]) -> bool:
+def _are_chapters(parts: Sequence[_Part], look: Callable[[PurePath], Glance]) -> bool:
     """Whether files that are numbered without gaps are the chapters of one book."""
-    headings = [_first_heading(_beginning(part.path)) for part in parts]
+    glances = [look(part.path) for part in parts]
+    headings = [_first_heading(_decoded(glance.begin)) for glance in glances]
     numbers = [
         (part.number, heading.number)
         for part, heading in zip(parts, headings, strict=True)
@@ -173,15 +217,14 @@ def _are_chapters(parts: Sequence[_Part]) -> bool:
     ]
     if 2 * len(numbers) >= len(parts):
         return all(first[1] < second[1] or first[0] == second[0] for first, second in pairwise(numbers))
-    sizes = [part.path.stat().st_size for part in parts]
+    sizes = [glance.size for glance in glances]
     return not numbers and max(sizes) <= LONGEST_CHAPTER and median(sizes) <= USUAL_CHAPTER
 
 
-def _beginning(path: Path) -> str:
+def _decoded(begin: bytes) -> str:
     try:
-        with path.open("rb") as file:
-            return decode_tolerant(file.read(_LOOKED_AT), str(path)).text
-    except (OSError, UserError):
+        return decode_tolerant(begin, "").text
+    except UserError:
         return ""  # what is wrong with it is told where it is read
 
 

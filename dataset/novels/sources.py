@@ -6,6 +6,7 @@ Nothing is written to disk, and nothing is unpacked beyond what a novel can be: 
 from __future__ import annotations
 
 import codecs
+import functools
 import gzip
 import json
 import os
@@ -13,13 +14,14 @@ import re
 import zipfile
 import zlib
 from collections.abc import Callable, Iterator
-from pathlib import Path, PurePosixPath
+from pathlib import Path, PurePath, PurePosixPath
 from typing import IO, Any, NamedTuple, TypeAlias
 
 from dataset.decode import decode_tolerant, likeliest_encoding, read_bytes
 from dataset.novels.epub import read_epub
 from dataset.novels.records import RawBook, Section
 from dataset.novels.references import decode_references
+from dataset.novels.series import LOOKED_AT, Glance, Series, find_series, join_series
 from novelgpt.settings.errors import UserError
 
 SUFFIXES = (".txt", ".gz", ".zip", ".epub", ".jsonl")
@@ -244,7 +246,16 @@ def _read_zip(path: Path, source: str, left_out: Callable[[LeftOut], None] | Non
     found = False
     with _archive(path, source) as archive:
         meter = _Meter(path.stat().st_size, source)
-        for stored, name in sorted(_member_names(archive).items(), key=lambda item: item[1]):
+        names = _member_names(archive)
+        series_of = _series_in(archive, names, path.stem)
+        stored_as = {name: stored for stored, name in names.items()}
+        for stored, name in sorted(names.items(), key=lambda item: item[1]):
+            if series := series_of.get(name):
+                if name == series.members[0]:
+                    found = True
+                    read = functools.partial(_read_member, meter, archive, stored_as)
+                    yield join_series(series, f"{source}!{series.source}", read)
+                continue
             member, place = f"{source}!{name}", PurePosixPath(name)
             if any(map(_is_hidden, place.parts)) or place.suffix.lower() != ".txt":
                 if left_out is not None:
@@ -261,6 +272,35 @@ def _read_zip(path: Path, source: str, left_out: Callable[[LeftOut], None] | Non
             yield book
     if not found:
         raise UserError(f"{source} holds no .txt that can be used", "unpack it, or leave it out")
+
+
+def _read_member(meter: _Meter, archive: zipfile.ZipFile, stored_as: dict[str, str], name: str) -> bytes:
+    return meter.member(archive, stored_as[name])
+
+
+def _series_in(archive: zipfile.ZipFile, names: dict[str, str], stem: str) -> dict[str, Series]:
+    """The books of an archive that have a file a chapter, by each of their members.
+
+    Args:
+        archive: that is looked into.
+        names: of its files, by the name they are found by.
+        stem: of the archive's name.
+    """
+    stored_as = {name: stored for stored, name in names.items()}
+
+    def look(place: PurePath) -> Glance:
+        info = archive.getinfo(stored_as[str(place)])
+        try:
+            with archive.open(info) as stream:
+                return Glance(stream.read(LOOKED_AT), info.file_size)
+        except (zipfile.BadZipFile, zlib.error, EOFError, NotImplementedError, RuntimeError, OSError):
+            return Glance(b"", 0)  # told where it is read
+
+    # Names that are no plain paths, as those that lead out of the archive, are no chapters.
+    plain = [PurePosixPath(name) for name in names.values() if str(PurePosixPath(name)) == name]
+    usable = [place for place in plain if not any(part == ".." or _is_hidden(part) for part in place.parts)]
+    found = find_series(usable, PurePosixPath(), stem, look)
+    return {member: series for series in found for member in series.members}
 
 
 def _member_names(archive: zipfile.ZipFile) -> dict[str, str]:

@@ -1,11 +1,12 @@
 """A folder with one file a chapter is one book in the order of the numbers; numbered novels are books of their own."""
 
+import zipfile
 from pathlib import Path
 
 import pytest
 
 from dataset.novels.series import find_series
-from dataset.novels.sources import list_folder
+from dataset.novels.sources import list_folder, read_books
 from tests.dataset.novels.test_prepare import prepare
 from tests.novel_files import CHINESE_NUMBERS, json_rows, sample_bodies, shard_rows
 
@@ -17,7 +18,8 @@ def chapter(number: int) -> str:
 
 
 def members(folder: Path) -> list[tuple[str, list[str]]]:
-    return [(series.name, list(series.members)) for series in find_series(list_folder(folder).files, folder)]
+    found = find_series(list_folder(folder).files, folder, folder.name)
+    return [(series.name, list(series.members)) for series in found]
 
 
 @pytest.mark.parametrize("share", [0.0, 0.1, 0.9])
@@ -123,3 +125,25 @@ def test_what_is_no_series(tmp_path: Path) -> None:
         for name, text in files.items():
             (tmp_path / folder / name).write_text(text, encoding="utf-8")
     assert members(tmp_path) == []
+
+
+@pytest.mark.parametrize("names", ["{}.txt", "长夜/第{}章.txt", "第一卷/{:03}.txt"])
+def test_chapters_in_an_archive_are_one_book(names: str, tmp_path: Path) -> None:
+    raw = tmp_path / "raw"
+    raw.mkdir()
+    with zipfile.ZipFile(raw / "长夜.zip", "w", zipfile.ZIP_DEFLATED) as archive:
+        for number in (10, 1, 2, 3, 4, 5, 6, 7, 8, 9):
+            archive.writestr(names.format(number), chapter(number).encode("gb18030" if number % 2 else "utf-8"))
+        archive.writestr("另一本.txt", ("第一章 海\n" + BODIES[12] + "\n第二章 灯\n" + BODIES[13]).encode())
+    prepare(raw, tmp_path / "out", "--held_out_share", "0.9")
+    books = {book["name"]: book for book in json_rows(tmp_path / "out" / "books.jsonl")}
+    assert set(books) == {"长夜", "另一本"} and "10 files" in books["长夜"]["findings"][0]
+    rows = [row for split in ("train", "held_out") for row in shard_rows(tmp_path / "out", split)]
+    assert [row["chapter"] for row in rows if row["book"] == "长夜"] == [f"第{number}章" for number in CHINESE_NUMBERS]
+
+
+def test_numbered_novels_in_an_archive_stay_apart(tmp_path: Path) -> None:
+    with zipfile.ZipFile(tmp_path / "合集.zip", "w") as archive:
+        for number in (1, 2, 3):
+            archive.writestr(f"{number}.txt", "".join(map(chapter, (1, 2, 3))))
+    assert [book.name for book in read_books(tmp_path / "合集.zip", tmp_path)] == ["1", "2", "3"]
