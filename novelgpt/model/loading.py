@@ -241,7 +241,8 @@ def load_for_generation(
         base: folder or hub name of the adapter's base, where the user names it.
 
     Raises:
-        UserError: as load_model; or the adapter's base is not on this host, or is another model.
+        UserError: as load_model; or the adapter's base is not on this host, or is another model; or the weights are
+            no numbers, as those of a training that has diverged.
     """
     dtype = torch.bfloat16 if torch.cuda.is_available() and torch.cuda.is_bf16_supported() else torch.float32
     recorded = adapter_base(model.model)
@@ -273,9 +274,21 @@ def load_for_generation(
     loaded.config.use_cache = True
     loaded.eval()
     if torch.cuda.is_available():
-        return loaded.to(torch.device("cuda"))  # type: ignore[arg-type]
-    pack_weights(loaded)
+        loaded = loaded.to(torch.device("cuda"))  # type: ignore[arg-type]
+    else:
+        pack_weights(loaded)
+    _check_numbers(loaded, model.model)
     return loaded
+
+
+@torch.inference_mode()
+def _check_numbers(model: PreTrainedModel, name: str) -> None:
+    """Two tokens are enough: a weight that is no number makes every output that it reaches one."""
+    if model(input_ids=torch.tensor([[0, 1]], device=model.device)).logits.isnan().any():
+        raise UserError(
+            f"{name} computes no numbers (NaN): its weights are damaged, or its training has diverged",
+            "name an earlier checkpoint-N of the run, or fetch the weights again",
+        )
 
 
 def adapter_base(folder: str) -> str | None:

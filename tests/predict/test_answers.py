@@ -43,6 +43,24 @@ def write_rows(path: Path, *rows: dict[str, Any]) -> Path:
     return path
 
 
+@pytest.mark.parametrize("command", [predict, chat])
+def test_weights_that_are_no_numbers_are_told(
+    command: Any, base_folder: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """As a training that has diverged leaves them."""
+    folder = write_tiny_base("qwen2", base_folder, tmp_path / "base")
+    model = AutoModelForCausalLM.from_pretrained(folder)
+    with torch.no_grad():
+        model.model.layers[0].mlp.down_proj.weight[3, 5] = float("nan")
+    model.save_pretrained(folder)
+    rows = ["--data_files", str(write_rows(tmp_path / "rows.jsonl", {"prompt": "问", "response": "答"}))]
+    with pytest.raises(SystemExit) as ended:
+        command(["--model", str(folder), *(rows if command is predict else [])])
+    assert ended.value.code == 2
+    assert f"error: {folder} computes no numbers (NaN)" in capsys.readouterr().err
+    assert not (folder / "predict" / "predictions.jsonl").exists()
+
+
 @pytest.mark.parametrize("backend", ["batches", "continuous"])
 def test_a_users_own_special_tokens_stay_in_answers_which_are_shown(
     backend: str, one_word: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
