@@ -216,7 +216,7 @@ class TrainArguments(TrainingArguments):
     max_eval_share: float = option(
         0.2,
         "Most tokens that all evaluations together may read, as a share of those of training: of more rows, some are "
-        "taken, spread evenly. 0 evaluates on all rows.",
+        "taken, spread evenly, though at least 20,000 tokens and 8 rows each time. 0 evaluates on all rows.",
     )
     predict_during_eval: int = option(
         0, "At each evaluation, answer this many of its rows and log the texts, their ROUGE and repetition; 0 is off."
