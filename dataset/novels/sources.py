@@ -6,7 +6,6 @@ Nothing is written to disk, and nothing is unpacked beyond what a novel can be: 
 from __future__ import annotations
 
 import codecs
-import functools
 import gzip
 import json
 import os
@@ -247,14 +246,14 @@ def _read_zip(path: Path, source: str, left_out: Callable[[LeftOut], None] | Non
     with _archive(path, source) as archive:
         meter = _Meter(path.stat().st_size, source)
         names = _member_names(archive)
-        series_of = _series_in(archive, names, path.stem)
         stored_as = {name: stored for stored, name in names.items()}
+        series_of = _series_in(archive, stored_as, path.stem)
         for stored, name in sorted(names.items(), key=lambda item: item[1]):
             if series := series_of.get(name):
                 if name == series.members[0]:
                     found = True
-                    read = functools.partial(_read_member, meter, archive, stored_as)
-                    yield join_series(series, f"{source}!{series.source}", read)
+                    inside = f"{source}!{series.source}"
+                    yield join_series(series, inside, lambda member: meter.member(archive, stored_as[member]))
                 continue
             member, place = f"{source}!{name}", PurePosixPath(name)
             if any(map(_is_hidden, place.parts)) or place.suffix.lower() != ".txt":
@@ -274,19 +273,14 @@ def _read_zip(path: Path, source: str, left_out: Callable[[LeftOut], None] | Non
         raise UserError(f"{source} holds no .txt that can be used", "unpack it, or leave it out")
 
 
-def _read_member(meter: _Meter, archive: zipfile.ZipFile, stored_as: dict[str, str], name: str) -> bytes:
-    return meter.member(archive, stored_as[name])
-
-
-def _series_in(archive: zipfile.ZipFile, names: dict[str, str], stem: str) -> dict[str, Series]:
+def _series_in(archive: zipfile.ZipFile, stored_as: dict[str, str], stem: str) -> dict[str, Series]:
     """The books of an archive that have a file a chapter, by each of their members.
 
     Args:
         archive: that is looked into.
-        names: of its files, by the name they are found by.
+        stored_as: the name by which each of its files is found, by the name that was meant.
         stem: of the archive's name.
     """
-    stored_as = {name: stored for stored, name in names.items()}
 
     def look(place: PurePath) -> Glance:
         info = archive.getinfo(stored_as[str(place)])
@@ -297,7 +291,7 @@ def _series_in(archive: zipfile.ZipFile, names: dict[str, str], stem: str) -> di
             return Glance(b"", 0)  # told where it is read
 
     # Names that are no plain paths, as those that lead out of the archive, are no chapters.
-    plain = [PurePosixPath(name) for name in names.values() if str(PurePosixPath(name)) == name]
+    plain = [PurePosixPath(name) for name in stored_as if str(PurePosixPath(name)) == name]
     usable = [place for place in plain if not any(part == ".." or _is_hidden(part) for part in place.parts)]
     found = find_series(usable, PurePosixPath(), stem, look)
     return {member: series for series in found for member in series.members}

@@ -74,8 +74,9 @@ def check_precision(training: TrainArguments | None = None) -> Iterator[Finding]
     Args:
         training: of the run; None where there is none yet.
     """
-    if training is not None and training.device.type == "cpu" and compute_dtype(training) is not None:
-        yield _compare_with_fp32(compute_dtype(training) or torch.float32)
+    asked = None if training is None or training.device.type != "cpu" else compute_dtype(training)
+    if asked is not None:
+        yield _compare_with_fp32(asked)
         return
     dtype = compute_dtype(TrainArguments(output_dir="unused")) or torch.float32
     name = str(dtype).removeprefix("torch.")

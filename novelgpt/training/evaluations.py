@@ -10,6 +10,7 @@ from torch.utils.data import Dataset, Subset
 from transformers.trainer_utils import IntervalStrategy
 
 from novelgpt.settings.arguments import TrainArguments
+from novelgpt.settings.units import counted
 
 # What an evaluation has at least, where there is so much: below it, figures tell too little.
 LEAST_TOKENS, LEAST_ROWS = 20_000, 8
@@ -65,7 +66,7 @@ class EvaluationPlan:
         chosen = len(self.rows)  # type: ignore[arg-type]
         times = "once" if self.times == 1 else f"{self.times:,} times"
         cost = f"together {self.share:.0%} of the tokens that training reads"
-        named = f"{rows:,} row" if rows == 1 else f"{rows:,} rows"
+        named = counted(rows, "row")
         if chosen == rows:
             return f"evaluation: {times}, on {named} of {tokens:,} tokens, {cost}"
         which = f"{chosen:,} of {named}, spread evenly, {self.tokens:,} of {tokens:,} tokens"
