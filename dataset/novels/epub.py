@@ -22,7 +22,7 @@ from dataset.novels.epub_headings import (
 )
 from dataset.novels.epub_matter import matter_of_page, matter_of_section
 from dataset.novels.epub_page import Block, read_page
-from dataset.novels.records import BadBytes, Section
+from dataset.novels.records import BadBytes, HostileFileError, Section
 from novelgpt.settings.errors import UserError
 
 _SKIPPED = {"cover": "cover_page", "toc": "contents_page", "copyright-page": "imprint_page"}
@@ -260,7 +260,7 @@ def _why_lost(error: UserError, name: str, names: Sequence[str], source: str) ->
     Raises:
         UserError: it is no damage, but an attack.
     """
-    if "unpacks to more" in error.cause or "declares XML entities" in error.cause:
+    if isinstance(error, HostileFileError):
         raise error
     return error.cause.removeprefix(f"{source}!") if name in names else f"there is no {name}"
 
@@ -300,7 +300,7 @@ def _xml(data: bytes, source: str) -> ElementTree.Element:
     """
     text = decode_tolerant(data, source).text
     if "<!ENTITY" in text:
-        raise UserError(f"{source} declares XML entities", "leave it out: books need none, attacks do")
+        raise HostileFileError(f"{source} declares XML entities", "leave it out: books need none, attacks do")
     try:
         # What HTML names, XML has by number only; and the text is no longer in the encoding that its first line names.
         plain = _ENTITY.sub(lambda found: html.unescape(found[0]), re.sub(r"^\s*<\?xml[^>]*\?>", "", text))

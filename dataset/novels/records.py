@@ -5,6 +5,12 @@ from __future__ import annotations
 from dataclasses import dataclass, field
 from typing import Any, NamedTuple
 
+from novelgpt.settings.errors import UserError
+
+
+class HostileFileError(UserError):
+    """A file that would fill the memory: no damage that may cost a page or a chapter, the whole file is refused."""
+
 
 class Line(NamedTuple):
     """A line of a decoded text, without its line end."""

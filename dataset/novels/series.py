@@ -13,7 +13,7 @@ from typing import NamedTuple
 from dataset.decode import decode_tolerant, read_bytes
 from dataset.novels.headings import Candidate, find_candidates
 from dataset.novels.numerals import DIGITS, to_number
-from dataset.novels.records import BadBytes, RawBook, Section
+from dataset.novels.records import BadBytes, HostileFileError, RawBook, Section
 from dataset.novels.references import decode_references
 from novelgpt.settings.errors import UserError
 
@@ -165,7 +165,7 @@ def join_series(series: Series, source: str, read: Callable[[str], bytes]) -> Ra
         try:
             text, encoding, more = decode_tolerant(read(member), member)
         except UserError as error:
-            if "unpacks to more" in error.cause or len(lost) + 1 == len(series.members):
+            if isinstance(error, HostileFileError) or len(lost) + 1 == len(series.members):
                 raise
             lost.append(f"a chapter is lost: {error.cause}")
             continue

@@ -18,7 +18,7 @@ from typing import IO, Any, NamedTuple, TypeAlias
 
 from dataset.decode import decode_tolerant, likeliest_encoding, read_bytes
 from dataset.novels.epub import read_epub
-from dataset.novels.records import RawBook, Section
+from dataset.novels.records import HostileFileError, RawBook, Section
 from dataset.novels.references import decode_references
 from dataset.novels.series import LOOKED_AT, Glance, Series, find_series, join_series
 from novelgpt.settings.errors import UserError
@@ -234,7 +234,7 @@ class _Meter:
         if self._left is not None:
             self._left -= more
         if size > MOST_BYTES or (self._left is not None and self._left < 0):
-            raise UserError(
+            raise HostileFileError(
                 f"{source} unpacks to more than "
                 + (f"{MOST_BYTES >> 20} MiB" if size > MOST_BYTES else f"{MOST_RATIO} times its size"),
                 "leave it out, or unpack it by hand where it is what it should be",
@@ -263,7 +263,7 @@ def _read_zip(path: Path, source: str, left_out: Callable[[LeftOut], None] | Non
             try:
                 book = _decoded(meter.member(archive, stored), member, place.stem)
             except UserError as error:
-                if left_out is None or "unpacks to more" in error.cause:
+                if left_out is None or isinstance(error, HostileFileError):
                     raise
                 left_out(LeftOut(member, error.cause))
                 continue
