@@ -25,6 +25,7 @@ from novelgpt.settings.console import make_console
 from novelgpt.settings.errors import UserError
 from novelgpt.settings.parsed_files import read_yaml
 from novelgpt.settings.paths import EMBEDDED_BASE, ROOT, TINY, check_not_replaced, check_utf8, from_home, model_place
+from novelgpt.settings.peer_names import MODEL_NAMES, OTHER_NAMES, explain, settle_model
 
 Run = TypeVar("Run")
 # Options that hold paths, in which `~` is the home of the user wherever they are written.
@@ -70,6 +71,8 @@ def parse_arguments(run_type: type[Run], argv: list[str] | None = None) -> Run:
     )
     parser.add_argument("--config", action="append", default=[], metavar="FILE", help="YAML file; may be repeated.")
     parser.add_argument("--deepspeed_by_default", dest=BY_DEFAULT, metavar="FILE")
+    for name in OTHER_NAMES:
+        parser.add_argument(f"--{name}", f"--{name.replace('_', '-')}", dest=f"_{name}", type=from_home)
     actions = {action.dest: action for action in reversed(parser._actions)}  # of a pair, --x and not --no_x
     if {"--help", "-h", "--help_all"} & set(words):
         _print_help(parser, run_type, everything="--help_all" in words)
@@ -79,16 +82,21 @@ def parse_arguments(run_type: type[Run], argv: list[str] | None = None) -> Run:
     # What a namespace holds already is not set to its default: what is None is not on the command line.
     given = vars(parser.parse_known_args(words, argparse.Namespace(**dict.fromkeys(actions)))[0])
     settings: dict[str, Any] = {}
+    layers: list[tuple[str, dict[str, Any]]] = []
     for name in given["config"] or []:
-        settings |= _read_yaml(Path(name), actions, kinds)
+        layers.append((name, _read_yaml(Path(name), actions, kinds, pipeline)))
+        settings |= {key: value for key, value in layers[-1][1].items() if key not in OTHER_NAMES}
+    on_line = {key: given.get(f"_{key}" if key in OTHER_NAMES else key) for key in MODEL_NAMES}
+    names = settle_model([*layers, ("the command line", on_line)], takes_base="base" in actions)
+    words += [word for key in names if names[key] != given[key] for word in (f"--{key}", names[key])]
+    given |= names
     named = {name for name in actions if given[name] is not None or settings.get(name) is not None}
     if given[BY_DEFAULT] is not None and not named.intersection(SHARING):
         settings["deepspeed"] = given[BY_DEFAULT]
     for interval in INTERVALS:  # which would have no effect otherwise
         if f"{interval}_steps" in named and f"{interval}_strategy" not in named:
             settings[f"{interval}_strategy"] = "steps"
-    model = given.get("model") if given.get("model") is not None else settings.get("model")
-    parser.set_defaults(**(_settings_of_model(pipeline, model, named, actions, kinds) | settings))
+    parser.set_defaults(**(_settings_of_model(pipeline, given.get("model"), named, actions, kinds) | settings))
     try:
         *objects, namespace, unknown = parser.parse_args_into_dataclasses(
             words, return_remaining_strings=True, look_for_args_file=False
@@ -96,7 +104,7 @@ def parse_arguments(run_type: type[Run], argv: list[str] | None = None) -> Run:
     except (ValueError, TypeError, ImportError, OSError) as error:
         raise UserError(str(error), f"see `{parser.prog} --help`") from error
     if unknown:
-        raise _unknown_key(unknown[0].split("=")[0], "the command line", actions)
+        raise _unknown_key(unknown[0].split("=")[0], "the command line", actions, pipeline)
     for group in objects:
         if isinstance(group, TrainArguments) and group.overwrite_output_dir and group.output_dir:
             for name in given["config"] or []:
@@ -134,7 +142,7 @@ def _settings_of_model(
         )
     if model_place(TINY if model is None else model) != str(EMBEDDED_BASE):
         return {}
-    return _read_yaml(settings, actions, kinds)
+    return _read_yaml(settings, actions, kinds, pipeline)
 
 
 def _read_paths_and_mappings(actions: dict[str, argparse.Action], kinds: dict[str, Any]) -> None:
@@ -191,15 +199,16 @@ def _takes(kind: Any, wanted: type) -> bool:
     )
 
 
-def _read_yaml(path: Path, actions: dict[str, argparse.Action], kinds: dict[str, Any]) -> dict[str, Any]:
+def _read_yaml(path: Path, actions: dict[str, argparse.Action], kinds: dict[str, Any], pipeline: str) -> dict[str, Any]:
     """The settings of one YAML file, each checked against the argument of that name."""
     settings = read_yaml(path, "name an existing file with --config", "write one `key: value` a line") or {}
     if not isinstance(settings, dict):
         raise UserError(f"{path} does not hold `key: value` lines", "write one `key: value` a line")
     for key, value in settings.items():
-        if key not in kinds:
-            raise _unknown_key(str(key), str(path), actions)
-        settings[key] = _read_value(f"{path}: {key}", value, actions[key], kinds[key])
+        if key not in kinds and key not in OTHER_NAMES:
+            raise _unknown_key(str(key), str(path), actions, pipeline)
+        action = actions[f"_{key}" if key in OTHER_NAMES else key]
+        settings[key] = _read_value(f"{path}: {key}", value, action, kinds.get(key, str))
     return settings
 
 
@@ -251,11 +260,14 @@ def _read_word(where: str, value: Any, action: argparse.Action) -> Any:
     return read
 
 
-def _unknown_key(key: str, where: str, actions: dict[str, argparse.Action]) -> UserError:
-    """The error for a key that no group has, naming the nearest one."""
+def _unknown_key(key: str, where: str, actions: dict[str, argparse.Action], pipeline: str) -> UserError:
+    """The error for a key that no group has, naming ours for that of another tool, or else the nearest one."""
     if not key.startswith("-") and where == "the command line":
         return UserError(f"{where} holds the word {key!r}, which belongs to no option", "write `--option value`")
     known = [name for name in actions if not name.startswith("_")]
+    peers = explain(key, known, pipeline)
+    if peers is not None:
+        return UserError(f"unknown option {key!r} in {where}, {peers[0]}", peers[1])
     nearest = difflib.get_close_matches(key.lstrip("-").replace("-", "_"), known, n=1, cutoff=0.0)[0]
     return UserError(f"unknown option {key!r} in {where}", f"did you mean {nearest!r}? `--help` lists all of them")
 
