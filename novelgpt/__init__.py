@@ -10,6 +10,8 @@ import sys
 from novelgpt.settings.signals import begin_command
 from novelgpt.settings.telemetry import switch_off
 
+__version__ = "0.1.0"
+
 if sys.argv[:1] == ["-m"]:  # as it reads until runpy has found the module
     begin_command()
 switch_off(os.environ)

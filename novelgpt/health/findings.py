@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import Any, Literal
 
 from novelgpt.settings.errors import UserError
-from novelgpt.settings.remedies import pip_install
+from novelgpt.settings.remedies import install_requirements
 from novelgpt.settings.terminal import say
 from novelgpt.settings.whole_files import write_whole
 
@@ -61,8 +61,7 @@ def run_check(name: str, check: Check, failure: Mark = "problem") -> list[Findin
     except BaseException as error:  # of any kind, those of Rust too: what is broken here is what is looked for
         reason = (str(error).strip().splitlines() or [""])[0]
         text = f"this could not be looked at: {type(error).__name__}: {reason:.300}"
-        remedy = "mend what the line names; for a package: bash scripts/setup.sh, or "
-        remedy += pip_install("-r", "requirements.txt")
+        remedy = f"mend what the line names; for a package: {install_requirements()}"
         findings.append(Finding(name, failure, text, remedy))
     return findings
 

@@ -10,7 +10,7 @@ from pathlib import Path
 
 from novelgpt.health.findings import Finding
 from novelgpt.settings.paths import ROOT
-from novelgpt.settings.remedies import pip_install
+from novelgpt.settings.remedies import install_for, install_requirements, pip_install
 
 REQUIREMENTS = ROOT / "requirements.txt"
 PYTHONS = ((3, 10), (3, 13))
@@ -23,9 +23,9 @@ def check_python() -> Iterator[Finding]:
     found = f"Python {sys.version.split()[0]} ({sys.executable})"
     least, most = (".".join(map(str, numbers)) for numbers in PYTHONS)
     if sys.version_info[:2] < PYTHONS[0]:
-        yield Finding("python", "problem", f"{found} is too old", f"PYTHON=python{most} bash scripts/setup.sh")
+        yield Finding("python", "problem", f"{found} is too old", install_for(most))
     elif sys.version_info[:2] > PYTHONS[1]:
-        remedy = f"where something fails: PYTHON=python{most} bash scripts/setup.sh"
+        remedy = f"where something fails: {install_for(most)}"
         yield Finding("python", "note", f"{found} is newer than tested ({least} to {most})", remedy)
     else:
         yield Finding("python", "ok", found)
@@ -82,7 +82,7 @@ def _check_agreement(names: list[str]) -> Iterator[Finding]:
                 continue
             if not requirement.specifier.contains(found, prereleases=True):
                 text = f"{name} needs {requirement.name}{requirement.specifier}, and {found} is installed"
-                yield Finding(name, "problem", text, pip_install("-r", "requirements.txt"))
+                yield Finding(name, "problem", text, install_requirements())
 
 
 def _install(requirement: str) -> str:

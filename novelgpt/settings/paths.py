@@ -1,4 +1,4 @@
-"""Where the checkout keeps its samples and its results. Paths that a user types are relative to where they type."""
+"""Where samples lie and where results go. Paths that a user types are relative to where they type."""
 
 from __future__ import annotations
 
@@ -12,9 +12,22 @@ from pathlib import Path
 from novelgpt.settings.errors import UserError
 from novelgpt.settings.locks import let_go, make_and_hold, remove_empty
 
+# The folder that holds the rooms: a checkout, or the package into which pip puts them, where nothing is to be written.
 ROOT = Path(__file__).resolve().parents[2]
+IS_CHECKOUT = not (ROOT / "__init__.py").is_file()
 SAMPLES = ROOT / "dataset" / "samples"
-OUTPUT = ROOT / "output"
+
+
+def _output_folder() -> Path:
+    if IS_CHECKOUT:
+        return ROOT / "output"
+    try:
+        return Path("output").absolute()
+    except FileNotFoundError:  # the current folder is gone; whatever needs one says so
+        return Path("output")
+
+
+OUTPUT = _output_folder()
 EMBEDDED_BASE = OUTPUT / "bases" / "tiny-qwen3"
 # The name of the small base wherever a model is named. A folder of that name is written ./tiny.
 TINY = "tiny"

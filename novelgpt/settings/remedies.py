@@ -6,7 +6,7 @@ import shlex
 import sys
 from pathlib import Path
 
-from novelgpt.settings.paths import ROOT
+from novelgpt.settings.paths import IS_CHECKOUT, ROOT
 
 EXAMPLE_MODEL = "Qwen/Qwen3-0.6B"
 
@@ -28,6 +28,22 @@ def python_module(words: str) -> str:
 def pip_install(*requirements: str) -> str:
     """The command line that installs packages where this toolkit finds them."""
     return python_module(f"pip install {shlex.join(requirements)}")
+
+
+def install_requirements() -> str:
+    """The command line that brings all packages to the versions that this toolkit is tested with."""
+    return python_module(f"pip install -r {_word(ROOT / 'requirements.txt')}")
+
+
+def install_for(version: str) -> str:
+    """How to get the toolkit under another Python.
+
+    Args:
+        version: of Python, as "3.13".
+    """
+    if IS_CHECKOUT:
+        return f"PYTHON=python{version} bash {_word(ROOT / 'scripts' / 'setup.sh')}"
+    return f"make an environment with `python{version} -m venv`, and install the toolkit there"
 
 
 def environment_program(name: str) -> str:

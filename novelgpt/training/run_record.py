@@ -15,8 +15,9 @@ from typing import Any
 
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator
 
+from novelgpt import __version__
 from novelgpt.settings.errors import UserError
-from novelgpt.settings.paths import OUTPUT, ROOT
+from novelgpt.settings.paths import IS_CHECKOUT, OUTPUT, ROOT
 from novelgpt.settings.runs import TrainingRun
 from novelgpt.settings.whole_files import write_whole
 from novelgpt.training.data_identity import DataSource, data_sha256
@@ -111,7 +112,8 @@ def describe_run(run: TrainingRun, data: list[DataSource]) -> dict[str, Any]:
         "processes": int(os.environ.get("WORLD_SIZE", "1")),
         "arguments": {field.name: _plain(vars(run)[field.name]) for field in dataclasses.fields(run)},
         "data_sha256": data_sha256(data),
-        "versions": {"python": platform.python_version()} | {name: version(name) for name in PACKAGES},
+        "versions": {"python": platform.python_version(), "novelgpt": __version__}
+        | {name: version(name) for name in PACKAGES},
         "git_commit": _git_commit(),
         "data": [source.model_dump() for source in data],
     }
@@ -151,6 +153,9 @@ def _plain(group: Any) -> dict[str, Any]:
 
 
 def _git_commit() -> str | None:
+    """Of the checkout; None where pip has installed a wheel, which may lie in the repository of somebody else."""
+    if not IS_CHECKOUT:
+        return None
     try:
         done = subprocess.run(["git", "-C", str(ROOT), "rev-parse", "HEAD"], capture_output=True, text=True, check=True)
     except (OSError, subprocess.CalledProcessError):
