@@ -210,7 +210,7 @@ def main(argv: list[str] | None = None) -> None:
     parser.add_argument("--text_column", default="text", help="column or key that holds the text [default: text]")
     parser.add_argument("--workers", type=int, help="cores to use [default: all]")
     parser.add_argument("--trust_remote_code", action="store_true", help="run Python code of the tokenizer's folder")
-    parser.add_argument("--hub", choices=["huggingface", "modelscope"], default="huggingface", help="where names are")
+    parser.add_argument("--hub", choices=["huggingface", "modelscope"], help="where names are looked up")
     words = parser.parse_args(argv)
     if words.workers is not None:
         if words.workers < 1:

@@ -19,7 +19,7 @@ from transformers.generation.streamers import BaseStreamer
 
 from novelgpt.model.generation import answer_end_ids
 from novelgpt.model.loading import load_for_generation, longest_row
-from novelgpt.settings.arguments import GenerationArguments, ModelArguments, option
+from novelgpt.settings.arguments import HUB_HELP, GenerationArguments, ModelArguments, option
 from novelgpt.settings.errors import UserError, exit_on_user_error
 from novelgpt.settings.parser import parse_arguments
 from novelgpt.settings.paths import TINY
@@ -63,9 +63,7 @@ class ChatArguments:
     trust_remote_code: bool = option(
         False, "Run Python code that lies with the checkpoint, where the architecture is not known here. Read it first."
     )
-    hub: Literal["huggingface", "modelscope"] = option(
-        "huggingface", "Where names are looked up. modelscope needs the package modelscope."
-    )
+    hub: Literal["huggingface", "modelscope"] | None = option(None, HUB_HELP)
     allow_pickles: bool = option(
         False, "Read weights from pickles (.bin) where there are no safetensors; tensors only. For sources you trust."
     )

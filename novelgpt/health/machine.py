@@ -10,6 +10,7 @@ from pathlib import Path
 from urllib.parse import urlsplit
 
 from novelgpt.health.findings import Finding
+from novelgpt.settings.hub_choice import VARIABLE, default_hub
 from novelgpt.settings.paths import existing_folder
 from novelgpt.settings.units import GIGABYTE, counted, gigabytes
 
@@ -100,6 +101,8 @@ def check_switches(environment: dict[str, str]) -> Iterator[Finding]:
     parts = [f"offline ({', '.join(offline)})" if offline else "downloads allowed"]
     if "HF_ENDPOINT" in environment:
         parts.append(f"mirror {urlsplit(environment['HF_ENDPOINT']).hostname or 'of no valid address'}")
+    if default_hub(environment) == "modelscope":
+        parts.append(f"names are looked up on ModelScope ({VARIABLE})")
     if "HF_TOKEN" in environment:
         parts.append("a token is set")
     yield Finding("hub", "ok", "; ".join(parts))

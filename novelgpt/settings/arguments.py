@@ -13,6 +13,7 @@ from transformers import TrainingArguments
 from novelgpt.settings.deepspeed_builds import release_build_locks, spare_unused_build
 from novelgpt.settings.deepspeed_file import check_deepspeed
 from novelgpt.settings.errors import UserError
+from novelgpt.settings.hub_choice import default_hub
 from novelgpt.settings.paths import SAMPLES, TINY, model_place
 from novelgpt.settings.remedies import pip_install
 from novelgpt.settings.unheeded import refuse_unheeded
@@ -21,6 +22,10 @@ from novelgpt.settings.unheeded import refuse_unheeded
 # are there with predict_during_eval.
 EVALUATION_FIGURES = {"loss": False, "perplexity": False, "bits_per_character": False, "token_accuracy": True}
 ANSWER_FIGURES = {"rouge-1": True, "rouge-2": True, "rouge-l": True, "rep4_char": False}
+HUB_HELP = (
+    "Where names are looked up. modelscope needs the package modelscope. Default: huggingface, or what the variable "
+    "USE_MODELSCOPE_HUB=1 says."
+)
 # Above it, next to nothing is left of what is dropped out from.
 MOST_DROPOUT = 0.95
 
@@ -76,16 +81,19 @@ class ModelArguments:
     trust_remote_code: bool = option(
         False, "Run Python code that lies with the checkpoint, where the architecture is not known here. Read it first."
     )
-    hub: Literal["huggingface", "modelscope"] = option(
-        "huggingface", "Where names are looked up. modelscope needs the package modelscope."
-    )
+    hub: Literal["huggingface", "modelscope"] | None = option(None, HUB_HELP)
     allow_pickles: bool = option(
         False, "Read weights from pickles (.bin) where there are no safetensors; tensors only. For sources you trust."
     )
 
     def __post_init__(self) -> None:
-        """From here on, the model is a folder or a hub name."""
+        """From here on, the model is a folder or a hub name, and the hub is known.
+
+        Raises:
+            UserError: as default_hub.
+        """
         self.model = model_place(self.model)
+        self.hub = self.hub or default_hub()
 
 
 @dataclass
@@ -360,9 +368,7 @@ class PredictArguments:
     trust_remote_code: bool = option(
         False, "Run Python code that lies with the checkpoint, where the architecture is not known here. Read it first."
     )
-    hub: Literal["huggingface", "modelscope"] = option(
-        "huggingface", "Where names are looked up. modelscope needs the package modelscope."
-    )
+    hub: Literal["huggingface", "modelscope"] | None = option(None, HUB_HELP)
     allow_pickles: bool = option(
         False, "Read weights from pickles (.bin) where there are no safetensors; tensors only. For sources you trust."
     )
