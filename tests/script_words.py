@@ -1,4 +1,4 @@
-"""What a script hands to Python, taken down by a program that stands in for it."""
+"""What a script hands to Python, taken down by a program that stands in for it, and what that starts in the end."""
 
 from __future__ import annotations
 
@@ -7,9 +7,12 @@ import subprocess
 import sys
 from pathlib import Path
 
+from novelgpt.launch.start import plan_start
+
 ROOT = Path(__file__).resolve().parents[1]
 # Variables of the scripts, which a test gives itself.
 OF_SCRIPTS = ("MODEL", "NPROC", "ZERO", "OFFLOAD", "HOSTFILE", "HOSTS", "HOST", "MASTER_ADDR", "MASTER_PORT")
+OF_SCRIPTS += ("NPROC_PER_NODE", "NNODES", "NODE_RANK", "RANK", "WORLD_SIZE", "LOCAL_RANK")
 
 
 def words_of(folder: Path, script: str, *words: str, **variables: str) -> list[str]:
@@ -35,4 +38,7 @@ def words_of(folder: Path, script: str, *words: str, **variables: str) -> list[s
     done = subprocess.run(command, cwd=folder, env=environment, capture_output=True, text=True)
     assert done.returncode == 0, done.stderr
     handed = taken.read_text(encoding="utf-8").split("\0")[:-1]
+    if "novelgpt.launch.start" in handed:
+        pipeline, *further = handed[handed.index("novelgpt.launch.start") + 1 :]
+        handed = plan_start(pipeline, further, environment, gpus=0).words
     return handed[len(handed) - handed[::-1].index("-m") :]
