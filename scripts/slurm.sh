@@ -17,4 +17,7 @@ if [ ! -e scripts/launch.sh ]; then
   exit 2
 fi
 bash scripts/setup.sh requirements.txt
+# By it the hosts know each other. srun hands it to its tasks, whose environment only you can read.
+if [ -z "${NOVELGPT_SECRET:-}${SECRET_FILE:-}" ]; then NOVELGPT_SECRET="$(head -c 32 /dev/urandom | base64)"; fi
+export NOVELGPT_SECRET
 exec srun bash scripts/launch.sh "$@"

@@ -13,6 +13,7 @@ import argparse
 import json
 import os
 import random
+import secrets
 import signal
 import socket
 import sys
@@ -24,8 +25,10 @@ from pathlib import Path
 from types import FrameType
 
 from novelgpt.launch.channel import FIRST_HOST, WAIT_SECONDS, Alone, Channel, FirstHost, Member
-from novelgpt.launch.hosts import Place, Remote, is_this_host, read_hostfile, shared_environment, slurm_place
+from novelgpt.launch.hosts import Place, Remote, local_addresses, read_hostfile, shared_environment, slurm_place
+from novelgpt.launch.messages import Hello
 from novelgpt.launch.ranks import Block, Failure, Ranks
+from novelgpt.launch.secret import GivenSecret
 from novelgpt.settings.command_parser import CommandParser
 from novelgpt.settings.cores import usable_cores
 from novelgpt.settings.errors import UserError, exit_on_user_error
@@ -49,19 +52,24 @@ def main(argv: list[str] | None = None) -> None:
     """Start the ranks and exit as they do: 0, 2 for an error of use, 128 + a signal's number, or what a rank gave."""
     options = _parser().parse_args(argv)
     signals = Signals()
+    given = GivenSecret(os.environ)
+    secret = b""  # of a run on one host
     with ExitStack() as stack:
         if options.from_stdin:
             plan = json.loads(sys.stdin.readline())
             place, words, environment = Place(**plan["place"]), plan["words"], os.environ | plan["environment"]
+            secret = bytes.fromhex(plan["secret"])
         else:
             words, environment = options.words, dict(os.environ)
             if not words:
                 raise UserError("no module to start", python_module("novelgpt.launch --processes 2 pretrain"))
             place = _place(options)
+            if place.hosts > 1:
+                secret = secrets.token_bytes(32) if options.hostfile is not None else given.read(options.slurm)
         remotes: list[Remote] = []
         if options.hostfile is not None and place.hosts > 1:
-            remotes = _start_others(options.hostfile, place, words)
-        channel, block = _meet(place, remotes, signals)
+            remotes = _start_others(options.hostfile, place, words, secret)
+        channel, block = _meet(place, secret, remotes, signals)
         logs = Path(stack.enter_context(tempfile.TemporaryDirectory(prefix="novelgpt-ranks-")))
         threads = max(1, usable_cores() // block.processes)
         environment = {"OMP_NUM_THREADS": str(threads)} | environment
@@ -161,7 +169,7 @@ def _explain(failures: list[Failure]) -> None:
     say(f"error: {cause}", f"  fix: {remedy}", stderr=True)
 
 
-def _meet(place: Place, remotes: Sequence[Remote], signals: Signals) -> tuple[Channel, Block]:
+def _meet(place: Place, secret: bytes, remotes: Sequence[Remote], signals: Signals) -> tuple[Channel, Block]:
     """Find the other hosts, and settle which ranks this one has."""
     if place.hosts == 1:
         return Alone(), Block(0, place.processes, place.processes, "127.0.0.1", place.port)
@@ -173,10 +181,10 @@ def _meet(place: Place, remotes: Sequence[Remote], signals: Signals) -> tuple[Ch
             raise SystemExit(128 + signals.received[0])
 
     if place.host > 0:
-        hello = {"host": place.host, "hosts": place.hosts, "processes": place.processes, "name": socket.gethostname()}
-        member = Member(place.address, place.port + 1, hello, watch)
+        hello = Hello(host=place.host, hosts=place.hosts, processes=place.processes, name=socket.gethostname())
+        member = Member(place.address, place.port + 1, hello, secret, watch)
         return member, member.block(place.processes, watch)
-    first = FirstHost(place.hosts, place.port + 1)
+    first = FirstHost(place.hosts, place.address, place.port + 1, secret)
     block = first.gather(place.processes, place.port, watch)
     met = f"{counted(place.hosts, 'host')}, {counted(block.world_size, 'process')}"
     say(f"{met}, meeting at {block.address} port {block.port}")
@@ -194,26 +202,21 @@ def _place(options: argparse.Namespace) -> Place:
     if options.hostfile is not None:
         names = read_hostfile(options.hostfile)
         first = next(iter(names))
-        if len(names) > 1 and not is_this_host(first):
+        if len(names) > 1 and not local_addresses(first.split("@")[-1]):
             raise UserError(
                 f"{options.hostfile} begins with {first}, which is not this host", "start on the first host of the file"
             )
         return Place(0, len(names), names[first], first.split("@")[-1], options.port or _free_ports())
-    if not 0 <= options.host < options.hosts or options.processes < 1:
-        raise UserError(
-            f"host {options.host} of {options.hosts} with {counted(options.processes, 'process')} is none",
-            "hosts count from 0; each has at least one process",
-        )
-    if options.hosts > 1 and (options.address is None or options.port is None):
+    if options.hosts > 1 and (not options.address or options.port is None):
         raise UserError("several hosts need a place to meet", "set MASTER_ADDR and MASTER_PORT, the same on all hosts")
     return Place(options.host, options.hosts, options.processes, options.address or "", options.port or _free_ports())
 
 
-def _start_others(hostfile: Path, place: Place, words: Sequence[str]) -> list[Remote]:
+def _start_others(hostfile: Path, place: Place, words: Sequence[str], secret: bytes) -> list[Remote]:
     names = read_hostfile(hostfile)
     environment: Mapping[str, str] = shared_environment()
     return [
-        Remote(name, Place(host, place.hosts, processes, place.address, place.port), words, environment)
+        Remote(name, Place(host, place.hosts, processes, place.address, place.port), words, environment, secret)
         for host, (name, processes) in enumerate(names.items())
         if host > 0
     ]

@@ -1,70 +1,47 @@
-"""How the launchers of several hosts know of each other: one line of TCP from each to the first host's.
+"""How the launchers of several hosts know of each other: a connection from each to the first host's.
 
-A host whose connection ends before it said that it is done counts as lost; kept-alive connections end within half a
-minute where a host falls silent.
+    host 1…                              first host
+    Hello ------------------------------> is it one of this run, and its number free?
+          <------------------------------ Welcome, or Refused
+          <------------------------------ Start: all are there; these are your ranks
+    Report, of each rank that fails ----> tells all hosts
+          <------------------------------ End, with the status of the run
+    Done ------------------------------->
+
+`frames` signs what travels, `messages` says what it may be, `door` lets in who knows the secret of the run. A host
+counts as lost when its connection ends before it said `Done`, or when what comes from it is wrong; kept-alive
+connections end within half a minute where a host falls silent.
+
+The first host listens until its end, and both sides can begin again. `FirstHost.gather` waits for the hosts that have
+no connection (one that was lost comes back under its number, as a new `Member`), then sends a `Start` to all, which
+`Member.poll` notes as `started` and `Member.block` returns, each time.
 """
 
 from __future__ import annotations
 
-import dataclasses
-import json
+import select
 import socket
 import time
+from collections import Counter
 from collections.abc import Callable, Iterable
-from typing import Any
+from typing import Literal
 
 import psutil
 
+from novelgpt.launch.door import Arrival, Door
+from novelgpt.launch.frames import Fault, Link
+from novelgpt.launch.messages import Done, End, Hello, Message, Refused, Report, Start, Welcome
 from novelgpt.launch.ranks import Block, Failure
 from novelgpt.settings.errors import UserError
+from novelgpt.settings.terminal import say
+from novelgpt.settings.units import counted
 
 WAIT_SECONDS = 600.0  # for all hosts to come
-LINE_BYTES = 1 << 16
+ANSWER_SECONDS = 20.0  # for the first host to answer one that has connected
+# For a place to become free: the first host notices within half a minute that the one who had it has fallen silent.
+TAKEN_SECONDS = 60.0
 LOST_STATUS = 1
 FIRST_HOST = "the first host"
-KEEP_ALIVE = {"TCP_KEEPIDLE": 10, "TCP_KEEPINTVL": 5, "TCP_KEEPCNT": 4}  # seconds, seconds, probes
-
-
-class Line:
-    """One connection, whose messages are JSON objects, a line each. Nothing waits but `send`."""
-
-    def __init__(self, connection: socket.socket) -> None:
-        self.connection = connection
-        self.connection.setsockopt(socket.SOL_SOCKET, socket.SO_KEEPALIVE, 1)
-        for name, value in KEEP_ALIVE.items():
-            if name in vars(socket):
-                self.connection.setsockopt(socket.IPPROTO_TCP, vars(socket)[name], value)
-        self.connection.settimeout(5.0)
-        self.closed = False
-        self._rest = b""
-
-    def send(self, **message: Any) -> None:
-        """Send it; a connection that is gone is noted, not raised."""
-        try:
-            self.connection.sendall(json.dumps(message).encode() + b"\n")
-        except OSError:
-            self.closed = True
-
-    def receive(self) -> list[dict[str, Any]]:
-        """What has come meanwhile; `closed` is set at the end."""
-        self.connection.setblocking(False)
-        try:
-            while not self.closed and len(self._rest) <= LINE_BYTES:
-                data = self.connection.recv(LINE_BYTES)
-                self._rest += data
-                self.closed = not data
-        except BlockingIOError:
-            pass
-        except OSError:
-            self.closed = True
-        finally:
-            self.connection.settimeout(5.0)
-        *lines, self._rest = self._rest.split(b"\n")
-        try:
-            return [message for message in map(json.loads, lines) if isinstance(message, dict)]
-        except ValueError:
-            self.closed = True
-            return []
 
 
 class Alone:
@@ -85,30 +62,35 @@ class Alone:
 
 
 class FirstHost:
-    """The first host's end: lines to all others.
+    """The first host's end: connections to all others.
 
     Attributes:
         told: always None; see `Member`.
+        members: connection of each host that is there, by its number.
+        processes: ranks of each host, by its number.
     """
 
     told: int | None = None
 
-    def __init__(self, hosts: int, port: int) -> None:
-        """Listen on `port`.
+    def __init__(self, hosts: int, name: str, port: int, secret: bytes) -> None:
+        """Listen.
+
+        Args:
+            hosts: of the run, this one among them.
+            name: of this host, as the others know it.
+            port: to listen at.
+            secret: of the run.
 
         Raises:
-            UserError: it is taken.
+            UserError: the port is taken.
         """
         self.hosts = hosts
-        self.members: dict[int, Line] = {}
+        self.members: dict[int, Link] = {}
         self.processes: dict[int, int] = {}
         self._names: dict[int, str] = {}
         self._done: set[int] = set()
-        try:
-            self._listener = socket.create_server(("", port), backlog=hosts)
-        except OSError as error:
-            raise UserError(f"port {port} of this host cannot be used: {error}", "name another MASTER_PORT") from error
-        self._listener.settimeout(0.2)
+        self._reports: Counter[int] = Counter()
+        self._door = Door(name, port, secret)
 
     def gather(self, processes: int, port: int, watch: Callable[[], None]) -> Block:
         """Wait for all hosts, tell each its ranks, and return those of this one.
@@ -123,73 +105,81 @@ class FirstHost:
         """
         self.processes[0] = processes
         begin = time.monotonic()
-        while len(self.members) < self.hosts - 1:
+        while missing := [host for host in range(1, self.hosts) if host not in self.members]:
             watch()
-            self._accept()
+            for arrival in self._door.arrivals(0.2):
+                self._admit(arrival)
+            for failure in self._hear():
+                if failure.cause:  # and is no word of a rank that ended before
+                    say(f"{failure.who} has left: {failure.cause}; waiting for it to come back", stderr=True)
             if time.monotonic() - begin > WAIT_SECONDS:
-                missing = [host for host in range(1, self.hosts) if host not in self.members]
                 raise UserError(
                     f"of {self.hosts} hosts, number {', '.join(map(str, missing))} did not come in "
                     f"{WAIT_SECONDS / 60:.0f} minutes",
                     "see what it printed, and whether this host's port is open to it",
                 )
-        self._listener.close()
+        self._done.clear()
+        self._reports.clear()
         world = sum(self.processes.values())
         address = self.members[1].connection.getsockname()[0]
-        for host, line in self.members.items():
+        for host, link in self.members.items():
             first = sum(self.processes[earlier] for earlier in range(host))
-            line.send(first_rank=first, world_size=world, port=port)
+            link.send(Start(first_rank=first, world_size=world, port=port))
         return Block(0, processes, world, address, port, interface_of(address))
 
     def poll(self) -> list[Failure]:
         """Failures of the other hosts since the last call."""
-        found = []
-        for host, line in self.members.items():
-            for message in line.receive():
-                found += [Failure(**fields) for fields in message.get("failures", [])]
-                if message.get("done"):
-                    self._done.add(host)
-            if line.closed and host not in self._done:
-                self._done.add(host)
-                found.append(Failure(f"host {host} ({self._names[host]})", LOST_STATUS))
-        return found
+        for arrival in self._door.arrivals(0):
+            self._refuse(arrival, "taken")  # not while the run goes on
+        return self._hear()
 
     def report(self, failures: Iterable[Failure], status: int) -> None:
         """Tell all hosts to end with this status."""
-        for line in self.members.values():
-            line.send(end=status)
+        for link in self.members.values():
+            link.send(End(status=status))
 
     def finish(self, seconds: float) -> list[Failure]:
         """Wait so long for the others, and take what they still have to say."""
         found = self.poll()
         deadline = time.monotonic() + seconds
-        while len(self._done) < len(self.members) and time.monotonic() < deadline:
+        while self.members.keys() - self._done and time.monotonic() < deadline:
             time.sleep(0.05)
             found += self.poll()
-        for line in self.members.values():
-            line.connection.close()
+        for link in self.members.values():
+            link.close()
+        self._door.close()
         return found
 
-    def _accept(self) -> None:
-        try:
-            connection, (address, *_) = self._listener.accept()
-        except TimeoutError:
-            return
-        line = Line(connection)
-        deadline = time.monotonic() + 2
-        messages: list[dict[str, Any]] = []
-        while not (messages or line.closed) and time.monotonic() < deadline:
-            messages = line.receive()
-            time.sleep(0.01)
-        hello = messages[0] if messages else {}
-        host, processes, name = hello.get("host"), hello.get("processes"), str(hello.get("name"))
-        known = isinstance(host, int) and 0 < host < self.hosts and host not in self.members
-        if not known or not isinstance(processes, int) or hello.get("hosts") != self.hosts:
-            connection.close()  # whoever it is, it is none of this run
-            return
-        assert isinstance(host, int)
-        self.members[host], self.processes[host] = line, processes
-        self._names[host] = f"{name}, {address}"
+    def _admit(self, arrival: Arrival) -> None:
+        hello = arrival.hello
+        if hello.hosts != self.hosts:
+            return self._refuse(arrival, "hosts")
+        if hello.host in self.members:
+            return self._refuse(arrival, "taken")
+        self.members[hello.host], self.processes[hello.host] = arrival.link, hello.processes
+        self._names[hello.host] = f"host {hello.host} ({hello.name}, {arrival.address})"
+        return arrival.link.send(Welcome())
+
+    def _refuse(self, arrival: Arrival, reason: Literal["taken", "hosts"]) -> None:
+        arrival.link.send(Refused(reason=reason, hosts=self.hosts))
+        arrival.link.close()
+
+    def _hear(self) -> list[Failure]:
+        """What the members say; those that are lost are no members any more."""
+        found = []
+        for host, link in list(self.members.items()):
+            for message in link.receive():
+                self._reports[host] += 1
+                if isinstance(message, Done):
+                    self._done.add(host)
+                elif isinstance(message, Report) and self._reports[host] <= self.processes[host]:
+                    found.append(Failure(message.who, message.status, message.tail))
+                else:
+                    link.fail(Fault.INVALID)
+            if link.fault is not None and host not in self._done:
+                found.append(Failure(self._names[host], LOST_STATUS, cause=link.fault.value))
+                self.members.pop(host).close()
+        return found
 
 
 class Member:
@@ -197,73 +187,148 @@ class Member:
 
     Attributes:
         told: status with which the first host wants this one to end; None as long as it does not.
+        started: the first host's word that the ranks shall start, until `block` takes it.
     """
 
-    def __init__(self, address: str, port: int, hello: dict[str, object], watch: Callable[[], None]) -> None:
+    def __init__(self, address: str, port: int, hello: Hello, secret: bytes, watch: Callable[[], None]) -> None:
         """Connect and say who this is, waiting for the first host to listen.
 
         Raises:
-            UserError: it does not, or takes no such host.
+            UserError: it does not, has another secret, or takes no such host.
         """
         self.told: int | None = None
+        self.started: Start | None = None
         self._lost = False
-        deadline = time.monotonic() + WAIT_SECONDS
-        while True:
-            watch()
-            try:
-                connection = socket.create_connection((address, port), timeout=5)
-                break
-            except OSError as error:
-                if time.monotonic() > deadline:
-                    raise UserError(
-                        f"the first host does not answer at {address} port {port}: {error}",
-                        "start there too; open the port; or name an address of it that this host can reach",
-                    ) from error
-                time.sleep(0.5)
-        self.line = Line(connection)
-        self.line.send(**hello)
+        self.link, messages = _join(address, port, hello, secret, watch)
+        self._take(messages)
 
     def block(self, processes: int, watch: Callable[[], None]) -> Block:
         """The ranks of this host, once all hosts are there.
 
         Raises:
-            UserError: the first host hung up.
+            UserError: the first host ended.
         """
-        messages: list[dict[str, Any]] = []
-        while not messages:
+        while self.started is None:
             watch()
-            messages = self.line.receive()
-            if self.line.closed and not messages:
-                raise UserError(
-                    "the first host ended, or has a host of this number already",
-                    "see what it printed; each host needs a number of its own, from 0",
-                )
+            self._take(self.link.receive())
+            if self.link.fault is not None and self.started is None:
+                raise UserError(f"the first host is gone: {self.link.fault.value}", "see what it printed")
             time.sleep(0.05)
-        start = messages[0]
-        own, first = self.line.connection.getsockname()[0], self.line.connection.getpeername()[0]
-        return Block(start["first_rank"], processes, start["world_size"], first, start["port"], interface_of(own))
+        start, self.started = self.started, None
+        own, first = self.link.connection.getsockname()[0], self.link.connection.getpeername()[0]
+        return Block(start.first_rank, processes, start.world_size, first, start.port, interface_of(own))
 
     def poll(self) -> list[Failure]:
         """The loss of the first host; all other failures are the first host's to tell."""
-        for message in self.line.receive():
-            self.told = message.get("end", self.told)
-        if self.line.closed and self.told is None and not self._lost:
+        self._take(self.link.receive())
+        if self.link.fault is not None and self.told is None and not self._lost:
             self._lost = True
-            return [Failure(FIRST_HOST, LOST_STATUS)]
+            return [Failure(FIRST_HOST, LOST_STATUS, cause=self.link.fault.value)]
         return []
 
     def report(self, failures: Iterable[Failure], status: int) -> None:
         """Tell the first host."""
-        self.line.send(failures=[dataclasses.asdict(failure) for failure in failures])
+        for failure in failures:
+            self.link.send(Report(who=failure.who, status=failure.status, tail=failure.tail))
 
     def finish(self, seconds: float) -> list[Failure]:
         """Say that all is said."""
-        self.line.send(done=True)
-        self.line.connection.close()
+        self.link.send(Done())
+        self.link.close()
         return []
+
+    def _take(self, messages: Iterable[Message]) -> None:
+        for message in messages:
+            if isinstance(message, Start):
+                self.started = message
+            elif isinstance(message, End):
+                self.told = message.status
+            else:
+                self.link.fail(Fault.INVALID)
 
 
 Channel = Alone | FirstHost | Member
+
+
+def _join(
+    address: str, port: int, hello: Hello, secret: bytes, watch: Callable[[], None]
+) -> tuple[Link, list[Message]]:
+    """A connection to the first host, which has proved to know the secret, and what it has said already."""
+    place = f"{address} port {port}"
+    begin = time.monotonic()
+    taken: float | None = None  # since when the place is
+    while True:
+        watch()
+        try:
+            link = Link(_connect(address, port), secret, first=False)
+        except OSError as error:
+            trouble = str(error)
+        else:
+            messages = _ask(link, hello, watch)
+            if messages and isinstance(messages[0], Welcome):
+                return link, messages[1:]
+            link.close()
+            trouble = "it ends the connection without a word"
+            if messages and isinstance(messages[0], Refused):
+                if taken is None and messages[0].reason == "taken":
+                    say(f"the first host has a host {hello.host} already; waiting for its place", stderr=True)
+                taken = taken or time.monotonic()
+                _check_refusal(messages[0], hello, time.monotonic() - taken)
+            elif link.fault not in (None, Fault.GONE):
+                _raise_for(link.fault, place)
+        if time.monotonic() - begin > WAIT_SECONDS:
+            raise UserError(
+                f"the first host does not answer at {place}: {trouble}",
+                "start there too; open the port; or name an address of it that this host can reach",
+            )
+        time.sleep(0.5)
+
+
+def _connect(address: str, port: int) -> socket.socket:
+    connection = socket.create_connection((address, port), timeout=5)
+    if connection.getsockname() == connection.getpeername():  # may be so on one machine, where nobody listens yet
+        connection.close()
+        raise ConnectionRefusedError("nobody listens there")
+    return connection
+
+
+def _ask(link: Link, hello: Hello, watch: Callable[[], None]) -> list[Message]:
+    """Say who this is; the answer, or nothing where the connection fails or stays silent."""
+    deadline = time.monotonic() + ANSWER_SECONDS
+    asked = False
+    while link.fault is None and time.monotonic() < deadline:
+        watch()
+        select.select([link.connection], [], [], 0.05)
+        messages = link.receive()
+        if messages:
+            return messages
+        if link.greeted and not asked:
+            link.send(hello)
+            asked = True
+    return []
+
+
+def _check_refusal(answer: Refused, hello: Hello, waited: float) -> None:
+    if answer.reason == "hosts":
+        raise UserError(
+            f"the first host counts {counted(answer.hosts, 'host')}, this one {hello.hosts}", "say the same on each"
+        )
+    if waited > TAKEN_SECONDS:
+        raise UserError(
+            f"the first host has a host {hello.host} already, or its run has begun",
+            "see what it printed; each host needs a number of its own, from 0",
+        )
+
+
+def _raise_for(fault: Fault, place: str) -> None:
+    if fault is Fault.FORGED:
+        raise UserError(
+            f"the first host, at {place}, has another secret than this one, or belongs to another run",
+            "give all hosts the same SECRET_FILE or NOVELGPT_SECRET, and each run a MASTER_PORT of its own",
+        )
+    if fault is Fault.UNKNOWN:
+        raise UserError(f"what answers at {place} is no launcher of this toolkit", "name another MASTER_PORT")
+    raise UserError(f"the first host, at {place}: {fault.value}", "take the same version on all hosts")
 
 
 def interface_of(address: str) -> str | None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 import os
 import re
@@ -12,13 +13,14 @@ import sys
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import cast
 
 from novelgpt.settings.errors import UserError
 from novelgpt.settings.paths import ROOT
 from novelgpt.settings.units import counted
 
 _HOST = re.compile(r"[A-Za-z0-9][A-Za-z0-9._:-]*|[A-Za-z0-9][A-Za-z0-9._-]*@[A-Za-z0-9][A-Za-z0-9._:-]*")
-MOST_PROCESSES = 1024
+MOST_HOSTS, MOST_PROCESSES = 9999, 1024
 _SSH = ("ssh", "-o", "BatchMode=yes", "-o", "ConnectTimeout=20", "-o", "ServerAliveInterval=15", "-T")
 
 
@@ -41,11 +43,20 @@ class Place:
     port: int
 
     def __post_init__(self) -> None:
-        """Refuse more processes than a machine has use for, before any is started.
+        """Refuse numbers that cannot be, and more processes than a machine has use for, before any is started.
 
         Raises:
             UserError: so it is.
         """
+        if not (0 <= self.host < self.hosts <= MOST_HOSTS and self.processes >= 1):
+            raise UserError(
+                f"host {self.host} of {self.hosts} with {counted(self.processes, 'process')} is none",
+                "hosts count from 0; each has at least one process",
+            )
+        if not 1 <= self.port < 65535:
+            raise UserError(
+                f"port {self.port} and the next one are no ports to meet at", "MASTER_PORT=29500, for example"
+            )
         if self.processes > MOST_PROCESSES:
             raise UserError(
                 f"{self.processes} processes on one host are too many", f"take at most {MOST_PROCESSES}, one a device"
@@ -113,27 +124,27 @@ def first_host(names: str) -> str:
     return found[1] + (found[2] or "") + (found[3] or "")
 
 
-def is_this_host(name: str) -> bool:
-    """Whether a host's name or address is one of this machine."""
+def local_addresses(name: str) -> list[tuple[int, tuple[str | int, ...]]]:
+    """Where a host's name leads on this machine: family and socket address, with port 0, of what can be bound."""
+    found: list[tuple[int, tuple[str | int, ...]]] = []
     try:
-        entries = socket.getaddrinfo(name.split("@")[-1], 0, type=socket.SOCK_STREAM)
-    except OSError:
-        return False
+        entries = socket.getaddrinfo(name, 0, type=socket.SOCK_STREAM)
+    except (OSError, UnicodeError):
+        return []
     for family, kind, protocol, _, address in entries:
-        with socket.socket(family, kind, protocol) as probe:
-            try:
-                probe.bind(address)
-            except OSError:
-                continue
-            return True
-    return False
+        with contextlib.suppress(OSError), socket.socket(family, kind, protocol) as probe:
+            probe.bind(address)
+            found.append((int(family), cast(tuple[str | int, ...], address)))
+    return found
 
 
 class Remote:
     """The launcher of another host, started by ssh. What it needs to know goes through its standard input."""
 
-    def __init__(self, name: str, place: Place, words: Sequence[str], environment: Mapping[str, str]) -> None:
-        """Nothing of the settings stands in the command line, where every user of that host could read it."""
+    def __init__(
+        self, name: str, place: Place, words: Sequence[str], environment: Mapping[str, str], secret: bytes
+    ) -> None:
+        """Neither settings nor the secret stand in the command line, where every user of that host could read them."""
         self.name = name
         here = shlex.quote(str(Path.cwd()))
         command = f"cd {here} && PYTHONPATH={shlex.quote(str(ROOT))} exec {shlex.quote(sys.executable)}"
@@ -142,7 +153,7 @@ class Remote:
             [*_SSH, name, f"{command} -m novelgpt.launch --from_stdin"], stdin=subprocess.PIPE, start_new_session=True
         )
         assert self.process.stdin is not None
-        plan = {"place": vars(place), "words": list(words), "environment": dict(environment)}
+        plan = {"place": vars(place), "words": list(words), "environment": dict(environment), "secret": secret.hex()}
         try:
             self.process.stdin.write(json.dumps(plan).encode() + b"\n")
             self.process.stdin.close()

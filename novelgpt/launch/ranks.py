@@ -61,11 +61,13 @@ class Failure:
         who: "rank 1 (node2)".
         status: exit status; negative for a signal, as subprocess has it.
         tail: the end of what it printed, where that is not on the terminal.
+        cause: why it is gone, of a host.
     """
 
     who: str
     status: int
     tail: str = ""
+    cause: str = ""
 
     @property
     def exit_status(self) -> int:
@@ -93,7 +95,7 @@ class Failure:
                 f"most likely /dev/shm is full: make it larger (docker: --shm-size 16g); {again}",
             )
         if not self.who.startswith("rank"):
-            return f"{self.who} is gone: its launcher was killed, or the connection is cut", f"look there; {again}"
+            return f"{self.who} is gone: {self.cause}", f"look there; {again}"
         if self.status < 0:
             name = signal.Signals(-self.status).name
             return f"{self.who} was killed by {name}", f"look at the lines above; {again}"

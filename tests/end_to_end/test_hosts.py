@@ -123,7 +123,10 @@ def test_hosts_that_do_not_share_the_run_folder_are_refused(words: list[str], tm
     with socket.socket() as free:
         free.bind(("", 0))
         port = free.getsockname()[1]
+    (tmp_path / "secret").touch(mode=0o600)
+    (tmp_path / "secret").write_bytes(os.urandom(32))
     meeting = {"HOSTS": "2", "NPROC": "1", "ZERO": "0", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port)}
+    meeting |= {"SECRET_FILE": str(tmp_path / "secret")}
     # The second host has a file system of its own there.
     own = ("unshare", "--mount", "bash", "-c", f'mount -t tmpfs none "{tmp_path}/out" && exec "$@"', "own")
     if subprocess.run([*own, "true"], check=False, capture_output=True).returncode != 0:

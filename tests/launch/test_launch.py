@@ -28,7 +28,9 @@ def launcher(folder: Path, script: str, *options: str, **variables: str) -> Iter
     """`python -m novelgpt.launch` of a module with this text."""
     (folder / "work.py").write_text(BEGIN + script, encoding="utf-8")
     environment = {name: value for name, value in os.environ.items() if name not in OF_LAUNCHERS}
-    environment |= {"PYTHONPATH": f"{ROOT}:{folder}", "FOLDER": str(folder)} | variables
+    (folder / "secret").touch(mode=0o600)
+    (folder / "secret").write_text("what the hosts of this run know", encoding="utf-8")
+    environment |= {"PYTHONPATH": f"{ROOT}:{folder}", "FOLDER": str(folder), "SECRET_FILE": "secret"} | variables
     process = subprocess.Popen(
         [sys.executable, "-m", "novelgpt.launch", *options, "work"], env=environment, cwd=folder,
         stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, start_new_session=True,

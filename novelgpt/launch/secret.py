@@ -1,0 +1,59 @@
+"""The secret of a run that several hosts share: who does not know it is none of them."""
+
+from __future__ import annotations
+
+import os
+import stat
+from collections.abc import MutableMapping
+from pathlib import Path
+
+from novelgpt.settings.errors import UserError
+
+VARIABLE, FILE_VARIABLE = "NOVELGPT_SECRET", "SECRET_FILE"
+LEAST_BYTES, MOST_BYTES = 16, 4096
+MAKE = "head -c 32 /dev/urandom | base64"
+MAKE_FILE = f"make one on one host: (umask 077; {MAKE} > secret), copy it to the others, and set SECRET_FILE=secret"
+MAKE_VARIABLE = f'set it before srun, as scripts/slurm.sh does: export {VARIABLE}="$({MAKE})"'
+
+
+class GivenSecret:
+    """What the user has given for one. It is taken out of the environment at once, so that no process inherits it.
+
+    Args:
+        environment: of this process.
+    """
+
+    def __init__(self, environment: MutableMapping[str, str]) -> None:
+        self._value = environment.pop(VARIABLE, "")
+        self._file = environment.pop(FILE_VARIABLE, "")
+
+    def read(self, slurm: bool) -> bytes:
+        """The secret, of 16 bytes at least; a file goes before the variable.
+
+        Args:
+            slurm: whether the hosts are tasks of Slurm, whose remedy is another.
+
+        Raises:
+            UserError: none is given, it is short, or others can read its file.
+        """
+        remedy = MAKE_VARIABLE if slurm else MAKE_FILE
+        if not self._file and not self._value:
+            raise UserError("several hosts need a secret, by which they know each other", remedy)
+        secret = _content(Path(self._file), remedy) if self._file else self._value.encode("utf-8", "surrogateescape")
+        secret = secret.strip()
+        if not LEAST_BYTES <= len(secret) <= MOST_BYTES:
+            name = f"{FILE_VARIABLE}={self._file}" if self._file else VARIABLE
+            raise UserError(f"{name}: a secret has {LEAST_BYTES} to {MOST_BYTES} bytes, not {len(secret)}", remedy)
+        return secret
+
+
+def _content(path: Path, remedy: str) -> bytes:
+    try:
+        with path.open("rb") as file:
+            mode = os.fstat(file.fileno()).st_mode
+            content = file.read(MOST_BYTES + 1)
+    except OSError as error:
+        raise UserError(f"{FILE_VARIABLE}={path}: {error}", remedy) from error
+    if os.name == "posix" and mode & (stat.S_IRWXG | stat.S_IRWXO):
+        raise UserError(f"{FILE_VARIABLE}={path} can be read or changed by others", f"chmod 600 {path}")
+    return content
