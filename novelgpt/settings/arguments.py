@@ -11,7 +11,7 @@ import torch
 from transformers import TrainingArguments
 
 from novelgpt.settings.deepspeed_builds import release_build_locks, spare_unused_build
-from novelgpt.settings.deepspeed_file import check_deepspeed
+from novelgpt.settings.deepspeed_file import NAMED, check_deepspeed, deepspeed_place
 from novelgpt.settings.errors import UserError
 from novelgpt.settings.hub_choice import default_hub
 from novelgpt.settings.paths import SAMPLES, TINY, model_place
@@ -273,6 +273,11 @@ class TrainArguments(TrainingArguments):
     report_to: None | str | list[str] = option(
         "none", "Further trackers (wandb, …), where their packages are installed. TensorBoard is always on."
     )
+    deepspeed: dict[str, Any] | str | None = option(
+        None,
+        f"Settings of DeepSpeed: {', '.join(NAMED)} for those that come along (./zero2 is a file of that name), a JSON "
+        "file, or the settings in JSON. Needs a launcher, as scripts/launch.sh starts one.",
+    )
     ddp_find_unused_parameters: bool | None = option(False, "Only for models that leave out weights in some steps.")
     remove_unused_columns: bool = option(False, "Not needed: rows hold tokens only.")
 
@@ -290,6 +295,7 @@ class TrainArguments(TrainingArguments):
     def __post_init__(self) -> None:
         """Turn `precision` into the switches of TrainingArguments, and leave pinned memory to machines with a GPU."""
         if self.deepspeed is not None:
+            self.deepspeed = deepspeed_place(self.deepspeed)
             check_deepspeed(self.deepspeed)
         if self.report_to is None:
             self.report_to = "none"

@@ -8,6 +8,11 @@ from typing import Annotated, Any, Literal
 from pydantic import BaseModel, ConfigDict, Field
 
 from novelgpt.settings.parsed_files import check_fields, parse_object, read_object
+from novelgpt.settings.paths import ROOT
+
+# By the names that --deepspeed takes in place of a path. A file of the user's own that is called so is ./zero2.
+NAMED = {path.stem: path for path in sorted((ROOT / "scripts" / "deepspeed").glob("*.json"))}
+REMEDY = f"name a JSON file, or one of {', '.join(NAMED)}"
 
 Size = Annotated[int, Field(ge=1)] | Literal["auto"] | None
 Switch = bool | Literal["auto"] | None
@@ -69,6 +74,15 @@ class DeepSpeedSettings(_Settings):
     wall_clock_breakdown: bool | None = None
 
 
+def deepspeed_place(settings: str | dict[str, Any]) -> str | dict[str, Any]:
+    """What --deepspeed names: the path that belongs to a name, such as zero2; whatever else there is stays as it is.
+
+    Args:
+        settings: a name or a path, or the settings themselves, as a mapping or in JSON.
+    """
+    return str(NAMED[settings]) if isinstance(settings, str) and settings in NAMED else settings
+
+
 def check_deepspeed(settings: str | dict[str, Any]) -> None:
     """Refuse what DeepSpeed's settings cannot be read from, by its name and field.
 
@@ -78,10 +92,10 @@ def check_deepspeed(settings: str | dict[str, Any]) -> None:
     Raises:
         UserError: so it is.
     """
-    name, remedy = "--deepspeed", "name a JSON file, as scripts/deepspeed/*"
+    name = "--deepspeed"
     if isinstance(settings, str) and settings.lstrip().startswith("{"):
-        settings = parse_object(settings.encode(errors="surrogateescape"), name, remedy)
+        settings = parse_object(settings.encode(errors="surrogateescape"), name, REMEDY)
     if isinstance(settings, str):
         name = f"{name} {settings}"
-        settings = read_object(Path(settings), remedy, name=name)
-    check_fields(DeepSpeedSettings, settings, name, remedy)
+        settings = read_object(Path(settings), REMEDY, name=name)
+    check_fields(DeepSpeedSettings, settings, name, REMEDY)

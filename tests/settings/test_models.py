@@ -1,6 +1,7 @@
 """Which model a command takes and which settings go with it: settled once, whatever names the model."""
 
 import io
+import json
 import sys
 from dataclasses import asdict
 from pathlib import Path
@@ -229,3 +230,25 @@ def test_a_missing_model_is_told_as_that(
 
 def test_asdict_of_model_arguments_names_the_folder() -> None:
     assert asdict(ModelArguments())["model"] == str(EMBEDDED_BASE)
+
+
+@pytest.mark.parametrize("how", ["command line", "file"])
+def test_settings_of_deepspeed_have_names(how: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Which come before files of the folder that the user is in, as the name of the small base does."""
+    monkeypatch.chdir(tmp_path)
+
+    def settings(name: str) -> Any:
+        words = ["--deepspeed", name]
+        if how == "file":
+            (tmp_path / "mine.yaml").write_text(f"deepspeed: {name}\n", encoding="utf-8")
+            words = ["--config", str(tmp_path / "mine.yaml")]
+        return json.loads(Path(str(parse_arguments(FinetuneRun, words).training.deepspeed)).read_text("utf-8"))
+
+    mine = {"zero_optimization": {"stage": 1}}
+    (tmp_path / "zero2").write_text(json.dumps(mine), encoding="utf-8")
+    for path in (ROOT / "scripts" / "deepspeed").iterdir():
+        assert settings(path.stem) == json.loads(path.read_text("utf-8"))
+    assert settings("./zero2") == mine
+    with pytest.raises(UserError) as refused:
+        settings("zero5")
+    assert "zero1, zero2, zero2_offload, zero3, zero3_offload" in refused.value.remedy
