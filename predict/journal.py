@@ -62,7 +62,7 @@ class Journal:
             raise UserError(f"another prediction writes into {folder}", "wait for it, or name --output_dir") from error
         except OSError as error:
             raise UserError(f"{own}: {error.strerror}", "name a folder that can be written") from error
-        self.file: IO[bytes] = open(self._handle, "a+b", closefd=False)  # noqa: SIM115  # closed with the journal
+        self.file: IO[bytes] = own.open("a+b")  # closed with the journal
         for path in sorted(self.folder.glob("*.jsonl")):
             complete = self._read(path, prediction)
             if path == own:

@@ -10,6 +10,7 @@ import threading
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import FIRST_COMPLETED, Future, ProcessPoolExecutor, wait
 from concurrent.futures.process import BrokenProcessPool
+from contextlib import contextmanager
 from multiprocessing.connection import wait as wait_for_end
 from pathlib import Path
 
@@ -50,14 +51,9 @@ def map_files(function: Callable[[Path], Path], files: Sequence[Path], workers: 
             running[pool.submit(function, file)] = (pool, file)
 
     try:
-        # A process that starts has the signals blocked that its parent has: until it ignores Ctrl-C, it never sees one.
-        multiprocessing.resource_tracker.ensure_running()  # which would unblock them here
-        signals = signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGINT})
-        try:
+        with _interrupts_blocked():
             for pool in pools:
                 begin(pool)
-        finally:
-            signal.pthread_sigmask(signal.SIG_SETMASK, signals)
         while running:
             for done in wait(running, return_when=FIRST_COMPLETED).done:
                 pool, file = running.pop(done)
@@ -76,6 +72,20 @@ def map_files(function: Callable[[Path], Path], files: Sequence[Path], workers: 
     finally:
         for pool in pools:
             pool.shutdown(wait=True, cancel_futures=True)
+
+
+@contextmanager
+def _interrupts_blocked() -> Iterator[None]:
+    """A process that starts has the signals blocked that its parent has: until it ignores Ctrl-C, it never sees one."""
+    if "pthread_sigmask" not in vars(signal):  # Windows
+        yield
+        return
+    multiprocessing.resource_tracker.ensure_running()  # which would unblock them here
+    signals = signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGINT})
+    try:
+        yield
+    finally:
+        signal.pthread_sigmask(signal.SIG_SETMASK, signals)
 
 
 def _worker_died(file: Path) -> UserError:

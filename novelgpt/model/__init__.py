@@ -1,7 +1,10 @@
 """Loading a base through AutoModel, and the small embedded base.
 
-Importing it makes Baichuan and Qwen v1 known to transformers' Auto classes.
+Importing it makes Baichuan and Qwen v1 known to transformers' Auto classes, and leaves DeepSpeed to those who need it.
 """
 
 from novelgpt.model import baichuan as baichuan
 from novelgpt.model import qwen1 as qwen1
+from novelgpt.settings.deepspeed_import import import_deepspeed_where_it_trains
+
+import_deepspeed_where_it_trains()

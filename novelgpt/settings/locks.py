@@ -1,16 +1,26 @@
-"""Files and folders that one process at a time holds; the system lets go of them when it ends, in whatever way."""
+"""Files and folders that one process at a time holds; the system lets go of them when it ends, in whatever way.
+
+Where the system knows no locks of this kind (Windows), nothing is locked: whoever holds something there trusts that no
+other process works on it.
+"""
 
 from __future__ import annotations
 
 import contextlib
 import errno
-import fcntl
 import os
 import stat
 import uuid
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
+
+try:
+    import fcntl
+except ImportError:
+    LOCKS = False
+else:
+    LOCKS = True
 
 # In which others may have taken a folder away; some places, as /proc, take none and say the same.
 ATTEMPTS = 1000
@@ -28,12 +38,14 @@ def hold(path: Path, wait: bool = False, folder: bool = False) -> int:
         folder: whether it is one. Network file systems lock only what is open for writing, as folders cannot be.
 
     Returns:
-        The open file; `let_go` closes it.
+        A handle for `let_go`. What is read and written goes through a file that is opened for it.
 
     Raises:
         BlockingIOError: another process holds it, and this one shall not wait.
         OSError: it cannot be opened.
     """
+    if not LOCKS:
+        return _touch(path, folder)
     flags = os.O_RDONLY | os.O_DIRECTORY if folder else os.O_RDWR | os.O_APPEND | os.O_CREAT
     while True:
         handle = os.open(path, flags, 0o666)
@@ -57,17 +69,27 @@ def hold(path: Path, wait: bool = False, folder: bool = False) -> int:
 
 def let_go(handle: int) -> None:
     """End a lock, also where processes forked from this one have the file open, too."""
-    with contextlib.suppress(OSError):
-        fcntl.flock(handle, fcntl.LOCK_UN)
+    if LOCKS:
+        with contextlib.suppress(OSError):
+            fcntl.flock(handle, fcntl.LOCK_UN)
     os.close(handle)
 
 
+def _touch(path: Path, folder: bool) -> int:
+    """What is left of `hold` without locks. Nothing of `path` stays open, as an open file cannot be renamed there."""
+    if folder:
+        path.stat()
+    else:
+        path.touch()
+    return os.open(os.devnull, os.O_RDONLY)
+
+
 @contextmanager
-def held(path: Path, wait: bool = False) -> Iterator[int]:
-    """`hold` a file for the block; its value is the open file."""
+def held(path: Path, wait: bool = False) -> Iterator[None]:
+    """`hold` a file for the block."""
     handle = hold(path, wait)
     try:
-        yield handle
+        yield
     finally:
         let_go(handle)
 
@@ -80,7 +102,7 @@ def make_and_hold(folder: Path, lock: str | None = None) -> tuple[int, list[Path
         lock: name of a file in it that is held in its place, so that network file systems do it as well.
 
     Returns:
-        The open file, and the folders that were made, the innermost first.
+        A handle for `let_go`, and the folders that were made, the innermost first.
 
     Raises:
         BlockingIOError: another process holds it.
@@ -127,6 +149,12 @@ def _make_held(folder: Path, lock: str) -> int | None:
 
     So whoever makes a folder is who holds it, and takes it away where nothing came of it.
     """
+    if not LOCKS:
+        try:
+            folder.mkdir()
+        except FileExistsError:
+            return None
+        return hold(folder / lock)
     new = folder.with_name(f"{folder.name}.unfinished-{uuid.uuid4().hex}")
     new.mkdir()
     handle: int | None = None
@@ -153,6 +181,8 @@ def remove_empty(folders: list[Path]) -> None:
 
 def is_held(path: Path) -> bool:
     """Whether a process, this one or another, holds the file or folder. Nothing is made."""
+    if not LOCKS:
+        return False
     try:
         handle = os.open(path, os.O_RDONLY)
     except OSError:

@@ -112,6 +112,8 @@ def complete_folder(output: Path) -> Iterator[Path]:
         unfinished.mkdir()
         yield unfinished
         try:
+            if os.name == "nt":  # where no folder takes the place of another
+                target.rmdir()
             unfinished.replace(target)
         except OSError as error:
             if error.errno not in (errno.ENOTEMPTY, errno.EEXIST, errno.EBUSY):

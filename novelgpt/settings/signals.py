@@ -8,8 +8,10 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from types import FrameType
 
-# SIGHUP comes when the terminal is gone, SIGUSR1 from Slurm ahead of the time limit.
-STOP_SIGNALS = (signal.SIGINT, signal.SIGTERM, signal.SIGUSR1, signal.SIGHUP)
+# SIGHUP comes when the terminal is gone, SIGUSR1 from Slurm ahead of the time limit. Windows has neither.
+STOP_SIGNALS: tuple[signal.Signals, ...] = tuple(
+    vars(signal)[name] for name in ("SIGINT", "SIGTERM", "SIGUSR1", "SIGHUP") if name in vars(signal)
+)
 # Of these, a second one ends the run at once.
 IMPATIENT_SIGNALS = (signal.SIGINT, signal.SIGTERM)
 

@@ -29,12 +29,12 @@ def write_whole(path: Path, content: str | bytes) -> None:
     Of processes that write it at once, one comes after the other.
     """
     unfinished = path.with_name(f"{path.name}.unfinished")
-    with held(unfinished, wait=True) as handle:
+    with held(unfinished, wait=True):
         try:
-            os.ftruncate(handle, 0)  # a killed process may have left something
-            with open(handle, "wb", closefd=False) as file:
+            with unfinished.open("wb") as file:
                 file.write(content.encode() if isinstance(content, str) else content)
-            os.fsync(handle)
+                file.flush()
+                os.fsync(file.fileno())
             unfinished.replace(path)
         except OSError:
             with contextlib.suppress(OSError):
@@ -56,8 +56,10 @@ def follow_umask(path: Path) -> None:
 
 
 def sync(path: Path) -> None:
-    """Hand a file, or the names in a folder, to the disk."""
-    handle = os.open(path, os.O_RDONLY)
+    """Hand a file, or the names in a folder, to the disk; Windows opens no folders, and files only for writing."""
+    if os.name == "nt" and path.is_dir():
+        return
+    handle = os.open(path, os.O_RDWR if os.name == "nt" else os.O_RDONLY)
     try:
         os.fsync(handle)
     finally:

@@ -6,10 +6,11 @@ Transformers runs them in a sandbox that reaches no files, but lets them loop fo
 from __future__ import annotations
 
 import contextlib
+import ctypes
 import os
-import resource
 import select
 import signal
+import sys
 import threading
 import warnings
 from collections.abc import Iterator
@@ -18,6 +19,14 @@ from typing import Any
 from transformers import PreTrainedTokenizerBase
 
 from novelgpt.settings.errors import UserError
+
+try:
+    import resource
+except ImportError:  # Windows
+    HAS_LIMITS = False
+else:
+    # A fork of a process with threads is safe to render in on Linux; elsewhere, memory cannot be bound either.
+    HAS_LIMITS = sys.platform == "linux"
 
 # Of the processor; templates take milliseconds.
 TRIAL_SECONDS = 5
@@ -60,6 +69,8 @@ def render_template(tokenizer: PreTrainedTokenizerBase, messages: list[Any], **v
 def check_template_ends(tokenizer: PreTrainedTokenizerBase) -> None:
     """Try the chat template on short conversations, in a process that is ended where it does not end by itself.
 
+    On other systems than Linux it is tried in this process, without a bound of memory.
+
     Raises:
         UserError: it does not, or takes too much memory, or writes too much.
     """
@@ -69,7 +80,7 @@ def check_template_ends(tokenizer: PreTrainedTokenizerBase) -> None:
         return
     if text in _known_to_end:
         return
-    if text and not _ends(tokenizer):
+    if text and not (_ends(tokenizer) if HAS_LIMITS else _within_bounds(tokenizer)):
         raise UserError(
             f"the chat template does not come to an end within {TRIAL_SECONDS} s, {TRIAL_MEMORY >> 30} GiB and "
             f"{MOST_OWN_CHARACTERS:,} characters on a conversation of a few words",
@@ -108,25 +119,28 @@ def _try(tokenizer: PreTrainedTokenizerBase) -> None:
         resource.setrlimit(resource.RLIMIT_CORE, (0, 0))
         resource.setrlimit(resource.RLIMIT_CPU, (TRIAL_SECONDS, TRIAL_SECONDS + 1))
         resource.setrlimit(resource.RLIMIT_AS, (held + TRIAL_MEMORY, held + TRIAL_MEMORY))
-        for messages in TRIALS:
-            for thinking in (False, True):
-                with contextlib.suppress(Exception):
-                    _render_freely(tokenizer, messages, thinking)
-        status = 0
+        status = 0 if _within_bounds(tokenizer) else 1
     finally:
         os._exit(status)
 
 
-def _render_freely(tokenizer: PreTrainedTokenizerBase, messages: list[Any], thinking: bool) -> None:
-    """Under the limits of the process alone. What a template refuses is no matter of bounds."""
-    try:
-        text = tokenizer.apply_chat_template(
-            messages, tokenize=False, add_generation_prompt=messages[-1]["role"] == "user", enable_thinking=thinking
-        )
-    except (MemoryError, RecursionError):
-        os._exit(1)
-    if len(text) > MOST_OWN_CHARACTERS:
-        os._exit(1)
+def _within_bounds(tokenizer: PreTrainedTokenizerBase) -> bool:
+    """Whether all trials end, with texts of a sensible length."""
+    for messages in TRIALS:
+        for thinking in (False, True):
+            question = messages[-1]["role"] == "user"
+            try:
+                with _processor_time(TRIAL_SECONDS):
+                    text = tokenizer.apply_chat_template(
+                        messages, tokenize=False, add_generation_prompt=question, enable_thinking=thinking
+                    )
+            except (_OverrunError, MemoryError, RecursionError):
+                return False
+            except Exception:  # what a template refuses is no matter of bounds
+                continue
+            if len(text) > MOST_OWN_CHARACTERS:
+                return False
+    return True
 
 
 @contextlib.contextmanager
@@ -142,6 +156,10 @@ def _processor_time(seconds: float) -> Iterator[None]:
     def stop(*_: object) -> None:
         raise _OverrunError
 
+    if "SIGVTALRM" not in vars(signal):  # Windows
+        with _seconds(seconds):
+            yield
+        return
     before = signal.signal(signal.SIGVTALRM, stop)
     signal.setitimer(signal.ITIMER_VIRTUAL, seconds)
     try:
@@ -149,3 +167,19 @@ def _processor_time(seconds: float) -> Iterator[None]:
     finally:
         signal.setitimer(signal.ITIMER_VIRTUAL, 0)
         signal.signal(signal.SIGVTALRM, before)
+
+
+@contextlib.contextmanager
+def _seconds(seconds: float) -> Iterator[None]:
+    """Raise _OverrunError within after so long by the clock: from another thread, between two steps of Python."""
+    thread = ctypes.c_ulong(threading.get_ident())
+    raise_there = ctypes.pythonapi.PyThreadState_SetAsyncExc
+    timer = threading.Timer(seconds, raise_there, (thread, ctypes.py_object(_OverrunError)))
+    timer.daemon = True
+    timer.start()
+    try:
+        yield
+    finally:
+        timer.cancel()
+        timer.join()
+        raise_there(thread, None)  # one that has not been raised yet

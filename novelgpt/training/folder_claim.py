@@ -21,19 +21,21 @@ class Claim:
     Attributes:
         folder: absolute.
         handle: of the lock; None where a folder is only looked at.
+        lock: what the file of the lock was when this process took it; None where a folder is only looked at.
         made: folders that were made for it, the innermost first.
         lock_made: whether the file of the lock was, too.
     """
 
     folder: Path
     handle: int | None = None
+    lock: os.stat_result | None = None
     made: list[Path] = field(default_factory=list)
     lock_made: bool = False
 
     def holds(self) -> bool:
         """Whether the folder is still the one that was claimed: neither moved nor taken away and made anew."""
         try:
-            return self.handle is not None and os.path.samestat(os.fstat(self.handle), (self.folder / LOCK).stat())
+            return self.lock is not None and os.path.samestat(self.lock, (self.folder / LOCK).stat())
         except OSError:
             return False
 
@@ -69,7 +71,7 @@ def take(folder: Path) -> Claim:
         raise
     except OSError as error:
         raise UserError(f"{folder} cannot be made: {error.strerror}", "name a folder that can be written") from error
-    return Claim(folder, handle, made or ([target] if left else []), lock_made or left)
+    return Claim(folder, handle, (target / LOCK).stat(), made or ([target] if left else []), lock_made or left)
 
 
 def look(folder: Path) -> Claim:

@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
-import resource
 import time
 from typing import Any
 
 import torch
 from torch import nn
 from transformers import PreTrainedModel
+
+from novelgpt.settings.process_memory import peak_process_memory
 
 # Square products timed for the ceiling: large enough to run near the best, small enough to take a moment.
 CEILING_SIZE = {"cpu": 1024, "cuda": 8192}
@@ -141,4 +142,4 @@ def peak_memory(device: torch.device) -> int:
     """Bytes: of the device where there is one, else of the process."""
     if device.type == "cuda":
         return torch.cuda.max_memory_allocated(device)
-    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
+    return peak_process_memory()

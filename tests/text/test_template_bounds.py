@@ -1,6 +1,7 @@
 """Chat templates come with models of others: none of them keeps the toolkit busy for ever or fills the memory."""
 
 import shutil
+import signal
 from pathlib import Path
 
 import pytest
@@ -76,3 +77,20 @@ def test_what_a_template_makes_is_what_transformers_makes_of_it(tokenizer: PreTr
     assert template_bounds.render_template(tokenizer, MESSAGES, add_generation_prompt=True) == expected
     long = [{"role": "user", "content": "字" * 1_000_000}]
     assert len(template_bounds.render_template(tokenizer, long)) > 1_000_000
+
+
+def test_endless_templates_are_stopped_on_systems_without_processor_clocks(
+    tokenizer: PreTrainedTokenizerBase, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(template_bounds, "HAS_LIMITS", False)
+    monkeypatch.delattr(signal, "SIGVTALRM")
+    own = tokenizer.chat_template
+    template_bounds.check_template_ends(tokenizer)
+    monkeypatch.setattr(tokenizer, "chat_template", "{% if 'x' in messages[0].content %}" + LOOPS + "{% endif %}" + own)
+    template_bounds.check_template_ends(tokenizer)
+    assert encode_conversation(MESSAGES, tokenizer)
+    with pytest.raises(UserError, match="has not ended after"):
+        encode_conversation([{"role": "user", "content": "x"}, *MESSAGES[1:]], tokenizer)
+    monkeypatch.setattr(tokenizer, "chat_template", LOOPS)
+    with pytest.raises(UserError, match="does not come to an end"):
+        template_bounds.check_template_ends(tokenizer)

@@ -172,10 +172,13 @@ def zero_optimizer(optimizer: Any) -> Any | None:
     Raises:
         UserError: DeepSpeed keeps the states where they cannot be read.
     """
+    layers = list(_layers(optimizer))
+    if not any(type(layer).__module__.startswith("deepspeed.") for layer in layers):
+        return None
     from deepspeed.runtime.base_optimizer import ZeROOptimizer
     from deepspeed.runtime.bf16_optimizer import BF16_Optimizer
 
-    for layer in _layers(optimizer):
+    for layer in layers:
         if isinstance(layer, (ZeROOptimizer, BF16_Optimizer)):
             return layer
         if type(layer).__module__.startswith("deepspeed.runtime.fp16"):
