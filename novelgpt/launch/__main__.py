@@ -51,6 +51,11 @@ STOPPED_STATUSES = {128 + number for number in STOP_SIGNALS}
 def main(argv: list[str] | None = None) -> None:
     """Start the ranks and exit as they do: 0, 2 for an error of use, 128 + a signal's number, or what a rank gave."""
     options = _parser().parse_args(argv)
+    if "killpg" not in vars(os):
+        raise UserError(
+            "on this system, several processes or ZeRO cannot be started",
+            "train with one process (NPROC=1 ZERO=0); several need Linux or macOS, or WSL 2 on Windows",
+        )
     signals = Signals()
     given = GivenSecret(os.environ)
     secret = b""  # of a run on one host

@@ -2,13 +2,16 @@
 
 from __future__ import annotations
 
+import importlib.util
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
 from pydantic import BaseModel, ConfigDict, Field
 
+from novelgpt.settings.errors import UserError
 from novelgpt.settings.parsed_files import check_fields, parse_object, read_object
 from novelgpt.settings.paths import ROOT
+from novelgpt.settings.remedies import pip_install
 
 # By the names that --deepspeed takes in place of a path. A file of the user's own that is called so is ./zero2.
 NAMED = {path.stem: path for path in sorted((ROOT / "scripts" / "deepspeed").glob("*.json"))}
@@ -92,6 +95,11 @@ def check_deepspeed(settings: str | dict[str, Any]) -> None:
     Raises:
         UserError: so it is.
     """
+    if importlib.util.find_spec("deepspeed") is None:
+        raise UserError(
+            "--deepspeed needs the package deepspeed, which is not installed",
+            f"{pip_install('deepspeed')}, on Linux; elsewhere train without it (ZERO=0)",
+        )
     name = "--deepspeed"
     if isinstance(settings, str) and settings.lstrip().startswith("{"):
         settings = parse_object(settings.encode(errors="surrogateescape"), name, REMEDY)

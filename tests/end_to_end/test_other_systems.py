@@ -8,8 +8,10 @@ import subprocess
 import sys
 from pathlib import Path
 
+import pytest
 from safetensors.torch import load_file
 
+from novelgpt.launch.__main__ import main as launch
 from tests.launched import OF_LAUNCHERS
 from tests.warm_python import start_warm
 
@@ -32,3 +34,13 @@ def test_a_run_without_the_parts_that_windows_lacks_is_the_same(base_folder: Pat
     assert all(tensor.equal(weights[1][name]) for name, tensor in weights[0].items())
     assert json.loads((elsewhere / "run.json").read_text(encoding="utf-8"))["status"] == "finished"
     assert {path.name for path in elsewhere.glob("checkpoint-*")} == {path.name for path in here.glob("checkpoint-*")}
+
+
+def test_several_processes_are_refused_where_they_could_not_be_ended(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.delattr(os, "killpg")
+    with pytest.raises(SystemExit) as end:
+        launch(["--processes", "2", "finetune", "--model", "tiny"])
+    assert end.value.code == 2
+    assert capsys.readouterr().err.startswith("error: on this system, several processes")

@@ -60,8 +60,7 @@ if __name__ == "__main__":
     sys.path[0] = str(ROOT)
     for room in ROOMS:
         for found in pkgutil.walk_packages([str(ROOT / room)], f"{room}."):
-            if not found.name.startswith("novelgpt.launch"):  # of several processes, which are for other systems
-                importlib.import_module(found.name)
+            importlib.import_module(found.name)
     assert "deepspeed" not in sys.modules
     try:
         runpy.run_module(sys.argv[0], run_name="__main__", alter_sys=True)
