@@ -65,7 +65,8 @@ def attach_lora(
     # With activation checkpointing, adapters get no gradient unless the embedding's output asks for one.
     adapted.enable_input_require_grads()
     if is_first_process():
-        adapted.print_trainable_parameters()
+        trained, total = adapted.get_nb_trainable_parameters()
+        say(f"LoRA trains {trained:,} weights beside the {total - trained:,} of the base")
     return adapted  # type: ignore[return-value]
 
 

@@ -7,6 +7,7 @@ import json
 import time
 from collections import Counter
 from collections.abc import Sequence
+from contextlib import nullcontext
 from dataclasses import asdict, dataclass
 from pathlib import Path
 
@@ -14,7 +15,6 @@ import numpy
 import torch
 from accelerate import PartialState
 from accelerate.utils import gather_object
-from tqdm import tqdm
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from dataset.instructions import load_instructions
@@ -28,7 +28,7 @@ from novelgpt.settings.parser import parse_arguments
 from novelgpt.settings.paths import TINY, check_folder_can_be_made
 from novelgpt.settings.process import leave_process_group
 from novelgpt.settings.runs import PredictRun
-from novelgpt.settings.terminal import say
+from novelgpt.settings.terminal import progress, say
 from novelgpt.settings.units import counted
 from novelgpt.settings.whole_files import write_whole
 from novelgpt.text.tokenizer import load_tokenizer
@@ -189,10 +189,11 @@ def _answer(
     answer_rows: AnswerRows, rows: Sequence[PromptRow], batches: list[list[int]], journal: Journal, show: bool
 ) -> None:
     total = sum(map(len, batches))
-    with tqdm(total=total, desc="answers", unit="row", disable=not (show and total)) as bar:
+    shown = progress(total, "answers", "row") if show and total else nullcontext(lambda count: None)
+    with shown as advance:
         for answers in answer_rows(rows, batches):
             journal.add(answers)
-            bar.update(len(answers))
+            advance(len(answers))
 
 
 def _write_predictions(rows: Sequence[PromptRow], answers: Sequence[Answer], path: Path) -> None:

@@ -1,6 +1,7 @@
 """Several processes of one script, as ranks of one run on this machine."""
 
 import os
+import re
 import signal
 import socket
 import subprocess
@@ -12,6 +13,11 @@ from tests.launched import PATIENCE
 from tests.warm_python import start_warm, warm_environment
 
 ROOT = Path(__file__).resolve().parents[1]
+# Of Python's warnings, of transformers' own logger, of tqdm's bars, and of the launchers and backends below.
+NOISE = re.compile(
+    r"Warning: |\[transformers\]|\d%\||it/s|Writing model shards|Loading weights|"
+    r"\[rank\d|\[W\d|\[Gloo\]|\[DeepSpeed|\[INFO\]"
+)
 # DeepSpeed's settings for weights in parts, however few processes and however small the weights.
 ZERO_3: dict[str, Any] = {
     "train_micro_batch_size_per_gpu": 1,
@@ -30,7 +36,14 @@ def run_pipeline(pipeline: str, words: list[str], processes: int = 1, zero: int 
         env=environment | warm_environment(), capture_output=True, text=True, timeout=PATIENCE, check=False,
     )  # fmt: skip
     assert done.returncode == 0, done.stdout[-3000:] + done.stderr[-3000:]
+    noise = noise_in(done.stdout + done.stderr)
+    assert noise == [], noise
     return done.stdout
+
+
+def noise_in(printed: str) -> list[str]:
+    """Lines in which libraries warn of themselves, or show bars where no terminal is."""
+    return [line for line in re.split(r"[\r\n]", printed) if NOISE.search(line)]
 
 
 def run_ranks(script: str, *words: str, logs: Path, processes: int = 2, timeout: float = PATIENCE) -> None:

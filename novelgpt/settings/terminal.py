@@ -10,15 +10,23 @@ import io
 import logging
 import re
 import sys
+import time
 import traceback
 import unicodedata
 import warnings
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from datetime import timedelta
 from types import TracebackType
+
+from novelgpt.settings.library_noise import silence_libraries
 
 # Categories of Unicode whose characters steer a terminal, turn the order of letters, or cannot be written as UTF-8.
 STEERING = ("Cc", "Cf", "Cs", "Zl", "Zp")
 # Of these, what texts are laid out with, and the joiners within emoji and within words of some scripts.
 HARMLESS = "\n\t\u200c\u200d"
+# Where no bar shows how far something has come, a line does, after as many seconds each.
+SECONDS_BETWEEN_LINES = 15.0
 # Colours and weights of letters, which transformers gives to what it logs.
 _COLOURS = re.compile(r"(\x1b\[[0-9;]*m)")
 
@@ -83,6 +91,32 @@ def say_above_bars(line: str) -> None:
     tqdm.write(one_line(line))
 
 
+@contextmanager
+def progress(total: int, what: str, unit: str) -> Iterator[Callable[[int], None]]:
+    """A bar of `total` units on a terminal; a line now and then where standard error is none.
+
+    Yields:
+        a function to call with the number of units that were done.
+    """
+    from tqdm import tqdm  # not before: the doctor looks at installations without it
+
+    began = last_line = time.monotonic()
+    done = 0
+    with tqdm(total=total, desc=what, unit=unit, disable=None) as bar:
+
+        def advance(count: int) -> None:
+            nonlocal done, last_line
+            done += count
+            bar.update(count)
+            now = time.monotonic()
+            if bar.disable and now >= last_line + SECONDS_BETWEEN_LINES and done < total:
+                last_line = now
+                left = timedelta(seconds=round((now - began) / max(done, 1) * (total - done)))
+                say(f"{what}: {done:,} of {total:,}, {left} left", stderr=True)
+
+        yield advance
+
+
 class VisibleRecord(logging.LogRecord):
     """What a library logs may quote a file, as names of tensors: of it, only colours reach the terminal."""
 
@@ -100,6 +134,7 @@ def guard_terminal() -> None:
     logging.setLogRecordFactory(VisibleRecord)
     warnings.formatwarning = _format_warning
     sys.excepthook = _show_error
+    silence_libraries()
 
 
 _format_plainly = warnings.formatwarning

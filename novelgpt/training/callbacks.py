@@ -18,13 +18,11 @@ from transformers.integrations import TensorBoardCallback
 
 from novelgpt.scoring.rouge import METRICS
 from novelgpt.settings.fonts import INSTALL_REMEDY
-from novelgpt.settings.terminal import say_above_bars
+from novelgpt.settings.terminal import SECONDS_BETWEEN_LINES, say_above_bars
 from novelgpt.settings.whole_files import write_whole
 from novelgpt.training.loss_plot import draw_losses
 from novelgpt.training.run_record import only_json
 
-# Where no bar shows how far an evaluation has come, a line does, after as many seconds each.
-SECONDS_BETWEEN_LINES = 15.0
 # The plot may take this share of the run's time.
 PLOT_SHARE = 0.02
 
@@ -172,8 +170,9 @@ class Progress(ProgressCallback):
                 f"step {state.global_step:>5}/{state.max_steps}  loss {logs['loss']:.4f}  "
                 + (f"balancing loss {logs['aux_loss']:.3f}  " if "aux_loss" in logs else "")
                 + f"lr {logs['learning_rate']:.2e}  grad norm {logs.get('grad_norm', 0.0):.3f}  "
-                f"{logs['tokens_per_second']:,.0f} tokens/s  {logs['utilisation']:.0%} of peak  "
-                f"{logs['memory_gb']:.2f} GB  {timedelta(seconds=round(logs['seconds_left']))} left"
+                f"{logs['tokens_per_second']:,.0f} tokens/s  "
+                + (f"{logs['utilisation']:.0%} of peak  " if "utilisation" in logs else "")
+                + f"{logs['memory_gb']:.2f} GB  {timedelta(seconds=round(logs['seconds_left']))} left"
             )
         else:
             return

@@ -31,6 +31,7 @@ from novelgpt.training.evaluations import plan_evaluations
 from novelgpt.training.forward_checks import check_packing
 from novelgpt.training.longest_batch import rows_to_try
 from novelgpt.training.memory_plan import MemoryPlan, row_lengths
+from novelgpt.training.result_files import write_result_files
 from novelgpt.training.run_folder import RunFolder
 from novelgpt.training.sample_predictions import SamplePredictions
 from novelgpt.training.stop_check import check_stops
@@ -129,6 +130,7 @@ def _fit_into(
     results = _results(trainer.state.log_history, outcome.metrics)
     results["saved_step"] = trainer.state.global_step if trainer.saved_step is None else trainer.saved_step
     if trainer.is_world_process_zero():
+        write_result_files(folder, trainer.state, outcome.metrics, rows, len(valid))  # type: ignore[arg-type]
         claimed.finish(results)
         _show(results, plan.compare(peak), folder, trainer.state.max_steps)
     trainer.accelerator.wait_for_everyone()
@@ -154,8 +156,22 @@ def _set_end_tokens(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase) 
     sampling were chosen for another model.
     """
     model.generation_config = GenerationConfig(
-        eos_token_id=answer_end_ids(model, tokenizer), pad_token_id=tokenizer.pad_token_id
+        eos_token_id=answer_end_ids(model, tokenizer),
+        bos_token_id=tokenizer.bos_token_id,
+        pad_token_id=tokenizer.pad_token_id,
     )
+    # Else the Trainer does it, with a warning as if something were wrong.
+    config = model.config.get_text_config()
+    special = {
+        "eos_token_id": tokenizer.eos_token_id,
+        "bos_token_id": tokenizer.bos_token_id,
+        "pad_token_id": tokenizer.pad_token_id,
+    }
+    for name, token in special.items():
+        named = getattr(config, name, None)  # missing in some configurations
+        others = named if isinstance(named, list) else []
+        if token is not None and token != named and token not in others:
+            setattr(config, name, [token, *others] if others else token)
 
 
 def save_generation_config(tokenizer: PreTrainedTokenizerBase, folder: Path) -> None:

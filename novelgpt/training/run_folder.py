@@ -16,6 +16,7 @@ from novelgpt.settings.terminal import say
 from novelgpt.training.checkpoints.folders import checkpoints
 from novelgpt.training.data_identity import DataSource, check_unwritten, identify_data
 from novelgpt.training.folder_claim import LOCK, Claim, check_none_held_below, empty, snapshot, take
+from novelgpt.training.result_files import remove_result_files
 from novelgpt.training.run_choice import choose, settle
 from novelgpt.training.run_record import RUN_FILE, describe_run, now, write_run
 from novelgpt.training.shared_folder import check_shared_folder
@@ -104,6 +105,7 @@ class RunFolder:
             description["started"] = self._before.get("started", description["started"])
             description["resumed"] = [*self._before.get("resumed", []), again]
             self._write(description)
+            remove_result_files(self.path)
             return
         changed = sorted({name for name, _ in snapshot(self.path).items() ^ self._contents.items()})
         if changed:

@@ -18,33 +18,45 @@ CEILING_RUNS = 8
 # size take no more seconds than these.
 FIRST_CPU_SIZE = 128
 CEILING_SECONDS = 0.5
+# A product is undisturbed where its threads computed for this share of its time; else other processes had the cores.
+UNDISTURBED = 0.85
+# How often a run looks for its ceiling again, where the first products were disturbed or training was faster than they.
+MOST_MEASUREMENTS = 4
 
 
 def matmul_ceiling(device: torch.device, dtype: torch.dtype) -> float:
     """FLOP/s of the fastest of some matrix products, measured now; on a CPU in a second or so, whatever the format."""
+    return _fastest_products(device, dtype)[0]
+
+
+def _fastest_products(device: torch.device, dtype: torch.dtype) -> tuple[float, bool]:
+    """FLOP/s of the fastest product, and whether it was undisturbed, as far as that can be told."""
     largest = CEILING_SIZE.get(device.type, CEILING_SIZE["cuda"])
     size = min(FIRST_CPU_SIZE, largest) if device.type == "cpu" else largest
-    best = 0.0
+    best = (0.0, False)
     while True:
-        seconds = _fastest_product(size, device, dtype)
-        best = max(best, 2.0 * size**3 / seconds)
+        seconds, undisturbed = _fastest_product(size, device, dtype)
+        best = max(best, (2.0 * size**3 / seconds, undisturbed))
         size *= 2
         # A product of twice the size takes eight times as long.
         if size > largest or 8 * seconds * CEILING_RUNS > CEILING_SECONDS:
             return best
 
 
-def _fastest_product(size: int, device: torch.device, dtype: torch.dtype) -> float:
-    """Seconds of the fastest of a few products of two square matrices."""
+def _fastest_product(size: int, device: torch.device, dtype: torch.dtype) -> tuple[float, bool]:
+    """Seconds of the fastest of a few products of two square matrices, and whether it was undisturbed."""
     generator = torch.Generator(device)  # its own: the training's random state stays what it is
     left, right = torch.randn(2, size, size, device=device, dtype=dtype, generator=generator).unbind()
     times = []
     for _ in range(CEILING_RUNS):
-        begin = time.perf_counter()
+        begin, computed = time.perf_counter(), time.process_time()
         left @ right
         if device.type == "cuda":
             torch.cuda.synchronize(device)
-        times.append(time.perf_counter() - begin)
+        seconds, computed = time.perf_counter() - begin, time.process_time() - computed
+        # Of a GPU nothing tells whether others use it.
+        whole = device.type != "cpu" or computed >= UNDISTURBED * torch.get_num_threads() * seconds
+        times.append((seconds, whole))
     return min(times)
 
 
@@ -84,15 +96,42 @@ class StepCost:
         return self.per_token * tokens + self.per_trained_token * trained + self.per_pair * pairs
 
 
+class Ceiling:
+    """The FLOP/s that a device can reach, measured while training has just begun, and again where that was no ceiling.
+
+    It is unknown while all products were disturbed by other processes, and while training is faster than they were:
+    then no share of it is told. A busy machine may become quiet, so that a run looks again, a few times.
+    """
+
+    def __init__(self, device: torch.device, dtype: torch.dtype) -> None:
+        # A CPU without instructions for a format has its best products in fp32.
+        formats = {dtype, torch.float32} if device.type == "cpu" else {dtype}
+        self._measure = lambda: max(_fastest_products(device, format) for format in formats)
+        self.flops, self.undisturbed = self._measure()
+        self.measured = 1
+        self.reached = 0.0  # by training
+
+    @property
+    def known(self) -> bool:
+        """Whether the products were undisturbed, and training was never faster than they."""
+        return self.undisturbed and self.reached <= self.flops
+
+    def share(self, flops: float) -> float | None:
+        """`flops`, which training reached, as a share from 0 to 1; None where the ceiling is unknown."""
+        self.reached = max(self.reached, flops)
+        if not self.known and self.measured < MOST_MEASUREMENTS:
+            self.flops, self.undisturbed = max((self.flops, self.undisturbed), self._measure())
+            self.measured += 1
+        return flops / self.flops if self.known else None
+
+
 class Throughput:
     """Counts what batches hold, and tells speeds since it was last asked."""
 
     def __init__(self, model: PreTrainedModel, device: torch.device, dtype: torch.dtype) -> None:
         self.cost = StepCost(model)
         self.device = device
-        # A CPU without instructions for a format has its best products in fp32.
-        formats = {dtype, torch.float32} if device.type == "cpu" else {dtype}
-        self.ceiling = max(matmul_ceiling(device, format) for format in formats)
+        self.ceiling = Ceiling(device, dtype)
         self.began = self.since = time.perf_counter()
         self.outside = 0.0
         self._forget()
@@ -118,18 +157,20 @@ class Throughput:
             processes: how many there are.
 
         Returns:
-            {"tokens_per_second" (padding not counted), "trained_tokens_per_second", "utilisation" (share of the ceiling
-            that the device showed at the start), "memory_gb" (highest so far), "seconds" (since training began)}.
+            {"tokens_per_second" (padding not counted), "trained_tokens_per_second", "utilisation" (share of the
+            device's ceiling, at most 1; only where that is known), "memory_gb" (highest so far), "seconds" (since
+            training began)}.
         """
         tokens, trained, pairs = total(torch.stack([self.tokens, self.trained, self.pairs])).tolist()
         now = time.perf_counter()
         passed = max(1e-9, now - self.since - self.outside)
         self._forget()
-        self.since, self.outside = now, 0.0
+        share = self.ceiling.share(self.cost.flops(tokens, trained, pairs) / passed / processes)
+        self.since, self.outside = time.perf_counter(), 0.0
         return {
             "tokens_per_second": round(tokens / passed, 1),
             "trained_tokens_per_second": round(trained / passed, 1),
-            "utilisation": round(self.cost.flops(tokens, trained, pairs) / passed / self.ceiling / processes, 4),
+            **({} if share is None else {"utilisation": round(share, 4)}),
             "memory_gb": round(peak_memory(self.device) / 1e9, 3),
             "seconds": round(now - self.began, 3),
         }

@@ -8,6 +8,7 @@ from pathlib import Path
 import pytest
 
 from tests.launched import PATIENCE
+from tests.ranks import noise_in
 from tests.warm_python import warm_environment
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -21,6 +22,8 @@ def test_demo_improves_on_the_base(tmp_path: Path) -> None:
         env=os.environ | warm_environment(), capture_output=True, text=True, timeout=PATIENCE, check=False,
     )  # fmt: skip
     assert done.returncode == 0, done.stdout[-3000:] + done.stderr[-3000:]
+    assert noise_in(done.stdout) == []
+    assert [line for line in done.stderr.splitlines() if not line.startswith("answers: ")] == []
     summary = json.loads((tmp_path / "summary.json").read_text(encoding="utf-8"))
 
     assert list(summary) == ["base", "pretrain", "finetune", "finetune_lora"]

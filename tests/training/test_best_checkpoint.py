@@ -1,6 +1,7 @@
 """With --load_best_model_at_end, what is saved and what is recorded are of one step, the best of the checkpoints."""
 
 import json
+import math
 import os
 import re
 import shutil
@@ -12,7 +13,7 @@ import pytest
 import torch
 from peft import PeftModel
 from torch.nn import functional
-from transformers import AutoModelForCausalLM
+from transformers import AutoModelForCausalLM, TrainerState
 
 from finetune.__main__ import main as finetune
 from finetune_lora.__main__ import main as finetune_lora
@@ -25,6 +26,7 @@ from novelgpt.training import throughput
 from novelgpt.training.checkpoints.best import best_checkpoint
 from novelgpt.training.checkpoints.folders import checkpoints, damage, step_of
 from novelgpt.training.launch_checks import check_before_launch
+from novelgpt.training.result_files import RESULT_FILES
 from novelgpt.training.trainer import NovelTrainer
 from tests.faults.runs import write_base, write_rows
 from tests.ranks import run_pipeline
@@ -121,6 +123,22 @@ def check_saved(base: Path, folder: Path, rows: Path, description: dict[str, Any
     assert (closing["step"], closing["eval_loss"]) == (results["saved_step"], results["eval_loss"])
     logged = [entry[figure] for entry in entries(folder) if entry["step"] == closing["step"] and figure in entry]
     assert logged == [closing[figure]] * len(logged)
+    check_result_files(folder, results)
+
+
+def check_result_files(folder: Path, results: dict[str, Any]) -> None:
+    """What the examples of transformers leave at the root of a run, by the keys of transformers 5."""
+    train, evaluation, both, state = (json.loads((folder / name).read_text(encoding="utf-8")) for name in RESULT_FILES)
+    speeds = {"runtime", "samples_per_second", "steps_per_second"}
+    assert train.keys() == {f"train_{name}" for name in speeds | {"loss", "samples"}} | {"epoch", "total_flos"}
+    assert evaluation.keys() > {f"eval_{name}" for name in speeds | {"loss", "samples"}} | {"epoch", "perplexity"}
+    assert both == evaluation | train
+    assert (evaluation["eval_loss"], train["train_runtime"]) == (results["eval_loss"], results["train_runtime"])
+    assert evaluation["perplexity"] == pytest.approx(math.exp(evaluation["eval_loss"]))
+    read = TrainerState.load_from_json(str(folder / "trainer_state.json"))
+    assert read.global_step == read.max_steps == max(entry["step"] for entry in entries(folder))
+    assert read.log_history == entries(folder) == state["log_history"]
+    assert train["epoch"] == read.epoch >= evaluation["epoch"]
 
 
 @pytest.mark.parametrize("main", [finetune, finetune_lora])
@@ -170,6 +188,8 @@ def test_a_run_gone_on_with_ends_with_the_best_of_both_parts(
     path = tmp_path / "moved" / "run.json"
     left = {key: value for key, value in description.items() if key not in ("results", "finished")}
     path.write_text(json.dumps(left | {"status": "running"}), encoding="utf-8")
+    for name in RESULT_FILES:
+        (tmp_path / "moved" / name).write_text('{"train_loss": "of another attempt"}', encoding="utf-8")
     again = run(finetune, base, files, tmp_path / "moved", ALL_KEPT)
     assert again["resumed"][0]["checkpoint"] == "checkpoint-6"
     assert again["results"]["saved_step"] == description["results"]["saved_step"] < 6
@@ -194,6 +214,7 @@ def test_a_signal_while_the_best_is_evaluated_leaves_all_checkpoints_as_they_are
         with pytest.raises(SystemExit) as stopped:
             run(finetune, base, files, tmp_path / "run", ALL_KEPT)
     assert stopped.value.code == 128 + signal.SIGTERM
+    assert not [name for name in RESULT_FILES if (tmp_path / "run" / name).exists()]
     steps = [step_of(folder) for folder in checkpoints(tmp_path / "run")]
     assert steps == [8, 6, 4, 2]
     for step in steps:  # above all not the best's weights beside the states of the last step

@@ -17,6 +17,7 @@ from novelgpt.settings.errors import UserError
 from novelgpt.settings.parser import parse_arguments
 from novelgpt.settings.runs import FinetuneRun
 from novelgpt.training import run_choice
+from novelgpt.training.result_files import RESULT_FILES
 from novelgpt.training.run_choice import choose_run_folder
 from novelgpt.training.run_folder import claim_run_folder
 from novelgpt.training.run_record import newest_finetuning, read_run
@@ -188,6 +189,20 @@ def test_a_folder_that_was_taken_away_is_not_written_into(words: Words, tmp_path
         shutil.rmtree(tmp_path / "run")
         stack.enter_context(claim_run_folder(parse_arguments(FinetuneRun, words(tmp_path / "run"))))
         folder.begin(run)
+
+
+def test_a_run_that_goes_on_begins_without_the_results_of_an_attempt_before(
+    finished: Path, words: Words, tmp_path: Path
+) -> None:
+    folder = shutil.copytree(finished, tmp_path / "run")
+    description = json.loads((folder / "run.json").read_text(encoding="utf-8"))
+    (folder / "run.json").write_text(json.dumps(description | {"status": "running"}), encoding="utf-8")
+    assert all((folder / name).is_file() for name in RESULT_FILES)
+    run = parse_arguments(FinetuneRun, words(folder))
+    with claim_run_folder(run) as claimed:
+        assert claimed.checkpoint == folder / "checkpoint-2"
+        claimed.begin(run)
+    assert not any((folder / name).exists() for name in RESULT_FILES)
 
 
 def test_a_finished_run_is_not_even_touched(finished: Path, words: Words, capsys: pytest.CaptureFixture[str]) -> None:

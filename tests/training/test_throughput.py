@@ -1,6 +1,7 @@
 """Throughput counts what batches hold, exactly, and charges for it what the model's matrix products cost."""
 
 import random
+import time
 from collections.abc import Callable
 from typing import Any
 
@@ -154,7 +155,7 @@ def test_speeds_are_of_all_processes_and_the_ceiling_of_each(
     clock = [100.0]
     monkeypatch.setattr(throughput.time, "perf_counter", lambda: clock[0])
     meter.since = meter.began = clock[0]
-    meter.ceiling = 1e6
+    meter.ceiling.flops, meter.ceiling.undisturbed = 1e9, True
     rows = [random_row(random.Random(6), 50) for _ in range(2)]
     meter.count(Collator(0)(rows))
     meter.outside, clock[0] = 3.0, 108.0  # an evaluation of 3 s among 8 s
@@ -163,6 +164,36 @@ def test_speeds_are_of_all_processes_and_the_ceiling_of_each(
     assert figures["tokens_per_second"] == 200 / 5
     assert figures["trained_tokens_per_second"] == round(2 * trained / 5, 1)
     flops = meter.cost.flops(200, 2 * trained, 4 * 50**2)
-    assert figures["utilisation"] == round(flops / 5 / 1e6 / 2, 4)
+    assert figures["utilisation"] == round(flops / 5 / 1e9 / 2, 4)
     assert figures["seconds"] == 8.0
     assert figures["memory_gb"] > 0
+
+
+def read_after(meter: Throughput, seconds: float) -> dict[str, float]:
+    """The figures of a step that took so long."""
+    meter.count(Collator(0)([random_row(random.Random(7), 50)]))
+    meter.since = time.perf_counter() - seconds
+    return meter.read(lambda sums: sums, processes=1)
+
+
+def test_a_ceiling_below_what_training_reaches_is_measured_again(
+    meter: Throughput, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    # Nothing else has the cores.
+    monkeypatch.setattr(throughput.time, "process_time", lambda: 1e3 * time.perf_counter())
+    meter.ceiling.flops = 1.0
+    figures = read_after(meter, seconds=1.0)
+    assert meter.ceiling.flops > 1e6
+    assert 0 <= figures["utilisation"] <= 1
+
+
+def test_a_share_of_an_unknown_ceiling_is_not_told(meter: Throughput, monkeypatch: pytest.MonkeyPatch) -> None:
+    meter.ceiling.undisturbed = True
+    # Faster than any product that is found: what was measured is no ceiling, for slower steps neither.
+    for seconds in (1e-7, 60.0):
+        assert "utilisation" not in read_after(meter, seconds)
+    # Others had the cores in all products.
+    monkeypatch.setattr(throughput.time, "process_time", lambda: 0.0)
+    busy = Throughput(tiny(), torch.device("cpu"), torch.float32)
+    assert not busy.ceiling.known
+    assert "utilisation" not in read_after(busy, seconds=60.0)

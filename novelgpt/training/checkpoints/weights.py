@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import math
+import warnings
 from contextlib import ExitStack
 from pathlib import Path
 from typing import Any
@@ -11,6 +12,7 @@ from typing import Any
 import torch
 from peft import PeftModel, get_peft_model_state_dict
 from peft.utils import SAFETENSORS_WEIGHTS_NAME
+from peft.utils.warning import PeftWarning
 from safetensors import SafetensorError, safe_open
 from torch import nn
 from transformers import PreTrainedModel
@@ -117,7 +119,10 @@ def expected_weights(model: nn.Module) -> dict[str, int]:
     Tensors that share their values are stored once, under any of their names. Called by all processes.
     """
     if isinstance(model, PeftModel):
-        return dict.fromkeys(get_peft_model_state_dict(model), 0)
+        with warnings.catch_warnings():
+            # The names alone are taken, so that weights in parts (ZeRO-3) are as good as whole ones.
+            warnings.filterwarnings("ignore", message=r"Adapter .* have invalid shape", category=PeftWarning)
+            return dict.fromkeys(get_peft_model_state_dict(model), 0)
     return {name: _elements(weight) for name, weight in model.named_parameters()}
 
 
