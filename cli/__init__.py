@@ -1,0 +1,1 @@
+"""Commands that start what the rooms below offer."""

@@ -1,0 +1,1 @@
+"""Settings of LLaMA-Factory, ms-swift and TRL -> settings of this toolkit."""

@@ -1,0 +1,123 @@
+"""A file of settings for LLaMA-Factory, ms-swift or TRL -> settings for this toolkit, and the command that starts it.
+
+python -m cli.convert_config FILE [-o OURS.yaml] [--output_data FOLDER]
+
+Their defaults are written out where they are not ours, and every setting without a counterpart is named.
+"""
+
+from __future__ import annotations
+
+import json
+import shlex
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+from cli.convert_config import llamafactory, ms_swift, trl
+from cli.convert_config.conversion import KINDS, Conversion
+from cli.convert_config.rows import RowWriter
+from cli.convert_config.source import read_settings
+from novelgpt.settings.command_parser import CommandParser
+from novelgpt.settings.errors import UserError, exit_on_user_error
+from novelgpt.settings.paths import IS_CHECKOUT, ROOT
+from novelgpt.settings.remedies import python_module
+from novelgpt.settings.terminal import say, say_text
+from novelgpt.settings.whole_files import write_whole
+
+Convert = Callable[[dict[str, Any], Path, Path, Path | None], tuple[Conversion, RowWriter]]
+CONVERTERS: dict[str, Convert] = {
+    "llamafactory": llamafactory.convert,
+    "ms-swift": ms_swift.convert,
+    "trl": trl.convert,
+}
+SCRIPTS = {"pretrain": "run_pretrain.sh", "finetune": "run_finetune.sh", "finetune_lora": "run_lora.sh"}
+STYLES = {"same": None, "differs": None, "missing": "yellow"}
+
+
+@exit_on_user_error
+def main(argv: list[str] | None = None) -> None:
+    """Convert what the command line names."""
+    words = _parser().parse_args(argv)
+    for path in [words.output] if words.output else []:
+        if path.exists():
+            raise UserError(f"{path} is there already", "name a new file with -o")
+        if not path.absolute().parent.is_dir():
+            raise UserError(f"{path.parent} is no folder", "make it first, or name another file with -o")
+    tool, given = read_settings(words.file, words.tool)
+    root = words.root or _root(words.file, given)
+    if not root.is_dir():
+        raise UserError(f"--root {root} is no folder", f"name the folder in which {tool} is called")
+    conversion, writer = CONVERTERS[tool](given, words.file, root, words.output_data)
+    command = _command(conversion, words.output)
+    text = _yaml(conversion, command)
+    writer.write()
+    if words.output:
+        write_whole(words.output, text)
+    else:
+        say_text(text)
+    _say_notes(conversion, stderr=words.output is None)
+    for path in writer.written:
+        say(f"wrote {path}", stderr=words.output is None)
+    if words.output:
+        say(f"wrote {words.output}", f"train with it: {command}")
+
+
+def _parser() -> CommandParser:
+    parser = CommandParser(
+        prog="python -m cli.convert_config",
+        description="Settings of LLaMA-Factory, ms-swift or TRL as settings of this toolkit.",
+    )
+    parser.add_argument("file", type=Path, help="YAML or JSON of the tool, or a shell script that calls it")
+    parser.add_argument("-o", "--output", type=Path, metavar="FILE", help="write ours there [default: show them]")
+    parser.add_argument("--from", dest="tool", choices=CONVERTERS, help="whose they are [default: told from the keys]")
+    parser.add_argument("--root", type=Path, help="folder in which the tool is called, where relative paths start")
+    parser.add_argument("--output_data", type=Path, metavar="FOLDER", help="for rows that have to be written anew")
+    return parser
+
+
+def _root(file: Path, given: dict[str, Any]) -> Path:
+    """This folder, or the nearest above the file that has the data which the settings name."""
+    wanted = str(given.get("dataset_dir") or "data")
+    if "dataset_dir" in given or "finetuning_type" in given:
+        for place in (Path(), *file.absolute().parents):
+            if (place / wanted / "dataset_info.json").is_file():
+                return place
+    return Path()
+
+
+def _command(conversion: Conversion, output: Path | None) -> str:
+    config = shlex.quote(str(output or "FILE"))
+    if IS_CHECKOUT:
+        script = Path("scripts", SCRIPTS[conversion.pipeline])
+        return f"bash {shlex.quote(str(script if Path.cwd() == ROOT else ROOT / script))} --config {config}"
+    return python_module(f"novelgpt_toolkit {conversion.pipeline.replace('finetune_lora', 'lora')} --config {config}")
+
+
+def _yaml(conversion: Conversion, command: str) -> str:
+    """Our settings with where each comes from, and below them what has no counterpart."""
+    lines = [
+        f"# {conversion.pipeline}, from {conversion.file.name} of {conversion.tool}",
+        f"# {command}",
+        "",
+    ]
+    for name, setting in conversion.settings.items():
+        value = json.dumps(setting.value, ensure_ascii=False)
+        lines.append(f"{name}: {value}" + (f"  # {' '.join(setting.origin.split())}" if setting.origin else ""))
+    for kind, title in KINDS.items():
+        notes = [note for note in conversion.notes if note.kind == kind]
+        if notes:
+            lines += ["", f"# {title}:", *(f"#   {note.key}: {' '.join(note.text.split())}" for note in notes)]
+    return "\n".join(lines) + "\n"
+
+
+def _say_notes(conversion: Conversion, stderr: bool) -> None:
+    say(f"{conversion.file} ({conversion.tool}) -> {conversion.pipeline}", stderr=stderr)
+    for kind, title in KINDS.items():
+        notes = [note for note in conversion.notes if note.kind == kind]
+        if notes:
+            lines = [f"{title}:", *(f"  {note.key}: {note.text}" for note in notes)]
+            say(*lines, style=STYLES[kind], stderr=stderr)
+
+
+if __name__ == "__main__":
+    main()

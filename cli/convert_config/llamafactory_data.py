@@ -1,0 +1,175 @@
+"""Datasets of LLaMA-Factory: names in dataset_info.json -> files, and rows as its converters read them.
+
+Read in llamafactory 0.9.5: data/parser.py, data/loader.py, data/converter.py.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+from cli.convert_config.conversion import Conversion
+from cli.convert_config.rows import RowFile
+from dataset.records import Record
+from novelgpt.settings.errors import UserError
+from novelgpt.settings.parsed_files import read_object
+
+INFO = "dataset_info.json"
+SUFFIXES = (".json", ".jsonl", ".csv", ".parquet", ".txt")
+_COLUMNS = ("prompt", "query", "response", "history", "messages", "system", "tools")
+_MEDIA = ("images", "videos", "audios")
+# Where dataset_info.json names no columns, and no tags.
+_DEFAULT_COLUMNS = {"prompt": "instruction", "query": "input", "response": "output", "messages": "conversations"}
+_TAGS = {
+    "role_tag": "from", "content_tag": "value", "user_tag": "human", "assistant_tag": "gpt",
+    "observation_tag": "observation", "function_tag": "function_call", "system_tag": "system",
+}  # fmt: skip
+_ELSEWHERE = {
+    "hf_hub_url": "lies on a hub: hf download --repo-type dataset {url} --local-dir FOLDER",
+    "ms_hub_url": "lies on a hub: modelscope download --dataset {url} --local_dir FOLDER",
+    "om_hub_url": "lies on a hub: download {url}",
+    "script_url": "is made by code, {url}, which is not run here: write its rows to a file",
+    "cloud_file_name": "lies in a cloud: download {url}",
+}
+
+
+def dataset_files(conversion: Conversion, key: str, folder: str) -> list[RowFile]:
+    """The files of the datasets that a key names.
+
+    Args:
+        conversion: whose settings they are.
+        key: dataset or eval_dataset.
+        folder: where dataset_info.json lies, as the file says it.
+
+    Raises:
+        UserError: names the dataset that is not there, or cannot be read here.
+    """
+    value = conversion.value(key)
+    names = [str(name).strip() for name in (value.split(",") if isinstance(value, str) else value or [])]
+    if not names:
+        return []
+    if folder == "ONLINE" or folder.startswith("REMOTE:"):
+        raise conversion.refuse("dataset_dir", "nothing is fetched here", "download the rows, and name a local folder")
+    place = conversion.path(folder)
+    info = read_object(place / INFO, f"name the folder in which {conversion.tool} was called with --root FOLDER")
+    sources: list[RowFile] = []
+    for name in names:
+        if not isinstance(info.get(name), dict):
+            raise UserError(f"{place / INFO} describes no dataset {name!r}", f"it has {', '.join(list(info)[:12])}, …")
+        sources += _files_of(conversion, name, info[name], place)
+    return sources
+
+
+def _files_of(conversion: Conversion, name: str, described: dict[str, Any], place: Path) -> Iterator[RowFile]:
+    where = f"{place / INFO}: {name}"
+    for kind, text in _ELSEWHERE.items():
+        if kind in described:
+            what = text.format(url=described[kind])
+            raise UserError(f"{where} {what.split(':')[0]}", f"{what.partition(': ')[2]}, then set its file_name")
+    if described.get("ranking") or "kto_tag" in (described.get("columns") or {}):
+        raise UserError(f"{where} holds preferences", "train on them with LLaMA-Factory or TRL; there is none here")
+    columns = dict(described.get("columns") or _DEFAULT_COLUMNS)
+    if media := [column for column in _MEDIA if column in columns]:
+        raise UserError(f"{where} names {media[0]}", "models here read text alone: leave the dataset out")
+    file_name = described.get("file_name")
+    if not isinstance(file_name, str):
+        raise UserError(f"{where} has no file_name", "add it")
+    file = place / file_name
+    files = sorted(file.iterdir()) if file.is_dir() else [file]
+    if not file.exists():
+        raise UserError(f"{file} is not there, which {where} names", "check the path, or name --root FOLDER")
+    formatting = described.get("formatting", "alpaca")
+    if formatting not in ("alpaca", "sharegpt", "openai"):
+        raise UserError(f"{where}: formatting {formatting!r} is unknown", "alpaca, sharegpt or openai")
+    tags = _TAGS | dict(described.get("tags") or {})
+    most = described.get("num_samples") or conversion.value("max_samples")
+    if described.get("num_samples") and len(files) > 1:
+        raise UserError(f"{where}: num_samples of several files", "join them into one file")
+    for path in files:
+        if path.suffix.lower() not in SUFFIXES:
+            raise UserError(f"{path}: no reader for {path.suffix or 'files without a suffix'}", "make it .jsonl")
+        own = name if len(files) == 1 else f"{name}_{path.stem}"
+        if conversion.pipeline == "pretrain":
+            column = columns["prompt"] if "query" not in columns and columns.get("prompt") else "text"
+            yield RowFile(own, path, partial(_text, columns=columns, column=column), most, text_column=column)
+        elif path.suffix.lower() == ".txt":
+            raise UserError(f"{path} holds text, no conversations", "stage: pt trains on text")
+        elif formatting == "alpaca":
+            read = partial(_alpaca, columns=columns, conversion=conversion)
+            yield RowFile(own, path, read, most, drawn="num_samples" in described)
+        else:
+            read = partial(_sharegpt, columns=columns, tags=tags, conversion=conversion)
+            yield RowFile(own, path, read, most, drawn="num_samples" in described)
+
+
+def _cell(record: Record, columns: dict[str, str], column: str) -> Any:
+    return record.get(columns[column]) if columns.get(column) else None
+
+
+def _question(record: Record, columns: dict[str, str]) -> str:
+    parts = [_cell(record, columns, column) for column in ("prompt", "query")]
+    return "\n".join(str(part) for part in parts if part)
+
+
+def _text(record: Record, columns: dict[str, str], column: str) -> Record | None:
+    text = _question(record, columns)
+    return {column: text} if text else None
+
+
+def _alpaca(record: Record, columns: dict[str, str], conversion: Conversion) -> Record | None:
+    answer = _cell(record, columns, "response")
+    if not isinstance(answer, str):
+        return None
+    history = _cell(record, columns, "history")
+    messages = []
+    for pair in history if isinstance(history, list) else []:
+        messages += [{"role": "user", "content": pair[0]}, {"role": "assistant", "content": pair[1]}]
+    messages += [{"role": "user", "content": _question(record, columns)}, {"role": "assistant", "content": answer}]
+    return _row(messages, _cell(record, columns, "system"), _cell(record, columns, "tools"), conversion)
+
+
+def _sharegpt(record: Record, columns: dict[str, str], tags: dict[str, str], conversion: Conversion) -> Record | None:
+    turns = _cell(record, columns, "messages")
+    if not isinstance(turns, list) or not turns:
+        return None
+    roles = {
+        tags["user_tag"]: "user", tags["assistant_tag"]: "assistant", tags["observation_tag"]: "observation",
+        tags["function_tag"]: "function_call", tags["system_tag"]: "system",
+    }  # fmt: skip
+    named = [(roles.get(turn.get(tags["role_tag"])), turn.get(tags["content_tag"]), turn) for turn in turns]
+    system = _cell(record, columns, "system")
+    if named[0][0] == "system":
+        system = named.pop(0)[1]
+    messages: list[dict[str, Any]] = []
+    for role, content, turn in named:
+        calls = turn.get("tool_calls")
+        if role is None or role == "system":
+            return None
+        messages.append({"role": role, "content": content} | ({"tool_calls": calls} if calls else {}))
+    if not _takes_turns([message["role"] for message in messages]):
+        return None
+    return _row(messages, system, _cell(record, columns, "tools"), conversion)
+
+
+def _takes_turns(roles: Sequence[str]) -> bool:
+    """Questions (or results of tools) and answers (or calls), one after the other; LLaMA-Factory drops other rows."""
+    merged = [role for number, role in enumerate(roles) if role != "observation" or roles[number - 1] != "observation"]
+    asked, answered = merged[::2], merged[1::2]
+    return (
+        len(merged) % 2 == 0
+        and all(role in ("user", "observation") for role in asked)
+        and all(role in ("assistant", "function_call") for role in answered)
+    )
+
+
+def _row(messages: list[dict[str, Any]], system: Any, tools: Any, conversion: Conversion) -> Record:
+    """Ours, with what the settings do to rows."""
+    system = system or conversion.value("default_system")
+    if conversion.value("mask_history"):
+        for message in messages[:-1]:
+            if message["role"] in ("assistant", "function_call"):
+                message["loss"] = False
+    first = [{"role": "system", "content": system}] if system else []
+    return {"messages": [*first, *messages]} | ({"tools": tools} if tools else {})

@@ -1,0 +1,117 @@
+"""The settings that a file holds, and whose they are: YAML, JSON, or a shell script that calls the tool."""
+
+from __future__ import annotations
+
+import re
+import shlex
+from pathlib import Path
+from typing import Any
+
+import yaml
+
+from novelgpt.settings.errors import UserError
+from novelgpt.settings.parsed_files import read_object, read_yaml
+
+# Keys that one tool alone has.
+_OF_TOOLS = {
+    "llamafactory": (
+        "finetuning_type", "stage", "cutoff_len", "dataset_dir", "val_size", "lora_target", "quantization_bit",
+        "neat_packing", "mask_history", "max_samples", "overwrite_cache", "preprocessing_num_workers",
+        "adapter_name_or_path", "plot_loss",
+    ),
+    "ms-swift": (
+        "model", "train_type", "tuner_type", "split_dataset_ratio", "val_dataset", "torch_dtype", "target_modules",
+        "attn_impl", "truncation_strategy", "loss_scale", "quant_bits", "rlhf_type", "use_hf", "ENV", "model_author",
+        "dataset_num_proc",
+    ),
+    "trl": (
+        "dataset_name", "datasets", "use_peft", "lora_r", "lora_target_modules", "load_in_4bit", "dtype",
+        "attn_implementation", "dataset_text_field", "assistant_only_loss", "packing_strategy", "dataset_train_split",
+        "completion_only_loss", "max_seq_length",
+    ),
+}  # fmt: skip
+# Commands in scripts -> tool, and what the command itself says.
+_COMMANDS: dict[tuple[str, ...], tuple[str, dict[str, Any]]] = {
+    ("llamafactory-cli", "train"): ("llamafactory", {}), ("lmf", "train"): ("llamafactory", {}),
+    ("swift", "sft"): ("ms-swift", {}), ("swift", "pt"): ("ms-swift", {"_command": "pt"}),
+    ("swift", "rlhf"): ("ms-swift", {"rlhf_type": "dpo"}), ("trl", "sft"): ("trl", {}),
+}  # fmt: skip
+REMEDY = "write one `key: value` a line"
+
+
+def read_settings(file: Path, tool: str | None) -> tuple[str, dict[str, Any]]:
+    """The tool whose settings a file holds, and the settings.
+
+    Args:
+        file: YAML, JSON, or a shell script that calls the tool.
+        tool: whose they are, where the user says it.
+
+    Raises:
+        UserError: it cannot be read, or whose they are cannot be told.
+    """
+    if file.suffix.lower() == ".sh":
+        return _read_script(file, tool)
+    if file.suffix.lower() == ".json":
+        settings = read_object(file, "name a file of settings")
+    else:
+        settings = read_yaml(file, "name a file of settings", REMEDY)
+    if not isinstance(settings, dict) or not settings:
+        raise UserError(f"{file} does not hold `key: value` lines", REMEDY)
+    named = {str(key): value for key, value in settings.items()}
+    return tool or _told(file, named), named
+
+
+def _told(file: Path, settings: dict[str, Any]) -> str:
+    counts = {tool: sum(key in settings for key in keys) for tool, keys in _OF_TOOLS.items()}
+    most = max(counts.values())
+    best = [tool for tool, count in counts.items() if count == most]
+    if len(best) > 1:
+        raise UserError(f"{file}: whose settings these are cannot be told", f"say it: --from {'|'.join(_OF_TOOLS)}")
+    return best[0]
+
+
+def _read_script(file: Path, tool: str | None) -> tuple[str, dict[str, Any]]:
+    """The options of the only call of a tool that a script makes."""
+    try:
+        text = file.read_text(encoding="utf-8")
+    except (OSError, UnicodeDecodeError) as error:
+        raise UserError(f"{file}: {error}", "name a script in UTF-8") from error
+    calls = []
+    for line in text.replace("\\\r\n", " ").replace("\\\n", " ").splitlines():
+        try:
+            words = shlex.split(line, comments=True)
+        except ValueError as error:
+            raise UserError(f"{file}: {error}: {line.strip()[:60]}", "correct the script") from error
+        for index in range(len(words) - 1):
+            command = (Path(words[index]).name, words[index + 1])
+            if command in _COMMANDS and (tool is None or _COMMANDS[command][0] == tool):
+                calls.append((*_COMMANDS[command], words[index + 2 :]))
+    if len(calls) != 1:
+        names = ", ".join(sorted({" ".join(command) for command in _COMMANDS}))
+        raise UserError(f"{file} calls a tool {len(calls)} times", f"leave one call of {names} in a file of its own")
+    name, known, words = calls[0]
+    if words and not words[0].startswith("-"):
+        raise UserError(f"{file} names the settings {words[0]}", "convert that file")
+    return name, _options(file, words) | known
+
+
+def _options(file: Path, words: list[str]) -> dict[str, Any]:
+    """Options with their values, which are read as those of YAML are; an option alone is true."""
+    settings: dict[str, list[Any]] = {}
+    key = None
+    for word in words:
+        if re.search(r"\$[\w{(]|`", word):
+            raise UserError(f"{file}: {word} is for the shell to fill in", "write the value itself")
+        if word.startswith("--"):
+            key, _, value = word[2:].replace("-", "_").partition("=") if "=" not in word else _assigned(word)
+            settings[key] = [yaml.safe_load(value)] if value else []
+        elif key is None:
+            raise UserError(f"{file}: {word} belongs to no option", "write --option value")
+        else:
+            settings[key].append(yaml.safe_load(word))
+    return {name: values[0] if len(values) == 1 else values or True for name, values in settings.items()}
+
+
+def _assigned(word: str) -> tuple[str, str, str]:
+    name, _, value = word[2:].partition("=")
+    return name.replace("-", "_"), "=", value
