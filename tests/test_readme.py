@@ -17,7 +17,7 @@ from predict.chat import ChatRun
 ROOT = Path(__file__).resolve().parents[1]
 READMES = {"README.md": "## File map", "README_zh.md": "## 文件地图"}
 PAGES = [*READMES, "CONTRIBUTING.md", *sorted(str(path.relative_to(ROOT)) for path in ROOT.glob("docs/**/*.md"))]
-ROOMS = ("pretrain", "finetune", "finetune_lora", "predict", "dataset", "novelgpt", "benchmarks")
+ROOMS = ("cli", "pretrain", "finetune", "finetune_lora", "predict", "dataset", "novelgpt", "benchmarks")
 CACHES = {".git", ".venv", "output", "__pycache__", ".pytest_cache", ".mypy_cache", ".ruff_cache"}
 CACHES |= {".import_linter_cache"}
 PIPELINES = {run.pipeline: run for run in (PretrainRun, FinetuneRun, LoraRun, PredictRun, ChatRun)}

@@ -41,8 +41,8 @@ class PeerName:
 
 
 PIPELINE = "the pipeline says it: finetune_lora, finetune (all weights) or pretrain (raw text)"
-ANSWERS_ONLY = "here the loss counts all answers and their end tokens, never prompts; pretrain trains whole texts"
-NOT_HERE = "there is none here"
+ANSWERS_ONLY = "the loss counts all answers and their end tokens, never prompts; pretrain trains whole texts"
+NOT_HERE = "there is none"
 AUTOMATIC = "nothing to write: it is so by itself"
 # Tools, their names, options of ours, what to write (the option itself where it is empty).
 _TABLE: tuple[tuple[str, str, str, str], ...] = (

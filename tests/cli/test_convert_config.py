@@ -152,6 +152,9 @@ def test_defaults_of_llamafactory_are_written_out(place: Path) -> None:
         ({"warmup_steps": 20, "warmup_ratio": 0.1}, {"warmup_steps": 20}),
         ({"fp16": True, "disable_gradient_checkpointing": True},
          {"precision": "fp16", "activation_checkpointing": False}),
+        ({"deepspeed": "examples/deepspeed/ds_z2_config.json"}, {"deepspeed": "zero2"}),
+        ({"deepspeed": "ds_z3_offload_config.json"}, {"deepspeed": "zero3_offload"}),
+        ({"deepspeed": "examples/deepspeed/ds_z0_config.json"}, {"deepspeed": None}),
         ({"stage": "pt", "finetuning_type": "full", "dataset": "novel"},
          {"train_files": ["data/text.jsonl"], "text_column": "content", "packing": True}),
     ],
@@ -227,12 +230,13 @@ def test_settings_of_ms_swift(place: Path, capsys: pytest.CaptureFixture[str]) -
         "ENV": {"CUDA_VISIBLE_DEVICES": "0"},
     }  # fmt: skip
     assert "--output_data" in refused(place, given, capsys)
-    pipeline, ours = converted(place, given | {"deepspeed": None}, "--output_data", "rows")
+    pipeline, ours = converted(place, given, "--output_data", "rows")
     assert pipeline == "finetune_lora"
     expected = {
         "hub": "modelscope", "lora_rank": 8, "lora_alpha": 32, "lora_dropout": 0.05, "weight_decay": 0.1,
         "adam_beta2": 0.95, "gradient_accumulation_steps": 16, "learning_rate": 1e-4, "precision": "bf16",
-        "overlong": "refuse", "warmup_steps": 0.05, "eval_strategy": "no", "attention": "flash_attention_2",
+        "overlong": "refuse", "deepspeed": "zero2", "warmup_steps": 0.05, "eval_strategy": "no",
+        "attention": "flash_attention_2",
     }  # fmt: skip
     assert {key: ours[key] for key in expected} == expected
     files = [list(read_conversation_rows(place / file)) for file in ours["train_files"]]

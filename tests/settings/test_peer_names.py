@@ -10,9 +10,10 @@ import pytest
 
 from novelgpt.settings.errors import UserError
 from novelgpt.settings.parser import parse_arguments
-from novelgpt.settings.peer_names import OTHER_NAMES, PEER_NAMES
+from novelgpt.settings.peer_names import OTHER_NAMES, PEER_NAMES, TOOLS
 from novelgpt.settings.runs import FinetuneRun, LoraRun, PredictRun, PretrainRun
 
+ROOT = Path(__file__).resolve().parents[2]
 RUNS = (PretrainRun, FinetuneRun, LoraRun, PredictRun)
 TRAININGS = RUNS[:3]
 
@@ -30,6 +31,18 @@ def test_each_counterpart_is_an_option_of_ours_and_no_name_of_a_peer_is() -> Non
     assert (PEER_NAMES.keys() | set(OTHER_NAMES)) & OURS == set()
     for key, name in PEER_NAMES.items():
         assert set(name.options) <= set(re.findall(r"\w+", name.here)), f"{key} does not say its options"
+
+
+@pytest.mark.parametrize("page", ["docs/coming_from.md", "docs/zh/coming_from.md"])
+def test_the_pages_have_each_name_in_a_line_with_ours(page: str) -> None:
+    lines = (ROOT / page).read_text(encoding="utf-8").splitlines()
+    rows = [(set(re.findall(r"`([^`]+)`", line.split("|")[1])), line) for line in lines if line.startswith("| `")]
+    for key, name in PEER_NAMES.items():
+        (line,) = [line for names, line in rows if key in names]
+        assert set(name.options) <= set(re.findall(r"\w+", line.split("|")[3])), key
+        assert all(TOOLS[letter] in line for letter in name.tools), key
+    named = {key for names, line in rows for key in names if len(line.split("|")) == 5 and "There" not in line}
+    assert named - PEER_NAMES.keys() - set(OTHER_NAMES) <= {"overwrite_output_dir"}
 
 
 @pytest.mark.parametrize(
