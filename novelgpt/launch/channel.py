@@ -107,7 +107,7 @@ class FirstHost:
         begin = time.monotonic()
         while missing := [host for host in range(1, self.hosts) if host not in self.members]:
             watch()
-            for arrival in self._door.arrivals(0.2):
+            for arrival in self._door.arrivals(0.05):
                 self._admit(arrival)
             for failure in self._hear():
                 if failure.cause:  # and is no word of a rank that ended before

@@ -21,6 +21,8 @@ from novelgpt.settings.terminal import say
 from novelgpt.settings.units import counted
 
 MOST_STRANGERS = 64  # that are heard at a time
+MOST_ACCEPTED = 128  # before others have their turn
+QUEUE = 1024  # of connections that are not accepted yet
 STRANGER_SECONDS = 10.0  # from the connection to the hello
 MOST_LINES = 8  # about those who may not join
 
@@ -56,7 +58,7 @@ class Door:
         self._told: set[tuple[str, Fault]] = set()
         try:
             for family, address in listening_addresses(name, port):
-                self._listeners.append(socket.create_server(address, family=family, backlog=2 * MOST_STRANGERS))
+                self._listeners.append(socket.create_server(address, family=family, backlog=QUEUE))
         except OSError as error:
             raise UserError(f"port {port} of this host cannot be used: {error}", "name another MASTER_PORT") from error
         for listener in self._listeners:
@@ -88,7 +90,7 @@ class Door:
             say(f"port {self._port}: {times} of others than this run's hosts were dropped", stderr=True)
 
     def _accept(self, listener: socket.socket) -> None:
-        for _ in range(MOST_STRANGERS):
+        for _ in range(MOST_ACCEPTED):
             try:
                 connection, (address, *_) = listener.accept()
             except OSError:  # no more, or gone already

@@ -2,9 +2,10 @@
 
 Each side begins with a greeting: what it is, its protocol's version, and 32 random bytes. Then come frames: the length
 of the body, a signature, the body. The signature is HMAC-SHA256 over the number of the frame in its direction, the
-length and the body; its key is derived from the secret, both greetings and the direction. So nothing can be replayed in
-another place, on another connection or in another run, and nothing sent back to where it came from. It is checked
-before the body is looked into. What travels is signed and not encrypted.
+length and the body; its key is the HMAC, under the secret, of who sends ("first" or "member"), the first host's
+greeting and the member's. So nothing can be replayed in another place, on another connection or in another run, and
+nothing sent back to where it came from. It is checked before the body is looked into. What travels is signed and not
+encrypted.
 """
 
 from __future__ import annotations

@@ -1,7 +1,9 @@
 """The launcher with ranks that are small scripts: what they are told, what is printed, how all of them end."""
 
+import contextlib
 import json
 import os
+import random
 import signal
 import socket
 import subprocess
@@ -21,18 +23,21 @@ from tests.launched import OF_LAUNCHERS, PATIENCE, ROOT
 # Each line of a rank's script may use these.
 BEGIN = "import json, os, signal, sys, time\nrank = int(os.environ['RANK'])\n"
 FOREVER = "\ntime.sleep(600)\n"
+SECRET = b"what the hosts of this run know"
 
 
 @contextmanager
-def launcher(folder: Path, script: str, *options: str, **variables: str) -> Iterator[subprocess.Popen[str]]:
+def launcher(
+    folder: Path, script: str, *options: str, prefix: tuple[str, ...] = (), **variables: str
+) -> Iterator[subprocess.Popen[str]]:
     """`python -m novelgpt.launch` of a module with this text."""
     (folder / "work.py").write_text(BEGIN + script, encoding="utf-8")
     environment = {name: value for name, value in os.environ.items() if name not in OF_LAUNCHERS}
     (folder / "secret").touch(mode=0o600)
-    (folder / "secret").write_text("what the hosts of this run know", encoding="utf-8")
+    (folder / "secret").write_text(SECRET.decode(), encoding="utf-8")
     environment |= {"PYTHONPATH": f"{ROOT}:{folder}", "FOLDER": str(folder), "SECRET_FILE": "secret"} | variables
     process = subprocess.Popen(
-        [sys.executable, "-m", "novelgpt.launch", *options, "work"], env=environment, cwd=folder,
+        [*prefix, sys.executable, "-m", "novelgpt.launch", *options, "work"], env=environment, cwd=folder,
         stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, start_new_session=True,
     )  # fmt: skip
     try:
@@ -60,9 +65,13 @@ def wait_for(*paths: Path) -> None:
 
 
 def free_port() -> int:
-    with socket.socket() as probe:
-        probe.bind(("", 0))
-        return int(probe.getsockname()[1])
+    """One that is free, as is the next, and that no connection is given meanwhile."""
+    for port in random.sample(range(20000, 32000, 2), 100):
+        with contextlib.suppress(OSError), socket.socket() as probe, socket.socket() as further:
+            probe.bind(("", port))
+            further.bind(("", port + 1))
+            return port
+    raise AssertionError("no free ports")
 
 
 def test_ranks_know_each_other_and_only_the_first_one_prints(tmp_path: Path) -> None:
