@@ -74,7 +74,8 @@ def test_strangers_disturb_no_run_while_hosts_gather_nor_while_they_train(tmp_pa
         ):
             wait_for(*(tmp_path / f"{rank}.json" for rank in range(3)))
             flood(place, 2000, seed=2)
-            assert all(wire.hung_up() for wire in hostile(place, SECRET, recorded))
+            wires = list(hostile(place, SECRET, recorded))
+            assert all(wire.hung_up() for wire in wires)
             idle += silent(place, 100)
             (tmp_path / "go").touch()
             _, errors = first.communicate(timeout=PATIENCE)
