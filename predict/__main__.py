@@ -23,6 +23,7 @@ from novelgpt.model.hub import folder_of
 from novelgpt.model.loading import load_for_generation, longest_row
 from novelgpt.scoring.summary import reference_scores
 from novelgpt.settings.arguments import ModelArguments, PredictArguments
+from novelgpt.settings.attempts import this_attempt
 from novelgpt.settings.errors import UserError, exit_on_user_error
 from novelgpt.settings.parser import parse_arguments
 from novelgpt.settings.paths import TINY, check_folder_can_be_made
@@ -76,6 +77,7 @@ def main(argv: list[str] | None = None) -> None:
         known = len(journal.answers)
         if known and state.is_main_process:
             say(f"{known} of them were answered before")
+        this_attempt().reach(known, "row")
         state.wait_for_everyone()  # each process has read what all had written
         begin = time.perf_counter()
         whole_batches = run.data.endpoint is None and run.data.backend == "batches"
@@ -193,6 +195,7 @@ def _answer(
     with shown as advance:
         for answers in answer_rows(rows, batches):
             journal.add(answers)
+            this_attempt().reach(len(journal.answers), "row")
             advance(len(answers))
 
 

@@ -12,7 +12,7 @@ from novelgpt.launch.start import plan_start
 ROOT = Path(__file__).resolve().parents[1]
 # Variables of the scripts, which a test gives itself.
 OF_SCRIPTS = ("MODEL", "NPROC", "ZERO", "OFFLOAD", "HOSTFILE", "HOSTS", "HOST", "MASTER_ADDR", "MASTER_PORT")
-OF_SCRIPTS += ("NPROC_PER_NODE", "NNODES", "NODE_RANK", "RANK", "WORLD_SIZE", "LOCAL_RANK")
+OF_SCRIPTS += ("MAX_RESTARTS", "NPROC_PER_NODE", "NNODES", "NODE_RANK", "RANK", "WORLD_SIZE", "LOCAL_RANK")
 
 
 def words_of(folder: Path, script: str, *words: str, **variables: str) -> list[str]:

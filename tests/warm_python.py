@@ -168,7 +168,8 @@ def client(address: str, words: list[str]) -> None:
     status = process.wait()
     assert status is not None
     if status < 0:
-        signal.signal(-status, signal.SIG_DFL)
+        if -status not in (signal.SIGKILL, signal.SIGSTOP):  # whose effect is always the same
+            signal.signal(-status, signal.SIG_DFL)
         os.kill(os.getpid(), -status)
     sys.exit(status)
 

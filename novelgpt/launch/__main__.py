@@ -4,7 +4,8 @@
     python -m novelgpt.launch --hostfile hosts.txt finetune --model MODEL
 
 scripts/launch.sh calls it. A first SIGINT, SIGTERM, SIGHUP or SIGUSR1 is handed on to the ranks, which save and end;
-a second SIGINT or SIGTERM ends them at once. Where a rank dies, the others are ended and the cause is printed.
+a second SIGINT or SIGTERM ends them at once. Where a rank dies, the others are ended and the cause is printed; with
+--max_restarts, all are started again with the same words, by which a run resumes from its newest checkpoint.
 """
 
 from __future__ import annotations
@@ -13,38 +14,29 @@ import argparse
 import json
 import os
 import random
+import re
 import secrets
-import signal
 import socket
 import sys
 import tempfile
-import time
 from collections.abc import Mapping, Sequence
 from contextlib import ExitStack
+from dataclasses import dataclass, replace
 from pathlib import Path
-from types import FrameType
 
-from novelgpt.launch.channel import FIRST_HOST, WAIT_SECONDS, Alone, Channel, FirstHost, Member
+from novelgpt.launch.channel import Alone, Channel, FirstHost, Member
 from novelgpt.launch.hosts import Place, Remote, local_addresses, read_hostfile, shared_environment, slurm_place
 from novelgpt.launch.messages import Hello
-from novelgpt.launch.ranks import Block, Failure, Ranks
+from novelgpt.launch.ranks import Block, Ranks
+from novelgpt.launch.restarts import Restarts
 from novelgpt.launch.secret import GivenSecret
+from novelgpt.launch.watch import Signals, explain, watch
 from novelgpt.settings.command_parser import CommandParser
 from novelgpt.settings.cores import usable_cores
 from novelgpt.settings.errors import UserError, exit_on_user_error
 from novelgpt.settings.remedies import python_module
-from novelgpt.settings.signals import IMPATIENT_SIGNALS, STOP_SIGNALS
-from novelgpt.settings.terminal import say, say_text
+from novelgpt.settings.terminal import say
 from novelgpt.settings.units import counted
-
-POLL_SECONDS = 0.05
-# When a rank has died, the others fail for lack of it, and say what they know; then they are ended.
-GRACE_SECONDS = 3.0
-# When a rank has stopped as it should, the others are about to.
-STOP_GRACE_SECONDS = 30.0
-# For the other hosts to end, and to say why.
-FINISH_SECONDS = 20.0
-STOPPED_STATUSES = {128 + number for number in STOP_SIGNALS}
 
 
 @exit_on_user_error
@@ -74,110 +66,55 @@ def main(argv: list[str] | None = None) -> None:
         remotes: list[Remote] = []
         if options.hostfile is not None and place.hosts > 1:
             remotes = _start_others(options.hostfile, place, words, secret)
-        channel, block = _meet(place, secret, remotes, signals)
+        channel, block = _meet(place, secret, remotes, signals, options.single)
         logs = Path(stack.enter_context(tempfile.TemporaryDirectory(prefix="novelgpt-ranks-")))
         threads = max(1, usable_cores() // block.processes)
         environment = {"OMP_NUM_THREADS": str(threads)} | environment
-        ranks = stack.enter_context(Ranks(block, words, environment, socket.gethostname(), logs))
-        status = _watch(ranks, channel, signals)
+        status = _run(Starts(block, words, environment, logs, options.port), channel, options.max_restarts, signals)
         for remote in remotes:
             remote.process.wait()
     raise SystemExit(status)
 
 
-class Signals:
-    """Notes the signals that ask for an end. One that was ignored at the start (nohup) stays ignored."""
+@dataclass
+class Starts:
+    """What every start of the ranks has.
 
-    def __init__(self) -> None:
-        self.received: list[int] = []
-        for number in STOP_SIGNALS:
-            if signal.getsignal(number) != signal.SIG_IGN:
-                signal.signal(number, self._note)
+    Attributes:
+        block: which ranks this host has.
+        words: module, and the words of its command line.
+        environment: of each rank.
+        logs: folder for what ranks print.
+        port: where they meet, if it was named; else every start has one of its own.
+    """
 
-    def impatient(self) -> bool:
-        """Whether the end is wanted at once."""
-        return sum(number in IMPATIENT_SIGNALS for number in self.received) > 1
-
-    def _note(self, number: int, _: FrameType | None) -> None:
-        self.received.append(number)
-
-
-def _watch(ranks: Ranks, channel: Channel, signals: Signals) -> int:
-    """Until all is over; the exit status of the whole."""
-    failures: list[Failure] = []
-    stopped: list[Failure] = []
-    sent = 0
-    deadline = float("inf")
-    while ranks.running():
-        time.sleep(POLL_SECONDS)
-        if signals.impatient():
-            say(f"ended at once by a second {signal.Signals(signals.received[-1]).name}", stderr=True)
-            return 128 + signals.received[-1]
-        for number in signals.received[sent:]:
-            ranks.send(number)
-            sent += 1
-        new = _sort_out(ranks.newly_ended(), signals, stopped)
-        others = channel.poll()
-        failures += new + others
-        if new or others:
-            channel.report(new + others, _status(failures, stopped))
-        if failures or channel.told is not None:
-            deadline = min(deadline, time.monotonic() + GRACE_SECONDS)
-        elif stopped:
-            deadline = min(deadline, time.monotonic() + STOP_GRACE_SECONDS)
-        if time.monotonic() > deadline:
-            break
-    last = _sort_out(ranks.newly_ended(), signals, stopped)
-    ranks.kill()
-    failures += last
-    if last or stopped:
-        channel.report(last, _status(failures, stopped))
-    failures += channel.finish(FINISH_SECONDS if failures or stopped else WAIT_SECONDS)
-    if failures and (not isinstance(channel, Member) or failures[0].who == FIRST_HOST):
-        _explain(failures)  # on the first host alone, as long as there is one
-    if stopped and not failures and all(rank.status < 0 for rank in stopped):
-        # None had begun to listen, or it would have said so.
-        say(f"stopped by {signal.Signals(-stopped[0].status).name} before training began", stderr=True)
-    return channel.told or _status(failures, stopped)
+    block: Block
+    words: Sequence[str]
+    environment: Mapping[str, str]
+    logs: Path
+    port: int | None
 
 
-def _status(failures: list[Failure], stopped: list[Failure]) -> int:
-    if failures:
-        return min(failures, key=Failure.weight).exit_status
-    return stopped[0].exit_status if stopped else 0
+def _run(starts: Starts, channel: Channel, most: int, signals: Signals) -> int:
+    """Start the ranks, again after a fault as long as that is allowed; the exit status of the whole."""
+    restarts = Restarts(most if isinstance(channel, Alone) else 0, starts.logs)
+    block, host = starts.block, socket.gethostname()
+    while True:
+        with Ranks(block, starts.words, starts.environment, host, starts.logs, restarts.variables()) as ranks:
+            outcome = watch(ranks, channel, signals)
+        if not restarts.again(outcome, signals):
+            explain(outcome, channel)
+            return outcome.status
+        restarts.wait(signals)
+        block = replace(block, port=starts.port or _free_ports())
 
 
-def _sort_out(ended: list[Failure], signals: Signals, stopped: list[Failure]) -> list[Failure]:
-    """Failures; those that ended because they were told to go into `stopped`."""
-    failures = []
-    for rank in ended:
-        told = rank.status in STOPPED_STATUSES or -rank.status in signals.received
-        if told or (stopped and rank.status == 1):  # others fail for lack of one that stopped
-            stopped.append(rank)
-        else:
-            failures.append(rank)
-    return failures
-
-
-def _explain(failures: list[Failure]) -> None:
-    """The cause on the terminal, last of all. Errors of use that rank 0 has printed stand there already."""
-    first = min(failures, key=Failure.weight)
-    alike = [failure for failure in failures if failure.weight() == first.weight()]
-    if first.status == 2:
-        if all(failure.tail for failure in alike):
-            say_text(first.tail, stderr=True)
-        return
-    if first.tail:
-        say(f"--- {first.who} printed last:", stderr=True)
-        say_text(f"{first.tail}\n---", stderr=True)
-    cause, remedy = first.explain()
-    say(f"error: {cause}", f"  fix: {remedy}", stderr=True)
-
-
-def _meet(place: Place, secret: bytes, remotes: Sequence[Remote], signals: Signals) -> tuple[Channel, Block]:
+def _meet(
+    place: Place, secret: bytes, remotes: Sequence[Remote], signals: Signals, single: bool
+) -> tuple[Channel, Block]:
     """Find the other hosts, and settle which ranks this one has."""
     if place.hosts == 1:
-        return Alone(), Block(0, place.processes, place.processes, "127.0.0.1", place.port)
+        return Alone(), Block(0, place.processes, place.processes, "127.0.0.1", place.port, grouped=not single)
 
     def watch() -> None:
         for remote in remotes:
@@ -202,6 +139,8 @@ def _place(options: argparse.Namespace) -> Place:
     Raises:
         UserError: they do not fit together.
     """
+    if options.single and (options.slurm or options.hostfile or (options.hosts, options.processes) != (1, 1)):
+        raise UserError("--single is for one process on one host", "leave it out")
     if options.slurm:
         return slurm_place(os.environ, options.processes)
     if options.hostfile is not None:
@@ -240,6 +179,13 @@ def _free_ports() -> int:
     raise UserError("this host has no two free ports side by side", "name one: MASTER_PORT=29500")
 
 
+def _restarts(text: str) -> int:
+    """A number of restarts, for a parser."""
+    if not re.fullmatch("[0-9]{1,4}", text):
+        raise argparse.ArgumentTypeError(f"{text!r} is no number of restarts; take 3, for example")
+    return int(text)
+
+
 def _parser() -> CommandParser:
     parser = CommandParser(prog="python -m novelgpt.launch", description=(__doc__ or "").split("\n")[0])
     parser.add_argument("--processes", type=int, default=1, metavar="N", help="ranks on this host")
@@ -249,6 +195,12 @@ def _parser() -> CommandParser:
     parser.add_argument("--host", type=int, default=0, metavar="I", help="number of this host, from 0")
     parser.add_argument("--address", metavar="NAME", help="the first host's address")
     parser.add_argument("--port", type=int, metavar="PORT", help="where to meet; the next one is used too")
+    parser.add_argument(
+        "--max_restarts", type=_restarts, default=0, metavar="N", help="after a fault, start again so many times"
+    )
+    parser.add_argument(
+        "--single", action="store_true", help="one process that is no rank: it hears nothing of others to meet"
+    )
     parser.add_argument("--from_stdin", action="store_true", help=argparse.SUPPRESS)
     parser.add_argument("words", nargs=argparse.REMAINDER, help="module, and the words of its command line")
     return parser

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import ctypes
 import os
 import signal
@@ -27,6 +28,7 @@ class Block:
         address: of the first host, where the ranks meet.
         port: there.
         interface: network interface towards the other hosts; None on a single host, or where it is not known.
+        grouped: whether its processes are ranks; a single one may be none.
     """
 
     first_rank: int
@@ -35,6 +37,7 @@ class Block:
     address: str
     port: int
     interface: str | None = None
+    grouped: bool = True
 
     def environment(self, local_rank: int) -> dict[str, str]:
         """What torch.distributed, accelerate and DeepSpeed read.
@@ -42,6 +45,8 @@ class Block:
         DeepSpeed's own launcher sets LOCAL_SIZE besides. On a CPU, each rank then takes 66 MB of shared memory for sums
         that only inference uses, and leaves it behind in /dev/shm when it ends.
         """
+        if not self.grouped:
+            return {}
         variables = {
             "RANK": self.first_rank + local_rank,
             "LOCAL_RANK": local_rank,
@@ -110,8 +115,15 @@ class Ranks:
     """
 
     def __init__(
-        self, block: Block, words: Sequence[str], environment: Mapping[str, str], host: str, logs: Path
+        self,
+        block: Block,
+        words: Sequence[str],
+        environment: Mapping[str, str],
+        host: str,
+        logs: Path,
+        of_first: Mapping[str, str],
     ) -> None:
+        """Start them; rank 0 has the variables `of_first` as well."""
         self.host = host
         self.first_rank = block.first_rank
         self.logs = [logs / f"rank-{block.first_rank + local}.log" for local in range(block.processes)]
@@ -120,7 +132,9 @@ class Ranks:
         further = {} if block.interface is None else {"GLOO_SOCKET_IFNAME": block.interface}
         for local in range(block.processes):
             variables = further | dict(environment) | block.environment(local)
-            self.processes.append(_start(words, variables, None if block.first_rank + local == 0 else self.logs[local]))
+            first = block.first_rank + local == 0
+            variables |= of_first if first else {}
+            self.processes.append(_start(words, variables, None if first else self.logs[local]))
 
     def __enter__(self) -> Ranks:
         return self
@@ -142,6 +156,8 @@ class Ranks:
             if status is not None and local not in self._seen:
                 self._seen.add(local)
                 if status != 0:
+                    # What a killed one had started, such as the processes that load its rows, holds its locks.
+                    _kill_session(process.pid)
                     rank = self.first_rank + local
                     tail = "" if rank == 0 else _tail(self.logs[local])
                     found.append(Failure(f"rank {rank} ({self.host})", status, tail))
@@ -157,10 +173,7 @@ class Ranks:
         """End them at once, with the processes that they started."""
         for process in self.processes:
             if process.poll() is None:
-                try:
-                    os.killpg(process.pid, signal.SIGKILL)
-                except ProcessLookupError:
-                    continue
+                _kill_session(process.pid)
         for process in self.processes:
             process.wait()
 
@@ -178,6 +191,11 @@ def _start(words: Sequence[str], environment: Mapping[str, str], log: Path | Non
     finally:
         if output is not None:
             output.close()
+
+
+def _kill_session(leader: int) -> None:
+    with contextlib.suppress(ProcessLookupError):
+        os.killpg(leader, signal.SIGKILL)
 
 
 def _stop_with_the_launcher() -> None:

@@ -10,6 +10,7 @@ variables, of which some have a second name:
     ZERO=0-3      DeepSpeed ZeRO stage; 0 is plain data parallelism. Default: 0 for one process, 2 for several
     OFFLOAD=1     optimizer states in host memory (ZERO=2), weights too (ZERO=3)
                   Settings of your own, named by --deepspeed or in a file of --config, take the place of both.
+    MAX_RESTARTS=N  after a fault, start the run again from its newest checkpoint, N times at most. Default: 0
     HOSTFILE=…    lines of `host slots=N`, for several hosts; the first is this one
     HOSTS=… HOST=… MASTER_ADDR=… MASTER_PORT=…
                   NNODES, NODE_RANK: for several hosts that are started one by one; Slurm says the same itself
@@ -135,7 +136,14 @@ def plan_start(pipeline: str, words: Sequence[str], environment: Mapping[str, st
         return Start(["-m", pipeline, *words])
     model = environment.get("MODEL")
     options = ["--model", model] if model else []  # a --model among the words comes later, and counts
+    restarts = _number(environment, "MAX_RESTARTS", "of restarts", least=0) or 0
+    healing = ["--max_restarts", str(restarts)] if restarts else []
     if all(environment.get(name) for name in RANK):
+        if restarts:
+            raise UserError(
+                f"MAX_RESTARTS={restarts} has no effect: this rank was started by something else",
+                "unset it, and see whether that starts ranks again (torchrun: --max-restarts)",
+            )
         return _as_a_rank(pipeline, [*options, *words], environment, gpus)
     hosts = _hosts(environment, gpus)
     zero = _zero(pipeline, environment, 2 if hosts.several else 0)
@@ -143,14 +151,16 @@ def plan_start(pipeline: str, words: Sequence[str], environment: Mapping[str, st
     # The hosts of a file differ in their numbers of processes: each settles its threads.
     shared = None if environment.get("HOSTFILE") else hosts.processes
     variables = process_defaults(environment, shared, gpus)
-    if hosts.rank is not None:
+    if hosts.rank is not None and not restarts:
         return Start(["-m", *command], variables | hosts.rank)
     if not hosts.several and zero == 0:
         # One process means one device: with several in sight, the Trainer would split every batch among them.
         if gpus > 1:
             variables["CUDA_VISIBLE_DEVICES"] = (environment.get("CUDA_VISIBLE_DEVICES") or "0").split(",")[0]
-        return Start(["-m", *command], variables)
-    return Start(["-m", "novelgpt.launch", "--processes", str(hosts.processes), *hosts.options, *command], variables)
+        launcher = ["novelgpt.launch", "--single", *healing] if healing else []
+        return Start(["-m", *launcher, *command], variables)
+    processes = ["--processes", str(hosts.processes)]
+    return Start(["-m", "novelgpt.launch", *processes, *healing, *hosts.options, *command], variables)
 
 
 def _as_a_rank(pipeline: str, words: Sequence[str], environment: Mapping[str, str], gpus: int) -> Start:
@@ -197,11 +207,12 @@ def _told_by_an_operator(hosts: int, host: int, processes: int, environment: Map
             f"RANK and WORLD_SIZE say that this is one of {hosts} hosts, and {missing[0]} is not set",
             "set MASTER_ADDR and MASTER_PORT, the same on all hosts; for this host alone, unset WORLD_SIZE",
         )
+    meeting = ["--port", environment["MASTER_PORT"], "--address", environment["MASTER_ADDR"]]
+    options = [*meeting, "--hosts", str(hosts), "--host", str(host)]
     if processes == 1:
         rank = {"RANK": str(host), "WORLD_SIZE": str(hosts), "LOCAL_RANK": "0", "LOCAL_WORLD_SIZE": "1"}
-        return _Hosts(1, True, [], rank)
-    meeting = ["--port", environment["MASTER_PORT"], "--address", environment["MASTER_ADDR"]]
-    return _Hosts(processes, True, [*meeting, "--hosts", str(hosts), "--host", str(host)])
+        return _Hosts(1, True, options, rank)
+    return _Hosts(processes, True, options)
 
 
 def _of_an_operator(environment: Mapping[str, str]) -> tuple[int, int] | None:
@@ -219,12 +230,13 @@ def _number(environment: Mapping[str, str], name: str, what: str, least: int = 1
     Raises:
         UserError: it is none, or the names disagree.
     """
-    given = {known: environment[known] for known in (name, SYNONYMS[name]) if environment.get(known)}
+    names = [name, SYNONYMS[name]] if name in SYNONYMS else [name]
+    given = {known: environment[known] for known in names if environment.get(known)}
     if "NODE_RANK" in given and not given.get("HOST", "0").isdecimal():
         del given["HOST"]  # in which some shells keep the machine's name
     if len(set(given.values())) > 1:
         words = " and ".join(f"{known}={word}" for known, word in given.items())
-        raise UserError(f"{words} are two names of one number, and differ", f"unset {name} or {SYNONYMS[name]}")
+        raise UserError(f"{words} are two names of one number, and differ", f"unset {' or '.join(names)}")
     for known, word in given.items():
         if not (word.isascii() and word.isdecimal() and least <= int(word) < 10_000):
             raise UserError(f"{known}={word} is no number {what}", f"{known}=2, for example; the least is {least}")

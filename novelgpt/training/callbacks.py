@@ -17,6 +17,7 @@ from transformers import ProgressCallback, TrainerCallback, TrainerControl, Trai
 from transformers.integrations import TensorBoardCallback
 
 from novelgpt.scoring.rouge import METRICS
+from novelgpt.settings.attempts import this_attempt
 from novelgpt.settings.fonts import INSTALL_REMEDY
 from novelgpt.settings.terminal import SECONDS_BETWEEN_LINES, say_above_bars
 from novelgpt.settings.whole_files import write_whole
@@ -55,6 +56,7 @@ class RunRecorder(TrainerCallback):
 
     def on_train_begin(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **_: Any) -> None:
         """Go on from the entries of the checkpoint; what was written after it is written again."""
+        this_attempt().reach(state.global_step)
         if state.is_world_process_zero and state.global_step:
             self.history = [dict(entry) for entry in state.log_history]
             write_whole(self.folder / "metrics.jsonl", "".join(map(_line, self.history)))
@@ -76,9 +78,10 @@ class RunRecorder(TrainerCallback):
         if time.monotonic() >= self.next_plot:
             self.draw()
 
-    def on_step_end(self, *arguments: Any, **keywords: Any) -> None:
+    def on_step_end(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **_: Any) -> None:
         """From here on there is something to keep."""
         self.trained = True
+        this_attempt().reach(state.global_step)
 
     def write(self, entry: dict[str, Any]) -> None:
         """Append a line to metrics.jsonl. A number that is not finite is null there: JSON has no word for it."""

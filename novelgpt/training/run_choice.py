@@ -9,11 +9,13 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+from novelgpt.settings.attempts import this_attempt
 from novelgpt.settings.errors import UserError
 from novelgpt.settings.locks import is_held
 from novelgpt.settings.paths import OUTPUT, check_folder_can_be_made, check_not_replaced
 from novelgpt.settings.runs import TrainingRun
 from novelgpt.settings.terminal import say
+from novelgpt.training.checkpoints.folders import step_of
 from novelgpt.training.data_identity import DataSource, identify_data
 from novelgpt.training.folder_claim import LOCK, Claim, check_none_held_below, is_vacant, look
 from novelgpt.training.resume import FILES, changes, check_same_run, newest_whole_checkpoint, unusable
@@ -51,7 +53,9 @@ def choose(run: TrainingRun, data: Data, take: Take) -> Choice:
     Raises:
         UserError: the folder that the user named holds another run, or none of its checkpoints is whole.
     """
-    training = run.training
+    training, attempt = run.training, this_attempt().told
+    if attempt.folder is not None:  # that of the start before this one, by the same launcher
+        training.output_dir, training.overwrite_output_dir, training.resume = attempt.folder, False, None
     named = training.resume_from_checkpoint
     if named and str(named).lower() in ("true", "false"):
         training.resume = str(named).lower() == "true"
@@ -67,7 +71,9 @@ def choose(run: TrainingRun, data: Data, take: Take) -> Choice:
         where = error.filename or training.output_dir or OUTPUT
         raise UserError(f"{where} cannot be read: {error.strerror}", "choose another --output_dir") from error
     try:
-        if named:
+        # A start before this one may have come further; what lies beyond was there before it.
+        further = attempt.folder is not None and checkpoint is not None and step_of(checkpoint) <= attempt.reached
+        if named and not further:
             checkpoint = _named_checkpoint(run, data, Path(named))
         if training.resume and checkpoint is None:
             raise UserError(f"{claim.folder} holds no checkpoint to go on from", "start without --resume")

@@ -9,6 +9,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+from novelgpt.settings.attempts import this_attempt
 from novelgpt.settings.errors import UserError
 from novelgpt.settings.process import first_process_value, is_first_process
 from novelgpt.settings.runs import TrainingRun
@@ -63,6 +64,7 @@ class RunFolder:
             try:
                 check_unwritten(self._data)
                 self._begin(describe_run(run, self._data) | {"status": "running"})
+                this_attempt().begin(self.path, self.checkpoint)
             except UserError as error:
                 problem = error
             except OSError as error:
@@ -100,11 +102,14 @@ class RunFolder:
     def _begin(self, description: dict[str, Any]) -> None:
         if self._claim is None or not self._claim.holds():
             raise UserError(f"{self.path} was moved or deleted while this run loaded", "start again")
+        restarts = this_attempt().restarts(self.checkpoint)
         if self._before is not None and self.checkpoint is not None:
             again = {"at": description["started"], "checkpoint": self.checkpoint.name}
             description["started"] = self._before.get("started", description["started"])
             description["resumed"] = [*self._before.get("resumed", []), again]
-            self._write(description)
+            known = {entry.get("at") for entry in restarts}
+            earlier = [entry for entry in self._before.get("restarts", []) if entry.get("at") not in known]
+            self._write(description | ({"restarts": [*earlier, *restarts]} if earlier or restarts else {}))
             remove_result_files(self.path)
             return
         changed = sorted({name for name, _ in snapshot(self.path).items() ^ self._contents.items()})
@@ -113,7 +118,7 @@ class RunFolder:
                 f"{self.path} was changed by something else after this run had chosen it: {', '.join(changed[:3])}",
                 "look at what it holds, and start again, or choose another --output_dir",
             )
-        self._replace(description)
+        self._replace(description | ({"restarts": restarts} if restarts else {}))
 
     def _write(self, description: dict[str, Any]) -> None:
         write_run(self.path, description)

@@ -55,6 +55,7 @@ class _RunRecord(BaseModel):
     data_sha256: dict[str, str] = {}
     data: list[DataSource] = []
     resumed: list[dict[str, Any]] = []
+    restarts: list[dict[str, Any]] = []
     results: dict[str, Any] = {}
 
     @field_validator("arguments")
