@@ -13,7 +13,9 @@ import os
 import random
 import socket
 import struct
+import sys
 from collections.abc import Callable, Iterator
+from pathlib import Path
 
 from tests.launched import PATIENCE
 
@@ -172,3 +174,18 @@ def silent(place: tuple[str, int], count: int) -> list[Wire]:
     for number, wire in enumerate(wires):
         wire.put(wire.greeting[: number % 42])
     return wires
+
+
+def attack(place: tuple[str, int], secret: bytes) -> None:
+    """All of it against a run that has its hosts, from where this process is."""
+    recorded = Wire(place, secret).greet().say(HELLO)
+    assert recorded.hear()["kind"] == "refused"
+    silent(place, 100)
+    flood(place, 2000, seed=3)
+    for wire in list(hostile(place, secret, recorded)):
+        wire.hung_up()
+
+
+if __name__ == "__main__":
+    attack((sys.argv[1], int(sys.argv[2])), Path(sys.argv[3]).read_bytes().strip())
+    print("attacked")

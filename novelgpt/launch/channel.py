@@ -130,7 +130,7 @@ class FirstHost:
     def poll(self) -> list[Failure]:
         """Failures of the other hosts since the last call."""
         for arrival in self._door.arrivals(0):
-            self._refuse(arrival, "taken")  # not while the run goes on
+            self._refuse(arrival)  # not while the run goes on
         return self._hear()
 
     def report(self, failures: Iterable[Failure], status: int) -> None:
@@ -152,15 +152,14 @@ class FirstHost:
 
     def _admit(self, arrival: Arrival) -> None:
         hello = arrival.hello
-        if hello.hosts != self.hosts:
-            return self._refuse(arrival, "hosts")
-        if hello.host in self.members:
-            return self._refuse(arrival, "taken")
+        if hello.hosts != self.hosts or hello.host in self.members:
+            return self._refuse(arrival)
         self.members[hello.host], self.processes[hello.host] = arrival.link, hello.processes
         self._names[hello.host] = f"host {hello.host} ({hello.name}, {arrival.address})"
         return arrival.link.send(Welcome())
 
-    def _refuse(self, arrival: Arrival, reason: Literal["taken", "hosts"]) -> None:
+    def _refuse(self, arrival: Arrival) -> None:
+        reason: Literal["taken", "hosts"] = "taken" if arrival.hello.hosts == self.hosts else "hosts"
         arrival.link.send(Refused(reason=reason, hosts=self.hosts))
         arrival.link.close()
 

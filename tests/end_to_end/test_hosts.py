@@ -4,6 +4,7 @@ import os
 import shutil
 import socket
 import subprocess
+import sys
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -11,7 +12,7 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
-from tests.launched import Launched
+from tests.launched import ROOT, Launched
 
 ADDRESSES = ("10.213.77.1", "10.213.77.2")
 # What ssh does, between namespaces: the words before the last two are its options.
@@ -116,6 +117,47 @@ def test_two_hosts_train_what_one_host_with_two_ranks_does(hosts: str, words: li
         shutil.rmtree(tmp_path / way.__name__ / "run")
 
 
+def secret_file(folder: Path) -> str:
+    (folder / "secret").touch(mode=0o600)
+    (folder / "secret").write_bytes(os.urandom(32))
+    return str(folder / "secret")
+
+
+@pytest.mark.long
+def test_strangers_disturb_no_training_of_hosts_that_are_started_by_hand(
+    hosts: str, words: list[str], tmp_path: Path
+) -> None:
+    """From an address of its own, and from that of a host; one with another secret does not get in."""
+    words = [*words, "--max_steps", "40", "--output_dir"]
+    with Launched(*words, str(tmp_path / "one"), log=tmp_path / "log", variables={"NPROC": "2"}, warm=True) as run:
+        assert run.ends() == 0, run.text()[-3000:]
+    expected = load_file(tmp_path / "one" / "model.safetensors")
+    place = (ADDRESSES[0], "20501")
+    meeting = {"HOSTS": "2", "NPROC": "1", "MASTER_ADDR": place[0], "MASTER_PORT": "20500"}
+    meeting["SECRET_FILE"] = secret_file(tmp_path)
+    words += [str(tmp_path / "two")]
+    stranger = [*inside(hosts, 2), sys.executable, "-m", "tests.hostile_launchers", *place, meeting["SECRET_FILE"]]
+
+    def start(host: int, **variables: str) -> Launched:
+        log, told = tmp_path / f"log{host}{len(variables)}", meeting | {"HOST": str(host)} | variables
+        return Launched(*words, log=log, prefix=inside(hosts, host + 1), variables=told, warm=True)
+
+    with start(0) as first:
+        with start(1, SECRET_FILE="", NOVELGPT_SECRET="that of another run") as other:
+            assert other.ends() == 2
+            assert "has another secret than this one" in other.text()
+        first.until(rf"a launcher at {ADDRESSES[1]} has another secret")
+        with start(1) as second:
+            first.until("2 hosts, 2 processes")
+            for _ in range(3):
+                assert subprocess.run(stranger, cwd=ROOT, check=True, capture_output=True, text=True).stdout
+            assert first.process.poll() is None, "the training is over already"
+            assert (first.ends(), second.ends()) == (0, 0), first.text()[-3000:]
+    weights = load_file(tmp_path / "two" / "model.safetensors")
+    assert weights.keys() == expected.keys()
+    assert all(torch.equal(weights[name], expected[name]) for name in expected)
+
+
 @pytest.mark.slow
 def test_hosts_that_do_not_share_the_run_folder_are_refused(words: list[str], tmp_path: Path) -> None:
     (tmp_path / "out").mkdir()
@@ -123,10 +165,8 @@ def test_hosts_that_do_not_share_the_run_folder_are_refused(words: list[str], tm
     with socket.socket() as free:
         free.bind(("", 0))
         port = free.getsockname()[1]
-    (tmp_path / "secret").touch(mode=0o600)
-    (tmp_path / "secret").write_bytes(os.urandom(32))
     meeting = {"HOSTS": "2", "NPROC": "1", "ZERO": "0", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port)}
-    meeting |= {"SECRET_FILE": str(tmp_path / "secret")}
+    meeting["SECRET_FILE"] = secret_file(tmp_path)
     # The second host has a file system of its own there.
     own = ("unshare", "--mount", "bash", "-c", f'mount -t tmpfs none "{tmp_path}/out" && exec "$@"', "own")
     if subprocess.run([*own, "true"], check=False, capture_output=True).returncode != 0:
