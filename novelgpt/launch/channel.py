@@ -256,6 +256,7 @@ def _join(
     place = f"{address} port {port}"
     begin = time.monotonic()
     taken: float | None = None  # since when the place is
+    silent = False
     while True:
         watch()
         try:
@@ -267,17 +268,20 @@ def _join(
             if messages and isinstance(messages[0], Welcome):
                 return link, messages[1:]
             link.close()
-            trouble = "it ends the connection without a word"
+            trouble = "ends the connection without a word"
             if messages and isinstance(messages[0], Refused):
                 if taken is None and messages[0].reason == "taken":
                     say(f"the first host has a host {hello.host} already; waiting for its place", stderr=True)
                 taken = taken or time.monotonic()
                 _check_refusal(messages[0], hello, time.monotonic() - taken)
-            elif link.fault not in (None, Fault.GONE):
+            elif link.fault is not None and link.fault is not Fault.GONE:
                 _raise_for(link.fault, place)
+            elif not silent:
+                silent = True
+                say(f"{place} {trouble}, as another service or an older version would; trying again", stderr=True)
         if time.monotonic() - begin > WAIT_SECONDS:
             raise UserError(
-                f"the first host does not answer at {place}: {trouble}",
+                f"the first host does not answer: {place}: {trouble}",
                 "start there too; open the port; or name an address of it that this host can reach",
             )
         time.sleep(0.5)

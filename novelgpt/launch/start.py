@@ -14,6 +14,8 @@ variables, of which some have a second name:
     HOSTFILE=…    lines of `host slots=N`, for several hosts; the first is this one
     HOSTS=… HOST=… MASTER_ADDR=… MASTER_PORT=…
                   NNODES, NODE_RANK: for several hosts that are started one by one; Slurm says the same itself
+    SECRET_FILE=… NOVELGPT_SECRET=…
+                  by which these hosts know each other, as do Slurm's; the launcher reads it
 
 Under torchrun, accelerate and others that start the ranks (RANK, LOCAL_RANK, WORLD_SIZE), no further process is
 started. An operator that tells each host its number alone (RANK and WORLD_SIZE) is taken at its word, too.
