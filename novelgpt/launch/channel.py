@@ -105,7 +105,7 @@ class FirstHost:
         """
         self.processes[0] = processes
         begin = time.monotonic()
-        while missing := [host for host in range(1, self.hosts) if host not in self.members]:
+        while missing := self._missing():
             watch()
             for arrival in self._door.arrivals(0.05):
                 self._admit(arrival)
@@ -118,7 +118,6 @@ class FirstHost:
                     f"{WAIT_SECONDS / 60:.0f} minutes",
                     "see what it printed, and whether this host's port is open to it",
                 )
-        self._done.clear()
         self._reports.clear()
         world = sum(self.processes.values())
         address = self.members[1].connection.getsockname()[0]
@@ -149,6 +148,13 @@ class FirstHost:
             link.close()
         self._door.close()
         return found
+
+    def _missing(self) -> list[int]:
+        """Hosts that are not there; who was done with a start before does not count as there."""
+        for host in self._done:
+            self.members.pop(host).close()
+        self._done.clear()
+        return [host for host in range(1, self.hosts) if host not in self.members]
 
     def _admit(self, arrival: Arrival) -> None:
         hello = arrival.hello

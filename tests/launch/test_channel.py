@@ -55,6 +55,7 @@ def test_strangers_disturb_no_run_while_hosts_gather_nor_while_they_train(tmp_pa
             lambda wire: wire.put(struct.pack("!I", 2**32 - 1) + bytes(32)),
             lambda wire: wire.put(wire.frame(json.dumps(HELLO).encode())),  # once more, signed as the first time
             lambda wire: wire.say(HELLO, 1),
+            lambda wire: wire.say({"kind": "done"}, 1),
             lambda wire: wire.put(wire.frame(NESTED, 1)),
             lambda wire: wire.say({"kind": "report", "who": "rank 1", "status": 10**9, "tail": ""}, 1),
         ]
@@ -96,7 +97,7 @@ def test_strangers_disturb_no_run_while_hosts_gather_nor_while_they_train(tmp_pa
         "a launcher at 127.0.0.1 has another secret: it may not join",
         "a launcher at 127.0.0.1 runs another version of this toolkit: it may not join",
     }
-    assert len(lines) == 2 + len(after) + 1
+    assert len(lines) == 2 + len(after)
 
 
 def test_with_another_secret_nobody_joins(tmp_path: Path) -> None:
@@ -234,3 +235,19 @@ def test_where_a_name_leads_only_to_the_host_itself_it_listens_for_others(tmp_pa
     assert (first.returncode, errors) == (
         0, f"node1 leads only to this host itself: listening at port {port + 1} of all its interfaces\n"
     )  # fmt: skip
+
+
+def test_long_words_of_many_ranks_reach_the_first_host(tmp_path: Path) -> None:
+    """Each of 6,000 characters that take six bytes on the way."""
+    port = free_port()
+    script = """
+if rank == 0: sys.exit()
+print('\\x01' * 6000, end='', flush=True)
+open(f'{rank}.ready', 'w').close()
+while not all(os.path.exists(f'{other}.ready') for other in range(1, 9)): time.sleep(0.01)
+os._exit(7)
+"""
+    with launcher(tmp_path, script, *on_two_hosts(port, 1, 8)) as other:
+        status, _, errors = launch(tmp_path, script, *on_two_hosts(port, 0, 1))
+        assert (status, other.wait(timeout=PATIENCE)) == (7, 7)
+    assert "<U+0001>" * 6000 in errors
