@@ -19,7 +19,7 @@ from cli.convert_config.rows import RowWriter
 from cli.convert_config.source import read_settings
 from novelgpt.settings.command_parser import CommandParser
 from novelgpt.settings.errors import UserError, exit_on_user_error
-from novelgpt.settings.paths import IS_CHECKOUT, ROOT
+from novelgpt.settings.paths import IS_CHECKOUT, ROOT, check_folder_can_be_made
 from novelgpt.settings.remedies import python_module
 from novelgpt.settings.terminal import say, say_text
 from novelgpt.settings.whole_files import write_whole
@@ -38,11 +38,12 @@ STYLES = {"same": None, "differs": None, "missing": "yellow"}
 def main(argv: list[str] | None = None) -> None:
     """Convert what the command line names."""
     words = _parser().parse_args(argv)
-    for path in [words.output] if words.output else []:
-        if path.exists():
-            raise UserError(f"{path} is there already", "name a new file with -o")
-        if not path.absolute().parent.is_dir():
-            raise UserError(f"{path.parent} is no folder", "make it first, or name another file with -o")
+    if words.output:
+        if words.output.exists():
+            raise UserError(f"{words.output} is there already", "name a new file with -o")
+        check_folder_can_be_made(words.output.parent, f"--output {words.output}")
+    if words.output_data:
+        check_folder_can_be_made(words.output_data, f"--output_data {words.output_data}")
     tool, given = read_settings(words.file, words.tool)
     root = words.root or _root(words.file, given)
     if not root.is_dir():
@@ -52,6 +53,7 @@ def main(argv: list[str] | None = None) -> None:
     text = _yaml(conversion, command)
     writer.write()
     if words.output:
+        words.output.parent.mkdir(parents=True, exist_ok=True)
         write_whole(words.output, text)
     else:
         say_text(text)

@@ -144,6 +144,7 @@ def test_defaults_of_llamafactory_are_written_out(place: Path) -> None:
 @pytest.mark.parametrize(
     ("more", "expected"),
     [
+        ({"val_size": 0.1}, {"valid_fraction": 0.1}),
         ({"val_size": 4}, {"valid_fraction": round(3.5 / 9, 9)}),
         ({"eval_dataset": "talk"}, {"valid_files": ["data/talk.json"]}),
         ({"packing": True}, {"packing": True}),
@@ -214,10 +215,56 @@ def test_what_is_not_here_is_refused_by_name(
     assert told in refused(place, given, capsys)
 
 
+def test_what_has_no_counterpart_is_told_by_kind(place: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    given = LLAMAFACTORY | {"pissa_init": True, "train_on_prompt": True, "use_galore": False, "template": "default"}
+    converted(place, given | {"quantization_bit": 8, "odd_key": 1, "resume_from_checkpoint": "saves/checkpoint-9"})
+    told = capsys.readouterr().out
+    kinds = {}
+    for line in told.splitlines():
+        if line.endswith(":") and not line.startswith(" "):
+            kind = line.split()[0]
+        elif found := re.match(r"  (\w+): ", line):
+            kinds[found[1]] = kind
+    missing = ("pissa_init", "train_on_prompt", "quantization_bit", "odd_key", "resume_from_checkpoint")
+    expected = dict.fromkeys(missing, "Has") | {"template": "Is", "overwrite_output_dir": "Is", "cutoff_len": "Is"}
+    expected |= dict.fromkeys(("use_galore", "plot_loss", "overwrite_cache", "stage", "do_train"), "Needs")
+    assert {key: kinds.get(key) for key in expected} == expected
+    text = (place / "ours.yaml").read_text(encoding="utf-8")
+    assert [line.strip() for line in told.splitlines() if line.startswith("  ")] == re.findall(
+        r"^#   (.+)$", text, flags=re.MULTILINE
+    )
+
+
+def test_rows_with_tools_are_read_alike(place: Path) -> None:
+    call = '{"name": "weather", "arguments": {"city": "北京"}}'
+    told = [("human", "天气？"), ("function_call", call), ("observation", "晴"), ("gpt", "晴天。")]
+    tool = {"type": "function", "function": {"name": "weather", "parameters": {"type": "object", "properties": {}}}}
+    row = {"conversations": [{"from": who, "value": text} for who, text in told], "tools": json.dumps([tool])}
+    (place / "data" / "calls.json").write_text(json.dumps([row] * 2, ensure_ascii=False), encoding="utf-8")
+    info = {"formatting": "sharegpt", "columns": {"messages": "conversations", "tools": "tools"}}
+    (place / "data" / "dataset_info.json").write_text(
+        json.dumps({"calls": {"file_name": "calls.json"} | info}), "utf-8"
+    )
+    _, ours = converted(place, LLAMAFACTORY | {"dataset": "calls"})
+    assert ours["train_files"] == ["data/calls.json"]
+    del info["columns"]["tools"]  # type: ignore[attr-defined]
+    (place / "data" / "dataset_info.json").write_text(
+        json.dumps({"calls": {"file_name": "calls.json"} | info}), "utf-8"
+    )
+    _, ours = converted(place, LLAMAFACTORY | {"dataset": "calls"}, "--output_data", "rows")
+    assert "tools" not in next(iter(read_conversation_rows(place / ours["train_files"][0])))
+
+
 def test_nothing_is_overwritten(place: Path, capsys: pytest.CaptureFixture[str]) -> None:
     (place / "ours.yaml").write_text("mine", encoding="utf-8")
     assert "ours.yaml is there already" in refused(place, LLAMAFACTORY, capsys)
     assert (place / "ours.yaml").read_text(encoding="utf-8") == "mine"
+    (place / "ours.yaml").unlink()
+    for words, told in (
+        (["--output_data", "theirs.yaml"], "theirs.yaml is no folder"),
+        (["--root", "no"], "--root no"),
+    ):
+        assert told in refused(place, LLAMAFACTORY, capsys, *words)
     main(["theirs.yaml"])
     assert "lora_alpha: 16" in capsys.readouterr().out
 
