@@ -1,12 +1,13 @@
 """What the pipelines share: settings, text, models, training and scoring. It imports none of them.
 
 Importing it switches telemetry off, and under `python -m` lets Ctrl-C end the process without a traceback until `main`
-begins; so each room imports it before anything else.
+begins, and gives ranks what libraries read when they are imported; so each room imports it before anything else.
 """
 
 import os
 import sys
 
+from novelgpt.settings.given_ranks import begin_rank
 from novelgpt.settings.signals import begin_command
 from novelgpt.settings.telemetry import switch_off
 
@@ -14,4 +15,5 @@ __version__ = "0.1.0"
 
 if sys.argv[:1] == ["-m"]:  # as it reads until runpy has found the module
     begin_command()
+    begin_rank()
 switch_off(os.environ)

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import contextlib
-import ctypes
 import os
 import signal
 import subprocess
@@ -13,8 +12,9 @@ from dataclasses import dataclass
 from pathlib import Path
 from types import TracebackType
 
+from novelgpt.settings.given_ranks import LAUNCHED, stop_with_parent
+
 TAIL_BYTES = 6000
-PR_SET_PDEATHSIG = 1
 
 
 @dataclass(frozen=True)
@@ -54,6 +54,7 @@ class Block:
             "LOCAL_WORLD_SIZE": self.processes,
             "MASTER_ADDR": self.address,
             "MASTER_PORT": self.port,
+            LAUNCHED: 1,
         }
         return {name: str(value) for name, value in variables.items()}
 
@@ -186,7 +187,7 @@ def _start(words: Sequence[str], environment: Mapping[str, str], log: Path | Non
         return subprocess.Popen(
             command, env=dict(environment), stdin=subprocess.DEVNULL, stdout=output,
             stderr=None if output is None else subprocess.STDOUT, start_new_session=True,
-            preexec_fn=_stop_with_the_launcher if sys.platform == "linux" else None,
+            preexec_fn=stop_with_parent if sys.platform == "linux" else None,
         )  # fmt: skip
     finally:
         if output is not None:
@@ -196,11 +197,6 @@ def _start(words: Sequence[str], environment: Mapping[str, str], log: Path | Non
 def _kill_session(leader: int) -> None:
     with contextlib.suppress(ProcessLookupError):
         os.killpg(leader, signal.SIGKILL)
-
-
-def _stop_with_the_launcher() -> None:
-    """Where the launcher is killed, its ranks get SIGTERM: they save and end instead of running on unseen."""
-    ctypes.CDLL(None).prctl(PR_SET_PDEATHSIG, signal.SIGTERM)
 
 
 def _tail(path: Path) -> str:

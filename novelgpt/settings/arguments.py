@@ -3,13 +3,15 @@
 from __future__ import annotations
 
 import importlib.util
+import os
 import sys
 from dataclasses import dataclass, field, fields
-from typing import Any, ClassVar, Literal
+from typing import Any, ClassVar, Literal, cast
 
 import torch
 from transformers import TrainingArguments
 
+from novelgpt.settings.accelerate_variables import precision_of_accelerate
 from novelgpt.settings.deepspeed_builds import release_build_locks, spare_unused_build
 from novelgpt.settings.deepspeed_file import NAMED, check_deepspeed, deepspeed_place
 from novelgpt.settings.errors import UserError
@@ -302,6 +304,12 @@ class TrainArguments(TrainingArguments):
         if not torch.accelerator.is_available():
             # Without it, bf16 is refused, and accelerate takes several ranks on CPUs for one process each.
             self.use_cpu = True
+        if os.environ.get("ACCELERATE_USE_CPU", "").lower() in ("true", "1"):  # accelerate launch --cpu
+            self.use_cpu = True
+        given = "bf16" if self.bf16 else "fp16" if self.fp16 else self.precision
+        said = precision_of_accelerate(os.environ, given)
+        if said != given:
+            self.precision = cast(Any, said)
         cuda = torch.cuda.is_available() and not self.use_cpu
         if self.precision == "auto" and not (self.bf16 or self.fp16):
             self.bf16 = cuda and torch.cuda.is_bf16_supported()

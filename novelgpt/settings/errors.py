@@ -3,8 +3,16 @@
 from __future__ import annotations
 
 import functools
+import os
 from collections.abc import Callable
 
+from novelgpt.settings.given_ranks import (
+    is_given,
+    is_loss_of_a_rank,
+    leave_refusal_to_the_first,
+    leave_word_to_the_cause,
+    quieten_further_ranks,
+)
 from novelgpt.settings.signals import hear_interrupts
 from novelgpt.settings.terminal import guard_terminal, say, visible
 
@@ -39,23 +47,36 @@ def reason_of(error: BaseException) -> str:
 def exit_on_user_error(main: Callable[..., None]) -> Callable[..., None]:
     """Decorate a `main` so that a UserError ends in two lines on standard error and exit status 2.
 
-    Of several processes, the launcher shows what the first prints, and of the others' words those that count. Ctrl-C
-    ends in one line and exit status 130.
+    Of several processes, the launcher shows what the first prints, and of the others' words those that count; where
+    there is no such launcher, ranks leave the word to the one whose error it is. Ctrl-C ends in one line and exit
+    status 130, the loss of another rank in two lines and 1.
     """
 
     @functools.wraps(main)
     def wrapped(argv: list[str] | None = None) -> None:
         hear_interrupts()
         guard_terminal()
+        quieten_further_ranks()
         try:
             main(argv)
         except UserError as error:
+            leave_refusal_to_the_first()
             say(f"error: {error.cause}", f"  fix: {error.remedy}", stderr=True)
             raise SystemExit(2) from None
         except KeyboardInterrupt:
-            say("stopped by Ctrl-C", stderr=True)
+            if not is_given() or os.environ["RANK"] == "0":
+                say("stopped by Ctrl-C", stderr=True)
             raise SystemExit(130) from None
         except BaseException as error:
+            if is_loss_of_a_rank(error):
+                leave_word_to_the_cause()
+                say(
+                    f"error: another rank has ended, or cannot be reached: {reason_of(error)}",
+                    "  fix: look at what it says, here or on its host; the same command goes on from the newest "
+                    "checkpoint",
+                    stderr=True,
+                )
+                raise SystemExit(1) from None
             if type(error).__module__ != RUST_PANICS:
                 raise
             # The patterns of a tokenizer.json may be such that their matching is given up on some texts.

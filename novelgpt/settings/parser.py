@@ -6,6 +6,7 @@ import argparse
 import difflib
 import json
 import math
+import os
 import re
 import sys
 import typing
@@ -19,10 +20,12 @@ from rich.text import Text
 from transformers import HfArgumentParser
 from transformers.hf_argparser import string_to_bool
 
+from novelgpt.settings.accelerate_variables import refuse_settings_of_accelerate
 from novelgpt.settings.arguments import TrainArguments
 from novelgpt.settings.command_parser import CommandParser
 from novelgpt.settings.console import make_console
 from novelgpt.settings.errors import UserError
+from novelgpt.settings.given_ranks import problem_of_rank
 from novelgpt.settings.parsed_files import read_yaml
 from novelgpt.settings.paths import EMBEDDED_BASE, ROOT, TINY, check_not_replaced, check_utf8, from_home, model_place
 from novelgpt.settings.peer_names import MODEL_NAMES, OTHER_NAMES, explain, settle_model
@@ -64,6 +67,7 @@ def parse_arguments(run_type: type[Run], argv: list[str] | None = None) -> Run:
     words = list(sys.argv[1:] if argv is None else argv)
     for word in words:
         check_utf8(word)
+    _check_launcher()
     groups = {name: hint for name, hint in typing.get_type_hints(run_type).items() if isinstance(hint, type)}
     pipeline: str = vars(run_type)["pipeline"]
     parser = _Parser(
@@ -71,6 +75,8 @@ def parse_arguments(run_type: type[Run], argv: list[str] | None = None) -> Run:
     )
     parser.add_argument("--config", action="append", default=[], metavar="FILE", help="YAML file; may be repeated.")
     parser.add_argument("--deepspeed_by_default", dest=BY_DEFAULT, metavar="FILE")
+    if "--local_rank" not in parser._option_string_actions:  # which deepspeed hands to every program
+        parser.add_argument("--local_rank", dest="_local_rank", help=argparse.SUPPRESS)
     for name in OTHER_NAMES:
         parser.add_argument(f"--{name}", f"--{name.replace('_', '-')}", dest=f"_{name}", type=from_home)
     actions = {action.dest: action for action in reversed(parser._actions)}  # of a pair, --x and not --no_x
@@ -110,6 +116,18 @@ def parse_arguments(run_type: type[Run], argv: list[str] | None = None) -> Run:
             for name in given["config"] or []:
                 check_not_replaced(name, "config", Path(group.output_dir))
     return run_type(**dict(zip(groups, objects, strict=True)))
+
+
+def _check_launcher() -> None:
+    """Make sure that what has started this process says whole things.
+
+    Raises:
+        UserError: it does not.
+    """
+    problem = problem_of_rank(os.environ)
+    if problem is not None:
+        raise UserError(problem, "torchrun, accelerate and deepspeed set all of them; for one process, unset RANK")
+    refuse_settings_of_accelerate(os.environ)
 
 
 def _settings_of_model(

@@ -56,5 +56,6 @@ def begin_command() -> None:
 
 
 def _end(number: int, _: FrameType | None) -> None:
-    os.write(2, b"stopped by Ctrl-C\n")
+    if os.environ.get("RANK", "0") == "0":
+        os.write(2, b"stopped by Ctrl-C\n")
     os._exit(128 + number)
