@@ -16,6 +16,7 @@ from peft import PeftModel
 from torch import nn
 
 from novelgpt.model.adapter_bases import BASE_HELP, find_base
+from novelgpt.model.card import code, write_derived_card
 from novelgpt.model.export import (
     DTYPE_CHOICES,
     DTYPE_HELP,
@@ -62,6 +63,8 @@ def main(argv: list[str] | None = None) -> None:
         written, effect = _write_merged(words, base, unfinished)
         merged = ModelArguments(str(unfinished), "sdpa", words.trust_remote_code)
         compare_reloaded(written, merged, ("base + adapter", "merged"), words.tolerance, effect)
+        made = f"{code(Path(words.adapter).name)} and its base, merged into full weights."
+        write_derived_card(unfinished, words.output.name, words.adapter, made, base, read_config(merged).model_type)
     say(f"merged into {words.output}")
     print_notes(vllm_notes(read_config(ModelArguments(str(words.output), "sdpa", words.trust_remote_code))))
 

@@ -10,6 +10,7 @@ from collections.abc import Sequence
 from contextlib import nullcontext
 from dataclasses import asdict, dataclass
 from pathlib import Path
+from typing import Any
 
 import numpy
 import torch
@@ -18,6 +19,7 @@ from accelerate.utils import gather_object
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from dataset.instructions import load_instructions
+from novelgpt.model.card import CARD
 from novelgpt.model.generation import Answer, check_continuous, plan_batches
 from novelgpt.model.hub import folder_of
 from novelgpt.model.loading import load_for_generation, longest_row
@@ -34,6 +36,7 @@ from novelgpt.settings.units import counted
 from novelgpt.settings.whole_files import write_whole
 from novelgpt.text.tokenizer import load_tokenizer
 from novelgpt.training.run_record import newest_finetuning
+from predict.card_scores import add_scores
 from predict.endpoint import check_settings, through_endpoint
 from predict.generate import AnswerRows, continuously, in_batches, reference_sums
 from predict.journal import Journal
@@ -97,7 +100,10 @@ def main(argv: list[str] | None = None) -> None:
             _write_predictions(rows, ordered, folder / "predictions.jsonl")
             show_answers(rows, ordered)
             figures = {"seconds": seconds, "answered_before": known, "model": source.name}
-            _write_scores(rows, ordered, sums, figures | {"generation": asdict(run.generation)}, folder / "scores.json")
+            figures |= {"generation": asdict(run.generation)}
+            scores = _write_scores(rows, ordered, sums, figures, folder / "scores.json")
+            if source.model is not None:
+                add_scores(Path(source.name), run.data.data_files, scores)
             journal.remove()
             _say_endings(rows, ordered)
             say(f"  predictions   {folder / 'predictions.jsonl'}", f"  scores        {folder / 'scores.json'}")
@@ -161,7 +167,8 @@ def _output_folder(run: PredictRun) -> Path:
 def _identity(run: PredictRun, name: str, rows: Sequence[PromptRow]) -> str:
     """What the answers depend on, as a hash: the model's files, the prompts, the settings."""
     local = run.data.endpoint is None and Path(name).is_dir()
-    files = sorted(path for path in Path(name).iterdir() if path.is_file()) if local else []
+    # But for the card, into which predictions write their scores.
+    files = sorted(path for path in Path(name).iterdir() if path.is_file() and path.name != CARD) if local else []
     state = [(path.name, path.stat().st_size, path.stat().st_mtime_ns) for path in files]
     settings = asdict(run.generation), run.data.base, run.data.batch_size, run.data.backend, run.data.attention
     asked = [(row.id, row.prompt_ids, row.prompt, row.plain) for row in rows]
@@ -237,7 +244,7 @@ def _write_scores(
     sums: numpy.ndarray,
     figures: dict[str, object],
     path: Path,
-) -> None:
+) -> dict[str, Any]:
     predictions = [
         scored_prediction(
             row.id, row.told_apart(answer)[1], row.reference_told_apart()[1], row.scoring, answer.finish_reason
@@ -251,7 +258,7 @@ def _write_scores(
     # Of the answers made before a kill, the seconds are not known; and some servers do not count tokens.
     unknown = figures["answered_before"] or any(answer.text and not answer.completion_tokens for answer in answers)
     speed = {} if unknown else {"tokens_per_second": tokens / seconds}
-    write_scores(score_predictions(predictions, of_the_model), path, figures | speed)
+    return write_scores(score_predictions(predictions, of_the_model), path, figures | speed)
 
 
 if __name__ == "__main__":

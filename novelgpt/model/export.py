@@ -19,6 +19,7 @@ import torch
 from rich.table import Column, Table
 from transformers import GenerationConfig, PreTrainedConfig, PreTrainedModel, PreTrainedTokenizerBase
 
+from novelgpt.model.card import code, shown_name, write_derived_card
 from novelgpt.model.fingerprint import base_folder
 from novelgpt.model.generation import answer_end_ids
 from novelgpt.model.loading import adapter_base, load_model, read_config
@@ -250,6 +251,9 @@ def export_checkpoint(
     with complete_folder(words.output) as unfinished:
         written = _write_converted(words, source, convert, convert_tokenizer, unfinished)
         compare_reloaded(written, ModelArguments(str(unfinished), "sdpa"), ("original", name), words.tolerance)
+        made = f"{code(shown_name(source.model))}, converted to {name} without further training."
+        exported = read_config(ModelArguments(str(unfinished), "sdpa")).model_type
+        write_derived_card(unfinished, words.output.name, source.model, made, source.model, exported)
     say(f"exported to {words.output}")
 
 

@@ -18,6 +18,7 @@ from transformers import (
 )
 from transformers.utils import GENERATION_CONFIG_NAME
 
+from novelgpt.model.card import CARD, write_card
 from novelgpt.model.generation import answer_end_ids
 from novelgpt.settings.parsed_files import read_object
 from novelgpt.settings.runs import TrainingRun
@@ -32,10 +33,12 @@ from novelgpt.training.forward_checks import check_packing
 from novelgpt.training.longest_batch import rows_to_try
 from novelgpt.training.memory_plan import MemoryPlan, row_lengths
 from novelgpt.training.result_files import write_result_files
+from novelgpt.training.run_card import RunCard
 from novelgpt.training.run_folder import RunFolder
 from novelgpt.training.sample_predictions import SamplePredictions
 from novelgpt.training.stop_check import check_stops
 from novelgpt.training.throughput import peak_memory
+from novelgpt.training.trackers import guard_trackers, name_tracked_run
 from novelgpt.training.trainer import NovelTrainer, base_model
 
 
@@ -87,12 +90,22 @@ def _fit_into(
     valid = evaluations.rows
     if training.process_index == 0:
         say(evaluations.explain())
+    name_tracked_run(training, folder, str(claimed.description.get("id", "")))
     base_recorder = BaseRecorder(model)
     # Events of every run lie under logs/, where `tensorboard --logdir output` finds them by the run's name.
     # What a run that is gone on with had written after its checkpoint is not shown.
     begin = int(resumed.rpartition("-")[2]) + 1 if resumed is not None else None
     writer = SummaryWriter(str(folder / "logs"), purge_step=begin) if training.process_index == 0 else None
     curves = None if writer is None else Curves(writer)
+    cards = RunCard(run, claimed.description, base_model(model), tokenizer, train) if writer is not None else None
+
+    def complete(unfinished: Path) -> None:
+        """Beside weights that are being saved, by the first process."""
+        base_recorder.record(unfinished)
+        if cards is not None:
+            (unfinished / CARD).unlink(missing_ok=True)  # peft's, which says nothing
+            write_card(unfinished, cards.card(unfinished, trainer.state))
+
     try:
         _set_end_tokens(base_model(model), tokenizer)
         trainer = NovelTrainer(
@@ -107,9 +120,10 @@ def _fit_into(
             data_collator=Collator(int(tokenizer.pad_token_id)),
             processing_class=tokenizer,
             callbacks=[recorder, base_recorder, claimed.stop],
-            complete=base_recorder.record,
+            complete=complete,
             note=recorder.write if training.process_index == 0 else None,
         )
+        guard_trackers(trainer)
         trainer.remove_callback(PrinterCallback if training.disable_tqdm else ProgressCallback)
         trainer.add_callback(ProgressLines() if training.disable_tqdm else Progress())
         if curves is not None:
@@ -130,6 +144,9 @@ def _fit_into(
     results = _results(trainer.state.log_history, outcome.metrics)
     results["saved_step"] = trainer.state.global_step if trainer.saved_step is None else trainer.saved_step
     if trainer.is_world_process_zero():
+        if cards is not None:
+            train_loss = {"train_loss": outcome.metrics["train_loss"]}
+            write_card(folder, cards.card(folder, trainer.state, results | train_loss))
         write_result_files(folder, trainer.state, outcome.metrics, rows, len(valid))  # type: ignore[arg-type]
         claimed.finish(results)
         _show(results, plan.compare(peak), folder, trainer.state.max_steps)

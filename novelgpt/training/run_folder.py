@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import secrets
 import shutil
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -75,6 +76,11 @@ class RunFolder:
             raise problem
         self.stop.end_at_once()
 
+    @property
+    def description(self) -> dict[str, Any]:
+        """What run.json holds, on the first process, once the run has begun."""
+        return self._description
+
     def finish(self, results: dict[str, Any]) -> None:
         """Note in run.json that the run is complete, with its final figures."""
         self._write(self._description | {"status": "finished", "finished": now(), "results": results})
@@ -103,6 +109,8 @@ class RunFolder:
         if self._claim is None or not self._claim.holds():
             raise UserError(f"{self.path} was moved or deleted while this run loaded", "start again")
         restarts = this_attempt().restarts(self.checkpoint)
+        before = self._before if self._before is not None and self.checkpoint is not None else {}
+        description["id"] = before.get("id") or secrets.token_hex(8)  # for trackers, whose runs go on as well
         if self._before is not None and self.checkpoint is not None:
             again = {"at": description["started"], "checkpoint": self.checkpoint.name}
             description["started"] = self._before.get("started", description["started"])

@@ -44,6 +44,7 @@ class _RunRecord(BaseModel):
     model_config = ConfigDict(strict=True, extra="allow")
 
     pipeline: str = ""
+    id: str = ""
     status: str = ""
     started: str = ""
     finished: str = ""

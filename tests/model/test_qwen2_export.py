@@ -5,8 +5,10 @@ from pathlib import Path
 
 import pytest
 import torch
+from huggingface_hub import ModelCard
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
+from novelgpt.model.card import CARD, read_card
 from novelgpt.model.qwen1.qwen2_export import main as export
 from novelgpt.settings.arguments import ModelArguments
 from novelgpt.text.conversation import encode_prompt
@@ -32,6 +34,10 @@ def test_logits_and_prompts_are_equal(tmp_path: Path) -> None:
     question = [{"role": "user", "content": "海有多深？"}]
     first, second = (encode_prompt(question, load_tokenizer(ModelArguments(str(name)))) for name in (base, output))
     assert first == second
+    card = read_card(output)
+    assert card is not None and "`base`, converted to Qwen2 without further training." in card.sections[""]
+    assert ModelCard.load(output / CARD).data.library_name == "transformers"
+    assert "import novelgpt" not in card.sections["Use"] and str(tmp_path) not in card.text()
 
 
 def test_another_model_is_refused(base_folder: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:

@@ -12,6 +12,7 @@ from typing import Any
 from pydantic import BaseModel
 from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR
 
+from novelgpt.model.card import CARD
 from novelgpt.settings.errors import UserError
 from novelgpt.settings.parsed_files import check_fields, read_object
 from novelgpt.settings.whole_files import hash_file, sync
@@ -57,9 +58,9 @@ def describe_files(folder: Path, names: list[str]) -> dict[str, dict[str, Any]]:
 
 
 def files_in(folder: Path) -> list[str]:
-    """Names of all files in a folder and below, but its manifest."""
+    """Names of all files in a folder and below, but its manifest and its card, which people may edit."""
     paths = sorted(path for path in folder.rglob("*") if path.is_file())
-    return [str(path.relative_to(folder)) for path in paths if path.name != MANIFEST]
+    return [str(path.relative_to(folder)) for path in paths if path.name not in (MANIFEST, CARD)]
 
 
 def finish(folder: Path, files: dict[str, dict[str, Any]], step: int) -> None:

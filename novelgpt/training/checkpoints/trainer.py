@@ -26,6 +26,7 @@ from transformers.trainer import TRAINER_STATE_NAME, TRAINING_ARGS_NAME
 from transformers.trainer_callback import ExportableState
 from transformers.trainer_utils import IntervalStrategy
 
+from novelgpt.model.card import CARD, may_write_card
 from novelgpt.model.portable import make_portable
 from novelgpt.settings.errors import UserError
 from novelgpt.settings.whole_files import follow_umask
@@ -169,6 +170,8 @@ class CheckpointTrainer(Trainer):
         with self._filling(work) as unfinished, self._together(work):
             if self.is_world_process_zero():
                 describe_files(unfinished, files_in(unfinished))  # for what it syncs
+                if not may_write_card(folder):
+                    (unfinished / CARD).unlink(missing_ok=True)
                 for path in sorted(unfinished.iterdir()):
                     path.replace(folder / path.name)
                 unfinished.rmdir()
