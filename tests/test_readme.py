@@ -28,8 +28,9 @@ COMMANDS = {
     "dataset conversations": "dataset/conversations_command.py",
     "dataset preview": "dataset/preview.py",
 }
-# Options of other programs: tensorboard, sbatch, srun.
+# Options of other programs: tensorboard, sbatch, srun, torchrun, pip.
 OF_OTHERS = {"logdir", "nodes", "gpus-per-node", "cpus-per-task", "ntasks-per-node", "time"}
+OF_OTHERS |= {"nproc-per-node", "no-deps"}
 OPTION = re.compile(r"(?<![\w-])--([A-Za-z_][\w-]*)")
 
 

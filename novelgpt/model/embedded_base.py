@@ -9,6 +9,8 @@ same files, byte for byte.
 from __future__ import annotations
 
 import json
+import os
+import subprocess
 import sys
 import tempfile
 from pathlib import Path
@@ -19,7 +21,8 @@ from transformers import PreTrainedTokenizerFast, Qwen3Config, Qwen3ForCausalLM
 
 from novelgpt.model.portable import make_portable
 from novelgpt.settings.errors import exit_on_user_error
-from novelgpt.settings.paths import EMBEDDED_BASE, SAMPLES
+from novelgpt.settings.paths import EMBEDDED_BASE, ROOT, SAMPLES
+from novelgpt.settings.process import in_process_group, is_first_process
 from novelgpt.settings.terminal import say
 from novelgpt.settings.whole_files import follow_umask
 from novelgpt.text.templates import CHATML_TEMPLATE
@@ -107,8 +110,22 @@ def build_embedded_base(folder: Path) -> None:
 
 def ensure_embedded_base(folder: Path = EMBEDDED_BASE) -> None:
     """Build the base unless it is there."""
-    if not _is_built(folder):
+    if _is_built(folder):
+        return
+    if in_process_group() and not is_first_process():
+        _build_elsewhere(folder)
+    else:
         build_embedded_base(folder)
+
+
+def _build_elsewhere(folder: Path) -> None:
+    """Build the base in a process that is no rank: from ranks but the first, transformers writes no weights."""
+    path = os.pathsep.join(filter(None, [str(ROOT), os.environ.get("PYTHONPATH")]))
+    kept = {name: value for name, value in os.environ.items() if name not in ("RANK", "LOCAL_RANK", "WORLD_SIZE")}
+    command = [sys.executable, "-m", "novelgpt.model.embedded_base", str(folder)]
+    done = subprocess.run(command, env=kept | {"PYTHONPATH": path})
+    if done.returncode != 0:  # it has said why
+        raise SystemExit(done.returncode)
 
 
 def _is_built(folder: Path) -> bool:
