@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import functools
 import os
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -44,26 +45,39 @@ def guard_trackers(trainer: Trainer) -> None:
     for name in trainer.args.report_to or []:
         callback = trainer.pop_callback(INTEGRATION_TO_CALLBACK[name])
         if callback is not None:
-            trainer.add_callback(_Dispensable(callback, name))
+            begin = _begin_swanlab if name == "swanlab" and trainer.is_world_process_zero() else None
+            trainer.add_callback(_Dispensable(callback, name, begin))
 
 
 class _Dispensable(TrainerCallback):
     """Hands each event on to a tracker, until it fails: it has no network, no login, no space, or breaks."""
 
-    def __init__(self, tracker: TrainerCallback, name: str) -> None:
+    def __init__(self, tracker: TrainerCallback, name: str, begin: Callable[[str | None], None] | None = None) -> None:
+        """`begin` takes the name of the run before training begins."""
         self.tracker: TrainerCallback | None = tracker
-        self.name = name
+        self.name, self.begin = name, begin
 
     def hand_on(self, event: str, *arguments: Any, **keywords: Any) -> None:
         """Call the tracker's method of this event."""
         if self.tracker is None:
             return
         try:
+            if event == "on_train_begin" and self.begin is not None:
+                self.begin(arguments[0].run_name)
             getattr(self.tracker, event)(*arguments, **keywords)
         except Exception as error:  # of any kind: whatever goes wrong there is not worth a training
             self.tracker = None
             reason = " ".join(str(error).split()) or type(error).__name__
             say_above_bars(f"--report_to {self.name} fails and is left out; training goes on: {reason}")
+
+
+def _begin_swanlab(name: str | None) -> None:
+    """Begin the run, as transformers asks for one that SwanLab 0.10 raises an error about where there is none."""
+    import swanlab
+
+    if not swanlab.has_run():
+        identity, resume = (os.environ.get(variable) for variable in RUN_VARIABLES["swanlab"])
+        swanlab.init(project=os.environ.get("SWANLAB_PROJECT"), experiment_name=name, id=identity, resume=resume)
 
 
 for _event in [name for name in vars(TrainerCallback) if name.startswith("on_")]:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import logging
 import shutil
 from pathlib import Path
 
@@ -40,7 +41,7 @@ def words(base: Path, rows: Path) -> list[str]:
     (base / CARD).write_text("---\nlicense: apache-2.0\nbase_model: Qwen/Qwen3-0.6B\n---\n# a card of its own\n")
     common = ["--model", str(base), "--train_files", str(rows), "--max_length", "48", "--max_steps", "2"]
     common += ["--save_strategy", "steps", "--save_steps", "1", "--lora_rank", "4", "--stop_check", "0"]
-    return [*common, "--learning_rate", "0.001", "--preflight", "False", "--packing", "False"]
+    return [*common, "--learning_rate", "0.001", "--preflight", "False", "--packing", "False", "--eval_steps", "0.5"]
 
 
 @pytest.fixture(scope="module")
@@ -132,7 +133,13 @@ def test_edited_cards_stay_as_they_are_when_the_run_goes_on(adapter: Path, words
     (own / "run.json").write_text(json.dumps(run | {"status": "running"}), encoding="utf-8")
     for folder in (own, own / "checkpoint-1"):
         (folder / CARD).write_text("# 我自己写的\n", encoding="utf-8")
+    logged: list[str] = []
+    handler = logging.Handler()
+    handler.emit = lambda record: logged.append(record.getMessage())  # type: ignore[method-assign]
+    logging.getLogger("transformers").addHandler(handler)
     finetune_lora([*words, "--output_dir", str(own)])
+    logging.getLogger("transformers").removeHandler(handler)
+    assert logged == []
     assert json.loads((own / "run.json").read_text(encoding="utf-8"))["resumed"][0]["checkpoint"] == "checkpoint-1"
     for folder in (own, own / "checkpoint-1"):
         assert (folder / CARD).read_text(encoding="utf-8") == "# 我自己写的\n"
@@ -144,7 +151,7 @@ def test_bases_in_cards(base: Path) -> None:
     assert base_metadata("Qwen/Qwen3-0.6B", "adapter", hub="modelscope") == {}
     (base / CARD).write_text("---\nlicense: 'mit\n  x: y'\nbase_model: Qwen/Qwen3-0.6B\n---\n", encoding="utf-8")
     assert base_metadata(str(base), "finetune") == {"base_model": "Qwen/Qwen3-0.6B", "base_model_relation": "finetune"}
-    for damaged in ("---\n- [\n---\n", "---\n" + "[" * 2000 + "\n---\n", "---\nbase_model: ../..\n---\n", "x"):
+    for damaged in ("---\n- [\n---\n", "---\n" + "[" * 300 + "\n---\n", "---\nbase_model: ../..\n---\n", "x"):
         (base / CARD).write_text(damaged, encoding="utf-8")
         assert base_metadata(str(base), "finetune") == {}
 

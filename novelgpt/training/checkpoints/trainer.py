@@ -74,6 +74,18 @@ class CheckpointTrainer(Trainer):
         self._order = ShuffledRows(len(cast(Any, train_dataset or self.train_dataset)), seed)
         return self._order
 
+    def _init_training_state(self, max_steps: int, *arguments: Any, **keywords: Any) -> tuple[int, int]:
+        """The stock start, with shares of the run as the steps that they are.
+
+        Else a run that goes on with the same share is warned that it differs from the steps in its checkpoint.
+        """
+        for name in ("logging_steps", "eval_steps", "save_steps"):
+            value = vars(self.args)[name]
+            if value is not None and value < 1:
+                setattr(self.args, name, math.ceil(max_steps * value))
+        started: tuple[int, int] = super()._init_training_state(max_steps, *arguments, **keywords)
+        return started
+
     def _prepare_for_training(self, max_steps: int, train_dataloader: Any, resume_from_checkpoint: str | None) -> Any:
         """The stock preparation; states are read by us, DeepSpeed's too, whose files are pickles."""
         if resume_from_checkpoint is None or self.is_fsdp_enabled:
