@@ -4,16 +4,16 @@ from __future__ import annotations
 
 import sys
 
+from novelgpt.settings import commands
 from novelgpt.settings.errors import UserError, exit_on_user_error
 from novelgpt.settings.remedies import python_module
 from novelgpt.settings.signals import importing
 from novelgpt.settings.terminal import say
 
 COMMANDS = {
-    "novels": "a folder of novels -> clean chapters, without repeats, split by book, and a report",
-    "tokens": "text -> tokens that training maps into memory",
-    "conversations": "papers or prepared novels -> question and answer rows from varied templates",
-    "preview": "rows as training sees them, trained tokens coloured",
+    command.module.removeprefix("dataset "): command.text
+    for command in commands.COMMANDS.values()
+    if command.module.startswith("dataset ")
 }
 
 

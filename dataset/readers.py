@@ -15,7 +15,7 @@ from dataset.row_fields import check_row_fields, is_absent, read_flag
 from dataset.row_shapes import TITLE_TO_ABSTRACT, fields_read, messages_of
 from dataset.tool_rows import read_tools
 from novelgpt.settings.errors import UserError
-from novelgpt.settings.remedies import python_module, run_script
+from novelgpt.settings.remedies import pipeline_name, python_module, run_pipeline
 from novelgpt.text.messages import Message, answer_text, begins_with_thought, is_empty_answer
 
 __all__ = [
@@ -40,7 +40,7 @@ def read_text_rows(path: Path, text_column: str = "text") -> Iterator[Record]:
             raise UserError(
                 f"{where}: no text in field {text_column!r} (the row has: {', '.join(map(str, record)) or 'nothing'})",
                 "name the field that holds the text with --text_column; conversations are for fine-tuning: "
-                "bash scripts/run_finetune.sh or run_lora.sh",
+                f"{pipeline_name('finetune')} or {pipeline_name('finetune_lora')}",
             )
         extra = {key: str(record.get(key) or "") for key in ("book", "chapter", "title")}
         yield {"text": _with_line_feeds(text), **extra, "source": where}
@@ -71,7 +71,7 @@ def read_unworded_rows(path: Path) -> Iterator[Record]:
     if path.suffix.lower() == ".txt" or path.is_dir():
         raise UserError(
             f"{path}: no reader for {path.suffix.lower() or 'files without a suffix'}: it holds text, no conversations",
-            f"pretrain on it: {run_script('run_pretrain.sh', f'--train_files {shlex.quote(str(path))}')}; or make "
+            f"pretrain on it: {run_pipeline('pretrain', f'--train_files {shlex.quote(str(path))}')}; or make "
             f"conversations of it: {python_module('dataset novels')}, then {python_module('dataset conversations')}",
         )
     for index, (where, record) in enumerate(read_records(path)):

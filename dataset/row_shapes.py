@@ -10,7 +10,7 @@ from dataset.records import Record, load_json
 from dataset.row_fields import THOUGHTS, check_message_fields, is_absent, read_flag, read_thought
 from dataset.tool_rows import merge_calls, read_call_text, read_calls
 from novelgpt.settings.errors import UserError
-from novelgpt.settings.remedies import python_module
+from novelgpt.settings.remedies import pipeline_name, python_module
 from novelgpt.text.messages import THOUGHT, Message
 
 TITLE_TO_ABSTRACT = "请根据下面的论文标题，写出这篇论文的摘要。\n标题：{title}"
@@ -59,7 +59,7 @@ def messages_of(record: Record, where: str, instructions: Instructions | None = 
     else:
         raise UserError(
             f"{where}: the row has the fields {', '.join(map(str, record)) or 'none'}, which make no known shape",
-            f"text is for pretraining: bash scripts/run_pretrain.sh; {python_module('dataset conversations')} makes "
+            f"text is for pretraining: {pipeline_name('pretrain')}; {python_module('dataset conversations')} makes "
             "conversations of it"
             if isinstance(record.get("text"), str)
             else "use messages, conversations, instruction+output, prompt+completion, title+abstract or a task",

@@ -28,7 +28,7 @@ from novelgpt.settings.arguments import ModelArguments
 from novelgpt.settings.command_parser import CommandParser
 from novelgpt.settings.errors import UserError, exit_on_user_error
 from novelgpt.settings.paths import from_home
-from novelgpt.settings.remedies import run_script
+from novelgpt.settings.remedies import run_pipeline
 from novelgpt.settings.terminal import say
 from novelgpt.settings.units import counted
 from novelgpt.settings.whole_files import hash_file, write_whole
@@ -225,7 +225,7 @@ def main(argv: list[str] | None = None) -> None:
         say(f"{name}: {counted(split['tokens'], 'token')} of {counted(split['documents'], 'document')}")
     if not run.made:
         say(f"{words.out} was up to date: nothing to do")
-    command = run_script("run_pretrain.sh", f"--train_files {shlex.quote(str(words.out))}", words.model)
+    command = run_pipeline("pretrain", f"--train_files {shlex.quote(str(words.out))}", words.model)
     say(f"train on it: {command}")
 
 

@@ -19,6 +19,7 @@ from novelgpt.model.lora import expert_parameters, lora_config, modules_left
 from novelgpt.settings.arguments import LoraArguments
 from novelgpt.settings.errors import UserError
 from novelgpt.settings.process import is_first_process
+from novelgpt.settings.remedies import pipeline_name
 from novelgpt.settings.terminal import say
 from novelgpt.text.conversation import IGNORED, encode_conversation, encode_prompt
 from novelgpt.training.run_record import read_run
@@ -112,13 +113,14 @@ def _rows_to_train(
     if lora.train_mark_tokens == "never":
         raise UserError(
             f"{why}, and an adapter alone hardly teaches it to: answers would not stop",
-            "--train_mark_tokens auto trains the rows of the marks; or take a chat model, or scripts/run_finetune.sh",
+            "--train_mark_tokens auto trains the rows of the marks; or take a chat model, or "
+            f"{pipeline_name('finetune')}",
         )
     if is_deepspeed_zero3_enabled():
         raise UserError(
             f"the rows of {listed} are to be trained, and peft cannot train single rows of weights in parts (ZeRO-3)"
             + (f"; without them, answers would not stop, as {why}" if unseen else ""),
-            "ZERO=2, a chat model as base, or scripts/run_finetune.sh",
+            f"ZERO=2, a chat model as base, or {pipeline_name('finetune')}",
         )
     rows = _modules_with_rows(model, lora, marks, end if end in marks else None)
     if rows and is_first_process():
@@ -166,7 +168,7 @@ def _modules_with_rows(
             raise UserError(
                 f"the base has never ended an answer with token {end}, and single rows of its head, "
                 f"{type(head).__name__}, cannot be trained",
-                "take a chat model as base, or scripts/run_finetune.sh",
+                f"take a chat model as base, or {pipeline_name('finetune')}",
             )
         rows[names[head]] = [end]
     return rows

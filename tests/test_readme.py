@@ -11,6 +11,7 @@ from pathlib import Path
 import pytest
 
 from dataset.readers import messages_of, read_text_rows
+from novelgpt.settings import commands as novelgpt_commands
 from novelgpt.settings.runs import FinetuneRun, LoraRun, PredictRun, PretrainRun
 from predict.chat import ChatRun
 
@@ -28,9 +29,10 @@ COMMANDS = {
     "dataset conversations": "dataset/conversations_command.py",
     "dataset preview": "dataset/preview.py",
 }
-# Options of other programs: tensorboard, sbatch, srun, torchrun, pip.
+# Options of other programs: tensorboard, sbatch, srun, torchrun, pip; and novelgpt --version, which is no command's.
 OF_OTHERS = {"logdir", "nodes", "gpus-per-node", "cpus-per-task", "ntasks-per-node", "time"}
-OF_OTHERS |= {"nproc-per-node", "no-deps"}
+OF_OTHERS |= {"nproc-per-node", "no-deps", "version"}
+OURS = re.compile(r"^(?:[A-Z_]+=\S+ )*novelgpt ")
 OPTION = re.compile(r"(?<![\w-])--([A-Za-z_][\w-]*)")
 
 
@@ -81,8 +83,23 @@ def commands(page: str) -> list[list[str]]:
     lines = "\n".join(blocks).replace("\\\n", " ").splitlines()
     prose = re.sub(r"^```.*?^```$", "", text, flags=re.MULTILINE | re.DOTALL)
     spans = (" ".join(span.split()) for span in re.findall(r"`([^`]+)`", prose))
-    lines += [span for span in spans if "scripts/" in span and " " in span or " -m " in span]
-    return [words for words in (shlex.split(line, comments=True) for line in lines) if words]
+    lines += [span for span in spans if "scripts/" in span and " " in span or " -m " in span or OURS.search(span)]
+    return [words for words in (as_module(shlex.split(line, comments=True)) for line in lines) if words]
+
+
+def as_module(command: list[str]) -> list[str]:
+    """A command line of `novelgpt` as one of a checkout that does the same; others as they are."""
+    if "novelgpt" not in command:
+        return command
+    place = command.index("novelgpt")
+    for count in (2, 1):
+        found = novelgpt_commands.COMMANDS.get(" ".join(command[place + 1 : place + 1 + count]))
+        if found is not None:
+            module = [".venv/bin/python", "-m", *found.module.split()]
+            return [*command[:place], *module, *command[place + 1 + count :]]
+    named = command[place + 1]
+    assert named in ("COMMAND", "--help", "--version", "data", "export"), f"{' '.join(command)}: no such command"
+    return command
 
 
 def options_of(run: type) -> set[str]:

@@ -16,7 +16,7 @@ from dataset.novels.collection import Written
 from dataset.novels.records import BookRecord
 from novelgpt.settings.console import make_console
 from novelgpt.settings.paths import TINY
-from novelgpt.settings.remedies import run_script
+from novelgpt.settings.remedies import run_pipeline
 from novelgpt.settings.terminal import say
 from novelgpt.settings.units import counted
 
@@ -116,7 +116,7 @@ class Display:
     def show_next(self, out: Path) -> None:
         """Where the report is, and what to type next."""
         say(f"report 报告: {out / 'report.html'}")
-        command = run_script("run_pretrain.sh", f"--train_files {shlex.quote(str(out))}")
+        command = run_pipeline("pretrain", f"--train_files {shlex.quote(str(out))}")
         say(f"next 下一步: {command}")
         say(f"  with the model that you train 换成要训练的模型; --model {TINY} tries it on the small base")
 

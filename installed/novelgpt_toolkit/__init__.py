@@ -27,6 +27,9 @@ def main() -> None:
     os.environ["PYTHONPATH"] = rooms if not before else f"{rooms}{os.pathsep}{before}"
     # Else `python -m` would look in the current folder first, where a user may have a dataset or a predict.py.
     os.environ.setdefault("PYTHONSAFEPATH", "1")
+    from novelgpt.settings.signals import begin_command
+
+    begin_command()
     from cli.__main__ import main as run
 
     run()

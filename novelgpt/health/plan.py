@@ -25,7 +25,7 @@ from novelgpt.settings.arguments import LoraArguments
 from novelgpt.settings.errors import UserError
 from novelgpt.settings.parser import parse_arguments
 from novelgpt.settings.paths import EMBEDDED_BASE, OUTPUT, existing_folder
-from novelgpt.settings.remedies import python_module
+from novelgpt.settings.remedies import pipeline_name, python_module
 from novelgpt.settings.runs import FinetuneRun, LoraRun, PretrainRun, TrainingRun
 from novelgpt.settings.units import gigabytes
 from novelgpt.training.auto_batch import set_micro_batch
@@ -144,7 +144,7 @@ def check_memory(run: TrainingRun, plan: Plan) -> Iterator[Finding]:
         yield Finding("memory", "note", f"{text}; one GPU alone is too small", "ZERO=3, with OFFLOAD=1 where needed")
     else:
         remedy = "--per_device_train_batch_size 1, a shorter --max_length, --activation_checkpointing"
-        remedy += ", --qlora on a GPU" if isinstance(run, LoraRun) else ", or scripts/run_lora.sh"
+        remedy += ", --qlora on a GPU" if isinstance(run, LoraRun) else f", or {pipeline_name('finetune_lora')}"
         yield Finding("memory", "problem", f"{text}: this will not fit", f"{remedy}, or a smaller model")
 
 

@@ -30,6 +30,7 @@ from collections.abc import Mapping, Sequence
 from contextlib import suppress
 from dataclasses import dataclass, field
 from pathlib import Path
+from typing import NoReturn
 
 from novelgpt.settings.errors import UserError, exit_on_user_error
 from novelgpt.settings.gpus import visible_gpus
@@ -47,6 +48,11 @@ OF_OPERATORS = (("PET_NNODES", "PET_NODE_RANK"), ("WORLD_SIZE", "RANK"))
 # By which accelerate says that it has its own way to share a model out.
 OF_ACCELERATE = ("ACCELERATE_USE_DEEPSPEED", "ACCELERATE_USE_FSDP")
 RANK = ("RANK", "WORLD_SIZE", "LOCAL_RANK")
+# All variables that say how something is started, which do not hold for what it starts in turn.
+SETTLED = (
+    "MODEL", "ZERO", "OFFLOAD", "HOSTFILE", "MASTER_ADDR", "MASTER_PORT", *SYNONYMS, *SYNONYMS.values(), *RANK,
+    *(name for pair in OF_OPERATORS for name in pair), "LOCAL_WORLD_SIZE",
+)  # fmt: skip
 
 
 @dataclass(frozen=True)
@@ -86,7 +92,7 @@ def main(argv: list[str] | None = None) -> None:
     start(words[0] if words else "", words[1:])
 
 
-def start(pipeline: str, words: Sequence[str]) -> None:
+def start(pipeline: str, words: Sequence[str]) -> NoReturn:
     """Start a pipeline in place of this process, or end as it does.
 
     Raises:
@@ -112,12 +118,11 @@ def own_paths(environment: Mapping[str, str]) -> dict[str, str]:
 
     And not what has the name of one of its rooms in the folder that the user is in (from Python 3.11 on).
     """
-    places = {"PYTHONPATH": str(ROOT), "PATH": str(Path(sys.executable).parent)}
-    found = {
-        name: os.pathsep.join([place, *(part for part in [environment.get(name)] if part)])
-        for name, place in places.items()
-    }
-    return {"PYTHONSAFEPATH": "1"} | found
+    found = {"PYTHONSAFEPATH": "1"}
+    for name, place in {"PYTHONPATH": str(ROOT), "PATH": str(Path(sys.executable).parent)}.items():
+        there = environment.get(name, "").split(os.pathsep)
+        found[name] = os.pathsep.join(filter(None, [place, *(part for part in there if part != place)]))
+    return found
 
 
 def plan_start(pipeline: str, words: Sequence[str], environment: Mapping[str, str], gpus: int) -> Start:

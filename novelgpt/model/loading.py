@@ -34,7 +34,7 @@ from novelgpt.model.weight_files import stored_tensors, weight_files
 from novelgpt.settings.arguments import ModelArguments
 from novelgpt.settings.errors import UserError, reason_of
 from novelgpt.settings.parsed_files import check_fields, read_object
-from novelgpt.settings.remedies import pip_install
+from novelgpt.settings.remedies import pip_install, python_module
 from novelgpt.settings.units import counted, gigabytes
 
 # Not about the files, or told in words of the toolkit already. All else that transformers, peft, safetensors and torch
@@ -67,7 +67,7 @@ def load_model(
     if adapter_base(source) is not None:  # transformers would load the base it names instead, from wherever that is
         raise UserError(
             f"{model.model} is an adapter, not a model",
-            "merge it first: .venv/bin/python -m finetune_lora.merge ADAPTER OUTPUT",
+            f"merge it first: {python_module('finetune_lora.merge ADAPTER OUTPUT')}",
         )
     check_no_pickles(Path(source), model.allow_pickles)
     config = read_config(model)

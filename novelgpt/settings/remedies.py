@@ -1,14 +1,26 @@
-"""Commands that remedies name: by the interpreter that runs, whatever `python` and `pip` are in the user's shell."""
+"""Commands that remedies and pages of help name: as the user has typed theirs.
+
+That is `novelgpt …`, or otherwise a script or the interpreter that runs, whatever `python` is in the user's shell.
+"""
 
 from __future__ import annotations
 
+import os
 import shlex
+import shutil
 import sys
 from pathlib import Path
 
+from novelgpt.settings.commands import typed_words
 from novelgpt.settings.paths import IS_CHECKOUT, ROOT
 
 EXAMPLE_MODEL = "Qwen/Qwen3-0.6B"
+# How the user has called `novelgpt`, told to the processes that it starts.
+TYPED = "NOVELGPT_TYPED_AS"
+SCRIPTS = {
+    "pretrain": "run_pretrain.sh", "finetune": "run_finetune.sh", "finetune_lora": "run_lora.sh",
+    "predict": "run_predict.sh",
+}  # fmt: skip
 
 
 def this_python() -> str:
@@ -17,12 +29,33 @@ def this_python() -> str:
 
 
 def python_module(words: str) -> str:
-    """The command line of a module of this toolkit.
+    """The command line of a module of this toolkit, or of the environment.
 
     Args:
         words: the module and what follows it, quoted where they have to be.
     """
-    return f"{this_python()} -m {words}"
+    typed = os.environ.get(TYPED)
+    behind = typed_words(words) if typed else None
+    return f"{this_python()} -m {words}" if behind is None else f"{typed} {behind}"
+
+
+def note_program(program: Path) -> None:
+    """From here on, in this process and in those that it starts, commands are told as `novelgpt` is called here.
+
+    Args:
+        program: what was called, as in sys.argv[0].
+    """
+    if program.name == "__main__.py":
+        os.environ[TYPED] = f"{this_python()} -m {program.parent.name}"
+    else:
+        found = shutil.which(program.name)
+        on_path = found is not None and Path(found).absolute() == program.absolute()
+        os.environ[TYPED] = shlex.quote(program.name) if on_path else _word(program.absolute())
+
+
+def program_name() -> str:
+    """How `novelgpt` is called here."""
+    return os.environ.get(TYPED, "novelgpt")
 
 
 def pip_install(*requirements: str) -> str:
@@ -51,15 +84,24 @@ def environment_program(name: str) -> str:
     return _word(Path(sys.executable or "python").with_name(name))
 
 
-def run_script(name: str, words: str, model: str = EXAMPLE_MODEL) -> str:
-    """The command line of a pipeline's script.
+def run_pipeline(pipeline: str, words: str = "", model: str = EXAMPLE_MODEL) -> str:
+    """The command line that starts a pipeline.
 
     Args:
-        name: of the file in scripts/.
+        pipeline: its module.
         words: for the pipeline, quoted where they have to be.
         model: to train or to ask; an example where none is known.
     """
-    return f"MODEL={shlex.quote(model)} bash {_word(ROOT / 'scripts' / name)} {words}"
+    if TYPED in os.environ:
+        command = f"{python_module(pipeline)} --model {shlex.quote(model)}"
+    else:
+        command = f"MODEL={shlex.quote(model)} bash {_word(ROOT / 'scripts' / SCRIPTS[pipeline])}"
+    return f"{command} {words}".rstrip()
+
+
+def pipeline_name(pipeline: str) -> str:
+    """What a sentence calls a pipeline: its script or its command."""
+    return python_module(pipeline) if TYPED in os.environ else f"scripts/{SCRIPTS[pipeline]}"
 
 
 def _word(path: Path) -> str:

@@ -11,7 +11,7 @@ from transformers import TrainingArguments
 from transformers.integrations.integration_utils import INTEGRATION_TO_CALLBACK
 
 from novelgpt.settings.errors import UserError
-from novelgpt.settings.remedies import environment_program, pip_install
+from novelgpt.settings.remedies import environment_program, pip_install, pipeline_name
 
 UPLOAD = "a training uploads nothing", "leave it out, and upload the run once it has finished: {hf} upload NAME FOLDER"
 TRACKED = "it is for a tracker, and --report_to names none", "leave it out, or name a tracker with --report_to"
@@ -39,7 +39,7 @@ UNHEEDED = {
     "enable_jit_checkpoint": ("a run that gets SIGTERM saves the step by itself", LEAVE_OUT),
     "save_on_each_node": ("all hosts write into one run folder, which they share", LEAVE_OUT),
     "length_column_name": ("the length of a row is the number of its tokens", LEAVE_OUT),
-    "do_predict": ("a training answers no rows", "predict once it has finished: scripts/run_predict.sh"),
+    "do_predict": ("a training answers no rows", "predict once it has finished: {predict}"),
     "use_cache": ("training keeps no keys and values", LEAVE_OUT),
 }  # fmt: skip
 OF_TRACKERS = ("run_name", "project", "trackio_space_id", "trackio_bucket_id", "trackio_static_space_id")
@@ -87,7 +87,7 @@ def refuse_unheeded(training: TrainingArguments) -> None:
             reason, remedy = reasons[field.name]
             raise UserError(
                 f"--{field.name}{value} would have no effect: {reason}",
-                remedy.format(hf=environment_program("hf")),
+                remedy.format(hf=environment_program("hf"), predict=pipeline_name("predict")),
             )
     _refuse_combinations(training)
 

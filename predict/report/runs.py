@@ -20,7 +20,7 @@ from dataset.row_fields import is_absent
 from novelgpt.scoring.row_scores import RowScores
 from novelgpt.settings.errors import UserError
 from novelgpt.settings.parsed_files import check_fields, read_object
-from novelgpt.settings.remedies import python_module
+from novelgpt.settings.remedies import python_module, run_pipeline
 from novelgpt.settings.units import counted
 from novelgpt.text.thoughts import split_thought
 from predict.report.metrics import is_number
@@ -116,9 +116,7 @@ def _prediction_file(path: Path) -> Path:
                 return folder / name
     if not path.is_dir():
         raise UserError(f"{path} is no folder", "name the folder of a run, or the folder with its predictions.jsonl")
-    raise UserError(
-        f"no predictions.jsonl in {path} or {path / 'predict'}", f"bash scripts/run_predict.sh with MODEL={path}"
-    )
+    raise UserError(f"no predictions.jsonl in {path} or {path / 'predict'}", run_pipeline("predict", model=str(path)))
 
 
 def _names(folders: Sequence[Path]) -> list[str]:

@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 
 ROOT = Path(__file__).resolve().parents[2]
-ROOMS = ("dataset", "predict", "novelgpt", "finetune", "finetune_lora", "pretrain")
+ROOMS = ("cli", "dataset", "predict", "novelgpt", "finetune", "finetune_lora", "pretrain")
 # Raised by the process itself when it begins to import a module, as if the user had hit Ctrl-C then.
 HOOK = """
 import os, signal, sys

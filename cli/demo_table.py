@@ -1,9 +1,9 @@
-"""The last step of run_demo.sh: gather the figures of its runs into summary.json and one table."""
+"""The last step of the demo: the figures of its runs, in summary.json and one table."""
 
 from __future__ import annotations
 
 import json
-import sys
+import shlex
 from pathlib import Path
 from typing import Any
 
@@ -11,7 +11,9 @@ from rich.box import SIMPLE_HEAD
 from rich.table import Table
 
 from novelgpt.settings.console import make_console
+from novelgpt.settings.remedies import environment_program
 from novelgpt.settings.terminal import say
+from novelgpt.settings.whole_files import write_whole
 
 MODELS = {
     "base": "base",
@@ -70,17 +72,17 @@ def show_summary(summary: dict[str, dict[str, float]], demo: Path) -> None:
         f"  curves        {demo}/*/loss.png",
         f"  predictions   {demo}/base/predictions.jsonl, {demo}/*/predict/predictions.jsonl",
         f"  figures       {demo}/summary.json",
-        f"  all curves    .venv/bin/tensorboard --logdir {demo}",
+        f"  all curves    {environment_program('tensorboard')} --logdir {shlex.quote(str(demo))}",
     )
+
+
+def write_summary(demo: Path) -> None:
+    """Write summary.json into the folder of a demo whose runs have ended, and print the table."""
+    summary = summarise_demo(demo)
+    write_whole(demo / "summary.json", json.dumps(summary, indent=2) + "\n")
+    show_summary(summary, demo)
 
 
 def _read(path: Path) -> dict[str, Any]:
     content: dict[str, Any] = json.loads(path.read_text(encoding="utf-8"))
     return content
-
-
-if __name__ == "__main__":
-    folder = Path(sys.argv[1])
-    figures = summarise_demo(folder)
-    (folder / "summary.json").write_text(json.dumps(figures, indent=2) + "\n", encoding="utf-8")
-    show_summary(figures, folder)

@@ -1,0 +1,127 @@
+"""The whole job on the small base and the samples: pretrain, fine-tune, LoRA-fine-tune, predict, a report and a table.
+
+    novelgpt demo [FOLDER]
+
+Each step is the real command, in a process of its own. No GPU, no model hub.
+"""
+
+from __future__ import annotations
+
+import os
+import shutil
+import signal
+import subprocess
+import sys
+from contextlib import suppress
+from pathlib import Path
+
+from novelgpt.launch.start import SETTLED, own_paths
+from novelgpt.settings.command_parser import CommandParser
+from novelgpt.settings.errors import exit_on_user_error
+from novelgpt.settings.gpus import visible_gpus
+from novelgpt.settings.paths import OUTPUT, ROOT, SAMPLES, check_folder_can_be_made
+from novelgpt.settings.process_environment import process_defaults
+from novelgpt.settings.signals import STOP_SIGNALS
+from novelgpt.settings.terminal import say
+
+POLL_SECONDS = 0.1
+BASE = "tiny-qwen3"
+RUNS = ("base", "pretrain", "finetune", "finetune_lora")
+MADE = (BASE, *RUNS, "report", "summary.json")
+ANSWERS = ("--max_new_tokens", "320")
+
+
+@exit_on_user_error
+def main(argv: list[str] | None = None) -> None:
+    """Run all steps into the folder that the command line names; end where one of them fails, as it does."""
+    parser = CommandParser(prog="python -m cli.demo", description=(__doc__ or "").split("\n")[0])
+    parser.add_argument(
+        "folder", type=Path, nargs="?", default=OUTPUT / "demo", metavar="FOLDER",
+        help="where everything goes; what an earlier demo left there is replaced [default: output/demo]",
+    )  # fmt: skip
+    demo = parser.parse_args(argv).folder.resolve()
+    check_folder_can_be_made(demo, f"the folder {demo}")
+    for name in MADE:
+        _remove(demo / name)
+    _run("novelgpt.model.embedded_base", str(demo / BASE))
+
+    _say_step("1/5 The untouched base answers the held-out pairs")
+    _predict(demo / BASE, "--output_dir", str(demo / "base"))
+
+    _say_step("2/5 Continued pretraining on one novel and on abstracts, evaluated on another novel")
+    novels, papers = SAMPLES / "novels", SAMPLES / "papers"
+    _train(
+        "pretrain", demo / BASE, demo / "pretrain", novels / "shan_zhong_yao_pu.txt", "--text_column", "abstract",
+        "--train_files", str(novels / "deng_ta_xia_de_xin.txt"), str(papers / "train.jsonl"),
+    )  # fmt: skip
+    _predict(demo / "pretrain")
+
+    for step, (pipeline, title) in {
+        3: ("finetune", "Full fine-tuning on title -> abstract pairs"),
+        4: ("finetune_lora", "LoRA fine-tuning on the same pairs"),
+    }.items():
+        _say_step(f"{step}/5 {title}")
+        _train(pipeline, demo / "pretrain", demo / pipeline, papers / "valid.jsonl")
+        _predict(demo / pipeline)
+
+    _say_step("5/5 Results")
+    _run("predict.report", *(str(demo / name) for name in RUNS), "--output", str(demo / "report"))
+    from cli.demo_table import write_summary  # not before: it takes rich
+
+    write_summary(demo)
+
+
+def _say_step(title: str) -> None:
+    say("", f"== {title}")
+
+
+def _remove(path: Path) -> None:
+    if path.is_dir() and not path.is_symlink():
+        shutil.rmtree(path)
+    else:
+        path.unlink(missing_ok=True)
+
+
+def _train(pipeline: str, model: Path, output: Path, valid: Path, *further: str) -> None:
+    settings = ROOT / pipeline / "configs" / "tiny.yaml"
+    words = ["--model", str(model), "--config", str(settings), "--valid_files", str(valid), "--output_dir", str(output)]
+    _run("novelgpt.launch.start", pipeline, *words, *further)
+
+
+def _predict(model: Path, *further: str) -> None:
+    _run("novelgpt.launch.start", "predict", "--model", str(model), *ANSWERS, *further)
+
+
+def _run(*words: str) -> None:
+    """Run a module to its end, in a session of its own: it gets each signal once, from here, and ends in its own way.
+
+    Raises:
+        SystemExit: with its status, where that is not 0.
+    """
+    environment = {name: value for name, value in os.environ.items() if name not in SETTLED}
+    environment |= {"HF_HUB_OFFLINE": "1", **own_paths(environment)}
+    environment |= process_defaults(environment, None, visible_gpus(environment))
+    received: list[int] = []
+    handlers = {number: signal.getsignal(number) for number in STOP_SIGNALS}
+    for number, handler in handlers.items():
+        if handler != signal.SIG_IGN:
+            signal.signal(number, lambda number, _: received.append(number))
+    process = subprocess.Popen([sys.executable, "-m", *words], env=environment, start_new_session=True)
+    sent = 0
+    while process.poll() is None:
+        for new in received[sent:]:
+            sent += 1
+            with suppress(ValueError):  # some systems have few that can be sent
+                process.send_signal(new)
+        with suppress(subprocess.TimeoutExpired):
+            process.wait(timeout=POLL_SECONDS)
+    for number, handler in handlers.items():
+        signal.signal(number, handler)
+    if process.returncode != 0:
+        raise SystemExit(process.returncode if process.returncode > 0 else 128 - process.returncode)
+    if received:
+        raise SystemExit(128 + received[0])
+
+
+if __name__ == "__main__":
+    main()
