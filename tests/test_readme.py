@@ -12,6 +12,7 @@ import pytest
 
 from dataset.readers import messages_of, read_text_rows
 from novelgpt.settings import commands as novelgpt_commands
+from novelgpt.settings import remedies
 from novelgpt.settings.runs import FinetuneRun, LoraRun, PredictRun, PretrainRun
 from predict.chat import ChatRun
 
@@ -89,14 +90,15 @@ def commands(page: str) -> list[list[str]]:
 
 def as_module(command: list[str]) -> list[str]:
     """A command line of `novelgpt` as one of a checkout that does the same; others as they are."""
-    if "novelgpt" not in command:
+    place = sum(re.fullmatch("[A-Z_]+=.*", word) is not None for word in command)
+    if command[place : place + 1] != ["novelgpt"]:
         return command
-    place = command.index("novelgpt")
     for count in (2, 1):
         found = novelgpt_commands.COMMANDS.get(" ".join(command[place + 1 : place + 1 + count]))
         if found is not None:
-            module = [".venv/bin/python", "-m", *found.module.split()]
-            return [*command[:place], *module, *command[place + 1 + count :]]
+            script = remedies.SCRIPTS.get(found.module)
+            same = ["bash", f"scripts/{script}"] if script else [".venv/bin/python", "-m", *found.module.split()]
+            return [*command[:place], *same, *command[place + 1 + count :]]
     named = command[place + 1]
     assert named in ("COMMAND", "--help", "--version", "data", "export"), f"{' '.join(command)}: no such command"
     return command

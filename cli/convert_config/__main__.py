@@ -19,8 +19,8 @@ from cli.convert_config.rows import RowWriter
 from cli.convert_config.source import read_settings
 from novelgpt.settings.command_parser import CommandParser
 from novelgpt.settings.errors import UserError, exit_on_user_error
-from novelgpt.settings.paths import IS_CHECKOUT, ROOT, check_folder_can_be_made
-from novelgpt.settings.remedies import python_module
+from novelgpt.settings.paths import check_folder_can_be_made
+from novelgpt.settings.remedies import run_pipeline
 from novelgpt.settings.terminal import say, say_text
 from novelgpt.settings.whole_files import write_whole
 
@@ -30,7 +30,6 @@ CONVERTERS: dict[str, Convert] = {
     "ms-swift": ms_swift.convert,
     "trl": trl.convert,
 }
-SCRIPTS = {"pretrain": "run_pretrain.sh", "finetune": "run_finetune.sh", "finetune_lora": "run_lora.sh"}
 STYLES = {"same": None, "differs": None, "missing": "yellow"}
 
 
@@ -88,11 +87,7 @@ def _root(file: Path, given: dict[str, Any]) -> Path:
 
 
 def _command(conversion: Conversion, output: Path | None) -> str:
-    config = shlex.quote(str(output or "FILE"))
-    if IS_CHECKOUT:
-        script = Path("scripts", SCRIPTS[conversion.pipeline])
-        return f"bash {shlex.quote(str(script if Path.cwd() == ROOT else ROOT / script))} --config {config}"
-    return python_module(f"novelgpt_toolkit {conversion.pipeline.replace('finetune_lora', 'lora')} --config {config}")
+    return run_pipeline(conversion.pipeline, f"--config {shlex.quote(str(output or 'FILE'))}", model=None)
 
 
 def _yaml(conversion: Conversion, command: str) -> str:

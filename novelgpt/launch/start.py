@@ -50,8 +50,8 @@ OF_ACCELERATE = ("ACCELERATE_USE_DEEPSPEED", "ACCELERATE_USE_FSDP")
 RANK = ("RANK", "WORLD_SIZE", "LOCAL_RANK")
 # All variables that say how something is started, which do not hold for what it starts in turn.
 SETTLED = (
-    "MODEL", "ZERO", "OFFLOAD", "HOSTFILE", "MASTER_ADDR", "MASTER_PORT", *SYNONYMS, *SYNONYMS.values(), *RANK,
-    *(name for pair in OF_OPERATORS for name in pair), "LOCAL_WORLD_SIZE",
+    "MODEL", "ZERO", "OFFLOAD", "MAX_RESTARTS", "HOSTFILE", "MASTER_ADDR", "MASTER_PORT", "LOCAL_WORLD_SIZE",
+    *SYNONYMS, *SYNONYMS.values(), *RANK, *(name for pair in OF_OPERATORS for name in pair),
 )  # fmt: skip
 
 

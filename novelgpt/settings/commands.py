@@ -49,6 +49,9 @@ SECTIONS: dict[str, tuple[Command, ...]] = {
         Command("export qwen2", "novelgpt.model.qwen1.qwen2_export", "Qwen v1 -> Qwen2"),
         Command("export safetensors", "novelgpt.model.to_safetensors", "weights in pickles -> safetensors"),
     ),
+    "From other tools": (
+        Command("convert-config", "cli.convert_config", "settings of LLaMA-Factory, ms-swift or TRL -> ours"),
+    ),
     "All of it": (
         Command("demo", "cli.demo", "the whole job on the small base and the samples, ending in one table"),
     ),

