@@ -10,6 +10,7 @@ import pytest
 
 import novelgpt.doctor
 from novelgpt.settings.command_parser import CommandParser
+from novelgpt.settings.deepspeed_file import NAMED
 from novelgpt.settings.errors import UserError
 from novelgpt.settings.parser import parse_arguments
 from tests.script_words import words_of
@@ -70,7 +71,8 @@ def without_deepspeed(words: list[str]) -> list[str]:
     if "--deepspeed" not in words:
         return words
     place = words.index("--deepspeed")
-    assert (ROOT / "scripts" / "deepspeed" / Path(words[place + 1]).name).is_file() or words[place + 1] == "my.json"
+    named = words[place + 1]
+    assert (ROOT / "scripts" / "deepspeed" / Path(named).name).is_file() or named in ("my.json", *NAMED)
     return without_deepspeed(words[:place] + words[place + 2 :])
 
 

@@ -34,6 +34,11 @@ COMMANDS = {
 OF_OTHERS = {"logdir", "nodes", "gpus-per-node", "cpus-per-task", "ntasks-per-node", "time"}
 OF_OTHERS |= {"nproc-per-node", "no-deps", "version"}
 OURS = re.compile(r"^(?:[A-Z_]+=\S+ )*novelgpt ")
+# Of torchrun, accelerate and deepspeed, whose own parsers take their command lines in tests/launch.
+ENGINES = re.compile(r"bin/(torchrun|accelerate|deepspeed) ")
+OF_OTHERS |= {"nproc_per_node", "nnodes", "node_rank", "master_addr", "master_port", "shutdown-timeout"}
+OF_OTHERS |= {"multi_gpu", "num_processes", "num_machines", "machine_rank", "main_process_ip", "main_process_port"}
+OF_OTHERS |= {"num_gpus", "module", "cpu", "signals-to-handle"}
 OPTION = re.compile(r"(?<![\w-])--([A-Za-z_][\w-]*)")
 
 
@@ -120,6 +125,8 @@ def options_in_source(path: str) -> set[str]:
 def known_options(command: list[str]) -> set[str] | None:
     """Names of the options of the program that a command starts; None where it is none of ours."""
     line = " ".join(command)
+    if ENGINES.search(line):
+        return None
     script = re.search(r"scripts/run_(\w+)\.sh", line)
     if "scripts/prepare_novels.sh" in line:
         return options_in_source(COMMANDS["dataset novels"])
