@@ -95,8 +95,8 @@ def losses(folder: Path) -> dict[int, float]:
     return {entry["step"]: entry["loss"] for entry in entries if "loss" in entry}
 
 
-def check_same_weights(one: Path, other: Path) -> None:
-    first, second = (load_file(folder / "model.safetensors") for folder in (one, other))
+def check_same_weights(one: Path, other: Path, name: str = "model.safetensors") -> None:
+    first, second = (load_file(folder / name) for folder in (one, other))
     assert first.keys() == second.keys()
     assert all(first[name].equal(second[name]) for name in first)
 
@@ -256,3 +256,17 @@ def test_prediction_is_shared_out(engine: str, base_folder: Path, tmp_path: Path
             assert run.text().count("6 rows for") == 1
     first, second = ((tmp_path / name / "predictions.jsonl").read_bytes() for name in ("ours", engine))
     assert first == second
+
+
+@pytest.mark.long
+def test_the_command_of_many_names_trains_as_a_rank(base_folder: Path, tmp_path: Path) -> None:
+    """`torchrun --no-python novelgpt lora` starts the same module; several ranks take ZeRO 2, as by scripts."""
+    words = [*words_for(base_folder, tmp_path / "torchrun", 0)[1:], "--max_steps", "2"]
+    with Started("torchrun", "cli", "lora", *words, log=tmp_path / "log", warm=False) as run:
+        assert run.ends() == 0, run.text()[-3000:]
+        assert run.text().count("Done. eval loss") == 1
+    words = [*words_for(base_folder, tmp_path / "ours", 2)[1:], "--max_steps", "2"]
+    with Started("ours", "finetune_lora", *words, log=tmp_path / "ours.log") as run:
+        assert run.ends() == 0, run.text()[-3000:]
+    assert losses(tmp_path / "torchrun") == losses(tmp_path / "ours")
+    check_same_weights(tmp_path / "torchrun", tmp_path / "ours", "adapter_model.safetensors")
