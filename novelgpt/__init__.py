@@ -8,6 +8,7 @@ import os
 import sys
 
 from novelgpt.settings.given_ranks import begin_rank
+from novelgpt.settings.library_noise import silence_imports
 from novelgpt.settings.signals import begin_command
 from novelgpt.settings.telemetry import switch_off
 
@@ -17,3 +18,4 @@ if sys.argv[:1] == ["-m"]:  # as it reads until runpy has found the module
     begin_command()
     begin_rank()
 switch_off(os.environ)
+silence_imports()

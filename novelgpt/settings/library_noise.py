@@ -6,6 +6,7 @@ models, settings or devices are the user's, and stay.
 
 from __future__ import annotations
 
+import logging
 import sys
 import warnings
 from collections.abc import Callable
@@ -19,8 +20,20 @@ DEPRECATIONS: tuple[tuple[type[Warning], str, str], ...] = (
     (FutureWarning, r"`torch\.distributed\.(all_gather_into_tensor|reduce_scatter_tensor)` is deprecated",
      r"torch\.distributed\.c10d_logger"),
 )  # fmt: skip
+# Loggers of what is said while a library is imported.
+ON_IMPORT = (
+    # peft imports it wherever it is installed; it asks for a package with which it would fetch code from a hub, and has
+    # kernels of its own.
+    "bitsandbytes.backends.cpu.ops",
+)
 # Bars of transformers, as of weights that are loaded or written, are for what takes longer.
 SECONDS_BEFORE_BARS = 3.0
+
+
+def silence_imports() -> None:
+    """Leave out the warnings of ON_IMPORT, before the libraries are imported."""
+    for name in ON_IMPORT:
+        logging.getLogger(name).setLevel(logging.ERROR)
 
 
 def silence_libraries() -> None:
@@ -31,9 +44,9 @@ def silence_libraries() -> None:
     for category, text, module in DEPRECATIONS:
         warnings.filterwarnings("ignore", message=text, category=category, module=module)
     if "transformers" in sys.modules:  # a command that has not imported it by now shows no bars of it
-        from transformers.utils import logging
+        from transformers.utils import logging as transformers_logging
 
-        logging.set_tqdm_hook(_late_bar)
+        transformers_logging.set_tqdm_hook(_late_bar)
 
 
 def _late_bar(factory: Callable[..., Any], arguments: tuple[Any, ...], options: dict[str, Any]) -> Any:
