@@ -106,7 +106,7 @@ def slurm_place(environment: Mapping[str, str], processes: int) -> Place:
         port = 20000 + (int(environment["SLURM_JOB_ID"]) * 16 + int(environment["SLURM_STEP_ID"]) * 2) % 20000
     except (KeyError, ValueError) as error:
         raise UserError(
-            f"this is no step of a Slurm job: {error}", "start it with srun; see scripts/slurm.sh"
+            f"this is no step of a Slurm job: {error}", "start it with srun, one task a host: srun --ntasks-per-node=1"
         ) from error
     if tasks != hosts:
         raise UserError(

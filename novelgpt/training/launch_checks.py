@@ -121,11 +121,12 @@ def _check_processes(training: TrainArguments) -> None:
         if missing:
             raise UserError(
                 f"--deepspeed needs a launcher, also for one process: {missing[0]} is not set",
-                "ZERO=2 before the script in scripts/ starts one, as does "
-                f"{python_module('novelgpt.launch')} --processes 1 before the name of the pipeline",
+                "ZERO=2 before the script, or before the command novelgpt, starts one",
             )
     if training.fsdp and training.parallel_mode != ParallelMode.DISTRIBUTED:
-        raise UserError("--fsdp shares a model among processes, and there is one", "NPROC=2 before the script, or more")
+        raise UserError(
+            "--fsdp shares a model among processes, and there is one", "NPROC=2 before the command, or more"
+        )
 
 
 def _exists(name: str) -> bool:
