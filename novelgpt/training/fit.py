@@ -20,6 +20,7 @@ from transformers.utils import GENERATION_CONFIG_NAME
 
 from novelgpt.model.card import CARD, write_card
 from novelgpt.model.generation import answer_end_ids
+from novelgpt.model.shared_cores import shared_cores
 from novelgpt.settings.parsed_files import read_object
 from novelgpt.settings.runs import TrainingRun
 from novelgpt.settings.terminal import say
@@ -128,7 +129,8 @@ def _fit_into(
         trainer.add_callback(ProgressLines() if training.disable_tqdm else Progress())
         if curves is not None:
             trainer.add_callback(curves)
-        outcome = trainer.train(resume_from_checkpoint=resumed)
+        with shared_cores(training.device):
+            outcome = trainer.train(resume_from_checkpoint=resumed)
         with trainer.at_saved_step():
             trainer.evaluate_saved()
             trainer.save_final(folder)
