@@ -30,7 +30,7 @@ class TakenError(Exception):
 def folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     """Where the user types, and parsers that go no further."""
     (tmp_path / "books").mkdir()
-    for name in ("my.yaml", "ours.yaml", "books/a.txt"):
+    for name in ("my.yaml", "ours.yaml", "x.yaml", "books/a.txt"):
         (tmp_path / name).write_text(CONFIG, encoding="utf-8")
     monkeypatch.chdir(tmp_path)
     parse_args = CommandParser.parse_args
