@@ -6,7 +6,7 @@ Pretraining as the command runs it, of the small base and of a Qwen3 of 42 M ran
 one as it is (novelgpt/model/shared_cores.py), one with libgomp's default spin count set by hand, with which the toolkit
 leaves all as libgomp has it. The processes take turns, alone and beside a program that needs one core; each has a while
 to settle before it is timed. Speeds are medians over the rounds; one beside the program is compared with the faster of
-the two alone. Anything else that runs on the machine spoils them. A model takes a minute or two on 2 CPU cores.
+the two alone. Anything else that runs on the machine spoils them. A model takes two or three minutes on 2 CPU cores.
 """
 
 from __future__ import annotations
@@ -14,6 +14,7 @@ from __future__ import annotations
 import multiprocessing
 import os
 import runpy
+import signal
 import statistics
 import subprocess
 import sys
@@ -188,6 +189,7 @@ def main() -> None:
     parser.add_argument("--rounds", type=int, default=4)
     parser.add_argument("--seconds", type=float, default=2.5, help="timed in each turn")
     arguments = parser.parse_args()
+    signal.signal(signal.SIGTERM, lambda *_: sys.exit("stopped"))  # leave nothing running
     console = make_console()
     table = Table(title="Share of the quiet speed", title_justify="left", box=SIMPLE)
     for column in ("model", "threads", "tokens/s alone", *(f"{name}, {place}" for place, name in COLUMNS)):
