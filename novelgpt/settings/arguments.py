@@ -278,7 +278,7 @@ class TrainArguments(TrainingArguments):
     deepspeed: dict[str, Any] | str | None = option(
         None,
         f"Settings of DeepSpeed: {', '.join(NAMED)} for those that come along (./zero2 is a file of that name), a JSON "
-        "file, or the settings in JSON. Needs a launcher, as scripts/launch.sh starts one.",
+        "file, or the settings in JSON. Needs a launcher, as the scripts and novelgpt start one.",
     )
     ddp_find_unused_parameters: bool | None = option(False, "Only for models that leave out weights in some steps.")
     remove_unused_columns: bool = option(False, "Not needed: rows hold tokens only.")

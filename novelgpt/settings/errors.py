@@ -14,10 +14,12 @@ from novelgpt.settings.given_ranks import (
     quieten_further_ranks,
 )
 from novelgpt.settings.signals import hear_interrupts
-from novelgpt.settings.terminal import guard_terminal, say, visible
+from novelgpt.settings.terminal import guard_terminal, leave_closed_output, say, visible
 
 # The module of what libraries in Rust raise where their own code gives up, which is no Exception.
 RUST_PANICS = "pyo3_runtime"
+# 128 + SIGPIPE, which ends other programs whose reader has ended.
+OUTPUT_CLOSED = 141
 
 
 class UserError(Exception):
@@ -49,7 +51,8 @@ def exit_on_user_error(main: Callable[..., None]) -> Callable[..., None]:
 
     Of several processes, the launcher shows what the first prints, and of the others' words those that count; where
     there is no such launcher, ranks leave the word to the one whose error it is. Ctrl-C ends in one line and exit
-    status 130, the loss of another rank in two lines and 1.
+    status 130, the loss of another rank in two lines and 1. Where who reads the output has ended, as `head` does,
+    so does this process, without a word.
     """
 
     @functools.wraps(main)
@@ -67,6 +70,10 @@ def exit_on_user_error(main: Callable[..., None]) -> Callable[..., None]:
             if not is_given() or os.environ["RANK"] == "0":
                 say("stopped by Ctrl-C", stderr=True)
             raise SystemExit(130) from None
+        except BrokenPipeError:
+            if not leave_closed_output():
+                raise
+            raise SystemExit(OUTPUT_CLOSED) from None
         except BaseException as error:
             if is_loss_of_a_rank(error):
                 leave_word_to_the_cause()

@@ -8,7 +8,9 @@ from __future__ import annotations
 
 import io
 import logging
+import os
 import re
+import select
 import sys
 import time
 import traceback
@@ -17,6 +19,7 @@ import warnings
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from datetime import timedelta
+from pathlib import Path
 from types import TracebackType
 
 from novelgpt.settings.library_noise import silence_libraries
@@ -115,6 +118,21 @@ def progress(total: int, what: str, unit: str) -> Iterator[Callable[[int], None]
                 say(f"{what}: {done:,} of {total:,}, {left} left", stderr=True)
 
         yield advance
+
+
+def leave_closed_output() -> bool:
+    """Whether who reads the output has ended; then nothing more is written there, nor when Python ends."""
+    closed = False
+    for stream in (sys.stdout, sys.stderr):
+        # Of a pipe, its reader's end alone is told without being asked for. Windows, which has no poll, is believed.
+        poll = select.poll() if "poll" in vars(select) else None
+        if poll is not None:
+            poll.register(stream.fileno(), 0)
+        if poll is None or any(events & select.POLLERR for _, events in poll.poll(0)):
+            closed = True
+            with Path(os.devnull).open("wb") as nothing:
+                os.dup2(nothing.fileno(), stream.fileno())
+    return closed
 
 
 class VisibleRecord(logging.LogRecord):

@@ -21,7 +21,7 @@ from types import ModuleType
 from typing import Any
 
 ROOT = Path(__file__).resolve().parents[2]
-ROOMS = ("novelgpt", "dataset", "pretrain", "finetune", "finetune_lora", "predict")
+ROOMS = ("cli", "novelgpt", "dataset", "pretrain", "finetune", "finetune_lora", "predict")
 MODULES = {"fcntl", "resource", "termios", "tty", "pty", "pwd", "grp", "syslog"}
 SIGNALS = ("SIGUSR1", "SIGUSR2", "SIGHUP", "SIGKILL", "SIGBUS", "SIGXCPU", "SIGVTALRM", "SIGALRM", "SIGPROF", "SIGCHLD")
 FUNCTIONS = {

@@ -5,6 +5,8 @@ from __future__ import annotations
 import ast
 import io
 import logging
+import signal
+import subprocess
 import sys
 import unicodedata
 import warnings
@@ -151,3 +153,13 @@ def test_nothing_is_printed_past_the_border() -> None:
     past = {str(path.relative_to(ROOT)): printed_by(path) for path in paths}
     assert {name for name, ways in past.items() if ways and name not in BORDER} == PRINTING
     assert all(past[name] == {"print"} for name in PRINTING)
+
+
+def test_a_command_whose_reader_has_ended_ends_without_a_word() -> None:
+    process = subprocess.Popen(
+        [sys.executable, "-m", "cli", "--help"], cwd=ROOT, stdout=subprocess.PIPE, stderr=subprocess.PIPE
+    )
+    assert process.stdout is not None and process.stderr is not None
+    process.stdout.close()
+    assert process.stderr.read() == b""
+    assert process.wait() == 128 + signal.SIGPIPE
