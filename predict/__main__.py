@@ -105,6 +105,7 @@ def main(argv: list[str] | None = None) -> None:
             if source.model is not None:
                 add_scores(Path(source.name), run.data.data_files, scores)
             journal.remove()
+            this_attempt().finish()
             _say_endings(rows, ordered)
             say(f"  predictions   {folder / 'predictions.jsonl'}", f"  scores        {folder / 'scores.json'}")
 

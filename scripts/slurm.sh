@@ -8,7 +8,8 @@
 # A pipeline on the hosts of a Slurm job, one task a host, which starts a process a GPU. From the checkout:
 #   sbatch --nodes=2 --gpus-per-node=8 --cpus-per-task=64 --time=24:00:00 scripts/slurm.sh finetune --model MODEL …
 # 300 seconds before the time limit the run saves and ends; the same sbatch goes on from there.
-# The variables MODEL, NPROC, ZERO and OFFLOAD are described in launch.sh.
+# The variables MODEL, NPROC, ZERO, OFFLOAD and MAX_RESTARTS (a rank that is killed starts all again within the job) are
+# described in novelgpt/launch/start.py.
 set -euo pipefail
 # Slurm runs a copy of this file, so that its own place says nothing.
 if [ ! -e scripts/launch.sh ]; then

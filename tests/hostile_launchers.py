@@ -36,7 +36,7 @@ class Wire:
         sent: all bytes that were sent.
     """
 
-    def __init__(self, place: tuple[str, int], secret: bytes, version: int = 2, greeting: bytes | None = None) -> None:
+    def __init__(self, place: tuple[str, int], secret: bytes, version: int = 3, greeting: bytes | None = None) -> None:
         self.socket = socket.create_connection(place, timeout=PATIENCE)
         self.secret = secret
         self.greeting = greeting or b"novelgpt" + struct.pack("!H", version) + os.urandom(32)
@@ -101,7 +101,7 @@ def join(place: tuple[str, int], secret: bytes, **fields: object) -> Wire:
 def flood(place: tuple[str, int], count: int, seed: int) -> None:
     """So many connections with random bytes, each ended at once."""
     draw = random.Random(seed)
-    greeting = b"novelgpt" + struct.pack("!H", 2) + bytes(32)
+    greeting = b"novelgpt" + struct.pack("!H", 3) + bytes(32)
     for _ in range(count):
         noise = draw.randbytes(draw.randrange(400))
         kind = draw.randrange(4)
@@ -132,7 +132,7 @@ def hostile(place: tuple[str, int], secret: bytes, recorded: Wire) -> Iterator[W
     ]  # fmt: skip
     for data in raw:
         yield Wire(place, secret).put(data)
-    for version in (0, 1, 3, 65535):
+    for version in (0, 1, 4, 65535):
         yield Wire(place, secret, version).greet().say(HELLO)
     after_greeting: list[Callable[[Wire], bytes]] = [
         lambda wire: struct.pack("!I", 0) + bytes(32),

@@ -38,7 +38,7 @@ OURS = re.compile(r"^(?:[A-Z_]+=\S+ )*novelgpt ")
 ENGINES = re.compile(r"bin/(torchrun|accelerate|deepspeed) ")
 OF_OTHERS |= {"nproc_per_node", "nnodes", "node_rank", "master_addr", "master_port", "shutdown-timeout"}
 OF_OTHERS |= {"multi_gpu", "num_processes", "num_machines", "machine_rank", "main_process_ip", "main_process_port"}
-OF_OTHERS |= {"num_gpus", "module", "cpu", "signals-to-handle"}
+OF_OTHERS |= {"num_gpus", "module", "cpu", "signals-to-handle", "max-restarts", "rdzv-backend"}
 OF_OTHERS |= {"rm", "init", "user", "ipc", "gpus", "build-arg", "stop-timeout"}  # docker
 OPTION = re.compile(r"(?<![\w-])--([A-Za-z_][\w-]*)")
 

@@ -19,20 +19,20 @@ import secrets
 import socket
 import sys
 import tempfile
-from collections.abc import Mapping, Sequence
 from contextlib import ExitStack
-from dataclasses import dataclass, replace
+from functools import partial
 from pathlib import Path
 
-from novelgpt.launch.channel import Alone, Channel, FirstHost, Member
-from novelgpt.launch.hosts import Place, Remote, local_addresses, read_hostfile, shared_environment, slurm_place
+from novelgpt.launch.channel import Alone, FirstHost, Member
+from novelgpt.launch.hosts import Place, local_addresses, read_hostfile, slurm_place
 from novelgpt.launch.messages import Hello
-from novelgpt.launch.ranks import Block, Ranks
+from novelgpt.launch.ranks import Block
+from novelgpt.launch.remotes import Remotes
 from novelgpt.launch.restarts import Restarts
 from novelgpt.launch.secret import GivenSecret
-from novelgpt.launch.watch import Signals, explain, watch
+from novelgpt.launch.starts import Starts, follow, lead
+from novelgpt.launch.watch import FINISH_SECONDS, Signals
 from novelgpt.settings.command_parser import CommandParser
-from novelgpt.settings.cores import usable_cores
 from novelgpt.settings.errors import UserError, exit_on_user_error
 from novelgpt.settings.remedies import python_module
 from novelgpt.settings.terminal import say
@@ -63,74 +63,52 @@ def main(argv: list[str] | None = None) -> None:
             place = _place(options)
             if place.hosts > 1:
                 secret = secrets.token_bytes(32) if options.hostfile is not None else given.read(options.slurm)
-        remotes: list[Remote] = []
-        if options.hostfile is not None and place.hosts > 1:
-            remotes = _start_others(options.hostfile, place, words, secret)
-        channel, block = _meet(place, secret, remotes, signals, options.single)
         logs = Path(stack.enter_context(tempfile.TemporaryDirectory(prefix="novelgpt-ranks-")))
-        threads = max(1, usable_cores() // block.processes)
-        environment = {"OMP_NUM_THREADS": str(threads)} | environment
-        status = _run(Starts(block, words, environment, logs, options.port), channel, options.max_restarts, signals)
-        for remote in remotes:
-            remote.process.wait()
+        starts = Starts(words, environment, logs, signals)
+        if place.host > 0:
+            hello = Hello(host=place.host, hosts=place.hosts, processes=place.processes, name=socket.gethostname())
+            join = partial(Member, place.address, place.port + 1, hello, secret, starts.interrupt)
+            raise SystemExit(follow(starts, join, place.processes, comes_back=not options.from_stdin))
+        restarts = Restarts(options.max_restarts, logs)
+        if place.hosts == 1:
+            status = lead(starts, Alone(), partial(_alone, options, place, restarts), restarts)
+        else:
+            remotes = Remotes(options.hostfile, place, words, secret)
+            first = FirstHost(place.hosts, place.address, place.port + 1, secret, heals=options.max_restarts > 0)
+            status = lead(starts, first, partial(_gather, options, place, first, remotes, starts, restarts), restarts)
+            remotes.wait(FINISH_SECONDS if restarts.number else None)
     raise SystemExit(status)
 
 
-@dataclass
-class Starts:
-    """What every start of the ranks has.
-
-    Attributes:
-        block: which ranks this host has.
-        words: module, and the words of its command line.
-        environment: of each rank.
-        logs: folder for what ranks print.
-        port: where they meet, if it was named; else every start has one of its own.
-    """
-
-    block: Block
-    words: Sequence[str]
-    environment: Mapping[str, str]
-    logs: Path
-    port: int | None
+def _alone(options: argparse.Namespace, place: Place, restarts: Restarts) -> Block:
+    """The ranks of a run on one host. Each start has a port of its own, unless one is named."""
+    port = place.port if restarts.number == 0 else options.port or _free_ports()
+    return Block(0, place.processes, place.processes, "127.0.0.1", port, grouped=not options.single)
 
 
-def _run(starts: Starts, channel: Channel, most: int, signals: Signals) -> int:
-    """Start the ranks, again after a fault as long as that is allowed; the exit status of the whole."""
-    restarts = Restarts(most if isinstance(channel, Alone) else 0, starts.logs)
-    block, host = starts.block, socket.gethostname()
-    while True:
-        with Ranks(block, starts.words, starts.environment, host, starts.logs, restarts.variables()) as ranks:
-            outcome = watch(ranks, channel, signals)
-        if not restarts.again(outcome, signals):
-            explain(outcome, channel)
-            return outcome.status
-        restarts.wait(signals)
-        block = replace(block, port=starts.port or _free_ports())
-
-
-def _meet(
-    place: Place, secret: bytes, remotes: Sequence[Remote], signals: Signals, single: bool
-) -> tuple[Channel, Block]:
-    """Find the other hosts, and settle which ranks this one has."""
-    if place.hosts == 1:
-        return Alone(), Block(0, place.processes, place.processes, "127.0.0.1", place.port, grouped=not single)
+def _gather(
+    options: argparse.Namespace,
+    place: Place,
+    first: FirstHost,
+    remotes: Remotes,
+    starts: Starts,
+    restarts: Restarts,
+) -> Block:
+    """The ranks of the first host, once all are there. With a hostfile, one that was lost is started again."""
 
     def watch() -> None:
-        for remote in remotes:
-            remote.check()
-        if signals.received:
-            raise SystemExit(128 + signals.received[0])
+        starts.interrupt()
+        if restarts.number == 0:
+            remotes.check()
+        else:
+            remotes.start_again(first.members)
 
-    if place.host > 0:
-        hello = Hello(host=place.host, hosts=place.hosts, processes=place.processes, name=socket.gethostname())
-        member = Member(place.address, place.port + 1, hello, secret, watch)
-        return member, member.block(place.processes, watch)
-    first = FirstHost(place.hosts, place.address, place.port + 1, secret)
-    block = first.gather(place.processes, place.port, watch)
-    met = f"{counted(place.hosts, 'host')}, {counted(block.world_size, 'process')}"
-    say(f"{met}, meeting at {block.address} port {block.port}")
-    return first, block
+    again = restarts.number > 0 and options.hostfile is not None and options.port is None
+    block = first.gather(place.processes, _free_ports() if again else place.port, watch)
+    if restarts.number == 0:
+        met = f"{counted(place.hosts, 'host')}, {counted(block.world_size, 'process')}"
+        say(f"{met}, meeting at {block.address} port {block.port}")
+    return block
 
 
 def _place(options: argparse.Namespace) -> Place:
@@ -154,16 +132,6 @@ def _place(options: argparse.Namespace) -> Place:
     if options.hosts > 1 and (not options.address or options.port is None):
         raise UserError("several hosts need a place to meet", "set MASTER_ADDR and MASTER_PORT, the same on all hosts")
     return Place(options.host, options.hosts, options.processes, options.address or "", options.port or _free_ports())
-
-
-def _start_others(hostfile: Path, place: Place, words: Sequence[str], secret: bytes) -> list[Remote]:
-    names = read_hostfile(hostfile)
-    environment: Mapping[str, str] = shared_environment()
-    return [
-        Remote(name, Place(host, place.hosts, processes, place.address, place.port), words, environment, secret)
-        for host, (name, processes) in enumerate(names.items())
-        if host > 0
-    ]
 
 
 def _free_ports() -> int:

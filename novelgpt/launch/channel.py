@@ -8,18 +8,23 @@
           <------------------------------ End, with the status of the run
     Done ------------------------------->
 
+where the run heals (`--max_restarts`), an End that is not final comes first, and after Done
+          <------------------------------ Start, once more, or the final End
+    Quit, on a signal meanwhile --------> ends the run
+
 `frames` signs what travels, `messages` says what it may be, `door` lets in who knows the secret of the run. A host
 counts as lost when its connection ends before it said `Done`, or when what comes from it is wrong; kept-alive
 connections end within half a minute where a host falls silent.
 
 The first host listens until its end, and both sides can begin again. `FirstHost.gather` waits for the hosts that have
-no connection (one that was lost comes back under its number, as a new `Member`), then sends a `Start` to all, which
-`Member.poll` notes as `started` and `Member.block` returns, each time.
+no connection (one that was lost comes back under its number, as a new `Member`) and for those whose ranks have not
+ended, then sends a `Start` to all, which `Member.poll` notes as `started` and `Member.block` returns, each time.
 """
 
 from __future__ import annotations
 
 import select
+import signal
 import socket
 import time
 from collections import Counter
@@ -30,9 +35,10 @@ import psutil
 
 from novelgpt.launch.door import Arrival, Door
 from novelgpt.launch.frames import Fault, Link
-from novelgpt.launch.messages import Done, End, Hello, Message, Refused, Report, Start, Welcome
+from novelgpt.launch.messages import Done, End, Hello, Message, Quit, Refused, Report, Start, Welcome
 from novelgpt.launch.ranks import Block, Failure
 from novelgpt.settings.errors import UserError
+from novelgpt.settings.signals import STOP_SIGNALS
 from novelgpt.settings.terminal import say
 from novelgpt.settings.units import counted
 
@@ -60,6 +66,12 @@ class Alone:
         """At once."""
         return []
 
+    def listen(self) -> None:
+        """To nobody."""
+
+    def close(self, status: int) -> None:
+        """Nothing."""
+
 
 class FirstHost:
     """The first host's end: connections to all others.
@@ -68,11 +80,12 @@ class FirstHost:
         told: always None; see `Member`.
         members: connection of each host that is there, by its number.
         processes: ranks of each host, by its number.
+        heals: whether the ranks may be started again.
     """
 
     told: int | None = None
 
-    def __init__(self, hosts: int, name: str, port: int, secret: bytes) -> None:
+    def __init__(self, hosts: int, name: str, port: int, secret: bytes, heals: bool = False) -> None:
         """Listen.
 
         Args:
@@ -80,11 +93,14 @@ class FirstHost:
             name: of this host, as the others know it.
             port: to listen at.
             secret: of the run.
+            heals: whether the ranks may be started again.
 
         Raises:
             UserError: the port is taken.
         """
         self.hosts = hosts
+        self.heals = heals
+        self._begun = False  # whether the ranks have been started
         self.members: dict[int, Link] = {}
         self.processes: dict[int, int] = {}
         self._names: dict[int, str] = {}
@@ -102,16 +118,13 @@ class FirstHost:
 
         Raises:
             UserError: a host did not come in time.
+            SystemExit: one was told to end.
         """
         self.processes[0] = processes
         begin = time.monotonic()
         while missing := self._missing():
             watch()
-            for arrival in self._door.arrivals(0.05):
-                self._admit(arrival)
-            for failure in self._hear():
-                if failure.cause:  # and is no word of a rank that ended before
-                    say(f"{failure.who} has left: {failure.cause}; waiting for it to come back", stderr=True)
+            self.listen(0.05)
             if time.monotonic() - begin > WAIT_SECONDS:
                 raise UserError(
                     f"of {self.hosts} hosts, number {', '.join(map(str, missing))} did not come in "
@@ -119,12 +132,29 @@ class FirstHost:
                     "see what it printed, and whether this host's port is open to it",
                 )
         self._reports.clear()
+        self._done.clear()
+        self._begun = True
         world = sum(self.processes.values())
         address = self.members[1].connection.getsockname()[0]
         for host, link in self.members.items():
             first = sum(self.processes[earlier] for earlier in range(host))
-            link.send(Start(first_rank=first, world_size=world, port=port))
+            link.send(Start(first_rank=first, world_size=world, port=port, heals=self.heals))
         return Block(0, processes, world, address, port, interface_of(address))
+
+    def listen(self, seconds: float = 0) -> None:
+        """While no ranks run: let hosts in, and tell of those that leave.
+
+        Raises:
+            SystemExit: one was told to end, and with it the run.
+        """
+        for arrival in self._door.arrivals(seconds):
+            self._admit(arrival)
+        for failure in self._hear(idle=True):
+            if failure.status < 0:
+                say(f"{failure.who} has left: {failure.cause}", stderr=True)
+                raise SystemExit(failure.exit_status)
+            if failure.cause:  # and is no word of a rank that ended before
+                say(f"{failure.who} has left: {failure.cause}; waiting for it to come back", stderr=True)
 
     def poll(self) -> list[Failure]:
         """Failures of the other hosts since the last call."""
@@ -135,7 +165,7 @@ class FirstHost:
     def report(self, failures: Iterable[Failure], status: int) -> None:
         """Tell all hosts to end with this status."""
         for link in self.members.values():
-            link.send(End(status=status))
+            link.send(End(status=status, final=not self.heals))
 
     def finish(self, seconds: float) -> list[Failure]:
         """Wait so long for the others, and take what they still have to say."""
@@ -144,13 +174,20 @@ class FirstHost:
         while self.members.keys() - self._done and time.monotonic() < deadline:
             time.sleep(0.05)
             found += self.poll()
-        for link in self.members.values():
-            link.close()
-        self._door.close()
         return found
 
+    def close(self, status: int) -> None:
+        """The run is over, with this status."""
+        for link in self.members.values():
+            if self.heals:
+                link.send(End(status=status, final=True))
+            link.close()
+        self._door.close()
+
     def _missing(self) -> list[int]:
-        """Hosts that are not there; who was done with a start before does not count as there."""
+        """Hosts that are not ready: not there, or, after a start, not done with it."""
+        if self._begun:
+            return [host for host in range(1, self.hosts) if host not in self.members or host not in self._done]
         for host in self._done:
             self.members.pop(host).close()
         self._done.clear()
@@ -162,6 +199,8 @@ class FirstHost:
             return self._refuse(arrival)
         self.members[hello.host], self.processes[hello.host] = arrival.link, hello.processes
         self._names[hello.host] = f"host {hello.host} ({hello.name}, {arrival.address})"
+        if self._begun:
+            self._done.add(hello.host)
         return arrival.link.send(Welcome())
 
     def _refuse(self, arrival: Arrival) -> None:
@@ -169,19 +208,28 @@ class FirstHost:
         arrival.link.send(Refused(reason=reason, hosts=self.hosts))
         arrival.link.close()
 
-    def _hear(self) -> list[Failure]:
-        """What the members say; those that are lost are no members any more."""
+    def _hear(self, idle: bool = False) -> list[Failure]:
+        """What the members say; those that are lost are no members any more.
+
+        Args:
+            idle: whether those count, too, whose ranks have ended.
+        """
         found = []
         for host, link in list(self.members.items()):
             for message in link.receive():
                 self._reports[host] += 1
                 if isinstance(message, Done):
                     self._done.add(host)
+                elif isinstance(message, Quit) and self._begun and message.signal in STOP_SIGNALS:
+                    self._done.add(host)
+                    name = signal.Signals(message.signal).name
+                    found.append(Failure(self._names[host], -message.signal, cause=f"it was told to end by {name}"))
                 elif isinstance(message, Report) and self._reports[host] <= self.processes[host]:
                     found.append(Failure(message.who, message.status, message.tail))
                 else:
                     link.fail(Fault.INVALID)
-            if link.fault is not None and host not in self._done:
+            if link.fault is not None and (idle or host not in self._done):
+                self._done.discard(host)
                 found.append(Failure(self._names[host], LOST_STATUS, cause=link.fault.value))
                 self.members.pop(host).close()
         return found
@@ -191,7 +239,9 @@ class Member:
     """The end of every other host.
 
     Attributes:
-        told: status with which the first host wants this one to end; None as long as it does not.
+        told: status with which the first host wants the ranks to end; None as long as it does not.
+        final: whether the run is over then.
+        heals: whether there may be another start.
         started: the first host's word that the ranks shall start, until `block` takes it.
     """
 
@@ -202,6 +252,7 @@ class Member:
             UserError: it does not, has another secret, or takes no such host.
         """
         self.told: int | None = None
+        self.final = self.heals = False
         self.started: Start | None = None
         self._lost = False
         self.link, messages = _join(address, port, hello, secret, watch)
@@ -219,7 +270,8 @@ class Member:
             if self.link.fault is not None and self.started is None:
                 raise UserError(f"the first host is gone: {self.link.fault.value}", "see what it printed")
             time.sleep(0.05)
-        start, self.started = self.started, None
+        start, self.started, self.told = self.started, None, None
+        self.heals = start.heals
         own, first = self.link.connection.getsockname()[0], self.link.connection.getpeername()[0]
         return Block(start.first_rank, processes, start.world_size, first, start.port, interface_of(own))
 
@@ -238,16 +290,39 @@ class Member:
 
     def finish(self, seconds: float) -> list[Failure]:
         """Say that all is said."""
+        found = self.poll()
         self.link.send(Done())
+        if not self.heals:
+            self.link.close()
+        return found
+
+    def starts_again(self, watch: Callable[[], None]) -> bool:
+        """Wait for the first host's word after a start. False where the run is over, or the first host is gone."""
+        while self.started is None and not self.final and self.link.fault is None:
+            watch()
+            self._take(self.link.receive())
+            time.sleep(0.05)
+        return self.started is not None
+
+    @property
+    def fault(self) -> str:
+        """Why nothing comes from the first host any more."""
+        return (self.link.fault or Fault.GONE).value
+
+    def quit(self, number: int) -> None:
+        """A signal ends this host, and the run with it."""
+        self.link.send(Quit(signal=number))
+
+    def close(self, status: int) -> None:
+        """End the connection."""
         self.link.close()
-        return []
 
     def _take(self, messages: Iterable[Message]) -> None:
         for message in messages:
             if isinstance(message, Start):
                 self.started = message
             elif isinstance(message, End):
-                self.told = message.status
+                self.told, self.final = message.status, message.final
             else:
                 self.link.fail(Fault.INVALID)
 

@@ -13,7 +13,7 @@ from pydantic import BaseModel, ConfigDict, Field, TypeAdapter, model_validator
 from novelgpt.launch.hosts import MOST_HOSTS, MOST_PROCESSES
 from novelgpt.launch.ranks import TAIL_BYTES
 
-VERSION = 2
+VERSION = 3
 # Of a process, as subprocess has it; Windows counts up to 32 bits.
 Status = Annotated[int, Field(ge=-64, lt=2**32)]
 
@@ -55,6 +55,13 @@ class Done(Message):
     kind: Literal["done"] = "done"
 
 
+class Quit(Message):
+    """A signal ends this host at a moment at which its ranks cannot agree with the others: it ends the run."""
+
+    kind: Literal["quit"] = "quit"
+    signal: int = Field(ge=1, le=64)
+
+
 class Welcome(Message):
     """This host is taken; it shall wait for the others."""
 
@@ -70,22 +77,27 @@ class Refused(Message):
 
 
 class Start(Message):
-    """All hosts are there: these are this one's ranks, and where they meet."""
+    """All hosts are there: these are this one's ranks, and where they meet.
+
+    Where the run `heals`, a host whose ranks have ended waits for another `Start` or the final `End`.
+    """
 
     kind: Literal["start"] = "start"
     first_rank: int = Field(ge=1, lt=MOST_HOSTS * MOST_PROCESSES)
     world_size: int = Field(ge=2, le=MOST_HOSTS * MOST_PROCESSES)
     port: int = Field(ge=1, le=65535)
+    heals: bool
 
 
 class End(Message):
-    """The run is over, with this status: end what still runs."""
+    """Ranks have failed or are done, with this status: end what still runs. Where it is `final`, the run is over."""
 
     kind: Literal["end"] = "end"
     status: int = Field(ge=0, lt=2**32)
+    final: bool
 
 
-FromMember = Hello | Report | Done
+FromMember = Hello | Report | Done | Quit
 FromFirst = Welcome | Refused | Start | End
 FROM_MEMBER: TypeAdapter[FromMember] = TypeAdapter(Annotated[FromMember, Field(discriminator="kind")])
 FROM_FIRST: TypeAdapter[FromFirst] = TypeAdapter(Annotated[FromFirst, Field(discriminator="kind")])

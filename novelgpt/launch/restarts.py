@@ -74,13 +74,18 @@ class Restarts:
         if not self.most or not outcome.failures:
             return False
         reached = self._note_reached()
-        asked = outcome.stopped or signals.received or any(-one.status in STOP_SIGNALS for one in outcome.failures)
+        # Ranks that lose their launcher stop and save, and all others with them: nobody has asked for that.
+        stopped = bool(outcome.stopped and not outcome.lost) or bool(signals.received)
+        asked = stopped or any(-failure.status in STOP_SIGNALS for failure in outcome.failures)
         if asked or any(failure.status == 2 for failure in outcome.failures):
             return False
         cause = outcome.cause
         fault, before = Fault(cause.status, reached.count), self._last
         self._last = fault
         entry = _entry(cause, reached)
+        if reached.finished:
+            say("not started again: the run is finished", stderr=True)
+            return False
         if fault == before:
             self._give_up(reached, entry, f"the same fault as before, {_where(reached)}: it would come again")
             return False
@@ -91,9 +96,9 @@ class Restarts:
         if cause.status != -signal.SIGKILL:
             show_last_words(cause)  # or they would be gone: its next start prints into the same file
         start = _start(self._told, reached)
+        what = cause.explain()[0] + ("," if cause.cause else "")
         say(
-            f"{cause.explain()[0]} {_where(reached)}; restart {self.number} of {self.most}{start}, "
-            f"in {self._wait_seconds():.0f} s",
+            f"{what} {_where(reached)}; restart {self.number} of {self.most}{start}, in {self._wait_seconds():.0f} s",
             stderr=True,
         )
         return True
@@ -147,7 +152,11 @@ class Restarts:
 def _entry(cause: Failure, reached: Reached) -> dict[str, Any]:
     """Of run.json: when, who, what, and how far the run had come; rank 0 adds what it goes on from."""
     at = datetime.now(timezone.utc).isoformat(timespec="seconds")
-    what = {"signal": signal.Signals(-cause.status).name} if cause.status < 0 else {"status": cause.status}
+    what: dict[str, Any] = {"status": cause.status}
+    if cause.status < 0:
+        what = {"signal": signal.Signals(-cause.status).name}
+    elif cause.cause:
+        what = {"cause": cause.cause}
     return {"at": at, "who": cause.who, **what, reached.unit: reached.count}
 
 

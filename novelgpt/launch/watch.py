@@ -54,6 +54,11 @@ class Outcome:
     stopped: list[Failure]
 
     @property
+    def lost(self) -> bool:
+        """Whether a host is."""
+        return any(failure.cause for failure in self.failures)
+
+    @property
     def cause(self) -> Failure:
         """The failure that the others follow from."""
         return min(self.failures, key=Failure.weight)

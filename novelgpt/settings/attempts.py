@@ -47,12 +47,14 @@ class Reached:
         checkpoint: name of the one that it resumed from; None where it began anew.
         count: steps that are done, or rows that are answered; None before the first could be.
         unit: what is counted.
+        finished: whether all is written.
     """
 
     folder: str | None = None
     checkpoint: str | None = None
     count: int | None = None
     unit: str = "step"
+    finished: bool = False
 
     @classmethod
     def read(cls, place: Path) -> Reached:
@@ -68,10 +70,12 @@ class Attempt:
 
     Attributes:
         told: of the starts before.
+        watched: whether a launcher asks, which may start the run again.
     """
 
     def __init__(self, place: Path | None) -> None:
         self.told = Told()
+        self.watched = place is not None
         self._reached = Reached()
         self._file = None
         self._length = 0
@@ -88,6 +92,11 @@ class Attempt:
     def reach(self, count: int, unit: str = "step") -> None:
         """So many are done. Takes some 20 µs."""
         self._reached.count, self._reached.unit = count, unit
+        self._write()
+
+    def finish(self) -> None:
+        """All is written: another start would find nothing to do."""
+        self._reached.finished = True
         self._write()
 
     def restarts(self, checkpoint: Path | None) -> list[dict[str, Any]]:

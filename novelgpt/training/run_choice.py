@@ -5,6 +5,7 @@ from __future__ import annotations
 import functools
 import os
 import re
+import time
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -21,6 +22,7 @@ from novelgpt.training.folder_claim import LOCK, Claim, check_none_held_below, i
 from novelgpt.training.resume import FILES, changes, check_same_run, newest_whole_checkpoint, unusable
 from novelgpt.training.run_record import describe_run, read_run
 
+LEFT_SECONDS = 60.0  # for a rank that has lost its launcher to save and to end
 MOST_NAMES = 10_000
 NAME = re.compile(r"checkpoint-[0-9]+")
 Take = Callable[[Path], Claim]
@@ -54,6 +56,8 @@ def choose(run: TrainingRun, data: Data, take: Take) -> Choice:
         UserError: the folder that the user named holds another run, or none of its checkpoints is whole.
     """
     training, attempt = run.training, this_attempt().told
+    if this_attempt().watched:
+        take = functools.partial(_take_patiently, take)
     if attempt.folder is not None:  # that of the start before this one, by the same launcher
         training.output_dir, training.overwrite_output_dir, training.resume = attempt.folder, False, None
     named = training.resume_from_checkpoint
@@ -83,6 +87,22 @@ def choose(run: TrainingRun, data: Data, take: Take) -> Choice:
     if checkpoint is not None:
         say(f"going on from {checkpoint}")
     return claim, checkpoint, before
+
+
+def _take_patiently(take: Take, folder: Path) -> Claim:
+    """Claim a folder whose holder may be about to end: the rank 0 of a launcher that was killed and has come back."""
+    deadline = time.monotonic() + LEFT_SECONDS
+    told = False
+    while True:
+        try:
+            return take(folder)
+        except BlockingIOError:
+            if time.monotonic() > deadline:
+                raise
+        if not told:
+            say(f"{folder} is held by another process; waiting up to {LEFT_SECONDS:.0f} s for its end")
+            told = True
+        time.sleep(0.2)
 
 
 def _choose_unnamed(run: TrainingRun, data: Data, take: Take, may_go_on: bool) -> Choice:

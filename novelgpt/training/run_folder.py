@@ -84,6 +84,7 @@ class RunFolder:
     def finish(self, results: dict[str, Any]) -> None:
         """Note in run.json that the run is complete, with its final figures."""
         self._write(self._description | {"status": "finished", "finished": now(), "results": results})
+        this_attempt().finish()
 
     def leave(self, error: BaseException | None) -> None:
         """Let go of the folder, and of what is in it where the run has not come to a first step.

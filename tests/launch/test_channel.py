@@ -130,7 +130,7 @@ def test_a_host_that_misbehaves_during_the_run_counts_as_lost(why: str, tmp_path
     port = free_port()
     with launcher(tmp_path, WORK, *on_two_hosts(port, 0, 1)) as first:
         wire = join(until_listening(port), SECRET, hosts=2, name="node2")
-        start = {"kind": "start", "first_rank": 1, "world_size": 2, "port": port}
+        start = {"kind": "start", "first_rank": 1, "world_size": 2, "port": port, "heals": False}
         assert wire.hear(1) == start
         wait_for(tmp_path / "0.json")
         MISBEHAVIOUR[why](wire)
@@ -165,7 +165,7 @@ def answer(listener: socket.socket, greet: Callable[[bytes], bytes]) -> None:
 
 IMPOSTORS: dict[str, Callable[[bytes], bytes]] = {
     "has another secret": lambda greeting: greeting,
-    "runs another version": lambda greeting: greeting[:8] + struct.pack("!H", 3) + greeting[10:],
+    "runs another version": lambda greeting: greeting[:8] + struct.pack("!H", 4) + greeting[10:],
     "is no launcher": lambda greeting: b"HTTP/1.1 400 Bad Request\r\n\r\n",
 }
 

@@ -10,8 +10,8 @@ import pytest
 
 from novelgpt.launch.start import plan_start
 from novelgpt.settings.errors import UserError
-from tests.launch.test_launch import launch, launcher
-from tests.launched import Launched
+from tests.launch.test_launch import free_port, launch, launcher, on_two_hosts, wait_for
+from tests.launched import PATIENCE, Launched
 
 THIS = socket.gethostname()
 # What the ranks of every start do: count the starts, and tell how far they come.
@@ -43,6 +43,7 @@ def starts(folder: Path) -> int:
     return len(list(folder.glob("start-*-0")))
 
 
+@pytest.mark.long
 def test_a_killed_rank_starts_all_again_until_they_end_well(tmp_path: Path) -> None:
     """Each start goes on in the folder that the first one has begun, and is told of those before it."""
     script = COUNT + (
@@ -99,6 +100,7 @@ def test_what_is_not_started_again(ending: str, status: int, words: str, tmp_pat
         assert errors.splitlines()[-2].startswith(f"error: rank 1 ({THIS})")
 
 
+@pytest.mark.long
 def test_the_last_words_of_a_rank_are_shown_before_it_is_started_again(tmp_path: Path) -> None:
     script = COUNT + "if start == 0 and rank == 1: Path('dying-0').touch(); raise ValueError('it is broken')\n"
     script += "if start == 0: lack_the_other()"
@@ -126,6 +128,7 @@ def test_a_signal_between_two_starts_ends_the_run(number: signal.Signals, tmp_pa
     assert starts(tmp_path) == 2
 
 
+@pytest.mark.long
 def test_what_a_killed_rank_had_started_holds_nothing_any_more(tmp_path: Path) -> None:
     """Processes that load rows inherit the lock on the run folder, and outlive the rank by seconds."""
     script = COUNT + (
@@ -143,6 +146,7 @@ def test_what_a_killed_rank_had_started_holds_nothing_any_more(tmp_path: Path) -
     assert not psutil.pid_exists(child) or psutil.Process(child).status() == psutil.STATUS_ZOMBIE
 
 
+@pytest.mark.long
 def test_a_single_process_heals_without_being_a_rank(tmp_path: Path) -> None:
     script = COUNT + "if start == 0: die(-9)"
     status, _, errors = launch(tmp_path, script, "--single", "--max_restarts", "1", RANK="0")  # which the script reads
@@ -183,3 +187,73 @@ def test_what_is_started_with_restarts() -> None:
     assert plan_start("pretrain", [], {"MAX_RESTARTS": "0"}, 0).words == ["-m", "pretrain"]
     with pytest.raises(UserError, match="has no effect: this rank was started by something else"):
         plan_start("pretrain", [], heals | operator | {"LOCAL_RANK": "0"}, 0)
+
+
+# Of a start that ends well only once it is the second.
+ONCE = (
+    COUNT + "if start == 0:\n    Path(f'ready-{rank}').touch()\n    while True: time.sleep(0.01)\nprint('done', rank)"
+)
+
+
+@pytest.mark.long
+def test_a_rank_of_another_host_that_is_killed_starts_all_hosts_again(tmp_path: Path) -> None:
+    """The first host says so; the other one has it from there, and the same port is used again."""
+    port = free_port()
+    script = COUNT + "if start == 0:\n    if rank == 1: die(-9)\n    lack_the_other()\nprint('done', rank)"
+    with launcher(tmp_path, script, *on_two_hosts(port, 1, 1)) as other:
+        status, output, errors = launch(tmp_path, script, *on_two_hosts(port, 0, 1), "--max_restarts", "3")
+        assert (status, other.wait(timeout=PATIENCE)) == (0, 0), errors
+        assert other.communicate() == ("", "")
+    assert output.splitlines()[1:] == ["done 0"]
+    assert f"rank 1 ({THIS}) was killed by SIGKILL before training began; restart 1 of 3, in 1 s\n" in errors
+    assert {told(tmp_path, start, rank)["MASTER_PORT"] for start in (0, 1) for rank in (0, 1)} == {str(port)}
+
+
+@pytest.mark.parametrize("victim", [pytest.param(0, marks=pytest.mark.long), 1])
+def test_a_host_whose_launcher_was_killed_comes_back(victim: int, tmp_path: Path) -> None:
+    """Started by hand, or by what a platform has for that."""
+    port, heals = free_port(), ["--max_restarts", "3"]
+    with (
+        launcher(tmp_path, ONCE, *on_two_hosts(port, 0, 1), *heals) as first,
+        launcher(tmp_path, ONCE, *on_two_hosts(port, 1, 1), *heals) as second,
+    ):
+        wait_for(tmp_path / "ready-0", tmp_path / "ready-1")
+        lost, left = (first, second) if victim == 0 else (second, first)
+        lost.kill()
+        status, _, errors = launch(tmp_path, ONCE, *on_two_hosts(port, victim, 1), *heals)
+        assert status == 0, errors
+        output, errors = left.communicate(timeout=PATIENCE)
+        assert left.returncode == 0, errors
+    assert starts(tmp_path) == 2
+    if victim == 0:
+        assert "the first host is gone: its launcher was killed, or the connection is cut; waiting for it" in errors
+    else:
+        assert output.endswith("done 0\n")
+        assert f"host 1 ({THIS}, 127.0.0.1) is gone: its launcher was killed, or the connection is cut," in errors
+
+
+def test_an_error_of_use_on_another_host_ends_all(tmp_path: Path) -> None:
+    port, heals = free_port(), ["--max_restarts", "3"]
+    script = COUNT + "if rank == 1: print('error: no\\n  fix: yes'); die(2)\nlack_the_other()"
+    with launcher(tmp_path, script, *on_two_hosts(port, 1, 1)) as other:
+        status, _, errors = launch(tmp_path, script, *on_two_hosts(port, 0, 1), *heals)
+        assert (status, other.wait(timeout=PATIENCE), starts(tmp_path)) == (2, 2, 1), errors
+    assert errors == "error: no\n  fix: yes\n"
+
+
+@pytest.mark.long
+@pytest.mark.parametrize("host", [0, 1])
+def test_a_signal_to_one_host_between_two_starts_ends_all(host: int, tmp_path: Path) -> None:
+    port = free_port()
+    script = COUNT + "if rank == 0: attempt.reach(start); open(f'told-{start}', 'w')\n"
+    script += f"if rank == 1: wait_for(f'told-{{start}}'); die(-9){LACK}"
+    with (
+        launcher(tmp_path, script, *on_two_hosts(port, 0, 1), "--max_restarts", "3") as first,
+        launcher(tmp_path, script, *on_two_hosts(port, 1, 1)) as second,
+    ):
+        assert first.stderr is not None
+        while "restart 2 of 3" not in first.stderr.readline():
+            assert first.poll() is None
+        (first, second)[host].send_signal(signal.SIGTERM)
+        assert [process.wait(timeout=PATIENCE) for process in (first, second)] == [128 + signal.SIGTERM] * 2
+    assert starts(tmp_path) == 2
