@@ -82,10 +82,15 @@ def test_a_killed_rank_starts_all_again_until_they_end_well(tmp_path: Path) -> N
         ("if rank == 0: attempt.reach(3); open(f'told-{start}', 'w')\n"
          "if rank == 1: wait_for(f'told-{start}'); die(-9)", 137,
          "not started again: the same fault as before, after step 3"),
-        ("if rank == 1: die(7)", 7, "not started again: the same fault as before, before training began"),
-        ("if rank == 0: attempt.reach(start); open(f'told-{start}', 'w')\n"
-         "if rank == 1: wait_for(f'told-{start}'); die(7)", 7,
-         "not started again: 1 restart made, and none is left"),
+        pytest.param(
+            "if rank == 1: die(7)", 7, "not started again: the same fault as before, before training began",
+            marks=pytest.mark.long,
+        ),
+        pytest.param(
+            "if rank == 0: attempt.reach(start); open(f'told-{start}', 'w')\n"
+            "if rank == 1: wait_for(f'told-{start}'); die(7)", 7,
+            "not started again: 1 restart made, and none is left", marks=pytest.mark.long,
+        ),
     ],
     ids=["an error of use", "a rank that stops", "SIGTERM", "the same step", "before the first step", "too often"],
 )  # fmt: skip
