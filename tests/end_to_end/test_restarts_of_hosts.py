@@ -1,4 +1,4 @@
-"""Two hosts, each a network namespace: a rank is killed, then a whole host; the run ends as if nothing had happened."""
+"""Two hosts, each a network namespace: a rank is killed twice, then a host; the run ends as if nothing had happened."""
 
 import json
 import os
@@ -36,7 +36,7 @@ def launchers_through_ssh(folder: Path) -> list[int]:
 
 
 @pytest.mark.long
-def test_a_rank_is_killed_and_then_a_host(hosts: str, words: list[str], tmp_path: Path) -> None:
+def test_a_rank_is_killed_twice_and_then_a_host(hosts: str, words: list[str], tmp_path: Path) -> None:
     """Under ZeRO-2, by a hostfile: the first host starts the lost one again through ssh."""
     variables = {"NPROC": "2", "ZERO": "2"}
     whole = [*words, *SAVED, "--output_dir", str(tmp_path / "undisturbed")]
@@ -46,7 +46,7 @@ def test_a_rank_is_killed_and_then_a_host(hosts: str, words: list[str], tmp_path
     (tmp_path / "bin" / "ssh").write_text(SSH.replace("NAME", hosts), encoding="utf-8")
     (tmp_path / "bin" / "ssh").chmod(0o755)
     (tmp_path / "hosts").write_text("".join(f"{address} slots=1\n" for address in ADDRESSES), encoding="utf-8")
-    (tmp_path / "plan.json").write_text(json.dumps({"1": [3]}), encoding="utf-8")
+    (tmp_path / "plan.json").write_text(json.dumps({"1": [3, 2]}), encoding="utf-8")
     environment = {name: value for name, value in warm_variables().items() if name not in OF_LAUNCHERS}
     environment |= {"PATH": f"{tmp_path / 'bin'}:{environment['PATH']}", "MARK": str(tmp_path)}
     launch = ["-m", "novelgpt.launch", "--hostfile", str(tmp_path / "hosts"), "--max_restarts", "3"]
@@ -59,7 +59,7 @@ def test_a_rank_is_killed_and_then_a_host(hosts: str, words: list[str], tmp_path
     try:
         deadline = time.monotonic() + PATIENCE
         printed = ""
-        while "step     5/8" not in printed.partition("restart 1 of 3")[2]:
+        while "step     5/8" not in printed.partition("restart 2 of 3")[2]:
             printed = (tmp_path / "log").read_text(encoding="utf-8", errors="replace")
             assert process.poll() is None and time.monotonic() < deadline, printed[-3000:]
             time.sleep(0.005)
@@ -72,7 +72,11 @@ def test_a_rank_is_killed_and_then_a_host(hosts: str, words: list[str], tmp_path
             os.kill(left, signal.SIGKILL)
     first, second = (load_file(tmp_path / name / "model.safetensors") for name in ("undisturbed", "run"))
     assert first.keys() == second.keys() and all(torch.equal(first[name], second[name]) for name in first)
-    rank, host = json.loads((tmp_path / "run" / "run.json").read_text(encoding="utf-8"))["restarts"]
-    assert (rank["who"], rank["signal"], rank["step"]) == (f"rank 1 ({socket.gethostname()})", "SIGKILL", 2)
-    assert (rank["checkpoint"], host["checkpoint"]) == ("checkpoint-2", f"checkpoint-{host['step']}")
+    *ranks, host = json.loads((tmp_path / "run" / "run.json").read_text(encoding="utf-8"))["restarts"]
+    killed = (f"rank 1 ({socket.gethostname()})", "SIGKILL")
+    assert [(rank["who"], rank["signal"], rank["step"], rank["checkpoint"]) for rank in ranks] == [
+        (*killed, 2, "checkpoint-2"),
+        (*killed, 3, "checkpoint-3"),
+    ]
+    assert host["checkpoint"] == f"checkpoint-{host['step']}"
     assert host["who"].startswith("host 1 (") and host["cause"].startswith("its launcher was killed")
