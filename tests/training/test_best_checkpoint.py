@@ -228,7 +228,15 @@ def test_a_signal_while_the_best_is_evaluated_leaves_all_checkpoints_as_they_are
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize(("main", "zero"), [(finetune, 0), (finetune, 2), (finetune, 3), (finetune_lora, 3)])
+@pytest.mark.parametrize(
+    ("main", "zero"),
+    [
+        pytest.param(finetune, 0, marks=pytest.mark.long),
+        (finetune, 2),
+        pytest.param(finetune, 3, marks=pytest.mark.long),
+        (finetune_lora, 3),
+    ],
+)
 def test_ranks_load_the_best_together(
     main: Any, zero: int, base: Path, files: tuple[Path, Path], tmp_path: Path
 ) -> None:
