@@ -7,6 +7,8 @@ Their defaults are written out where they are not ours, and every setting withou
 
 from __future__ import annotations
 
+import argparse
+import contextlib
 import json
 import shlex
 from collections.abc import Callable
@@ -37,12 +39,26 @@ STYLES = {"same": None, "differs": None, "missing": "yellow"}
 def main(argv: list[str] | None = None) -> None:
     """Convert what the command line names."""
     words = _parser().parse_args(argv)
-    if words.output:
-        if words.output.exists():
-            raise UserError(f"{words.output} is there already", "name a new file with -o")
-        check_folder_can_be_made(words.output.parent, f"--output {words.output}")
-    if words.output_data:
-        check_folder_can_be_made(words.output_data, f"--output_data {words.output_data}")
+    try:
+        _check_places(words.output, words.output_data)
+        _convert(words)
+    except OSError as error:
+        cause = f"{error.filename or words.file}: {error.strerror or error}"
+        raise UserError(cause, "name what can be read and written") from error
+
+
+def _check_places(output: Path | None, output_data: Path | None) -> None:
+    if output:
+        if output.exists() or output.is_symlink():
+            raise UserError(f"{output} is there already", "name a new file with -o")
+        check_folder_can_be_made(output.parent, f"--output {output}")
+    if output_data:
+        check_folder_can_be_made(output_data, f"--output_data {output_data}")
+    if output and output_data and output.absolute() in (output_data.absolute(), *output_data.absolute().parents):
+        raise UserError(f"--output_data {output_data} is to be a folder, and -o {output} a file", "name two places")
+
+
+def _convert(words: argparse.Namespace) -> None:
     tool, given = read_settings(words.file, words.tool)
     root = words.root or _root(words.file, given)
     if not root.is_dir():
@@ -50,11 +66,8 @@ def main(argv: list[str] | None = None) -> None:
     conversion, writer = CONVERTERS[tool](given, words.file, root, words.output_data)
     command = _command(conversion, words.output)
     text = _yaml(conversion, command)
-    writer.write()
-    if words.output:
-        words.output.parent.mkdir(parents=True, exist_ok=True)
-        write_whole(words.output, text)
-    else:
+    _write(writer.written | ({words.output: text} if words.output else {}))
+    if not words.output:
         say_text(text)
     _say_notes(conversion, stderr=words.output is None)
     for path in writer.written:
@@ -74,6 +87,30 @@ def _parser() -> CommandParser:
     parser.add_argument("--root", type=Path, help="folder in which the tool is called, where relative paths start")
     parser.add_argument("--output_data", type=Path, metavar="FOLDER", help="for rows that have to be written anew")
     return parser
+
+
+def _write(files: dict[Path, str]) -> None:
+    """Write all files, or none where one cannot be, or Ctrl-C comes in between.
+
+    Raises:
+        UserError: names the file that cannot be written.
+    """
+    made: list[Path] = []
+    try:
+        for path, text in files.items():
+            folders = [folder for folder in (path.parent, *path.parent.parents) if not folder.exists()]
+            made += reversed(folders)
+            path.parent.mkdir(parents=True, exist_ok=True)
+            made.append(path)
+            write_whole(path, text)
+    except BaseException as error:
+        for place in reversed(made):
+            with contextlib.suppress(OSError):
+                place.rmdir() if place.is_dir() else place.unlink()
+        if isinstance(error, OSError):
+            cause = f"{path} cannot be written: {error.strerror or error}"
+            raise UserError(cause, "make room; nothing was written") from error
+        raise
 
 
 def _root(file: Path, given: dict[str, Any]) -> Path:

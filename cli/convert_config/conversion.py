@@ -9,6 +9,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Literal
 
+from cli.convert_config.values import typed
 from novelgpt.settings.errors import UserError
 from novelgpt.settings.peer_names import ANSWERS_ONLY, PEER_NAMES
 
@@ -104,6 +105,14 @@ class Conversion:
     notes: list[Note] = field(default_factory=list)
     named: set[str] = field(default_factory=set)
 
+    def __post_init__(self) -> None:
+        """Take the values as the kinds that the keys ask for.
+
+        Raises:
+            UserError: one is of another kind.
+        """
+        self.given = typed(self.file, self.given, self.defaults)
+
     def value(self, key: str) -> Any:
         """What the tool would take: the file's, or its default."""
         given = self.given.get(key)
@@ -158,6 +167,11 @@ def convert_keys(conversion: Conversion, handlers: Mapping[str, Handler], taken:
             _pass_on(conversion, key)
         elif conversion.is_given(key):
             _note_known(conversion, key)
+    if not conversion.is_given("save_total_limit") and conversion.value("save_strategy") != "no":
+        text = (
+            f"{conversion.tool} keeps all checkpoints by default, and here the newest two stay; set as many as you want"
+        )
+        conversion.note("save_total_limit", "differs", text)
     for key, value in conversion.given.items():
         if key not in conversion.named:
             known = PEER_NAMES.get(key)
@@ -182,7 +196,7 @@ def _note_known(conversion: Conversion, key: str) -> None:
     if value in (False, "", [], "none", "None") or value == conversion.defaults.get(key):
         conversion.note(key, "same", "it is off, or as the tool has it by default")
     elif known is None:
-        conversion.note(key, "missing", f"no option of {conversion.tool} that is known here; check how it is spelt")
+        conversion.note(key, "missing", f"not known here: check how {conversion.tool} spells it, and what it does")
     elif not known.options and key not in _CHANGES_TRAINING:
         conversion.note(key, "same", known.here)
     else:
@@ -267,7 +281,7 @@ def resume(conversion: Conversion) -> None:
 def trackers(conversion: Conversion) -> None:
     """TensorBoard is always on."""
     value = conversion.value("report_to")
-    names = [value] if isinstance(value, str) else list(value or [])
+    names = [value] if isinstance(value, str) else list(value)
     if conversion.value("use_swanlab"):
         names.append("swanlab")
     names = [name for name in names if name not in ("tensorboard", "none", "null")]

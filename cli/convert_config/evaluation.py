@@ -20,6 +20,9 @@ def hold_out(conversion: Conversion, writer: RowWriter, valid: Sequence[str], fi
         valid: files of rows to evaluate on.
         files_key: the peer's name for them.
         share_key: its name for a share, or a number, of the rows to train on.
+
+    Raises:
+        UserError: the share leaves no row to train on.
     """
     conversion.set("max_eval_share", 0, why=f"{conversion.tool} evaluates on all rows")
     if valid:
@@ -27,8 +30,10 @@ def hold_out(conversion: Conversion, writer: RowWriter, valid: Sequence[str], fi
         return
     share = conversion.value(share_key) or 0
     train = conversion.settings["train_files"].value
-    if share > 1:
-        rows = sum(writer.rows[path] for path in train)
+    rows = sum(writer.rows[path] for path in train)
+    if share < 0 or share >= max(rows, 1):
+        raise conversion.refuse(share_key, f"there are {rows} rows to train on", "hold out some of them")
+    if share >= 1:
         conversion.set("valid_fraction", round((share - 0.5) / rows, 9), share_key, why=f"of {rows} rows")
     elif share:
         conversion.set("valid_fraction", share, share_key)

@@ -37,7 +37,7 @@ DEFAULTS: dict[str, Any] = {
     "lr_scheduler_type": "linear", "warmup_steps": 0, "weight_decay": 0.0, "max_grad_norm": 1.0, "seed": 42,
     "bf16": False, "logging_steps": 500, "logging_first_step": False, "eval_strategy": "no", "eval_on_start": False,
     "save_strategy": "steps", "save_steps": 500, "disable_gradient_checkpointing": False, "packing": False,
-    "val_size": 0.0, "report_to": "none", "enable_thinking": True,
+    "val_size": 0.0, "report_to": "none", "enable_thinking": True, "mix_strategy": "concat", "model_revision": "main",
 }  # fmt: skip
 _ATTENTION = {"auto": "", "sdpa": "", "fa2": "flash_attention_2", "disabled": "eager"}
 _PIPELINES = {("sft", "lora"): "finetune_lora", ("sft", "full"): "finetune", ("pt", "full"): "pretrain"}
@@ -103,8 +103,6 @@ def _pipeline(conversion: Conversion) -> str:
 
 def _datasets(conversion: Conversion, writer: RowWriter) -> None:
     folder = conversion.value("dataset_dir")
-    if not isinstance(folder, str):
-        raise conversion.refuse("dataset_dir", "it is no folder", "name the folder of dataset_info.json")
     sources = dataset_files(conversion, "dataset", folder)
     if not sources:
         raise conversion.refuse("dataset", "no data set is named", "name one of dataset_info.json")
@@ -192,6 +190,11 @@ def _best(conversion: Conversion) -> None:
         conversion.set("metric_for_best_model", str(value).removeprefix("eval_"), "metric_for_best_model")
 
 
+def _answer_length(conversion: Conversion) -> None:
+    if conversion.is_given("max_length"):
+        conversion.note("max_length", "same", "it bounds generated answers; cutoff_len bounds rows")
+
+
 _HANDLERS = {
     **dict.fromkeys(("bf16", "fp16", "pure_bf16"), precision),
     **dict.fromkeys(("warmup_steps", "warmup_ratio"), warmup),
@@ -200,6 +203,7 @@ _HANDLERS = {
     **dict.fromkeys(("disable_gradient_checkpointing", "gradient_checkpointing"), _checkpointing),
     **dict.fromkeys(("report_to", "use_swanlab"), trackers),
     "cutoff_len": _cutoff,
+    "max_length": _answer_length,
     "template": _template,
     "lora_target": lora_targets("lora_target", "all"),
     "lora_alpha": lambda conversion: None,  # follows from the rank

@@ -8,13 +8,15 @@ from __future__ import annotations
 from collections.abc import Iterator, Sequence
 from functools import partial
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
+
+from pydantic import BaseModel, Field
 
 from cli.convert_config.conversion import Conversion
 from cli.convert_config.rows import RowFile
 from dataset.records import Record
 from novelgpt.settings.errors import UserError
-from novelgpt.settings.parsed_files import read_object
+from novelgpt.settings.parsed_files import check_fields, read_object
 
 INFO = "dataset_info.json"
 SUFFIXES = (".json", ".jsonl", ".csv", ".parquet", ".txt")
@@ -33,6 +35,19 @@ _ELSEWHERE = {
     "script_url": "is made by code, {url}, which is not run here: write its rows to a file",
     "cloud_file_name": "lies in a cloud: download {url}",
 }
+# Of a dataset that is drawn anew; beyond it lies no data, but a slip of the pen.
+_MOST_ROWS = 10_000_000
+
+
+class _Described(BaseModel):
+    """A dataset in dataset_info.json, as far as its rows depend on it."""
+
+    file_name: str
+    formatting: Literal["alpaca", "sharegpt", "openai"] = "alpaca"
+    columns: dict[str, str | None] | None = None
+    tags: dict[str, str | None] | None = None
+    num_samples: int | None = Field(default=None, gt=0, le=_MOST_ROWS)
+    split: str | None = None
 
 
 def dataset_files(conversion: Conversion, key: str, folder: str) -> list[RowFile]:
@@ -70,38 +85,38 @@ def _files_of(conversion: Conversion, name: str, described: dict[str, Any], plac
             raise UserError(f"{where} {what.split(':')[0]}", f"{what.partition(': ')[2]}, then set its file_name")
     if described.get("ranking") or "kto_tag" in (described.get("columns") or {}):
         raise UserError(f"{where} holds preferences", "train on them with LLaMA-Factory or TRL; there is none here")
-    columns = dict(described.get("columns") or _DEFAULT_COLUMNS)
+    fields = check_fields(_Described, described, where, "correct it; file_name names the rows")
+    columns = {key: name for key, name in (fields.columns or _DEFAULT_COLUMNS).items() if name}
     if media := [column for column in _MEDIA if column in columns]:
         raise UserError(f"{where} names {media[0]}", "models here read text alone: leave the dataset out")
-    file_name = described.get("file_name")
-    if not isinstance(file_name, str):
-        raise UserError(f"{where} has no file_name", "add it")
-    file = place / file_name
-    files = sorted(file.iterdir()) if file.is_dir() else [file]
+    if fields.split not in (None, "train"):
+        raise UserError(f"{where}: a file has no split {fields.split!r}", "name a file with the rows of that split")
+    file = place / fields.file_name
     if not file.exists():
         raise UserError(f"{file} is not there, which {where} names", "check the path, or name --root FOLDER")
-    formatting = described.get("formatting", "alpaca")
-    if formatting not in ("alpaca", "sharegpt", "openai"):
-        raise UserError(f"{where}: formatting {formatting!r} is unknown", "alpaca, sharegpt or openai")
-    tags = _TAGS | dict(described.get("tags") or {})
-    most = described.get("num_samples") or conversion.value("max_samples")
-    if described.get("num_samples") and len(files) > 1:
-        raise UserError(f"{where}: num_samples of several files", "join them into one file")
+    files = sorted(file.iterdir()) if file.is_dir() else [file]
+    tags = _TAGS | {key: name for key, name in (fields.tags or {}).items() if name}
+    first, drawn = conversion.value("max_samples"), fields.num_samples
+    if first is not None and (first != int(first) or first < 1):
+        raise conversion.refuse("max_samples", "no number of rows", "write one, or leave it out")
+    if len(files) > 1 and (first or drawn):
+        key = "num_samples" if drawn else "max_samples"
+        raise UserError(f"{where}: {key} of several files", "join them into one file")
     for path in files:
         if path.suffix.lower() not in SUFFIXES:
             raise UserError(f"{path}: no reader for {path.suffix or 'files without a suffix'}", "make it .jsonl")
         own = name if len(files) == 1 else f"{name}_{path.stem}"
         if conversion.pipeline == "pretrain":
             column = columns["prompt"] if "query" not in columns and columns.get("prompt") else "text"
-            yield RowFile(own, path, partial(_text, columns=columns, column=column), most, text_column=column)
+            yield RowFile(own, path, partial(_text, columns=columns, column=column), first, drawn, column)
         elif path.suffix.lower() == ".txt":
             raise UserError(f"{path} holds text, no conversations", "stage: pt trains on text")
-        elif formatting == "alpaca":
+        elif fields.formatting == "alpaca":
             read = partial(_alpaca, columns=columns, conversion=conversion)
-            yield RowFile(own, path, read, most, drawn="num_samples" in described)
+            yield RowFile(own, path, read, first, drawn)
         else:
             read = partial(_sharegpt, columns=columns, tags=tags, conversion=conversion)
-            yield RowFile(own, path, read, most, drawn="num_samples" in described)
+            yield RowFile(own, path, read, first, drawn)
 
 
 def _cell(record: Record, columns: dict[str, str], column: str) -> Any:
@@ -124,7 +139,9 @@ def _alpaca(record: Record, columns: dict[str, str], conversion: Conversion) -> 
         return None
     history = _cell(record, columns, "history")
     messages = []
-    for pair in history if isinstance(history, list) else []:
+    for pair in history or []:
+        if not isinstance(pair, list) or len(pair) != 2:
+            raise ValueError(f"{columns['history']} holds no pairs of a question and an answer")
         messages += [{"role": "user", "content": pair[0]}, {"role": "assistant", "content": pair[1]}]
     messages += [{"role": "user", "content": _question(record, columns)}, {"role": "assistant", "content": answer}]
     return _row(messages, _cell(record, columns, "system"), _cell(record, columns, "tools"), conversion)
@@ -138,7 +155,9 @@ def _sharegpt(record: Record, columns: dict[str, str], tags: dict[str, str], con
         tags["user_tag"]: "user", tags["assistant_tag"]: "assistant", tags["observation_tag"]: "observation",
         tags["function_tag"]: "function_call", tags["system_tag"]: "system",
     }  # fmt: skip
-    named = [(roles.get(turn.get(tags["role_tag"])), turn.get(tags["content_tag"]), turn) for turn in turns]
+    if not all(isinstance(turn, dict) for turn in turns):
+        raise ValueError(f"a turn of {columns['messages']} is no mapping of fields")
+    named = [(roles.get(str(turn.get(tags["role_tag"]))), turn.get(tags["content_tag"]), turn) for turn in turns]
     system = _cell(record, columns, "system")
     if named[0][0] == "system":
         system = named.pop(0)[1]

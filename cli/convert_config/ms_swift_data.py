@@ -42,7 +42,7 @@ def dataset_files(conversion: Conversion, key: str) -> list[RowFile]:
         column = "text" if conversion.pipeline == "pretrain" else None
         for file in files:
             read = partial(_read, conversion=conversion, names=_columns(conversion), column=column)
-            sources.append(RowFile(_name(key, file), file, read, most, drawn=most is not None, text_column=column))
+            sources.append(RowFile(_name(key, file), file, read, drawn=most, text_column=column))
         if most is not None:
             conversion.note(key, "differs", f"{most} rows of {text} are drawn, others than ms-swift draws")
     return sources

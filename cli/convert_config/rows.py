@@ -14,7 +14,6 @@ from dataset.readers import word_row
 from dataset.records import Record, read_records
 from novelgpt.settings.errors import UserError
 from novelgpt.settings.units import counted
-from novelgpt.settings.whole_files import write_whole
 
 Read = Callable[[Record], Record | None]
 SEED = 42
@@ -27,22 +26,23 @@ class RowFile:
     Attributes:
         name: of the dataset.
         file: with the rows.
-        read: a row as ours ("messages", "tools", or the text); None for one that the tool leaves out.
-        most: rows that are taken; None for all.
-        drawn: whether these are drawn at random, or the first ones.
+        read: a row as ours ("messages", "tools", or the text); None for one that the tool leaves out. Raises
+            ValueError of one that it cannot read.
+        first: rows that are taken, those that are left out among them; None for all.
+        drawn: rows that are drawn at random before; None for all as they stand.
         text_column: field of the text, in pretraining.
     """
 
     name: str
     file: Path
     read: Read
-    most: int | None = None
-    drawn: bool = False
+    first: int | None = None
+    drawn: int | None = None
     text_column: str | None = None
 
 
 class RowWriter:
-    """Decides for each file, and writes the rows of those that have to be.
+    """Decides for each file whether it stays, and makes the rows of those that have to be written.
 
     Args:
         conversion: whose files they are.
@@ -50,7 +50,7 @@ class RowWriter:
 
     Attributes:
         rows: rows of each file that is read, by its path in our settings.
-        written: the files that were made.
+        written: what has to be written, by file.
     """
 
     def __init__(self, conversion: Conversion, folder: Path | None) -> None:
@@ -67,31 +67,21 @@ class RowWriter:
         """
         return [self._path(source) for source in sources]
 
-    def write(self) -> None:
-        """Write what has to be written, once all else is known to be right."""
-        for path, text in self.written.items():
-            path.parent.mkdir(parents=True, exist_ok=True)
-            write_whole(path, text)
-
     def _path(self, source: RowFile) -> str:
         if source.file.suffix.lower() == ".txt" and source.text_column:
             self.rows[str(source.file)] = 1
             return str(source.file)
-        kept, reason, left_out = [], "", 0
-        for where, record in read_records(source.file):
-            row = source.read(record)
-            if row is None:
-                left_out += 1
-                reason = reason or f"{where} is left out by {self.conversion.tool}"
-                continue
-            kept.append(row)
-            if not reason and not _reads_alike(record, row, where, source.text_column):
-                reason = f"{where} is read otherwise here than by {self.conversion.tool}"
+        rows, reason = self._read(source)
+        count = len(rows)
+        if source.drawn is not None and source.drawn != count:
+            rows = _drawn(rows, source.drawn)
+        rows = rows[: source.first]
+        if len(rows) != count:
+            reason = reason or f"{len(rows)} of its {counted(count, 'row')} are taken"
+        kept = [row for row in rows if row is not None]
+        left_out = len(rows) - len(kept)
         if not kept:
             raise UserError(f"{source.file}: {self.conversion.tool} reads no row of it", "check its columns and tags")
-        if source.most is not None and (source.most < len(kept) or source.drawn and source.most != len(kept)):
-            reason = reason or f"{source.most} of its {counted(len(kept), 'row')} are taken"
-            kept = _some(kept, source.most, source.drawn)
         path = str(source.file)
         if reason:
             path = str(self._write(source, kept, reason))
@@ -101,6 +91,22 @@ class RowWriter:
             self.conversion.note(source.name, "differs", text)
         self.rows[path] = len(kept)
         return path
+
+    def _read(self, source: RowFile) -> tuple[list[Record | None], str]:
+        """The rows, None for those that are left out, and why they cannot stay as they are; "" where they can."""
+        rows: list[Record | None] = []
+        reason = ""
+        for where, record in read_records(source.file):
+            try:
+                row = source.read(record)
+            except ValueError as error:
+                raise UserError(f"{where}: {error}", "correct the row") from error
+            rows.append(row)
+            if row is None:
+                reason = reason or f"{where} is left out by {self.conversion.tool}"
+            elif not reason and not _reads_alike(record, row, where, source.text_column):
+                reason = f"{where} is read otherwise here than by {self.conversion.tool}"
+        return rows, reason
 
     def _write(self, source: RowFile, rows: list[Record], reason: str) -> Path:
         if self.folder is None:
@@ -115,10 +121,10 @@ class RowWriter:
         return path
 
 
-def _some(rows: list[Record], most: int, drawn: bool) -> list[Record]:
-    """The first rows; or as many as are asked for, drawn, and all of them again and again where they are too few."""
-    if not drawn:
-        return rows[:most]
+def _drawn(rows: list[Record | None], most: int) -> list[Record | None]:
+    """As many as are asked for, and all of them again and again where they are too few."""
+    if not rows:
+        return rows
     whole, rest = divmod(most, len(rows))
     return rows * whole + random.Random(SEED).sample(rows, rest)
 

@@ -104,12 +104,20 @@ def _options(file: Path, words: list[str]) -> dict[str, Any]:
             raise UserError(f"{file}: {word} is for the shell to fill in", "write the value itself")
         if word.startswith("--"):
             key, _, value = word[2:].replace("-", "_").partition("=") if "=" not in word else _assigned(word)
-            settings[key] = [yaml.safe_load(value)] if value else []
+            settings[key] = [_read_word(value)] if value else []
         elif key is None:
             raise UserError(f"{file}: {word} belongs to no option", "write --option value")
         else:
-            settings[key].append(yaml.safe_load(word))
+            settings[key].append(_read_word(word))
     return {name: values[0] if len(values) == 1 else values or True for name, values in settings.items()}
+
+
+def _read_word(word: str) -> Any:
+    """A value as YAML has it; what is no YAML is text."""
+    try:
+        return yaml.safe_load(word)
+    except (yaml.YAMLError, ValueError, RecursionError):
+        return word
 
 
 def _assigned(word: str) -> tuple[str, str, str]:

@@ -1,9 +1,11 @@
 """Settings of LLaMA-Factory, ms-swift and TRL, converted: they start a run here, and nothing of them is passed over."""
 
 import dataclasses
+import datetime
 import json
 import os
 import re
+import resource
 import shlex
 import subprocess
 import typing
@@ -147,6 +149,10 @@ def test_defaults_of_llamafactory_are_written_out(place: Path) -> None:
         ({"val_size": 0.1}, {"valid_fraction": 0.1}),
         ({"val_size": 4}, {"valid_fraction": round(3.5 / 9, 9)}),
         ({"eval_dataset": "talk"}, {"valid_files": ["data/talk.json"]}),
+        ({"val_size": 1}, {"valid_fraction": round(0.5 / 9, 9)}),
+        ({"val_size": "2e-1", "learning_rate": "3e-6"}, {"valid_fraction": 0.2, "learning_rate": 3e-6}),
+        ({"max_length": 99, "eval_strategy": False, "packing": "false"},
+         {"max_length": 2048, "eval_strategy": "no", "packing": False}),
         ({"packing": True}, {"packing": True}),
         ({"quantization_bit": 4, "lora_alpha": 8, "lora_target": "q_proj, v_proj"},
          {"qlora": True, "lora_alpha": 8, "lora_targets": ["q_proj", "v_proj"]}),
@@ -163,7 +169,10 @@ def test_defaults_of_llamafactory_are_written_out(place: Path) -> None:
 def test_meanings_and_not_names_alone(more: dict[str, Any], expected: dict[str, Any], place: Path) -> None:
     given = {"model_name_or_path": "a/b", "finetuning_type": "lora", "dataset": "papers"} | more
     _, ours = converted(place, given)
-    assert {key: ours.get(key) for key in expected} == expected
+    found = {key: ours.get(key) for key in expected}
+    assert {
+        key: float(value) if isinstance(expected[key], float) else value for key, value in found.items()
+    } == expected
 
 
 @pytest.mark.parametrize(
@@ -233,6 +242,73 @@ def test_what_has_no_counterpart_is_told_by_kind(place: Path, capsys: pytest.Cap
     assert [line.strip() for line in told.splitlines() if line.startswith("  ")] == re.findall(
         r"^#   (.+)$", text, flags=re.MULTILINE
     )
+
+
+def test_values_of_another_kind_are_refused_by_name(place: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    wrong: dict[str, list[Any]] = {
+        "val_size": ["x", [1], -1, 9, float("nan"), True], "cutoff_len": [{"a": 1}], "lora_rank": ["x"],
+        "lora_target": [5, [1]], "dataset": [5, {"a": "b"}, [["papers"]]], "dataset_dir": [5, "a\0b"],
+        "max_samples": ["x", 1.5, 0, [3]], "report_to": [5, {"a": "b"}], "learning_rate": [datetime.date(2020, 1, 1)],
+        "bf16": ["perhaps"], "deepspeed": [5], "output_dir": ["saves/${oc.env:NAME}"], "model_name_or_path": [["a"]],
+    }  # fmt: skip
+    given = {"model_name_or_path": "a/b", "finetuning_type": "lora", "dataset": "papers"}
+    for key, values in wrong.items():
+        for value in values:
+            told = refused(place, given | {key: value}, capsys, "--output_data", "rows")
+            assert key in told.splitlines()[0], (key, value, told)
+
+
+@pytest.mark.parametrize(
+    ("described", "told"),
+    [
+        ({"columns": ["a"]}, "papers: columns: input should be a valid dictionary"),
+        ({"columns": {"prompt": {"a": 1}}}, "papers: columns.prompt: input should be a valid string"),
+        ({"tags": ["a"]}, "papers: tags: input should be a valid dictionary"),
+        ({"num_samples": 10**12}, "papers: num_samples: input should be less than"),
+        ({"num_samples": "x"}, "papers: num_samples: input should be a valid integer"),
+        ({"formatting": 5}, "papers: formatting: "),
+        ({"split": "test"}, "a file has no split 'test'"),
+        ({"file_name": "../data"}, "max_samples of several files"),
+        ({"file_name": "a" * 300}, "File name too long"),
+        ({"file_name": "turns.json", "formatting": "sharegpt"}, "row 0: a turn of conversations is no mapping"),
+        ({"file_name": "pairs.json", "columns": {"history": "old", "prompt": "q", "response": "a"}}, "holds no pairs"),
+    ],
+)
+def test_descriptions_of_data_that_fit_nothing(
+    described: dict[str, Any], told: str, place: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    (place / "data" / "turns.json").write_text('[{"conversations": ["a", "b"]}]', encoding="utf-8")
+    (place / "data" / "pairs.json").write_text('[{"q": "a", "a": "b", "old": [["c"]]}]', encoding="utf-8")
+    info = {"papers": {"file_name": "papers.json"} | described}
+    (place / "data" / "dataset_info.json").write_text(json.dumps(info), encoding="utf-8")
+    given = {"model_name_or_path": "a/b", "finetuning_type": "lora", "dataset": "papers", "max_samples": 3}
+    assert told in refused(place, given, capsys)
+
+
+def test_rows_are_drawn_before_the_first_are_taken(place: Path) -> None:
+    info = {"papers": {"file_name": "papers.json", "num_samples": 7}, "odd": {"file_name": "mixed.jsonl"}}
+    (place / "data" / "dataset_info.json").write_text(json.dumps(info), encoding="utf-8")
+    rows = ['{"instruction": "问", "output": 5}', *['{"instruction": "问", "output": "答"}'] * 4]
+    (place / "data" / "mixed.jsonl").write_text("\n".join(rows), encoding="utf-8")
+    given = {"model_name_or_path": "a/b", "finetuning_type": "lora", "dataset": "papers,odd", "max_samples": 3}
+    _, ours = converted(place, given, "--output_data", "rows")
+    # Of the first three rows of the other file, LLaMA-Factory leaves one out.
+    assert [len(list(read_conversation_rows(place / file))) for file in ours["train_files"]] == [3, 2]
+
+
+def test_a_full_disk_leaves_nothing_half_written(place: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    given = {"model_name_or_path": "a/b", "finetuning_type": "lora", "dataset": "odd"}
+    before = resource.getrlimit(resource.RLIMIT_FSIZE)
+    (place / "theirs.yaml").write_text(yaml.safe_dump(given), encoding="utf-8")
+    content = set(place.rglob("*"))
+    resource.setrlimit(resource.RLIMIT_FSIZE, (1000, before[1]))  # the rows have room, and the settings have none
+    try:
+        with pytest.raises(SystemExit) as end:
+            main(["theirs.yaml", "-o", "new/ours.yaml", "--output_data", "new/rows"])
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, before)
+    assert (end.value.code, set(place.rglob("*"))) == (2, content)
+    assert "new/ours.yaml" in capsys.readouterr().err
 
 
 def test_rows_with_tools_are_read_alike(place: Path) -> None:

@@ -1,0 +1,115 @@
+"""Values of settings, each of the kind that its key asks for, or an error that names it.
+
+The tools read YAML by other rules than YAML 1.1, in which `1e-5` is text and `no` is false, and take most types without
+a word: what is of the wrong one would be found here only when something is computed from it.
+"""
+
+from __future__ import annotations
+
+import datetime
+import math
+import re
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+from novelgpt.settings.errors import UserError
+
+_NUMBER = re.compile(r"[-+]?(?:\d+\.?\d*|\.\d+)(?:[eE][-+]?\d+)?")
+_SWITCH = {"true": True, "yes": True, "1": True, "false": False, "no": False, "0": False}
+# Keys without a default that tells their kind.
+_SWITCHES = (
+    "do_train", "fp16", "pure_bf16", "neat_packing", "mask_history", "train_on_prompt", "use_swanlab", "use_hf",
+    "use_chat_template", "load_in_4bit", "assistant_only_loss", "completion_only_loss", "overwrite_output_dir",
+    "trust_remote_code", "use_rslora", "use_dora", "load_best_model_at_end", "save_only_model",
+)  # fmt: skip
+_NUMBERS = (
+    "max_samples", "lora_alpha", "quantization_bit", "quant_bits", "eval_steps", "max_steps", "save_total_limit",
+    "dataset_test_ratio", "max_length", "max_seq_length", "max_seq_len", "max_epochs", "warmup_ratio", "warmup_steps",
+    "gradient_accumulation_steps", "learning_rate",
+)  # fmt: skip
+_TEXT = (
+    "model_name_or_path", "model", "output_dir", "default_system", "system", "template", "dataset_config",
+    "metric_for_best_model",
+)  # fmt: skip
+_LISTS = (
+    "dataset", "eval_dataset", "val_dataset", "lora_target", "target_modules", "lora_target_modules", "report_to",
+)  # fmt: skip
+# Text of any kind, in which nothing is filled in.
+_FREE = ("default_system", "system")
+_STRATEGIES = ("eval_strategy", "evaluation_strategy", "save_strategy", "logging_strategy")
+
+
+def typed(file: Path, given: Mapping[str, Any], defaults: Mapping[str, Any]) -> dict[str, Any]:
+    """The settings of a file, each of its kind.
+
+    Args:
+        file: for errors.
+        given: as it was parsed.
+        defaults: of the tool, whose types say what a key takes.
+
+    Raises:
+        UserError: names the first that is of another kind.
+    """
+    return {key: None if value is None else _value(file, key, value, defaults.get(key)) for key, value in given.items()}
+
+
+def _value(file: Path, key: str, value: Any, default: Any) -> Any:
+    value = _plain(file, key, value)
+    if isinstance(value, str) and re.fullmatch(_NUMBER, value) and re.search("[eE]", value):
+        value = float(value)
+    if key in _LISTS:
+        found = value if isinstance(value, list) else [value]
+        if not all(isinstance(name, str) for name in found):
+            raise _error(file, key, value, "a name, or a list of names")
+    elif isinstance(default, bool) or key in _SWITCHES:
+        return _switch(file, key, value)
+    elif isinstance(default, int | float) or key in _NUMBERS:
+        return _number(file, key, value)
+    elif key in _STRATEGIES and value is False:
+        return "no"
+    elif (isinstance(default, str) or key in _TEXT) and not isinstance(value, str):
+        raise _error(file, key, value, "text")
+    elif key == "deepspeed" and not isinstance(value, str | dict):
+        raise _error(file, key, value, "a file's name, or its settings")
+    return value
+
+
+def _plain(file: Path, key: str, value: Any) -> Any:
+    """What JSON has a word for; dates of YAML are text, as the tools' readers have it."""
+    if isinstance(value, dict):
+        return {str(name): _plain(file, key, part) for name, part in value.items()}
+    if isinstance(value, list):
+        return [_plain(file, key, part) for part in value]
+    if isinstance(value, datetime.date):
+        return value.isoformat()
+    if isinstance(value, float) and not math.isfinite(value):
+        raise _error(file, key, value, "a finite number")
+    if isinstance(value, str):
+        if "${" in value and key not in _FREE:
+            raise UserError(f"{file}: {key}: {value[:60]} is to be filled in", "write the value itself")
+        if "\0" in value:
+            raise _error(file, key, value, "text without zero bytes")
+    elif value is not None and not isinstance(value, bool | int | float):
+        raise _error(file, key, type(value).__name__, "a plain value")
+    return value
+
+
+def _switch(file: Path, key: str, value: Any) -> bool:
+    found = value if isinstance(value, bool) else _SWITCH.get(str(value).lower())
+    if found is None:
+        raise _error(file, key, value, "true or false")
+    return found
+
+
+def _number(file: Path, key: str, value: Any) -> int | float:
+    if isinstance(value, str) and _NUMBER.fullmatch(value):
+        value = float(value) if re.search("[.eE]", value) else int(value)
+    if isinstance(value, bool) or not isinstance(value, int | float):
+        raise _error(file, key, value, "a number")
+    return value
+
+
+def _error(file: Path, key: str, value: Any, wanted: str) -> UserError:
+    shown = str(value)
+    return UserError(f"{file}: {key}: {shown[:60]}{'…' * (len(shown) > 60)} is not {wanted}", "correct it")
