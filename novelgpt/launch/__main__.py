@@ -124,7 +124,8 @@ def _place(options: argparse.Namespace) -> Place:
     if options.hostfile is not None:
         names = read_hostfile(options.hostfile)
         first = next(iter(names))
-        if len(names) > 1 and not local_addresses(first.split("@")[-1]):
+        own = len(names) == 1 and first == socket.gethostname()  # which need not lead anywhere
+        if not own and not local_addresses(first.split("@")[-1]):
             raise UserError(
                 f"{options.hostfile} begins with {first}, which is not this host", "start on the first host of the file"
             )

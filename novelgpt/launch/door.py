@@ -6,7 +6,6 @@ send is looked into.
 
 from __future__ import annotations
 
-import ipaddress
 import selectors
 import socket
 import time
@@ -14,7 +13,7 @@ from collections import Counter
 from dataclasses import dataclass
 
 from novelgpt.launch.frames import Fault, Link
-from novelgpt.launch.hosts import local_addresses
+from novelgpt.launch.hosts import is_loopback, local_addresses
 from novelgpt.launch.messages import Hello
 from novelgpt.settings.errors import UserError
 from novelgpt.settings.terminal import say
@@ -137,17 +136,13 @@ def listening_addresses(name: str, port: int) -> list[tuple[int, tuple[str | int
     Where the name leads to no address of this host (as that of a Kubernetes service does), or only to itself (Debian
     gives a host's own name 127.0.1.1), nothing tells where the others come in: then it is all interfaces.
     """
-    places = [(family, (*address[:1], port, *address[2:])) for family, address in local_addresses(name)]
-    if any(not _only_here(str(address[0])) for _, address in places) or (places and _only_here(name)):
+    places = _at(name, port)
+    if any(not is_loopback(str(address[0])) for _, address in places) or (places and is_loopback(name)):
         return places
     leads = "only to this host itself" if places else "to no address of this host"
     say(f"{name} leads {leads}: listening at port {port} of all its interfaces", stderr=True)
-    return [(socket.AF_INET, ("", port))]
+    return _at("0.0.0.0", port) + _at("::", port)  # of each kind, as far as this system has it
 
 
-def _only_here(name: str) -> bool:
-    """Whether a name or an address means the host itself to whoever uses it."""
-    try:
-        return ipaddress.ip_address(name.partition("%")[0]).is_loopback
-    except ValueError:
-        return name == "localhost" or name.startswith("localhost.")
+def _at(name: str, port: int) -> list[tuple[int, tuple[str | int, ...]]]:
+    return [(family, (*address[:1], port, *address[2:])) for family, address in local_addresses(name)]

@@ -43,7 +43,9 @@ class Fault(Enum):
 
 
 class Link:
-    """One connection. Nothing waits but `send`, and nothing is raised: what fails is noted as `fault`.
+    """One connection. Nothing waits but a member's `send`; nothing is raised: what fails is noted as `fault`.
+
+    What the first host says is little. Where the other side's system takes no more of it, nobody reads there.
 
     Attributes:
         connection: the socket.
@@ -161,6 +163,10 @@ class Link:
 
     def _write(self, data: bytes) -> None:
         try:
+            if self._first:
+                if self.connection.send(data) < len(data):
+                    self.fail(Fault.GONE)
+                return
             self.connection.settimeout(SEND_SECONDS)
             self.connection.sendall(data)
             self.connection.setblocking(False)

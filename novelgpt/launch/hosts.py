@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import ipaddress
 import json
 import os
 import re
@@ -122,6 +123,14 @@ def first_host(names: str) -> str:
     if found is None:
         raise UserError(f"{names!r} is no list of hosts", "see SLURM_STEP_NODELIST")
     return found[1] + (found[2] or "") + (found[3] or "")
+
+
+def is_loopback(name: str) -> bool:
+    """Whether a name or an address means the host itself to whoever uses it."""
+    try:
+        return ipaddress.ip_address(name.partition("%")[0]).is_loopback
+    except ValueError:
+        return name == "localhost" or name.startswith("localhost.")
 
 
 def local_addresses(name: str) -> list[tuple[int, tuple[str | int, ...]]]:

@@ -49,11 +49,14 @@ class GivenSecret:
 
 def _content(path: Path, remedy: str) -> bytes:
     try:
-        with path.open("rb") as file:
+        # Not to wait for somebody who writes into a pipe.
+        with open(path, "rb", opener=lambda name, flags: os.open(name, flags | os.O_NONBLOCK)) as file:
             mode = os.fstat(file.fileno()).st_mode
-            content = file.read(MOST_BYTES + 1)
+            content = file.read(MOST_BYTES + 1) if stat.S_ISREG(mode) else b""
     except OSError as error:
         raise UserError(f"{FILE_VARIABLE}={path}: {error}", remedy) from error
+    if not stat.S_ISREG(mode):
+        raise UserError(f"{FILE_VARIABLE}={path} is no regular file", remedy)
     if os.name == "posix" and mode & (stat.S_IRWXG | stat.S_IRWXO):
         raise UserError(f"{FILE_VARIABLE}={path} can be read or changed by others", f"chmod 600 {path}")
     return content

@@ -24,6 +24,7 @@ started. An operator that tells each host its number alone (RANK and WORLD_SIZE)
 from __future__ import annotations
 
 import os
+import socket
 import subprocess
 import sys
 from collections.abc import Mapping, Sequence
@@ -32,10 +33,13 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import NoReturn
 
+from novelgpt.launch.hosts import is_loopback
 from novelgpt.settings.errors import UserError, exit_on_user_error
+from novelgpt.settings.given_ranks import is_alone, number_in, processes_here
 from novelgpt.settings.gpus import visible_gpus
 from novelgpt.settings.paths import ROOT
 from novelgpt.settings.process_environment import process_defaults
+from novelgpt.settings.units import counted
 
 PIPELINES = ("pretrain", "finetune", "finetune_lora", "predict")
 HELP = {"--help", "-h", "--help_all"}
@@ -126,7 +130,7 @@ def own_paths(environment: Mapping[str, str]) -> dict[str, str]:
 
 
 def plan_start(pipeline: str, words: Sequence[str], environment: Mapping[str, str], gpus: int) -> Start:
-    """What a pipeline is started with. Reads nothing else, and changes nothing.
+    """What a pipeline is started with. Reads nothing else but this host's name, and changes nothing.
 
     Args:
         pipeline: its module.
@@ -145,7 +149,7 @@ def plan_start(pipeline: str, words: Sequence[str], environment: Mapping[str, st
     options = ["--model", model] if model else []  # a --model among the words comes later, and counts
     restarts = _number(environment, "MAX_RESTARTS", "of restarts", least=0) or 0
     healing = ["--max_restarts", str(restarts)] if restarts else []
-    if all(environment.get(name) for name in RANK):
+    if all(environment.get(name) for name in RANK) and not is_alone(environment):
         if restarts:
             raise UserError(
                 f"MAX_RESTARTS={restarts} has no effect: this rank was started by something else",
@@ -173,10 +177,15 @@ def plan_start(pipeline: str, words: Sequence[str], environment: Mapping[str, st
 def _as_a_rank(pipeline: str, words: Sequence[str], environment: Mapping[str, str], gpus: int) -> Start:
     """A rank that something else has started; the numbers of processes and hosts are settled."""
     several = environment["WORLD_SIZE"] != "1"
+    processes = None if several else _number(environment, "NPROC", "of processes")
+    if processes is not None and processes > 1:
+        raise UserError(
+            f"{processes} processes are asked for, and RANK and WORLD_SIZE=1 say that this is the only rank",
+            "unset RANK, LOCAL_RANK and WORLD_SIZE where something has left them behind; else NPROC",
+        )
     shared_out = any(environment.get(name, "").lower() in ("1", "true") for name in OF_ACCELERATE)
     zero = _zero(pipeline, environment, 2 if several and not shared_out else 0)
-    local = environment.get("LOCAL_WORLD_SIZE") or environment.get("LOCAL_SIZE", "")  # of DeepSpeed's launcher
-    variables = process_defaults(environment, int(local) if local.isdecimal() and int(local) else None, gpus)
+    variables = process_defaults(environment, processes_here(environment), gpus)
     return Start(["-m", pipeline, *_zero_settings(pipeline, zero, environment), *words], variables)
 
 
@@ -189,6 +198,11 @@ def _hosts(environment: Mapping[str, str], gpus: int) -> _Hosts:
     processes = _number(environment, "NPROC", "of processes")
     hosts = _number(environment, "HOSTS", "of hosts")
     given = processes or max(1, gpus)
+    if given > gpus > 0 and not environment.get("HOSTFILE"):
+        raise UserError(
+            f"{given} processes are asked for, and {counted(gpus, 'GPU')} in sight: each needs one of its own",
+            f"NPROC={gpus}; or, for processes on the CPU, CUDA_VISIBLE_DEVICES=-1",
+        )
     port = ["--port", environment["MASTER_PORT"]] if environment.get("MASTER_PORT") else []
     if environment.get("HOSTFILE"):
         return _Hosts(given, True, [*port, "--hostfile", environment["HOSTFILE"]])
@@ -202,8 +216,8 @@ def _hosts(environment: Mapping[str, str], gpus: int) -> _Hosts:
     told = _of_an_operator(environment)
     if told is None or told[0] == 1:
         return _Hosts(given, given > 1, port)
-    number = environment.get("PET_NPROC_PER_NODE", "")  # or a word such as `auto`
-    return _told_by_an_operator(*told, processes or (int(number) if number.isdecimal() else given), environment)
+    number = number_in(environment.get("PET_NPROC_PER_NODE"))  # which may be a word such as `auto`
+    return _told_by_an_operator(*told, processes or number or given, environment)
 
 
 def _told_by_an_operator(hosts: int, host: int, processes: int, environment: Mapping[str, str]) -> _Hosts:
@@ -214,7 +228,10 @@ def _told_by_an_operator(hosts: int, host: int, processes: int, environment: Map
             f"RANK and WORLD_SIZE say that this is one of {hosts} hosts, and {missing[0]} is not set",
             "set MASTER_ADDR and MASTER_PORT, the same on all hosts; for this host alone, unset WORLD_SIZE",
         )
-    meeting = ["--port", environment["MASTER_PORT"], "--address", environment["MASTER_ADDR"]]
+    address = environment["MASTER_ADDR"]
+    if host == 0 and is_loopback(address):  # so operators tell the first host; the others, its name
+        address = socket.gethostname()
+    meeting = ["--port", environment["MASTER_PORT"], "--address", address]
     options = [*meeting, "--hosts", str(hosts), "--host", str(host)]
     if processes == 1:
         rank = {"RANK": str(host), "WORLD_SIZE": str(hosts), "LOCAL_RANK": "0", "LOCAL_WORLD_SIZE": "1"}
@@ -225,9 +242,9 @@ def _told_by_an_operator(hosts: int, host: int, processes: int, environment: Map
 def _of_an_operator(environment: Mapping[str, str]) -> tuple[int, int] | None:
     """How many hosts there are, and which this is, where something says both in numbers."""
     for names in OF_OPERATORS:
-        hosts, host = (environment.get(name, "") for name in names)
-        if hosts.isdecimal() and host.isdecimal():
-            return int(hosts), int(host)
+        hosts, host = (number_in(environment.get(name)) for name in names)
+        if hosts is not None and host is not None:
+            return hosts, host
     return None
 
 
@@ -252,8 +269,7 @@ def _number(environment: Mapping[str, str], name: str, what: str, least: int = 1
 
 
 def _slurm_hosts(environment: Mapping[str, str]) -> int:
-    word = environment.get("SLURM_STEP_NUM_NODES", "")
-    return int(word) if word.isdecimal() else 1
+    return number_in(environment.get("SLURM_STEP_NUM_NODES")) or 1
 
 
 def _zero(pipeline: str, environment: Mapping[str, str], default: int) -> int:

@@ -29,5 +29,8 @@ def visible_gpus(environment: Mapping[str, str]) -> int:
 
 
 def _names_one(word: str) -> bool:
-    """Whether CUDA takes a word for a device: a number or an identifier, not -1, which hides it and all that follow."""
-    return re.match(r"\s*[0-9A-Za-z]", word) is not None
+    """Whether CUDA takes a word for a device: a number or an identifier, not -1, which hides it and all that follow.
+
+    Nor NoDevFiles, which schedulers write for none.
+    """
+    return re.match(r"\s*([0-9]|GPU-|MIG-)", word) is not None

@@ -4,6 +4,7 @@ import contextlib
 import json
 import os
 import re
+import select
 import socket
 import struct
 import subprocess
@@ -15,6 +16,10 @@ from pathlib import Path
 
 import pytest
 
+from novelgpt.launch.door import Door
+from novelgpt.launch.frames import Fault, Link
+from novelgpt.launch.hosts import local_addresses
+from novelgpt.launch.messages import End
 from novelgpt.launch.secret import GivenSecret
 from novelgpt.settings.errors import UserError
 from tests.hostile_launchers import HELLO, NESTED, Wire, flood, hostile, join, silent
@@ -214,7 +219,8 @@ def test_a_secret_is_read_from_a_file_that_nobody_else_can_read(tmp_path: Path) 
         path.write_bytes(content)
         with pytest.raises(UserError, match="a secret has 16 to 4096 bytes"):
             read(SECRET_FILE=str(path))
-    for wrong in (tmp_path, tmp_path / "none"):
+    os.mkfifo(tmp_path / "pipe", 0o600)  # into which nobody writes
+    for wrong in (tmp_path, tmp_path / "none", tmp_path / "pipe", Path("/dev/zero")):
         with pytest.raises(UserError, match="SECRET_FILE="):
             read(SECRET_FILE=str(wrong))
 
@@ -235,6 +241,35 @@ def test_where_a_name_leads_only_to_the_host_itself_it_listens_for_others(tmp_pa
     assert (first.returncode, errors) == (
         0, f"node1 leads only to this host itself: listening at port {port + 1} of all its interfaces\n"
     )  # fmt: skip
+
+
+def test_on_all_interfaces_it_listens_for_hosts_of_both_kinds_of_addresses() -> None:
+    if not local_addresses("::"):
+        pytest.skip("there is no IPv6 here")
+    port = free_port()
+    with contextlib.closing(Door("nowhere.invalid", port, SECRET)) as door:
+        for name in ("127.0.0.1", "::1"):
+            with socket.create_connection((name, port)) as connection:
+                while not select.select([connection], [], [], 0)[0]:
+                    assert door.arrivals(0.05) == []
+                assert connection.recv(8) == b"novelgpt"
+
+
+def test_the_first_host_waits_for_nobody_who_does_not_read(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("novelgpt.launch.frames.SEND_SECONDS", PATIENCE)
+    ends = socket.socketpair()
+    first, member = (Link(end, SECRET, first=end is ends[0]) for end in ends)
+    while not (first.greeted and member.greeted):
+        assert first.receive() == member.receive() == []
+    while first.fault is None:
+        first.send(End(status=1))
+    assert first.fault is Fault.GONE
+    first.close()
+    told = member.receive()
+    while member.fault is None:
+        told += member.receive()
+    assert told and set(told) == {End(status=1)}  # whole ones alone
+    member.close()
 
 
 def test_long_words_of_many_ranks_reach_the_first_host(tmp_path: Path) -> None:

@@ -257,3 +257,12 @@ def test_a_line_of_a_hostfile_that_is_none_is_named(line: str, tmp_path: Path) -
 def test_more_processes_than_a_host_has_use_for_are_refused_before_any_starts() -> None:
     with pytest.raises(UserError, match="1000000 processes on one host are too many"):
         Place(0, 1, 1_000_000, "127.0.0.1", 20000)
+
+
+def test_the_only_host_of_a_hostfile_is_this_one(tmp_path: Path) -> None:
+    (tmp_path / "hosts").write_text("user@192.0.2.1 slots=1\n", encoding="utf-8")
+    status, output, errors = launch(tmp_path, "print('trained')", "--hostfile", "hosts")
+    assert (status, output) == (2, "")
+    assert "begins with user@192.0.2.1, which is not this host\n  fix: " in errors
+    (tmp_path / "hosts").write_text(f"{socket.gethostname()} slots=1\n", encoding="utf-8")
+    assert launch(tmp_path, "print('trained')", "--hostfile", "hosts")[:2] == (0, "trained\n")

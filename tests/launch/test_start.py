@@ -1,6 +1,7 @@
 """What a pipeline is started with, for each way in which a user or a platform says so."""
 
 import os
+import socket
 import subprocess
 import sys
 from pathlib import Path
@@ -14,6 +15,7 @@ from novelgpt.settings.process_environment import process_defaults
 from tests.launched import PATIENCE, ROOT
 from tests.script_words import OF_SCRIPTS
 
+ALONE = {"RANK": "0", "LOCAL_RANK": "0", "WORLD_SIZE": "1"}
 LAUNCH = ["-m", "novelgpt.launch", "--processes"]
 ZERO_2 = ["--deepspeed_by_default", str(ROOT / "scripts" / "deepspeed" / "zero2.json")]
 ZERO_3 = ["--deepspeed_by_default", str(ROOT / "scripts" / "deepspeed" / "zero3_offload.json")]
@@ -60,6 +62,8 @@ TABLE: dict[str, Row] = {
     ),
     "a rank without ZeRO": (A_RANK | {"ZERO": "0"}, 2, ["-m"], [], 2, {}),
     "a rank that is alone": (A_RANK | {"WORLD_SIZE": "1", "LOCAL_WORLD_SIZE": "1"}, 4, ["-m"], [], 1, {}),
+    "what something has left behind": (ALONE, 1, ["-m"], [], 1, {}),
+    "processes beside it": (ALONE | {"NPROC": "2"}, 0, [*LAUNCH, "2"], ZERO_2, 2, {}),
     "a rank under DeepSpeed": (A_RANK | {"LOCAL_WORLD_SIZE": "", "LOCAL_SIZE": "4"}, 4, ["-m"], ZERO_2, 4, {}),
     "a rank whose model accelerate shares out": (A_RANK | {"ACCELERATE_USE_FSDP": "true"}, 2, ["-m"], [], 2, {}),
     "an operator with a GPU a host": (OPERATOR, 1, ["-m"], ZERO_2, 1, ONE_RANK_A_HOST),
@@ -73,6 +77,15 @@ TABLE: dict[str, Row] = {
         0, ["-m"], ZERO_2, 1, ONE_RANK_A_HOST,
     ),
     "an operator with one host": (OPERATOR | {"WORLD_SIZE": "1", "RANK": "0"}, 0, ["-m"], [], 1, {}),
+    "an operator that tells the first host to meet itself": (
+        OPERATOR | {"RANK": "0", "MASTER_ADDR": "localhost"},
+        8,
+        [*LAUNCH, "8", "--port", "29500", "--address", socket.gethostname(), "--hosts", "2", "--host", "0"],
+        ZERO_2, 8, {},
+    ),
+    "numbers that are none": (
+        {"RANK": "０", "WORLD_SIZE": "9" * 5000, "SLURM_STEP_NUM_NODES": "²"}, 0, ["-m"], [], 1, {},
+    ),
     "the user's numbers before those of an operator": (
         OPERATOR | {"HOSTS": "1"}, 2, [*LAUNCH, "2", *MET, "--hosts", "1", "--host", "0"], ZERO_2, 2, {},
     ),
@@ -136,6 +149,20 @@ def test_variables_that_cannot_be_are_named(variables: dict[str, str], cause: st
     with pytest.raises(UserError) as refusal:
         plan_start("finetune", [], variables, 0)
     assert cause in refusal.value.cause
+
+
+@pytest.mark.parametrize(
+    ("variables", "cause"),
+    [
+        ({"NPROC": "3"}, "3 processes are asked for, and 2 GPUs in sight"),
+        (ALONE | MEETING | {"NPROC": "2"}, "2 processes are asked for, and RANK and WORLD_SIZE=1 say that this is the"),
+    ],
+)
+def test_processes_that_there_cannot_be_are_refused(variables: dict[str, str], cause: str) -> None:
+    with pytest.raises(UserError) as refusal:
+        plan_start("finetune", [], variables, 2)
+    assert cause in refusal.value.cause
+    assert plan_start("finetune", [], {"HOSTFILE": "hosts", "NPROC": "3"}, 2).words  # whose slots count
 
 
 @pytest.mark.parametrize("pipeline", ["", "fine", "os"])
