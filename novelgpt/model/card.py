@@ -91,8 +91,9 @@ def read_card(folder: Path) -> Card | None:
 
 
 def may_write_card(folder: Path) -> bool:
-    """Whether a folder has no README.md, or one that the toolkit wrote and nobody has changed."""
-    return not (folder / CARD).exists() or read_card(folder) is not None
+    """Whether a folder has no README.md, or one that the toolkit wrote and nobody has changed; it makes no links."""
+    path = folder / CARD
+    return not path.is_symlink() and (not path.exists() or read_card(folder) is not None)
 
 
 def write_card(folder: Path, card: Card) -> bool:

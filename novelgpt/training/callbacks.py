@@ -59,7 +59,8 @@ class RunRecorder(TrainerCallback):
         this_attempt().reach(state.global_step)
         if state.is_world_process_zero and state.global_step:
             self.history = [dict(entry) for entry in state.log_history]
-            write_whole(self.folder / "metrics.jsonl", "".join(map(_line, self.history)))
+            with dispensable(self.told, "metrics.jsonl"):
+                write_whole(self.folder / "metrics.jsonl", "".join(map(_line, self.history)))
 
     def on_log(
         self,

@@ -21,7 +21,9 @@ from transformers.utils import GENERATION_CONFIG_NAME
 from novelgpt.model.card import CARD, write_card
 from novelgpt.model.generation import answer_end_ids
 from novelgpt.model.shared_cores import shared_cores
+from novelgpt.settings.errors import UserError
 from novelgpt.settings.parsed_files import read_object
+from novelgpt.settings.process import first_process_value
 from novelgpt.settings.runs import TrainingRun
 from novelgpt.settings.terminal import say
 from novelgpt.text.collator import Collator
@@ -29,6 +31,7 @@ from novelgpt.text.conversation import end_token_ids
 from novelgpt.text.statistics import trained_characters
 from novelgpt.training.base_recorder import BaseRecorder
 from novelgpt.training.callbacks import Curves, Progress, ProgressLines, RunRecorder
+from novelgpt.training.checkpoints.folders import checkpoints
 from novelgpt.training.evaluations import plan_evaluations
 from novelgpt.training.forward_checks import check_packing
 from novelgpt.training.longest_batch import rows_to_try
@@ -61,7 +64,7 @@ def fit(
         [0, 1]; not for raw text), train_runtime (seconds, evaluations included) and tokens_per_second (of training).
 
     Raises:
-        UserError: the model cannot be trained so.
+        UserError: the model cannot be trained so; or the results cannot be written beside the weights, which are there.
         Stopped: a signal came; the step is saved.
     """
     if "position_ids" in train[0]:
@@ -145,15 +148,34 @@ def _fit_into(
             curves.close()
     results = _results(trainer.state.log_history, outcome.metrics)
     results["saved_step"] = trainer.state.global_step if trainer.saved_step is None else trainer.saved_step
+    problem: UserError | None = None
     if trainer.is_world_process_zero():
-        if cards is not None:
-            train_loss = {"train_loss": outcome.metrics["train_loss"]}
-            write_card(folder, cards.card(folder, trainer.state, results | train_loss))
-        write_result_files(folder, trainer.state, outcome.metrics, rows, len(valid))  # type: ignore[arg-type]
-        claimed.finish(results)
+        try:
+            if cards is not None:
+                train_loss = {"train_loss": outcome.metrics["train_loss"]}
+                write_card(folder, cards.card(folder, trainer.state, results | train_loss))
+            write_result_files(folder, trainer.state, outcome.metrics, rows, len(valid))  # type: ignore[arg-type]
+            claimed.finish(results)
+        except OSError as error:
+            problem = _unfinished(folder, error)
+    problem = first_process_value(problem)
+    if problem is not None:
+        raise problem
+    if trainer.is_world_process_zero():
         _show(results, plan.compare(peak), folder, trainer.state.max_steps)
     trainer.accelerator.wait_for_everyone()
     return results
+
+
+def _unfinished(folder: Path, error: OSError) -> UserError:
+    """The error of a run whose last words cannot be written: what is safe, and how it comes to its end."""
+    kept = checkpoints(folder)
+    goes_on = f"the same command goes on from {kept[0].name} and writes them" if kept else "copy the weights"
+    return UserError(
+        f"{error.filename or folder} cannot be written: {error.strerror or error}; the trained weights are saved in "
+        f"{folder}, and its results are not",
+        f"make room there; {goes_on}",
+    )
 
 
 def _show(results: dict[str, float], memory: str, folder: Path, steps: int) -> None:

@@ -98,7 +98,11 @@ class RunFolder:
             if not (self._goes_on or self.trained or checkpoints(self.path)):
                 empty(self.path)  # before the first step: what is there looks like a run
             elif isinstance(error, Stopped):
-                self._write(self._description | {"status": "stopped", "stopped_by": error.signal})
+                try:
+                    self._write(self._description | {"status": "stopped", "stopped_by": error.signal})
+                except OSError as problem:  # the run goes on all the same
+                    reason = problem.strerror or problem
+                    say(f"{self.path / RUN_FILE} cannot note that the run was stopped: {reason}", style="yellow")
         self._claim.let_go(unused=not self._description)
 
     @property

@@ -17,6 +17,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 from finetune_lora.__main__ import main as finetune_lora
 from finetune_lora.merge import main as merge
 from novelgpt.model.card import CARD, base_metadata, code, hub_name, read_card
+from novelgpt.training.result_files import ALL_RESULTS
 from predict.__main__ import main as predict
 from tests.faults.runs import write_base, write_rows
 
@@ -126,11 +127,40 @@ def test_a_merged_model_says_how_its_adapter_was_trained(adapter: Path, tmp_path
     assert str(tmp_path) not in card.text()
 
 
-def test_edited_cards_stay_as_they_are_when_the_run_goes_on(adapter: Path, words: list[str], tmp_path: Path) -> None:
-    own = shutil.copytree(adapter, tmp_path / "run")
+def interrupted(adapter: Path, folder: Path) -> Path:
+    """The run as it is when it is killed after its first step of two."""
+    own = shutil.copytree(adapter, folder)
     shutil.rmtree(own / "checkpoint-2")
     run = json.loads((own / "run.json").read_text(encoding="utf-8"))
     (own / "run.json").write_text(json.dumps(run | {"status": "running"}), encoding="utf-8")
+    return own
+
+
+def test_a_disk_that_is_full_at_the_very_end_keeps_the_weights(
+    adapter: Path, words: list[str], tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    own = interrupted(adapter, tmp_path / "run")
+    weights = "adapter_model.safetensors"
+    (own / weights).unlink()
+    (own / CARD).unlink()
+    (own / CARD).symlink_to(tmp_path / "not there yet.md")
+    (own / f"{ALL_RESULTS}.unfinished").symlink_to("/dev/full")
+    with pytest.raises(SystemExit) as end:
+        finetune_lora([*words, "--output_dir", str(own)])
+    told = capsys.readouterr().err
+    assert end.value.code == 2 and "No space left on device; the trained weights are saved in" in told
+    assert "fix: make room there; the same command goes on from checkpoint-2" in told
+    assert (own / weights).read_bytes() == (adapter / weights).read_bytes()
+    assert json.loads((own / "run.json").read_text(encoding="utf-8"))["status"] == "running"
+    assert not list(own.glob("*.unfinished")) and not (own / ALL_RESULTS).exists()
+    finetune_lora([*words, "--output_dir", str(own)])
+    assert (own / weights).read_bytes() == (adapter / weights).read_bytes()
+    assert json.loads((own / "run.json").read_text(encoding="utf-8"))["status"] == "finished"
+    assert (own / ALL_RESULTS).is_file() and (own / CARD).is_symlink()  # a link is the user's own
+
+
+def test_edited_cards_stay_as_they_are_when_the_run_goes_on(adapter: Path, words: list[str], tmp_path: Path) -> None:
+    own = interrupted(adapter, tmp_path / "run")
     for folder in (own, own / "checkpoint-1"):
         (folder / CARD).write_text("# 我自己写的\n", encoding="utf-8")
     logged: list[str] = []
