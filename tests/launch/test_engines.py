@@ -3,6 +3,7 @@
 import json
 import os
 import re
+import shutil
 import signal
 import socket
 import subprocess
@@ -125,12 +126,12 @@ def stop_after(run: Started, step: int, engine: str) -> int:
     return int(found[0][1])
 
 
-def check_stop_and_resumption(engines: Sequence[str], zero: int, model: Path, folder: Path, warm: bool) -> None:
+def check_stop_and_resumption(engines: Sequence[str], zero: int, model: Path, folder: Path) -> None:
     """Under the first engine, a run is stopped; the others go on with it; our launcher alone comes to the same."""
     last = 0
     for number, engine in enumerate(engines):
         words = [*words_for(model, folder / "run", zero), *FOREVER]
-        with Started(engine, *words, log=folder / f"{number}.log", warm=warm or number > 0) as run:
+        with Started(engine, *words, log=folder / f"{number}.log", warm=number > 0) as run:
             before, last = last, stop_after(run, last + 2, engine)
             assert (f"going on from {folder / 'run' / f'checkpoint-{before}'}" in run.text()) == bool(number)
     words = [*words_for(model, folder / "whole", zero), *FOREVER, "--save_strategy", "steps", "--save_steps", str(last)]
@@ -142,19 +143,37 @@ def check_stop_and_resumption(engines: Sequence[str], zero: int, model: Path, fo
 
 
 @pytest.mark.slow
-def test_a_run_under_torchrun_is_stopped_and_resumed_by_our_launcher(base_folder: Path, tmp_path: Path) -> None:
-    check_stop_and_resumption(["torchrun", "ours"], 2, base_folder, tmp_path, warm=True)
+def test_what_torchrun_trains_our_launcher_trains_again_from_a_checkpoint_on_the_way(
+    base_folder: Path, tmp_path: Path
+) -> None:
+    """To the last bit. All processes are warm, the one of torchrun as well."""
+    words = [*words_for(base_folder, tmp_path / "run", 2), *FOREVER, "--save_strategy", "steps", "--save_steps"]
+    start = [warm_python(), "-m", "torch.distributed.run", "--standalone", "--nproc_per_node", "2", "-m"]
+    with Started("torchrun", *words, "1", log=tmp_path / "torchrun.log", start=start) as run:
+        last = stop_after(run, 2, "torchrun")
+    whole = (tmp_path / "run").rename(tmp_path / "whole")
+    shutil.copytree(whole, tmp_path / "run", ignore=shutil.ignore_patterns("checkpoint-*", "metrics.jsonl"))
+    (whole / "checkpoint-1").rename(tmp_path / "run" / "checkpoint-1")
+    with Started("ours", *words, str(last), log=tmp_path / "ours.log") as run:
+        stop_after(run, last + 1, "ours")
+        assert f"going on from {tmp_path / 'run' / 'checkpoint-1'}" in run.text()
+    reference, again = losses(whole), losses(tmp_path / "run")  # from step 2 on, of steps that were done again
+    assert {step: again[step] for step in range(1, last + 1)} == reference
+    assert last > 1
+    check_same_weights(tmp_path / "run" / f"checkpoint-{last}", whole / f"checkpoint-{last}")
 
 
 @pytest.mark.long
 @pytest.mark.parametrize("zero", ZERO)
 @pytest.mark.parametrize(
-    "engines", [["accelerate", "deepspeed"], ["deepspeed", "torchrun"], ["ours", "accelerate"]], ids="-".join
+    "engines",
+    [["torchrun", "ours"], ["accelerate", "deepspeed"], ["deepspeed", "torchrun"], ["ours", "accelerate"]],
+    ids="-".join,
 )
 def test_a_run_under_one_engine_is_resumed_by_another(
     engines: list[str], zero: int, base_folder: Path, tmp_path: Path
 ) -> None:
-    check_stop_and_resumption(engines, zero, base_folder, tmp_path, warm=False)
+    check_stop_and_resumption(engines, zero, base_folder, tmp_path)
 
 
 @pytest.mark.long

@@ -85,7 +85,7 @@ def test_ranks_know_each_other_and_only_the_first_one_prints(tmp_path: Path) -> 
     assert len({(variables["MASTER_ADDR"], variables["MASTER_PORT"]) for variables in told}) == 1
 
 
-@pytest.mark.parametrize("victim", [0, 1])
+@pytest.mark.parametrize("victim", [pytest.param(0, marks=pytest.mark.long), 1])
 def test_a_killed_rank_ends_the_others_with_its_cause(victim: int, tmp_path: Path) -> None:
     script = f"signal.signal(signal.SIGTERM, signal.SIG_IGN)\nif rank == {victim}: os.kill(os.getpid(), 9){FOREVER}"
     status, _, errors = launch(tmp_path, script, "--processes", "2")
@@ -103,7 +103,7 @@ def test_the_words_of_the_rank_that_failed_are_shown(tmp_path: Path) -> None:
     assert f"error: rank 1 ({socket.gethostname()}) ended with exit status 1" in errors
 
 
-@pytest.mark.parametrize("which", ["rank >= 0", "rank == 0", "rank == 1"])
+@pytest.mark.parametrize("which", ["rank >= 0", pytest.param("rank == 0", marks=pytest.mark.long), "rank == 1"])
 def test_an_error_of_use_is_printed_once_whoever_has_it(which: str, tmp_path: Path) -> None:
     refuse = "print('error: no such file\\n  fix: name another', file=sys.stderr); sys.exit(2)"
     status, _, errors = launch(tmp_path, f"if {which}: {refuse}{FOREVER}", "--processes", "2")
@@ -199,7 +199,9 @@ def test_a_rank_that_dies_on_another_host_ends_all_and_the_first_host_says_why(t
     assert f"error: rank 2 ({socket.gethostname()}) ended with exit status 7" in errors
 
 
-@pytest.mark.parametrize("victim", [0, 1])
+@pytest.mark.parametrize(
+    "victim", [0, pytest.param(1, marks=pytest.mark.long)]
+)  # the first one is told in test_channel
 def test_a_host_that_is_lost_ends_the_other(victim: int, tmp_path: Path) -> None:
     port = free_port()
     script = f"open(f'{{rank}}.ready', 'w').close(){FOREVER}"
