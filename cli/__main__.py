@@ -82,7 +82,8 @@ def _show_help(group: str | None = None) -> None:
         shown = [command for command in section if group in (None, command.name.split()[0])]
         if shown:
             say("", f"{heading}:", *(f"  {command.name:<{width}}  {command.text}" for command in shown))
-    say("", "COMMAND --help says what a command takes; --version which version this is.")
+    name = program_name()
+    say("", f"`{name} COMMAND --help` lists the options of a command, `{name} --version` shows the version.")
 
 
 if __name__ == "__main__":

@@ -12,12 +12,13 @@ from typing import Any, Literal
 from cli.convert_config.values import typed
 from novelgpt.settings.errors import UserError
 from novelgpt.settings.peer_names import ANSWERS_ONLY, PEER_NAMES
+from novelgpt.settings.remedies import pipeline_name
 
 Kind = Literal["same", "differs", "missing"]
 KINDS: dict[Kind, str] = {
     "same": "Needs nothing here",
-    "differs": "Is otherwise here",
-    "missing": "Has no counterpart here: the training is another one without it",
+    "differs": "Is different here",
+    "missing": "Has no counterpart here, and training differs without it",
 }
 MARKS = (
     "a base that has never ended an answer with the chat template's marks gets their embedding rows trained as well: "
@@ -291,7 +292,7 @@ def trackers(conversion: Conversion) -> None:
 def check_trains(conversion: Conversion) -> None:
     """Only trainings are converted."""
     if conversion.value("do_train") is False:
-        raise conversion.refuse("do_train", "it trains nothing", "answer rows with predict: scripts/run_predict.sh")
+        raise conversion.refuse("do_train", "it trains nothing", f"answer rows with {pipeline_name('predict')}")
     if conversion.is_given("do_train"):
         conversion.note("do_train", "same", "a pipeline trains")
 

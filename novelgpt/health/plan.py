@@ -25,7 +25,7 @@ from novelgpt.settings.arguments import LoraArguments
 from novelgpt.settings.errors import UserError
 from novelgpt.settings.parser import parse_arguments
 from novelgpt.settings.paths import EMBEDDED_BASE, OUTPUT, existing_folder
-from novelgpt.settings.remedies import pipeline_name, python_module
+from novelgpt.settings.remedies import environment_program, pipeline_name, python_module
 from novelgpt.settings.runs import FinetuneRun, LoraRun, PretrainRun, TrainingRun
 from novelgpt.settings.units import gigabytes
 from novelgpt.training.auto_batch import set_micro_batch
@@ -84,7 +84,7 @@ def local_model(model: str) -> str:
     if cached is None:
         raise UserError(
             f"model {model} is not on this host, and nothing is downloaded here",
-            f"hf download {shlex.quote(model)}, or name a folder",
+            f"{environment_program('hf')} download {shlex.quote(model)}, or name a folder",
         )
     return cached
 

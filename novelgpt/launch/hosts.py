@@ -73,7 +73,8 @@ def read_hostfile(path: Path) -> dict[str, int]:
     try:
         lines = path.read_text(encoding="utf-8").splitlines()
     except (OSError, UnicodeDecodeError) as error:
-        raise UserError(f"HOSTFILE={path}: {error}", "write a file with lines of `host slots=N`") from error
+        cause = error.strerror if isinstance(error, OSError) else error
+        raise UserError(f"HOSTFILE={path}: {cause}", "write a file with lines of `host slots=N`") from error
     hosts: dict[str, int] = {}
     for number, line in enumerate(lines, start=1):
         words = line.split("#")[0].split()

@@ -16,6 +16,7 @@ from huggingface_hub.errors import (
 )
 
 from novelgpt.settings.errors import UserError
+from novelgpt.settings.remedies import environment_program
 from novelgpt.settings.terminal import say
 
 # For one answer of the hub; the libraries below ask again and again, for minutes.
@@ -43,8 +44,8 @@ def check_hub(name: str) -> None:
         if cached_folder(name) is None:
             raise UserError(
                 f"{name} is in no cache of this host, and HF_HUB_OFFLINE=1 keeps it from being downloaded",
-                f"unset HF_HUB_OFFLINE, or fetch it where there is a network: hf download {shlex.quote(name)}; a local "
-                "folder needs no network",
+                f"unset HF_HUB_OFFLINE, or fetch it where there is a network: {environment_program('hf')} download "
+                f"{shlex.quote(name)}; a local folder needs no network",
             )
         return
     try:

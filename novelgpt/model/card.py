@@ -204,7 +204,7 @@ def use_section(adapter: bool, base: str, architecture: str, chat: bool) -> str:
     lines += ["with torch.inference_mode():", "    answer = model.generate(**inputs, max_new_tokens=256)"]
     lines += ['print(tokenizer.decode(answer[0, inputs["input_ids"].shape[1] :], skip_special_tokens=True))']
     python = "\n".join(lines)
-    command = "MODEL=path/to/this/folder bash scripts/run_predict.sh --data_files my_test.jsonl"
+    command = "novelgpt predict --model path/to/this/folder --data_files my_test.jsonl"
     return f"```python\n{python}\n```\n\nWith NovelGPT, answers to rows and their scores:\n\n```bash\n{command}\n```"
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib.util
 import math
 import pickle
 from collections.abc import Collection
@@ -133,8 +134,11 @@ def read_config(model: ModelArguments) -> PreTrainedConfig:
     """The model's configuration, without the names of code that is not needed.
 
     Raises:
-        UserError: there is none, it cannot be read, or it needs code that may not run.
+        UserError: there is none, it cannot be read, it needs code that may not run, or --attention names a kernel
+            whose package is missing, in the place of which transformers would fetch one from a hub.
     """
+    if model.attention == "flash_attention_2" and importlib.util.find_spec("flash_attn") is None:
+        raise UserError("--attention flash_attention_2 needs the package flash-attn", pip_install("flash-attn"))
     source, own_code = locate(model), runs_own_code(model)
     try:
         config = AutoConfig.from_pretrained(source, trust_remote_code=own_code)

@@ -21,13 +21,13 @@ class Command(NamedTuple):
 
 # A heading, and the commands below it in `novelgpt --help`.
 SECTIONS: dict[str, tuple[Command, ...]] = {
-    "Training and prediction, on a process a GPU": (
+    "Training and prediction, one process per GPU": (
         Command("pretrain", "pretrain", "continued pretraining on raw text"),
         Command("finetune", "finetune", "full fine-tuning on conversations"),
         Command("lora", "finetune_lora", "LoRA fine-tuning on conversations"),
         Command("predict", "predict", "answers of a checkpoint, an adapter or a server, and their scores"),
     ),
-    "Data before training": (
+    "Data preparation": (
         Command("data novels", "dataset novels",
                 "a folder of novels -> clean chapters, without repeats, split by book, and a report"),
         Command("data tokens", "dataset tokens", "text -> tokens that training maps into memory"),
@@ -35,7 +35,7 @@ SECTIONS: dict[str, tuple[Command, ...]] = {
                 "papers or prepared novels -> question and answer rows from varied templates"),
         Command("data preview", "dataset preview", "rows as training sees them, trained tokens coloured"),
     ),
-    "What a model has learnt": (
+    "Evaluation and chat": (
         Command("score", "predict.score", "scores of any predictions file, and two of them compared"),
         Command("report", "predict.report", "a page with scores, pictures and examples of one or several runs"),
         Command("continuations", "predict.continuations", "rows that ask a model to go on with held-out novels"),
@@ -52,7 +52,7 @@ SECTIONS: dict[str, tuple[Command, ...]] = {
     "From other tools": (
         Command("convert-config", "cli.convert_config", "settings of LLaMA-Factory, ms-swift or TRL -> ours"),
     ),
-    "All of it": (
+    "Demo": (
         Command("demo", "cli.demo", "the whole job on the small base and the samples, ending in one table"),
     ),
 }  # fmt: skip

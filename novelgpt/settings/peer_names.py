@@ -11,6 +11,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from novelgpt.settings.errors import UserError
+from novelgpt.settings.paths import IS_CHECKOUT
 from novelgpt.settings.remedies import python_module
 
 TOOLS = {"L": "LLaMA-Factory", "S": "ms-swift", "T": "TRL"}
@@ -37,7 +38,8 @@ class PeerName:
 
     def whose(self) -> str:
         """The tools in words."""
-        return " and ".join(TOOLS[letter] for letter in self.tools)
+        *others, last = (TOOLS[letter] for letter in self.tools)
+        return f"{', '.join(others)} and {last}" if others else last
 
 
 PIPELINE = "the pipeline says it: finetune_lora, finetune (all weights) or pretrain (raw text)"
@@ -200,8 +202,9 @@ def explain(key: str, options: Collection[str], command: str) -> tuple[str, str]
         return None
     foreign = [option for option in known.options if option not in options]
     here = known.here + (f" ({' and '.join(foreign)} is for another pipeline than {command})" if foreign else "")
-    page = f"docs/coming_from.md has all names; a whole file: {python_module('cli.convert_config FILE')}"
-    return f"a name of {known.whose()}: here {here}", page
+    page = "; docs/coming_from.md has all names" if IS_CHECKOUT else ""
+    remedy = f"a whole file is converted by {python_module('cli.convert_config FILE')}{page}"
+    return f"a name of {known.whose()}: here {here}", remedy
 
 
 def settle_model(layers: Sequence[tuple[str, Mapping[str, Any]]], takes_base: bool) -> dict[str, str]:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import importlib.util
 import json
 import os
 import random
@@ -26,6 +27,7 @@ from novelgpt.model.generation import answer_end_ids
 from novelgpt.model.loading import adapter_base, load_for_generation, read_config
 from novelgpt.settings.arguments import ModelArguments
 from novelgpt.settings.errors import UserError
+from novelgpt.settings.remedies import pip_install
 from novelgpt.text.tokenizer import load_tokenizer
 
 Build = Callable[[bytes], bytes]
@@ -366,3 +368,10 @@ def test_whatever_stands_in_a_setting_it_is_read_or_refused(
             assert "\x1b" not in error.cause + error.remedy
         shutil.rmtree(folder)
     assert read_config(ModelArguments(str(base_folder))).num_hidden_layers == 2
+
+
+@pytest.mark.skipif(importlib.util.find_spec("flash_attn") is not None, reason="flash-attn is installed")
+def test_a_kernel_whose_package_is_missing_is_named(base_folder: Path) -> None:
+    with pytest.raises(UserError, match="flash_attention_2 needs the package flash-attn") as refusal:
+        read_config(ModelArguments(str(base_folder), "flash_attention_2"))
+    assert refusal.value.remedy == pip_install("flash-attn")
