@@ -17,7 +17,8 @@ NOTE = "By `predict`, whose scores.json has all scores with their definitions, i
 def add_scores(folder: Path, data_files: Sequence[str], scores: Mapping[str, Any]) -> None:
     """Add a line to the scores of a model's card, in place of an earlier one of the same rows.
 
-    Nothing happens where the folder has no card, or one that somebody has edited.
+    Nothing happens where the folder has no card, or one that somebody has edited, or where rows came through a pipe,
+    which cannot be read again to name them.
 
     Args:
         folder: of the model.
@@ -25,7 +26,7 @@ def add_scores(folder: Path, data_files: Sequence[str], scores: Mapping[str, Any
         scores: what scores.json holds.
     """
     card = read_card(folder)
-    if card is None:
+    if card is None or not all(Path(file).is_file() for file in data_files):
         return
     hashed = [(Path(file).name, hash_file(Path(file))[0]) for file in data_files]
     names = ", ".join(f"{code(name)} sha256 {code(digest[:16])}" for name, digest in hashed)

@@ -7,6 +7,8 @@ from collections.abc import Sequence
 from cli.convert_config.conversion import Conversion
 from cli.convert_config.rows import RowWriter
 
+# Shares of which those from 1 on are numbers of rows.
+_OR_ROWS = ("val_size", "test_split_size")
 # Of any number of rows, one.
 ONE_ROW = 1e-6
 
@@ -31,7 +33,7 @@ def hold_out(conversion: Conversion, writer: RowWriter, valid: Sequence[str], fi
     share = conversion.value(share_key) or 0
     train = conversion.settings["train_files"].value
     rows = sum(writer.rows[path] for path in train)
-    if share < 0 or share >= max(rows, 1):
+    if share < 0 or share >= (max(rows, 1) if share_key in _OR_ROWS else 1):
         raise conversion.refuse(share_key, f"there are {rows} rows to train on", "hold out some of them")
     if share >= 1:
         conversion.set("valid_fraction", round((share - 0.5) / rows, 9), share_key, why=f"of {rows} rows")

@@ -13,7 +13,7 @@ from typing import Any, Literal
 from pydantic import BaseModel, Field
 
 from cli.convert_config.conversion import Conversion
-from cli.convert_config.rows import RowFile
+from cli.convert_config.rows import MOST_ROWS, RowFile
 from dataset.records import Record
 from novelgpt.settings.errors import UserError
 from novelgpt.settings.parsed_files import check_fields, read_object
@@ -35,8 +35,6 @@ _ELSEWHERE = {
     "script_url": "is made by code, {url}, which is not run here: write its rows to a file",
     "cloud_file_name": "lies in a cloud: download {url}",
 }
-# Of a dataset that is drawn anew; beyond it lies no data, but a slip of the pen.
-_MOST_ROWS = 10_000_000
 
 
 class _Described(BaseModel):
@@ -46,7 +44,7 @@ class _Described(BaseModel):
     formatting: Literal["alpaca", "sharegpt", "openai"] = "alpaca"
     columns: dict[str, str | None] | None = None
     tags: dict[str, str | None] | None = None
-    num_samples: int | None = Field(default=None, gt=0, le=_MOST_ROWS)
+    num_samples: int | None = Field(default=None, gt=0, le=MOST_ROWS)
     split: str | None = None
 
 
@@ -97,8 +95,6 @@ def _files_of(conversion: Conversion, name: str, described: dict[str, Any], plac
     files = sorted(file.iterdir()) if file.is_dir() else [file]
     tags = _TAGS | {key: name for key, name in (fields.tags or {}).items() if name}
     first, drawn = conversion.value("max_samples"), fields.num_samples
-    if first is not None and (first != int(first) or first < 1):
-        raise conversion.refuse("max_samples", "no number of rows", "write one, or leave it out")
     if len(files) > 1 and (first or drawn):
         key = "num_samples" if drawn else "max_samples"
         raise UserError(f"{where}: {key} of several files", "join them into one file")

@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 import json
+import re
 from functools import partial
 from pathlib import Path
 from typing import Any
 
 from cli.convert_config.conversion import Conversion
-from cli.convert_config.rows import RowFile
+from cli.convert_config.rows import MOST_ROWS, RowFile
 from dataset.readers import messages_of
 from dataset.records import Record
 
@@ -27,7 +28,7 @@ def dataset_files(conversion: Conversion, key: str) -> list[RowFile]:
         text, most = str(name), None
         if not conversion.path(text).exists() and "#" in text:
             text, _, number = text.rpartition("#")
-            if not number.isdigit() or int(number) == 0:
+            if not re.fullmatch("[0-9]{1,9}", number) or not 0 < int(number) <= MOST_ROWS:
                 raise conversion.refuse(key, f"{number!r} is no number of rows", "write path#1000")
             most = int(number)
         path = conversion.path(text)

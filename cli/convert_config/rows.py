@@ -17,6 +17,8 @@ from novelgpt.settings.units import counted
 
 Read = Callable[[Record], Record | None]
 SEED = 42
+# That are drawn of a dataset; beyond it lies no data, but a slip of the pen.
+MOST_ROWS = 10_000_000
 
 
 @dataclass

@@ -88,11 +88,14 @@ def _files(conversion: Conversion, split: str) -> Iterator[Path]:
         if isinstance(names, dict):
             names = names.get(split, [])
         key = "datasets" if conversion.is_given("datasets") else "dataset_name"
+        names = [names] if isinstance(names, str) else names
+        if not isinstance(names, list):
+            raise conversion.refuse(key, "data_files are neither a name nor a list of names", "name files of rows")
         if one.get("fraction") is not None:
             conversion.note("datasets", "missing", "fraction: make files of the sizes that you want")
         folder = Path() if one["path"] in _BUILDERS else conversion.path(str(one["path"]))
         paths = [conversion.path(str(name)) if one["path"] in _BUILDERS else folder / str(name)
-                 for name in ([names] if isinstance(names, str) else names)]  # fmt: skip
+                 for name in names]  # fmt: skip
         if not names and folder.is_dir():
             found = sorted(path for path in folder.rglob("*") if path.suffix.lower() in SUFFIXES)
             paths = [path for path in found if split in path.stem.lower()] or (found if split == "train" else [])

@@ -24,13 +24,28 @@ _SWITCHES = (
     "trust_remote_code", "use_rslora", "use_dora", "load_best_model_at_end", "save_only_model",
 )  # fmt: skip
 _NUMBERS = (
-    "max_samples", "lora_alpha", "quantization_bit", "quant_bits", "eval_steps", "max_steps", "save_total_limit",
-    "dataset_test_ratio", "max_length", "max_seq_length", "max_seq_len", "max_epochs", "warmup_ratio", "warmup_steps",
-    "gradient_accumulation_steps", "learning_rate",
+    "lora_alpha",
+    "quantization_bit",
+    "quant_bits",
+    "eval_steps",
+    "max_steps",
+    "save_total_limit",
+    "dataset_test_ratio",
+    "max_length",
+    "max_seq_length",
+    "max_seq_len",
+    "max_epochs",
+    "warmup_ratio",
+    "warmup_steps",
+    "learning_rate",
+)
+# Numbers that are counted and divided by.
+_COUNTS = (
+    "per_device_train_batch_size", "per_device_eval_batch_size", "gradient_accumulation_steps", "max_samples",
 )  # fmt: skip
 _TEXT = (
     "model_name_or_path", "model", "output_dir", "default_system", "system", "template", "dataset_config",
-    "metric_for_best_model",
+    "metric_for_best_model", "torch_dtype", "dtype", "chat_template_path",
 )  # fmt: skip
 _LISTS = (
     "dataset", "eval_dataset", "val_dataset", "lora_target", "target_modules", "lora_target_modules", "report_to",
@@ -64,6 +79,8 @@ def _value(file: Path, key: str, value: Any, default: Any) -> Any:
             raise _error(file, key, value, "a name, or a list of names")
     elif isinstance(default, bool) or key in _SWITCHES:
         return _switch(file, key, value)
+    elif key in _COUNTS:
+        return _count(file, key, value)
     elif isinstance(default, int | float) or key in _NUMBERS:
         return _number(file, key, value)
     elif key in _STRATEGIES and value is False:
@@ -108,6 +125,13 @@ def _number(file: Path, key: str, value: Any) -> int | float:
     if isinstance(value, bool) or not isinstance(value, int | float):
         raise _error(file, key, value, "a number")
     return value
+
+
+def _count(file: Path, key: str, value: Any) -> int:
+    number = _number(file, key, value)
+    if number != int(number) or number < 1:
+        raise _error(file, key, value, "a whole number from 1 on")
+    return int(number)
 
 
 def _error(file: Path, key: str, value: Any, wanted: str) -> UserError:

@@ -256,6 +256,15 @@ def test_values_of_another_kind_are_refused_by_name(place: Path, capsys: pytest.
         for value in values:
             told = refused(place, given | {key: value}, capsys, "--output_data", "rows")
             assert key in told.splitlines()[0], (key, value, told)
+    swift = {"model": "a/b", "tuner_type": "lora", "dataset": "data/talk.json"}
+    hostile: list[dict[str, Any]] = [
+        {"per_device_train_batch_size": 0}, {"torch_dtype": ["x"]}, {"split_dataset_ratio": 1},
+        {"dataset": "data/talk.json#99999999999"},
+    ]  # fmt: skip
+    for more in hostile:
+        assert next(iter(more)) in refused(place, swift | more, capsys).splitlines()[0]
+    trl = {"model_name_or_path": "a/b", "use_peft": True, "datasets": [{"path": "json", "data_files": 5}]}
+    assert "data_files are neither" in refused(place, trl, capsys)
 
 
 @pytest.mark.parametrize(

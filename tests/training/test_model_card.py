@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import json
 import logging
+import os
 import shutil
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import pytest
@@ -107,6 +109,12 @@ def test_predictions_add_their_scores_to_a_card_that_nobody_edited(adapter: Path
     lines = card.sections["Scores"].splitlines()
     scores = json.loads((own / "predict" / "scores.json").read_text(encoding="utf-8"))
     assert len(lines) == 5 and f"| 2 | {scores['rouge-1']:.4f} | " in lines[-1]
+    before = (own / CARD).read_text(encoding="utf-8")
+    os.mkfifo(pipe := tmp_path / "rows.jsonl")  # which cannot be read a second time
+    with ThreadPoolExecutor() as writer:
+        writer.submit(pipe.write_bytes, rows.read_bytes())
+        predict([word if word != str(rows) else str(pipe) for word in words])
+    assert (own / CARD).read_text(encoding="utf-8") == before
     text = (own / CARD).read_text(encoding="utf-8").replace("\n## Use", "\n我改过了。\n\n## Use")
     (own / CARD).write_text(text, encoding="utf-8")
     predict(words)
