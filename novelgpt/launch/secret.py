@@ -16,6 +16,11 @@ MAKE_FILE = f"make one on one host: (umask 077; {MAKE} > secret), copy it to the
 MAKE_VARIABLE = f'set it before srun, as scripts/slurm.sh does: export {VARIABLE}="$({MAKE})"'
 
 
+def forget_secret(environment: MutableMapping[str, str]) -> tuple[str, str]:
+    """Take the secret and its file's name out of variables, and return both."""
+    return environment.pop(VARIABLE, ""), environment.pop(FILE_VARIABLE, "")
+
+
 class GivenSecret:
     """What the user has given for one. It is taken out of the environment at once, so that no process inherits it.
 
@@ -24,8 +29,7 @@ class GivenSecret:
     """
 
     def __init__(self, environment: MutableMapping[str, str]) -> None:
-        self._value = environment.pop(VARIABLE, "")
-        self._file = environment.pop(FILE_VARIABLE, "")
+        self._value, self._file = forget_secret(environment)
 
     def read(self, slurm: bool) -> bytes:
         """The secret, of 16 bytes at least; a file goes before the variable.

@@ -34,6 +34,7 @@ from pathlib import Path
 from typing import NoReturn
 
 from novelgpt.launch.hosts import is_loopback
+from novelgpt.launch.secret import forget_secret
 from novelgpt.settings.errors import UserError, exit_on_user_error
 from novelgpt.settings.given_ranks import is_alone, number_in, processes_here
 from novelgpt.settings.gpus import visible_gpus
@@ -106,6 +107,8 @@ def start(pipeline: str, words: Sequence[str]) -> NoReturn:
     chosen = plan_start(pipeline, words, environment, visible_gpus(environment))
     command = [sys.executable, *chosen.words]
     environment |= chosen.variables
+    if "novelgpt.launch" not in chosen.words:  # which alone needs it
+        forget_secret(environment)
     if "fork" in vars(os):
         sys.stdout.flush()
         os.execve(sys.executable, command, environment)
@@ -262,7 +265,7 @@ def _number(environment: Mapping[str, str], name: str, what: str, least: int = 1
         words = " and ".join(f"{known}={word}" for known, word in given.items())
         raise UserError(f"{words} are two names of one number, and differ", f"unset {' or '.join(names)}")
     for known, word in given.items():
-        if not (word.isascii() and word.isdecimal() and least <= int(word) < 10_000):
+        if not (word.isascii() and word.isdecimal() and len(word) < 5 and least <= int(word)):
             raise UserError(f"{known}={word} is no number {what}", f"{known}=2, for example; the least is {least}")
         return int(word)
     return None

@@ -19,7 +19,7 @@ import pytest
 from novelgpt.launch.door import Door
 from novelgpt.launch.frames import Fault, Link
 from novelgpt.launch.hosts import local_addresses
-from novelgpt.launch.messages import End
+from novelgpt.launch.messages import Welcome
 from novelgpt.launch.secret import GivenSecret
 from novelgpt.settings.errors import UserError
 from tests.hostile_launchers import HELLO, NESTED, Wire, flood, hostile, join, silent
@@ -262,13 +262,13 @@ def test_the_first_host_waits_for_nobody_who_does_not_read(monkeypatch: pytest.M
     while not (first.greeted and member.greeted):
         assert first.receive() == member.receive() == []
     while first.fault is None:
-        first.send(End(status=1))
+        first.send(Welcome())
     assert first.fault is Fault.GONE
     first.close()
     told = member.receive()
     while member.fault is None:
         told += member.receive()
-    assert told and set(told) == {End(status=1)}  # whole ones alone
+    assert told and set(told) == {Welcome()}  # whole ones alone
     member.close()
 
 

@@ -131,6 +131,7 @@ def test_help_goes_through_whatever_the_variables_say(word: str) -> None:
         ({"NPROC": "0"}, "NPROC=0 is no number of processes"),
         ({"NPROC": "two"}, "NPROC=two is no number of processes"),
         ({"NPROC": "10000"}, "NPROC=10000 is no number of processes"),
+        ({"NPROC": "9" * 5000}, "is no number of processes"),
         ({"NPROC": "²"}, "NPROC=² is no number of processes"),
         ({"NPROC_PER_NODE": "auto"}, "NPROC_PER_NODE=auto is no number of processes"),
         ({"HOSTS": "-1"}, "HOSTS=-1 is no number of hosts"),
@@ -175,6 +176,7 @@ def test_what_is_no_pipeline_is_not_started(pipeline: str) -> None:
 STAND_IN = """
 import os, sys
 print(*sys.argv[1:], os.environ["OMP_NUM_THREADS"], os.environ["PATH"].split(os.pathsep)[0])
+assert not {"NOVELGPT_SECRET", "SECRET_FILE"} & os.environ.keys()
 if "kill" in sys.argv: os.kill(os.getpid(), 15)
 sys.exit(7)
 """
@@ -188,10 +190,8 @@ def test_the_pipeline_ends_as_it_would_by_itself(forks: bool, word: str, tmp_pat
     hide = "" if forks else "import os; del os.fork\n"
     begin = f"{hide}import sys, novelgpt.launch.start as start; start.ROOT = sys.argv.pop(1); start.main()"
     environment = {name: value for name, value in os.environ.items() if name not in (*OF_SCRIPTS, "OMP_NUM_THREADS")}
+    environment |= {"MODEL": "m", "PYTHONPATH": str(ROOT), "NOVELGPT_SECRET": "that the launcher alone needs"}
     command = [sys.executable, "-c", begin, str(tmp_path), "predict", word]
-    done = subprocess.run(
-        command, env=environment | {"MODEL": "m", "PYTHONPATH": str(ROOT)}, capture_output=True, text=True,
-        timeout=PATIENCE, check=False,
-    )  # fmt: skip
+    done = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=PATIENCE, check=False)
     assert done.stdout.split() == ["--model", "m", word, str(usable_cores()), str(Path(sys.executable).parent)]
     assert done.returncode == (7 if word == "end" else (-15 if forks else 128 + 15))
