@@ -12,7 +12,7 @@ from typing import Any, Literal
 from cli.convert_config.values import typed
 from novelgpt.settings.errors import UserError
 from novelgpt.settings.peer_names import ANSWERS_ONLY, PEER_NAMES
-from novelgpt.settings.remedies import pipeline_name
+from novelgpt.settings.remedies import as_typed, pipeline_name
 
 Kind = Literal["same", "differs", "missing"]
 KINDS: dict[Kind, str] = {
@@ -176,7 +176,7 @@ def convert_keys(conversion: Conversion, handlers: Mapping[str, Handler], taken:
     for key, value in conversion.given.items():
         if key not in conversion.named:
             known = PEER_NAMES.get(key)
-            told = known.here if known and not known.options else "the settings above hold what it says"
+            told = as_typed(known.here) if known and not known.options else "the settings above hold what it says"
             conversion.note(key, "same", "it is not set" if value is None else told)
 
 
@@ -199,9 +199,9 @@ def _note_known(conversion: Conversion, key: str) -> None:
     elif known is None:
         conversion.note(key, "missing", f"not known here: check how {conversion.tool} spells it, and what it does")
     elif not known.options and key not in _CHANGES_TRAINING:
-        conversion.note(key, "same", known.here)
+        conversion.note(key, "same", as_typed(known.here))
     else:
-        conversion.note(key, "missing" if key in _CHANGES_TRAINING else "differs", f"here {known.here}")
+        conversion.note(key, "missing" if key in _CHANGES_TRAINING else "differs", f"here {as_typed(known.here)}")
 
 
 # Names without a counterpart that change what is trained, or how.

@@ -27,6 +27,7 @@ from cli.convert_config.conversion import (
 from cli.convert_config.evaluation import hold_out
 from cli.convert_config.llamafactory_data import dataset_files
 from cli.convert_config.rows import RowWriter
+from novelgpt.settings.remedies import as_typed
 
 TOOL = "LLaMA-Factory 0.9.5"
 # What it takes where the file says nothing and this toolkit would take something else.
@@ -96,7 +97,7 @@ def _pipeline(conversion: Conversion) -> str:
     if conversion.is_given("adapter_name_or_path"):
         raise conversion.refuse(
             "adapter_name_or_path", "a training starts from a base, and makes an adapter of its own",
-            "merge it first: finetune_lora.merge ADAPTER FOLDER; then model_name_or_path: FOLDER",
+            as_typed("merge it first: `finetune_lora.merge ADAPTER FOLDER`; then model_name_or_path: FOLDER"),
         )  # fmt: skip
     return _PIPELINES[stage, method]
 
@@ -149,7 +150,7 @@ def _template(conversion: Conversion) -> None:
     elif name in _TEMPLATES:
         conversion.note("template", "same", "the tokenizer's own chat template (Baichuan's format where it has none)")
     else:
-        conversion.note("template", "differs", TEMPLATE)
+        conversion.note("template", "differs", as_typed(TEMPLATE))
 
 
 def _checkpointing(conversion: Conversion) -> None:

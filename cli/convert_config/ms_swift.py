@@ -26,6 +26,7 @@ from cli.convert_config.conversion import (
 from cli.convert_config.evaluation import hold_out
 from cli.convert_config.ms_swift_data import dataset_files
 from cli.convert_config.rows import RowWriter
+from novelgpt.settings.remedies import as_typed
 
 TOOL = "ms-swift 4.6.0"
 DEFAULTS: dict[str, Any] = {
@@ -74,7 +75,7 @@ def _pipeline(conversion: Conversion) -> str:
     if text and method == "lora":
         raise conversion.refuse(key, "adapters are not pretrained here", f"{key}: full, or fine-tune (swift sft)")
     if conversion.is_given("adapters"):
-        remedy = "merge it first: finetune_lora.merge ADAPTER FOLDER; then model: FOLDER"
+        remedy = as_typed("merge it first: `finetune_lora.merge ADAPTER FOLDER`; then model: FOLDER")
         raise conversion.refuse("adapters", "a training starts from a base, and makes an adapter of its own", remedy)
     return "pretrain" if text else "finetune_lora" if method == "lora" else "finetune"
 
@@ -191,7 +192,7 @@ def _packing(conversion: Conversion) -> None:
 
 def _template(conversion: Conversion) -> None:
     if conversion.is_given("template") and conversion.pipeline != "pretrain":
-        conversion.note("template", "differs", TEMPLATE)
+        conversion.note("template", "differs", as_typed(TEMPLATE))
 
 
 def _chat_template(conversion: Conversion) -> None:

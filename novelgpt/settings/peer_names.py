@@ -12,7 +12,7 @@ from typing import Any
 
 from novelgpt.settings.errors import UserError
 from novelgpt.settings.paths import IS_CHECKOUT
-from novelgpt.settings.remedies import python_module
+from novelgpt.settings.remedies import as_typed, python_module
 
 TOOLS = {"L": "LLaMA-Factory", "S": "ms-swift", "T": "TRL"}
 # Other names of --model; the second kind names an adapter, whose base the first kind names.
@@ -136,7 +136,7 @@ _TABLE: tuple[tuple[str, str, str, str], ...] = (
     ("LST", "overwrite_cache load_from_cache_file lazy_tokenize download_mode data_shared_file_system "
      "dataset_kwargs skip_prepare_dataset", "", AUTOMATIC),
     ("LST", "streaming dataset_streaming buffer_size shuffle_buffer_size", "",
-     "rows are read whole; for text that does not fit into memory, tokenise it first: dataset tokens"),
+     "rows are read whole; for text that does not fit into memory, tokenise it first: `dataset tokens`"),
     ("LS", "mix_strategy interleave_probs interleave_prob stopping_strategy", "train_files",
      "the rows of all train_files are shuffled together; make files of the sizes that you want"),
     ("LS", "tokenized_path cached_dataset cached_val_dataset", "train_files",
@@ -178,8 +178,8 @@ _TABLE: tuple[tuple[str, str, str, str], ...] = (
     ("T", "activation_offloading", "activation_checkpointing", ""),
     ("T", "model_init_kwargs", "", NOT_HERE),
     ("L", "ray_run_name ray_num_workers ray_init_kwargs", "", NOT_HERE),
-    ("L", "export_dir", "", "finetune_lora.merge ADAPTER FOLDER"),
-    ("S", "merge_lora", "", "finetune_lora.merge ADAPTER FOLDER"),
+    ("L", "export_dir", "", "`finetune_lora.merge ADAPTER FOLDER`"),
+    ("S", "merge_lora", "", "`finetune_lora.merge ADAPTER FOLDER`"),
     ("S", "max_tokens", "max_new_tokens", "max_new_tokens, in predict"),
 )  # fmt: skip
 PEER_NAMES = {
@@ -201,7 +201,9 @@ def explain(key: str, options: Collection[str], command: str) -> tuple[str, str]
     if known is None:
         return None
     foreign = [option for option in known.options if option not in options]
-    here = known.here + (f" ({' and '.join(foreign)} is for another pipeline than {command})" if foreign else "")
+    here = as_typed(known.here) + (
+        f" ({' and '.join(foreign)} is for another pipeline than {command})" if foreign else ""
+    )
     page = "; docs/coming_from.md has all names" if IS_CHECKOUT else ""
     remedy = f"a whole file is converted by {python_module('cli.convert_config FILE')}{page}"
     return f"a name of {known.whose()}: here {here}", remedy

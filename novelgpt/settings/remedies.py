@@ -6,6 +6,7 @@ That is `novelgpt …`, or otherwise a script or the interpreter that runs, what
 from __future__ import annotations
 
 import os
+import re
 import shlex
 import shutil
 import sys
@@ -37,6 +38,17 @@ def python_module(words: str) -> str:
     typed = os.environ.get(TYPED)
     behind = typed_words(words) if typed else None
     return f"{this_python()} -m {words}" if behind is None else f"{typed} {behind}"
+
+
+def as_typed(text: str) -> str:
+    """A sentence with the commands in it as the user types them.
+
+    Args:
+        text: with commands in backquotes, by module and words; other words in backquotes stay.
+    """
+    return re.sub(
+        "`([^`]+)`", lambda found: f"`{python_module(found[1])}`" if typed_words(found[1]) else found[0], text
+    )
 
 
 def note_program(program: Path) -> None:

@@ -20,8 +20,9 @@ from cli.convert_config.__main__ import main
 from dataset.readers import read_conversation_rows
 from novelgpt.settings.parser import parse_arguments
 from novelgpt.settings.peer_names import PEER_NAMES
+from novelgpt.settings.remedies import TYPED, this_python
 from novelgpt.settings.runs import FinetuneRun, LoraRun, PretrainRun
-from tests.warm_python import ROOT, warm_environment, warm_python
+from tests.warm_python import warm_environment
 
 RUNS: dict[str, Any] = {"pretrain": PretrainRun, "finetune": FinetuneRun, "finetune_lora": LoraRun}
 LLAMAFACTORY = {
@@ -93,17 +94,18 @@ def refused(place: Path, given: dict[str, Any], capsys: pytest.CaptureFixture[st
 
 
 @pytest.mark.parametrize("given", [LLAMAFACTORY, FULL], ids=["lora", "full"])
-def test_a_file_of_llamafactory_starts_a_run(given: dict[str, Any], place: Path) -> None:
+def test_a_file_of_llamafactory_starts_a_run(
+    given: dict[str, Any], place: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
     (place / "theirs.yaml").write_text(yaml.safe_dump(given | {"neat_packing": False, "odd_key": 1}), encoding="utf-8")
-    command = [warm_python(), "-m", "cli.convert_config", "theirs.yaml", "-o", "ours.yaml"]
-    environment = os.environ | {"PYTHONPATH": str(ROOT)}
-    done = subprocess.run(command, env=environment, capture_output=True, encoding="utf-8")
-    assert (done.returncode, done.stderr) == (0, "")
+    main(["theirs.yaml", "-o", "ours.yaml"])
+    said, wrong = capsys.readouterr()
+    assert wrong == ""
     text = (place / "ours.yaml").read_text(encoding="utf-8")
     assert [key for key in given if key not in text] == []
-    missing = done.stdout.split("no counterpart")[1]
+    missing = said.split("no counterpart")[1]
     assert re.findall(r"^  (\w+): ", missing, flags=re.MULTILINE) == ["odd_key"]
-    start = shlex.split(done.stdout.rpartition("train with it: ")[2])
+    start = shlex.split(said.rpartition("train with it: ")[2])
     further = ["--max_steps", "1", "--stop_check", "0", "--preflight", "False", "--guards", "False"]
     environment = os.environ | warm_environment()
     trained = subprocess.run([*start, *further], env=environment, capture_output=True, encoding="utf-8")
@@ -338,6 +340,20 @@ def test_rows_with_tools_are_read_alike(place: Path) -> None:
     )
     _, ours = converted(place, LLAMAFACTORY | {"dataset": "calls"}, "--output_data", "rows")
     assert "tools" not in next(iter(read_conversation_rows(place / ours["train_files"][0])))
+
+
+def test_remedies_name_what_the_user_types(
+    place: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    given = {"model_name_or_path": "a/b", "finetuning_type": "lora", "dataset": "papers"}
+    python = f"`{this_python()} -m finetune_lora.merge ADAPTER FOLDER`"
+    for typed, merge in ((None, python), ("novelgpt", "`novelgpt merge ADAPTER FOLDER`")):
+        if typed:
+            monkeypatch.setenv(TYPED, typed)
+        assert merge in refused(place, given | {"adapter_name_or_path": "x"}, capsys)
+        converted(place, given | {"export_dir": "x"})
+        assert f"export_dir: {merge}" in capsys.readouterr().out
+        (place / "ours.yaml").unlink()
 
 
 def test_nothing_is_overwritten(place: Path, capsys: pytest.CaptureFixture[str]) -> None:
