@@ -20,7 +20,8 @@ def visible_gpus(environment: Mapping[str, str]) -> int:
         return 0
     chosen = environment.get("CUDA_VISIBLE_DEVICES")
     if chosen is not None:
-        return len(list(itertools.takewhile(_names_one, chosen.split(","))))
+        named = list(itertools.takewhile(_names_one, chosen.split(",")))
+        return min(1, len(named)) if chosen.lstrip().startswith("MIG-") else len(named)  # of parts, CUDA has the first
     try:
         listed = subprocess.run([program, "-L"], capture_output=True, text=True, check=False).stdout
     except OSError:

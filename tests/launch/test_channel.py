@@ -219,6 +219,8 @@ def test_a_secret_is_read_from_a_file_that_nobody_else_can_read(tmp_path: Path) 
         path.write_bytes(content)
         with pytest.raises(UserError, match="a secret has 16 to 4096 bytes"):
             read(SECRET_FILE=str(path))
+    with pytest.raises(UserError, match="NOVELGPT_SECRET: a secret has 16 to 4096 bytes, not 15"):
+        read(NOVELGPT_SECRET="0123456789abcde\n")
     os.mkfifo(tmp_path / "pipe", 0o600)  # into which nobody writes
     for wrong in (tmp_path, tmp_path / "none", tmp_path / "pipe", Path("/dev/zero")):
         with pytest.raises(UserError, match="SECRET_FILE="):

@@ -28,7 +28,8 @@ def test_what_the_user_has_set_stays() -> None:
 
 @pytest.mark.parametrize(
     ("chosen", "count"),
-    [(None, 3), ("0", 1), ("2,0", 2), ("GPU-1f,GPU-2e", 2), ("", 0), (",", 0), ("-1", 0), ("1,-1,0", 1)],
+    [(None, 3), ("0", 1), ("2,0", 2), ("GPU-1f,GPU-2e", 2), ("", 0), (",", 0), ("-1", 0), ("1,-1,0", 1)]
+    + [("MIG-1a,MIG-2b", 1), ("NoDevFiles", 0)],
 )
 def test_gpus_in_sight_are_counted(chosen: str | None, count: int, tmp_path: Path) -> None:
     lines = "".join(f"GPU {number}: NVIDIA H100 (UUID: GPU-{number})\\n" for number in range(3))
