@@ -45,7 +45,7 @@ class PeerName:
 PIPELINE = "the pipeline says it: finetune_lora, finetune (all weights) or pretrain (raw text)"
 ANSWERS_ONLY = "the loss counts all answers and their end tokens, never prompts; pretrain trains whole texts"
 NOT_HERE = "there is none"
-AUTOMATIC = "nothing to write: it is so by itself"
+AUTOMATIC = "automatic: leave it out"
 # Tools, their names, options of ours, what to write (the option itself where it is empty).
 _TABLE: tuple[tuple[str, str, str, str], ...] = (
     ("S", "model_id_or_path", "model", ""),
