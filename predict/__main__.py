@@ -39,7 +39,7 @@ from novelgpt.training.run_record import newest_finetuning
 from predict.card_scores import add_scores
 from predict.endpoint import check_settings, through_endpoint
 from predict.generate import AnswerRows, continuously, in_batches, reference_sums
-from predict.journal import Journal
+from predict.journal import Journal, unwritten
 from predict.lengths import check_lengths
 from predict.rows import PromptRow, read_prompt_rows
 from predict.score import score_predictions, scored_prediction, write_scores
@@ -97,11 +97,17 @@ def main(argv: list[str] | None = None) -> None:
             sums = sum(gather_object([sums]), numpy.zeros_like(sums))
         if state.is_main_process:
             ordered = [answers[number] for number in range(len(rows))]
-            _write_predictions(rows, ordered, folder / "predictions.jsonl")
+            try:
+                _write_predictions(rows, ordered, folder / "predictions.jsonl")
+            except OSError as error:
+                raise unwritten(folder, error) from error
             show_answers(rows, ordered)
             figures = {"seconds": seconds, "answered_before": known, "model": source.name}
             figures |= {"generation": asdict(run.generation)}
-            scores = _write_scores(rows, ordered, sums, figures, folder / "scores.json")
+            try:
+                scores = _write_scores(rows, ordered, sums, figures, folder / "scores.json")
+            except OSError as error:
+                raise unwritten(folder, error) from error
             if source.model is not None:
                 add_scores(Path(source.name), run.data.data_files, scores)
             journal.remove()

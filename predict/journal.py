@@ -19,6 +19,12 @@ from novelgpt.settings.errors import UserError
 from novelgpt.settings.locks import let_go, make_and_hold
 
 
+def unwritten(place: Path, error: OSError) -> UserError:
+    """The error of results, or answers, that cannot be written; the answers before them are kept."""
+    cause = f"{error.filename or place} cannot be written: {error.strerror or error}"
+    return UserError(cause, "make room there; the same command goes on from the answers that are kept")
+
+
 class _Entry(BaseModel):
     """A line of the journal."""
 
@@ -71,7 +77,11 @@ class Journal:
             self._append([json.dumps({"prediction": prediction})])
 
     def add(self, answers: Mapping[int, Answer]) -> None:
-        """Write answers, by number of the row; when this returns, they are on the disk."""
+        """Write answers, by number of the row; when this returns, they are on the disk.
+
+        Raises:
+            UserError: they cannot be written; those before them are.
+        """
         self.answers.update(answers)
         self._append(
             [json.dumps({"row": number, **asdict(answer)}, ensure_ascii=False) for number, answer in answers.items()]
@@ -83,9 +93,14 @@ class Journal:
 
     def _append(self, lines: list[str]) -> None:
         # Half a character (a lone surrogate) is possible in what a model writes, and no UTF-8.
-        self.file.write("".join(line + "\n" for line in lines).encode("utf-8", errors="replace"))
-        self.file.flush()
-        os.fsync(self.file.fileno())
+        try:
+            self.file.write("".join(line + "\n" for line in lines).encode("utf-8", errors="replace"))
+            self.file.flush()
+            os.fsync(self.file.fileno())
+        except OSError as error:
+            with contextlib.suppress(OSError):  # what is buffered would be written once more
+                self.file.close()
+            raise unwritten(self.folder, error) from error
 
     def _read(self, path: Path, prediction: str) -> int:
         """Take the answers of a file of this prediction; how many of its bytes are complete lines of it."""

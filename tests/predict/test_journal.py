@@ -2,6 +2,7 @@
 
 import json
 import random
+import resource
 import signal
 import sys
 import time
@@ -59,6 +60,24 @@ def test_another_predictions_answers_are_not_taken(tmp_path: Path) -> None:
         journal.add({1: ANSWERS[3]})
     with Journal(tmp_path, "another", 1) as journal:
         assert journal.answers == {1: ANSWERS[3]}
+
+
+def test_a_full_disk_keeps_the_answers_before_it(tmp_path: Path) -> None:
+    before = resource.getrlimit(resource.RLIMIT_FSIZE)
+    journal = Journal(tmp_path, "one")
+    try:
+        with pytest.raises(UserError, match="cannot be written: File too large") as refusal, journal:
+            journal.add({3: ANSWERS[3]})
+            resource.setrlimit(resource.RLIMIT_FSIZE, (journal.file.tell() + 10, before[1]))
+            journal.add({0: ANSWERS[0]})
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, before)
+    assert "goes on from the answers that are kept" in refusal.value.remedy
+    with Journal(tmp_path, "one") as again:
+        assert again.answers == {3: ANSWERS[3]}
+        again.add({0: ANSWERS[0], 7: ANSWERS[7]})
+    with Journal(tmp_path, "one") as whole:
+        assert whole.answers == ANSWERS
 
 
 def test_two_predictions_at_once_are_refused(tmp_path: Path) -> None:
