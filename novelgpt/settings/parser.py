@@ -308,13 +308,13 @@ def _print_help(parser: _Parser, run_type: type, everything: bool) -> None:
             action = named[name]
             default = action.default
             if isinstance(default, list):
-                default = " ".join(map(str, default)) or "none"
+                default = " ".join(str(value).removeprefix(f"{ROOT}{os.sep}") for value in default) or "none"
             elif isinstance(default, Enum):
                 default = default.value
             text = " ".join((action.help or "").replace("%%", "%").split())
             if action.choices:
                 text += f" One of: {', '.join(map(str, action.choices))}."
-            table.add_row(f"--{name}", f"{text} [default: {default}]")
+            table.add_row(f"--{name}", text if default is None else f"{text} [default: {default}]")
         console.print(f"\n{group.title}", style="bold")
         console.print(table)
     if TrainArguments._argument_group_name in {group.title for group in parser._action_groups} and not everything:

@@ -12,6 +12,7 @@ from deepspeed.launcher import runner
 from torch.distributed.run import get_args_parser
 
 from novelgpt.launch.start import plan_start
+from novelgpt.settings.commands import COMMANDS
 from novelgpt.settings.parser import parse_arguments
 from novelgpt.settings.runs import FinetuneRun
 from tests.test_page_commands import without_deepspeed
@@ -73,8 +74,9 @@ def test_examples_for_platforms_are_yaml_that_starts_a_pipeline(page: str) -> No
         (container,) = pod["containers"]
         assert container["name"] == "pytorch"
         assert {mount["name"] for mount in container["volumeMounts"]} == {volume["name"] for volume in pod["volumes"]}
-        bash, script, pipeline, *words = [*container["command"], *container["args"]]
-        assert (bash, (ROOT / script).is_file()) == ("bash", True)
+        program, command, *words = [*container["command"], *container["args"]]
+        assert f'ENTRYPOINT ["{program}"]' in text_of("Dockerfile").splitlines()  # what the image has
+        pipeline = COMMANDS[command].module
         given = {entry["name"]: entry.get("value", "") for entry in container["env"]}
         operator = {"WORLD_SIZE": "2", "RANK": "1", "MASTER_ADDR": "novelgpt-master-0", "MASTER_PORT": "23456"}
         started = plan_start(pipeline, words, operator | given, gpus=8).words
