@@ -16,6 +16,7 @@ from transformers import TrainerState
 from transformers.trainer import TRAINER_STATE_NAME
 
 from novelgpt.settings.whole_files import write_whole
+from novelgpt.training.checkpoints.best import without_places
 from novelgpt.training.run_record import only_json
 
 TRAIN_RESULTS, EVAL_RESULTS, ALL_RESULTS = "train_results.json", "eval_results.json", "all_results.json"
@@ -42,7 +43,7 @@ def write_result_files(
     figures = {TRAIN_RESULTS: training, EVAL_RESULTS: evaluation, ALL_RESULTS: evaluation | training}
     for name, content in figures.items():
         write_whole(folder / name, json.dumps(only_json(content), indent=4, sort_keys=True) + "\n")
-    content = only_json(dataclasses.asdict(state))
+    content = only_json(dataclasses.asdict(without_places(state)))
     write_whole(folder / TRAINER_STATE_NAME, json.dumps(content, indent=2, sort_keys=True) + "\n")
 
 

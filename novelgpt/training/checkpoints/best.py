@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import math
 from collections.abc import Iterable
 from contextlib import ExitStack
@@ -10,7 +11,7 @@ from typing import Any
 
 import torch
 from torch import nn
-from transformers import TrainingArguments
+from transformers import TrainerState, TrainingArguments
 
 from novelgpt.settings.process import is_first_process
 from novelgpt.training.checkpoints.folders import step_of
@@ -49,3 +50,9 @@ def load_into_parts(folder: Path, model: nn.Module) -> None:
                 with GatheredParameters([weight], modifier_rank=0), torch.no_grad():
                     if is_first_process():
                         weight.copy_(stored.tensor(name).view(weight.shape))
+
+
+def without_places(state: TrainerState) -> TrainerState:
+    """The state for a file that leaves this machine: the best checkpoint by its name, which lies beside the file."""
+    best = state.best_model_checkpoint
+    return state if best is None else dataclasses.replace(state, best_model_checkpoint=Path(best).name)
