@@ -51,7 +51,7 @@ class Place:
         """
         if not (0 <= self.host < self.hosts <= MOST_HOSTS and self.processes >= 1):
             raise UserError(
-                f"host {self.host} of {self.hosts} with {counted(self.processes, 'process')} is none",
+                f"there can be no host {self.host} of {self.hosts} with {counted(self.processes, 'process')}",
                 "hosts count from 0; each has at least one process",
             )
         if not 1 <= self.port < 65535:
