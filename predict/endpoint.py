@@ -143,11 +143,13 @@ def _loop() -> Iterator[asyncio.AbstractEventLoop]:
     try:
         yield loop
     finally:
-        left = asyncio.all_tasks(loop)
-        for task in left:
-            task.cancel()
-        if left:
-            loop.run_until_complete(asyncio.wait(left))
+        loop.set_exception_handler(lambda *_: None)  # how tasks end that nobody waits for any more is no news
+        while left := asyncio.all_tasks(loop):
+            for task in left:
+                task.cancel()
+            # Ctrl-C within a task comes out of the loop once more for each that waits for this one.
+            with contextlib.suppress(KeyboardInterrupt):
+                loop.run_until_complete(asyncio.wait(left))
         loop.close()
 
 

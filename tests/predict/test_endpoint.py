@@ -1,7 +1,9 @@
 """Servers that misbehave: every reply is validated, bounded and asked again, and nothing of it poisons a later run."""
 
+import asyncio
 import base64
 import functools
+import gc
 import gzip
 import html
 import importlib.util
@@ -541,6 +543,30 @@ def test_every_setting_is_named_and_thinking_is_asked_for_as_in_training(tmp_pat
     assert second["chat_template_kwargs"] == {"enable_thinking": True}
     assert "chat_template_kwargs" not in third
     assert (greedy["temperature"], greedy["repetition_penalty"]) == (0.0, 1.0)
+
+
+def test_an_interrupt_within_a_request_ends_all_that_wait_for_it(caplog: pytest.LogCaptureFixture) -> None:
+    """Wherever it strikes: here in a task for which another one waits, as for a reply, that has something to close."""
+    closed = []
+
+    async def exchange() -> None:
+        raise KeyboardInterrupt
+
+    async def ask() -> None:
+        await asyncio.wait_for(asyncio.ensure_future(exchange()), 60)
+
+    async def ask_all() -> None:
+        try:
+            await asyncio.gather(asyncio.ensure_future(ask()))
+        finally:
+            await asyncio.sleep(0)
+            closed.append(True)
+
+    with pytest.raises(KeyboardInterrupt), endpoint._loop() as loop:
+        loop.create_task(ask_all())
+        loop.run_until_complete(asyncio.sleep(60))
+    gc.collect()
+    assert closed == [True] and loop.is_closed() and not caplog.records
 
 
 @pytest.mark.parametrize("end", [signal.SIGINT, signal.SIGTERM])

@@ -30,7 +30,7 @@ from novelgpt.model.card import CARD, may_write_card
 from novelgpt.model.portable import make_portable
 from novelgpt.settings.errors import UserError
 from novelgpt.settings.whole_files import follow_umask
-from novelgpt.training.checkpoints.best import best_checkpoint, load_into_parts, without_places
+from novelgpt.training.checkpoints.best import best_checkpoint, load_into_parts
 from novelgpt.training.checkpoints.folders import (
     checkpoint_folder,
     checkpoints,
@@ -261,7 +261,7 @@ class CheckpointTrainer(Trainer):
         for callback in (*self.callback_handler.callbacks, self.control):
             if isinstance(callback, ExportableState):
                 cast(dict[str, Any], self.state.stateful_callbacks)[type(callback).__name__] = callback.state()
-        without_places(self.state).save_to_json(str(unfinished / TRAINER_STATE_NAME))
+        self.state.save_to_json(str(unfinished / TRAINER_STATE_NAME))
 
     def _describe(self, unfinished: Path) -> dict[str, Any]:
         """Sizes and hashes: of its own states by each process, of everything else by the first."""
