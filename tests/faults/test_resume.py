@@ -19,7 +19,9 @@ STOPS = {"finetune": [2, 5], "data parallel": [2, 3], "zero3": [3, 4]}
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("name", STOPS)
+@pytest.mark.parametrize(
+    "name", [pytest.param(name, marks=pytest.mark.long) if name == "data parallel" else name for name in STOPS]
+)
 def test_stopped_and_gone_on_with_is_the_same(name: str, runs: Runs, tmp_path: Path) -> None:
     undisturbed = runs.undisturbed(name)
     folder = tmp_path / "run"

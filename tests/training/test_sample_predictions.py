@@ -330,7 +330,10 @@ def losses(log: list[Row]) -> list[float]:
 LORA = ["--lora_dropout", "0.5", "--lora_rank", "4"]
 
 
-@pytest.mark.parametrize(("pipeline", "more"), [("finetune", ["--activation_checkpointing"]), ("finetune_lora", LORA)])
+@pytest.mark.parametrize(
+    ("pipeline", "more"),
+    [("finetune", ["--activation_checkpointing"]), pytest.param("finetune_lora", LORA, marks=pytest.mark.long)],
+)
 def test_losses_are_the_same_with_and_without(
     pipeline: str, more: list[str], base_folder: Path, files: list[str], tmp_path: Path
 ) -> None:
@@ -405,7 +408,9 @@ def launch(pipeline: str, processes: int, zero: int, folder: Path, options: list
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize(("pipeline", "zero"), [("finetune", 2), ("finetune_lora", 3)])
+@pytest.mark.parametrize(
+    ("pipeline", "zero"), [pytest.param("finetune", 2, marks=pytest.mark.long), ("finetune_lora", 3)]
+)
 def test_two_ranks_answer_as_one_process_does(
     pipeline: str, zero: int, base_folder: Path, files: list[str], tmp_path: Path
 ) -> None:
