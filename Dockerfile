@@ -1,11 +1,11 @@
 # The toolkit with all that it runs on, for a CPU or for NVIDIA GPUs.
 #   docker build -t novelgpt .
 #   docker build -t novelgpt:cuda --build-arg VARIANT=cuda .
-#   docker run --rm -it --init --user "$(id -u):$(id -g)" -v "$PWD:/work" novelgpt demo
-#   docker run --rm -it --init --user "$(id -u):$(id -g)" -v "$PWD:/work" --gpus all --ipc host novelgpt:cuda \
+#   docker run --rm -it --init --user "$(id -u):$(id -g)" -v "$PWD:/data" novelgpt demo
+#   docker run --rm -it --init --user "$(id -u):$(id -g)" -v "$PWD:/data" --gpus all --ipc host novelgpt:cuda \
 #     lora --model Qwen/Qwen3-0.6B --train_files my.jsonl
-# The folder that is mounted at /work is where files are read and output/ is written. Models of the hub stay in
-# /work/.cache/huggingface.
+# The folder that is mounted at /data is where files are read and output/ is written. Models of the hub stay in
+# /data/.cache/huggingface.
 ARG VARIANT=cpu
 # DeepSpeed compiles with the toolkit of the image, whose CUDA has to be the one that torch was built for.
 ARG CUDA=13.0.2
@@ -41,9 +41,9 @@ RUN pip install --no-deps . && rm -rf /src/*
 
 # Whoever runs it, by --user, has a home to write to.
 RUN mkdir -m 1777 /home/any
-ENV HOME=/home/any HF_HOME=/work/.cache/huggingface
-WORKDIR /work
-RUN chmod 1777 /work
+ENV HOME=/home/any HF_HOME=/data/.cache/huggingface
+WORKDIR /data
+RUN chmod 1777 /data
 USER 1000:1000
 ENTRYPOINT ["novelgpt"]
 CMD ["--help"]

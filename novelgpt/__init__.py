@@ -8,7 +8,7 @@ import os
 import sys
 
 from novelgpt.settings.given_ranks import begin_rank
-from novelgpt.settings.library_noise import silence_imports
+from novelgpt.settings.quiet_libraries import silence_imports
 from novelgpt.settings.signals import begin_command
 from novelgpt.settings.telemetry import switch_off
 

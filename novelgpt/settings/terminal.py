@@ -22,7 +22,7 @@ from datetime import timedelta
 from pathlib import Path
 from types import TracebackType
 
-from novelgpt.settings.library_noise import silence_libraries
+from novelgpt.settings.quiet_libraries import silence_libraries
 
 # Categories of Unicode whose characters steer a terminal, turn the order of letters, or cannot be written as UTF-8.
 STEERING = ("Cc", "Cf", "Cs", "Zl", "Zp")
