@@ -11,7 +11,7 @@ from novelgpt.launch.channel import FIRST_HOST, Alone, Channel, FirstHost, Membe
 from novelgpt.launch.ranks import Block, Ranks
 from novelgpt.launch.restarts import Restarts
 from novelgpt.launch.watch import Outcome, Signals, explain, watch
-from novelgpt.settings.cores import usable_cores
+from novelgpt.settings.cores import threads_each
 from novelgpt.settings.errors import UserError
 from novelgpt.settings.terminal import say
 
@@ -40,8 +40,7 @@ class Starts:
             channel: to the other hosts.
             of_first: variables of rank 0 alone.
         """
-        threads = max(1, usable_cores() // block.processes)
-        environment = {"OMP_NUM_THREADS": str(threads), **self.environment}
+        environment = {"OMP_NUM_THREADS": str(threads_each(block.processes)), **self.environment}
         with Ranks(block, self.words, environment, socket.gethostname(), self.logs, of_first) as ranks:
             return watch(ranks, channel, self.signals)
 

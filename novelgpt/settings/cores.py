@@ -11,3 +11,8 @@ def usable_cores() -> int:
         return len(os.sched_getaffinity(0))
     except AttributeError:  # not on every system
         return os.cpu_count() or 1
+
+
+def threads_each(processes: int) -> int:
+    """Of each of so many processes that share these cores."""
+    return max(1, usable_cores() // processes)

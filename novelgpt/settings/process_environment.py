@@ -7,7 +7,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 
-from novelgpt.settings.cores import usable_cores
+from novelgpt.settings.cores import threads_each
 
 ALWAYS = {
     "TOKENIZERS_PARALLELISM": "true",
@@ -31,5 +31,5 @@ def process_defaults(environment: Mapping[str, str], processes: int | None, gpus
     if gpus == 0:
         wanted["DS_ACCELERATOR"] = "cpu"  # DeepSpeed would look for others
     if processes is not None:
-        wanted["OMP_NUM_THREADS"] = str(max(1, usable_cores() // processes))
+        wanted["OMP_NUM_THREADS"] = str(threads_each(processes))
     return {name: value for name, value in wanted.items() if not environment.get(name)}
