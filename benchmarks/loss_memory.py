@@ -5,7 +5,7 @@
 Both turn hidden states into the loss and the gradients of hidden states and of the head's weights (held in fp32):
 
 * plain: all logits, then the loss function of transformers (`ForCausalLMLoss`: float(), torch's cross_entropy);
-* chunked: a model after `novelgpt.training.loss.attach_chunked_loss`.
+* chunked: a model after `novelgpt.model.loss.attach_chunked_loss`.
 
 Each runs in its own process, a few steps. Memory is the highest resident size of the process over that from which it
 started, the head's gradient included, with the memory allocator as shipped (on a GPU: what was allocated). Time is the
@@ -49,8 +49,8 @@ from torch import nn
 from torch.nn import functional
 from transformers.loss.loss_utils import ForCausalLMLoss
 
-from novelgpt.text.conversation import IGNORED
-from novelgpt.training.loss import attach_chunked_loss
+from novelgpt.model.loss import attach_chunked_loss
+from novelgpt.text.conversation import IGNORE_INDEX
 from novelgpt.training.throughput import peak_memory
 
 # Baichuan2 has 125,696 tokens, Qwen 151,936.
@@ -183,7 +183,7 @@ def make_labels(case: Case) -> torch.Tensor:
     """[1, length] random tokens, all trained, or the answers of turns."""
     labels = torch.randint(case.vocabulary, (1, case.length))
     if case.trained == "half":
-        labels[0, torch.arange(case.length) // TURN % 2 == 0] = IGNORED
+        labels[0, torch.arange(case.length) // TURN % 2 == 0] = IGNORE_INDEX
     return labels.to(case.device)
 
 
@@ -206,7 +206,7 @@ def measure(case: Case, kind: str, folder: Path, keep_blocks: bool) -> Figures:
     model = HeadOnly(case)
     hidden = torch.randn(1, case.length, case.width).to(case.device).requires_grad_()
     labels = make_labels(case)
-    trained = int((labels[:, 1:] != IGNORED).sum())
+    trained = int((labels[:, 1:] != IGNORE_INDEX).sum())
     compute = {"plain": plain_loss, "chunked": chunked_loss, "torch": torch_loss}[kind](case, model)
 
     def step() -> float:

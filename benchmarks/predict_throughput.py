@@ -41,13 +41,13 @@ from peft import LoraConfig, get_peft_model
 from results import at_least, make_console, make_parser, result, show_results, write_results
 from transformers import AutoConfig, AutoModelForCausalLM, GenerationConfig, PreTrainedModel, PreTrainedTokenizerFast
 
+from novelgpt.inference.generation import answer_continuously, answer_prompts
+from novelgpt.inference.packed_weights import pack_weights
 from novelgpt.model.embedded_base import build_embedded_base
-from novelgpt.model.generation import answer_continuously, answer_prompts
 from novelgpt.model.merging import merge_adapter
-from novelgpt.model.packed_weights import pack_weights
+from novelgpt.model.tokenizer import load_tokenizer
 from novelgpt.settings.arguments import GenerationArguments, ModelArguments
 from novelgpt.settings.paths import EMBEDDED_BASE
-from novelgpt.text.tokenizer import load_tokenizer
 
 SPEED_TARGET = 12.0
 NEVER = [2**31 - 1]  # no token has this number: no answer ends before its last token

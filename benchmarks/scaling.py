@@ -48,12 +48,12 @@ from dataset.conversations import read_conversations
 from dataset.corpus import read_corpus
 from novelgpt.model.attention import PACKED_ATTENTION
 from novelgpt.model.embedded_base import build_embedded_base
+from novelgpt.model.loss import attach_chunked_loss
+from novelgpt.model.tokenizer import load_tokenizer
 from novelgpt.settings.arguments import ConversationArguments, CorpusArguments, ModelArguments, TrainArguments
 from novelgpt.settings.paths import SAMPLES
 from novelgpt.text.collator import Collator
 from novelgpt.text.packing import best_fit
-from novelgpt.text.tokenizer import load_tokenizer
-from novelgpt.training.loss import attach_chunked_loss
 from novelgpt.training.throughput import peak_memory
 from novelgpt.training.trainer import NovelTrainer
 

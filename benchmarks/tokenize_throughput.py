@@ -42,11 +42,11 @@ from dataset.corpus import read_corpus
 from dataset.decode import decode_text
 from dataset.tokens_command import TokenRun
 from novelgpt.model.embedded_base import build_embedded_base
+from novelgpt.model.tokenizer import load_tokenizer
 from novelgpt.settings.arguments import CorpusArguments, ModelArguments
 from novelgpt.settings.paths import SAMPLES
 from novelgpt.text.pieces import DocumentCutter, PieceEncoder
 from novelgpt.text.token_files import KIND, MANIFEST, SHARDS, STARTS, TOKENS, VERSION, describe_tokenizer
-from novelgpt.text.tokenizer import load_tokenizer
 from novelgpt.training.throughput import peak_memory
 
 PARTS = ("speed", "start", "memory")

@@ -16,7 +16,7 @@ from novelgpt.settings.errors import UserError
 from novelgpt.settings.process import is_first_process
 from novelgpt.settings.terminal import say
 from novelgpt.settings.units import counted
-from novelgpt.text.conversation import IGNORED, EncodedRow, encode_conversation, record_answers
+from novelgpt.text.conversation import IGNORE_INDEX, EncodedRow, encode_conversation, record_answers
 from novelgpt.text.messages import Message, is_empty_answer
 from novelgpt.text.origins import TracedRows
 from novelgpt.text.packing import PackedRows
@@ -162,7 +162,7 @@ def _note_untrained(messages: list[Message], counts: TokenCounts) -> None:
 
 def _keep(row: EncodedRow, kept: list[EncodedRow], counts: TokenCounts, repeated: int = 0) -> None:
     """Keep a row that has something to train; its first `repeated` tokens were counted before."""
-    trained = sum(label != IGNORED for label in row.labels)
+    trained = sum(label != IGNORE_INDEX for label in row.labels)
     if trained == 0:
         counts.notes["rows without a trainable token, left out"] += 1
         counts.dropped += len(row.input_ids) - repeated
@@ -181,6 +181,6 @@ def _keep_split(row: EncodedRow, max_length: int, kept: list[EncodedRow], counts
     while end < len(row.input_ids):
         begin = max(0, end - context)
         stop = min(begin + max_length, len(row.input_ids))
-        labels = [IGNORED] * (end - begin) + row.labels[end:stop]
+        labels = [IGNORE_INDEX] * (end - begin) + row.labels[end:stop]
         _keep(EncodedRow(row.input_ids[begin:stop], labels), kept, counts, repeated=end - begin)
         end = stop

@@ -121,9 +121,9 @@ def _parse(argv: list[str] | None) -> Namespace:
 
 def _token_counter(model: str) -> Callable[[str], int]:
     # The model libraries take seconds to load, and are needed for this alone.
+    from novelgpt.model.tokenizer import load_tokenizer
     from novelgpt.settings.arguments import ModelArguments
     from novelgpt.text.encoding import encode
-    from novelgpt.text.tokenizer import load_tokenizer
 
     tokenizer = load_tokenizer(ModelArguments(model))
     return lambda text: len(encode(text, tokenizer))

@@ -22,6 +22,7 @@ from dataset.conversations import encode_rows
 from dataset.instructions import load_instructions
 from dataset.preview_page import Part, Shown, in_html, in_text
 from dataset.readers import messages_of, read_records, read_text_rows, read_unworded_rows, word_row
+from novelgpt.model.tokenizer import load_tokenizer
 from novelgpt.settings.arguments import ConversationArguments, ModelArguments
 from novelgpt.settings.command_parser import CommandParser
 from novelgpt.settings.console import make_console
@@ -33,7 +34,6 @@ from novelgpt.settings.whole_files import write_whole
 from novelgpt.text.encoding import document_end_id, encode_document
 from novelgpt.text.packing import PackedBlocks
 from novelgpt.text.statistics import TokenCounts, row_spans, show_counts
-from novelgpt.text.tokenizer import load_tokenizer
 
 
 @exit_on_user_error

@@ -24,6 +24,7 @@ from transformers import PreTrainedTokenizerBase
 
 from dataset.atomic import digest_of, new_folder, only_run
 from dataset.corpus import Source, cut_file, find_sources
+from novelgpt.model.tokenizer import load_tokenizer
 from novelgpt.settings.arguments import ModelArguments
 from novelgpt.settings.command_parser import CommandParser
 from novelgpt.settings.errors import UserError, exit_on_user_error
@@ -35,7 +36,6 @@ from novelgpt.settings.whole_files import hash_file, write_whole
 from novelgpt.text.origins import TextMarks, save_marks
 from novelgpt.text.pieces import DocumentCutter, Piece, PieceEncoder, Unfinished
 from novelgpt.text.token_files import KIND, MANIFEST, ORIGINS, SHARDS, STARTS, TOKENS, VERSION, describe_tokenizer
-from novelgpt.text.tokenizer import load_tokenizer
 
 ABOUT = "about.json"
 

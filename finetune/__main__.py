@@ -3,17 +3,17 @@
 from __future__ import annotations
 
 from dataset.conversations import read_conversations
-from novelgpt.health.preflight import preflight
+from novelgpt.budget.disk import check_disk
+from novelgpt.budget.memory_plan import plan_memory
+from novelgpt.checks.launch import check_before_launch
+from novelgpt.checks.preflight import preflight
 from novelgpt.model.loading import load_model
+from novelgpt.model.tokenizer import load_tokenizer
 from novelgpt.settings.errors import exit_on_user_error
 from novelgpt.settings.parser import parse_arguments
 from novelgpt.settings.process import leave_process_group
 from novelgpt.settings.runs import FinetuneRun
-from novelgpt.text.tokenizer import load_tokenizer
-from novelgpt.training.disk import check_disk
 from novelgpt.training.fit import fit
-from novelgpt.training.launch_checks import check_before_launch
-from novelgpt.training.memory_plan import plan_memory
 from novelgpt.training.run_folder import claim_run_folder
 
 

@@ -21,7 +21,7 @@ from novelgpt.settings.errors import UserError
 from novelgpt.settings.process import is_first_process
 from novelgpt.settings.remedies import pipeline_name
 from novelgpt.settings.terminal import say
-from novelgpt.text.conversation import IGNORED, encode_conversation, encode_prompt
+from novelgpt.text.conversation import IGNORE_INDEX, encode_conversation, encode_prompt
 from novelgpt.training.run_record import read_run
 
 ADAPTABLE = (nn.Linear, nn.Embedding, Conv1D)
@@ -132,7 +132,7 @@ def _template_marks(tokenizer: PreTrainedTokenizerBase) -> tuple[int, set[int]]:
     """The token that ends an answer in the chat template, and all special tokens that the template writes."""
     question = [{"role": "user", "content": "问"}]
     row = encode_conversation([*question, {"role": "assistant", "content": "答"}], tokenizer)[0]
-    end = [label for label in row.labels if label != IGNORED][-1]
+    end = [label for label in row.labels if label != IGNORE_INDEX][-1]
     written = {*row.input_ids, *encode_prompt(question, tokenizer)}
     return end, {end} | {token for token in written if token in tokenizer.added_tokens_decoder}
 

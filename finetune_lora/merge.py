@@ -15,9 +15,7 @@ from pathlib import Path
 from peft import PeftModel
 from torch import nn
 
-from novelgpt.model.adapter_bases import BASE_HELP, find_base
-from novelgpt.model.card import code, write_derived_card
-from novelgpt.model.export import (
+from novelgpt.export.full_checkpoint import (
     DTYPE_CHOICES,
     DTYPE_HELP,
     PICKLES_HELP,
@@ -33,18 +31,20 @@ from novelgpt.model.export import (
     vllm_notes,
     write_checkpoint,
 )
+from novelgpt.inference.generation import answer_end_ids
+from novelgpt.model.adapter_bases import BASE_HELP, find_base
+from novelgpt.model.card import code, write_derived_card
 from novelgpt.model.fingerprint import base_folder, check_base
-from novelgpt.model.generation import answer_end_ids
 from novelgpt.model.hub import locate
 from novelgpt.model.loading import NOT_OF_FILES, adapter_base, load_model, read_config
 from novelgpt.model.merging import merge_adapter
 from novelgpt.model.pickles import check_adapter_files, check_no_pickles
+from novelgpt.model.tokenizer import load_tokenizer
 from novelgpt.settings.arguments import ModelArguments
 from novelgpt.settings.command_parser import CommandParser
 from novelgpt.settings.errors import UserError, exit_on_user_error, reason_of
 from novelgpt.settings.paths import complete_folder, from_home
 from novelgpt.settings.terminal import say
-from novelgpt.text.tokenizer import load_tokenizer
 
 
 @exit_on_user_error

@@ -20,8 +20,8 @@ from collections.abc import Iterator, Sequence
 from functools import partial
 from pathlib import Path
 
-from novelgpt.health import machine, versions
-from novelgpt.health.findings import Check, Finding, any_problem, run_check, show, write_json
+from novelgpt.checks import machine, versions
+from novelgpt.checks.findings import Check, Finding, any_problem, run_check, show, write_json
 from novelgpt.settings.command_parser import CommandParser
 from novelgpt.settings.errors import UserError, exit_on_user_error
 from novelgpt.settings.paths import OUTPUT, TINY, from_home
@@ -104,7 +104,7 @@ def general_sections(environment: dict[str, str], output: Path) -> list[Section]
 def check_devices() -> Iterator[Finding]:
     """Host, GPUs, number format and compilers; a problem where torch cannot even be imported."""
     with importing():
-        from novelgpt.health import devices
+        from novelgpt.checks import devices
 
     checks = {"host": devices.check_host, "gpu": devices.check_gpus, "precision": devices.check_precision}
     for name, check in {**checks, "compilers": devices.check_toolchain}.items():
@@ -120,10 +120,10 @@ def check_run(pipeline: str, words: Sequence[str], time_limit: float) -> Iterato
         time_limit: seconds for loading the model and trying the batch.
     """
     with importing():
-        from novelgpt.health import devices, model, plan, trial
-        from novelgpt.text.tokenizer import load_tokenizer
-        from novelgpt.training.disk import saved_bytes
-        from novelgpt.training.memory import compute_dtype
+        from novelgpt.budget.disk import saved_bytes
+        from novelgpt.budget.memory import compute_dtype
+        from novelgpt.checks import devices, model, plan, trial
+        from novelgpt.model.tokenizer import load_tokenizer
 
     run = plan.read_run(pipeline, words)
     settings = run_check("settings", partial(model.check_settings, run))

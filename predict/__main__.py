@@ -19,10 +19,11 @@ from accelerate.utils import gather_object
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from dataset.instructions import load_instructions
+from novelgpt.inference.generation import Answer, check_continuous, plan_batches
 from novelgpt.model.card import CARD
-from novelgpt.model.generation import Answer, check_continuous, plan_batches
 from novelgpt.model.hub import folder_of
 from novelgpt.model.loading import load_for_generation, longest_row
+from novelgpt.model.tokenizer import load_tokenizer
 from novelgpt.scoring.summary import reference_scores
 from novelgpt.settings.arguments import ModelArguments, PredictArguments
 from novelgpt.settings.attempts import this_attempt
@@ -34,7 +35,6 @@ from novelgpt.settings.runs import PredictRun
 from novelgpt.settings.terminal import progress, say
 from novelgpt.settings.units import counted
 from novelgpt.settings.whole_files import write_whole
-from novelgpt.text.tokenizer import load_tokenizer
 from novelgpt.training.run_record import newest_finetuning
 from predict.card_scores import add_scores
 from predict.endpoint import check_settings, through_endpoint

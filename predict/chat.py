@@ -17,8 +17,9 @@ import torch
 from transformers import GenerationConfig, PreTrainedModel, PreTrainedTokenizerBase, set_seed
 from transformers.generation.streamers import BaseStreamer
 
-from novelgpt.model.generation import answer_end_ids
+from novelgpt.inference.generation import answer_end_ids
 from novelgpt.model.loading import load_for_generation, longest_row
+from novelgpt.model.tokenizer import load_tokenizer
 from novelgpt.settings.arguments import HUB_HELP, GenerationArguments, ModelArguments, option
 from novelgpt.settings.errors import UserError, exit_on_user_error
 from novelgpt.settings.parser import parse_arguments
@@ -29,7 +30,6 @@ from novelgpt.text.conversation import Message, encode_prompt
 from novelgpt.text.encoding import answer_text, document_end_id
 from novelgpt.text.statistics import BROKEN
 from novelgpt.text.templates import template_record
-from novelgpt.text.tokenizer import load_tokenizer
 from novelgpt.training.run_record import newest_finetuning
 from predict.raw_text import RawText, continues_text
 

@@ -17,14 +17,14 @@ from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field, replace
 from typing import Any
 
-from novelgpt.model.generation import Answer
+from novelgpt.inference.endpoint_client import ServerAddress, ServerClient, ServerError
+from novelgpt.inference.endpoint_replies import read_chat_reply, read_model_names, read_text_reply
+from novelgpt.inference.generation import Answer
 from novelgpt.settings.arguments import GenerationArguments
 from novelgpt.settings.errors import UserError
 from novelgpt.settings.terminal import say_above_bars
 from predict.generate import AnswerRows
 from predict.rows import PromptRow
-from predict.server_client import ServerAddress, ServerClient, ServerError
-from predict.server_replies import read_chat_reply, read_model_names, read_text_reply
 
 LIST_SECONDS = 30.0
 MOST_CAUSES = 20  # told beside the progress bar; a server may put something new into each

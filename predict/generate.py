@@ -12,12 +12,12 @@ import numpy
 import torch
 from transformers import PreTrainedModel, PreTrainedTokenizerBase, set_seed
 
-from novelgpt.model.generation import Answer, answer_batch, answer_continuously, answer_end_ids
+from novelgpt.inference.generation import Answer, answer_batch, answer_continuously, answer_end_ids
+from novelgpt.model.forward_checks import head_is_last
+from novelgpt.model.loss import attach_chunked_loss
 from novelgpt.scoring.perplexity import row_sums
 from novelgpt.settings.arguments import GenerationArguments
 from novelgpt.text.collator import Collator
-from novelgpt.training.forward_checks import head_is_last
-from novelgpt.training.loss import attach_chunked_loss
 from predict.rows import PromptRow
 
 AnswerRows = Callable[[Sequence[PromptRow], Sequence[Sequence[int]]], Iterator[dict[int, Answer]]]

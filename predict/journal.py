@@ -14,7 +14,7 @@ from typing import IO
 
 from pydantic import BaseModel, ConfigDict, Field, ValidationError
 
-from novelgpt.model.generation import Answer
+from novelgpt.inference.generation import Answer
 from novelgpt.settings.errors import UserError
 from novelgpt.settings.locks import let_go, make_and_hold
 

@@ -19,10 +19,11 @@ import torch
 from pydantic import BaseModel, Field
 from rich.table import Table
 
+from novelgpt.export.full_checkpoint import PICKLES_HELP
 from novelgpt.model.adapter_bases import BASE_HELP
-from novelgpt.model.export import PICKLES_HELP
 from novelgpt.model.hub import folder_of
 from novelgpt.model.loading import load_for_generation
+from novelgpt.model.tokenizer import load_tokenizer
 from novelgpt.settings.arguments import ModelArguments
 from novelgpt.settings.command_parser import CommandParser
 from novelgpt.settings.console import make_console
@@ -32,7 +33,6 @@ from novelgpt.settings.paths import from_home
 from novelgpt.settings.remedies import pip_install
 from novelgpt.settings.terminal import say
 from novelgpt.text.encoding import document_begin_ids
-from novelgpt.text.tokenizer import load_tokenizer
 
 GENERAL_TASKS = "cmmlu,ceval-valid"
 CERTAIN = 1.96  # standard errors

@@ -13,9 +13,9 @@ from transformers import PreTrainedTokenizerBase
 from dataset.instructions import Instructions
 from dataset.readers import Message, read_unworded_rows, word_row
 from dataset.row_fields import is_absent
-from novelgpt.model.generation import Answer
+from novelgpt.inference.generation import Answer
 from novelgpt.settings.errors import UserError
-from novelgpt.text.conversation import IGNORED, EncodedRow, encode_conversation, encode_prompt
+from novelgpt.text.conversation import IGNORE_INDEX, EncodedRow, encode_conversation, encode_prompt
 from novelgpt.text.encoding import encode, encode_document
 from novelgpt.text.messages import answer_text, begins_with_thought, is_empty_answer
 from novelgpt.text.thoughts import PROMPT_END, opens_thought, split_thought
@@ -81,10 +81,10 @@ class PromptRow:
             return None
         if self.plain:
             ids = encode(self.reference, tokenizer)
-            return EncodedRow(self.prompt_ids + ids, [IGNORED] * len(self.prompt_ids) + ids)
+            return EncodedRow(self.prompt_ids + ids, [IGNORE_INDEX] * len(self.prompt_ids) + ids)
         row = encode_conversation(self.messages, tokenizer, self.tools)[-1]
         border = len(self.prompt_ids)
-        return EncodedRow(row.input_ids, [IGNORED] * border + row.labels[border:])
+        return EncodedRow(row.input_ids, [IGNORE_INDEX] * border + row.labels[border:])
 
 
 def read_prompt_rows(
@@ -166,7 +166,7 @@ def _conversation_row(
 def _calls_in_words(row: PromptRow, tokenizer: PreTrainedTokenizerBase) -> str:
     """The last answer with its calls as the template writes them, without the end token."""
     encoded = encode_conversation(row.messages, tokenizer, row.tools)[-1]
-    answer = [label for label in encoded.labels[len(row.prompt_ids) :] if label != IGNORED]
+    answer = [label for label in encoded.labels[len(row.prompt_ids) :] if label != IGNORE_INDEX]
     return str(tokenizer.decode(answer[:-1]))
 
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
-from novelgpt.model.generation import Answer
+from novelgpt.inference.generation import Answer
 from novelgpt.settings.terminal import say
 from novelgpt.settings.units import counted
 from predict.rows import PromptRow

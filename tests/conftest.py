@@ -8,9 +8,9 @@ import pytest
 from transformers import PreTrainedTokenizerBase
 
 from novelgpt.model.embedded_base import build_embedded_base
+from novelgpt.model.tokenizer import load_tokenizer
 from novelgpt.settings.arguments import ModelArguments
 from novelgpt.settings.signals import STOP_SIGNALS
-from novelgpt.text.tokenizer import load_tokenizer
 
 
 def pytest_addoption(parser: pytest.Parser) -> None:

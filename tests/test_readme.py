@@ -4,7 +4,6 @@ import dataclasses
 import json
 import re
 import shlex
-import subprocess
 import typing
 from pathlib import Path
 
@@ -17,11 +16,9 @@ from novelgpt.settings.runs import FinetuneRun, LoraRun, PredictRun, PretrainRun
 from predict.chat import ChatRun
 
 ROOT = Path(__file__).resolve().parents[1]
-READMES = {"README.md": "## File map", "README_zh.md": "## 文件地图"}
+READMES = ("README.md", "README_zh.md")
 PAGES = [*READMES, "CONTRIBUTING.md", *sorted(str(path.relative_to(ROOT)) for path in ROOT.glob("docs/**/*.md"))]
 ROOMS = ("cli", "pretrain", "finetune", "finetune_lora", "predict", "dataset", "novelgpt", "benchmarks")
-CACHES = {".git", ".venv", "output", "__pycache__", ".pytest_cache", ".mypy_cache", ".ruff_cache"}
-CACHES |= {".import_linter_cache"}
 PIPELINES = {run.pipeline: run for run in (PretrainRun, FinetuneRun, LoraRun, PredictRun, ChatRun)}
 SCRIPTS = {"pretrain": "pretrain", "finetune": "finetune", "lora": "finetune_lora", "predict": "predict"}
 COMMANDS = {
@@ -45,42 +42,6 @@ OPTION = re.compile(r"(?<![\w-])--([A-Za-z_][\w-]*)")
 
 def text_of(page: str) -> str:
     return (ROOT / page).read_text(encoding="utf-8")
-
-
-def project_files() -> list[str]:
-    """Paths of the files that git tracks and that are there; without git, all but caches and results."""
-    try:
-        done = subprocess.run(["git", "-C", str(ROOT), "ls-files", "-z"], capture_output=True, text=True, check=True)
-        tracked = [name for name in done.stdout.split("\0") if name and (ROOT / name).is_file()]
-    except (OSError, subprocess.CalledProcessError):
-        tracked = []
-    if tracked:
-        return tracked
-    paths = (path.relative_to(ROOT) for path in ROOT.rglob("*") if path.is_file())
-    return [path.as_posix() for path in paths if not CACHES & set(path.parts)]
-
-
-def paths_to_map(files: list[str]) -> set[str]:
-    """Every top-level file and folder, every file and folder in scripts/, every module of the rooms."""
-    wanted = set()
-    for name in files:
-        top, *rest = name.split("/")
-        wanted.add(f"{top}/" if rest else top)
-        if top == "scripts":
-            wanted.add(f"scripts/{rest[0]}/" if len(rest) > 1 else name)
-        if top in ROOMS and name.endswith(".py") and not name.endswith("__init__.py"):
-            wanted.add(name)
-    return wanted
-
-
-def file_map(page: str) -> list[str]:
-    """The paths of the only code block under the map's heading."""
-    section = re.split(r"^## ", text_of(page).split(f"{READMES[page]}\n", 1)[1], flags=re.MULTILINE)[0]
-    blocks = re.findall(r"^```\w*\n(.*?)^```$", section, flags=re.MULTILINE | re.DOTALL)
-    assert len(blocks) == 1
-    lines = [re.fullmatch(r"(\S+) {2,}(\S.*)", line) for line in blocks[0].splitlines()]
-    assert all(lines), f"{page}: each line is a path, two blanks or more, a purpose"
-    return [line[1] for line in lines if line]
 
 
 def commands(page: str) -> list[list[str]]:
@@ -144,20 +105,6 @@ def known_options(command: list[str]) -> set[str] | None:
             if (ROOT / path).is_file():
                 return options_in_source(path)
     return None
-
-
-@pytest.mark.parametrize("page", READMES)
-def test_the_file_map_names_each_file_once_and_nothing_else(page: str) -> None:
-    mapped = file_map(page)
-    assert len(mapped) == len(set(mapped))
-    missing = [path for path in mapped if not (ROOT / path).exists() or (ROOT / path).is_dir() != path.endswith("/")]
-    assert missing == []
-    assert paths_to_map(project_files()) - set(mapped) == set()
-
-
-def test_both_readmes_map_the_same_paths_in_the_same_order() -> None:
-    first, second = map(file_map, READMES)
-    assert first == second
 
 
 def test_each_english_page_has_its_chinese_page() -> None:

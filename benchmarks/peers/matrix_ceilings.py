@@ -13,7 +13,7 @@ from pathlib import Path
 
 import torch
 
-from novelgpt.health.devices import NEARLY_AS_FAST
+from novelgpt.checks.devices import NEARLY_AS_FAST
 from novelgpt.training.throughput import matmul_ceiling
 
 # Rows, inner size and columns of left @ right: squares, the head of the small model, and its gradient.

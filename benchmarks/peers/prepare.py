@@ -16,10 +16,10 @@ from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedTokenizerBa
 
 from dataset.readers import read_conversation_rows
 from novelgpt.model.embedded_base import build_embedded_base
+from novelgpt.model.tokenizer import load_tokenizer
 from novelgpt.settings.arguments import ModelArguments
-from novelgpt.text.conversation import IGNORED, EncodedRow, encode_conversation
+from novelgpt.text.conversation import IGNORE_INDEX, EncodedRow, encode_conversation
 from novelgpt.text.templates import CHATML_TEMPLATE, use_template
-from novelgpt.text.tokenizer import load_tokenizer
 
 SEED = 42
 
@@ -49,7 +49,7 @@ def main() -> None:
         "rows": len(rows),
         "left_out": left_out,
         "tokens_per_row": sum(len(row.input_ids) for row in encoded) / len(rows),
-        "trained_per_row": sum(label != IGNORED for row in encoded for label in row.labels) / len(rows),
+        "trained_per_row": sum(label != IGNORE_INDEX for row in encoded for label in row.labels) / len(rows),
         "device": torch.cuda.get_device_name() if torch.cuda.is_available() else None,
     }
     Path(sys.argv[2]).write_text(json.dumps(facts), encoding="utf-8")

@@ -13,7 +13,7 @@ from typing import Any
 import torch
 from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments
 
-IGNORED = -100
+IGNORE_INDEX = -100
 
 
 class StepRecorder(TrainerCallback):
@@ -99,7 +99,7 @@ def count(inputs: dict[str, Any]) -> torch.Tensor:
         tokens = ((positions > 0) | (following > 0)).flatten()
         starts = (positions == 0).flatten() & tokens
         lengths = torch.bincount(starts.cumsum(0)[tokens] - 1)
-    trained = (labels[:, 1:] != IGNORED).sum()
+    trained = (labels[:, 1:] != IGNORE_INDEX).sum()
     return torch.stack([torch.tensor(len(lengths), device=labels.device), lengths.sum(), trained, (lengths**2).sum()])
 
 

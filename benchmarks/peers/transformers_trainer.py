@@ -7,7 +7,7 @@ import sys
 from pathlib import Path
 
 import torch
-from step_recorder import IGNORED, StepRecorder, training_options
+from step_recorder import IGNORE_INDEX, StepRecorder, training_options
 from transformers import (
     AutoModelForCausalLM,
     AutoTokenizer,
@@ -25,7 +25,7 @@ def encode(row: dict[str, list[dict[str, str]]], tokenizer: PreTrainedTokenizerB
     context, answer = (
         tokenizer(text, add_special_tokens=False)["input_ids"] for text in (prompt, whole[len(prompt) :])
     )
-    return {"input_ids": context + answer, "labels": [IGNORED] * len(context) + answer}
+    return {"input_ids": context + answer, "labels": [IGNORE_INDEX] * len(context) + answer}
 
 
 task = json.loads(Path(sys.argv[1]).read_text(encoding="utf-8"))

@@ -23,13 +23,13 @@ from transformers import (
 )
 from transformers.integrations import is_deepspeed_zero3_enabled
 
+from novelgpt.inference.packed_weights import pack_weights
 from novelgpt.model.adapter_bases import extend_vocabulary, find_base
 from novelgpt.model.attention import PACKED_ATTENTION
 from novelgpt.model.fingerprint import base_folder, check_base
 from novelgpt.model.folder_checks import ADAPTER_CONFIG, AdapterSettings, check_model_folder
 from novelgpt.model.hub import locate, looks_like_path, runs_own_code
 from novelgpt.model.merging import merge_adapter
-from novelgpt.model.packed_weights import pack_weights
 from novelgpt.model.pickles import SAFE_SUFFIX, check_adapter_files, check_no_pickles
 from novelgpt.model.weight_files import stored_tensors, weight_files
 from novelgpt.settings.arguments import ModelArguments

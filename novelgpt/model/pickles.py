@@ -37,7 +37,7 @@ def check_no_pickles(folder: Path, allowed: bool) -> None:
         raise UserError(
             f"the weights of {folder} are pickles ({', '.join(pickles)}), and reading a pickle can run code",
             "take its safetensors where there are any; if you trust the source: --allow_pickles, or once and for all "
-            f"`{python_module(f'novelgpt.model.to_safetensors {shlex.quote(str(folder))} OUTPUT')}`",
+            f"`{python_module(f'novelgpt.export.to_safetensors {shlex.quote(str(folder))} OUTPUT')}`",
         )
 
 

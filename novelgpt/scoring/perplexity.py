@@ -7,7 +7,7 @@ import math
 import numpy
 import torch
 
-from novelgpt.text.conversation import IGNORED
+from novelgpt.text.conversation import IGNORE_INDEX
 
 
 def row_sums(token_losses: torch.Tensor, token_hits: torch.Tensor, labels: torch.Tensor) -> torch.Tensor:
@@ -21,7 +21,7 @@ def row_sums(token_losses: torch.Tensor, token_hits: torch.Tensor, labels: torch
     Returns:
         [rows, 3], float64.
     """
-    rows = (labels[:, 1:] != IGNORED).nonzero()[:, 0]
+    rows = (labels[:, 1:] != IGNORE_INDEX).nonzero()[:, 0]
     values = torch.stack([token_losses.double(), torch.ones_like(token_losses).double(), token_hits.double()], dim=1)
     return torch.zeros(len(labels), 3, dtype=torch.float64, device=labels.device).index_add_(0, rows, values)
 

@@ -45,9 +45,9 @@ SECTIONS: dict[str, tuple[Command, ...]] = {
     "Models": (
         Command("doctor", "novelgpt.doctor", "what would stop a run, before it starts"),
         Command("merge", "finetune_lora.merge", "an adapter and its base -> a full checkpoint"),
-        Command("export llama", "novelgpt.model.baichuan.llama_export", "Baichuan with rotary positions -> Llama"),
-        Command("export qwen2", "novelgpt.model.qwen1.qwen2_export", "Qwen v1 -> Qwen2"),
-        Command("export safetensors", "novelgpt.model.to_safetensors", "weights in pickles -> safetensors"),
+        Command("export llama", "novelgpt.export.llama", "Baichuan with rotary positions -> Llama"),
+        Command("export qwen2", "novelgpt.export.qwen2", "Qwen v1 -> Qwen2"),
+        Command("export safetensors", "novelgpt.export.to_safetensors", "weights in pickles -> safetensors"),
     ),
     "From other tools": (
         Command("convert-config", "cli.convert_config", "settings of LLaMA-Factory, ms-swift or TRL -> ours"),

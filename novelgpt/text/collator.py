@@ -7,7 +7,7 @@ from typing import Any
 
 import torch
 
-from novelgpt.text.conversation import IGNORED
+from novelgpt.text.conversation import IGNORE_INDEX
 
 # A row's number among the training rows, where they carry one, and those of a batch: not for the model.
 NUMBER, NUMBERS = "number", "numbers"
@@ -41,7 +41,7 @@ class Collator:
         longest = max(len(row["input_ids"]) for row in rows)
         batch: dict[str, Any] = {
             "input_ids": _pad([row["input_ids"] for row in rows], longest, self.pad_token_id),
-            "labels": _pad([row["labels"] for row in rows], longest, IGNORED),
+            "labels": _pad([row["labels"] for row in rows], longest, IGNORE_INDEX),
         }
         if all(NUMBER in row for row in rows):
             batch[NUMBERS] = [row[NUMBER] for row in rows]

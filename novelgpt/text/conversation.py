@@ -21,11 +21,11 @@ from novelgpt.text.rendering import RenderedConversation
 from novelgpt.text.templates import BAICHUAN_NAMES, USER_ID, record_thinking, template_record
 
 __all__ = [
-    "IGNORED", "EncodedRow", "Message", "begins_with_thought", "encode_conversation", "encode_prompt", "end_token_ids",
-    "record_answers",
+    "IGNORE_INDEX", "EncodedRow", "Message", "begins_with_thought", "encode_conversation", "encode_prompt",
+    "end_token_ids", "record_answers",
 ]  # fmt: skip
 
-IGNORED = -100
+IGNORE_INDEX = -100
 
 
 @dataclass
@@ -47,7 +47,7 @@ class EncodedRow:
     def extend(self, ids: list[int], trained: bool) -> None:
         """Append tokens, all trained or all not."""
         self.input_ids += ids
-        self.labels += ids if trained else [IGNORED] * len(ids)
+        self.labels += ids if trained else [IGNORE_INDEX] * len(ids)
 
 
 class _HistoryRewrittenError(Exception):
@@ -126,7 +126,7 @@ def end_token_ids(tokenizer: PreTrainedTokenizerBase) -> list[int]:
     """
     probe = [{"role": "user", "content": "问"}, {"role": "assistant", "content": "答"}]
     row = encode_conversation(probe, tokenizer)[0]
-    last = [label for label in row.labels if label != IGNORED][-1]
+    last = [label for label in row.labels if label != IGNORE_INDEX][-1]
     ends = {last, int(tokenizer.eos_token_id)}
     vocabulary = tokenizer.get_vocab()
     if last == vocabulary.get("<|im_end|>") and "<|endoftext|>" in vocabulary:

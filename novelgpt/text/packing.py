@@ -8,7 +8,7 @@ from collections.abc import Sequence
 import numpy
 import torch
 
-from novelgpt.text.conversation import IGNORED, EncodedRow
+from novelgpt.text.conversation import IGNORE_INDEX, EncodedRow
 from novelgpt.text.origins import TracedRows, names_across, unique
 from novelgpt.text.statistics import TokenCounts
 from novelgpt.text.token_files import TokenArray, TokenText
@@ -62,8 +62,8 @@ class PackedBlocks(TracedRows):
         low, high = numpy.searchsorted(self.starts, [begin, end])
         document_starts = torch.from_numpy(self.starts[low:high] - begin)
         labels = ids.clone()
-        labels[0] = IGNORED
-        labels[document_starts] = IGNORED  # nothing before a document tells its first token
+        labels[0] = IGNORE_INDEX
+        labels[document_starts] = IGNORE_INDEX  # nothing before a document tells its first token
         row = {"input_ids": ids, "labels": labels}
         if self.mixed:
             positions = torch.arange(len(ids))
@@ -126,7 +126,7 @@ class PackedRows(TracedRows):
         rows = [self.rows[number] for number in self.packs[index]]
         return {
             "input_ids": torch.cat([torch.tensor(row.input_ids) for row in rows]),
-            "labels": torch.cat([torch.tensor([IGNORED, *row.labels[1:]]) for row in rows]),
+            "labels": torch.cat([torch.tensor([IGNORE_INDEX, *row.labels[1:]]) for row in rows]),
             "position_ids": torch.cat([torch.arange(len(row.input_ids)) for row in rows]),
         }
 

@@ -19,7 +19,7 @@ from transformers import PreTrainedTokenizerBase
 
 from novelgpt.settings.console import VisibleConsole, make_console
 from novelgpt.settings.terminal import one_line, visible
-from novelgpt.text.conversation import IGNORED
+from novelgpt.text.conversation import IGNORE_INDEX
 from novelgpt.text.encoding import encode
 
 # How a decoder shows bytes that are no whole character.
@@ -126,9 +126,9 @@ def row_spans(
     the span of the last of them, as a rule.
     """
     # Where the two differ, the label is what is learnt (see EncodedRow).
-    told = [token if label == IGNORED else label for token, label in zip(input_ids, labels, strict=True)]
+    told = [token if label == IGNORE_INDEX else label for token, label in zip(input_ids, labels, strict=True)]
     marks = {number for number, token in tokenizer.added_tokens_decoder.items() if token.special}
-    kinds = [(label != IGNORED, token in marks) for token, label in zip(told, labels, strict=True)]
+    kinds = [(label != IGNORE_INDEX, token in marks) for token, label in zip(told, labels, strict=True)]
     count = len(told) if most_tokens is None else min(most_tokens, len(told))
     # Decoded from a border before, as a text may lose a blank at its beginning; never from within a character.
     window, border, begin, shown = 0, 0, 0, ""
@@ -152,7 +152,7 @@ def trained_runs(labels: Sequence[int] | numpy.ndarray) -> list[tuple[int, int]]
     >>> trained_runs([-100, 5, 6, -100, 7])
     [(1, 3), (4, 5)]
     """
-    trained = numpy.pad(numpy.asarray(labels) != IGNORED, 1)
+    trained = numpy.pad(numpy.asarray(labels) != IGNORE_INDEX, 1)
     borders = numpy.flatnonzero(trained[1:] != trained[:-1]).tolist()
     return list(zip(borders[::2], borders[1::2], strict=True))
 
@@ -171,7 +171,7 @@ def trained_characters(dataset: Dataset[Any], tokenizer: PreTrainedTokenizerBase
     characters = 0
     for index in range(len(dataset)):  # type: ignore[arg-type]
         labels = numpy.asarray(dataset[index]["labels"])
-        characters += int(begun[labels[labels != IGNORED]].sum())
+        characters += int(begun[labels[labels != IGNORE_INDEX]].sum())
     return characters
 
 

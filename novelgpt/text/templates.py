@@ -16,9 +16,9 @@ import jinja2.ext
 import jinja2.meta
 from transformers import AddedToken, PreTrainedTokenizerBase
 
-from novelgpt.model.baichuan.tokenization import BaichuanTokenizer
 from novelgpt.settings.errors import UserError
 from novelgpt.settings.parsed_files import read_object
+from novelgpt.text.baichuan_tokenizer import BaichuanTokenizer
 from novelgpt.text.encoding import document_begin_ids
 
 CHATML_TEMPLATE = (

@@ -18,8 +18,12 @@ from transformers import (
 )
 from transformers.utils import GENERATION_CONFIG_NAME
 
+from novelgpt.budget.memory_plan import MemoryPlan, row_lengths
+from novelgpt.checks.longest_batch import rows_to_try
+from novelgpt.checks.stop_check import check_stops
+from novelgpt.inference.generation import answer_end_ids
 from novelgpt.model.card import CARD, write_card
-from novelgpt.model.generation import answer_end_ids
+from novelgpt.model.forward_checks import check_packing
 from novelgpt.model.shared_cores import shared_cores
 from novelgpt.settings.errors import UserError
 from novelgpt.settings.parsed_files import read_object
@@ -33,14 +37,10 @@ from novelgpt.training.base_recorder import BaseRecorder
 from novelgpt.training.callbacks import Curves, Progress, ProgressLines, RunRecorder
 from novelgpt.training.checkpoints.folders import checkpoints
 from novelgpt.training.evaluations import plan_evaluations
-from novelgpt.training.forward_checks import check_packing
-from novelgpt.training.longest_batch import rows_to_try
-from novelgpt.training.memory_plan import MemoryPlan, row_lengths
 from novelgpt.training.result_files import write_result_files
 from novelgpt.training.run_card import RunCard
 from novelgpt.training.run_folder import RunFolder
 from novelgpt.training.sample_predictions import SamplePredictions
-from novelgpt.training.stop_check import check_stops
 from novelgpt.training.throughput import peak_memory
 from novelgpt.training.trackers import guard_trackers, name_tracked_run
 from novelgpt.training.trainer import NovelTrainer, base_model

@@ -39,7 +39,7 @@ SHOWN, NOTED = 5, 100
 LAST_REACHED = 16
 
 
-class StepWatch:
+class StepMonitor:
     """Follows the micro-batches of each optimizer step, then judges it. All processes come to the same judgement.
 
     Args:

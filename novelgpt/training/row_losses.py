@@ -14,9 +14,9 @@ from torch import nn
 from torch.utils.data import Dataset
 
 from novelgpt.text.collator import NUMBER
-from novelgpt.text.conversation import IGNORED
+from novelgpt.text.conversation import IGNORE_INDEX
 from novelgpt.text.origins import TracedRows, unique
-from novelgpt.training.sample_predictions import undisturbed
+from novelgpt.training.sample_predictions import preserve_mode_and_rng
 
 
 class NumberedRows(Dataset[dict[str, Any]]):
@@ -88,7 +88,7 @@ def document_losses(
         autocast: what passes run under.
     """
     found: list[DocumentLoss] = []
-    with undisturbed(model), torch.no_grad():
+    with preserve_mode_and_rng(model), torch.no_grad():
         for batch in batches:
             inputs = prepare(batch.inputs)
             with autocast():
@@ -99,7 +99,7 @@ def document_losses(
 
 def _by_document(inputs: dict[str, Any], numbers: list[int], losses: numpy.ndarray) -> list[DocumentLoss]:
     labels = inputs["labels"].cpu().numpy()
-    rows, places = numpy.nonzero(labels[:, 1:] != IGNORED)
+    rows, places = numpy.nonzero(labels[:, 1:] != IGNORE_INDEX)
     documents = numpy.zeros_like(labels)
     if "position_ids" in inputs:
         documents = numpy.cumsum(inputs["position_ids"].cpu().numpy() == 0, axis=1)

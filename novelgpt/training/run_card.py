@@ -14,7 +14,7 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase, TrainerState
 
 from novelgpt.model.card import Card, base_identity, base_metadata, code, shown_name, table, use_section
 from novelgpt.settings.runs import TrainingRun
-from novelgpt.text.conversation import IGNORED
+from novelgpt.text.conversation import IGNORE_INDEX
 from novelgpt.training.resume import DECISIVE
 
 KINDS = {
@@ -137,5 +137,5 @@ def _language(tokenizer: PreTrainedTokenizerBase, train: Dataset[Any]) -> str | 
     """Chinese where more than half of the trained letters of the first rows are; else it is not known here."""
     count = min(ROWS_READ, len(train))  # type: ignore[arg-type]
     labels = [torch.as_tensor(train[row]["labels"][:TOKENS_READ]) for row in range(count)]
-    text = "".join(str(tokenizer.decode(row[row != IGNORED].tolist(), skip_special_tokens=True)) for row in labels)
+    text = "".join(str(tokenizer.decode(row[row != IGNORE_INDEX].tolist(), skip_special_tokens=True)) for row in labels)
     return "zh" if len(_HAN.findall(text)) > len(_OTHER.findall(text)) else None

@@ -19,7 +19,7 @@ from torch.utils.tensorboard import SummaryWriter
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 from transformers.integrations import is_deepspeed_zero3_enabled
 
-from novelgpt.model.generation import Answer, answer_end_ids, answer_prompts
+from novelgpt.inference.generation import Answer, answer_end_ids, answer_prompts
 from novelgpt.scoring.repetition import rep4_char
 from novelgpt.scoring.rouge import mean_f, score_texts
 from novelgpt.settings.arguments import GenerationArguments, TrainArguments
@@ -162,7 +162,7 @@ class SamplePredictions:
         shared_weights = weights_are_shared(accelerator)
         scores: list[dict[str, float]] = [{}]
         if self.samples and (accelerator.is_main_process or shared_weights):
-            with undisturbed(model), accelerator.autocast():
+            with preserve_mode_and_rng(model), accelerator.autocast():
                 answers = self._answers(model)
             if accelerator.is_main_process:
                 told_apart = self._told_apart([answer.text for answer in answers])
@@ -227,7 +227,7 @@ def _quoted(text: str) -> str:
 
 
 @contextmanager
-def undisturbed(model: torch.nn.Module) -> Iterator[None]:
+def preserve_mode_and_rng(model: torch.nn.Module) -> Iterator[None]:
     """Evaluation mode within; afterwards the modes of the model's parts and all random states are what they were."""
     modes = [(module, module.training) for module in model.modules()]
     python_state, numpy_state = random.getstate(), numpy.random.get_state()

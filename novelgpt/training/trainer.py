@@ -31,6 +31,11 @@ from transformers import (
     TrainingArguments,
 )
 
+from novelgpt.checks.first_step import GradientMonitor, check_forward, check_vocabulary
+from novelgpt.checks.longest_batch import try_batch
+from novelgpt.model.forward_checks import head_is_last
+from novelgpt.model.loss import TokenLoss, attach_chunked_loss
+from novelgpt.model.routers import explain_balance, router_balance
 from novelgpt.scoring.perplexity import row_sums, summarise
 from novelgpt.settings.arguments import TrainArguments
 from novelgpt.settings.errors import UserError
@@ -39,12 +44,7 @@ from novelgpt.text.collator import NUMBERS, Collator
 from novelgpt.training.checkpoints.folders import checkpoints, step_of
 from novelgpt.training.checkpoints.trainer import CheckpointTrainer
 from novelgpt.training.evaluations import EvaluationPlan
-from novelgpt.training.forward_checks import head_is_last
-from novelgpt.training.guards import GradientWatch, check_forward, check_vocabulary
-from novelgpt.training.longest_batch import try_batch
-from novelgpt.training.loss import TokenLoss, attach_chunked_loss
-from novelgpt.training.numbers import StepWatch
-from novelgpt.training.routers import explain_balance, router_balance
+from novelgpt.training.numbers import StepMonitor
 from novelgpt.training.row_losses import DocumentLoss, MicroBatch, NumberedRows, document_losses
 from novelgpt.training.sample_predictions import SamplePredictions
 from novelgpt.training.signals import EvaluationStopped
@@ -108,7 +108,7 @@ class NovelTrainer(CheckpointTrainer):
         """Try the model on a micro-batch of the first training rows, each process on its own.
 
         Raises:
-            UserError: what `novelgpt.training.guards` finds.
+            UserError: what `novelgpt.checks.first_step` finds.
         """
         dataset = self.rows.rows
         rows = self.args.per_device_train_batch_size
@@ -145,7 +145,7 @@ class NovelTrainer(CheckpointTrainer):
         if not self._watch_gradients:
             return self._cross_entropy(super().training_step(model, inputs, num_items_in_batch))
         self._watch_gradients = False
-        watch = GradientWatch(cast(nn.Module, self.model))
+        watch = GradientMonitor(cast(nn.Module, self.model))
         loss = super().training_step(model, inputs, num_items_in_batch)
         watch.check()
         return self._cross_entropy(loss)
@@ -165,7 +165,7 @@ class NovelTrainer(CheckpointTrainer):
         return_outputs: bool = False,
         num_items_in_batch: torch.Tensor | int | None = None,
     ) -> Any:
-        """The stock loss of a micro-batch, made NaN where the optimizer is to leave out the step (see StepWatch)."""
+        """The stock loss of a micro-batch, made NaN where the optimizer is to leave out the step (see StepMonitor)."""
         loss, outputs = super().compute_loss(model, inputs, True, num_items_in_batch)
         self._aux_loss = outputs.aux_loss if isinstance(outputs, TokenLoss) else None  # not with label smoothing
         loss = self.watch.see_loss(loss, last=self.accelerator.sync_gradients)
@@ -227,14 +227,14 @@ class NovelTrainer(CheckpointTrainer):
             self._aux_sum = torch.zeros(())
         return means
 
-    def _step_watch(self, note: Callable[[dict[str, Any]], None] | None) -> StepWatch:
+    def _step_watch(self, note: Callable[[dict[str, Any]], None] | None) -> StepMonitor:
         def keep(entry: dict[str, Any]) -> None:
             self.state.log_history.append(entry)
             if note is not None:
                 note(entry)
 
         model = cast(nn.Module, self.model)
-        return StepWatch(
+        return StepMonitor(
             model,
             self.rows,
             look_again=self._document_losses,

@@ -13,7 +13,7 @@ from transformers import PreTrainedTokenizerBase
 from dataset.conversations import encode_rows, read_conversations
 from novelgpt.settings.arguments import ConversationArguments
 from novelgpt.settings.errors import UserError
-from novelgpt.text.conversation import IGNORED, EncodedRow, encode_conversation
+from novelgpt.text.conversation import IGNORE_INDEX, EncodedRow, encode_conversation
 from novelgpt.text.statistics import TokenCounts
 from novelgpt.text.templates import CHATML_TEMPLATE
 
@@ -31,7 +31,7 @@ def conversation(draw: random.Random, number: int) -> Row:
 
 
 def trained(row: EncodedRow) -> list[int]:
-    return [label for label in row.labels if label != IGNORED]
+    return [label for label in row.labels if label != IGNORE_INDEX]
 
 
 def settings(max_length: int, overlong: str) -> ConversationArguments:
@@ -51,7 +51,7 @@ def assert_accounts(kept: list[EncodedRow], counts: TokenCounts, full: list[Enco
     for row in kept:
         assert len(row.labels) == len(row.input_ids) <= max_length
         assert trained(row)
-        assert all(label in (IGNORED, token) for token, label in zip(row.input_ids, row.labels, strict=True))
+        assert all(label in (IGNORE_INDEX, token) for token, label in zip(row.input_ids, row.labels, strict=True))
 
 
 @pytest.fixture(scope="module")
@@ -91,8 +91,8 @@ def test_split_trains_each_answer_token_once_after_true_context(
     kept, counts = encode_rows(rows, tokenizer, settings(max_length, "split"))
     assert_accounts(kept, counts, full, max_length)
     assert counts.trained == sum(len(trained(row)) for row in full)
-    places = [(row, index) for row in kept for index, label in enumerate(row.labels) if label != IGNORED]
-    origins = [(row, index) for row in full for index, label in enumerate(row.labels) if label != IGNORED]
+    places = [(row, index) for row in kept for index, label in enumerate(row.labels) if label != IGNORE_INDEX]
+    origins = [(row, index) for row in full for index, label in enumerate(row.labels) if label != IGNORE_INDEX]
     for (row, index), (origin, place) in zip(places, origins, strict=True):
         assert row.input_ids[: index + 1] == origin.input_ids[place - index : place + 1]
         assert index >= min(place, max_length // 2) > 0  # the loss predicts it, from at least half a row

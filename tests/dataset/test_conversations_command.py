@@ -290,9 +290,9 @@ def test_summaries_make_rows_both_ways(tmp_path: Path) -> None:
 
 
 def test_lengths_in_tokens(tmp_path: Path, base_folder: Path) -> None:
+    from novelgpt.model.tokenizer import load_tokenizer
     from novelgpt.settings.arguments import ModelArguments
     from novelgpt.text.encoding import encode
-    from novelgpt.text.tokenizer import load_tokenizer
 
     tokenizer = load_tokenizer(ModelArguments(str(base_folder)))
     rows = papers(20)

@@ -17,7 +17,7 @@ from dataset.instructions import BUILT_IN, Instructions, load_instructions, roun
 from dataset.readers import TITLE_TO_ABSTRACT, messages_of, read_conversation_rows
 from novelgpt.settings.arguments import ConversationArguments
 from novelgpt.settings.errors import UserError
-from novelgpt.text.conversation import IGNORED
+from novelgpt.text.conversation import IGNORE_INDEX
 from predict.rows import read_prompt_rows
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -173,7 +173,7 @@ def test_what_is_trained_is_the_filled_answer_and_the_end(task: str, tokenizer: 
         (piece,), _ = encode_rows(
             [{"messages": messages, "source": "rows:1"}], tokenizer, ConversationArguments(max_length=4096)
         )
-        trained = [label for label in piece.labels if label != IGNORED]
+        trained = [label for label in piece.labels if label != IGNORE_INDEX]
         assert tokenizer.decode(trained) == messages[-1]["content"] + "<|im_end|>"
         assert row[instructions.fields(task, "")[1][0]] in messages[-1]["content"]
 

@@ -10,10 +10,10 @@ import pytest
 from transformers import PreTrainedTokenizerBase
 
 from dataset.preview import main
+from novelgpt.model.tokenizer import load_tokenizer
 from novelgpt.settings.arguments import ModelArguments
-from novelgpt.text.conversation import IGNORED, encode_conversation
+from novelgpt.text.conversation import IGNORE_INDEX, encode_conversation
 from novelgpt.text.statistics import row_spans
-from novelgpt.text.tokenizer import load_tokenizer
 
 ROOT = Path(__file__).resolve().parents[2]
 TOKENIZERS = ROOT.parent / "shared" / "tokenizers"
@@ -75,7 +75,7 @@ def test_the_whole_row_is_there_with_its_marks(
     shown = show(capsys, file, "--model", base_folder, "--color", "always", "--max_length", 4096)
     (piece,) = encode_conversation(messages, tokenizer)
     assert tokenizer.decode(piece.input_ids) in ANY.sub("", shown)
-    trained = sum(label != IGNORED for label in piece.labels)
+    trained = sum(label != IGNORE_INDEX for label in piece.labels)
     size = len(piece.input_ids)
     assert f"{size:,} tokens: {trained:,} trained, {size - trained:,} context, 0 dropped" in shown
     assert f"{file}:1" in shown
@@ -91,14 +91,14 @@ def test_spans_are_the_decoded_row(name: str, by_token: bool, base_folder: Path)
     for seed in range(30):
         for piece in encode_conversation(conversation(seed), tokenizer):
             pairs = zip(piece.input_ids, piece.labels, strict=True)
-            told = [token if label == IGNORED else label for token, label in pairs]
+            told = [token if label == IGNORE_INDEX else label for token, label in pairs]
             spans = list(row_spans(piece.input_ids, piece.labels, tokenizer, by_token=by_token))
             assert "".join(span.text for span in spans) == tokenizer.decode(told)
-            trained = [label for label in piece.labels if label != IGNORED]
+            trained = [label for label in piece.labels if label != IGNORE_INDEX]
             assert "".join(span.text for span in spans if span.trained) == tokenizer.decode(trained)
             if by_token:
                 assert [span.begin for span in spans] == list(range(len(told)))
-                assert [span.trained for span in spans] == [label != IGNORED for label in piece.labels]
+                assert [span.trained for span in spans] == [label != IGNORE_INDEX for label in piece.labels]
 
 
 def test_without_colour_the_trained_text_stands_in_brackets(
@@ -173,7 +173,7 @@ def test_cuts_are_marked_and_counted(
     trained = "".join(re.findall("⟦(.*?)⟧", shown))
     if overlong == "truncate":
         assert f"✂ cut here: {len(whole.input_ids) - 40} tokens are not trained on" in shown
-        assert trained == tokenizer.decode([label for label in whole.labels[:40] if label != IGNORED])
+        assert trained == tokenizer.decode([label for label in whole.labels[:40] if label != IGNORE_INDEX])
     else:
         assert "cut here" not in shown and "piece 2 of " in shown
         assert trained == messages[1]["content"] + "<|im_end|>"

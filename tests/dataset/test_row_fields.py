@@ -15,7 +15,7 @@ from dataset.preview import main as preview
 from dataset.readers import read_conversation_rows
 from novelgpt.settings.arguments import ConversationArguments
 from novelgpt.settings.errors import UserError
-from novelgpt.text.conversation import IGNORED, EncodedRow, encode_conversation, encode_prompt
+from novelgpt.text.conversation import IGNORE_INDEX, EncodedRow, encode_conversation, encode_prompt
 from novelgpt.text.statistics import TokenCounts
 from predict.rows import read_prompt_rows
 from tests.text.test_templates import THINKING, build_baichuan_folder, load_baichuan, with_template
@@ -40,7 +40,7 @@ def encoded(file: Path, tokenizer: PreTrainedTokenizerBase) -> tuple[list[Encode
 
 
 def trained(row: EncodedRow, tokenizer: PreTrainedTokenizerBase) -> str:
-    return str(tokenizer.decode([label for label in row.labels if label != IGNORED]))
+    return str(tokenizer.decode([label for label in row.labels if label != IGNORE_INDEX]))
 
 
 def sharegpt(**flags: Any) -> dict[str, Any]:

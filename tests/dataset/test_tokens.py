@@ -21,12 +21,12 @@ from transformers import PreTrainedTokenizerBase
 from dataset.corpus import read_corpus
 from dataset.tokens_command import main
 from novelgpt.model.embedded_base import build_tokenizer
+from novelgpt.model.tokenizer import load_tokenizer
 from novelgpt.settings.arguments import CorpusArguments, ModelArguments
 from novelgpt.settings.errors import UserError
 from novelgpt.settings.paths import ROOT, SAMPLES
 from novelgpt.text.encoding import document_end_id, encode
 from novelgpt.text.packing import PackedBlocks
-from novelgpt.text.tokenizer import load_tokenizer
 from pretrain.__main__ import main as pretrain
 from tests.model.original_checkpoints import write_original_baichuan
 

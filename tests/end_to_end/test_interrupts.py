@@ -44,7 +44,7 @@ LATE = [
     (["predict", "--max_rows", "1"], "numpy"),
     (["dataset", "novels", "in", "out"], "dataset.novels.command"),
     (["dataset", "tokens", "in.txt", "out", "--model", "tiny"], "torch"),
-    (["novelgpt.doctor"], "novelgpt.health.devices"),
+    (["novelgpt.doctor"], "novelgpt.checks.devices"),
     (["predict.score", "a.jsonl"], "jieba"),
 ]
 

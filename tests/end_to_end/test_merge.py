@@ -17,15 +17,15 @@ from safetensors.torch import save_file
 from transformers import AutoModelForCausalLM, AutoTokenizer, GenerationConfig, PreTrainedModel
 
 from finetune_lora.merge import main as merge
-from novelgpt.model.export import compare_reloaded, outputs_of, write_checkpoint
+from novelgpt.export.full_checkpoint import compare_reloaded, outputs_of, write_checkpoint
 from novelgpt.model.fingerprint import BASE_RECORD, write_base_record
 from novelgpt.model.loading import load_model
+from novelgpt.model.tokenizer import load_tokenizer
 from novelgpt.settings.arguments import ModelArguments
 from novelgpt.settings.errors import UserError
 from novelgpt.settings.paths import complete_folder
 from novelgpt.text.conversation import encode_prompt, end_token_ids
 from novelgpt.text.templates import RECORD, template_record, use_template
-from novelgpt.text.tokenizer import load_tokenizer
 from tests.model.original_checkpoints import write_original_baichuan
 from tests.model.original_qwen1 import write_original_qwen1
 from tests.text.test_templates import THINKING

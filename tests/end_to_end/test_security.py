@@ -19,8 +19,8 @@ from transformers import AutoModelForCausalLM, PreTrainedTokenizerBase
 from dataset.__main__ import main as dataset
 from finetune.__main__ import main as finetune
 from finetune_lora.merge import main as merge
+from novelgpt.export.to_safetensors import main as to_safetensors
 from novelgpt.model.loading import load_for_generation, load_model
-from novelgpt.model.to_safetensors import main as to_safetensors
 from novelgpt.settings.arguments import ModelArguments
 from novelgpt.settings.errors import UserError
 from novelgpt.settings.telemetry import DECIDED_BY, SINGLE, switch_off

@@ -19,8 +19,8 @@ from filelock import FileLock
 from finetune.__main__ import main as finetune
 from finetune_lora.__main__ import main as finetune_lora
 from finetune_lora.merge import main as merge
-from novelgpt.model.baichuan.llama_export import main as llama_export
-from novelgpt.model.qwen1.qwen2_export import main as qwen2_export
+from novelgpt.export.llama import main as llama_export
+from novelgpt.export.qwen2 import main as qwen2_export
 from tests.end_to_end.read_by_transformers_4 import reading
 from tests.model.original_checkpoints import write_original_baichuan
 from tests.model.original_qwen1 import write_original_qwen1

@@ -14,9 +14,9 @@ from transformers import AutoModelForCausalLM, PreTrainedModel
 
 from finetune_lora.merge import main as merge
 from novelgpt.model.loading import load_for_generation, load_model
+from novelgpt.model.tokenizer import load_tokenizer
 from novelgpt.settings.arguments import ModelArguments
 from novelgpt.settings.errors import UserError
-from novelgpt.text.tokenizer import load_tokenizer
 from tests.model.test_cached import NAME, into_cache
 from tests.model.tiny_bases import write_tiny_base
 

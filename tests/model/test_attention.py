@@ -20,7 +20,7 @@ from transformers import (
 
 from novelgpt.model.attention import packed_attention
 from novelgpt.text.collator import Collator
-from novelgpt.text.conversation import IGNORED
+from novelgpt.text.conversation import IGNORE_INDEX
 from tests.rounding import assert_close
 
 VOCABULARY = 83
@@ -65,7 +65,7 @@ def random_documents(seed: int, sizes: list[list[int]] | None = None) -> list[li
 def pack(rows: list[list[torch.Tensor]]) -> dict[str, Any]:
     packs = []
     for row in rows:
-        labels = [torch.cat([torch.tensor([IGNORED]), document[1:]]) for document in row]
+        labels = [torch.cat([torch.tensor([IGNORE_INDEX]), document[1:]]) for document in row]
         positions = [torch.arange(len(document)) for document in row]
         packs.append({"input_ids": torch.cat(row), "labels": torch.cat(labels), "position_ids": torch.cat(positions)})
     return Collator(pad_token_id=0)(packs)
@@ -137,7 +137,7 @@ def test_gradients_are_those_of_separate_documents(kind: str) -> None:
     batch = pack(rows)
     outputs = logits(packed, batch)[:, :-1]
     functional.cross_entropy(
-        outputs.flatten(0, 1), batch["labels"][:, 1:].flatten(), ignore_index=IGNORED, reduction="sum"
+        outputs.flatten(0, 1), batch["labels"][:, 1:].flatten(), ignore_index=IGNORE_INDEX, reduction="sum"
     ).backward()
     for document in (document for row in rows for document in row):
         output = alone(input_ids=document[None], use_cache=False).logits[0, :-1]

@@ -17,17 +17,17 @@ from peft import LoraConfig, get_peft_model
 from torch.nn import functional
 from transformers import AutoConfig, AutoModel, AutoModelForCausalLM, DynamicCache, StaticCache
 
+from novelgpt.budget.simulated_model import SimulatedModel
+from novelgpt.model import loss as loss_module
 from novelgpt.model.attention import packed_attention
 from novelgpt.model.baichuan import BaichuanConfig, BaichuanForCausalLM, BaichuanModel, NormHead
 from novelgpt.model.baichuan.modeling import eager_attention_forward
 from novelgpt.model.baichuan.positions import alibi_mask, alibi_slopes, rotary_factors, rotate
+from novelgpt.model.forward_checks import check_packing, head_is_last
+from novelgpt.model.loss import attach_chunked_loss
 from novelgpt.settings.arguments import ModelArguments
 from novelgpt.text.collator import Collator
-from novelgpt.text.conversation import IGNORED
-from novelgpt.training import loss as loss_module
-from novelgpt.training.forward_checks import check_packing, head_is_last
-from novelgpt.training.loss import attach_chunked_loss
-from novelgpt.training.simulated_model import SimulatedModel
+from novelgpt.text.conversation import IGNORE_INDEX
 from tests.launched import PATIENCE
 from tests.model.original_checkpoints import Position, write_original_baichuan
 from tests.model.original_weights import Shards
@@ -242,7 +242,7 @@ def test_the_losses_of_the_original_with_z_loss() -> None:
     model = tiny("Baichuan2-7B", z_loss_weight=0.1)
     ids = random_ids(2, 12)
     labels = ids.clone()
-    labels[:, :5] = IGNORED
+    labels[:, :5] = IGNORE_INDEX
     with torch.no_grad():
         logits = model(input_ids=ids).logits[:, :-1]
         plain = functional.cross_entropy(logits.flatten(0, 1), labels[:, 1:].flatten())
@@ -391,7 +391,7 @@ def test_every_attention_is_the_definition(name: str) -> None:
     ids = random_ids(3, 33)
     mask = torch.ones_like(ids)
     mask[1, 20:] = mask[2, 3:] = 0
-    labels = ids.masked_fill(mask == 0, IGNORED)
+    labels = ids.masked_fill(mask == 0, IGNORE_INDEX)
     results = []
     for attention in KERNELS:
         model = tiny(name, attention)
@@ -465,7 +465,7 @@ def packed_batch(seed: int = 1) -> dict[str, Any]:
     rows = []
     for sizes in ([5, 9, 3], [11, 4]):
         ids = random_ids(1, sum(sizes), seed)[0]
-        labels = torch.cat([part.clone().index_fill_(0, torch.tensor([0]), IGNORED) for part in ids.split(sizes)])
+        labels = torch.cat([part.clone().index_fill_(0, torch.tensor([0]), IGNORE_INDEX) for part in ids.split(sizes)])
         positions = torch.cat([torch.arange(size) for size in sizes])
         rows.append({"input_ids": ids, "labels": labels, "position_ids": positions})
     return Collator(pad_token_id=0)(rows)
@@ -552,7 +552,7 @@ def assert_chunked_loss_is_the_models_own(model: Any, batch: dict[str, Any]) -> 
 def test_chunked_loss_and_gradients(name: str) -> None:
     ids = random_ids(3, 30)
     padded = {"input_ids": ids, "labels": ids.clone(), "attention_mask": torch.ones_like(ids)}
-    padded["labels"][:, :6] = IGNORED
+    padded["labels"][:, :6] = IGNORE_INDEX
     for batch in (packed_batch(), padded):
         assert_chunked_loss_is_the_models_own(tiny(name).train(), batch)
         assert_chunked_loss_is_the_models_own(adapted(tiny(name)).train(), batch)
@@ -589,7 +589,7 @@ def test_chunked_loss_needs_no_generic_path(monkeypatch: pytest.MonkeyPatch) -> 
     attach_chunked_loss(model)
     model(**packed_batch(), use_cache=False).loss.backward()
     batch = packed_batch()
-    batch["labels"] = torch.full_like(batch["labels"], IGNORED)
+    batch["labels"] = torch.full_like(batch["labels"], IGNORE_INDEX)
     model.zero_grad()
     model(**batch, use_cache=False).loss.backward()
     assert all(parameter.grad.abs().max() == 0 for parameter in model.parameters())  # there, and nothing in them

@@ -14,8 +14,8 @@ import pytest
 import torch
 
 from novelgpt.model.baichuan import BaichuanForCausalLM, NormHead
+from novelgpt.model.loss import attach_chunked_loss
 from novelgpt.settings.deepspeed_builds import spare_unused_build
-from novelgpt.training.loss import attach_chunked_loss
 from tests.model.original_checkpoints import Position, write_original_baichuan
 from tests.ranks import ZERO_3, run_ranks
 from tests.rounding import LOSS_TOLERANCE

@@ -10,9 +10,9 @@ import pytest
 from huggingface_hub import constants
 
 from novelgpt.model import cached
+from novelgpt.model.tokenizer import load_tokenizer
 from novelgpt.settings.arguments import ModelArguments
 from novelgpt.settings.errors import UserError
-from novelgpt.text.tokenizer import load_tokenizer
 
 NAME = "someone/small-model"
 

@@ -20,15 +20,15 @@ from transformers import AutoModelForCausalLM
 
 from finetune_lora import merge
 from novelgpt import doctor
-from novelgpt.model import to_safetensors
+from novelgpt.export import to_safetensors
+from novelgpt.inference.generation import answer_end_ids
 from novelgpt.model.fingerprint import weights_fingerprint
 from novelgpt.model.folder_checks import check_model_folder
-from novelgpt.model.generation import answer_end_ids
 from novelgpt.model.loading import adapter_base, load_for_generation, read_config
+from novelgpt.model.tokenizer import load_tokenizer
 from novelgpt.settings.arguments import ModelArguments
 from novelgpt.settings.errors import UserError
 from novelgpt.settings.remedies import pip_install
-from novelgpt.text.tokenizer import load_tokenizer
 
 Build = Callable[[bytes], bytes]
 DEEP = b'{"a": ' + b"[" * 100_000 + b"]" * 100_000 + b"}"

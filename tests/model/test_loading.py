@@ -27,9 +27,9 @@ from transformers import (
 from finetune.__main__ import main as finetune
 from novelgpt.model.hub import _download_from_modelscope, locate, runs_own_code
 from novelgpt.model.loading import adapter_base, load_for_generation, load_model, longest_row
+from novelgpt.model.tokenizer import load_tokenizer
 from novelgpt.settings.arguments import ModelArguments
 from novelgpt.settings.errors import UserError
-from novelgpt.text.tokenizer import load_tokenizer
 from tests.launched import PATIENCE
 from tests.model.original_qwen1 import write_original_qwen1
 from tests.model.original_weights import CODE, write_weights

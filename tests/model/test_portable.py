@@ -25,11 +25,11 @@ from transformers import (
 from finetune.__main__ import main as finetune
 from finetune_lora.__main__ import main as finetune_lora
 from finetune_lora.merge import main as merge
+from novelgpt.export.to_safetensors import main as to_safetensors
 from novelgpt.model.loading import load_model
 from novelgpt.model.portable import make_portable
-from novelgpt.model.to_safetensors import main as to_safetensors
+from novelgpt.model.tokenizer import load_tokenizer
 from novelgpt.settings.arguments import ModelArguments
-from novelgpt.text.tokenizer import load_tokenizer
 from tests.model.tiny_bases import ADDED, write_tiny_base
 
 YARN = {"rope_type": "yarn", "rope_theta": 1e6, "factor": 4.0, "original_max_position_embeddings": 32}

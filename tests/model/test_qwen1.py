@@ -14,7 +14,7 @@ from transformers.trainer_utils import load_sharded_checkpoint
 from novelgpt.model.qwen1 import QWenConfig, QWenLMHeadModel
 from novelgpt.model.qwen1.modeling import as_qwen2
 from novelgpt.text.collator import Collator
-from novelgpt.text.conversation import IGNORED
+from novelgpt.text.conversation import IGNORE_INDEX
 from tests.model.original_qwen1 import SIZES, Style, write_original_qwen1
 from tests.model.original_weights import Shards
 from tests.rounding import assert_close
@@ -143,7 +143,7 @@ def test_packed_documents_are_what_they_are_alone(folder: Path) -> None:
     documents = [tokens(size, seed=size)[0] for size in (7, 2, 5)]
     pack = {
         "input_ids": torch.cat(documents),
-        "labels": torch.cat([torch.cat([torch.tensor([IGNORED]), document[1:]]) for document in documents]),
+        "labels": torch.cat([torch.cat([torch.tensor([IGNORE_INDEX]), document[1:]]) for document in documents]),
         "position_ids": torch.cat([torch.arange(len(document)) for document in documents]),
     }
     batch = Collator(pad_token_id=0)([pack])

@@ -11,12 +11,12 @@ import regex
 from transformers import AutoTokenizer, PreTrainedTokenizerBase
 
 from novelgpt.model.qwen1 import QWenTokenizer
+from novelgpt.model.tokenizer import load_tokenizer
 from novelgpt.settings.arguments import ModelArguments
 from novelgpt.settings.errors import UserError
 from novelgpt.settings.paths import SAMPLES
 from novelgpt.text.conversation import end_token_ids
 from novelgpt.text.encoding import document_end_id, encode
-from novelgpt.text.tokenizer import load_tokenizer
 from tests.model.original_qwen1 import write_original_qwen1
 
 SHARED = Path(__file__).resolve().parents[3] / "shared"

@@ -13,10 +13,10 @@ import torch
 from safetensors.torch import load_file, save_file
 
 from novelgpt.model.loading import load_model
+from novelgpt.model.tokenizer import load_tokenizer
 from novelgpt.settings.arguments import ModelArguments
 from novelgpt.settings.deepspeed_builds import spare_unused_build
 from novelgpt.settings.errors import UserError
-from novelgpt.text.tokenizer import load_tokenizer
 from tests.model.original_qwen1 import write_original_qwen1
 from tests.ranks import ZERO_3, run_ranks
 from tests.rounding import LOSS_TOLERANCE

@@ -8,11 +8,11 @@ import pytest
 import torch
 from transformers import AutoModelForCausalLM
 
-from novelgpt.model.generation import answer_prompts
+from novelgpt.inference.generation import answer_prompts
 from novelgpt.model.loading import load_for_generation, load_model
+from novelgpt.model.tokenizer import load_tokenizer
 from novelgpt.settings.arguments import GenerationArguments, ModelArguments, TrainArguments
 from novelgpt.text.encoding import answer_text
-from novelgpt.text.tokenizer import load_tokenizer
 from novelgpt.training.sample_predictions import SamplePredictions
 from predict.__main__ import main as predict
 from predict.chat import main as chat

@@ -17,11 +17,11 @@ from typing import Any
 import pytest
 
 from novelgpt.model.loading import load_for_generation
+from novelgpt.model.tokenizer import load_tokenizer
 from novelgpt.settings.arguments import GenerationArguments, ModelArguments
 from novelgpt.settings.errors import UserError
 from novelgpt.text.conversation import encode_prompt, record_answers
 from novelgpt.text.templates import use_template
-from novelgpt.text.tokenizer import load_tokenizer
 from predict.__main__ import main
 from predict.generate import continuously, in_batches
 from predict.rows import PromptRow

@@ -12,14 +12,14 @@ import pytest
 import torch
 from transformers import PreTrainedTokenizerBase
 
-from novelgpt.model.generation import answer_end_ids, answer_prompts
+from novelgpt.inference.generation import answer_end_ids, answer_prompts
 from novelgpt.model.loading import load_for_generation
+from novelgpt.model.tokenizer import load_tokenizer
 from novelgpt.settings.arguments import GenerationArguments, ModelArguments
 from novelgpt.settings.errors import UserError
 from novelgpt.text.conversation import encode_prompt, end_token_ids
 from novelgpt.text.encoding import encode, encode_document
 from novelgpt.text.templates import record_thinking
-from novelgpt.text.tokenizer import load_tokenizer
 from predict.chat import Chat, StreamedText, main
 from predict.raw_text import RawText, continues_text
 from tests.launched import PATIENCE

@@ -14,7 +14,7 @@ from novelgpt.scoring.row_scores import ScoredRow, score_row
 from novelgpt.scoring.text_scores import repetition_scores
 from novelgpt.settings.errors import UserError
 from novelgpt.settings.paths import SAMPLES
-from novelgpt.text.conversation import IGNORED
+from novelgpt.text.conversation import IGNORE_INDEX
 from novelgpt.text.encoding import encode
 from predict.__main__ import main as predict_main
 from predict.continuations import Asking, Book, Chapter, choose, main, places, reference_from, rows_of
@@ -178,7 +178,7 @@ def test_the_prompt_is_raw_text(tmp_path: Path, tokenizer: PreTrainedTokenizerBa
         assert encoded is not None
         reference = encode(record["text_completion"], tokenizer)
         assert encoded.input_ids == row.prompt_ids + reference
-        assert encoded.labels == [IGNORED] * len(row.prompt_ids) + reference
+        assert encoded.labels == [IGNORE_INDEX] * len(row.prompt_ids) + reference
 
 
 @pytest.mark.parametrize("field", [{"text_prompt": ""}, {"text_prompt": 7}, {"text_completion": [1]}])

@@ -21,10 +21,11 @@ from typing import Any
 
 import pytest
 
+from novelgpt.inference import endpoint_client
+from novelgpt.inference.endpoint_client import ServerAddress
+from novelgpt.inference.endpoint_replies import InvalidReplyError, read_chat_reply, read_model_names
 from novelgpt.settings.errors import UserError
-from predict import endpoint, server_client
-from predict.server_client import ServerAddress
-from predict.server_replies import InvalidReplyError, read_chat_reply, read_model_names
+from predict import endpoint
 from tests.predict.endpoint_servers import (
     Asked,
     Served,
@@ -42,7 +43,7 @@ from tests.warm_python import start_warm
 @pytest.fixture(autouse=True)
 def quick(monkeypatch: pytest.MonkeyPatch) -> None:
     """No pauses between tries but those that servers ask for."""
-    monkeypatch.setattr(server_client, "FIRST_PAUSE", 0.0)
+    monkeypatch.setattr(endpoint_client, "FIRST_PAUSE", 0.0)
     monkeypatch.delenv("OPENAI_API_KEY", raising=False)
 
 
@@ -282,7 +283,7 @@ def test_a_server_that_breaks_off_or_is_busy_is_asked_again(tmp_path: Path) -> N
 
 
 def test_no_server_makes_us_wait_for_long(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(server_client, "LONGEST_PAUSE", 0.01)
+    monkeypatch.setattr(endpoint_client, "LONGEST_PAUSE", 0.01)
     pauses = ["99999999", "inf", "1e999", "Fri, 31 Dec 9999 23:59:59 GMT"]
 
     def recipe(handler: BaseHTTPRequestHandler, asked: Asked, served: Served) -> None:
@@ -299,7 +300,7 @@ def test_no_server_makes_us_wait_for_long(tmp_path: Path, monkeypatch: pytest.Mo
 def test_causes_of_further_tries_are_told_once_and_not_without_end(
     tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(server_client, "LAST_PAUSE", 0.0)
+    monkeypatch.setattr(endpoint_client, "LAST_PAUSE", 0.0)
     rows = write_rows(tmp_path, *(["雨停了。"] * 12))
     counted = itertools.count()
 
@@ -338,7 +339,7 @@ def test_redirects_that_lose_the_question_or_go_round_are_refused(
     with serving(always("", status, Location="/v1/chat/completions")) as served:
         said = refused(served, write_rows(tmp_path, "雨停了。"), capsys)
         assert f"status {status}: redirects the request to {served.url}/chat/completions," in said
-        assert len(served.asked) <= 1 + 1 + server_client.MOST_REDIRECTS
+        assert len(served.asked) <= 1 + 1 + endpoint_client.MOST_REDIRECTS
 
 
 def everything_in(folder: Path) -> bytes:

@@ -10,7 +10,7 @@ from pathlib import Path
 
 import pytest
 
-from novelgpt.model.generation import Answer
+from novelgpt.inference.generation import Answer
 from novelgpt.settings.errors import UserError
 from predict.journal import Journal
 from tests.warm_python import WarmProcess, start_warm

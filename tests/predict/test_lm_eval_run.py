@@ -12,9 +12,9 @@ import pytest
 import torch
 
 from novelgpt.model.loading import load_for_generation
+from novelgpt.model.tokenizer import load_tokenizer
 from novelgpt.settings.arguments import ModelArguments
 from novelgpt.text.encoding import encode
-from novelgpt.text.tokenizer import load_tokenizer
 from predict.lm_eval_run import main
 from tests.launched import PATIENCE
 from tests.model.original_checkpoints import write_original_baichuan

@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 from transformers import AutoTokenizer, PreTrainedTokenizerBase
 
-from novelgpt.text.conversation import IGNORED, Message, encode_conversation, record_answers
+from novelgpt.text.conversation import IGNORE_INDEX, Message, encode_conversation, record_answers
 from novelgpt.text.encoding import encode
 from novelgpt.text.templates import CHATML_TEMPLATE, PLAIN_TEMPLATE, settle_template
 from predict.__main__ import main as predict
@@ -66,14 +66,14 @@ def family(
 
 def prompts_of_training(messages: list[Message], tokenizer: PreTrainedTokenizerBase) -> list[list[int]]:
     """What stands before each answer in the rows of training."""
-    end_id = [label for label in encode_conversation(messages, tokenizer)[-1].labels if label != IGNORED][-1]
+    end_id = [label for label in encode_conversation(messages, tokenizer)[-1].labels if label != IGNORE_INDEX][-1]
     prompts = []
     for row in encode_conversation(messages, tokenizer):
-        labels = [IGNORED, *row.labels]
+        labels = [IGNORE_INDEX, *row.labels]
         prompts += [
             row.input_ids[:index]
             for index, label in enumerate(row.labels)
-            if label != IGNORED and labels[index] in (IGNORED, end_id)
+            if label != IGNORE_INDEX and labels[index] in (IGNORE_INDEX, end_id)
         ]
     return prompts
 
@@ -129,7 +129,7 @@ def test_the_reference_alone_is_scored(name: str, family: PreTrainedTokenizerBas
     row = predict_row(messages, family, tmp_path)
     encoded = row.encoded_reference(family)
     assert encoded is not None
-    scored = [index for index, label in enumerate(encoded.labels) if label != IGNORED]
+    scored = [index for index, label in enumerate(encoded.labels) if label != IGNORE_INDEX]
     assert scored == list(range(len(row.prompt_ids), scored[-1] + 1))
     assert encoded.input_ids[: scored[0]] == row.prompt_ids
     assert [encoded.labels[index] for index in scored] == [encoded.input_ids[index] for index in scored]
@@ -147,7 +147,7 @@ def test_prompts_of_thoughts(tokenizer: PreTrainedTokenizerBase, tmp_path: Path)
     assert row.prompt_ids == second
     encoded = row.encoded_reference(thinking)
     assert encoded is not None
-    assert thinking.decode([label for label in encoded.labels if label != IGNORED]) == (
+    assert thinking.decode([label for label in encoded.labels if label != IGNORE_INDEX]) == (
         messages[-1]["content"] + "<|im_end|>"
     )
     trained = copy.deepcopy(thinking)

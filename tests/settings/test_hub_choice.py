@@ -8,7 +8,7 @@ from typing import Any
 
 import pytest
 
-from novelgpt.health import machine
+from novelgpt.checks import machine
 from novelgpt.settings.arguments import ModelArguments
 from novelgpt.settings.errors import UserError
 from novelgpt.settings.parser import parse_arguments

@@ -9,11 +9,11 @@ from transformers import AutoTokenizer, PreTrainedTokenizerBase
 
 from dataset.corpus import read_corpus
 from dataset.tokens_command import main as tokens
+from novelgpt.model.tokenizer import load_tokenizer
 from novelgpt.settings.arguments import CorpusArguments, ModelArguments
 from novelgpt.settings.errors import UserError
-from novelgpt.text.conversation import IGNORED, encode_conversation, encode_prompt
+from novelgpt.text.conversation import IGNORE_INDEX, encode_conversation, encode_prompt
 from novelgpt.text.encoding import document_begin_ids, document_end_id, encode
-from novelgpt.text.tokenizer import load_tokenizer
 from predict.raw_text import RawText
 from predict.rows import read_prompt_rows
 
@@ -59,7 +59,7 @@ def test_documents_of_pretraining_begin_with_it(plain: PreTrainedTokenizerBase, 
     row = train[0]
     assert row["input_ids"].tolist() == sum(expected, [])
     # All but the begin tokens is trained, the first token of a document among it.
-    assert row["labels"].tolist() == sum([[IGNORED, *document[1:]] for document in expected], [])
+    assert row["labels"].tolist() == sum([[IGNORE_INDEX, *document[1:]] for document in expected], [])
     counts = train.counts()
     assert (counts.tokens_in, counts.trained, counts.context) == (
         sum(map(len, expected)), sum(map(len, expected)) - len(TEXTS), len(TEXTS)
@@ -91,7 +91,7 @@ def test_conversations_begin_with_it_once(template: str | None, base_folder: Pat
     tokenizer = load_tokenizer(ModelArguments(str(write_folder(base_folder, tmp_path / "model", template))))
     begin = int(tokenizer.bos_token_id)
     (row,) = encode_conversation(MESSAGES, tokenizer)
-    assert row.input_ids[0] == begin and row.input_ids.count(begin) == 1 and row.labels[0] == IGNORED
+    assert row.input_ids[0] == begin and row.input_ids.count(begin) == 1 and row.labels[0] == IGNORE_INDEX
     for length in (1, 3):
         prompt = encode_prompt(MESSAGES[:length], tokenizer)
         assert prompt == row.input_ids[: len(prompt)]

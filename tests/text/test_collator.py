@@ -7,7 +7,7 @@ import torch
 
 import novelgpt.text.collator
 from novelgpt.text.collator import Collator
-from novelgpt.text.conversation import IGNORED
+from novelgpt.text.conversation import IGNORE_INDEX
 
 
 def test_doctest() -> None:
@@ -22,7 +22,7 @@ def test_padding_by_position_whatever_the_padding_token() -> None:
         rows = []
         for _ in range(draw.randint(1, 5)):
             ids = [draw.randint(0, 4) for _ in range(draw.randint(1, 9))]
-            rows.append({"input_ids": ids, "labels": [draw.choice([token, IGNORED]) for token in ids]})
+            rows.append({"input_ids": ids, "labels": [draw.choice([token, IGNORE_INDEX]) for token in ids]})
         before = repr(rows)
         batch = Collator(pad)(rows)
         assert repr(rows) == before
@@ -31,7 +31,7 @@ def test_padding_by_position_whatever_the_padding_token() -> None:
         for index, row in enumerate(rows):
             rest = longest - len(row["input_ids"])
             assert batch["input_ids"][index].tolist() == row["input_ids"] + [pad] * rest
-            assert batch["labels"][index].tolist() == row["labels"] + [IGNORED] * rest
+            assert batch["labels"][index].tolist() == row["labels"] + [IGNORE_INDEX] * rest
             assert batch["attention_mask"][index].tolist() == [1] * len(row["input_ids"]) + [0] * rest
         assert all(tensor.dtype == torch.int64 for tensor in batch.values())
 

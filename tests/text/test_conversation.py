@@ -15,7 +15,7 @@ from novelgpt.settings.arguments import ConversationArguments
 from novelgpt.settings.errors import UserError
 from novelgpt.text.collator import Collator
 from novelgpt.text.conversation import (
-    IGNORED,
+    IGNORE_INDEX,
     EncodedRow,
     Message,
     encode_conversation,
@@ -184,7 +184,7 @@ def trained_spans(row: EncodedRow, end_id: int) -> list[range]:
     """Runs of trained tokens, each up to an end token."""
     spans: list[range] = []
     for index, label in enumerate(row.labels):
-        if label == IGNORED:
+        if label == IGNORE_INDEX:
             continue
         if spans and spans[-1].stop == index and row.labels[index - 1] != end_id:
             spans[-1] = range(spans[-1].start, index + 1)
@@ -213,7 +213,7 @@ def assert_contract(messages: list[Message], tokenizer: PreTrainedTokenizerBase,
         prompt = encode_prompt(messages[:turn], tokenizer)
         # After an answer right before this one, the prompt holds that token already.
         assert row.input_ids[: len(prompt)] == prompt and len(prompt) == span.start
-    together = [label for row in rows for label in row.labels if label != IGNORED]
+    together = [label for row in rows for label in row.labels if label != IGNORE_INDEX]
     assert tokenizer.decode(together) == "".join(answer + end for answer in answers)
     for row in rows:
         assert len(row.labels) == len(row.input_ids)
@@ -253,8 +253,8 @@ def test_the_end_token_survives_padding(case: tuple[PreTrainedTokenizerBase, str
         batch = Collator(pad)([vars(short), vars(long)])
         for row, ids, labels in zip((short, long), batch["input_ids"], batch["labels"], strict=True):
             assert labels[: len(row.labels)].tolist() == row.labels
-            assert ids[len(row.input_ids) :].eq(pad).all() and labels[len(row.labels) :].eq(IGNORED).all()
-            assert labels[labels != IGNORED][-1] == tokenizer.convert_tokens_to_ids(end)
+            assert ids[len(row.input_ids) :].eq(pad).all() and labels[len(row.labels) :].eq(IGNORE_INDEX).all()
+            assert labels[labels != IGNORE_INDEX][-1] == tokenizer.convert_tokens_to_ids(end)
 
 
 def test_generation_stops_at_every_token_that_ends_an_answer(case: tuple[PreTrainedTokenizerBase, str]) -> None:
@@ -277,7 +277,7 @@ def test_a_template_that_drops_old_thoughts_gives_a_row_a_turn(
         render(messages[: turn + 1], thinking) for turn in turns
     ]
     for row in rows:
-        untrained = [token for token, label in zip(row.input_ids, row.labels, strict=True) if label == IGNORED]
+        untrained = [token for token, label in zip(row.input_ids, row.labels, strict=True) if label == IGNORE_INDEX]
         assert thinking.decode(untrained).count("<think>\n\n</think>\n\n") == 1
     assert len(assert_contract([*system, USER, ANSWER], thinking, "<|im_end|>")) == 1
 
@@ -295,7 +295,7 @@ def test_blanks_that_the_template_trims_are_not_trained(
         "lstrip('\\n')": answer.lstrip("\n"), "strip('\\n')": answer.strip("\n"), "lstrip()": answer.lstrip(),
         "rstrip()": answer.rstrip(), "strip()": answer.strip(),
     }[trim]  # fmt: skip
-    assert trimming.decode([label for label in row.labels if label != IGNORED]) == trimmed + "<|im_end|>"
+    assert trimming.decode([label for label in row.labels if label != IGNORE_INDEX]) == trimmed + "<|im_end|>"
     assert trimming.decode(row.input_ids) == render(messages, trimming)
 
 
@@ -348,7 +348,7 @@ def test_the_trained_tokens_are_those_that_the_loss_predicts(tokenizer: PreTrain
     """Labels are not shifted: the models shift them, so that the first trained token needs one before it."""
     (row,) = encode_conversation([SYSTEM, USER, ANSWER], tokenizer)
     shifted = torch.tensor(row.labels)[1:]
-    assert tokenizer.decode(shifted[shifted != IGNORED]) == ANSWER["content"] + "<|im_end|>"
+    assert tokenizer.decode(shifted[shifted != IGNORE_INDEX]) == ANSWER["content"] + "<|im_end|>"
 
 
 @pytest.fixture(scope="module")
@@ -362,10 +362,10 @@ def test_baichuan2_answers_learn_to_end_before_the_next_question(baichuan2: PreT
     )
     (row,) = encode_conversation([SYSTEM, USER, ANSWER, USER_2, ANSWER_2], baichuan2)
     assert row.input_ids == [*system, 195, *user, 196, *answer, 195, *user_2, 196, *answer_2, 2]
-    context = [IGNORED] * (len(system) + 1 + len(user) + 1)
-    assert row.labels == [*context, *answer, 2, *([IGNORED] * (len(user_2) + 1)), *answer_2, 2]
+    context = [IGNORE_INDEX] * (len(system) + 1 + len(user) + 1)
+    assert row.labels == [*context, *answer, 2, *([IGNORE_INDEX] * (len(user_2) + 1)), *answer_2, 2]
     # What a model learns, token by token: after the answer's last token comes the end.
-    learnt = [pair for pair in zip(row.input_ids, row.labels[1:], strict=False) if pair[1] != IGNORED]
+    learnt = [pair for pair in zip(row.input_ids, row.labels[1:], strict=False) if pair[1] != IGNORE_INDEX]
     assert learnt == [
         *zip([196, *answer], [*answer, 2], strict=True), *zip([196, *answer_2], [*answer_2, 2], strict=True),
     ]  # fmt: skip
@@ -384,8 +384,8 @@ def test_baichuan2_rows_keep_their_labels_through_packs_padding_and_cuts(baichua
     for length in (2, 5, 11):
         data = ConversationArguments(max_length=length, overlong="split")
         kept, counts = encode_rows([{"messages": messages, "source": "rows:1"}], baichuan2, data)
-        assert [label for part in kept for label in part.labels if label != IGNORED] == [
-            label for label in row.labels if label != IGNORED
+        assert [label for part in kept for label in part.labels if label != IGNORE_INDEX] == [
+            label for label in row.labels if label != IGNORE_INDEX
         ]
         assert counts.tokens_in == len(row.input_ids) == counts.trained + counts.context + counts.dropped
 
@@ -400,7 +400,7 @@ def qwen3(tokenizer: PreTrainedTokenizerBase) -> PreTrainedTokenizerBase:
 
 
 def trained_text(row: EncodedRow, tokenizer: PreTrainedTokenizerBase) -> str:
-    return str(tokenizer.decode([label for label in row.labels if label != IGNORED]))
+    return str(tokenizer.decode([label for label in row.labels if label != IGNORE_INDEX]))
 
 
 def test_the_empty_thought_belongs_to_the_prompt(qwen3: PreTrainedTokenizerBase) -> None:
@@ -438,7 +438,7 @@ def test_thoughts_of_answers_are_trained_as_the_template_writes_them(
         assert trained_text(row, qwen3) == kept + "<|im_end|>"
         prompt = encode_prompt(before, qwen3, thinking=True)
         assert row.input_ids[: len(prompt)] == prompt
-        assert set(row.labels[: len(prompt)]) == {IGNORED} and row.labels[len(prompt)] != IGNORED
+        assert set(row.labels[: len(prompt)]) == {IGNORE_INDEX} and row.labels[len(prompt)] != IGNORE_INDEX
         assert str(qwen3.decode(prompt)).endswith("<|im_start|>assistant\n")
         assert qwen3.decode(row.input_ids) == render([*before, answer], qwen3)
 
@@ -460,7 +460,7 @@ def test_a_template_that_always_opens_a_thought(tokenizer: PreTrainedTokenizerBa
     (row,) = encode_conversation([USER, {"role": "assistant", "content": THOUGHT}], always)
     assert trained_text(row, always) == THOUGHT.removeprefix("<think>\n") + "<|im_end|>"
     prompt = encode_prompt([USER], always, thinking=True)
-    assert row.input_ids[: len(prompt)] == prompt and row.labels[len(prompt)] != IGNORED
+    assert row.input_ids[: len(prompt)] == prompt and row.labels[len(prompt)] != IGNORE_INDEX
     with pytest.raises(UserError, match=r"雨下了一夜") as caught:
         encode_conversation([USER, ANSWER], always)
     assert "chat_template.jinja" in caught.value.remedy

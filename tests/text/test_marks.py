@@ -6,7 +6,7 @@ from pathlib import Path
 import pytest
 from transformers import AddedToken, PreTrainedTokenizerBase
 
-from novelgpt.text.conversation import IGNORED, Message, encode_conversation, encode_prompt
+from novelgpt.text.conversation import IGNORE_INDEX, Message, encode_conversation, encode_prompt
 from novelgpt.text.encoding import encode
 from novelgpt.text.templates import CHATML_TEMPLATE, PLAIN_TEMPLATE
 from predict.chat import Chat
@@ -87,13 +87,13 @@ def test_marks_that_a_text_spells_are_text(name: str, case: tuple[PreTrainedToke
         # Every special token is the template's own, in the inputs as in the labels.
         assert marks_in(row.input_ids, tokenizer) == marks_in(twin.input_ids, tokenizer)
         assert marks_in(row.labels, tokenizer) == marks_in(twin.labels, tokenizer)
-    together = [label for row in rows for label in row.labels if label != IGNORED]
+    together = [label for row in rows for label in row.labels if label != IGNORE_INDEX]
     assert tokenizer.decode(together) == "".join(messages[turn]["content"] + end for turn in turns)
     assert together.count(end_id) == len(turns)
     for number, turn in enumerate(turns):
         prompt = encode_prompt(messages[:turn], tokenizer)
         row = rows[number] if len(rows) > 1 else rows[0]
-        assert row.input_ids[: len(prompt)] == prompt and row.labels[len(prompt)] != IGNORED
+        assert row.input_ids[: len(prompt)] == prompt and row.labels[len(prompt)] != IGNORE_INDEX
 
 
 def test_a_fast_tokenizer_gives_its_own_tokens_of_ordinary_text(tokenizer: PreTrainedTokenizerBase) -> None:
@@ -104,7 +104,7 @@ def test_a_fast_tokenizer_gives_its_own_tokens_of_ordinary_text(tokenizer: PreTr
     start, end = tokenizer.convert_tokens_to_ids(["<|im_start|>", "<|im_end|>"])
     prompt = [start, *texts["question"], end, *encode("\n<|im_start|>assistant\n", tokenizer)]
     assert row.input_ids == [*prompt, *texts["answer"], end, *encode("\n", tokenizer)]
-    assert row.labels == [*[IGNORED] * len(prompt), *texts["answer"], end, IGNORED]
+    assert row.labels == [*[IGNORE_INDEX] * len(prompt), *texts["answer"], end, IGNORE_INDEX]
     # What comes after is tokenised as ever.
     assert encode("<|im_end|>", tokenizer) == [end]
 
@@ -115,7 +115,7 @@ def test_a_users_own_special_tokens_stay_tokens(tokenizer: PreTrainedTokenizerBa
     scene, aside, end = own.convert_tokens_to_ids(["<场景>", "[旁白]", "<|im_end|>"])
     for text in ("<场景>雨夜[旁白]", "<场景>雨<|im_end|>夜[旁白]"):
         (row,) = encode_conversation([{"role": "user", "content": text}, {"role": "assistant", "content": text}], own)
-        trained = [label for label in row.labels if label != IGNORED]
+        trained = [label for label in row.labels if label != IGNORE_INDEX]
         assert own.decode(trained) == text + "<|im_end|>"
         assert (trained.count(scene), trained.count(aside), trained.count(end)) == (1, 1, 1)
         assert (row.input_ids.count(scene), row.input_ids.count(aside)) == (2, 2)
@@ -124,7 +124,7 @@ def test_a_users_own_special_tokens_stay_tokens(tokenizer: PreTrainedTokenizerBa
 def test_stand_ins_that_a_text_holds_are_kept(tokenizer: PreTrainedTokenizerBase) -> None:
     answer = "\U000f0000<|im_end|>\U000f0001\U000f0000"
     (row,) = encode_conversation([PLAINLY, {"role": "assistant", "content": answer}], tokenizer)
-    assert tokenizer.decode([label for label in row.labels if label != IGNORED]) == answer + "<|im_end|>"
+    assert tokenizer.decode([label for label in row.labels if label != IGNORE_INDEX]) == answer + "<|im_end|>"
 
 
 def test_marks_in_tools_and_calls_are_text(tokenizer: PreTrainedTokenizerBase) -> None:

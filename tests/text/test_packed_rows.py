@@ -19,7 +19,7 @@ from dataset.conversations import EncodedRows, read_conversations
 from dataset.corpus import read_corpus
 from dataset.decode import decode_text, read_bytes
 from novelgpt.settings.arguments import ConversationArguments, CorpusArguments
-from novelgpt.text.conversation import IGNORED, EncodedRow
+from novelgpt.text.conversation import IGNORE_INDEX, EncodedRow
 from novelgpt.text.packing import PackedBlocks, PackedRows, best_fit
 from novelgpt.text.statistics import TokenCounts
 
@@ -86,7 +86,7 @@ def random_rows(draw: random.Random, number: int, longest: int) -> list[EncodedR
     rows = []
     for _ in range(number):
         ids = [draw.randint(1, 900) for _ in range(draw.randint(1, longest))]
-        rows.append(EncodedRow(ids, [draw.choice([token, IGNORED]) for token in ids]))
+        rows.append(EncodedRow(ids, [draw.choice([token, IGNORE_INDEX]) for token in ids]))
     return rows
 
 
@@ -116,7 +116,7 @@ def test_packs_hold_whole_rows_whose_first_token_is_not_trained() -> None:
         for number, row in enumerate(rows):
             expected = {
                 "input_ids": row.input_ids,
-                "labels": [IGNORED, *row.labels[1:]],
+                "labels": [IGNORE_INDEX, *row.labels[1:]],
                 "position_ids": list(range(len(row.input_ids))),
             }
             assert found[number] == expected
@@ -158,7 +158,7 @@ def marked(messages: list[dict[str, str]], tokenizer: PreTrainedTokenizerBase) -
 
 
 def trained_tokens(labels: list[int]) -> list[int]:
-    return [label for label in labels if label != IGNORED]
+    return [label for label in labels if label != IGNORE_INDEX]
 
 
 @pytest.fixture
@@ -218,7 +218,7 @@ def test_chats_of_all_lengths_are_accounted_for(
         found = [document for item in items for document in documents_of(item)]
         assert Counter(tuple(document["input_ids"]) for document in found) == everything
         assert sum(len(trained_tokens(document["labels"])) for document in found) == counts.trained
-        assert all(document["labels"][0] == IGNORED for document in found)
+        assert all(document["labels"][0] == IGNORE_INDEX for document in found)
         assert len(train) < len(train.rows) and max(len(item["input_ids"]) for item in items) <= max_length
     # The text of what is trained: the answers and their end tokens.
     texts = [tokenizer.decode(trained_tokens(row.labels)) for row in whole]
@@ -256,8 +256,8 @@ def assert_text_is_trained_once(
     trained = [token for item in items for token in trained_tokens(item["labels"].tolist())]
     assert trained == [token for document in documents for token in document[1:]]
     for item in items:
-        assert ((item["labels"] == IGNORED) | (item["labels"] == item["input_ids"])).all()
-        assert item["labels"][0] == IGNORED
+        assert ((item["labels"] == IGNORE_INDEX) | (item["labels"] == item["input_ids"])).all()
+        assert item["labels"][0] == IGNORE_INDEX
 
 
 @pytest.mark.parametrize("packing", [True, False])
@@ -307,7 +307,7 @@ def test_documents_cut_on_their_own_share_no_block() -> None:
                     item = remaining.pop(0)
                     ids = item["input_ids"].tolist()
                     assert len(ids) <= max_length and ids[0] == seen[-1]
-                    assert item["labels"].tolist() == [IGNORED, *ids[1:]]
+                    assert item["labels"].tolist() == [IGNORE_INDEX, *ids[1:]]
                     seen += ids[1:]
                     trained += ids[1:]
                     if len(seen) >= len(document):
@@ -320,5 +320,5 @@ def test_documents_cut_on_their_own_share_no_block() -> None:
             assert (counts.rows, counts.dropped) == (len(items), 0)
             assert counts.lengths == [len(item["input_ids"]) for item in items]
             half = blocks.subset(range(len(blocks) // 2, len(blocks)))
-            seen_trained = sum(int((half[index]["labels"] != IGNORED).sum()) for index in range(len(half)))
+            seen_trained = sum(int((half[index]["labels"] != IGNORE_INDEX).sum()) for index in range(len(half)))
             assert half.counts().trained == seen_trained

@@ -14,7 +14,7 @@ from novelgpt.model.loading import load_model
 from novelgpt.settings.arguments import CorpusArguments, ModelArguments
 from novelgpt.settings.errors import UserError
 from novelgpt.text.collator import Collator
-from novelgpt.text.conversation import IGNORED
+from novelgpt.text.conversation import IGNORE_INDEX
 from novelgpt.text.encoding import document_end_id, encode
 from novelgpt.text.packing import PackedBlocks
 from tests.rounding import assert_close
@@ -35,7 +35,7 @@ def unrolled(blocks: PackedBlocks, field: str) -> list[int]:
 
 
 def expected_labels(documents: list[numpy.ndarray]) -> list[int]:
-    return [label for document in documents for label in [IGNORED, *document.tolist()[1:]]]
+    return [label for document in documents for label in [IGNORE_INDEX, *document.tolist()[1:]]]
 
 
 def test_every_token_is_trained_once_but_the_first_of_each_document() -> None:
@@ -53,7 +53,7 @@ def test_every_token_is_trained_once_but_the_first_of_each_document() -> None:
             assert all(size == max_length for size in sizes[:-1]) and 1 <= sizes[-1] <= max_length
             for index in range(1, len(blocks)):
                 assert blocks[index]["input_ids"][0] == blocks[index - 1]["input_ids"][-1]
-                assert blocks[index]["labels"][0] == IGNORED
+                assert blocks[index]["labels"][0] == IGNORE_INDEX
 
 
 def test_positions_restart_at_each_document_and_each_block() -> None:
@@ -93,7 +93,7 @@ def test_counts_of_all_blocks_and_of_parts() -> None:
                 counts = part.counts()
                 assert counts.tokens_in == counts.trained + counts.context + counts.dropped
                 assert counts.tokens_in == len(unrolled(part, "input_ids"))
-                assert counts.trained == sum(int((row["labels"] != IGNORED).sum()) for row in rows)
+                assert counts.trained == sum(int((row["labels"] != IGNORE_INDEX).sum()) for row in rows)
                 assert counts.lengths == [len(row["input_ids"]) for row in rows]
                 assert (counts.rows, counts.dropped) == (len(part), 0)
             assert blocks.counts().tokens_in == total

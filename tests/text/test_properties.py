@@ -15,7 +15,7 @@ from transformers import PreTrainedTokenizerBase
 
 from dataset.conversations import encode_rows
 from novelgpt.settings.arguments import ConversationArguments
-from novelgpt.text.conversation import IGNORED, EncodedRow, Message, encode_conversation, encode_prompt
+from novelgpt.text.conversation import IGNORE_INDEX, EncodedRow, Message, encode_conversation, encode_prompt
 from novelgpt.text.packing import PackedBlocks, PackedRows, best_fit
 from novelgpt.text.templates import PLAIN_TEMPLATE, template_record
 from tests.text.test_templates import build_baichuan_folder, load_baichuan, with_template
@@ -106,7 +106,7 @@ def answers_of(conversation: list[Message]) -> list[str]:
 
 
 def trained(row: EncodedRow) -> list[int]:
-    return [label for label in row.labels if label != IGNORED]
+    return [label for label in row.labels if label != IGNORE_INDEX]
 
 
 def turns_of(conversation: list[Message]) -> list[int]:
@@ -121,7 +121,7 @@ def test_labels_are_the_tokens_or_ignored(
     tokenizer, end = case
     (row,) = encode_conversation(conversation, tokenizer)
     assert len(row.labels) == len(row.input_ids)
-    differing = [place for place, label in enumerate(row.labels) if label not in (row.input_ids[place], IGNORED)]
+    differing = [place for place, label in enumerate(row.labels) if label not in (row.input_ids[place], IGNORE_INDEX)]
     if template_record(tokenizer)["name"] == "baichuan2":
         # The next message alone ends an answer: the label of its first token, or of none behind the last answer.
         assert all(row.labels[place] == tokenizer.convert_tokens_to_ids(end) for place in differing)
@@ -153,8 +153,8 @@ def test_prompts_of_prediction_begin_the_row_and_the_first_is_untrained(
     prompts = [encode_prompt(conversation[:turn], tokenizer) for turn in turns_of(conversation)]
     for prompt in prompts:
         assert row.input_ids[: len(prompt)] == prompt
-    assert set(row.labels[: len(prompts[0])]) <= {IGNORED}
-    assert IGNORED not in row.labels[len(prompts[0]) : len(prompts[0]) + 1]
+    assert set(row.labels[: len(prompts[0])]) <= {IGNORE_INDEX}
+    assert IGNORE_INDEX not in row.labels[len(prompts[0]) : len(prompts[0]) + 1]
 
 
 @cases(CONVERSATIONS)
@@ -204,7 +204,8 @@ def test_best_fit_takes_each_item_once_and_overfills_no_pack(capacity: int, shar
 )
 def test_packed_rows_are_whole_and_apart(rows: list[list[tuple[int, bool]]], max_length: int) -> None:
     encoded = [
-        EncodedRow([token for token, _ in row], [token if kept else IGNORED for token, kept in row]) for row in rows
+        EncodedRow([token for token, _ in row], [token if kept else IGNORE_INDEX for token, kept in row])
+        for row in rows
     ]
     packs = PackedRows(encoded, max_length)
     found: list[tuple[int, ...]] = []
@@ -217,7 +218,7 @@ def test_packed_rows_are_whole_and_apart(rows: list[list[tuple[int, bool]]], max
             own = encoded[packs.packs[number][borders.index(begin)]]
             assert positions[begin:end].tolist() == list(range(end - begin))
             # What comes before a row is another one, which must not tell its first token.
-            assert labels[begin:end].tolist() == [IGNORED, *own.labels[1:]]
+            assert labels[begin:end].tolist() == [IGNORE_INDEX, *own.labels[1:]]
             found.append(tuple(ids[begin:end].tolist()))
     assert Counter(found) == Counter(tuple(row.input_ids) for row in encoded)
 
@@ -233,11 +234,11 @@ def test_mixed_blocks_give_back_the_text(documents: list[list[int]], max_length:
     text = items[0]["input_ids"].tolist()
     labels = items[0]["labels"].tolist()
     for item in items[1:]:  # a block begins with the last token of the one before, untrained
-        assert item["input_ids"][0] == text[-1] and item["labels"][0] == IGNORED
+        assert item["input_ids"][0] == text[-1] and item["labels"][0] == IGNORE_INDEX
         text += item["input_ids"][1:].tolist()
         labels += item["labels"][1:].tolist()
     assert text == [token for document in documents for token in document]
-    assert labels == [label for document in documents for label in (IGNORED, *document[1:])]
+    assert labels == [label for document in documents for label in (IGNORE_INDEX, *document[1:])]
     starts = set(numpy.cumsum([0, *map(len, documents)]).tolist())
     place = 0
     for item in items:
@@ -268,7 +269,7 @@ def test_unmixed_blocks_hold_one_document_each(documents: list[list[int]], max_l
         assert seen == document
     for item in items:
         assert len(item["input_ids"]) <= max_length
-        assert item["labels"].tolist() == [IGNORED, *item["input_ids"][1:].tolist()]
+        assert item["labels"].tolist() == [IGNORE_INDEX, *item["input_ids"][1:].tolist()]
     assert next(remaining, None) is None
     assert_counted(blocks, documents, items)
 
@@ -277,6 +278,6 @@ def assert_counted(blocks: PackedBlocks, documents: list[list[int]], items: list
     """All tokens are counted, those of the labels as trained, and none is dropped."""
     counts = blocks.counts()
     assert counts.tokens_in == sum(map(len, documents)) == counts.trained + counts.context + counts.dropped
-    assert counts.trained == sum(int((item["labels"] != IGNORED).sum()) for item in items)
+    assert counts.trained == sum(int((item["labels"] != IGNORE_INDEX).sum()) for item in items)
     assert (counts.dropped, counts.rows) == (0, len(items))
     assert counts.lengths == [len(item["input_ids"]) for item in items]

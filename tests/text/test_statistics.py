@@ -7,12 +7,12 @@ import numpy
 import pytest
 from transformers import PreTrainedTokenizerBase
 
+from novelgpt.model.tokenizer import load_tokenizer
 from novelgpt.settings.arguments import ModelArguments
-from novelgpt.text.conversation import IGNORED, encode_conversation
+from novelgpt.text.conversation import IGNORE_INDEX, encode_conversation
 from novelgpt.text.encoding import document_end_id, encode
 from novelgpt.text.packing import PackedBlocks
 from novelgpt.text.statistics import trained_characters, trained_runs
-from novelgpt.text.tokenizer import load_tokenizer
 
 SHARED = Path(__file__).resolve().parents[3] / "shared" / "tokenizers"
 TOKENIZERS = ["embedded"] + [name for name in ("qwen2", "baichuan2-fast") if (SHARED / name).is_dir()]
@@ -32,10 +32,10 @@ def random_text(draw: random.Random, length: int) -> str:
 def test_runs_are_the_neighbouring_labels() -> None:
     draw = random.Random(0)
     for _ in range(200):
-        labels = draw.choices([IGNORED, 7], k=draw.randint(0, 12))
+        labels = draw.choices([IGNORE_INDEX, 7], k=draw.randint(0, 12))
         runs = trained_runs(labels)
         inside = {position for begin, end in runs for position in range(begin, end)}
-        assert inside == {position for position, label in enumerate(labels) if label != IGNORED}
+        assert inside == {position for position, label in enumerate(labels) if label != IGNORE_INDEX}
         assert all(end < begin for (_, end), (begin, _) in zip(runs, runs[1:], strict=False))
 
 

@@ -8,11 +8,11 @@ import pytest
 from transformers import PreTrainedTokenizerBase
 
 from novelgpt.doctor import check_run
+from novelgpt.model.tokenizer import load_tokenizer
 from novelgpt.settings.arguments import ModelArguments
 from novelgpt.settings.errors import UserError
 from novelgpt.text import template_bounds
 from novelgpt.text.conversation import encode_conversation, encode_prompt
-from novelgpt.text.tokenizer import load_tokenizer
 
 LOOPS = "{% for i in range(99999) %}" * 3 + "{% endfor %}" * 3
 FIBONACCI = "{% if n %}{{ f(n - 1) }}{{ f(n - 1) }}{% endif %}"

@@ -11,9 +11,9 @@ import sentencepiece
 from sentencepiece import sentencepiece_model_pb2
 from transformers import AutoTokenizer, PreTrainedTokenizerBase
 
-from novelgpt.model.baichuan.tokenization import BaichuanTokenizer
 from novelgpt.settings.errors import UserError
 from novelgpt.settings.paths import SAMPLES
+from novelgpt.text.baichuan_tokenizer import BaichuanTokenizer
 from novelgpt.text.conversation import encode_prompt
 from novelgpt.text.templates import (
     ASSISTANT_ID,

@@ -13,12 +13,12 @@ from hypothesis import strategies as st
 from tokenizers import Tokenizer, decoders, models, normalizers
 from transformers import AutoTokenizer, PreTrainedTokenizerBase, PreTrainedTokenizerFast
 
+from novelgpt.model.tokenizer import load_tokenizer
 from novelgpt.settings.arguments import ModelArguments
 from novelgpt.text.encoding import document_end_id, encode
 from novelgpt.text.packing import PackedBlocks
 from novelgpt.text.pieces import PIECE, DocumentCutter, PieceEncoder, cuts_are_exact, token_type
 from novelgpt.text.token_files import TokenArray, TokenText, join_texts, tokenizer_digest
-from novelgpt.text.tokenizer import load_tokenizer
 from tests.model.original_checkpoints import write_original_baichuan
 
 SHARED = Path(__file__).resolve().parents[3] / "shared"

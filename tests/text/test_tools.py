@@ -11,7 +11,7 @@ from dataset.conversations import encode_rows
 from dataset.readers import read_conversation_rows
 from novelgpt.settings.arguments import ConversationArguments
 from novelgpt.settings.errors import UserError
-from novelgpt.text.conversation import IGNORED, EncodedRow, encode_conversation, encode_prompt
+from novelgpt.text.conversation import IGNORE_INDEX, EncodedRow, encode_conversation, encode_prompt
 from novelgpt.text.statistics import TokenCounts
 from novelgpt.text.templates import CHATML_TEMPLATE
 from predict.rows import read_prompt_rows
@@ -169,7 +169,7 @@ def encoded(
 
 
 def trained(row: EncodedRow, tokenizer: PreTrainedTokenizerBase) -> str:
-    return str(tokenizer.decode([label for label in row.labels if label != IGNORED]))
+    return str(tokenizer.decode([label for label in row.labels if label != IGNORE_INDEX]))
 
 
 @pytest.mark.parametrize("form", FORMS)
@@ -188,7 +188,7 @@ def test_calls_and_tools_have_the_tokens_of_the_template(
         rendered = chat.apply_chat_template(
             messages[:turn], tools=[WEATHER], tokenize=True, return_dict=False, add_generation_prompt=True
         )
-        assert prompt == rendered == row.input_ids[: len(prompt)] and row.labels[len(prompt)] != IGNORED
+        assert prompt == rendered == row.input_ids[: len(prompt)] and row.labels[len(prompt)] != IGNORE_INDEX
 
 
 def test_several_calls_and_results(chat: PreTrainedTokenizerBase, tmp_path: Path) -> None:
@@ -249,7 +249,7 @@ def test_calls_of_other_families(family: str, tokenizer: PreTrainedTokenizerBase
         assert trained(row, chat) == f"{written}{ANSWER['content']}<|im_end|>"
         for turn in (1, 3):
             prompt = encode_prompt([USER, call(content), RESULT][:turn], chat)
-            assert row.input_ids[: len(prompt)] == prompt and row.labels[len(prompt)] != IGNORED
+            assert row.input_ids[: len(prompt)] == prompt and row.labels[len(prompt)] != IGNORE_INDEX
     # What is said beside a call has no place here.
     with pytest.raises(UserError, match="field tool_calls"):
         encoded({"messages": [USER, call("我查一下。"), RESULT, ANSWER]}, chat, tmp_path)
@@ -262,8 +262,8 @@ def test_calls_after_thoughts(qwen3: PreTrainedTokenizerBase, tmp_path: Path) ->
     assert trained(row, qwen3) == f"{first}{ANSWER['content']}<|im_end|>"
     for turn in (1, 3):
         prompt = encode_prompt([USER, thinking, RESULT][:turn], qwen3, turn == 1, tools=[WEATHER])
-        assert row.input_ids[: len(prompt)] == prompt and row.labels[len(prompt)] != IGNORED
-        assert row.labels[len(prompt) - 1] == IGNORED
+        assert row.input_ids[: len(prompt)] == prompt and row.labels[len(prompt)] != IGNORE_INDEX
+        assert row.labels[len(prompt) - 1] == IGNORE_INDEX
 
 
 @pytest.mark.parametrize("field", ["reasoning_content", "reasoning", "thinking"])

@@ -16,11 +16,11 @@ from finetune_lora.adapter import attach_lora
 from novelgpt.model.baichuan import BaichuanConfig, BaichuanForCausalLM
 from novelgpt.model.loading import load_for_generation, load_model
 from novelgpt.model.qwen1 import QWenConfig, QWenLMHeadModel
+from novelgpt.model.tokenizer import load_tokenizer
 from novelgpt.settings.arguments import LoraArguments, ModelArguments, TrainArguments
 from novelgpt.settings.errors import UserError
 from novelgpt.text.collator import Collator
 from novelgpt.text.conversation import encode_conversation
-from novelgpt.text.tokenizer import load_tokenizer
 from novelgpt.training.trainer import NovelTrainer
 from tests.rounding import assert_close
 

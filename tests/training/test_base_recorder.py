@@ -10,8 +10,8 @@ from transformers import TrainingArguments
 
 from novelgpt.model.fingerprint import BASE_RECORD, check_base, weights_fingerprint
 from novelgpt.model.loading import load_model
+from novelgpt.model.tokenizer import load_tokenizer
 from novelgpt.settings.arguments import ModelArguments
-from novelgpt.text.tokenizer import load_tokenizer
 from novelgpt.training.base_recorder import BaseRecorder
 from novelgpt.training.checkpoints.trainer import CheckpointTrainer
 

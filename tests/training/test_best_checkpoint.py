@@ -17,15 +17,15 @@ from transformers import AutoModelForCausalLM, TrainerState
 
 from finetune.__main__ import main as finetune
 from finetune_lora.__main__ import main as finetune_lora
+from novelgpt.checks.launch import check_before_launch
+from novelgpt.model.tokenizer import load_tokenizer
 from novelgpt.settings.arguments import ConversationArguments, ModelArguments, TrainArguments
 from novelgpt.settings.errors import UserError
 from novelgpt.settings.runs import FinetuneRun
-from novelgpt.text.conversation import IGNORED, encode_conversation
-from novelgpt.text.tokenizer import load_tokenizer
+from novelgpt.text.conversation import IGNORE_INDEX, encode_conversation
 from novelgpt.training import throughput
 from novelgpt.training.checkpoints.best import best_checkpoint
 from novelgpt.training.checkpoints.folders import checkpoints, damage, step_of
-from novelgpt.training.launch_checks import check_before_launch
 from novelgpt.training.result_files import RESULT_FILES
 from novelgpt.training.trainer import NovelTrainer
 from tests.faults.runs import write_base, write_rows
@@ -95,9 +95,9 @@ def figures(base: Path, folder: Path, rows: Path) -> tuple[float, float]:
         labels = torch.tensor(encoded.labels[1:])
         with torch.no_grad():
             logits = model(input_ids=torch.tensor([encoded.input_ids])).logits[0, :-1]
-        total += float(functional.cross_entropy(logits, labels, ignore_index=IGNORED, reduction="sum"))
-        tokens += int((labels != IGNORED).sum())
-        hits += int((logits.argmax(-1) == labels)[labels != IGNORED].sum())
+        total += float(functional.cross_entropy(logits, labels, ignore_index=IGNORE_INDEX, reduction="sum"))
+        tokens += int((labels != IGNORE_INDEX).sum())
+        hits += int((logits.argmax(-1) == labels)[labels != IGNORE_INDEX].sum())
     return total / tokens, hits / tokens
 
 

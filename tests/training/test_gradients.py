@@ -23,7 +23,7 @@ from finetune.__main__ import main as finetune
 from novelgpt.model import attention as _attention  # noqa: F401  registers "packed"
 from novelgpt.settings.arguments import TrainArguments
 from novelgpt.text.collator import Collator
-from novelgpt.text.conversation import IGNORED, EncodedRow
+from novelgpt.text.conversation import IGNORE_INDEX, EncodedRow
 from novelgpt.text.packing import PackedRows
 from novelgpt.training import throughput
 from novelgpt.training.trainer import NovelTrainer
@@ -55,7 +55,9 @@ def encoded(number: int, longest: int = 40) -> list[EncodedRow]:
         size = int(torch.randint(3, longest, (1,), generator=draw))
         ids = torch.randint(1, VOCABULARY, (size,), generator=draw).tolist()
         trained = torch.rand(size, generator=draw) < 0.1 + 0.8 * index / number
-        made.append(EncodedRow(ids, [token if wanted else IGNORED for token, wanted in zip(ids, trained, strict=True)]))
+        made.append(
+            EncodedRow(ids, [token if wanted else IGNORE_INDEX for token, wanted in zip(ids, trained, strict=True)])
+        )
     return made
 
 
@@ -65,7 +67,7 @@ def rows_of(packed: bool) -> Any:
     share = 3 if packed else 1
     groups = [made[begin : begin + share] for begin in range(0, len(made), share)]
     for row in (row for index in UNTRAINED for row in groups[index]):
-        row.labels = [IGNORED] * len(row.labels)
+        row.labels = [IGNORE_INDEX] * len(row.labels)
     if packed:
         return [PackedRows(group, max_length=120)[0] for group in groups]
     return EncodedRows(made)
@@ -179,7 +181,7 @@ def test_gradients_do_not_depend_on_the_shape_of_batches(
 def test_packed_rows_give_the_gradients_of_padded_ones(tmp_path: Path) -> None:
     rows = encoded(8)
     for row in rows:
-        row.labels[0] = IGNORED
+        row.labels[0] = IGNORE_INDEX
     packs = PackedRows(rows, max_length=80)
     assert 1 < len(packs) < 4
     padded = train(Case("", 8, 1), tmp_path, EncodedRows(rows))
@@ -192,7 +194,7 @@ def test_packed_rows_give_the_gradients_of_padded_ones(tmp_path: Path) -> None:
 def test_a_step_without_trained_tokens_changes_nothing(tmp_path: Path) -> None:
     rows = encoded(2)
     for row in rows:
-        row.labels = [IGNORED] * len(row.labels)
+        row.labels = [IGNORE_INDEX] * len(row.labels)
     outcome = train(Case("", 1, 2), tmp_path, EncodedRows(rows))
     assert outcome["losses"] == [0.0]
     before = {name: parameter.detach() for name, parameter in tiny(tied=True).named_parameters()}

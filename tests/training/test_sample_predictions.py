@@ -14,7 +14,7 @@ from peft import LoraConfig, get_peft_model
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
-from novelgpt.model.generation import answer_end_ids, answer_prompts
+from novelgpt.inference.generation import answer_end_ids, answer_prompts
 from novelgpt.model.loading import load_for_generation, load_model
 from novelgpt.scoring.repetition import rep4_char
 from novelgpt.scoring.rouge import mean_f, score_texts
@@ -27,7 +27,7 @@ from novelgpt.training.sample_predictions import (
     PREDICTIONS_FILE,
     SamplePredictions,
     choose_samples,
-    undisturbed,
+    preserve_mode_and_rng,
 )
 from tests.ranks import run_pipeline
 
@@ -265,10 +265,10 @@ def test_random_states_are_left_as_they_were() -> None:
     random.seed(1)
     numpy.random.seed(1)
     torch.manual_seed(1)
-    with undisturbed(part):
+    with preserve_mode_and_rng(part):
         inside = random.random(), numpy.random.rand(), torch.rand(())
     assert (random.random(), numpy.random.rand(), torch.rand(())) == inside
-    with pytest.raises(ZeroDivisionError), undisturbed(part):
+    with pytest.raises(ZeroDivisionError), preserve_mode_and_rng(part):
         random.random()
         assert not part.training
         raise ZeroDivisionError

@@ -12,15 +12,15 @@ from pathlib import Path
 import pytest
 import torch
 
+from novelgpt.budget.memory import compute_dtype
 from novelgpt.settings.arguments import TrainArguments
-from novelgpt.training.memory import compute_dtype
 from tests.launched import PATIENCE, ROOT
 
 AVX2 = {"ATEN_CPU_CAPABILITY": "avx2", "ONEDNN_MAX_CPU_ISA": "AVX2", "OMP_NUM_THREADS": "1", "HF_HUB_OFFLINE": "1"}
 # Trains by the command line that follows, and tells which products were tried before.
 SCRIPT = """
 import json, runpy, sys, torch
-from novelgpt.health import devices
+from novelgpt.checks import devices
 from novelgpt.training import throughput
 sizes = []
 fastest = throughput._fastest_product

@@ -12,10 +12,10 @@ from torch.utils.flop_counter import FlopCounterMode
 from transformers import PreTrainedModel, Qwen3Config, Qwen3ForCausalLM
 
 from novelgpt.model import attention as _attention  # noqa: F401  registers "packed"
+from novelgpt.model.loss import attach_chunked_loss
 from novelgpt.text.collator import Collator
-from novelgpt.text.conversation import IGNORED
+from novelgpt.text.conversation import IGNORE_INDEX
 from novelgpt.training import throughput
-from novelgpt.training.loss import attach_chunked_loss
 from novelgpt.training.throughput import StepCost, Throughput
 
 Row = dict[str, torch.Tensor]
@@ -38,12 +38,12 @@ def adapted(tied: bool = True) -> torch.nn.Module:
 
 def random_row(draw: random.Random, size: int) -> Row:
     ids = torch.tensor([draw.randint(1, 300) for _ in range(size)])
-    return {"input_ids": ids, "labels": torch.where(torch.rand(size) < 0.5, ids, IGNORED)}
+    return {"input_ids": ids, "labels": torch.where(torch.rand(size) < 0.5, ids, IGNORE_INDEX)}
 
 
 def pack(rows: list[Row]) -> Row:
     for row in rows:
-        row["labels"][0] = IGNORED
+        row["labels"][0] = IGNORE_INDEX
         row["position_ids"] = torch.arange(len(row["labels"]))
     return {name: torch.cat([row[name] for row in rows]) for name in ("input_ids", "labels", "position_ids")}
 
@@ -69,7 +69,7 @@ def test_linear_layers_cost_what_torch_counts(make: Callable[[bool], torch.nn.Mo
     cost = StepCost(base)
     attach_chunked_loss(base)
     counted = products(model, batch)
-    trained = int((batch["labels"][:, 1:] != IGNORED).sum())
+    trained = int((batch["labels"][:, 1:] != IGNORE_INDEX).sum())
     assert 0 < trained < 128
     linear = counted["mm"] + counted.get("addmm", 0)
     assert cost.flops(tokens=128, trained=trained, pairs=0) == pytest.approx(linear, rel=0.02)
@@ -114,7 +114,7 @@ def counted(meter: Throughput) -> list[float]:
 
 
 def trained_tokens(rows: list[Row]) -> int:
-    return sum(int((row["labels"][1:] != IGNORED).sum()) for row in rows)
+    return sum(int((row["labels"][1:] != IGNORE_INDEX).sum()) for row in rows)
 
 
 def test_padded_batches_are_counted_without_their_padding(meter: Throughput) -> None:

@@ -7,7 +7,7 @@ from transformers import AutoConfig, AutoModel, AutoModelForCausalLM, AutoTokeni
 
 from novelgpt.model.baichuan.configuration import BaichuanConfig
 from novelgpt.model.baichuan.modeling import BaichuanForCausalLM, BaichuanModel, NormHead
-from novelgpt.model.baichuan.tokenization import BaiChuanTokenizer, BaichuanTokenizer
+from novelgpt.text.baichuan_tokenizer import BaiChuanTokenizer, BaichuanTokenizer
 
 __all__ = ["BaichuanConfig", "BaichuanForCausalLM", "BaichuanModel", "BaichuanTokenizer", "NormHead"]
 

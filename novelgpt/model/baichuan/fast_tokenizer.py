@@ -15,7 +15,7 @@ from tokenizers import AddedToken, Tokenizer, decoders, models, normalizers
 from transformers import PreTrainedTokenizerBase, PreTrainedTokenizerFast
 from transformers.convert_slow_tokenizer import import_protobuf
 
-from novelgpt.model.baichuan.tokenization import BaichuanTokenizer
+from novelgpt.text.baichuan_tokenizer import BaichuanTokenizer
 
 # The kinds of pieces in a sentencepiece model, as its format numbers them.
 NORMAL, UNKNOWN, CONTROL, USER_DEFINED, UNUSED, BYTE = range(1, 7)

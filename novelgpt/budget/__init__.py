@@ -1,0 +1,1 @@
+"""Memory, disk and micro-batch of a run, estimated before it starts."""

@@ -1,0 +1,180 @@
+"""The largest micro-batch that fits, for the same rows per optimizer step."""
+
+from __future__ import annotations
+
+import contextlib
+import gc
+from collections.abc import Callable, Iterator
+from functools import partial
+from typing import Any
+
+import torch
+import torch.distributed
+from torch import nn
+
+from novelgpt.budget.memory import checkpointing_options, compute_dtype, optimizer_bytes
+from novelgpt.budget.simulated_model import changes_logits, worst_batch
+from novelgpt.model.loss import attach_chunked_loss
+from novelgpt.settings.arguments import TrainArguments
+from novelgpt.settings.errors import UserError
+from novelgpt.settings.process import in_process_group
+from novelgpt.settings.units import counted
+from novelgpt.training.trainer import base_model
+
+# Of the device's memory: what a tried micro-batch may take, the states of the optimizer included.
+TRIED_SHARE = 0.92
+
+
+def micro_batches(training: TrainArguments) -> list[int]:
+    """The numbers of rows that divide the rows per device and optimizer step, from 1 upwards."""
+    rows = training.per_device_train_batch_size * training.gradient_accumulation_steps
+    return [size for size in range(1, rows + 1) if rows % size == 0]
+
+
+def set_micro_batch(training: TrainArguments, rows: int) -> None:
+    """Take `rows` at once; the number of micro-batches per optimizer step follows. DeepSpeed's settings agree."""
+    if rows == training.per_device_train_batch_size:
+        return
+    steps = training.per_device_train_batch_size * training.gradient_accumulation_steps // rows
+    training.per_device_train_batch_size, training.gradient_accumulation_steps = rows, steps
+    if training.deepspeed:
+        settings = training.hf_deepspeed_config.config
+        settings["train_micro_batch_size_per_gpu"], settings["gradient_accumulation_steps"] = rows, steps
+        training.deepspeed_plugin.gradient_accumulation_steps = steps  # type: ignore[attr-defined]
+
+
+def largest_fitting(sizes: list[int], fits: Callable[[int], bool]) -> int | None:
+    """The last of the rising `sizes` that fits, by halving; None where the first does not."""
+    low, high = 0, len(sizes)
+    while low < high:
+        middle = (low + high) // 2
+        if fits(sizes[middle]):
+            low = middle + 1
+        else:
+            high = middle
+    return sizes[low - 1] if low else None
+
+
+def no_row_fits(need: float, has: float, tokens: int) -> UserError:
+    """What to say where not even one row fits.
+
+    Args:
+        need: bytes that one row takes; infinity where it is not known.
+        has: bytes of the device.
+        tokens: of the row.
+    """
+    taken = "more" if need == float("inf") else f"{need / 1e9:.1f} GB"
+    return UserError(
+        f"--auto_batch: one row of {counted(tokens, 'token')} takes {taken}, and the device has {has / 1e9:.1f} GB",
+        "lower --max_length, set --activation_checkpointing, train with LoRA, or take several devices with ZERO=3",
+    )
+
+
+def try_micro_batches(
+    model: nn.Module,
+    training: TrainArguments,
+    tokens: int,
+    borders: bool,
+    capacity: int,
+    peak_of: Callable[[Callable[[], None]], int],
+) -> int:
+    """The largest micro-batch whose steps on the longest rows really fit, found by running them, from one row upwards.
+
+    Gradients, random states, the training mode and the forward of `model` are afterwards what they were.
+
+    Args:
+        model: on its device, as the Trainer gets it.
+        training: rows per step, number format, checkpointing.
+        tokens: of the longest row.
+        borders: rows are packs of documents.
+        capacity: bytes of the device that this process may take.
+        peak_of: runs what it is given and tells the bytes that it took at most, what was there before included; or
+            raises torch.OutOfMemoryError.
+
+    Raises:
+        UserError: not even one row fits.
+    """
+    trained = [parameter for parameter in model.parameters() if parameter.requires_grad]
+    later = optimizer_bytes(training) * sum(parameter.numel() for parameter in trained)
+    if training.world_size > 1:
+        later += sum(parameter.nbytes for parameter in trained)
+    sizes = micro_batches(training)
+    fitting: int | None = None
+    with _as_it_was(model, training):
+        for rows in sizes:
+            batch = worst_batch(rows, tokens, borders, next(model.parameters()).device)
+            try:
+                taken = peak_of(partial(_steps, model, training, batch, once=rows == sizes[-1]))
+            except torch.OutOfMemoryError:
+                break
+            finally:
+                model.zero_grad()
+            if taken + later > capacity * TRIED_SHARE:
+                break
+            fitting = rows
+    fitting = _least(fitting or 0)
+    if not fitting:
+        raise no_row_fits(float("inf"), capacity, tokens)
+    return fitting
+
+
+def cuda_peak(run: Callable[[], None]) -> int:
+    """Bytes that the allocator reserves at most while `run` runs, with counters and cache left as for a fresh start."""
+    torch.cuda.empty_cache()
+    torch.cuda.reset_peak_memory_stats()
+    try:
+        run()
+        torch.cuda.synchronize()
+        return torch.cuda.max_memory_reserved()
+    finally:
+        gc.collect()
+        torch.cuda.empty_cache()
+        torch.cuda.reset_peak_memory_stats()
+
+
+def _steps(model: nn.Module, training: TrainArguments, batch: dict[str, Any], once: bool) -> None:
+    """Forward and backward of a micro-batch; of two where gradients accumulate, as the second one holds more."""
+    dtype = compute_dtype(training)
+    device = batch["input_ids"].device.type
+    for _ in range(1 if once else 2):
+        with torch.autocast(device, dtype=dtype, enabled=dtype is not None):
+            loss = model(**batch, num_items_in_batch=batch["labels"].numel()).loss
+        loss.backward()
+
+
+@contextlib.contextmanager
+def _as_it_was(model: nn.Module, training: TrainArguments) -> Iterator[None]:
+    """Set up `model` as the Trainer does, and undo it: what the trial leaves would change the run."""
+    base = base_model(model)
+    head = base.get_output_embeddings()
+    assert isinstance(head, nn.Module)
+    gradients = {parameter: parameter.grad for parameter in model.parameters()}
+    model.zero_grad()  # to None: what is there already would be added to
+    forwards = [(module, vars(module).get("forward")) for module in (base, head)]
+    mode = model.training
+    devices = [torch.cuda.current_device()] if next(model.parameters()).is_cuda else []
+    if training.activation_checkpointing:
+        base.activation_checkpointing_enable(**checkpointing_options(training))
+    attach_chunked_loss(base, not changes_logits(base.config))
+    model.train()
+    try:
+        with torch.random.fork_rng(devices=devices):
+            yield
+    finally:
+        model.train(mode)
+        for parameter, gradient in gradients.items():
+            parameter.grad = gradient
+        for module, forward in forwards:
+            if forward is None:
+                del module.forward
+            else:
+                module.forward = forward
+
+
+def _least(number: int) -> int:
+    """The smallest of all processes' numbers."""
+    if not in_process_group():
+        return number
+    numbers = [0] * torch.distributed.get_world_size()
+    torch.distributed.all_gather_object(numbers, number)
+    return min(numbers)

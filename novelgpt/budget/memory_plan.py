@@ -1,0 +1,250 @@
+"""Before weights are loaded: what a run will take, what the device has, and the switches that follow from the two."""
+
+from __future__ import annotations
+
+import copy
+import os
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import psutil
+import torch
+from torch import nn
+from torch.utils.data import Dataset
+from transformers import PreTrainedModel
+
+from novelgpt.budget.auto_batch import (
+    TRIED_SHARE,
+    cuda_peak,
+    largest_fitting,
+    micro_batches,
+    no_row_fits,
+    set_micro_batch,
+    try_micro_batches,
+)
+from novelgpt.budget.memory import MemoryEstimate, compute_dtype, estimate_memory
+from novelgpt.budget.simulated_model import SimulatedModel
+from novelgpt.settings.arguments import TrainArguments
+from novelgpt.settings.errors import UserError
+from novelgpt.settings.process import first_process_value, is_first_process
+from novelgpt.settings.runs import TrainingRun
+from novelgpt.settings.terminal import say
+from novelgpt.settings.units import counted
+from novelgpt.text.packing import PackedBlocks
+
+# Of the device's memory: an estimate above this share turns checkpointing on, or warns.
+FULL_SHARE = 0.9
+# What auto_batch may take by the estimate alone, on CPUs and under DeepSpeed.
+ESTIMATED_SHARE = 0.8
+# Packs whose lengths are looked up: all but the last are about as long as they may be.
+MOST_PACKS = 200
+
+# Limit and usage of the control group, in its second and its first version.
+CONTROL_GROUP_FILES = (
+    (Path("/sys/fs/cgroup/memory.max"), Path("/sys/fs/cgroup/memory.current")),
+    (Path("/sys/fs/cgroup/memory/memory.limit_in_bytes"), Path("/sys/fs/cgroup/memory/memory.usage_in_bytes")),
+)
+
+Prepare = Callable[[PreTrainedModel], nn.Module]
+
+
+def plan_memory(
+    run: TrainingRun,
+    train: Dataset[Any],
+    dtype: torch.dtype = torch.float32,
+    qlora: bool = False,
+    prepare: Prepare | None = None,
+) -> MemoryPlan:
+    """Estimate the peak memory, show it, and settle checkpointing and micro-batch where the user left them open.
+
+    Args:
+        run: its training arguments are changed.
+        train: the rows.
+        dtype: of the base's weights.
+        qlora: the base is held in 4 bits.
+        prepare: what the run makes of the base, as attaching an adapter.
+
+    Raises:
+        UserError: with auto_batch, not even one row fits; or `prepare` raises it.
+    """
+    plan = MemoryPlan(run, train)
+    outcome: Any = None
+    if is_first_process():
+        try:
+            # DeepSpeed casts the weights and keeps fp32 ones beside them, where others cast as they compute.
+            cast = compute_dtype(run.training) if run.training.deepspeed else None
+            outcome = plan.decide(lambda: SimulatedModel(run.model, run.training.device, dtype, prepare, qlora, cast))
+        except UserError as error:
+            outcome = error
+    outcome = first_process_value(outcome)
+    if isinstance(outcome, UserError):
+        raise outcome
+    rows, checkpointing, plan.estimate = outcome
+    set_micro_batch(run.training, rows)
+    run.training.activation_checkpointing = run.training.gradient_checkpointing = checkpointing
+    return plan
+
+
+class MemoryPlan:
+    """The memory of one run.
+
+    Attributes:
+        estimate: the peak with the run's settings; None where the model cannot be simulated.
+        lengths: tokens of the rows; of the first packs, which are about as long as the others, where rows are packed.
+        tokens: of the longest row.
+        capacity: bytes of the device that this process may take.
+        model: the simulated one, on the first process; None where the architecture cannot be simulated.
+    """
+
+    def __init__(self, run: TrainingRun, train: Dataset[Any]) -> None:
+        self.training, self.packed = run.training, run.data.packing
+        self.device = run.training.device
+        self.estimate: MemoryEstimate | None = None
+        self.lengths = row_lengths(train, run.data.max_length if run.data.packing else None)
+        self.tokens = max(self.lengths)
+        self.capacity = available_memory(self.device)
+        self.model: SimulatedModel | None = None
+        # Elsewhere a step that fails for want of memory ends the process, or the weights are spread over several.
+        self._can_try = self.device.type == "cuda" and not self.training.deepspeed
+
+    def decide(self, build: Callable[[], SimulatedModel]) -> tuple[int, bool, MemoryEstimate | None]:
+        """Rows of a micro-batch, whether to checkpoint, and the estimate for the two, which is shown.
+
+        Raises:
+            UserError: what `build` raises, or, with auto_batch on a CPU or under DeepSpeed, not even one row fits.
+        """
+        chosen = copy.copy(self.training)
+        try:
+            self.model = build()
+            if chosen.auto_batch:
+                chosen = with_rows(chosen, 1)
+            estimate = self._estimate(chosen)
+            if chosen.checkpointing_is_open and estimate.total > FULL_SHARE * self.capacity:
+                chosen.activation_checkpointing = True
+                estimate = self._estimate(chosen)
+            if chosen.auto_batch:
+                chosen = with_rows(chosen, self._most_rows(chosen, estimate))
+                estimate = self._estimate(chosen)
+            self._show(chosen, estimate)
+        except UserError:
+            raise
+        except Exception as error:  # of any kind: an architecture that cannot be simulated may train all the same
+            reason = (str(error).splitlines() or [""])[0]
+            say(f"memory: no estimate for this model ({type(error).__name__}: {reason:.100})")
+            return self.training.per_device_train_batch_size, bool(self.training.activation_checkpointing), None
+        return chosen.per_device_train_batch_size, bool(chosen.activation_checkpointing), estimate
+
+    def settle_micro_batch(self, model: nn.Module) -> None:
+        """With auto_batch on a GPU, take the micro-batch that really fits, once the weights are loaded.
+
+        Raises:
+            UserError: not even one row fits.
+        """
+        if not (self.training.auto_batch and self._can_try):
+            return
+        model.to(self.device)
+        rows = try_micro_batches(model, self.training, self.tokens, self.packed, self.capacity, cuda_peak)
+        changed = rows != self.training.per_device_train_batch_size
+        set_micro_batch(self.training, rows)
+        if is_first_process():
+            say(f"auto_batch: {_batch_line(self.training, self.tokens)}")
+            if changed and self.model is not None and self.estimate is not None:
+                self.estimate = self._estimate(self.training)
+
+    def compare(self, measured: int) -> str:
+        """A line that tells the measured peak, in bytes, beside the estimate."""
+        line = f"memory: {_gigabytes(measured)}"
+        return line if self.estimate is None else f"{line}, estimated {_gigabytes(self.estimate.total)}"
+
+    def _estimate(self, training: TrainArguments) -> MemoryEstimate:
+        assert self.model is not None
+        return estimate_memory(self.model, training, self.tokens, self.packed)
+
+    def _most_rows(self, chosen: TrainArguments, one: MemoryEstimate) -> int:
+        share = (TRIED_SHARE if self._can_try else ESTIMATED_SHARE) * self.capacity
+        rows = largest_fitting(
+            micro_batches(chosen), lambda size: self._estimate(with_rows(chosen, size)).total <= share
+        )
+        if rows is None and not self._can_try:
+            raise no_row_fits(one.total, self.capacity, self.tokens)
+        return rows or 1
+
+    def _show(self, chosen: TrainArguments, estimate: MemoryEstimate) -> None:
+        """Print the estimate, and what would help where it does not fit."""
+        dtype = str(compute_dtype(chosen) or torch.float32).removeprefix("torch.")
+        kept = "activations computed again" if chosen.activation_checkpointing else "activations kept"
+        parts = ", ".join(f"{name} {_gigabytes(size)}" for name, size in estimate.parts().items() if size >= 5e6)
+        say(
+            f"memory: {_gigabytes(estimate.total)} expected of {_gigabytes(self.capacity)} on this "
+            f"{self.device.type}: {_batch_line(chosen, self.tokens)}, {dtype}, {kept}",
+            f"  {parts}",
+        )
+        if estimate.total > FULL_SHARE * self.capacity:
+            say(f"  This will probably not fit. {self._remedies(chosen, estimate)}", style="yellow")
+
+    def _remedies(self, chosen: TrainArguments, estimate: MemoryEstimate) -> str:
+        """What takes less, the cheapest first, with its estimate where that is cheap to make."""
+        texts = []
+        if not chosen.activation_checkpointing:
+            smaller = copy.copy(chosen)
+            smaller.activation_checkpointing = True
+            texts.append(f"--activation_checkpointing ({_gigabytes(self._estimate(smaller).total)})")
+        if chosen.per_device_train_batch_size > 1:
+            least = with_rows(chosen, 1)
+            texts.append(
+                f"--per_device_train_batch_size 1 --gradient_accumulation_steps {least.gradient_accumulation_steps} "
+                f"({_gigabytes(self._estimate(least).total)})"
+            )
+        if self.device.type == "cuda":
+            texts.append("several GPUs with ZERO=2 or ZERO=3, or OFFLOAD=1")
+        states = estimate.gradients + estimate.optimizer
+        if states > estimate.weights:
+            texts.append(f"LoRA (about {_gigabytes(estimate.total - states)})")
+        else:
+            texts.append("--qlora, a shorter --max_length, or a smaller model")
+        return "Try " + "; ".join(texts)
+
+
+def with_rows(training: TrainArguments, rows: int) -> TrainArguments:
+    """A copy that takes `rows` at once, and as many per optimizer step as before."""
+    changed = copy.copy(training)
+    total = training.per_device_train_batch_size * training.gradient_accumulation_steps
+    changed.per_device_train_batch_size, changed.gradient_accumulation_steps = rows, max(1, total // rows)
+    return changed
+
+
+def available_memory(device: torch.device) -> int:
+    """Bytes of the device that this process may come to hold, what it holds now included.
+
+    On CPUs: what the host and the control group leave, shared by the processes on this host.
+    """
+    if device.type == "cuda":
+        return torch.cuda.mem_get_info(device)[0] + torch.cuda.memory_reserved(device)
+    left = psutil.virtual_memory().available
+    for limit, usage in CONTROL_GROUP_FILES:
+        if limit.is_file() and usage.is_file() and limit.read_text().strip().isdigit():
+            left = min(left, int(limit.read_text()) - int(usage.read_text()))
+    held = psutil.Process().memory_info().rss
+    return held + left // int(os.environ.get("LOCAL_WORLD_SIZE", "1"))
+
+
+def row_lengths(train: Dataset[Any], packed_length: int | None = None) -> list[int]:
+    """Tokens of the rows; of the first packs, which are about as long as the others, where rows are packed."""
+    if isinstance(train, PackedBlocks):
+        return train.counts().lengths
+    count = len(train)  # type: ignore[arg-type]
+    looked_up = range(count if packed_length is None else min(count, MOST_PACKS))
+    return [len(train[index]["input_ids"]) for index in looked_up]
+
+
+def _batch_line(training: TrainArguments, tokens: int) -> str:
+    rows, steps = training.per_device_train_batch_size, training.gradient_accumulation_steps
+    return (
+        f"{rows} x {counted(tokens, 'token')} a micro-batch, "
+        f"{counted(rows * steps * tokens * training.world_size, 'token')} an optimizer step"
+    )
+
+
+def _gigabytes(size: float) -> str:
+    return f"{size / 1e9:.2f} GB"

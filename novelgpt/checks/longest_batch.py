@@ -1,0 +1,126 @@
+"""The longest micro-batch of a run, tried once on the model at hand before the first step.
+
+Weights, gradients, optimizer states, modes and random states are afterwards what they were.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from contextlib import AbstractContextManager
+from typing import Any
+
+import torch
+from accelerate.utils import gather_object
+from torch import nn
+
+from novelgpt.budget.memory import checkpointing_options, optimizer_bytes
+from novelgpt.settings.arguments import TrainArguments
+from novelgpt.settings.errors import UserError
+from novelgpt.settings.units import counted, gigabytes
+from novelgpt.training.sample_predictions import preserve_mode_and_rng
+
+REMEDY = "--per_device_train_batch_size 1, --activation_checkpointing, a shorter --max_length, or --auto_batch"
+
+
+def rows_to_try(lengths: list[int], training: TrainArguments) -> list[int]:
+    """Indices of the longest rows, as many as a micro-batch has.
+
+    On CPUs one row, as it takes seconds and no memory of a device is at stake; and none where even that would take
+    longer than a step.
+
+    Args:
+        lengths: tokens of each row.
+        training: batch sizes and device.
+    """
+    longest = sorted(range(len(lengths)), key=lambda index: -lengths[index])
+    rows = training.per_device_train_batch_size
+    if training.device.type != "cpu":
+        return longest[:rows]
+    step = sum(lengths) / len(lengths) * rows * training.gradient_accumulation_steps
+    return longest[:1] if lengths[longest[0]] <= step else []
+
+
+def try_batch(
+    model: nn.Module,
+    batch: dict[str, Any],
+    training: TrainArguments,
+    autocast: Callable[[], AbstractContextManager[Any]],
+) -> None:
+    """Forward and backward in training mode, and a pass as in evaluation.
+
+    Gradients are computed beside those of the weights (`torch.autograd.grad`), so that no hook of data parallelism or
+    of ZeRO sees them. Under DeepSpeed, which hands gradients on as they come, only that of the first trained weight is
+    kept; the way to it leads through all others.
+
+    Args:
+        model: the bare one, set up for training; it returns a loss for labelled rows.
+        batch: rows of this process, on its device.
+        training: optimizer, checkpointing and DeepSpeed.
+        autocast: what passes run under.
+
+    Raises:
+        UserError: the batch does not fit, on all processes.
+    """
+    cuda = batch["input_ids"].is_cuda
+    if cuda:
+        torch.cuda.empty_cache()
+        torch.cuda.reset_peak_memory_stats()
+    problem: tuple[str, str] | None = None
+    try:
+        with preserve_mode_and_rng(model):
+            _passes(model, batch, training, autocast)
+        later = 0 if training.deepspeed else _states(model, training)
+        peak, has = _cuda_peak_and_capacity() if cuda else (0, 0)
+        if cuda and peak + later > has:
+            problem = (
+                f"the longest micro-batch, {_shape(batch)}, takes {gigabytes(peak)}, the optimizer another "
+                f"{gigabytes(later)}, and the GPU has {gigabytes(has)}",
+                REMEDY,
+            )
+    except torch.OutOfMemoryError:
+        device = batch["input_ids"].device.type
+        problem = f"the longest micro-batch, {_shape(batch)}, does not fit into the memory of this {device}", REMEDY
+    if cuda:
+        torch.cuda.empty_cache()
+    found = [one for one in gather_object([problem]) if one is not None]
+    if found:
+        raise UserError(*found[0])
+
+
+def _passes(
+    model: nn.Module,
+    batch: dict[str, Any],
+    training: TrainArguments,
+    autocast: Callable[[], AbstractContextManager[Any]],
+) -> None:
+    model.train()
+    trained = [parameter for parameter in model.parameters() if parameter.requires_grad]
+    with autocast():
+        loss = model(**batch, num_items_in_batch=batch["labels"].numel()).loss
+    if not _checkpoints_again(training):
+        torch.autograd.grad(loss, trained[:1] if training.deepspeed else trained, allow_unused=True)
+    del loss
+    model.eval()
+    with torch.no_grad(), autocast():
+        model(**batch)
+
+
+def _checkpoints_again(training: TrainArguments) -> bool:
+    """Whether activations are computed again in the way (`use_reentrant`) that knows no gradients but the weights'."""
+    options = checkpointing_options(training)["activation_checkpointing_kwargs"] or {}
+    return bool(training.activation_checkpointing and options.get("use_reentrant"))
+
+
+def _states(model: nn.Module, training: TrainArguments) -> int:
+    return optimizer_bytes(training) * sum(part.numel() for part in model.parameters() if part.requires_grad)
+
+
+def _cuda_peak_and_capacity() -> tuple[int, int]:
+    free, total = torch.cuda.mem_get_info()
+    others = total - free - torch.cuda.memory_reserved()
+    return torch.cuda.max_memory_allocated(), total - others
+
+
+def _shape(batch: dict[str, Any]) -> str:
+    rows, tokens = batch["input_ids"].shape
+    return f"{rows} x {counted(tokens, 'token')}"

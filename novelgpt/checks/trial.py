@@ -1,0 +1,164 @@
+"""Load a model and take its longest batch once: forward, backward, evaluation. In a process that may be ended.
+
+    python -m novelgpt.checks.trial PIPELINE [words of the pipeline]
+
+Its last line on standard output is a JSON list of findings.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import subprocess
+import sys
+import time
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import AbstractContextManager
+from dataclasses import asdict
+from functools import partial
+
+import psutil
+import torch
+from torch import nn
+from transformers import PreTrainedTokenizerBase
+
+from novelgpt.budget.auto_batch import cuda_peak
+from novelgpt.budget.memory import checkpointing_options, compute_dtype, optimizer_bytes
+from novelgpt.budget.simulated_model import changes_logits, worst_batch
+from novelgpt.checks.findings import Finding, run_check
+from novelgpt.checks.first_step import GradientMonitor, check_forward
+from novelgpt.checks.plan import Plan, adapt, base_dtype, read_run
+from novelgpt.model.loading import load_model
+from novelgpt.model.loss import attach_chunked_loss
+from novelgpt.model.tokenizer import load_tokenizer
+from novelgpt.settings.paths import ROOT
+from novelgpt.settings.runs import LoraRun, TrainingRun
+from novelgpt.settings.units import counted, gigabytes
+from novelgpt.text.encoding import encode
+from novelgpt.training.trainer import base_model
+
+TEXT = "潮水退下去的时候，灯塔的影子正好落在那封没有寄出的信上。"
+NAME = "longest batch"
+
+
+def check_trial(
+    run: TrainingRun, plan: Plan, pipeline: str, words: Sequence[str], time_limit: float
+) -> Iterator[Finding]:
+    """What a process of its own finds that loads the model and takes the longest batch.
+
+    Args:
+        run: its micro-batch and checkpointing are taken.
+        plan: a model that will not fit is not loaded.
+        pipeline: of the run.
+        words: of its command line.
+        time_limit: seconds until the process is ended.
+    """
+    if plan.fits is False:
+        text = "not tried, nor the model loaded: the estimate is above the memory that is there"
+        yield Finding(NAME, "note", text, "see the remedy at memory")
+        return
+    if run.training.deepspeed:
+        yield Finding(NAME, "note", "not tried under DeepSpeed", "leave --deepspeed out to try one process")
+        return
+    rows = run.training.per_device_train_batch_size if torch.cuda.is_available() else 1
+    again = ["--model", run.model.model, "--per_device_train_batch_size", str(rows), "--activation_checkpointing"]
+    again.append(str(bool(run.training.activation_checkpointing)))
+    command = [sys.executable, "-m", "novelgpt.checks.trial", pipeline, *words, *again]
+    path = os.pathsep.join(filter(None, [str(ROOT), os.environ.get("PYTHONPATH")]))
+    environment = os.environ | {"HF_HUB_OFFLINE": "1", "PYTHONPATH": path, "PYTHONIOENCODING": "utf-8"}
+    try:
+        done = subprocess.run(command, capture_output=True, encoding="utf-8", timeout=time_limit, env=environment)
+    except subprocess.TimeoutExpired:
+        remedy = f"--time_limit {time_limit * 4:.0f} waits longer"
+        yield Finding(NAME, "note", f"loading and trying took more than {time_limit:.0f} s and was ended", remedy)
+        return
+    lines = done.stdout.strip().splitlines()
+    if done.returncode == 0 and lines:
+        yield from (Finding(**finding) for finding in json.loads(lines[-1]))
+        return
+    reason = (done.stderr.strip().splitlines() or ["no word"])[-1]
+    text = f"the process that tried it ended with status {done.returncode}: {reason:.300}"
+    remedy = "a status of -9 is a want of memory: a shorter --max_length, or a smaller model"
+    yield Finding(NAME, "problem", text, remedy)
+
+
+def try_longest_batch(run: TrainingRun) -> Iterator[Finding]:
+    """Load the model and run it on rows of --max_length tokens, under the number format of the run.
+
+    Raises:
+        UserError: it cannot be loaded or trained.
+    """
+    training, device = run.training, run.training.device
+    begin = time.perf_counter()
+    tokenizer = load_tokenizer(run.model)
+    qlora = isinstance(run, LoraRun) and run.lora.qlora
+    base = load_model(run.model, tokenizer, base_dtype(run), qlora)
+    model = adapt(run, base).to(device)
+    yield Finding(
+        "model", "ok", f"{type(base).__name__} loaded in {time.perf_counter() - begin:.0f} s, no weight missing"
+    )
+    base = base_model(model)
+    if training.activation_checkpointing:
+        base.activation_checkpointing_enable(**checkpointing_options(training))
+    attach_chunked_loss(base, not changes_logits(base.config))
+    dtype = compute_dtype(training)
+    autocast = partial(torch.autocast, device.type, dtype=dtype, enabled=dtype is not None)
+    rows, tokens = training.per_device_train_batch_size, run.data.max_length
+    batch = _filled(worst_batch(rows, tokens, run.data.packing, device), tokenizer)
+    shape = f"{rows} x {counted(tokens, 'token')}"
+    begin = time.perf_counter()
+    try:
+        peak = (cuda_peak if device.type == "cuda" else _host_peak)(partial(_train, model, batch, autocast))
+        model.zero_grad()
+        check_forward(model, batch, dtype or base_dtype(run), autocast)
+    except torch.OutOfMemoryError:
+        remedy = "--per_device_train_batch_size 1, --activation_checkpointing, a shorter --max_length, or --auto_batch"
+        yield Finding(NAME, "problem", f"{shape} do not fit into the memory of this {device.type}", remedy)
+        return
+    states = optimizer_bytes(training) * sum(part.numel() for part in model.parameters() if part.requires_grad)
+    text = (
+        f"{shape} on this {device.type}: forward, backward and evaluation pass in {time.perf_counter() - begin:.0f} s, "
+        f"{gigabytes(peak)} with {gigabytes(states)} of optimizer to come"
+    )
+    has = torch.cuda.get_device_properties(device).total_memory if device.type == "cuda" else None
+    if has is not None and peak + states > has:
+        yield Finding(NAME, "problem", f"{text}: more than the GPU has", "--auto_batch, or --activation_checkpointing")
+    else:
+        yield Finding(NAME, "ok", text)
+
+
+def _train(
+    model: nn.Module, batch: dict[str, torch.Tensor], autocast: Callable[[], AbstractContextManager[object]]
+) -> None:
+    """Forward and backward of a batch, and a gradient for each trained tensor."""
+    model.train()
+    watch = GradientMonitor(model)
+    with autocast():
+        loss = model(**batch, num_items_in_batch=batch["labels"].numel()).loss
+    loss.backward()
+    watch.check()
+
+
+def _filled(batch: dict[str, torch.Tensor], tokenizer: PreTrainedTokenizerBase) -> dict[str, torch.Tensor]:
+    """The batch with the tokens of a text, over and over."""
+    ids = torch.tensor(encode(TEXT, tokenizer), device=batch["input_ids"].device)
+    filled = ids.repeat(batch["input_ids"].numel() // len(ids) + 1)[: batch["input_ids"].numel()]
+    batch["input_ids"] = filled.reshape(batch["input_ids"].shape)
+    return batch | {"labels": batch["input_ids"].clone()}
+
+
+def _host_peak(run: Callable[[], None]) -> int:
+    """Bytes that the process holds after a step, its gradients included."""
+    run()
+    return int(psutil.Process().memory_info().rss)
+
+
+def main(argv: Sequence[str] | None = None) -> None:
+    """Print the findings on the run that the words describe."""
+    pipeline, *words = list(sys.argv[1:] if argv is None else argv)
+    findings = run_check("model", lambda: try_longest_batch(read_run(pipeline, words)))
+    print(json.dumps([asdict(finding) for finding in findings]), flush=True)  # noqa: T201 - for the doctor, as ASCII
+
+
+if __name__ == "__main__":
+    main()

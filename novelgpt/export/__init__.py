@@ -1,0 +1,1 @@
+"""Full checkpoints in formats that other tools load."""

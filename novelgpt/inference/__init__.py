@@ -1,0 +1,1 @@
+"""Generation: prefill, caches, packed weights, chat, and the client of an endpoint."""

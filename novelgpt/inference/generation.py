@@ -1,0 +1,218 @@
+"""Prompts of tokens to answers, in batches: for prediction and for samples during training."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import dataclass, replace
+from typing import Any
+
+from transformers import GenerationConfig, PreTrainedModel, PreTrainedTokenizerBase
+from transformers.generation.configuration_utils import ContinuousBatchingConfig
+
+from novelgpt.inference.preallocated_cache import preallocated_cache
+from novelgpt.inference.prefill import left_padded, prefill
+from novelgpt.model.loading import longest_row
+from novelgpt.settings.arguments import GenerationArguments
+from novelgpt.settings.errors import UserError
+from novelgpt.settings.units import counted
+from novelgpt.text.conversation import end_token_ids
+from novelgpt.text.encoding import answer_text
+
+
+@dataclass
+class Answer:
+    """What the model wrote.
+
+    Attributes:
+        text: all of it, but the end token and what a server has set apart.
+        finish_reason: why it ended: "stop" or "length", or what else a server says ("content_filter", "tool_calls", …).
+        completion_tokens: of it, end token included; 0 where a server does not say.
+        prompt_tokens: what a server says of the prompt, which has no tokens here; else 0.
+        reasoning: the thought before the text, where a server has set it apart.
+    """
+
+    text: str
+    finish_reason: str
+    completion_tokens: int
+    prompt_tokens: int = 0
+    reasoning: str = ""
+
+
+def answer_prompts(
+    model: PreTrainedModel,
+    tokenizer: PreTrainedTokenizerBase,
+    prompts: list[list[int]],
+    generation: GenerationArguments,
+    batch_size: int,
+    ends: list[int],
+) -> list[Answer]:
+    """Answers in the order of `prompts`, in batches of prompts of like length.
+
+    As `answer_batch` otherwise, but that answers are shorter where the model's positions end. Weights that several
+    processes share (ZeRO-3) need all of them here, with prompts of the same lengths.
+
+    Args:
+        model: one that generates; adapters too.
+        tokenizer: its tokenizer.
+        prompts: token ids, at least one each.
+        generation: how tokens are chosen; its seed is left to the caller.
+        batch_size: prompts answered at once.
+        ends: tokens that end an answer.
+    """
+    answers: dict[int, Answer] = {}
+    positions = longest_row(model.config)
+    for batch in plan_batches(list(map(len, prompts)), batch_size):
+        chosen = [prompts[number] for number in batch]
+        room = generation.max_new_tokens if positions is None else positions - len(chosen[0])
+        bounded = replace(generation, max_new_tokens=max(1, min(generation.max_new_tokens, room)))
+        answers |= zip(batch, answer_batch(model, tokenizer, chosen, bounded, ends), strict=True)
+    return [answers[number] for number in range(len(prompts))]
+
+
+def plan_batches(lengths: list[int], batch_size: int) -> list[list[int]]:
+    """Numbers of prompts in batches of like length, the longest first: what does not fit into memory fails at once."""
+    order = sorted(range(len(lengths)), key=lambda number: -lengths[number])
+    return [order[start : start + batch_size] for start in range(0, len(order), batch_size)]
+
+
+def answer_batch(
+    model: PreTrainedModel,
+    tokenizer: PreTrainedTokenizerBase,
+    prompts: list[list[int]],
+    generation: GenerationArguments,
+    ends: list[int],
+) -> list[Answer]:
+    """Answers to prompts that are padded on the left and generated together, in their order.
+
+    The caller chooses inference mode, evaluation mode, autocast and, where answers are drawn, the seed.
+    """
+    pad = int(tokenizer.pad_token_id)
+    # Of single tokens that may not come back, padding would be one, which ends answers where it is the end token.
+    before = None if generation.no_repeat_ngram_size == 1 else pad
+    batch = {name: tensor.to(model.device) for name, tensor in left_padded(prompts, before).items()}
+    cache = preallocated_cache(model, batch["input_ids"].shape[1] + generation.max_new_tokens)
+    if cache is not None:
+        prefill(model, prompts, pad, cache, generation.num_beams)
+    sequences = model.generate(  # type: ignore[operator]
+        **batch, generation_config=_generation_config(generation, ends, pad), past_key_values=cache
+    )
+    return [_answer(ids, ends, tokenizer) for ids in sequences[:, batch["input_ids"].shape[1] :].tolist()]
+
+
+def check_continuous(generation: GenerationArguments) -> None:
+    """Refuse the settings that transformers' continuous batching drops, with a warning at most.
+
+    Raises:
+        UserError: names the setting.
+    """
+    for name, neutral in (("num_beams", 1), ("no_repeat_ngram_size", 0), ("repetition_penalty", 1.0)):
+        value = vars(generation)[name]
+        if value != neutral:
+            raise UserError(
+                "continuous batching has neither beams nor no_repeat_ngram_size nor repetition_penalty: "
+                f"--{name} {value} would do nothing",
+                "take --backend batches, or leave it out",
+            )
+
+
+def answer_continuously(
+    model: PreTrainedModel,
+    tokenizer: PreTrainedTokenizerBase,
+    prompts: list[list[int]],
+    generation: GenerationArguments,
+    batch_size: int,
+    ends: list[int],
+) -> Iterator[tuple[int, Answer]]:
+    """(number of the prompt, its answer) as answers end, by transformers' continuous batching.
+
+    The keys and values of all prompts lie in pages of one cache, and a new prompt starts when an answer ends, so that
+    short answers do not wait for long ones.
+
+    Args:
+        model: one that generates, without beams.
+        tokenizer: its tokenizer.
+        prompts: token ids, at least one each.
+        generation: how tokens are chosen; where they are drawn, `seed` is that of all draws.
+        batch_size: prompts answered at once.
+        ends: tokens that end an answer.
+
+    Raises:
+        UserError: the settings or the model's attention cannot be batched so.
+    """
+    check_continuous(generation)
+    if not model._supports_sdpa or not model._can_set_attn_implementation():
+        raise UserError(
+            f"continuous batching cannot replace the attention of {type(model).__name__}", "take --backend batches"
+        )
+    config = _generation_config(generation, ends, int(tokenizer.pad_token_id))
+    with model.continuous_batching_context_manager(  # type: ignore[operator]
+        generation_config=config, continuous_batching_config=_paging(model, prompts, generation, batch_size)
+    ) as manager:
+        # The longest first, as in batches. Names are ours: the manager may take prompts in another order.
+        for number in sorted(range(len(prompts)), key=lambda number: -len(prompts[number])):
+            manager.add_request(
+                prompts[number], request_id=str(number), max_new_tokens=generation.max_new_tokens, eos_token_id=ends
+            )
+        left = len(prompts)
+        while left:
+            output = manager.get_result(timeout=1)
+            if output is None:
+                if not manager.is_running():
+                    raise RuntimeError(f"continuous batching ended with {counted(left, 'answer')} missing")
+                continue
+            if not output.is_finished():
+                continue
+            if output.error is not None:
+                raise RuntimeError(f"continuous batching: {output.error}")
+            left -= 1
+            yield int(output.request_id), _answer(output.generated_tokens, ends, tokenizer)
+
+
+def _paging(
+    model: PreTrainedModel, prompts: list[list[int]], generation: GenerationArguments, batch_size: int
+) -> ContinuousBatchingConfig:
+    """Pages for `batch_size` prompts at once; on a GPU the sizes follow from its memory."""
+    if model.device.type == "cuda":
+        return ContinuousBatchingConfig(seed=generation.seed)
+    page_size = 32
+    pages = -(-(max(map(len, prompts)) + generation.max_new_tokens) // page_size)
+    return ContinuousBatchingConfig(
+        page_size=page_size,
+        num_blocks=batch_size * pages,
+        max_batch_tokens=max(512, batch_size),
+        max_requests_per_batch=batch_size,
+        use_cuda_graph=False,
+        seed=generation.seed,
+    )
+
+
+def answer_end_ids(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase) -> list[int]:
+    """Tokens that end an answer: those of the template and the tokenizer, and those that the model names."""
+    own = model.generation_config.eos_token_id if model.generation_config is not None else None
+    named = own if isinstance(own, (list, tuple)) else [] if own is None else [own]
+    return sorted({*end_token_ids(tokenizer), *named})
+
+
+def _generation_config(generation: GenerationArguments, ends: list[int], pad: int) -> GenerationConfig:
+    """Only what the user chose: the model's own defaults would change greedy answers silently."""
+    sampling: dict[str, Any] = {}
+    if generation.do_sample:
+        sampling = {"temperature": generation.temperature, "top_p": generation.top_p, "top_k": generation.top_k}
+    return GenerationConfig(
+        max_new_tokens=generation.max_new_tokens,
+        do_sample=generation.do_sample,
+        num_beams=generation.num_beams,
+        repetition_penalty=generation.repetition_penalty,
+        no_repeat_ngram_size=generation.no_repeat_ngram_size,
+        eos_token_id=ends,
+        pad_token_id=pad,
+        use_cache=True,  # models in training have it off
+        **sampling,
+    )
+
+
+def _answer(ids: list[int], ends: list[int], tokenizer: PreTrainedTokenizerBase) -> Answer:
+    end = next((position for position, token in enumerate(ids) if token in ends), None)
+    kept = ids if end is None else ids[:end]
+    text = answer_text(kept, tokenizer, ends)
+    return Answer(text, "length" if end is None else "stop", len(kept) + (end is not None))
