@@ -20,9 +20,9 @@ from novelgpt.settings.arguments import LoraArguments
 from novelgpt.settings.errors import UserError
 from novelgpt.settings.process import is_first_process
 from novelgpt.settings.remedies import pipeline_name
+from novelgpt.settings.run_record import read_run_record
 from novelgpt.settings.terminal import say
 from novelgpt.text.conversation import IGNORE_INDEX, encode_conversation, encode_prompt
-from novelgpt.training.run_record import read_run
 
 ADAPTABLE = (nn.Linear, nn.Embedding, Conv1D)
 
@@ -143,7 +143,7 @@ def _known_ends(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase) -> s
     # Continued pretraining notes all end tokens for later use, but has shown the model none of a template's.
     folder = Path(model.name_or_path or "")
     places = (folder, folder.parent) if folder.name.startswith(PREFIX_CHECKPOINT_DIR) else (folder,)
-    if any((read_run(place) or {}).get("pipeline") == "pretrain" for place in places):
+    if any((read_run_record(place) or {}).get("pipeline") == "pretrain" for place in places):
         return known
     named = [model.generation_config.eos_token_id if model.generation_config is not None else None]
     if model.device.type == "meta" and (folder / GENERATION_CONFIG_NAME).is_file():  # made without it, for planning

@@ -125,7 +125,7 @@ def check_run(pipeline: str, words: Sequence[str], time_limit: float) -> Iterato
         from novelgpt.checks import devices, model, plan, trial
         from novelgpt.model.tokenizer import load_tokenizer
 
-    run = plan.read_run(pipeline, words)
+    run = plan.parse_run(pipeline, words)
     settings = run_check("settings", partial(model.check_settings, run))
     if compute_dtype(run.training) is not None:
         settings += run_check("precision", partial(devices.check_precision, run.training))

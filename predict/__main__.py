@@ -31,11 +31,11 @@ from novelgpt.settings.errors import UserError, exit_on_user_error
 from novelgpt.settings.parser import parse_arguments
 from novelgpt.settings.paths import TINY, check_folder_can_be_made
 from novelgpt.settings.process import leave_process_group
+from novelgpt.settings.run_record import newest_finetuning
 from novelgpt.settings.runs import PredictRun
 from novelgpt.settings.terminal import progress, say
 from novelgpt.settings.units import counted
 from novelgpt.settings.whole_files import write_whole
-from novelgpt.training.run_record import newest_finetuning
 from predict.card_scores import add_scores
 from predict.endpoint import check_settings, through_endpoint
 from predict.generate import AnswerRows, continuously, in_batches, reference_sums

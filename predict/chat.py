@@ -24,13 +24,13 @@ from novelgpt.settings.arguments import HUB_HELP, GenerationArguments, ModelArgu
 from novelgpt.settings.errors import UserError, exit_on_user_error
 from novelgpt.settings.parser import parse_arguments
 from novelgpt.settings.paths import TINY
+from novelgpt.settings.run_record import newest_finetuning
 from novelgpt.settings.terminal import say, say_text
 from novelgpt.settings.units import counted
 from novelgpt.text.conversation import Message, encode_prompt
 from novelgpt.text.encoding import answer_text, document_end_id
 from novelgpt.text.statistics import BROKEN
 from novelgpt.text.templates import template_record
-from novelgpt.training.run_record import newest_finetuning
 from predict.raw_text import RawText, continues_text
 
 COMMANDS = "/clear forgets the conversation, /exit or Ctrl-D ends it, Ctrl-C stops an answer"

@@ -6,9 +6,9 @@ from pathlib import Path
 
 from transformers import PreTrainedTokenizerBase
 
+from novelgpt.settings.run_record import read_run_record
 from novelgpt.text.encoding import document_begin_ids, encode_document
 from novelgpt.text.templates import template_record
-from novelgpt.training.run_record import read_run
 
 
 class RawText:
@@ -62,7 +62,7 @@ def continues_text(folder: Path, tokenizer: PreTrainedTokenizerBase) -> bool:
     whatever was fine-tuned on conversations.
     """
     places = [folder, *([folder.parent] if folder.name.startswith("checkpoint-") else [])]
-    runs = [run for run in map(read_run, places) if run is not None]
+    runs = [run for run in map(read_run_record, places) if run is not None]
     if runs:
         return bool(runs[0]["pipeline"] == "pretrain")
     record = template_record(tokenizer)

@@ -52,7 +52,7 @@ class Plan:
     tokenizer: int = 0
 
 
-def read_run(pipeline: str, words: Sequence[str]) -> TrainingRun:
+def parse_run(pipeline: str, words: Sequence[str]) -> TrainingRun:
     """The run that `python -m PIPELINE WORDS` would be, its model as a folder of this host.
 
     Raises:

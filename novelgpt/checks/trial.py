@@ -27,7 +27,7 @@ from novelgpt.budget.memory import checkpointing_options, compute_dtype, optimiz
 from novelgpt.budget.simulated_model import changes_logits, worst_batch
 from novelgpt.checks.findings import Finding, run_check
 from novelgpt.checks.first_step import GradientMonitor, check_forward
-from novelgpt.checks.plan import Plan, adapt, base_dtype, read_run
+from novelgpt.checks.plan import Plan, adapt, base_dtype, parse_run
 from novelgpt.model.loading import load_model
 from novelgpt.model.loss import attach_chunked_loss
 from novelgpt.model.tokenizer import load_tokenizer
@@ -156,7 +156,7 @@ def _host_peak(run: Callable[[], None]) -> int:
 def main(argv: Sequence[str] | None = None) -> None:
     """Print the findings on the run that the words describe."""
     pipeline, *words = list(sys.argv[1:] if argv is None else argv)
-    findings = run_check("model", lambda: try_longest_batch(read_run(pipeline, words)))
+    findings = run_check("model", lambda: try_longest_batch(parse_run(pipeline, words)))
     print(json.dumps([asdict(finding) for finding in findings]), flush=True)  # noqa: T201 - for the doctor, as ASCII
 
 

@@ -13,10 +13,11 @@ from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
-from pydantic import BaseModel, ConfigDict, Field, TypeAdapter
+from pydantic import TypeAdapter
 
 from novelgpt.settings.arguments import ConversationArguments
 from novelgpt.settings.errors import UserError
+from novelgpt.settings.run_record import DataFile, DataSource
 from novelgpt.settings.runs import TrainingRun
 from novelgpt.settings.whole_files import hash_file
 from novelgpt.text.token_files import MANIFEST, SHARDS, STARTS, TOKENS, read_token_manifest
@@ -24,55 +25,6 @@ from novelgpt.text.token_files import MANIFEST, SHARDS, STARTS, TOKENS, read_tok
 PREPARED = ("train-*", "held_out-*")
 PREPARED_KINDS = (".parquet", ".jsonl")
 HASHING_THREADS = 8
-
-
-class DataFile(BaseModel):
-    """A file that rows are read from.
-
-    Attributes:
-        name: within its folder; of a file that is named itself, its ending, which decides how it is read.
-        split: of tokens, which their manifest says; else "".
-        bytes: its size.
-        sha256: of its content, hexadecimal.
-        written: of tokens: inode, times of the last change of content and of status in ns, as the hash held; else [].
-    """
-
-    model_config = ConfigDict(strict=True)
-
-    name: str
-    bytes: int
-    sha256: str
-    split: str = ""
-    written: list[int] = []
-
-
-class DataSource(BaseModel):
-    """A file or a prepared folder that a run names.
-
-    Attributes:
-        role: train_files, valid_files or instruction_templates.
-        path: absolute; where it lies makes no difference.
-        name: as it was named.
-        manifest_sha256: of a folder that was prepared, else "".
-        files: all that is read there, in order.
-        seen: of this process alone: its files by path, with inode, size and time, as they were before they were hashed.
-    """
-
-    model_config = ConfigDict(strict=True)
-
-    role: str
-    path: str
-    name: str
-    manifest_sha256: str = ""
-    files: list[DataFile]
-    seen: dict[str, list[int]] = Field(default={}, exclude=True)
-
-    @property
-    def digest(self) -> str:
-        """Of a file its hash, of a prepared folder that of its manifest."""
-        return self.manifest_sha256 or (self.files[0].sha256 if self.files else "")
-
-
 _SOURCES = TypeAdapter(list[DataSource])
 
 

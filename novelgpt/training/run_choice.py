@@ -14,13 +14,14 @@ from novelgpt.settings.attempts import this_attempt
 from novelgpt.settings.errors import UserError
 from novelgpt.settings.locks import is_held
 from novelgpt.settings.paths import OUTPUT, check_folder_can_be_made, check_not_replaced
+from novelgpt.settings.run_record import read_run_record
 from novelgpt.settings.runs import TrainingRun
 from novelgpt.settings.terminal import say
 from novelgpt.training.checkpoints.folders import step_of
 from novelgpt.training.data_identity import DataSource, identify_data
 from novelgpt.training.folder_claim import LOCK, Claim, check_none_held_below, is_vacant, look
 from novelgpt.training.resume import FILES, changes, check_same_run, newest_whole_checkpoint, unusable
-from novelgpt.training.run_record import describe_run, read_run
+from novelgpt.training.run_record import describe_run
 
 LEFT_SECONDS = 60.0  # for a rank that has lost its launcher to save and to end
 MOST_NAMES = 10_000
@@ -148,7 +149,7 @@ def _go_on_with(run: TrainingRun, data: Data, take: Take, folder: Path) -> Choic
 
 
 def _unfinished_same(run: TrainingRun, data: Data, folder: Path) -> dict[str, Any] | None:
-    before = read_run(folder)
+    before = read_run_record(folder)
     if before is None or before.get("status") == "finished" or changes(before, describe_run(run, data())):
         return None
     return before
@@ -201,7 +202,7 @@ def _check_replaceable(run: TrainingRun, folder: Path, named: str) -> dict[str, 
     Raises:
         UserError: it holds something that this run neither goes on with nor was told to replace.
     """
-    before = read_run(folder)
+    before = read_run_record(folder)
     if before is None:
         if not is_vacant(folder):
             raise UserError(f"--output_dir {named} holds files that are no run's", "choose an empty or a new folder")
@@ -227,7 +228,7 @@ def _named_checkpoint(run: TrainingRun, data: Data, checkpoint: Path) -> Path:
             f"{checkpoint} cannot be gone on from: its name does not say the step",
             "name it checkpoint-N, N being the step, as it was",
         )
-    before = read_run(checkpoint.parent)
+    before = read_run_record(checkpoint.parent)
     if before is not None:
         check_same_run(checkpoint.parent, before, describe_run(run, data()), checkpoint)
     else:

@@ -13,14 +13,15 @@ from typing import Any
 from novelgpt.settings.attempts import this_attempt
 from novelgpt.settings.errors import UserError
 from novelgpt.settings.process import first_process_value, is_first_process
+from novelgpt.settings.run_record import RUN_FILE, DataSource
 from novelgpt.settings.runs import TrainingRun
 from novelgpt.settings.terminal import say
 from novelgpt.training.checkpoints.folders import checkpoints
-from novelgpt.training.data_identity import DataSource, check_unwritten, identify_data
+from novelgpt.training.data_identity import check_unwritten, identify_data
 from novelgpt.training.folder_claim import LOCK, Claim, check_none_held_below, empty, snapshot, take
 from novelgpt.training.result_files import remove_result_files
 from novelgpt.training.run_choice import choose, settle
-from novelgpt.training.run_record import RUN_FILE, describe_run, now, write_run
+from novelgpt.training.run_record import describe_run, now, write_run
 from novelgpt.training.shared_folder import check_shared_folder
 from novelgpt.training.signals import StopOnSignal, Stopped
 

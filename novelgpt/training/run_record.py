@@ -1,4 +1,4 @@
-"""run.json: what a run is and what became of it, written whole, and checked where it is read."""
+"""Writes run.json: what a run is, and what became of it."""
 
 from __future__ import annotations
 
@@ -13,83 +13,15 @@ from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
-from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator
-
 from novelgpt import __version__
-from novelgpt.settings.errors import UserError
-from novelgpt.settings.paths import IS_CHECKOUT, OUTPUT, ROOT
+from novelgpt.settings.paths import IS_CHECKOUT, ROOT
+from novelgpt.settings.run_record import RUN_FILE, DataSource
 from novelgpt.settings.runs import TrainingRun
 from novelgpt.settings.whole_files import write_whole
-from novelgpt.training.data_identity import DataSource, data_sha256
+from novelgpt.training.data_identity import data_sha256
 from novelgpt.training.resume import model_identity
 
-RUN_FILE = "run.json"
 PACKAGES = ("torch", "transformers", "accelerate", "peft", "deepspeed", "tokenizers")
-# A description takes some ten kilobytes, and more only where data lie in very many files.
-MOST_BYTES = 64_000_000
-
-
-class _Batch(BaseModel):
-    """Of the arguments of training, those that are reckoned with."""
-
-    model_config = ConfigDict(strict=True)
-
-    per_device_train_batch_size: int
-    gradient_accumulation_steps: int
-
-
-class _RunRecord(BaseModel):
-    """What is asked of a run.json: keys may be missing and others be there, but these hold what they should."""
-
-    model_config = ConfigDict(strict=True, extra="allow")
-
-    pipeline: str = ""
-    id: str = ""
-    status: str = ""
-    started: str = ""
-    finished: str = ""
-    model: str = ""
-    model_identity: dict[str, Any] = {}
-    seed: int = 0
-    processes: int = Field(1, ge=1)
-    arguments: dict[str, dict[str, Any]] = {}
-    data_sha256: dict[str, str] = {}
-    data: list[DataSource] = []
-    resumed: list[dict[str, Any]] = []
-    restarts: list[dict[str, Any]] = []
-    results: dict[str, Any] = {}
-
-    @field_validator("arguments")
-    @classmethod
-    def _check_batch(cls, arguments: dict[str, dict[str, Any]]) -> dict[str, dict[str, Any]]:
-        if "training" in arguments:
-            _Batch.model_validate(arguments["training"])
-        return arguments
-
-
-def read_run(folder: Path) -> dict[str, Any] | None:
-    """run.json of a folder, None where it is no run. Any key may be missing; those that are there hold their type.
-
-    Raises:
-        UserError: it cannot be read, or holds something else than the description of a run.
-    """
-    path = folder / RUN_FILE
-    remedy = "delete it, or the folder, if it is of no use; or name another folder"
-    try:
-        if not path.is_file():
-            return None
-        size = path.stat().st_size
-        if size > MOST_BYTES:
-            raise UserError(f"{path} cannot be read: {size} bytes are no description of a run", remedy)
-        description = json.loads(path.read_text(encoding="utf-8-sig"))
-        record = _RunRecord.model_validate(description)
-    except ValidationError as error:
-        first = error.errors(include_url=False)[0]
-        where = ".".join(map(str, first["loc"]))
-        raise UserError(f"{path} cannot be read: {where + ': ' if where else ''}{first['msg']}", remedy) from error
-    except (OSError, ValueError, RecursionError) as error:
-        raise UserError(f"{path} cannot be read: {error}", remedy) from error
-    return record.model_dump(exclude_unset=True)
 
 
 def write_run(folder: Path, description: dict[str, Any]) -> None:
@@ -119,19 +51,6 @@ def describe_run(run: TrainingRun, data: list[DataSource]) -> dict[str, Any]:
         "git_commit": _git_commit(),
         "data": [source.model_dump() for source in data],
     }
-
-
-def newest_finetuning(root: Path = OUTPUT) -> Path | None:
-    """The fine-tuning run under `root` that finished last. What is no sound run.json is passed over."""
-    finished = []
-    for path in root.glob(f"**/{RUN_FILE}"):
-        try:
-            description = read_run(path.parent) or {}
-        except UserError:
-            continue
-        if description.get("status") == "finished" and description.get("pipeline") in ("finetune", "finetune_lora"):
-            finished.append((description.get("finished", ""), path.parent))
-    return max(finished)[1] if finished else None
 
 
 def now() -> str:

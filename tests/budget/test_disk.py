@@ -14,7 +14,7 @@ from transformers import PreTrainedTokenizerBase, TrainerControl, TrainerState
 
 from finetune.__main__ import main as finetune
 from novelgpt.budget.disk import DiskForecast, bytes_in, forecast_disk, lack_of_room, saved_bytes, steps_in_epoch
-from novelgpt.checks.plan import Plan, check_memory, read_run
+from novelgpt.checks.plan import Plan, check_memory, parse_run
 from novelgpt.settings.arguments import TrainArguments
 from novelgpt.training.callbacks import Curves, RunRecorder
 from tests.ranks import run_pipeline
@@ -49,7 +49,7 @@ def rows(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 def forecast(pipeline: str, base: Path, tokenizer: PreTrainedTokenizerBase, words: list[str]) -> DiskForecast:
-    run = read_run(pipeline, ["--model", str(base), *words])
+    run = parse_run(pipeline, ["--model", str(base), *words])
     plan = Plan()
     list(check_memory(run, plan))
     assert plan.model is not None
@@ -102,7 +102,7 @@ def test_checkpoints_take_what_was_forecast(
 def test_how_many_checkpoints_lie_there_at_once(
     settings: dict[str, Any], steps: int | None, counts: tuple[int | None, int], base_folder: Path, tmp_path: Path
 ) -> None:
-    run = read_run("finetune", ["--model", str(base_folder)])
+    run = parse_run("finetune", ["--model", str(base_folder)])
     plan = Plan()
     list(check_memory(run, plan))
     assert plan.model is not None

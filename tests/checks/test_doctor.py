@@ -19,7 +19,7 @@ from novelgpt.budget.disk import forecast_disk
 from novelgpt.checks import machine
 from novelgpt.checks.devices import check_toolchain, find_nvcc, nvcc_release
 from novelgpt.checks.findings import Finding, any_problem, run_check
-from novelgpt.checks.plan import Plan, check_checkpoints, check_memory, read_run
+from novelgpt.checks.plan import Plan, check_checkpoints, check_memory, parse_run
 from novelgpt.checks.trial import check_trial, try_longest_batch
 from novelgpt.checks.versions import LEAST, REQUIREMENTS, check_packages
 from novelgpt.doctor import check_run
@@ -146,7 +146,7 @@ def test_a_port_that_is_taken(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 def test_a_full_disk(base_folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    run = read_run("finetune", ["--model", str(base_folder), *SHORT, "--output_dir", str(tmp_path / "a" / "b")])
+    run = parse_run("finetune", ["--model", str(base_folder), *SHORT, "--output_dir", str(tmp_path / "a" / "b")])
     plan = Plan()
     assert marks(list(check_memory(run, plan)))["memory"] == "ok"
     assert plan.model is not None
@@ -220,26 +220,26 @@ def test_settings_that_a_run_would_refuse(base_folder: Path, tmp_path: Path) -> 
 def test_a_model_that_does_not_fit_is_not_loaded(folder: Path) -> None:
     edit(folder / "config.json", hidden_size=2**15, num_hidden_layers=200, layer_types=["full_attention"] * 200)
     words = ["--model", str(folder), *SHORT]
-    run, plan = read_run("finetune", words), Plan()
+    run, plan = parse_run("finetune", words), Plan()
     assert marks(list(check_memory(run, plan))) == {"memory": "problem"}
     assert marks(list(check_trial(run, plan, "finetune", words, 60))) == {"longest batch": "note"}
 
 
 def test_the_longest_batch_is_tried_on_the_weights_themselves(folder: Path) -> None:
     words = ["--model", str(folder), *SHORT, "--per_device_train_batch_size", "1"]
-    sound = run_check("model", partial(try_longest_batch, read_run("finetune_lora", words)))
+    sound = run_check("model", partial(try_longest_batch, parse_run("finetune_lora", words)))
     assert marks(sound) == {"model": "ok", "longest batch": "ok"}
     weights = load_file(folder / "model.safetensors")
     weights["model.norm.weight"][0] = float("nan")
     save_file(weights, folder / "model.safetensors", metadata={"format": "pt"})
-    found = run_check("run", partial(try_longest_batch, read_run("finetune", words)))
+    found = run_check("run", partial(try_longest_batch, parse_run("finetune", words)))
     assert [finding.mark for finding in found] == ["ok", "problem"]
     assert "model.norm" in found[1].text
 
 
 def test_a_trial_that_takes_too_long_is_ended(base_folder: Path) -> None:
     words = ["--model", str(base_folder), *SHORT]
-    found = list(check_trial(read_run("finetune", words), Plan(fits=True), "finetune", words, 0.2))
+    found = list(check_trial(parse_run("finetune", words), Plan(fits=True), "finetune", words, 0.2))
     assert marks(found) == {"longest batch": "note"}
 
 

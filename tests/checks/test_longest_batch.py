@@ -13,7 +13,7 @@ from transformers import AutoModelForCausalLM, PreTrainedTokenizerBase
 
 from finetune.__main__ import main as finetune
 from novelgpt.checks.longest_batch import rows_to_try, try_batch
-from novelgpt.checks.plan import read_run
+from novelgpt.checks.plan import parse_run
 from novelgpt.checks.preflight import compiles_operators, preflight
 from novelgpt.model.loss import attach_chunked_loss
 from novelgpt.settings.arguments import TrainArguments
@@ -102,7 +102,7 @@ def foreign_tokenizer(tokenizer: PreTrainedTokenizerBase) -> Iterator[PreTrained
 def test_a_tokenizer_of_another_model_is_refused_before_the_weights_are_read(
     base_folder: Path, foreign_tokenizer: PreTrainedTokenizerBase
 ) -> None:
-    run = read_run("finetune", ["--model", str(base_folder)])
+    run = parse_run("finetune", ["--model", str(base_folder)])
     with pytest.raises(UserError, match="vocabulary: 2 tokens of 1002 have no row in the embedding of 1000"):
         preflight(run, foreign_tokenizer)
     run.training.preflight = False

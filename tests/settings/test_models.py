@@ -15,7 +15,7 @@ import dataset.tokens_command
 import predict.__main__
 import predict.chat
 from finetune_lora import merge
-from novelgpt.checks.plan import read_run
+from novelgpt.checks.plan import parse_run
 from novelgpt.model.hub import locate
 from novelgpt.settings.arguments import ModelArguments
 from novelgpt.settings.errors import UserError
@@ -184,7 +184,7 @@ def test_each_command_knows_tiny(
     monkeypatch.setattr(sys, "stdin", io.StringIO("/exit\n"))
     predict.chat.main(["--model", "tiny", *few])
     assert "tiny-qwen3" in capsys.readouterr().out
-    assert read_run("finetune_lora", ["--model", "tiny"]).model.model == str(EMBEDDED_BASE)
+    assert parse_run("finetune_lora", ["--model", "tiny"]).model.model == str(EMBEDDED_BASE)
     with pytest.raises(SystemExit):
         merge.main([str(tmp_path), str(tmp_path / "merged"), "--base", "tiny"])
     assert f"{tmp_path} holds no adapter_config.json" in capsys.readouterr().err

@@ -15,12 +15,12 @@ import pytest
 from finetune.__main__ import main as finetune
 from novelgpt.settings.errors import UserError
 from novelgpt.settings.parser import parse_arguments
+from novelgpt.settings.run_record import newest_finetuning, read_run_record
 from novelgpt.settings.runs import FinetuneRun
 from novelgpt.training import run_choice
 from novelgpt.training.result_files import RESULT_FILES
 from novelgpt.training.run_choice import choose_run_folder
 from novelgpt.training.run_folder import claim_run_folder
-from novelgpt.training.run_record import newest_finetuning, read_run
 from tests.faults.runs import files_of, write_base, write_rows
 
 Words = Callable[..., list[str]]
@@ -274,7 +274,7 @@ def test_a_damaged_run_json_is_told_in_a_line_and_disturbs_no_other(
     (folder / "run.json").write_bytes({**DAMAGED, **INCOMPLETE}[name])
     if name in DAMAGED:
         with pytest.raises(UserError, match="run.json cannot be read: "):
-            read_run(folder)
+            read_run_record(folder)
     before = files_of(folder)
     with pytest.raises(UserError, match="run"):
         choose_run_folder(parse_arguments(FinetuneRun, words(folder)))
@@ -289,5 +289,5 @@ def test_a_damaged_run_json_is_told_in_a_line_and_disturbs_no_other(
 def test_a_huge_run_json_is_not_read(tmp_path: Path) -> None:
     with (tmp_path / "run.json").open("wb") as file:
         file.truncate(60 * 10**9)
-    with pytest.raises(UserError, match="60000000000 bytes are no description"):
-        read_run(tmp_path)
+    with pytest.raises(UserError, match="60000000000 bytes are too many for a run record"):
+        read_run_record(tmp_path)
