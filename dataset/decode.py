@@ -12,8 +12,7 @@ from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import NamedTuple
 
-from dataset.mending import log_probability, mend
-from dataset.novels.records import BadBytes
+from dataset.mending import BadBytes, log_probability, mend
 from novelgpt.settings.errors import UserError
 
 _MARKS = (

@@ -8,8 +8,6 @@ import re
 from collections.abc import Iterator
 from typing import NamedTuple
 
-from dataset.novels.records import BadBytes
-
 # Frequent characters of both scripts and their punctuation: the right decoding of Chinese prose is full of them.
 _FREQUENT = frozenset(
     "的一是不了在人有我他这个们中来上大为和国地到以说时要就出会可也你对生能而子那得于着下自之年过发后作里用道行所然家种事成方"
@@ -25,6 +23,14 @@ _BAD_RUN, _BAD_BYTE, _CUT_END = -12.0, -8.0, -12.0
 _PRIVATE_PAIR = re.compile("[\ue000-\uf8ff][^\n]{0,15}[\ue000-\uf8ff]")
 _NEAR_BEFORE, _NEAR_BEHIND = 40, 160  # characters around such a pair that are read again
 _SURELY_BETTER = 40.0  # logarithm of how many times likelier another reading of a line must be
+
+
+class BadBytes(NamedTuple):
+    """Bytes that form no character of the encoding and are left out of the text."""
+
+    offset: int
+    """Of the first of them, from 0, in the file (in the unpacked member, where the file is an archive)."""
+    data: bytes
 
 
 class Reading(NamedTuple):

@@ -11,9 +11,10 @@ from dataclasses import asdict
 from pathlib import Path, PurePosixPath
 from typing import Any
 
+from dataset.mending import BadBytes
 from dataset.novels.books import PreparedBook
 from dataset.novels.near_duplicates import Fingerprints, fingerprint, save_fingerprints
-from dataset.novels.records import BadBytes, BookRecord
+from dataset.novels.records import BookRecord
 
 CHAPTERS, REMOVED, SKIPPED = "chapters.jsonl", "removed.jsonl", "skipped.jsonl"
 BOOKS, FINGERPRINTS = "books.json", "fingerprints.npz"

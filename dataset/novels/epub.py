@@ -11,6 +11,7 @@ from urllib.parse import unquote
 from xml.etree import ElementTree
 
 from dataset.decode import decode_tolerant
+from dataset.mending import BadBytes
 from dataset.novels.epub_headings import (
     CHAPTER_UNITS,
     chapter_level,
@@ -22,7 +23,7 @@ from dataset.novels.epub_headings import (
 )
 from dataset.novels.epub_matter import matter_of_page, matter_of_section
 from dataset.novels.epub_page import Block, read_page
-from dataset.novels.records import BadBytes, HostileFileError, Section
+from dataset.novels.records import HostileFileError, Section
 from novelgpt.settings.errors import UserError
 
 _SKIPPED = {"cover": "cover_page", "toc": "contents_page", "copyright-page": "imprint_page"}

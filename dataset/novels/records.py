@@ -5,6 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass, field
 from typing import Any, NamedTuple
 
+from dataset.mending import BadBytes
 from novelgpt.settings.errors import UserError
 
 
@@ -29,14 +30,6 @@ class Removed(NamedTuple):
     """Name of the rule or step that took it out."""
     text: str
     """What was taken out, as it stood there."""
-
-
-class BadBytes(NamedTuple):
-    """Bytes that fit no character of the encoding, and are left out of the text."""
-
-    offset: int
-    """Of the first of them in the file (in the unpacked member, where the file is an archive), from 0."""
-    data: bytes
 
 
 @dataclass(frozen=True)

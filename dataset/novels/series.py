@@ -11,9 +11,10 @@ from statistics import median
 from typing import NamedTuple
 
 from dataset.decode import decode_tolerant, read_bytes
+from dataset.mending import BadBytes
 from dataset.novels.headings import Candidate, find_candidates
 from dataset.novels.numerals import DIGITS, to_number
-from dataset.novels.records import BadBytes, HostileFileError, RawBook, Section
+from dataset.novels.records import HostileFileError, RawBook, Section
 from dataset.novels.references import decode_references
 from novelgpt.settings.errors import UserError
 

@@ -8,8 +8,7 @@ from hypothesis import HealthCheck, assume, given, settings
 from hypothesis import strategies as st
 
 from dataset.decode import Decoded, decode_text, decode_tolerant, likeliest_encoding
-from dataset.mending import find_shifted
-from dataset.novels.records import BadBytes
+from dataset.mending import BadBytes, find_shifted
 from novelgpt.settings.errors import UserError
 
 NOVELS = Path(__file__).resolve().parents[3] / "shared" / "data" / "novels"

@@ -13,7 +13,8 @@ from pathlib import Path
 
 import pytest
 
-from dataset.novels.records import BadBytes, RawBook, Section
+from dataset.mending import BadBytes
+from dataset.novels.records import RawBook, Section
 from dataset.novels.sources import FREE_BYTES, LeftOut, list_folder, list_sources, read_books
 from novelgpt.settings.errors import UserError
 
