@@ -7,12 +7,12 @@ from functools import partial
 from transformers import set_seed
 
 from dataset.conversations import read_conversations
-from finetune_lora.adapter import attach_lora, base_dtype
 from novelgpt.budget.disk import check_disk
 from novelgpt.budget.memory_plan import plan_memory
 from novelgpt.checks.launch import check_before_launch
 from novelgpt.checks.preflight import preflight
-from novelgpt.model.loading import load_model
+from novelgpt.model.loading import frozen_dtype, load_model
+from novelgpt.model.lora import attach_lora
 from novelgpt.model.tokenizer import load_tokenizer
 from novelgpt.settings.errors import exit_on_user_error
 from novelgpt.settings.parser import parse_arguments
@@ -33,9 +33,9 @@ def main(argv: list[str] | None = None) -> None:
         preflight(run, tokenizer)
         train, valid = read_conversations(run.data, tokenizer)
         adapt = partial(attach_lora, lora=run.lora, tokenizer=tokenizer)
-        plan = plan_memory(run, train, base_dtype(), run.lora.qlora, adapt)
+        plan = plan_memory(run, train, frozen_dtype(), run.lora.qlora, adapt)
         check_disk(run, plan, train, tokenizer)
-        base = load_model(run.model, tokenizer, dtype=base_dtype(), qlora=run.lora.qlora)
+        base = load_model(run.model, tokenizer, dtype=frozen_dtype(), qlora=run.lora.qlora)
         set_seed(run.training.seed)  # the adapter is drawn before the Trainer sets the seed
         model = adapt(base)
         fit(model, tokenizer, train, valid, run, plan, folder)

@@ -20,9 +20,10 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from dataset.instructions import load_instructions
 from novelgpt.inference.generation import Answer, check_continuous, plan_batches
+from novelgpt.inference.loading import load_for_inference
 from novelgpt.model.card import CARD
 from novelgpt.model.hub import folder_of
-from novelgpt.model.loading import load_for_generation, longest_row
+from novelgpt.model.loading import longest_row
 from novelgpt.model.tokenizer import load_tokenizer
 from novelgpt.scoring.summary import reference_scores
 from novelgpt.settings.arguments import ModelArguments, PredictArguments
@@ -142,7 +143,7 @@ def _chosen_model(run: PredictRun) -> ModelArguments:
 def _model(
     run: PredictRun, chosen: ModelArguments, tokenizer: PreTrainedTokenizerBase, rows: Sequence[PromptRow]
 ) -> Source:
-    model = load_for_generation(chosen, tokenizer, run.data.base)
+    model = load_for_inference(chosen, tokenizer, run.data.base)
     check_lengths(rows, tokenizer, longest_row(model.config), run.generation.max_new_tokens)
     if run.data.backend == "continuous":
         answer = continuously(model, tokenizer, run.generation, run.data.batch_size)

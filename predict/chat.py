@@ -18,7 +18,8 @@ from transformers import GenerationConfig, PreTrainedModel, PreTrainedTokenizerB
 from transformers.generation.streamers import BaseStreamer
 
 from novelgpt.inference.generation import answer_end_ids
-from novelgpt.model.loading import load_for_generation, longest_row
+from novelgpt.inference.loading import load_for_inference
+from novelgpt.model.loading import longest_row
 from novelgpt.model.tokenizer import load_tokenizer
 from novelgpt.settings.arguments import HUB_HELP, GenerationArguments, ModelArguments, option
 from novelgpt.settings.errors import UserError, exit_on_user_error
@@ -205,7 +206,7 @@ def main(argv: list[str] | None = None) -> None:
     chosen = ModelArguments(name, run.chat.attention, run.chat.trust_remote_code, run.chat.hub, run.chat.allow_pickles)
     tokenizer = load_tokenizer(chosen)
     is_text = _is_text(run.chat, chosen, tokenizer)
-    model = load_for_generation(chosen, tokenizer, run.chat.base)
+    model = load_for_inference(chosen, tokenizer, run.chat.base)
     set_seed(run.generation.seed)
     context = longest_row(model.config) or int(tokenizer.model_max_length)
     longest = run.generation.max_new_tokens

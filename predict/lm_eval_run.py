@@ -20,9 +20,9 @@ from pydantic import BaseModel, Field
 from rich.table import Table
 
 from novelgpt.export.full_checkpoint import PICKLES_HELP
+from novelgpt.inference.loading import load_for_inference
 from novelgpt.model.adapter_bases import BASE_HELP
 from novelgpt.model.hub import folder_of
-from novelgpt.model.loading import load_for_generation
 from novelgpt.model.tokenizer import load_tokenizer
 from novelgpt.settings.arguments import ModelArguments
 from novelgpt.settings.command_parser import CommandParser
@@ -107,7 +107,7 @@ def _run_harness(words: list[str]) -> None:
         ) -> None:
             chosen = ModelArguments(pretrained, "sdpa", allow_pickles=bool(allow_pickles))
             tokenizer = load_tokenizer(chosen)
-            model = load_for_generation(chosen, tokenizer, base)
+            model = load_for_inference(chosen, tokenizer, base)
             # As in training, texts begin with the token that the tokenizer puts before them (Llama, Gemma).
             further.setdefault("add_bos_token", bool(document_begin_ids(tokenizer)))
             # Thoughts before an answer: off, as in training on answers without one.

@@ -12,6 +12,7 @@ from transformers.generation.configuration_utils import ContinuousBatchingConfig
 from novelgpt.inference.preallocated_cache import preallocated_cache
 from novelgpt.inference.prefill import left_padded, prefill
 from novelgpt.model.loading import longest_row
+from novelgpt.model.tokenizer import configured_ends
 from novelgpt.settings.arguments import GenerationArguments
 from novelgpt.settings.errors import UserError
 from novelgpt.settings.units import counted
@@ -188,9 +189,7 @@ def _paging(
 
 def answer_end_ids(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase) -> list[int]:
     """Tokens that end an answer: those of the template and the tokenizer, and those that the model names."""
-    own = model.generation_config.eos_token_id if model.generation_config is not None else None
-    named = own if isinstance(own, (list, tuple)) else [] if own is None else [own]
-    return sorted({*end_token_ids(tokenizer), *named})
+    return sorted({*end_token_ids(tokenizer), *configured_ends(model.generation_config)})
 
 
 def _generation_config(generation: GenerationArguments, ends: list[int], pad: int) -> GenerationConfig:

@@ -6,13 +6,11 @@ import importlib.util
 import math
 import pickle
 from collections.abc import Collection
-from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import psutil
 import torch
-from peft import PeftModel
 from transformers import (
     MODEL_FOR_CAUSAL_LM_MAPPING,
     AutoConfig,
@@ -23,14 +21,11 @@ from transformers import (
 )
 from transformers.integrations import is_deepspeed_zero3_enabled
 
-from novelgpt.inference.packed_weights import pack_weights
-from novelgpt.model.adapter_bases import extend_vocabulary, find_base
+from novelgpt.model.adapter_bases import extend_vocabulary
 from novelgpt.model.attention import PACKED_ATTENTION
-from novelgpt.model.fingerprint import base_folder, check_base
 from novelgpt.model.folder_checks import ADAPTER_CONFIG, AdapterSettings, check_model_folder
-from novelgpt.model.hub import locate, looks_like_path, runs_own_code
-from novelgpt.model.merging import merge_adapter
-from novelgpt.model.pickles import SAFE_SUFFIX, check_adapter_files, check_no_pickles
+from novelgpt.model.hub import locate, runs_own_code
+from novelgpt.model.pickles import SAFE_SUFFIX, check_no_pickles
 from novelgpt.model.weight_files import stored_tensors, weight_files
 from novelgpt.settings.arguments import ModelArguments
 from novelgpt.settings.errors import UserError, reason_of
@@ -41,6 +36,11 @@ from novelgpt.settings.units import counted, gigabytes
 # Not about the files, or told in words of the toolkit already. All else that transformers, peft, safetensors and torch
 # raise while they read a folder is about what lies there, in errors of any kind.
 NOT_OF_FILES = (UserError, MemoryError, torch.OutOfMemoryError)
+
+
+def frozen_dtype() -> torch.dtype:
+    """Of weights that are not trained: bf16 on GPUs that support it, else fp32."""
+    return torch.bfloat16 if torch.cuda.is_available() and torch.cuda.is_bf16_supported() else torch.float32
 
 
 def load_model(
@@ -229,70 +229,6 @@ def _few(names: Collection[str]) -> str:
 
 def _shape(size: Collection[int]) -> str:
     return "x".join(map(str, size))
-
-
-def load_for_generation(
-    model: ModelArguments, tokenizer: PreTrainedTokenizerBase, base: str | None = None
-) -> PreTrainedModel:
-    """A full checkpoint, or a base with an adapter merged into it in memory, ready to generate.
-
-    Merged, since an unmerged adapter adds two products to each layer of each token. On a CPU its linear layers are
-    PackedLinear: it can be neither trained nor saved.
-
-    Args:
-        model: a full checkpoint or an adapter.
-        tokenizer: its tokenizer.
-        base: folder or hub name of the adapter's base, where the user names it.
-
-    Raises:
-        UserError: as load_model; or the adapter's base is not on this host, or is another model; or the weights are
-            no numbers, as those of a training that has diverged.
-    """
-    dtype = torch.bfloat16 if torch.cuda.is_available() and torch.cuda.is_bf16_supported() else torch.float32
-    recorded = adapter_base(model.model)
-    if recorded is None:
-        if base is not None:
-            raise UserError(f"--base {base} goes with an adapter, and {model.model} is none", "leave --base out")
-        loaded = load_model(model, tokenizer, dtype)
-    else:
-        base = find_base(model.model, recorded, None if base is None else replace(model, model=base))
-        if looks_like_path(base) and not Path(base).is_dir():
-            raise UserError(
-                f"the base of adapter {model.model} is not there any more: {base}",
-                "put it back, or name where it is now: --base FOLDER",
-            )
-        adapter = Path(locate(model))
-        check_adapter_files(adapter, model.allow_pickles)
-        check_no_pickles(base_folder(base), model.allow_pickles)
-        check_base(adapter, base, "name the base that the adapter was trained on: --base FOLDER")
-        loaded = load_model(replace(model, model=base), tokenizer, dtype, adapter=adapter)
-        try:
-            loaded = merge_adapter(PeftModel.from_pretrained(loaded, locate(model)))
-        except NOT_OF_FILES:
-            raise
-        except Exception as error:
-            raise UserError(
-                f"adapter {model.model} does not fit its base {base}: {reason_of(error)}",
-                "use the base that the adapter was trained on",
-            ) from error
-    loaded.config.use_cache = True
-    loaded.eval()
-    if torch.cuda.is_available():
-        loaded = loaded.to(torch.device("cuda"))  # type: ignore[arg-type]
-    else:
-        pack_weights(loaded)
-    _check_numbers(loaded, model.model)
-    return loaded
-
-
-@torch.inference_mode()
-def _check_numbers(model: PreTrainedModel, name: str) -> None:
-    """Two tokens are enough: a weight that is no number makes every output that it reaches one."""
-    if model(input_ids=torch.tensor([[0, 1]], device=model.device)).logits.isnan().any():
-        raise UserError(
-            f"{name} computes no numbers (NaN): its weights are damaged, or its training has diverged",
-            "name an earlier checkpoint-N of the run, or fetch the weights again",
-        )
 
 
 def adapter_base(folder: str) -> str | None:

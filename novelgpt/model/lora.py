@@ -1,35 +1,92 @@
-"""Settings of an adapter, on the experts of a mixture too, which transformers 5 holds as parameters, not modules."""
+"""LoRA through peft: which modules get an adapter, and which token embeddings are trained beside it.
+
+In mixtures of experts, transformers 5 stores the weights of all experts of a layer as one parameter, not as modules.
+"""
 
 from __future__ import annotations
 
 import copy
+import warnings
+from pathlib import Path
 
-from peft import LoraConfig
+from peft import LoraConfig, PeftModel, get_peft_model, prepare_model_for_kbit_training
 from peft.utils.transformers_weight_conversion import (
     convert_peft_config_for_transformers,
     get_model_conversion_mapping,
 )
-from transformers import PreTrainedModel
+from torch import nn
+from transformers import GenerationConfig, PreTrainedModel, PreTrainedTokenizerBase
+from transformers.integrations import is_deepspeed_zero3_enabled
+from transformers.pytorch_utils import Conv1D
+from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR
+from transformers.utils import GENERATION_CONFIG_NAME
 
+from novelgpt.model.baichuan.modeling import NormHead
+from novelgpt.model.tokenizer import configured_ends
 from novelgpt.settings.arguments import LoraArguments
 from novelgpt.settings.errors import UserError
+from novelgpt.settings.process import is_first_process
+from novelgpt.settings.remedies import pipeline_name
+from novelgpt.settings.run_record import read_run_record
+from novelgpt.settings.terminal import say
+from novelgpt.text.conversation import IGNORE_INDEX, encode_conversation, encode_prompt
+
+
+def attach_lora(
+    model: PreTrainedModel, lora: LoraArguments, tokenizer: PreTrainedTokenizerBase | None = None
+) -> PeftModel:
+    """Attach a fresh adapter, which alone is trained.
+
+    Args:
+        model: the base.
+        lora: settings of the adapter.
+        tokenizer: if given, the embeddings of special tokens of its chat template are trained as well, where the base
+            has never ended an answer with them (`lora.train_mark_tokens`).
+
+    Raises:
+        UserError: `lora_targets` matches no module, or one that cannot be adapted; or token embeddings that have to be
+            trained cannot be.
+    """
+    if lora.lora_targets != ["all-linear"]:
+        _check_targets(model, _split_targets(model, lora.lora_targets)[0], lora.lora_targets)
+    rows = {} if tokenizer is None else _rows_to_train(model, lora, tokenizer)
+    config, notes = lora_config(model, lora, rows)
+    if lora.qlora:
+        model = prepare_model_for_kbit_training(model, use_gradient_checkpointing=False)
+    try:
+        with warnings.catch_warnings():
+            # These patterns name parameters here; peft looks for them among the modules alone.
+            warnings.filterwarnings("ignore", message="The following (rank|alpha)_pattern keys")
+            adapted = get_peft_model(model, config)
+    except ValueError as error:
+        raise UserError(f"--lora_targets {' '.join(lora.lora_targets)}: {error}", _adaptable(model)) from error
+    # With activation checkpointing, adapters get no gradient unless the output of the embedding requires one.
+    adapted.enable_input_require_grads()
+    if is_first_process():
+        trained, total = adapted.get_nb_trainable_parameters()
+        say(*notes, f"LoRA trains {trained:,} weights beside the {total - trained:,} of the base")
+    return adapted  # type: ignore[return-value]
 
 
 def lora_config(
     model: PreTrainedModel, lora: LoraArguments, rows: dict[str, list[int]] | None = None
 ) -> tuple[LoraConfig, list[str]]:
-    """Settings that peft can put an adapter on `model` with, and lines on what was settled for its experts.
+    """Build the peft settings, and notes on how they apply to experts.
+
+    Names of expert layers in older checkpoints (gate_proj, up_proj, …) stand for the parameters that hold these weights
+    now. peft adds the update of a parameter to the weight itself, so dropout cannot be applied before it: with adapters
+    on experts, the whole adapter has none.
 
     Args:
         model: the base.
-        lora: what is asked for.
-        rows: of embeddings and heads that are trained as they are, by module.
+        lora: settings of the adapter.
+        rows: token ids whose embeddings are trained in full, by the name of the module that holds them.
 
     Raises:
-        UserError: what is asked for does not go together with experts.
+        UserError: the targets, or DoRA, cannot be combined with experts.
     """
     everything = lora.lora_targets == ["all-linear"]
-    parameters = [] if everything else modules_left(model, lora.lora_targets)[1]
+    parameters = [] if everything else _split_targets(model, lora.lora_targets)[1]
     config = LoraConfig(
         task_type="CAUSAL_LM",
         r=lora.lora_rank,
@@ -41,84 +98,167 @@ def lora_config(
         use_rslora=lora.use_rslora,
         use_dora=lora.use_dora,
     )
-    return config, _settle_experts(model, config)
+    experts = _expert_parameters(model)
+    if not experts:
+        return config, []
+    try:
+        adapted = _converted(model, config).target_parameters or ()
+    except ValueError as error:
+        raise UserError(f"--lora_targets: {error}", "name them together, or none of them") from error
+    notes = []
+    if not any(_matches(expert, name) for name in adapted for expert in experts):
+        notes.append(
+            f"mixture of experts: LoRA leaves the experts as they are; --lora_targets … {' '.join(sorted(experts))} "
+            "adapts them as well"
+        )
+    names = ", ".join(sorted(adapted))
+    if adapted and config.use_dora:
+        raise UserError(
+            f"--use_dora cannot be combined with adapters on experts ({names})",
+            "leave it out, or name other modules: --lora_targets q_proj k_proj v_proj o_proj",
+        )
+    if adapted and config.lora_dropout:
+        config.lora_dropout = 0.0
+        notes.append(f"mixture of experts: LoRA without dropout, as it adapts stacked parameters: {names}")
+    return config, notes
 
 
-def expert_parameters(model: PreTrainedModel) -> set[str]:
-    """Names of the parameters that hold the weights of all experts of a layer, as experts.gate_up_proj."""
+def _matches(name: str, target: str) -> bool:
+    """Whether a target is the dotted name of a module, or the end of one."""
+    return f".{name}".endswith(f".{target}")
+
+
+def _expert_parameters(model: PreTrainedModel) -> set[str]:
+    """Names of the parameters that stack the weights of all experts of a layer, such as experts.gate_up_proj."""
     return {".".join(name.split(".")[-2:]) for name, weight in model.named_parameters() if weight.dim() == 3}
 
 
-def _settle_experts(model: PreTrainedModel, config: LoraConfig) -> list[str]:
-    """Take the dropout out of settings that put an adapter on experts, and say whether they do.
-
-    Names of the experts' layers as older checkpoints have them (gate_proj, up_proj, …) stand for the parameters that
-    hold them now. No dropout comes before those, as peft adds the update to the weights themselves: where there are
-    some, there is none in the whole adapter.
-
-    Args:
-        model: the base.
-        config: its dropout is changed.
-
-    Returns:
-        Lines on what was settled; none for a base without experts.
-
-    Raises:
-        UserError: the names, or DoRA, do not go together with experts.
-    """
-    stacks = expert_parameters(model)
-    if not stacks:
-        return []
-    tried = copy.deepcopy(config)
-    try:
-        convert_peft_config_for_transformers(tried, model, get_model_conversion_mapping(model))
-    except ValueError as error:
-        raise UserError(f"--lora_targets: {error}", "name them together, or none of them") from error
-    whole = set(tried.target_parameters or ())
-    lines = []
-    if not any(_is_end_of(name, stack) for name in whole for stack in stacks):
-        lines.append(
-            f"mixture of experts: LoRA leaves the experts as they are; --lora_targets … {' '.join(sorted(stacks))} "
-            "adapts them as well"
-        )
-    if whole and config.use_dora:
-        raise UserError(
-            f"--use_dora does not go together with adapters on experts ({', '.join(sorted(whole))})",
-            "leave it out, or name other modules: --lora_targets q_proj k_proj v_proj o_proj",
-        )
-    if whole and config.lora_dropout:
-        config.lora_dropout = 0.0
-        lines.append(
-            f"mixture of experts: LoRA without dropout, as it adapts whole parameters: {', '.join(sorted(whole))}"
-        )
-    return lines
+def _converted(model: PreTrainedModel, config: LoraConfig) -> LoraConfig:
+    """A copy of the settings with the names that transformers 5 gives to renamed weights."""
+    converted = copy.deepcopy(config)
+    convert_peft_config_for_transformers(converted, model, get_model_conversion_mapping(model))
+    return converted
 
 
-def modules_left(model: PreTrainedModel, targets: list[str]) -> tuple[list[str], list[str]]:
-    """Names that stand for modules, and names of parameters; names that peft knows how to convert are in neither.
-
-    Args:
-        model: the base.
-        targets: names, not "all-linear".
-    """
-    stacks = expert_parameters(model)
+def _split_targets(model: PreTrainedModel, targets: list[str]) -> tuple[list[str], list[str]]:
+    """Targets that are modules, and those that are parameters of experts; without names that peft converts itself."""
+    experts = _expert_parameters(model)
     modules = [name for name, _ in model.named_modules()]
     parameters = [
         target
         for target in targets
-        if any(_is_end_of(target, stack) for stack in stacks) and not any(_is_end_of(target, name) for name in modules)
+        if any(_matches(expert, target) for expert in experts) and not any(_matches(name, target) for name in modules)
     ]
     left = [target for target in targets if target not in parameters]
-    if stacks:
-        tried = LoraConfig(task_type="CAUSAL_LM", target_modules=left)
+    if experts:
         try:
-            convert_peft_config_for_transformers(tried, model, get_model_conversion_mapping(model))
-        except ValueError:  # told by `_settle_experts`
-            return [], parameters
-        left = [target for target in left if target in (tried.target_modules or ())]
+            kept = _converted(model, LoraConfig(task_type="CAUSAL_LM", target_modules=left)).target_modules or ()
+        except ValueError:  # `lora_config` reports it
+            kept = ()
+        left = [target for target in left if target in kept]
     return left, parameters
 
 
-def _is_end_of(target: str, name: str) -> bool:
-    """Whether a name is another one, or its end after a dot."""
-    return f".{name}".endswith(f".{target}")
+def _check_targets(model: PreTrainedModel, targets: list[str], given: list[str]) -> None:
+    for target in targets:
+        modules = [module for name, module in model.named_modules() if _matches(name, target)]
+        if not modules:
+            raise UserError(f"--lora_targets {' '.join(given)}: no module is named {target}", _adaptable(model))
+        if any(isinstance(module, NormHead) for module in modules):
+            raise UserError(
+                f"--lora_targets {target}: the head of {type(model).__name__} normalises its rows, which does not "
+                "commute with a low-rank update: base and adapter would not merge into one weight",
+                f"leave {target} out of --lora_targets",
+            )
+
+
+def _adaptable(model: PreTrainedModel) -> str:
+    names = _expert_parameters(model) | {
+        name.rsplit(".", 1)[-1]
+        for name, module in model.named_modules()
+        if isinstance(module, (nn.Linear, nn.Embedding, Conv1D)) and not isinstance(module, NormHead)
+    }
+    return f"take some of {', '.join(sorted(names))}, or all-linear"
+
+
+def _rows_to_train(
+    model: PreTrainedModel, lora: LoraArguments, tokenizer: PreTrainedTokenizerBase
+) -> dict[str, list[int]]:
+    """Token ids whose rows are trained in full, by the name of the module that holds the rows.
+
+    Raises:
+        UserError: the base has never seen the special tokens of the template, and their rows are not or cannot be
+            trained.
+    """
+    end, written = _template_tokens(tokenizer)
+    known = _known_ends(model, tokenizer)
+    tokens = sorted(written - known)
+    unseen = end not in known
+    if not tokens or not (unseen or lora.train_mark_tokens == "always"):
+        return {}
+    names = " ".join(tokenizer.convert_ids_to_tokens(tokens))
+    reason = f"the base has never ended an answer with {tokenizer.convert_ids_to_tokens(end)}"
+    if lora.train_mark_tokens == "never":
+        raise UserError(
+            f"{reason}, and an adapter alone hardly teaches it to: answers would not stop",
+            "--train_mark_tokens auto trains the rows of the special tokens; or take a chat model, or "
+            f"{pipeline_name('finetune')}",
+        )
+    if is_deepspeed_zero3_enabled():
+        raise UserError(
+            f"the rows of {names} are to be trained, and peft cannot train single rows of partitioned weights (ZeRO-3)"
+            + (f"; without them, answers would not stop, as {reason}" if unseen else ""),
+            f"ZERO=2, a chat model as base, or {pipeline_name('finetune')}",
+        )
+    rows = _rows_by_module(model, lora, tokens, end if end in tokens else None)
+    if rows and is_first_process():
+        say(f"LoRA also trains the rows of {names} in {' and '.join(rows)}" + (f": {reason}" if unseen else ""))
+    return rows
+
+
+def _template_tokens(tokenizer: PreTrainedTokenizerBase) -> tuple[int, set[int]]:
+    """The token that ends an answer in the chat template, and all special tokens that the template writes."""
+    question = [{"role": "user", "content": "问"}]
+    row = encode_conversation([*question, {"role": "assistant", "content": "答"}], tokenizer)[0]
+    end = [label for label in row.labels if label != IGNORE_INDEX][-1]
+    written = {*row.input_ids, *encode_prompt(question, tokenizer)}
+    return end, {end} | (written & tokenizer.added_tokens_decoder.keys())
+
+
+def _known_ends(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase) -> set[int]:
+    """Tokens that the base has certainly been trained to end with."""
+    known = {int(tokenizer.eos_token_id)}
+    # Continued pretraining saves all end tokens for later use, but has shown the model none of a template's.
+    folder = Path(model.name_or_path or "")
+    places = (folder, folder.parent) if folder.name.startswith(PREFIX_CHECKPOINT_DIR) else (folder,)
+    if any((read_run_record(place) or {}).get("pipeline") == "pretrain" for place in places):
+        return known
+    known |= configured_ends(model.generation_config)
+    if model.device.type == "meta" and (folder / GENERATION_CONFIG_NAME).is_file():  # not loaded for memory estimates
+        known |= configured_ends(GenerationConfig.from_pretrained(folder))
+    return known
+
+
+def _rows_by_module(
+    model: PreTrainedModel, lora: LoraArguments, tokens: list[int], end: int | None
+) -> dict[str, list[int]]:
+    """The embedding with all tokens, and an untied head with the end token, which it has to predict.
+
+    Modules with an adapter of their own learn their rows through that.
+    """
+    embedding, head = model.get_input_embeddings(), model.get_output_embeddings()
+    names = {
+        module: name
+        for name, module in model.named_modules()
+        if not any(_matches(name, target) for target in lora.lora_targets)
+    }
+    rows = {names[embedding]: tokens} if embedding in names else {}
+    if end is not None and isinstance(head, nn.Module) and head in names and head.weight is not embedding.weight:
+        if type(head) is not nn.Linear or head.bias is not None:
+            raise UserError(
+                f"the base has never ended an answer with token {end}, and single rows of its head, "
+                f"{type(head).__name__}, cannot be trained",
+                f"take a chat model as base, or {pipeline_name('finetune')}",
+            )
+        rows[names[head]] = [end]
+    return rows

@@ -1,8 +1,8 @@
-"""Loading a tokenizer, and the tokens that end things."""
+"""Loading a tokenizer, and the end tokens of a generation config."""
 
 from __future__ import annotations
 
-from transformers import AutoTokenizer, PreTrainedTokenizerBase
+from transformers import AutoTokenizer, GenerationConfig, PreTrainedTokenizerBase
 
 from novelgpt.model.hub import locate, runs_own_code
 from novelgpt.settings.arguments import ModelArguments
@@ -13,16 +13,16 @@ from novelgpt.text.templates import settle_template
 
 
 def load_tokenizer(model: ModelArguments) -> PreTrainedTokenizerBase:
-    """The tokenizer of a model, with a chat template and a padding token for certain.
+    """Load the tokenizer of a model; it always has a chat template and a padding token.
 
     Raises:
-        UserError: the folder is missing or holds no tokenizer, it needs code that may not run, it has no end token, or
-            its chat template does not end.
+        UserError: the folder is missing or holds no tokenizer, the tokenizer needs code that may not run or has no end
+            token, or its chat template does not end.
     """
     source, own_code = locate(model), runs_own_code(model)
     try:
         tokenizer = AutoTokenizer.from_pretrained(source, trust_remote_code=own_code)
-    except BaseException as error:  # of any kind: what is read are files of any origin
+    except BaseException as error:  # of any kind: the files can come from anywhere
         ours = isinstance(error, UserError)
         if ours or not (isinstance(error, Exception) or type(error).__module__ == RUST_PANICS):
             raise
@@ -41,9 +41,15 @@ def load_tokenizer(model: ModelArguments) -> PreTrainedTokenizerBase:
             f"the tokenizer of {model.model} has no end token", "set eos_token in its tokenizer_config.json"
         )
     if tokenizer.pad_token_id is None:
-        tokenizer.pad_token = tokenizer.eos_token  # harmless: padding is told by position, never by id
+        tokenizer.pad_token = tokenizer.eos_token  # harmless: padding is masked by position, never by id
     if not own_code:
         tokenizer.init_kwargs.pop("auto_map", None)  # saved, it would name files that are not there
     settle_template(tokenizer, source)
     check_template_ends(tokenizer)
     return tokenizer
+
+
+def configured_ends(config: GenerationConfig | None) -> set[int]:
+    """The ids of `eos_token_id`, which may be one id, a list or None."""
+    ids = None if config is None else config.eos_token_id
+    return set() if ids is None else set(ids) if isinstance(ids, (list, tuple)) else {ids}

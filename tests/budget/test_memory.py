@@ -23,7 +23,6 @@ from transformers import (
     Qwen3Config,
 )
 
-from finetune_lora.adapter import attach_lora
 from novelgpt.budget import memory_plan, simulated_model
 from novelgpt.budget.auto_batch import largest_fitting, micro_batches, set_micro_batch, try_micro_batches
 from novelgpt.budget.live_bytes import HOLES, Heap, LiveBytes
@@ -31,6 +30,7 @@ from novelgpt.budget.memory import MemoryEstimate, estimate_memory
 from novelgpt.budget.memory_plan import plan_memory
 from novelgpt.budget.simulated_model import SimulatedModel, track_step, worst_batch
 from novelgpt.checks.devices import NEARLY_AS_FAST
+from novelgpt.model.lora import attach_lora
 from novelgpt.model.loss import attach_chunked_loss
 from novelgpt.settings.arguments import ConversationArguments, LoraArguments, ModelArguments, TrainArguments
 from novelgpt.settings.errors import UserError

@@ -18,7 +18,8 @@ from transformers import AutoModelForCausalLM, GenerationConfig, PreTrainedModel
 
 from novelgpt.checks.stop_check import check_stops, trained_prompts
 from novelgpt.inference.generation import answer_end_ids, answer_prompts
-from novelgpt.model.loading import load_for_generation, load_model
+from novelgpt.inference.loading import load_for_inference
+from novelgpt.model.loading import load_model
 from novelgpt.model.tokenizer import load_tokenizer
 from novelgpt.settings.arguments import GenerationArguments, ModelArguments, TrainArguments
 from novelgpt.text.conversation import encode_conversation, encode_prompt, end_token_ids
@@ -251,7 +252,7 @@ def test_every_saved_folder_names_all_end_tokens(pipeline: str, own_ends_base: P
     assert [entry["stopped"] for entry in entries if "stopped" in entry] == [results["stopped"]]
     (scalar,) = EventAccumulator(str(folder / "logs")).Reload().Scalars("train/stopped")
     assert scalar.value == pytest.approx(results["stopped"])
-    saved_model = load_for_generation(ModelArguments(str(folder)), tokenizer)
+    saved_model = load_for_inference(ModelArguments(str(folder)), tokenizer)
     ends = answer_end_ids(saved_model, tokenizer)
     packs: Any = rows_of(tokenizer)
     asked, _ = trained_prompts(packs, 10, ends, 20)

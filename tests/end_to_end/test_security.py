@@ -20,7 +20,8 @@ from dataset.__main__ import main as dataset
 from finetune.__main__ import main as finetune
 from finetune_lora.merge import main as merge
 from novelgpt.export.to_safetensors import main as to_safetensors
-from novelgpt.model.loading import load_for_generation, load_model
+from novelgpt.inference.loading import load_for_inference
+from novelgpt.model.loading import load_model
 from novelgpt.settings.arguments import ModelArguments
 from novelgpt.settings.errors import UserError
 from novelgpt.settings.telemetry import DECIDED_BY, SINGLE, switch_off
@@ -99,15 +100,15 @@ def test_an_adapter_in_a_pickle_loads_only_where_that_is_allowed(
     adapter = adapter_on(copy, tmp_path / "adapter")
     pickle_weights(adapter)
     with pytest.raises(UserError, match=r"adapter_model\.bin"):
-        load_for_generation(ModelArguments(str(adapter)), tokenizer)
+        load_for_inference(ModelArguments(str(adapter)), tokenizer)
     with pytest.raises(SystemExit):
         merge([str(adapter), str(tmp_path / "merged")])
     assert "adapter_model.bin" in capsys.readouterr().err
-    load_for_generation(ModelArguments(str(adapter), allow_pickles=True), tokenizer)
+    load_for_inference(ModelArguments(str(adapter), allow_pickles=True), tokenizer)
     pickle_weights(copy)  # and so for the base beneath it
     with pytest.raises(UserError, match=r"pytorch_model\.bin"):
         to_safetensors([str(adapter), str(tmp_path / "safe")])
-        load_for_generation(ModelArguments(str(tmp_path / "safe")), tokenizer)
+        load_for_inference(ModelArguments(str(tmp_path / "safe")), tokenizer)
 
 
 @pytest.mark.parametrize("allowed", [False, True])

@@ -10,10 +10,11 @@ import torch
 from torch import nn
 from transformers import PreTrainedModel, PreTrainedTokenizerBase, Qwen2Config, Qwen2ForCausalLM
 
+from novelgpt.inference.loading import load_for_inference
 from novelgpt.inference.packed_weights import PackedLinear, pack_weights
 from novelgpt.model.baichuan.configuration import BaichuanConfig
 from novelgpt.model.baichuan.modeling import BaichuanForCausalLM
-from novelgpt.model.loading import load_for_generation, load_model
+from novelgpt.model.loading import load_model
 from novelgpt.settings.arguments import ModelArguments
 from tests.rounding import assert_close
 
@@ -83,7 +84,7 @@ def test_weights_of_another_type_stay_as_they_are() -> None:
 @pytest.mark.skipif(torch.cuda.is_available() or not PACKED, reason="models are generated with as they are here")
 def test_what_is_loaded_to_generate_is_packed(base_folder: Path, tokenizer: PreTrainedTokenizerBase) -> None:
     arguments = ModelArguments(str(base_folder))
-    plain, packed = load_model(arguments, tokenizer).eval(), load_for_generation(arguments, tokenizer)
+    plain, packed = load_model(arguments, tokenizer).eval(), load_for_inference(arguments, tokenizer)
     assert not any(type(module) is nn.Linear for module in packed.modules())
     ids = torch.arange(10, 60)[None]
     with torch.inference_mode():

@@ -13,7 +13,8 @@ from peft import LoraConfig, get_peft_model
 from transformers import AutoModelForCausalLM, PreTrainedModel
 
 from finetune_lora.merge import main as merge
-from novelgpt.model.loading import load_for_generation, load_model
+from novelgpt.inference.loading import load_for_inference
+from novelgpt.model.loading import load_model
 from novelgpt.model.tokenizer import load_tokenizer
 from novelgpt.settings.arguments import ModelArguments
 from novelgpt.settings.errors import UserError
@@ -84,7 +85,7 @@ def test_a_folder_that_names_a_base_of_the_hub_asks_no_network(
     chosen = ModelArguments(str(adapter))
     tokenizer = load_tokenizer(chosen)
     with pytest.raises(UserError) as caught:
-        load_for_generation(chosen, tokenizer)
+        load_for_inference(chosen, tokenizer)
     assert NAME in caught.value.cause
     assert f"--base {NAME}" in caught.value.remedy
     with pytest.raises(SystemExit) as stopped:
@@ -93,7 +94,7 @@ def test_a_folder_that_names_a_base_of_the_hub_asks_no_network(
     assert f"--base {NAME}" in capsys.readouterr().err
     assert not calls
     with pytest.raises(UserError, match="cannot be reached"):
-        load_for_generation(chosen, tokenizer, NAME)
+        load_for_inference(chosen, tokenizer, NAME)
     assert calls
 
 
@@ -103,12 +104,12 @@ def test_a_base_that_is_in_the_cache_or_named_is_taken(calls: list[object], base
     chosen = ModelArguments(str(adapter))
     ids = torch.cat([IDS, torch.tensor([[999]])], dim=1)
     tokenizer = load_tokenizer(chosen)
-    torch.testing.assert_close(logits(load_for_generation(chosen, tokenizer, str(base_folder)), ids), expected)
+    torch.testing.assert_close(logits(load_for_inference(chosen, tokenizer, str(base_folder)), ids), expected)
     into_cache(base_folder, tmp_path / "cache")
-    torch.testing.assert_close(logits(load_for_generation(chosen, tokenizer), ids), expected)
+    torch.testing.assert_close(logits(load_for_inference(chosen, tokenizer), ids), expected)
     assert not calls
     with pytest.raises(UserError, match="goes with an adapter"):
-        load_for_generation(ModelArguments(str(base_folder)), tokenizer, str(base_folder))
+        load_for_inference(ModelArguments(str(base_folder)), tokenizer, str(base_folder))
 
 
 def test_a_folder_that_is_model_and_adapter_at_once_leads_nowhere_else(
@@ -151,7 +152,7 @@ def test_an_adapter_with_another_vocabulary_is_merged(kind: str, base_folder: Pa
     torch.testing.assert_close(logits(merged, ids), expected, atol=1e-4, rtol=0)
     chosen = ModelArguments(str(adapter))
     torch.testing.assert_close(
-        logits(load_for_generation(chosen, load_tokenizer(chosen)), ids), expected, atol=1e-4, rtol=0
+        logits(load_for_inference(chosen, load_tokenizer(chosen)), ids), expected, atol=1e-4, rtol=0
     )
 
 

@@ -22,9 +22,10 @@ from finetune_lora import merge
 from novelgpt import doctor
 from novelgpt.export import to_safetensors
 from novelgpt.inference.generation import answer_end_ids
+from novelgpt.inference.loading import load_for_inference
 from novelgpt.model.fingerprint import weights_fingerprint
 from novelgpt.model.folder_checks import check_model_folder
-from novelgpt.model.loading import adapter_base, load_for_generation, read_config
+from novelgpt.model.loading import adapter_base, read_config
 from novelgpt.model.tokenizer import load_tokenizer
 from novelgpt.settings.arguments import ModelArguments
 from novelgpt.settings.errors import UserError
@@ -99,7 +100,7 @@ def load(folder: Path) -> None:
     model = ModelArguments(str(folder))
     tokenizer = load_tokenizer(model)
     adapter_base(str(folder))
-    answer_end_ids(load_for_generation(model, tokenizer), tokenizer)
+    answer_end_ids(load_for_inference(model, tokenizer), tokenizer)
 
 
 def set_in(path: Path, name: str, value: Any) -> None:

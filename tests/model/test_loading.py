@@ -25,8 +25,9 @@ from transformers import (
 )
 
 from finetune.__main__ import main as finetune
+from novelgpt.inference.loading import load_for_inference
 from novelgpt.model.hub import _download_from_modelscope, locate, runs_own_code
-from novelgpt.model.loading import adapter_base, load_for_generation, load_model, longest_row
+from novelgpt.model.loading import adapter_base, load_model, longest_row
 from novelgpt.model.tokenizer import load_tokenizer
 from novelgpt.settings.arguments import ModelArguments
 from novelgpt.settings.errors import UserError
@@ -77,7 +78,7 @@ def test_code_that_is_needed_is_refused_with_reason_and_flag(copy: Path, tokeniz
     calls: list[Callable[[], object]] = [
         lambda: load_tokenizer(model),
         lambda: load_model(model, tokenizer),
-        lambda: load_for_generation(model, tokenizer),
+        lambda: load_for_inference(model, tokenizer),
     ]
     for call in calls:
         with pytest.raises(UserError) as refusal:
@@ -277,10 +278,10 @@ def test_an_adapter_is_no_base(adapter: Path, tmp_path: Path, capsys: pytest.Cap
 
 def test_an_adapter_needs_its_base(adapter: Path, copy: Path, tokenizer: PreTrainedTokenizerBase) -> None:
     assert adapter_base(str(adapter)) == str(copy)
-    load_for_generation(ModelArguments(str(adapter)), tokenizer)
+    load_for_inference(ModelArguments(str(adapter)), tokenizer)
     shutil.rmtree(copy)
     with pytest.raises(UserError, match="not there any more"):
-        load_for_generation(ModelArguments(str(adapter)), tokenizer)
+        load_for_inference(ModelArguments(str(adapter)), tokenizer)
     (adapter / "adapter_config.json").write_text("{}")
     with pytest.raises(UserError, match="names no base"):
         adapter_base(str(adapter))

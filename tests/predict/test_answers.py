@@ -9,7 +9,8 @@ import torch
 from transformers import AutoModelForCausalLM
 
 from novelgpt.inference.generation import answer_prompts
-from novelgpt.model.loading import load_for_generation, load_model
+from novelgpt.inference.loading import load_for_inference
+from novelgpt.model.loading import load_model
 from novelgpt.model.tokenizer import load_tokenizer
 from novelgpt.settings.arguments import GenerationArguments, ModelArguments, TrainArguments
 from novelgpt.text.encoding import answer_text
@@ -145,7 +146,7 @@ def test_rows_beyond_the_models_positions_are_refused(
 def test_answers_during_training_end_where_the_positions_end(short: Path) -> None:
     chosen = ModelArguments(str(short))
     tokenizer = load_tokenizer(chosen)
-    model = load_for_generation(chosen, tokenizer)
+    model = load_for_inference(chosen, tokenizer)
     prompts = [[5] * 60, [5] * 10]
     with torch.inference_mode():
         answers = answer_prompts(model, tokenizer, prompts, GenerationArguments(max_new_tokens=20), 1, [])

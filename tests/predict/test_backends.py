@@ -16,7 +16,7 @@ from typing import Any
 
 import pytest
 
-from novelgpt.model.loading import load_for_generation
+from novelgpt.inference.loading import load_for_inference
 from novelgpt.model.tokenizer import load_tokenizer
 from novelgpt.settings.arguments import GenerationArguments, ModelArguments
 from novelgpt.settings.errors import UserError
@@ -72,7 +72,7 @@ def asking(base_folder: Path) -> Callable[..., list[str]]:
     """(backend, settings) -> answers of the base to a few questions."""
     chosen = ModelArguments(str(base_folder), "sdpa")
     tokenizer = load_tokenizer(chosen)
-    model = load_for_generation(chosen, tokenizer)
+    model = load_for_inference(chosen, tokenizer)
     questions = [[{"role": "user", "content": text}] for text in ("雨夜", "灯塔在哪里？", "写一个开头。")]
     rows = [
         PromptRow(str(number), encode_prompt(asked, tokenizer), asked, "") for number, asked in enumerate(questions)

@@ -13,7 +13,7 @@ import torch
 from transformers import PreTrainedTokenizerBase
 
 from novelgpt.inference.generation import answer_end_ids, answer_prompts
-from novelgpt.model.loading import load_for_generation
+from novelgpt.inference.loading import load_for_inference
 from novelgpt.model.tokenizer import load_tokenizer
 from novelgpt.settings.arguments import GenerationArguments, ModelArguments
 from novelgpt.settings.errors import UserError
@@ -142,7 +142,7 @@ def test_the_command_answers_as_prediction_does(base_folder: Path, tokenizer: Pr
         encoding="utf-8", timeout=PATIENCE,
     )  # fmt: skip
     assert done.returncode == 0, done.stderr
-    model = load_for_generation(ModelArguments(model=str(base_folder), attention="sdpa"), tokenizer)
+    model = load_for_inference(ModelArguments(model=str(base_folder), attention="sdpa"), tokenizer)
     generation = GenerationArguments(max_new_tokens=12, no_repeat_ngram_size=1)
 
     def answer(messages: list[dict[str, str]]) -> str:

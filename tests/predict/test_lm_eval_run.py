@@ -11,7 +11,7 @@ from typing import Any
 import pytest
 import torch
 
-from novelgpt.model.loading import load_for_generation
+from novelgpt.inference.loading import load_for_inference
 from novelgpt.model.tokenizer import load_tokenizer
 from novelgpt.settings.arguments import ModelArguments
 from novelgpt.text.encoding import encode
@@ -45,7 +45,7 @@ def accuracy_by_hand(folder: Path) -> float:
     """Share of the questions whose true choice has the greatest likelihood."""
     chosen = ModelArguments(str(folder), "sdpa")
     tokenizer = load_tokenizer(chosen)
-    model = load_for_generation(chosen, tokenizer)
+    model = load_for_inference(chosen, tokenizer)
     right = 0
     for entry in QUESTIONS:
         likelihoods = []

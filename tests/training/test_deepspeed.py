@@ -10,7 +10,7 @@ from torch.utils.data import DataLoader
 from transformers import AutoModelForCausalLM, PreTrainedModel, PreTrainedTokenizerBase
 
 from dataset.conversations import read_conversations
-from novelgpt.model.loading import load_for_generation
+from novelgpt.inference.loading import load_for_inference
 from novelgpt.scoring.perplexity import summarise
 from novelgpt.settings.arguments import ConversationArguments, ModelArguments
 from novelgpt.settings.paths import SAMPLES
@@ -129,5 +129,5 @@ def test_lora_saves_a_whole_adapter(
     weights = load_file(folder / "adapter_model.safetensors")
     assert all(tensor.numel() > 0 for tensor in weights.values())
     assert all(float(tensor.abs().max()) > 0 for name, tensor in weights.items() if "lora_B" in name)
-    merged = load_for_generation(ModelArguments(str(folder)), tokenizer)
+    merged = load_for_inference(ModelArguments(str(folder)), tokenizer)
     assert evaluate(merged, tokenizer, train_file)[0] == pytest.approx(reported_loss(folder), rel=LOSS_TOLERANCE)

@@ -15,7 +15,8 @@ from tensorboard.backend.event_processing.event_accumulator import EventAccumula
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from novelgpt.inference.generation import answer_end_ids, answer_prompts
-from novelgpt.model.loading import load_for_generation, load_model
+from novelgpt.inference.loading import load_for_inference
+from novelgpt.model.loading import load_model
 from novelgpt.scoring.repetition import rep4_char
 from novelgpt.scoring.rouge import mean_f, score_texts
 from novelgpt.settings.arguments import GenerationArguments, ModelArguments, TrainArguments
@@ -184,7 +185,7 @@ def test_answers_are_those_of_prediction(
     model: PreTrainedModel, base_folder: Path, tokenizer: PreTrainedTokenizerBase, tmp_path: Path
 ) -> None:
     scores = predictions(encoded(tokenizer), tokenizer, tmp_path).scores(model, Accelerator(cpu=True), 7)
-    predictor = load_for_generation(ModelArguments(str(base_folder)), tokenizer)
+    predictor = load_for_inference(ModelArguments(str(base_folder)), tokenizer)
     wanted = [CONVERSATIONS[number] for number in (0, 3, 6)]
     prompts = [encode_prompt(messages[:-1], tokenizer) for messages in wanted]
     ends = answer_end_ids(predictor, tokenizer)
@@ -371,7 +372,7 @@ def test_figures_and_texts_are_logged_everywhere(
             for part in ("prompt", "reference", "prediction"):
                 assert all(piece in shown for piece in line[part].split("\n"))
     # The last answers are the saved model's.
-    saved = load_for_generation(ModelArguments(str(tmp_path / "run")), tokenizer)
+    saved = load_for_inference(ModelArguments(str(tmp_path / "run")), tokenizer)
     prompts = [encode_prompt(messages[:-1], tokenizer) for messages in CONVERSATIONS[:3]]
     answers = answer_prompts(
         saved, tokenizer, prompts, GenerationArguments(NEW_TOKENS), 4, answer_end_ids(saved, tokenizer)

@@ -12,9 +12,10 @@ from peft import PeftModel
 from transformers import AutoModelForCausalLM, PreTrainedModel, PreTrainedTokenizerBase
 from transformers.integrations import HfDeepSpeedConfig
 
-from finetune_lora.adapter import attach_lora
+from novelgpt.inference.loading import load_for_inference
 from novelgpt.model.baichuan import BaichuanConfig, BaichuanForCausalLM
-from novelgpt.model.loading import load_for_generation, load_model
+from novelgpt.model.loading import load_model
+from novelgpt.model.lora import attach_lora
 from novelgpt.model.qwen1 import QWenConfig, QWenLMHeadModel
 from novelgpt.model.tokenizer import load_tokenizer
 from novelgpt.settings.arguments import LoraArguments, ModelArguments, TrainArguments
@@ -109,7 +110,7 @@ def test_rows_of_unseen_marks_are_trained_and_merge_exactly(
     assert torch.equal(logits(reloaded, probe), expected)
     merged = reloaded.merge_and_unload()
     assert_close(logits(merged, probe), expected)
-    generating = load_for_generation(ModelArguments(str(tmp_path / "adapter")), tokenizer)
+    generating = load_for_inference(ModelArguments(str(tmp_path / "adapter")), tokenizer)
     assert_close(logits(generating, probe), expected)
     after = merged.state_dict()
     assert after.keys() == before.keys()
