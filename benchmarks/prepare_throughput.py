@@ -43,14 +43,14 @@ from rich.table import Table
 from dataset.decode import decode_text, decode_tolerant
 from dataset.novels.artefacts import ArtefactWriter
 from dataset.novels.books import prepare_book
-from dataset.novels.chapters import split_chapters
-from dataset.novels.cleaning import clean, load_rules
+from dataset.novels.chapters.chapters import split_chapters
+from dataset.novels.cleaning.cleaning import clean, load_rules
+from dataset.novels.cleaning.quality import judge
+from dataset.novels.duplicates.near_duplicates import fingerprint
+from dataset.novels.engines.workers import map_files
 from dataset.novels.manifest import hash_files
-from dataset.novels.near_duplicates import fingerprint
-from dataset.novels.quality import judge
 from dataset.novels.records import RawBook
-from dataset.novels.sources import read_books
-from dataset.novels.workers import map_files
+from dataset.novels.sources.sources import read_books
 from novelgpt.settings.paths import ROOT, SAMPLES
 
 PARTS = ("speed", "memory", "growth", "hashing")

@@ -34,7 +34,7 @@ def main(argv: list[str] | None = None) -> None:
         elif command == "tokens":
             from dataset.tokens_command import main as run
         elif command == "conversations":
-            from dataset.conversations_command import main as run
+            from dataset.conversation_rows.command import main as run
         elif command == "preview":
             from dataset.preview import main as run
         else:

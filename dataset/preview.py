@@ -17,7 +17,7 @@ from pathlib import Path
 import numpy
 from transformers import PreTrainedTokenizerBase
 
-from dataset.conversation_sources import find_splits
+from dataset.conversation_rows.sources import find_splits
 from dataset.conversations import encode_rows
 from dataset.instructions import load_instructions
 from dataset.preview_page import Part, Shown, in_html, in_text

@@ -24,7 +24,7 @@ SCRIPTS = {"pretrain": "pretrain", "finetune": "finetune", "lora": "finetune_lor
 COMMANDS = {
     "dataset novels": "dataset/novels/command.py",
     "dataset tokens": "dataset/tokens_command.py",
-    "dataset conversations": "dataset/conversations_command.py",
+    "dataset conversations": "dataset/conversation_rows/command.py",
     "dataset preview": "dataset/preview.py",
 }
 # Options of other programs: tensorboard, sbatch, srun, torchrun, pip; and novelgpt --version, which is no command's.

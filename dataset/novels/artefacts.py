@@ -13,7 +13,7 @@ from typing import Any
 
 from dataset.mending import BadBytes
 from dataset.novels.books import PreparedBook
-from dataset.novels.near_duplicates import Fingerprints, fingerprint, save_fingerprints
+from dataset.novels.duplicates.near_duplicates import Fingerprints, fingerprint, save_fingerprints
 from dataset.novels.records import BookRecord
 
 CHAPTERS, REMOVED, SKIPPED = "chapters.jsonl", "removed.jsonl", "skipped.jsonl"
@@ -33,7 +33,7 @@ class ArtefactWriter:
       that could not be decoded their values in hexadecimal, and "offset" in place of the line
     * skipped.jsonl: {"source", "reason"} of members of an archive that are no texts
     * books.json: the records; of a text that cannot be used, with the reason
-    * fingerprints.npz: of all books, as `dataset.novels.near_duplicates` keeps them
+    * fingerprints.npz: of all books, as `dataset.novels.duplicates.near_duplicates` keeps them
     """
 
     def __init__(self, folder: Path) -> None:

@@ -7,11 +7,11 @@ from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
 
 from dataset.mending import find_shifted
-from dataset.novels.chapters import split_chapters
-from dataset.novels.cleaning import Rules, clean, to_simplified
-from dataset.novels.headings import find_candidates
-from dataset.novels.paragraphs import join_lines
-from dataset.novels.quality import judge
+from dataset.novels.chapters.chapters import split_chapters
+from dataset.novels.chapters.headings import find_candidates
+from dataset.novels.chapters.paragraphs import join_lines
+from dataset.novels.cleaning.cleaning import Rules, clean, to_simplified
+from dataset.novels.cleaning.quality import judge
 from dataset.novels.records import BookRecord, Chapter, RawBook, Removed, Section
 
 MOST_BAD_BYTES_SHOWN = 20

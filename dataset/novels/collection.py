@@ -15,7 +15,7 @@ from typing import Any
 from dataset.novels.artefacts import REMOVED, SKIPPED, json_line, read_book_records, read_chapters
 from dataset.novels.decisions import CollectionOptions, Decisions, Shelf, compare_books, name_place
 from dataset.novels.records import BookRecord
-from dataset.novels.report import EXAMPLES, write_report
+from dataset.novels.report.report import EXAMPLES, write_report
 from dataset.novels.shards import ShardWriter
 
 MOST_EXAMPLES_OF_BOOK = 2

@@ -9,8 +9,8 @@ from __future__ import annotations
 
 from pathlib import Path
 
-from dataset.novels.cluster import read_slurm_options
 from dataset.novels.collection import CollectionOptions
+from dataset.novels.engines.cluster import read_slurm_options
 from dataset.novels.prepare import file_options
 from dataset.novels.run import ENGINES, Machines, prepare_novels
 from dataset.novels.shards import FORMATS
@@ -36,7 +36,7 @@ def make_parser() -> CommandParser:
     parser.add_argument("--format", choices=FORMATS, default="parquet", help="of the chapters [default: parquet]")
     parser.add_argument("--shard_size", type=int, default=256, metavar="MB", help="text in a file [default: 256]")
     parser.add_argument("--rules", type=Path, nargs="+", action="extend", default=[], metavar="FILE",
-                        help="further rules of what to take out, like dataset/novels/rules.yaml")  # fmt: skip
+                        help="further rules of what to take out, like dataset/novels/cleaning/rules.yaml")  # fmt: skip
     parser.add_argument("--to_simplified", action="store_true", help="traditional characters to simplified ones")
     parser.add_argument("--held_out", nargs="+", action="extend", default=[], metavar="NAME",
                         help="books (name or file) that are kept out of training, for evaluation")  # fmt: skip

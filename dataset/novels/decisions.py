@@ -8,9 +8,9 @@ from pathlib import Path
 from typing import Any
 
 from dataset.novels.artefacts import FINGERPRINTS
-from dataset.novels.near_duplicates import BookPrints, Place, Thresholds, find_duplicates, load_fingerprints
+from dataset.novels.duplicates.near_duplicates import BookPrints, Place, Thresholds, find_duplicates, load_fingerprints
+from dataset.novels.duplicates.split import Decision, assign_splits, decide
 from dataset.novels.records import BookRecord
-from dataset.novels.split import Decision, assign_splits, decide
 
 
 @dataclass(frozen=True)

@@ -14,18 +14,22 @@ from dataclasses import dataclass
 from importlib.metadata import version
 from pathlib import Path, PurePosixPath
 
+import dataset.decode
+import dataset.mending
 from dataset.atomic import digest_of, new_folder
 from dataset.novels.artefacts import ArtefactWriter
 from dataset.novels.books import prepare_book
-from dataset.novels.cleaning import Rules, load_rules
-from dataset.novels.series import Series, read_series
-from dataset.novels.sources import LeftOut, read_books
+from dataset.novels.cleaning.cleaning import Rules, load_rules
+from dataset.novels.sources.series import Series, read_series
+from dataset.novels.sources.sources import LeftOut, read_books
 from novelgpt.settings.errors import UserError
 from novelgpt.settings.whole_files import hash_file
 
-# Modules of this folder whose code decides nothing about an artefact; a change of any other makes all artefacts anew.
-LATER_STEPS = ("charts", "cluster", "collection", "command", "decisions", "manifest", "near_duplicates", "overlaps",
-               "report", "run", "shards", "slurm", "split", "terminal", "workers")  # fmt: skip
+# Modules and rooms whose code does not affect an artefact; a change of any other makes all artefacts anew.
+LATER_STEPS = frozenset((
+    "engines", "report", "near_duplicates", "overlaps", "split",
+    "collection", "command", "decisions", "manifest", "run", "shards", "terminal",
+))  # fmt: skip
 LIBRARIES = ("numpy", "opencc", "rensa")
 
 
@@ -68,10 +72,12 @@ def code_digest(all_steps: bool = False) -> str:
     A digest forgets nothing, as a version that somebody has to raise would.
     """
     here = Path(__file__).resolve().parent
-    modules = [path for path in here.glob("*.py") if all_steps or path.stem not in LATER_STEPS]
-    paths = [here.parent / "decode.py", here.parent / "mending.py", *modules]
-    paths += (here / "report_page").iterdir() if all_steps else ()
-    return digest_of([*([path.name, hash_file(path)[0]] for path in sorted(paths)), *map(version, LIBRARIES)])
+    paths = [Path(dataset.decode.__file__), Path(dataset.mending.__file__)]
+    for path in sorted(here.rglob("*")):
+        parts = path.relative_to(here).with_suffix("").parts
+        if path.suffix in (".py", ".html", ".css", ".js") and (all_steps or LATER_STEPS.isdisjoint(parts)):
+            paths.append(path)
+    return digest_of([*([path.name, hash_file(path)[0]] for path in paths), *map(version, LIBRARIES)])
 
 
 def artefact_of(sha256: str, source: str, work: Path, options: FileOptions) -> Path:

@@ -13,8 +13,9 @@ from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 
 from dataset.atomic import only_run
-from dataset.novels.cluster import run_on
 from dataset.novels.collection import CollectionOptions, Written, read_shelves, write_collection
+from dataset.novels.engines.cluster import run_on
+from dataset.novels.engines.workers import map_files
 from dataset.novels.manifest import (
     Hashed,
     describe_inputs,
@@ -25,10 +26,9 @@ from dataset.novels.manifest import (
     write_manifest,
 )
 from dataset.novels.prepare import FileOptions, artefact_of, code_digest, hash_series, prepare_file
-from dataset.novels.series import find_series
-from dataset.novels.sources import list_folder
+from dataset.novels.sources.series import find_series
+from dataset.novels.sources.sources import list_folder
 from dataset.novels.terminal import Display
-from dataset.novels.workers import map_files
 from novelgpt.settings.errors import UserError
 
 VERSION = 1

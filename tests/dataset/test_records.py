@@ -9,7 +9,7 @@ from typing import Any
 
 import pytest
 
-from dataset.conversation_sources import read_table
+from dataset.conversation_rows.sources import read_table
 from dataset.readers import read_conversation_rows, read_records
 from novelgpt.settings.errors import UserError
 

@@ -14,7 +14,7 @@ from typing import Any
 import pytest
 
 from dataset.decode import decode_tolerant
-from dataset.novels.workers import map_files
+from dataset.novels.engines.workers import map_files
 from novelgpt.settings.errors import UserError
 from tests.launched import PATIENCE
 from tests.novel_files import json_rows, shard_rows, source_of_book, tree, write_novels

@@ -11,7 +11,7 @@ from typing import Any
 import pytest
 
 from dataset.instructions import load_instructions
-from dataset.novels.rules import read_rules
+from dataset.novels.cleaning.rules import read_rules
 from novelgpt.settings.deepspeed_file import check_deepspeed
 from novelgpt.settings.errors import UserError
 from novelgpt.settings.parsed_files import read_object, read_yaml

@@ -1,0 +1,1 @@
+"""Papers and prepared novels to conversation rows: the command `python -m dataset conversations`."""

@@ -1,0 +1,264 @@
+"""Papers and prepared novels to rows that name a task: what may become a conversation, before any filter."""
+
+from __future__ import annotations
+
+import re
+from collections import deque
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+from dataset.csv_rows import read_csv
+from dataset.decode import decode_text, read_bytes
+from dataset.instructions import Instructions
+from dataset.novels.chapters.headings import LONGEST_HEADING
+from dataset.novels.chapters.numerals import to_number
+from dataset.records import Record, read_records
+from novelgpt.settings.errors import UserError
+from novelgpt.settings.remedies import python_module
+from novelgpt.settings.units import counted
+
+MANIFEST = "manifest.json"
+SPLITS = ("train", "held_out")
+SHARD_KINDS = ("parquet", "jsonl")
+SKIPPED_COLUMN = "_"
+# Not fields of a task, yet kept with its row.
+KEPT = ("book", "chapter")
+_CHAPTER_NUMBER = re.compile(r"第\s*(\S{1,9}?)\s*[章回节節话話]")
+Row = dict[str, str]
+Records = Iterator[tuple[str, Record]]
+
+
+@dataclass(frozen=True)
+class Candidate:
+    """A row that may be kept.
+
+    Attributes:
+        row: {"id", "task", the fields of the task, "book" and "chapter" where known, "source"}.
+        reason: why it cannot be one; "" where nothing is known against it.
+        detail: more about the reason.
+    """
+
+    row: Row
+    reason: str = ""
+    detail: str = ""
+
+
+@dataclass(frozen=True)
+class Cut:
+    """How chapters become questions and answers.
+
+    Attributes:
+        most_characters: of all messages of a row together, in the longest of the task's wordings.
+        previous_chapters: how many chapters before the next one a question may hold.
+        opening_characters: of a text to be continued, at least; whole paragraphs.
+    """
+
+    most_characters: int
+    previous_chapters: int
+    opening_characters: int
+
+
+def find_splits(path: Path) -> dict[str, list[Path]]:
+    """Split -> files: the shards of a prepared folder, in order; any other file is for training.
+
+    Raises:
+        UserError: a folder that `python -m dataset novels` did not finish.
+    """
+    if not path.is_dir():
+        return {"train": [path], "held_out": []}
+    if not (path / MANIFEST).is_file():
+        raise UserError(
+            f"{path} holds no {MANIFEST}", f"name a folder that `{python_module('dataset novels')}` has finished"
+        )
+    shards = {
+        split: [file for kind in SHARD_KINDS for file in sorted(path.glob(f"{split}-*.{kind}"))] for split in SPLITS
+    }
+    if not any(shards.values()):
+        raise UserError(f"{path} holds no chapters", "name a folder with train-… or held_out-… files")
+    return shards
+
+
+def read_table(path: Path, columns: Sequence[str] = ()) -> Records:
+    """("file:line", fields) of each row of a .tsv file, or of a file that `read_records` knows.
+
+    Args:
+        path: of the file. Quotation marks in a .tsv are text.
+        columns: their names in a .tsv or .csv file without a line of names; "_" for one that is left out.
+
+    Raises:
+        UserError: what `read_records` raises, or a line with another number of columns.
+    """
+    kind = path.suffix.lower()
+    if kind == ".csv" and columns:
+        for where, record in read_csv(decode_text(read_bytes(path), str(path)), str(path), columns):
+            yield where, {name: value for name, value in record.items() if name != SKIPPED_COLUMN}
+        return
+    if kind != ".tsv":
+        yield from read_records(path)
+        return
+    names = list(columns)
+    for number, line in enumerate(decode_text(read_bytes(path), str(path)).split("\n"), start=1):
+        values = line.split("\t")
+        if not line.strip():
+            continue
+        if not names:
+            names = values
+            continue
+        if len(values) != len(names):
+            raise UserError(
+                f"{path}:{number}: {counted(len(values), 'column')} instead of {len(names)}",
+                "mend that line, or name the columns in order with --columns, _ for one to leave out",
+            )
+        yield (
+            f"{path}:{number}",
+            {name: value for name, value in zip(names, values, strict=True) if name != SKIPPED_COLUMN},
+        )
+
+
+def read_candidates(
+    files: Sequence[Path], task: str, instructions: Instructions, cut: Cut, columns: Sequence[str] = ()
+) -> Iterator[Candidate]:
+    """Rows for a task: from the fields of each record, or, for next_chapter and continue_text, cut from its chapters.
+
+    Raises:
+        UserError: what `read_table` raises, an unknown task, or a record without a text where chapters are wanted.
+    """
+    builders: dict[str, Callable[[Sequence[Path], Instructions, Cut, Sequence[str]], Iterator[Candidate]]] = {
+        "next_chapter": _next_chapters, "continue_text": _continued_texts,
+    }  # fmt: skip
+    if task in builders:
+        yield from builders[task](files, instructions, cut, columns)
+        return
+    names = _names(task, instructions)
+    for file in files:
+        for index, (where, record) in enumerate(read_table(file, columns)):
+            fields = {name: _clean(record.get(name)) for name in names}
+            if task == "chapter_title":
+                fields["text"] = _without_heading(fields["text"], fields["title"])
+            yield Candidate(_row(task, str(record.get("id") or f"{file.stem}-{index}"), fields, record, where))
+
+
+def keep_tail(text: str, characters: int) -> str:
+    """The last paragraphs of `text` that fit into so many characters, whole; "" where not even the last one does.
+
+    >>> keep_tail("一二三\\n四五\\n六", 4)
+    '四五\\n六'
+    """
+    if len(text) <= characters:
+        return text
+    border = text.find("\n", max(0, len(text) - characters - 1))
+    return text[border + 1 :].lstrip("\n") if border >= 0 else ""
+
+
+@dataclass
+class _Chapter:
+    """A text row. name: of its book, and its place; first: whether its book begins with it; number: of its label."""
+
+    record: Record
+    where: str
+    text: str
+    name: str
+    first: bool
+    number: int | None
+
+
+def _chapters(files: Sequence[Path], columns: Sequence[str]) -> Iterator[_Chapter]:
+    """Chapters in order; neighbouring rows of one book and source belong together."""
+    last: tuple[str, str] | None = None
+    place = 0
+    for file in files:
+        for where, record in read_table(file, columns):
+            text = _clean(record.get("text"))
+            if not text:
+                raise UserError(f"{where}: no text in field 'text'", "name a prepared folder or a file of chapters")
+            book = (str(record.get("book") or file.stem), str(record.get("source") or file))
+            place = 1 if book != last else place + 1
+            yield _Chapter(record, where, text, f"{book[0]}-{place:04d}", book != last, _number(record, text))
+            last = book
+
+
+def _next_chapters(
+    files: Sequence[Path], instructions: Instructions, cut: Cut, columns: Sequence[str]
+) -> Iterator[Candidate]:
+    task = "next_chapter"
+    names = _names(task, instructions)
+    before: deque[str] = deque(maxlen=cut.previous_chapters)
+    number: int | None = None
+    for chapter in _chapters(files, columns):
+        fields = {name: _clean(chapter.record.get(name)) for name in names} | {"previous": "", "next": chapter.text}
+        row = _row(task, chapter.name, fields, chapter.record, chapter.where)
+        if chapter.first:
+            before.clear()
+            yield Candidate(row, "first_chapter")
+        elif None not in (number, chapter.number) and chapter.number not in (number, number + 1, 1):  # type: ignore[operator]
+            before.clear()  # a chapter between the two is missing, or was left out as a duplicate
+            yield Candidate(row, "gap_in_chapters", f"{number} -> {chapter.number}")
+        else:
+            room = cut.most_characters - instructions.most_characters(task, row, chapter.where)
+            row["previous"] = keep_tail("\n\n".join(before), room) if room > 0 else ""
+            lacks = "" if row["previous"] else "no_room_for_context" if room > 0 else "row_too_long"
+            yield Candidate(row, lacks)
+        before.append(chapter.text)
+        number = chapter.number
+
+
+def _continued_texts(
+    files: Sequence[Path], instructions: Instructions, cut: Cut, columns: Sequence[str]
+) -> Iterator[Candidate]:
+    """Each chapter from its first to its last paragraph, in as few rows as hold it."""
+    task = "continue_text"
+    names = _names(task, instructions)
+    for chapter in _chapters(files, columns):
+        paragraphs = chapter.text.split("\n")
+        fields = {name: _clean(chapter.record.get(name)) for name in names} | {"opening": "", "rest": ""}
+        empty = _row(task, chapter.name, fields, chapter.record, chapter.where)
+        room = cut.most_characters - instructions.most_characters(task, empty, chapter.where)
+        begin, part = 0, 1
+        while begin < len(paragraphs):
+            border = min(len(paragraphs), _fitting(paragraphs, begin, cut.opening_characters) + 1)
+            opening = "\n".join(paragraphs[begin:border])
+            # The answer's length stands in some wordings; it takes no more digits than the limit has.
+            end = _fitting(paragraphs, border, room - len(opening) - 2 * len(str(cut.most_characters)))
+            row = empty | {"opening": opening, "rest": "\n".join(paragraphs[border:end])}
+            row["id"] = f"{chapter.name}.{part}-{task}"
+            lacks = "" if end > border else "nothing_follows" if border >= len(paragraphs) else "row_too_long"
+            yield Candidate(row, lacks)
+            begin, part = max(border, end), part + 1
+
+
+def _fitting(paragraphs: Sequence[str], begin: int, characters: int) -> int:
+    """Up to which of the paragraphs from `begin` on all fit into so many characters, line ends included."""
+    end = begin
+    while end < len(paragraphs) and characters >= len(paragraphs[end]):
+        characters -= len(paragraphs[end]) + 1
+        end += 1
+    return end
+
+
+def _row(task: str, name: str, fields: Row, record: Record, where: str) -> Row:
+    kept = {key: _clean(record.get(key)) for key in KEPT if record.get(key) and key not in fields}
+    source = record.get("source") if isinstance(record.get("source"), str) else Path(where).name
+    return {"id": f"{name}-{task}", "task": task, **fields, **kept, "source": str(source)}
+
+
+def _names(task: str, instructions: Instructions) -> list[str]:
+    return [name for side in instructions.fields(task, "--task") for name in side]
+
+
+def _clean(value: object) -> str:
+    return value.replace("\r\n", "\n").replace("\r", "\n").strip() if isinstance(value, str) else ""
+
+
+def _number(record: Record, text: str) -> int | None:
+    """The chapter's number, from its label or else its first line."""
+    label = str(record.get("chapter") or "") or text.partition("\n")[0][:LONGEST_HEADING]
+    match = _CHAPTER_NUMBER.match(label)
+    return to_number(match[1]) if match else None
+
+
+def _without_heading(text: str, title: str) -> str:
+    """`text` without its first line, where that is a heading with the title in it."""
+    first, _, rest = text.partition("\n")
+    heading = len(first) <= LONGEST_HEADING and "".join(title.split()) in "".join(first.split())
+    return rest.strip() if title and heading else text

@@ -1,0 +1,286 @@
+"""A book's lines to chapters: headings found, tables of contents and blurbs taken out, what is odd said."""
+
+from __future__ import annotations
+
+import re
+from collections import Counter
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass, field
+from itertools import pairwise
+
+from dataset.novels.chapters.front_matter import first_line_of_prologue
+from dataset.novels.chapters.heading_choice import Choice, choose_headings
+from dataset.novels.chapters.headings import LONGEST_HEADING, Candidate
+from dataset.novels.chapters.numbering import describe_numbering
+from dataset.novels.chapters.paragraphs import fits_width, join_lines, parts_of_about, wrap_width
+from dataset.novels.records import Chapter, Line, Removed
+from novelgpt.settings.units import counted
+
+PART_CHARACTERS = 5_000
+"""Length of the parts of a book without headings."""
+MOST_NAMED = 20
+"""Headings named in one finding."""
+
+_SECTION = re.compile(r"[（(]?[0-9０-９一二三四五六七八九十]{1,4}[)）]?[、.．]?")
+_NO_TITLE = re.compile(r".*[。，；：”」』,:;].*|[“「『—].*|.{26,}")
+_PROSE = re.compile(r"[。；]|[，,].*[。！？!?…”」』]|[，,][^，,]*[，,]")
+"""What titles do not have: the end of a sentence, or several of its parts."""
+_LONGEST_WORD = 20
+_PROSE_BEGINS = ("话说", "話說", "却说", "卻說", "且说", "且說", "诗曰", "詩曰", "词曰", "詞曰")
+
+
+@dataclass(frozen=True)
+class Split:
+    """A book in chapters.
+
+    Every character of the book that is no white space is in one of them or in one of `removed`, in order.
+
+    Attributes:
+        chapters: in order.
+        removed: rules "table_of_contents", "front_matter", "volume_heading" (it is in `Chapter.volume`),
+            "heading_prefix" (正文, the name of the book), "heading_decoration" (【】, ===), "repeated_heading".
+        findings: sentences about numbering, gaps, and what was decided.
+    """
+
+    chapters: list[Chapter]
+    removed: list[Removed]
+    findings: list[str]
+
+
+def split_chapters(lines: Sequence[Line], part_characters: int = PART_CHARACTERS) -> Split:
+    """The chapters of a book, from its lines with their indents.
+
+    A book without headings is cut at paragraph ends into parts of about `part_characters` characters. Long prose
+    before the first heading is kept as a chapter without heading (`front_matter.first_line_of_prologue`).
+    """
+    texts = [text for _, text in lines]
+    choice = choose_headings(texts)
+    book = _Book(lines, texts, choice)
+    book.remove(sorted(choice.contents), "table_of_contents")
+    if choice.kind == "none":
+        book.add_parts(range(len(texts)))
+    else:
+        book.add_chapters()
+    chapters = book.chapters(part_characters)
+    if choice.kind == "none" and chapters:
+        book.findings.append(f"no headings: cut at paragraph ends into {counted(len(chapters), 'part')}")
+    volumes = {one.index for one in choice.volumes}
+    numbered = [one for one in book.headings if one.number is not None and one.index not in volumes]
+    book.findings += describe_numbering(numbered, sorted(volumes))
+    if choice.kind == "titles":
+        book.findings.append("the headings have no numbers: told by their indent, or by the table of contents")
+    if choice.entries:
+        book.findings.append(f"a table of contents with {choice.entries} entries was left out")
+    return Split(chapters, sorted(book.removed, key=lambda removed: removed.number), book.findings)
+
+
+@dataclass
+class _Draft:
+    """A chapter whose lines are not yet paragraphs; without `heading` it may become several."""
+
+    heading: str = ""
+    label: str = ""
+    title: str = ""
+    number: int | None = None
+    volume: str = ""
+    body: list[str] = field(default_factory=list)
+
+
+class _Book:
+    """A book while it is taken to pieces."""
+
+    def __init__(self, lines: Sequence[Line], texts: Sequence[str], choice: Choice):
+        self.lines, self.texts, self.choice = lines, texts, choice
+        self.removed: list[Removed] = []
+        self.findings: list[str] = []
+        self.headings: list[Candidate] = []
+        self._drafts: list[_Draft] = []
+        self._gone: set[int] = set()
+
+    def remove(self, indices: Iterable[int], rule: str) -> None:
+        """Take whole lines out; blank ones need no word."""
+        for index in indices:
+            self._gone.add(index)
+            if self.texts[index].strip():
+                self._remove_piece(index, rule, self.texts[index])
+
+    def _remove_piece(self, index: int, rule: str, piece: str) -> None:
+        self.removed.append(Removed(self.lines[index].number, rule, piece))
+
+    def add_parts(self, indices: Iterable[int]) -> None:
+        """Lines under no heading."""
+        body = [self.texts[index] for index in indices if index not in self._gone]
+        if any(text.strip() for text in body):
+            self._drafts.append(_Draft(body=body))
+
+    def add_chapters(self) -> None:
+        """All chapters, from heading to heading, and what stands before the first."""
+        chosen = sorted(self.choice.chapters + self.choice.volumes, key=lambda one: one.index)
+        headings = self.headings = self._without_repeats(chosen)
+        self._add_front(headings[0].index)
+        volumes = {one.index for one in self.choice.volumes}
+        titles = self._titles_below([one for one in headings if one.index not in volumes])
+        segments = _usual_segments(headings)
+        volume = ""
+        empty = []
+        for one, following in pairwise([*headings, None]):
+            assert one is not None
+            volume = one.heading if one.index in volumes else one.volume or volume
+            draft = self._draft(one, following.index if following else len(self.texts), titles.get(one.index), segments)
+            draft.volume = volume
+            has_text = any(text.strip() for text in draft.body)
+            if one.index not in volumes:
+                self._drafts.append(draft)
+                empty += [] if has_text else [draft.heading]
+            elif has_text:
+                draft.number = None
+                self._drafts.append(draft)
+            else:
+                self._remove_piece(one.index, "volume_heading", draft.heading)
+        if empty:
+            self.findings.append(f"{counted(len(empty), 'chapter')} without text: {'; '.join(empty[:MOST_NAMED])}")
+
+    def _add_front(self, end: int) -> None:
+        front = [index for index in range(end) if index not in self._gone]
+        border = first_line_of_prologue([self.texts[index] for index in front])
+        self.remove(front[:border], "front_matter")
+        self.add_parts(front[border:])
+        if front[border:]:
+            self.findings.append("prose before the first heading is kept as a chapter without heading")
+
+    def _without_repeats(self, headings: Sequence[Candidate]) -> list[Candidate]:
+        """Of two headings of one number without text between them, one that says no more than the other goes."""
+        kept: list[Candidate] = []
+        for one in headings:
+            if kept and kept[-1].number == one.number is not None and not self._has_text(kept[-1].index + 1, one.index):
+                if kept[-1].says(one):
+                    self.remove([one.index], "repeated_heading")
+                    continue
+                if one.says(kept[-1]):
+                    self.remove([kept.pop().index], "repeated_heading")
+            kept.append(one)
+        return kept
+
+    def _has_text(self, begin: int, end: int) -> bool:
+        return any(self.texts[index].strip() and index not in self._gone for index in range(begin, end))
+
+    def _titles_below(self, headings: Sequence[Candidate]) -> dict[int, int]:
+        """Line of the heading -> line of its title, in books that write 第一章 and the title on two lines."""
+        bare = [one for one in headings if one.number is not None and not one.title]
+        if len(bare) < 2 or len(bare) < 0.8 * len(headings):
+            return {}
+        others = {one.index for one in self.headings}
+        titles = {}
+        for one in bare:
+            for index in range(one.index + 1, min(one.index + 6, len(self.texts))):
+                text = self.texts[index].strip()
+                if text and index not in self._gone:
+                    if not (index in others or _SECTION.fullmatch(text) or _NO_TITLE.fullmatch(text)):
+                        titles[one.index] = index
+                    break
+        return titles if len(titles) >= 0.8 * len(bare) else {}
+
+    def _draft(self, one: Candidate, end: int, title_line: int | None, segments: tuple[int, int]) -> _Draft:
+        """A chapter without its volume; takes the pieces of its heading's line that are no heading out."""
+        for rule, piece in one.cut:
+            self._remove_piece(one.index, rule, piece)
+        title, prose = _cut_title(one, segments)
+        heading = one.label + one.joint if not title else f"{one.label}{one.joint or ' '}{title}".strip()
+        begin = one.index + 1
+        if title_line is not None:
+            title = " ".join(self.texts[title_line].split())
+            heading = f"{heading} {title}"
+            begin = title_line + 1
+        indices = [index for index in range(begin, end) if index not in self._gone]
+        if not prose:
+            indices = self._without_repeated_heading(indices, one, heading, title)
+        body = [self.texts[index] for index in indices]
+        if prose:
+            body = _put_before(prose, body)
+        return _Draft(heading, one.label, title, one.number, "", body)
+
+    def _without_repeated_heading(self, indices: Sequence[int], one: Candidate, heading: str, title: str) -> list[int]:
+        """The lines below a heading, less those at their beginning that say the heading or its title again."""
+        for place, index in enumerate(indices):
+            text = _plain(self.texts[index])
+            if not text:
+                continue
+            if (
+                text.removeprefix("正文") != _plain(heading)
+                and text != _plain(title)
+                and not one.says_line(self.texts[index].strip())
+            ):
+                return list(indices[place:])
+            self.remove([index], "repeated_heading")
+        return []
+
+    def chapters(self, part_characters: int) -> list[Chapter]:
+        """The chapters put together: lines to paragraphs, text under no heading to parts."""
+        widths = [wrap_width(draft.body) for draft in self._drafts]
+        known = Counter(width for width in widths if width)
+        usual = known.most_common(1)[0][0] if known.total() * 2 > len(widths) else None
+        found = []
+        wrapped, breaks = 0, 0
+        for draft, width in zip(self._drafts, widths, strict=True):
+            if usual and width is None and len(draft.body) < 20 and fits_width(draft.body, usual):
+                width = usual
+            paragraphs = join_lines(draft.body, width)
+            joined = sum(not text.isspace() for text in draft.body if text) - len(paragraphs) if width else 0
+            wrapped, breaks = wrapped + (joined > 0), breaks + max(0, joined)
+            if draft.heading:
+                text = "\n".join([draft.heading, *paragraphs])
+                found.append(Chapter(draft.heading, draft.label, draft.title, draft.number, draft.volume, text))
+            else:
+                parts = parts_of_about(paragraphs, part_characters)
+                found += [Chapter("", "", "", None, draft.volume, "\n".join(part)) for part in parts]
+        if known and breaks:
+            where = f"{counted(known.most_common(1)[0][0], 'column')} in {counted(wrapped, 'chapter')}"
+            self.findings.append(f"hard-wrapped at about {where}: {counted(breaks, 'line break')} joined")
+        return found
+
+
+def _usual_segments(headings: Sequence[Candidate]) -> tuple[int, int]:
+    """How many words, between blanks, most titles have, and the length that hardly any exceeds."""
+    titles = [" ".join(_words_of_title(one)) for one in headings if one.title]
+    titles = [title for title in titles if title and len(title) <= LONGEST_HEADING]
+    if len(titles) < 5:
+        return 0, LONGEST_HEADING
+    segments, count = Counter(title.count(" ") + 1 for title in titles).most_common(1)[0]
+    lengths = sorted(len(title) for title in titles)
+    return (segments if count >= 0.6 * len(titles) else 0), lengths[int(0.95 * (len(lengths) - 1))] + 4
+
+
+def _words_of_title(one: Candidate) -> list[str]:
+    """The words behind the label up to the first that reads as prose; all of them, where the line is but a heading."""
+    words = one.title.split(" ")
+    if one.fits_shape and not _PROSE.search(one.title):
+        return words
+    count = next(
+        (place for place, word in enumerate(words) if len(word) > _LONGEST_WORD or _PROSE.search(word)), len(words)
+    )
+    return words[: max(1, count)] if len(words[0]) <= 40 else []
+
+
+def _cut_title(one: Candidate, segments: tuple[int, int]) -> tuple[str, str]:
+    """Title, and the prose that the line has behind it: "撕扇子作千金一笑 因麒麟伏白首双星 话说袭人见了…"."""
+    usual, longest = segments
+    words = one.title.split(" ")
+    if usual and len(words) > usual and (len(one.title) > longest or words[usual].startswith(_PROSE_BEGINS)):
+        return " ".join(words[:usual]), " ".join(words[usual:])
+    count = len(_words_of_title(one))
+    if len(one.heading) <= LONGEST_HEADING and (count in (0, len(words)) or not _PROSE.search(" ".join(words[1:]))):
+        return one.title, ""
+    title = " ".join(words[:count])
+    return (title, " ".join(words[count:])) if len(words) > count and title else ("", one.title)
+
+
+def _put_before(prose: str, body: list[str]) -> list[str]:
+    """The prose of a heading's line above the rest: on the same line, where it stops in the middle of a sentence."""
+    first = next((place for place, text in enumerate(body) if text.strip()), None)
+    if first is None or prose[-1] in "。！？…”」』":
+        return [prose, *body]
+    return [prose + body[first].lstrip(), *body[first + 1 :]]
+
+
+def _plain(text: str) -> str:
+    return "".join(text.split())

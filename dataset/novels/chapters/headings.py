@@ -1,0 +1,324 @@
+"""Lines that may be headings: found in a whole book by two searches, then taken to pieces."""
+
+from __future__ import annotations
+
+import re
+from bisect import bisect_right
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from itertools import accumulate
+
+from dataset.novels.chapters.numerals import DASHES, DIGITS, to_numbers
+from dataset.novels.normalized import NormalizedCopy
+
+_B = r"[^\S\n]"
+"""A blank within a line."""
+_NUMBER = rf"(?:[{DIGITS}]{_B}{{0,3}}){{1,9}}"
+_NUMBER_OR_DASH = rf"(?:[{DIGITS}{DASHES}]{_B}{{0,3}}){{1,19}}"
+_DASHED = rf"[{DIGITS}{DASHES}]{{1,6}}(?<=[{DIGITS}].|.[{DIGITS}])"
+_CHAPTER_UNITS = "章回节節话話"
+_VOLUME_UNITS = "卷部集篇册冊幕折"
+# 第二部分 is a volume; 第一回合, 第三章程, 第二节课, 第一集团军, 第三卷子 and the like are mostly words of the prose.
+_UNIT = r"(?:部分(?!人)|[章回节節话話卷部集篇册冊幕折])"
+_WORD = re.compile(
+    r"章程|回合|[节節][课課目日]|[话話][题題剧劇]|卷子|部[队隊门門]|集[团團合]|篇文章|[册冊]子|幕府|折[子扣]|部分人"
+)
+_LABEL = re.compile(
+    rf"第{_B}{{0,3}}(?P<number>{_NUMBER_OR_DASH}(?:[~～至、]{_B}?第?{_NUMBER_OR_DASH}|第{_NUMBER})?)(?P<unit>{_UNIT})"
+)
+_SPECIAL = (
+    "楔子|引子|序[章言幕曲篇]?|自序|代序|总序|總序|前言|前[记記]|引言|[缘緣]起首回|首[回章]|[缘緣]起|番外[篇卷]?|外[传傳]"
+    "|尾[声聲]|后[记記]|後[记記]|终章|終章|终曲|最[终終][章回]|大[结結]局|[结結]局|[结結][语語]|跋|附[录錄]|完本感言"
+)
+_NAMED_VOLUME = rf"卷{_B}?[之第]?{_B}?(?:{_NUMBER}|[{DASHES}](?={_B}|\n|$))|[上中下](?:卷|部|[册冊]|篇|[编編])"
+_ENGLISH = r"(?i:chapter)[^\S\n]*[0-9０-９]{1,4}"
+_OPENERS = "【[［〔〖「『《〈<(（"
+_CLOSERS = "】]］〕〗」』》〉>)）"
+_SYMBOLS = "=＝*＊#＃—_~～·•●◆◇■□★☆※▲△-"
+_DECORATION = rf"[{re.escape(_OPENERS + _SYMBOLS)}]"
+# A newline first: the search then looks at the beginnings of lines only.
+_LINE_START = re.compile(
+    rf"\n(?:{_B}|{_DECORATION}){{0,40}}"
+    rf"(?:(?P<special>{_SPECIAL})|(?P<volume>{_NAMED_VOLUME})|(?P<english>{_ENGLISH})"
+    rf"|(?P<bare>[{DIGITS}{DASHES}]{{1,6}}[章回])(?![^\s:：、.]))"
+)
+_NUMBERED_LINE = re.compile(
+    rf"\n{_B}{{0,40}}(?P<open>[（(【\[]?)(?P<number>[{DIGITS}]{{1,6}}|{_DASHED})"
+    rf"(?P<close>[）)】\]]|[.．、:：]|(?={_B}|\n|$))"
+)
+_SEPARATOR = re.compile(r"[\s:：、.．·—-]*")
+_KNOWN_PREFIX = re.compile(
+    r"(?:正文卷?|(?:VIP|vip)?章[节節](?:目[录錄]|内容)?|作品正文|最新章[节節]|默[认認]卷|(?:免费|公众|公眾)[章卷][节節]?|VIP卷?)"
+    r"[\s_:：、.—-]*"
+)
+_VOLUME_PREFIX = re.compile(
+    rf"(?:第{_B}?{_NUMBER}(?:部分|[{_VOLUME_UNITS}])|{_NAMED_VOLUME})(?:{_B}.{{0,20}}|[:：].{{0,20}})?"
+)
+_ENDED = re.compile(r"[（(]?(?:完|终|終|[结結]束|本章完)[）)]?[。！]?")
+_SIDES = {"上": 1, "中": 2, "下": 3}
+_SIMPLIFIED = {"節": "节", "話": "话", "冊": "册", "編": "编"}
+_GOES_ON = "的中里裡是也就才时時"
+LONGEST_HEADING = 60
+"""Characters of a heading line; a longer one is one with prose behind it, or is prose."""
+
+
+@dataclass(slots=True)
+class Candidate:
+    """A line that begins like a heading.
+
+    Attributes:
+        index: of its line in the book, from 0.
+        indent: the blanks before it.
+        unit: "章", "回", …; "序" for all that has no number (楔子, 番外, …); "1." for numbers without a unit.
+        number: first number of the label; None where it has none.
+        last: last number of the label: 20 for 第19-20章; 0 where it has none.
+        label: as written, without blanks.
+        title: what follows it, blanks made regular.
+        joint: punctuation between label and title: "：" in 第一章：雪; "" for blanks.
+        separated: blanks or punctuation follow the label, or the end of the line.
+        prefix: words before the label that are no known prefix; the line is a heading if they are the book's name.
+        volume: the volume named before the label on the same line: "第一卷 风雪".
+        fits_shape: the line from the label on is short and no sentence.
+        shaped: looks like a heading by itself: it fits, and nothing else stands before the label.
+        several: has two labels of a unit, as lines in tables of contents do.
+        ended: says that a chapter ends: 第一章完.
+        doubtful: the words go on behind the label without a blank, as prose does: 第十一回里城囚西伯侯, 第二回合.
+        cut: pieces of the line that do not belong to the heading, with the rule that says so.
+    """
+
+    index: int
+    indent: str
+    unit: str
+    number: int | None
+    last: int
+    label: str
+    title: str
+    joint: str
+    separated: bool
+    prefix: str
+    volume: str
+    fits_shape: bool
+    shaped: bool
+    several: bool
+    ended: bool
+    doubtful: bool
+    cut: tuple[tuple[str, str], ...]
+
+    @property
+    def first(self) -> int:
+        """The first number of the label; 0 where it has none."""
+        return self.number or 0
+
+    def cut_prefix(self) -> None:
+        """Take the words before the label for the book's name: no part of the heading."""
+        self.prefix = ""
+        self.shaped = self.fits_shape and not self.several and not self.doubtful
+
+    def says(self, other: Candidate) -> bool:
+        """Whether this heading has all that `other` has: the number, in any digits, and the words of its title."""
+        if (self.number, self.last) != (other.number, other.last):
+            return False
+        mine, its = folded(self.title), folded(other.title)
+        return its in mine if unit_of(self) == unit_of(other) else bool(its) and its == mine
+
+    def says_line(self, line: str) -> bool:
+        """Whether a line is this heading again: its number, in any digits, with the same title or without one."""
+        if self.number is None or len(line) > LONGEST_HEADING:
+            return False
+        labelled = [one for one in find_candidates([line]) if one.number is not None and not one.several]
+        if any(self.says(one) and (one.title or not one.prefix) for one in labelled):
+            return True
+        return bool(self.title) and any(self.says(one) and one.title for one in find_numbered_lines([line]))
+
+    @property
+    def heading(self) -> str:
+        """The heading as a line of its chapter."""
+        if not self.title:
+            return self.label + self.joint
+        return f"{self.label}{self.joint or ' '}{self.title}"
+
+
+def unit_of(candidate: Candidate) -> str:
+    """Its unit, traditional and simplified as one."""
+    return _SIMPLIFIED.get(candidate.unit, candidate.unit)
+
+
+def folded(text: str) -> str:
+    """Only what punctuation, blanks, half and full width and the common traditional characters do not change."""
+    return NormalizedCopy.of(text).text
+
+
+def find_candidates(texts: Sequence[str]) -> list[Candidate]:
+    """Lines with a label such as 第一章, 卷二, Chapter 3 or 楔子 near their beginning, in order."""
+    return list(_candidates(texts))
+
+
+def find_numbered_lines(texts: Sequence[str]) -> list[Candidate]:
+    """Lines that begin with a number without a unit: "12. 雪", "001 雪", "十二、雪", "（三）", "7"; in order.
+
+    Their `unit` names the way of numbering: "1.", "一、", "（一）", "1".
+    """
+    found = []
+    joined, starts = _join(texts)
+    for match in _NUMBERED_LINE.finditer(joined):
+        index = bisect_right(starts, match.start() + 1) - 1
+        line = texts[index]
+        begin, end = match.start("open") - starts[index], match.end() - starts[index]
+        numbers = to_numbers(match["number"])
+        number = numbers[0] if numbers and numbers[0] == numbers[1] else None
+        bracketed = match["close"] in tuple("）)】]")
+        if number is None or line[end : end + 1].isdecimal() or bracketed != bool(match["open"]):
+            continue
+        kind = match["open"] + ("1" if match["number"].isdecimal() else "一") + match["close"]
+        candidate = _take_apart(index, line, begin, end, kind, number)
+        candidate.shaped = candidate.shaped and candidate.title[-1:] not in tuple("。！？…”")
+        found.append(candidate)
+    return found
+
+
+def _candidates(texts: Sequence[str]) -> Iterator[Candidate]:
+    joined, starts = _join(texts)
+    labels: dict[int, list[re.Match[str]]] = {}
+    for match in _LABEL.finditer(joined):
+        index = bisect_right(starts, match.start()) - 1
+        before = joined[starts[index] : match.start()]
+        if _WORD.match(joined, match.start("unit")) and (index in labels or before.strip()):
+            continue
+        if index in labels or (len(before) <= LONGEST_HEADING and "，" not in before and "。" not in before):
+            labels.setdefault(index, []).append(match)
+    others = {}
+    for match in _LINE_START.finditer(joined):
+        index = bisect_right(starts, match.start() + 1) - 1
+        if index not in labels or match["special"] is None:
+            others[index] = match
+    for index in sorted(labels.keys() | others.keys()):
+        line, start = texts[index], starts[index]
+        if index in labels:
+            candidate = _labelled(index, line, start, labels[index])
+        else:
+            candidate = _begun(index, line, start, others[index])
+        if candidate is not None:
+            yield candidate
+
+
+def _join(texts: Sequence[str]) -> tuple[str, list[int]]:
+    """One string in which every line follows a "\\n", and where each line begins in it."""
+    lengths = map(len, texts)
+    return "\n" + "\n".join(texts), list(accumulate(lengths, lambda start, length: start + length + 1, initial=1))
+
+
+def _labelled(index: int, line: str, start: int, matches: list[re.Match[str]]) -> Candidate | None:
+    """A line with 第N章 or the like in it."""
+    match, several, outer = matches[0], False, ""
+    for later in matches[1:]:
+        if later["unit"] == match["unit"]:
+            several = several or to_numbers(later["number"]) != to_numbers(match["number"])
+        elif match["unit"][0] in _VOLUME_UNITS and later["unit"][0] in _CHAPTER_UNITS:
+            match = later
+        elif match["unit"] == "章" and later["unit"] in "节節" and match.string[match.end() : later.start()].isspace():
+            outer, match = match[0], later
+    numbers = to_numbers(match["number"])
+    if numbers is None:
+        return None
+    begin, end = match.start() - start, match.end() - start
+    candidate = _take_apart(index, line, begin, end, match["unit"], numbers[0], outer)
+    candidate.last = numbers[1]
+    candidate.several = several
+    candidate.shaped = candidate.shaped and not several
+    return candidate
+
+
+def _begun(index: int, line: str, start: int, match: re.Match[str]) -> Candidate | None:
+    """A line that begins with 楔子, 卷二, 上卷, Chapter 3, or 十二章."""
+    kind = str(match.lastgroup)
+    begin, end = match.start(kind) - start, match.end(kind) - start
+    label = match[kind].rstrip()
+    end = begin + len(label)
+    if kind == "special":
+        part = re.match(rf"{_B}?[（(]?[{DIGITS}上中下]{{1,4}}[)）]?(?=[\s:：、]|$)", line[end:])
+        end += part.end() if part else 0
+        candidate = _take_apart(index, line, begin, end, "序", None)
+        free = candidate.separated or label.endswith("首回") or (label[:2] == "番外" and candidate.title[:1] == "之")
+        candidate.shaped = candidate.shaped and free and len(candidate.title) <= 30
+        return candidate
+    if kind == "volume":
+        side = _SIDES.get(label[0])
+        number = side if side else (to_numbers(re.sub(r"[卷之第\s]", "", label)) or (None,))[0]
+        candidate = _take_apart(index, line, begin, end, label[-1] if side else "卷", number)
+        candidate.shaped = candidate.shaped and candidate.separated
+        return candidate
+    numbers = to_numbers(re.sub(r"(?i)chapter|[章回]", "", label).strip())
+    if numbers is None:
+        return None
+    number = numbers[0]
+    candidate = _take_apart(index, line, begin, end, "chapter" if kind == "english" else label[-1], number)
+    candidate.shaped = candidate.shaped and kind == "english"
+    return candidate
+
+
+def _take_apart(
+    index: int, line: str, begin: int, end: int, unit: str, number: int | None, outer: str = ""
+) -> Candidate:
+    """The parts of `line` around its label, which is `line[begin:end]`."""
+    indent = line[: len(line) - len(line.lstrip())]
+    cut: list[tuple[str, str]] = []
+    words, after = line[len(indent) : begin], line[end:].rstrip()
+    opened = re.match(rf"(?:{_DECORATION}|\s)*", words)[0]  # type: ignore[index]
+    if any(_CLOSERS[_OPENERS.index(mark)] in words for mark in opened if mark in _OPENERS):
+        opened = ""  # "《雪》第一章": the marks are the words' own
+    words = words[len(opened) :].rstrip()
+    if opened.strip():
+        cut.append(("heading_decoration", opened.strip()))
+    known = _KNOWN_PREFIX.match(words)
+    if known and known[0]:
+        cut.append(("heading_prefix", known[0].strip()))
+        words = words[known.end() :]
+    volume = " ".join(outer.split())
+    if outer:
+        words = words.removesuffix(outer.rstrip()).rstrip()
+    if words and _VOLUME_PREFIX.fullmatch(words):
+        volume = " ".join(f"{words} {volume}".split())
+        words = ""
+    cut += [("heading_prefix", words)] * bool(words) + [("volume_heading", volume)] * bool(volume)
+    closed, after = _close(opened, after)
+    cut += closed
+    separator = _SEPARATOR.match(after)[0]  # type: ignore[index]
+    title = " ".join(after[len(separator) :].split())
+    separated = bool(separator) or not title or any(text in _CLOSERS for _, text in closed)
+    ended = _ENDED.fullmatch(title) is not None
+    fits = (
+        len(line) - len(indent) <= LONGEST_HEADING
+        and "。" not in title
+        and title[-1:] not in tuple("，、；：,;:（(“「『《")
+        and title[:1] not in tuple("，。、；！？”」』》）)]】")
+        and not ended
+        and (separated or not words or title[0] not in _GOES_ON)
+    )
+    goes_on = not separated and (title[0] in _GOES_ON or _WORD.match(line, max(begin, end - len(unit))) is not None)
+    return Candidate(
+        index=index, indent=indent, unit=unit, number=number, last=number or 0, label=_regular(line[begin:end]),
+        title=title, joint="".join(separator.split()), separated=separated, prefix=words, volume=volume,
+        fits_shape=fits, shaped=fits and not words and not goes_on, several=False, ended=ended,
+        doubtful=fits and not words and goes_on, cut=tuple(cut),
+    )  # fmt: skip
+
+
+def _regular(label: str) -> str:
+    """Without blanks: "第　一　回" is 第一回; "Chapter 3" keeps its own."""
+    return (" " if label[:1].isascii() and label[:1].isalpha() else "").join(label.split())
+
+
+def _close(opened: str, after: str) -> tuple[list[tuple[str, str]], str]:
+    """Take off what closes `opened`: "】" for "【", behind the label or at the end of the line; "===" for "==="."""
+    closed = []
+    for mark in dict.fromkeys("".join(opened.split())):
+        place = _OPENERS.find(mark)
+        closer = _CLOSERS[place] if place >= 0 else mark
+        if place >= 0 and after[:1] == closer:
+            closed.append(("heading_decoration", closer))
+            after = after[1:]
+        elif after.endswith(closer):
+            rest = after[:-1] if place >= 0 else after.rstrip(closer)
+            closed.append(("heading_decoration", after[len(rest) :]))
+            after = rest.rstrip()
+    return closed, after

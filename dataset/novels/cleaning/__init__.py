@@ -1,0 +1,1 @@
+"""Removal of advertisements and notices by rules, and the check whether a text is Chinese prose."""

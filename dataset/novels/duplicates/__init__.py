@@ -1,0 +1,1 @@
+"""Fingerprints of chapters, duplicates among them, and the train/held-out split."""

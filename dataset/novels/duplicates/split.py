@@ -1,0 +1,253 @@
+"""Which books are held out, and which chapters training may see.
+
+Held-out books are there to measure on: no chapter that overlaps one of them goes to training, whatever edition, script
+or cut it comes in. Of what is left, and of the held-out chapters among themselves, each text is kept once.
+"""
+
+from __future__ import annotations
+
+import difflib
+import fnmatch
+import hashlib
+from collections import defaultdict
+from collections.abc import Sequence
+from pathlib import PurePosixPath
+from typing import Literal, NamedTuple
+
+import numpy as np
+
+from dataset.novels.duplicates.near_duplicates import (
+    DEFAULTS,
+    BookPrints,
+    Duplicates,
+    Kind,
+    Place,
+    Thresholds,
+    fullest_match,
+    order_of,
+    place_of,
+    shares_in_books,
+)
+from dataset.novels.duplicates.overlaps import (
+    LEAST_SHARED,
+    Collection,
+    Pairs,
+    collect,
+    same_digests,
+    shared_shingles,
+    similar_signatures,
+)
+from novelgpt.settings.errors import UserError
+
+Split = Literal["train", "held_out"]
+
+_TELLING = 8  # sampled shingles, of some 250 characters: fewer may all be changed ones
+
+
+class Decision(NamedTuple):
+    """What becomes of a chapter."""
+
+    fate: Literal["train", "held_out", "left_out"]
+    reason: Literal["", "leak", "exact", "near", "contained"] = ""
+    """Why it is left out: it overlaps a held-out book, or repeats a chapter that is kept: as `Pair` says."""
+    other: Place | None = None
+    """That other chapter."""
+    similarity: float = 0.0
+    """As in `Pair`; of a leak the share of either in the other, or their similarity; of a chapter too short to tell,
+    left out for the leak beside it, what holds for that one."""
+
+
+def assign_splits(
+    books: Sequence[BookPrints],
+    duplicates: Duplicates,
+    held_out_names: Sequence[str] = (),
+    held_out_share: float = 0.0,
+    seed: int = 0,
+) -> list[Split]:
+    """The split of each book. Editions of one book go together.
+
+    Args:
+        books: the collection.
+        duplicates: what `find_duplicates` says of these books, in the same order.
+        held_out_names: books held out by name, source, or stem of the source; with the wildcards * ? [ ].
+        held_out_share: part of the books, by number, held out besides, in [0, 1). A book is drawn by a hash of seed and
+            name: what else is in the collection makes no difference to it. So in a small collection the part drawn may
+            be far from the part asked for; but where it is above 0, nothing is held out by name, and there are two
+            books or more, at least one book is held out, and at least one is not.
+        seed: draws other books.
+
+    Raises:
+        UserError: a name fits no book; or no book is left to train on; or the share is no share.
+    """
+    if not 0 <= held_out_share < 1:
+        raise UserError(f"a held-out share of {held_out_share}", "give a number from 0 up to, but not including, 1")
+    held = {duplicates.editions[i] for name in held_out_names for i in _named(books, name)}
+    draws: dict[int, float] = {}
+    for book, edition in zip(books, duplicates.editions, strict=True):
+        # The least draw of its editions: one more of them may hold the book out, and never takes it back to training.
+        draws[edition] = min(_draw(book.name, seed), draws.get(edition, 1.0))
+    if held and held == set(draws):
+        raise UserError("all books are held out by name", "leave some to train on")
+    if held_out_share > 0 and len(draws) > 1:
+        ranked = sorted(draws, key=lambda edition: (draws[edition], books[edition].source))
+        at_least = [] if held else ranked[:1]
+        held |= {edition for edition in ranked[:-1] if draws[edition] < held_out_share} | set(at_least)
+        if held == set(draws):
+            held.discard(ranked[-1])
+    return ["held_out" if edition in held else "train" for edition in duplicates.editions]
+
+
+def decide(
+    books: Sequence[BookPrints], duplicates: Duplicates, splits: Sequence[Split], thresholds: Thresholds = DEFAULTS
+) -> list[list[Decision]]:
+    """What becomes of each chapter of each book; the order of `books` makes no difference to it.
+
+    Books come in this order: held-out before training, then the longest first, then by source. A chapter is left out
+    of training where it overlaps any held-out chapter; and left out of its split where it repeats what is kept before
+    it. Of several editions the longest is thus kept whole, and of the others what it lacks.
+
+    Args:
+        books: the collection.
+        duplicates: what `find_duplicates` says of these books, in the same order.
+        splits: what `assign_splits` says of them, or any other choice.
+        thresholds: what counts as overlap and as repeat.
+    """
+    order = order_of(books, [split == "held_out" for split in splits])
+    collection = collect([books[i].prints for i in order])
+    is_held = np.array([splits[order[place]] == "held_out" for place in collection.book_of], bool)
+    evidence = _Evidence(
+        same_digests(collection),
+        similar_signatures(collection, min(thresholds.near, thresholds.leak)),
+        shared_shingles(collection, min(thresholds.leak, thresholds.related, thresholds.contained)).chapters,
+    )
+    left_out = _find_leaks(collection, is_held, evidence, thresholds.leak)
+    _find_repeats(collection, is_held, evidence, left_out, thresholds, duplicates, order)
+    decisions: list[list[Decision]] = [[] for _ in books]
+    for chapter, held in enumerate(is_held.tolist()):
+        decision = Decision("held_out" if held else "train")
+        if chapter in left_out:
+            reason, other, similarity = left_out[chapter]
+            decision = Decision("left_out", reason, place_of(books, order, collection, other), similarity)
+        decisions[order[collection.book_of[chapter]]].append(decision)
+    return decisions
+
+
+class _Evidence(NamedTuple):
+    same: Pairs
+    alike: Pairs
+    shared: Pairs
+
+
+_LeftOut = dict[int, tuple[Kind | Literal["leak"], int, float]]
+
+
+def _find_leaks(collection: Collection, is_held: np.ndarray, evidence: _Evidence, least: float) -> _LeftOut:
+    """Chapters of training books -> ("leak", the held-out chapter that it overlaps most, by how much)."""
+    leaks: _LeftOut = {}
+
+    def note(later: int, earlier: int, value: float) -> None:
+        if later not in leaks or value > leaks[later][2]:
+            leaks[later] = ("leak", earlier, value)
+
+    for pairs in (evidence.same, evidence.alike):
+        crossing = ~is_held[pairs.later] & is_held[pairs.earlier] & (pairs.value >= least)
+        for later, earlier, value in pairs.some(crossing).rows():
+            note(later, earlier, value)
+    shares = shares_in_books(collection, evidence.shared)
+    crossing = ~is_held[shares.later] & is_held[collection.firsts[shares.earlier]] & (shares.value >= least)
+    for later, book, value in shares.some(crossing).rows():
+        note(later, fullest_match(collection, evidence.shared, later, book), value)
+    # The other way round: a short held-out chapter inside a long chapter.
+    shared = evidence.shared
+    part = shared.value / np.maximum(collection.sampled[shared.earlier], 1)
+    crossing = ~is_held[shared.later] & is_held[shared.earlier] & (shared.value >= LEAST_SHARED) & (part >= least)
+    for later, earlier, value in Pairs(shared.later, shared.earlier, part).some(crossing).rows():
+        note(later, earlier, value)
+    _spread_to_short_neighbours(collection, is_held, leaks)
+    return leaks
+
+
+def _spread_to_short_neighbours(collection: Collection, is_held: np.ndarray, leaks: _LeftOut) -> None:
+    """A chapter too short to tell by its sample follows the leak beside it: other borders leave such pieces over."""
+    short = np.flatnonzero(~is_held & (collection.sampled < _TELLING)).tolist()
+    for chapters, step in ((short, -1), (short[::-1], 1)):
+        for chapter in chapters:
+            beside = chapter + step
+            if beside in leaks and chapter not in leaks and collection.book_of[beside] == collection.book_of[chapter]:
+                leaks[chapter] = leaks[beside]
+
+
+def _find_repeats(
+    collection: Collection,
+    is_held: np.ndarray,
+    evidence: _Evidence,
+    left_out: _LeftOut,
+    thresholds: Thresholds,
+    duplicates: Duplicates,
+    order: Sequence[int],
+) -> None:
+    """Add the chapters that repeat one that is kept before them."""
+    same = {later: earlier for later, earlier, _ in evidence.same.rows()}
+    alike: defaultdict[int, list[tuple[float, int]]] = defaultdict(list)
+    for later, earlier, value in evidence.alike.some(evidence.alike.value >= thresholds.near).rows():
+        alike[later].append((value, earlier))
+    inside: defaultdict[int, list[int]] = defaultdict(list)
+    for later, book, share in shares_in_books(collection, evidence.shared).rows():
+        if collection.book_of[later] == book:
+            continue  # a book may quote itself: its preface the last page
+        related = duplicates.are_related(order[collection.book_of[later]], order[book])
+        if share >= (thresholds.related if related else thresholds.contained):
+            inside[later].append(book)
+    for chapter in range(len(is_held)):
+        if chapter in left_out:
+            continue
+        if chapter in same:
+            # What equals a chapter shares its fate.
+            left_out[chapter] = left_out.get(same[chapter], ("exact", same[chapter], 1.0))
+            continue
+        kept = [(value, -earlier) for value, earlier in alike[chapter] if earlier not in left_out]
+        if kept:
+            value, earlier = max(kept)
+            left_out[chapter] = ("near", -earlier, value)
+            continue
+        for book in inside[chapter]:
+            related = duplicates.are_related(order[collection.book_of[chapter]], order[book])
+            share, other = _share_in_kept(collection, evidence.shared, chapter, book, left_out)
+            if share >= (thresholds.related if related else thresholds.contained):
+                left_out[chapter] = ("contained", other, share)
+                break
+
+
+def _share_in_kept(
+    collection: Collection, shared: Pairs, chapter: int, book: int, left_out: _LeftOut
+) -> tuple[float, int]:
+    """How much of a chapter stands in the kept chapters of a book, and in which most of it; -1 where there are none."""
+    kept = [
+        (value, -earlier)
+        for _, earlier, value in shared.some(shared.slice_of(chapter)).rows()
+        if collection.book_of[earlier] == book and earlier not in left_out
+    ]
+    return sum(value for value, _ in kept) / int(collection.sampled[chapter]), -max(kept, default=(0.0, 1))[1]
+
+
+def _named(books: Sequence[BookPrints], name: str) -> list[int]:
+    """Places of the books that a name fits."""
+    known = [(book.name, book.source, PurePosixPath(book.source.replace("!", "/")).stem) for book in books]
+    exact = [i for i, names in enumerate(known) if name in names]
+    fitting = exact or [
+        i for i, names in enumerate(known) if any(fnmatch.fnmatchcase(known_name, name) for known_name in names)
+    ]
+    if not fitting:
+        choices = sorted({known_name for names in known for known_name in names})
+        nearest = difflib.get_close_matches(name, choices, n=1, cutoff=0.0)
+        raise UserError(
+            f"no book is called {name!r}" + (f"; the nearest is {nearest[0]!r}" if nearest else ""),
+            "name a book, its source or a pattern with * that fits one",
+        )
+    return fitting
+
+
+def _draw(name: str, seed: int) -> float:
+    """A number in [0, 1) for a name, the same everywhere."""
+    digest = hashlib.sha256(f"{seed}\n{name}".encode()).digest()
+    return int.from_bytes(digest[:8], "big") / 2**64

@@ -1,0 +1,181 @@
+"""One function over many files on an engine that spans machines: datatrove's executors for Slurm, Ray and processes.
+
+The function leaves an artefact on a file system that all machines share and does nothing for a file whose artefact is
+there, so that a task may run twice, anywhere, and a run that was cut off is simply started again.
+"""
+
+from __future__ import annotations
+
+import importlib.util
+import os
+import subprocess
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from novelgpt.settings.errors import UserError
+from novelgpt.settings.paths import ROOT
+from novelgpt.settings.remedies import pip_install
+from novelgpt.settings.units import counted
+
+if TYPE_CHECKING:
+    from datatrove.executor.base import PipelineExecutor
+    from datatrove.io import DataFolder
+
+ENGINES = ("local", "slurm", "ray")
+INSTALL = {"local": "datatrove", "slurm": "datatrove", "ray": "datatrove[ray]"}
+TASKS_PER_WORKER = 4
+
+
+@dataclass(frozen=True)
+class FilesOfTask:
+    """A step of a datatrove pipeline: the function on every file of a task.
+
+    Attributes:
+        files: of all tasks; a task takes every n-th of them.
+        function: file -> what it left behind; can be pickled, and is named by a module that all machines have.
+    """
+
+    files: tuple[Path, ...]
+    function: Callable[[Path], Path]
+
+    def __call__(self, data: object, rank: int, world_size: int) -> Iterator[Path]:
+        """What datatrove calls in each task; it takes all that comes back.
+
+        Args:
+            data: of an earlier step: nothing.
+            rank: of the task, from 0.
+            world_size: how many tasks there are.
+        """
+        yield from map(self.function, self.files[rank::world_size])
+
+    def __repr__(self) -> str:
+        """One line, as it goes into the log of every task."""
+        return f"{counted(len(self.files), 'file')}"
+
+
+def run_on(
+    engine: str,
+    files: Sequence[Path],
+    function: Callable[[Path], Path],
+    logging_folder: Path,
+    workers: int,
+    tasks: int = 0,
+    slurm: Mapping[str, str] | None = None,
+) -> None:
+    """Call a function on every file, and return when all calls have returned.
+
+    Args:
+        engine: one of ENGINES.
+        files: absolute, or relative to the working folder, under the same path on all machines.
+        function: file -> what it left behind; it must be safe to call twice.
+        logging_folder: on the shared file system; each call makes a folder of its own in it for logs and marks.
+        workers: how many tasks run at the same time.
+        tasks: how many parts the files are dealt into [default: four a worker]; a task that fails is done again whole.
+        slurm: sbatch's long options, such as {"partition": "cpu", "time": "04:00:00"}.
+
+    Raises:
+        UserError: a package or program is missing, an option is wrong, or tasks did not finish.
+    """
+    if engine not in ENGINES:
+        raise UserError(f"no engine {engine!r}", f"take one of {', '.join(ENGINES)}")
+    _check_packages(engine)
+    if not files:
+        return
+    # Largest first: the tasks come out about equal, and none of the long ones is the last to begin.
+    ordered = sorted((path.absolute() for path in files), key=lambda path: (-path.stat().st_size, path))
+    step = FilesOfTask(tuple(ordered), function)
+    workers = min(workers, len(files))
+    tasks = min(tasks or workers * TASKS_PER_WORKER, len(files))
+    folder = new_run_folder(logging_folder.absolute())
+    executor: PipelineExecutor
+    if engine == "local":
+        executor = _local_executor(step, tasks, workers, folder)
+    elif engine == "ray":
+        executor = _ray_executor(step, tasks, workers, folder)
+    else:
+        from dataset.novels.engines.slurm import slurm_executor
+
+        executor = slurm_executor(step, tasks, workers, folder_on_disk(folder), slurm or {})
+    problem = ""
+    try:
+        executor.run()
+    except FileNotFoundError as error:
+        if error.filename != "sbatch":
+            raise
+        raise UserError("there is no sbatch on this machine", "start from a login node of the cluster") from error
+    except subprocess.CalledProcessError as error:
+        problem = f"sbatch ended with status {error.returncode}; "
+    # Marks of this call alone: its folder is new.
+    left = executor.get_incomplete_ranks(skip_completed=True)
+    if left or problem:
+        raise UserError(
+            f"{problem}{len(left)} of {counted(tasks, 'task')} did not finish: {', '.join(map(str, left[:10]))}"
+            f"{last_words(folder, left)}",
+            f"see the logs in {folder}, then run the same command again: files that are done stay done",
+        )
+
+
+def last_words(folder: Path, ranks: Sequence[int]) -> str:
+    """How the log of the first of these tasks that has one ends: its error."""
+    for rank in ranks:
+        log = folder / "logs" / f"task_{rank:05d}.log"
+        if log.is_file():
+            words = log.read_text(encoding="utf-8", errors="replace").split("\n")
+            return f"; task {rank}: {next((line for line in reversed(words) if line.strip()), '')[:400]}"
+    return ""
+
+
+def new_run_folder(logging_folder: Path) -> Path:
+    """run-0001, run-0002, …: the next one, which only this user can write to.
+
+    datatrove leaves out tasks that a mark in the folder says are done, whatever has become of their files since: a new
+    folder has no marks. What runs in it is read from there, so nobody else may write to it.
+    """
+    logging_folder.mkdir(parents=True, exist_ok=True)
+    number = 1 + sum(1 for _ in logging_folder.glob("run-*"))
+    while True:
+        folder = logging_folder / f"run-{number:04d}"
+        try:
+            folder.mkdir(mode=0o700)
+        except FileExistsError:
+            number += 1
+        else:
+            return folder
+
+
+def _check_packages(engine: str) -> None:
+    for package in ("datatrove", "ray") if engine == "ray" else ("datatrove",):
+        if importlib.util.find_spec(package) is None:
+            raise UserError(f"the engine {engine} needs the package {package}", pip_install(INSTALL[engine]))
+
+
+def _local_executor(step: FilesOfTask, tasks: int, workers: int, folder: Path) -> PipelineExecutor:
+    from datatrove.executor.local import LocalPipelineExecutor
+
+    return LocalPipelineExecutor([step], tasks, workers, folder_on_disk(folder), skip_completed=False)
+
+
+def _ray_executor(step: FilesOfTask, tasks: int, workers: int, folder: Path) -> PipelineExecutor:
+    import ray
+    from datatrove.executor.ray import RayPipelineExecutor
+
+    if not ray.is_initialized():
+        # The cluster that RAY_ADDRESS names or that runs on this machine; else processes of this machine.
+        paths = os.pathsep.join(filter(None, [str(ROOT), os.environ.get("PYTHONPATH")]))
+        ray.init(runtime_env={"env_vars": {"PYTHONPATH": paths}}, include_dashboard=False)
+    return RayPipelineExecutor([step], tasks, workers, logging_dir=folder_on_disk(folder), skip_completed=False)
+
+
+def folder_on_disk(folder: Path) -> DataFolder:
+    """A folder for datatrove, whatever its name looks like: "a::b" is no address here."""
+    from datatrove.io import DataFolder
+    from fsspec.implementations.local import LocalFileSystem
+
+    return DataFolder(str(folder), LocalFileSystem())
+
+
+def read_slurm_options(words: Sequence[str]) -> dict[str, str]:
+    """Options of a command line: ["partition=cpu", "exclusive"] -> {"partition": "cpu", "exclusive": ""}."""
+    return {name: value for name, _, value in (word.removeprefix("--").partition("=") for word in words)}

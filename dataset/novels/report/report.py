@@ -1,0 +1,302 @@
+"""report.html: what became of a collection, in figures, pictures and examples, in one file that needs no other."""
+
+from __future__ import annotations
+
+import json
+import math
+import unicodedata
+from collections import Counter
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any, NamedTuple
+
+from dataset.novels.records import BookRecord
+from dataset.novels.report.charts import (
+    LogScale,
+    Part,
+    box_strip,
+    close_scale,
+    histogram,
+    quantile,
+    shares,
+    short_number,
+    stacked_bar,
+    tick_label,
+)
+from novelgpt.settings.html_pages import content_hash, page_templates
+from novelgpt.settings.whole_files import write_whole
+
+PAGE = Path(__file__).with_name("page")
+BOOK_ROWS, PAIR_ROWS, REFUSED_ROWS, RULE_ROWS = 500, 300, 300, 100
+"""How many of each a page shows, so that it opens quickly whatever the size of the collection."""
+EXAMPLES, FINDINGS, CHARACTERS = 12, 20, 240
+"""How many lines of a rule, sentences about a book, and characters of a text."""
+
+FATES = {
+    "train": ("For training", "用于训练"),
+    "held_out": ("Held out", "留出评测"),
+    "duplicate": ("Repeated chapters", "重复章节"),
+    "removed": ("Removed by rules", "按规则删除"),
+    "refused": ("In refused books", "拒收的书"),
+}
+SCRIPTS = {"simplified": "simplified 简体", "traditional": "traditional 繁体", "none": "–"}
+SPLITS = {"train": "training 训练", "held_out": "held out 留出", "refused": "refused 拒收"}
+
+
+class Shown(NamedTuple):
+    """What a page shows of a longer list."""
+
+    rows: Sequence[Any]
+    total: int
+
+
+def write_report(
+    books: Sequence[BookRecord],
+    pairs: Sequence[Mapping[str, Any]],
+    examples: Mapping[str, Sequence[Mapping[str, Any]]],
+    options: Mapping[str, Any],
+    path: Path,
+    skipped: Sequence[tuple[str, str]] = (),
+) -> None:
+    """Write the page; the same arguments give the same bytes.
+
+    Args:
+        books: all of them, those refused included.
+        pairs: what duplicates.jsonl says: {"kind", "level", "first", "second", "similarity"}; chapters are "source#3".
+        examples: rule -> removed lines {"source", "line", "text"}; a page shows the first 12 of each.
+        options: what the run was told, shown as it is.
+        path: of the file, replaced as a whole.
+        skipped: (source, reason) of files that are no texts; they are not among the books.
+    """
+    style, script = ((PAGE / name).read_text(encoding="utf-8") for name in ("page.css", "page.js"))
+    environment = page_templates(PAGE)
+    environment.filters.update(
+        short=short_number, tick=tick_label, wan=chinese_number, visible=visible, percent=percent, degree=degree
+    )
+    kept = [book for book in books if book.split != "refused"]
+    refused = [book for book in books if book.split == "refused"]
+    text = environment.get_template("page.html").render(
+        style=style,
+        script=script,
+        style_hash=content_hash(style),
+        script_hash=content_hash(script),
+        totals=count_totals(books),
+        fates=describe_fates(books),
+        encodings=describe_encodings(books),
+        lengths=describe_lengths(kept),
+        books=describe_books(books),
+        rules=describe_rules(kept, examples),
+        pairs=describe_pairs(pairs),
+        refused=Shown(refused[:REFUSED_ROWS], len(refused)),
+        skipped=Shown(skipped[:REFUSED_ROWS], len(skipped)),
+        options=[(name, describe_option(value)) for name, value in options.items()],
+        splits=SPLITS,
+    )
+    write_whole(path, text)
+
+
+def count_fates(book: BookRecord) -> dict[str, int]:
+    """Where the characters of a book went; the values add up to `characters_in`."""
+    counts = dict.fromkeys(FATES, 0)
+    if book.split == "refused":
+        return counts | {"refused": book.characters_in}
+    counts["removed"] = book.characters_in - book.characters_kept
+    counts["duplicate"] = book.characters_kept - book.characters_out
+    counts[book.split] = book.characters_out
+    return counts
+
+
+def count_totals(books: Sequence[BookRecord]) -> dict[str, int]:
+    """Headline figures of a collection; those of its text leave refused books out, `characters_in` does not."""
+    kept = [book for book in books if book.split != "refused"]
+    return {
+        "files": len({book.source.split("!")[0] for book in books}),
+        "books": len(books),
+        "kept": len(kept),
+        "refused": len(books) - len(kept),
+        "chapters": sum(len(book.chapter_characters) for book in kept),
+        "duplicates": sum(book.duplicate_chapters for book in kept),
+        "held_out": sum(book.split == "held_out" for book in kept),
+        "characters_in": sum(book.characters_in for book in books),
+        "characters_out": sum(book.characters_out for book in kept),
+        "characters_held_out": sum(book.characters_out for book in kept if book.split == "held_out"),
+        "characters_read": sum(book.characters_in for book in kept),
+        "removed": sum(book.characters_in - book.characters_kept for book in kept),
+        "bad_bytes": sum(book.bad_byte_count for book in books),
+        "findings": sum(len(book.findings) for book in kept),
+        "books_with_findings": sum(bool(book.findings) for book in kept),
+    }
+
+
+def describe_fates(books: Sequence[BookRecord]) -> dict[str, Any]:
+    """The bar of all characters, and its legend: shares that add up to 100 %."""
+    totals: Counter[str] = Counter()
+    for book in books:
+        totals.update(count_fates(book))
+    counts = {fate: totals[fate] for fate in FATES}
+    parts = [Part(" ".join(FATES[fate]), count, fate) for fate, count in counts.items()]
+    return {
+        "bar": stacked_bar(parts, "Where each character went", height=36),
+        "rows": [
+            {"kind": fate, "english": FATES[fate][0], "chinese": FATES[fate][1], "count": count, "share": share}
+            for (fate, count), share in zip(counts.items(), shares(list(counts.values())), strict=True)
+        ],
+        "total": sum(counts.values()),
+    }
+
+
+def describe_encodings(books: Sequence[BookRecord]) -> list[tuple[str, int, int]]:
+    """(encoding, books, characters), most books first."""
+    counts = Counter(book.encoding for book in books)
+    characters: Counter[str] = Counter()
+    for book in books:
+        characters[book.encoding] += book.characters_in
+    ordered = sorted(counts, key=lambda encoding: (-counts[encoding], encoding))
+    return [(encoding or "unknown 未知", counts[encoding], characters[encoding]) for encoding in ordered]
+
+
+def describe_lengths(books: Sequence[BookRecord]) -> list[dict[str, Any]]:
+    """Pictures of the lengths of chapters and of books, with a few figures each."""
+    pictures = []
+    for english, chinese, unit, values in (
+        ("Chapters", "章节长度", "chapters", [length for book in books for length in book.chapter_characters]),
+        ("Books", "全书长度", "books", [book.characters_kept for book in books]),
+    ):
+        ordered = sorted(values)
+        if ordered:
+            figures = [
+                (name, quantile(ordered, share))
+                for name, share in (("shortest 最短", 0), ("10 %", 0.1), ("90 %", 0.9), ("longest 最长", 1))
+            ]
+            picture = histogram(ordered, f"{english}: characters, on a logarithmic axis", unit)
+            pictures.append({"english": english, "chinese": chinese, "picture": picture, "figures": figures})
+    return pictures
+
+
+def describe_books(books: Sequence[BookRecord]) -> dict[str, Any]:
+    """Rows of the table of books: all of them, or the longest."""
+    chosen = list(books)
+    if len(books) > BOOK_ROWS:
+        chosen = sorted(books, key=lambda book: (-book.characters_in, book.source))[:BOOK_ROWS]
+    scale = close_scale([length for book in books for length in book.chapter_characters])
+    longest = max((book.characters_in for book in chosen), default=0)
+    rows = [describe_book(book, scale, longest) for book in chosen]
+    return {"rows": rows, "total": len(books), "low": scale.low, "high": scale.high}
+
+
+def describe_book(book: BookRecord, scale: LogScale, longest: int) -> dict[str, Any]:
+    """One row: the record, its pictures, and what it lost."""
+    parts = [Part(" ".join(FATES[fate]), count, fate) for fate, count in count_fates(book).items()]
+    bar = stacked_bar(parts, "Where its characters went", total=longest)
+    strip = ""
+    if book.chapter_characters:
+        strip = box_strip(book.chapter_characters, scale, "Lengths of its chapters")
+    biggest = sorted(book.removed.items(), key=lambda item: (-item[1]["characters"], item[0]))
+    removed = book.characters_in - book.characters_kept
+    return {
+        "book": book,
+        "bar": bar,
+        "strip": strip,
+        "removed": removed,
+        "removed_share": removed / book.characters_in if book.characters_in else 0.0,
+        "rules": [(rule, counts["characters"]) for rule, counts in biggest[:3]],
+        "findings": Shown(book.findings[:FINDINGS], len(book.findings)),
+        "script": SCRIPTS[book.script],
+        "split": SPLITS[book.split],
+    }
+
+
+def describe_rules(books: Sequence[BookRecord], examples: Mapping[str, Sequence[Mapping[str, Any]]]) -> dict[str, Any]:
+    """What each rule removed from the books that were kept: most characters first, with examples."""
+    lines: Counter[str] = Counter()
+    characters: Counter[str] = Counter()
+    for book in books:
+        for rule, counts in book.removed.items():
+            lines[rule] += counts["lines"]
+            characters[rule] += counts["characters"]
+    names = sorted(lines, key=lambda rule: (-characters[rule], rule))
+    whole = sum(characters.values())
+    largest = max(characters.values(), default=0)
+    rows = [
+        {
+            "rule": rule,
+            "lines": lines[rule],
+            "characters": characters[rule],
+            "share": share,
+            "bar": stacked_bar(
+                [Part(visible(rule), characters[rule], "removed")], "Characters it removed", total=largest
+            ),
+            "examples": list(examples.get(rule, ()))[:EXAMPLES],
+        }
+        for rule, share in zip(names, shares([characters[rule] for rule in names]), strict=True)
+    ]
+    return {
+        "shown": Shown(rows[:RULE_ROWS], len(rows)),
+        "characters": whole,
+        # Chapters may lose or gain characters in other ways, by a change of script for one.
+        "other": sum(book.characters_in - book.characters_kept for book in books) - whole,
+    }
+
+
+def describe_pairs(pairs: Sequence[Mapping[str, Any]]) -> Shown:
+    """Pairs of books, then of chapters: one row for all chapters of two books, rows of many chapters first."""
+    groups: dict[tuple[str, str, str, str], list[Mapping[str, Any]]] = {}
+    for pair in pairs:
+        first, second = (source_of(pair[side], pair["level"]) for side in ("first", "second"))
+        groups.setdefault((pair["level"], pair["kind"], first, second), []).append(pair)
+    rows = [
+        {
+            "level": level,
+            "kind": kind,
+            "first": first,
+            "second": second,
+            "count": len(members),
+            "low": min(pair["similarity"] for pair in members),
+            "high": max(pair["similarity"] for pair in members),
+        }
+        for (level, kind, first, second), members in groups.items()
+    ]
+    rows.sort(key=lambda row: (row["level"] != "book", -row["count"], -row["high"], row["first"], row["second"]))
+    return Shown(rows[:PAIR_ROWS], len(rows))
+
+
+def source_of(place: str, level: str) -> str:
+    """Source of the book that a place of duplicates.jsonl names."""
+    return place.rpartition("#")[0] if level == "chapter" else place
+
+
+def describe_option(value: Any) -> str:
+    """A setting as a person would write it."""
+    if isinstance(value, (list, tuple)):
+        return ", ".join(describe_option(each) for each in value) or "–"
+    return value if isinstance(value, str) else json.dumps(value, ensure_ascii=False, default=str)
+
+
+def visible(text: object, limit: int = CHARACTERS) -> str:
+    """A text as a reader can see it: what has no shape, or turns the writing around, as its code; long ones cut."""
+    whole = str(text)
+    shown = "".join(
+        f"\\u{{{ord(character):x}}}" if unicodedata.category(character) in ("Cc", "Cf", "Cs", "Zl", "Zp") else character
+        for character in whole[:limit]
+    )
+    return f"{shown} … (+{len(whole) - limit:,})" if len(whole) > limit else shown
+
+
+def percent(share: float) -> str:
+    """A share in [0, 1]; what is there but rounds to nothing says so."""
+    number = "<\N{NO-BREAK SPACE}0.01" if 0 < share < 0.00005 else f"{100 * share:.2f}"
+    return f"{number}\N{NO-BREAK SPACE}%"
+
+
+def degree(similarity: float) -> str:
+    """Two digits, rounded down: what is not quite the same is not 1.00."""
+    return f"{math.floor(similarity * 100 + 1e-9) / 100:.2f}"
+
+
+def chinese_number(value: float) -> str:
+    """In 万 and 亿: 740 万."""
+    for size, unit in ((100_000_000, "\N{NO-BREAK SPACE}亿"), (10_000, "\N{NO-BREAK SPACE}万")):
+        if value >= size:
+            scaled = value / size
+            return f"{scaled:,.{1 if scaled < 99.95 else 0}f}{unit}"
+    return f"{value:,.0f}"

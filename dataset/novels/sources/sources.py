@@ -1,0 +1,383 @@
+"""Files that people keep novels in -> books, decoded: .txt, .txt.gz, .zip of .txt, .epub, .jsonl.
+
+Nothing is written to disk, and nothing is unpacked beyond what a novel can be: an archive cannot fill the memory.
+"""
+
+from __future__ import annotations
+
+import codecs
+import gzip
+import json
+import os
+import re
+import zipfile
+import zlib
+from collections.abc import Callable, Iterator
+from pathlib import Path, PurePath, PurePosixPath
+from typing import IO, Any, NamedTuple, TypeAlias
+
+from dataset.decode import decode_tolerant, likeliest_encoding, read_bytes
+from dataset.novels.records import HostileFileError, RawBook, Section
+from dataset.novels.sources.epub import read_epub
+from dataset.novels.sources.references import decode_references
+from dataset.novels.sources.series import LOOKED_AT, Glance, Series, find_series, join_series
+from novelgpt.settings.errors import UserError
+
+SUFFIXES = (".txt", ".gz", ".zip", ".epub", ".jsonl")
+# Memory holds a member of an archive, a line of a .jsonl file, and the rows of one book as a whole.
+MOST_BYTES = 512 * 2**20
+# An archive may not unpack to more than so many times its own size, once that is more than FREE_BYTES.
+MOST_RATIO, FREE_BYTES = 200, 64 * 2**20
+_LONE_SURROGATE = re.compile("[\ud800-\udfff]")
+_Stream: TypeAlias = IO[bytes] | gzip.GzipFile
+
+
+class LeftOut(NamedTuple):
+    """A file or a member of an archive that is not read."""
+
+    source: str
+    """As in RawBook."""
+    reason: str
+
+
+class Listing(NamedTuple):
+    """What is in a folder of raw files, both sorted by relative path."""
+
+    files: list[Path]
+    left_out: list[LeftOut]
+
+
+def list_folder(folder: Path) -> Listing:
+    """All files below `folder`: those that `read_books` can read, and the others with the reason.
+
+    Links are not followed: what they point to is either read where it is, or is no part of the folder.
+
+    Raises:
+        UserError: no such folder, or nothing in it that can be read.
+    """
+    if not folder.is_dir():
+        what = "is no folder" if folder.exists() else "does not exist"
+        raise UserError(f"{folder} {what}", "name the folder that holds the novels")
+    files: list[Path] = []
+    left_out: list[LeftOut] = []
+    for directory, names, file_names in os.walk(folder):
+        here = Path(directory)
+        closed = [name for name in names if _is_hidden(name) or (here / name).is_symlink()]
+        names[:] = [name for name in names if name not in closed]
+        for path in (here / name for name in [*file_names, *closed]):
+            reason = _reason_to_skip(path)
+            if reason:
+                left_out.append(LeftOut(path.relative_to(folder).as_posix(), reason))
+            else:
+                files.append(path)
+    if not files:
+        raise UserError(
+            f"{folder} holds no file that can be read" + (f" ({len(left_out)} others)" if left_out else ""),
+            f"put files there that end in {', '.join(SUFFIXES)}",
+        )
+    return Listing(sorted(files, key=lambda path: path.relative_to(folder).as_posix()), sorted(left_out))
+
+
+def list_sources(folder: Path) -> list[Path]:
+    """The files below `folder` that `read_books` can read, sorted by relative path; see `list_folder` for the others.
+
+    Raises:
+        UserError: as list_folder.
+    """
+    return list_folder(folder).files
+
+
+def read_books(path: Path, folder: Path, left_out: Callable[[LeftOut], None] | None = None) -> Iterator[RawBook]:
+    """The books of a file, one at a time.
+
+    Args:
+        path: the file, below `folder`.
+        left_out: is told of members of a .zip that are not read, with the reason. Without it a .txt member that cannot
+            be used is an error, as it is for a file of its own; members of other kinds are passed over.
+
+    Raises:
+        UserError: missing, empty, damaged or encrypted file; undecodable bytes; invalid JSON, with the line; an
+            archive without a book, or one that unpacks to far more than a novel.
+    """
+    source = path.relative_to(folder).as_posix()
+    suffix = path.suffix.lower()
+    if suffix == ".txt":
+        yield _decoded(read_bytes(path), source, path.stem)
+    elif suffix == ".gz":
+        inner = Path(path.stem)
+        with _opened(path, source) as raw, gzip.GzipFile(fileobj=raw) as stream:
+            meter = _Meter(path.stat().st_size, source)
+            if inner.suffix.lower() == ".jsonl":
+                yield from _read_rows(meter.lines(stream), source, _clean_name(inner.stem, source))
+            else:
+                yield _decoded(meter.read(stream), source, inner.stem if inner.suffix.lower() == ".txt" else inner.name)
+    elif suffix == ".zip":
+        yield from _read_zip(path, source, left_out)
+    elif suffix == ".epub":
+        with _archive(path, source) as archive:
+            meter = _Meter(path.stat().st_size, source)
+            book = read_epub(archive.namelist(), lambda name: meter.member(archive, name), source)
+        name = _clean_name(path.stem, source)
+        yield RawBook(name, source, "", book.encoding, book.bad_bytes, book.sections, book.findings)
+    elif suffix == ".jsonl":
+        with _opened(path, source) as stream:
+            yield from _read_rows(_Meter(0, source, packed=False).lines(stream), source, _clean_name(path.stem, source))
+    else:
+        raise UserError(f"{source}: {suffix or 'a file without a suffix'} is not read", f"use {', '.join(SUFFIXES)}")
+
+
+def _is_hidden(name: str) -> bool:
+    return name.startswith((".", "~$")) and name not in (".", "..") or name == "__MACOSX"
+
+
+def _reason_to_skip(path: Path) -> str:
+    if path.is_symlink():
+        return "a link"
+    if _is_hidden(path.name):
+        return "hidden"
+    if not path.is_file():
+        return "no regular file"
+    name = path.name.lower()
+    if name.endswith(".tar.gz") or not name.endswith(SUFFIXES):
+        return f"{path.suffix or 'a file without a suffix'} is not read"
+    return ""
+
+
+def _clean_name(stem: str, source: str) -> str:
+    return " ".join(stem.split()) or source
+
+
+def _decoded(data: bytes, source: str, stem: str) -> RawBook:
+    text, encoding, bad = decode_tolerant(data, source)
+    return RawBook(_clean_name(stem, source), source, decode_references(text), encoding, bad)
+
+
+def _opened(path: Path, source: str) -> IO[bytes]:
+    try:
+        return path.open("rb")
+    except OSError as error:
+        raise UserError(f"{source}: {error.strerror}", "check the path and its rights") from error
+
+
+def _damaged(source: str, error: Exception) -> UserError:
+    return UserError(f"{source} is damaged: {error}", "fetch it again, or unpack it with another program")
+
+
+def _archive(path: Path, source: str) -> zipfile.ZipFile:
+    _opened(path, source).close()
+    try:
+        return zipfile.ZipFile(path)
+    except (zipfile.BadZipFile, NotImplementedError, OSError, ValueError) as error:
+        raise _damaged(source, error) from error
+
+
+class _Meter:
+    """Reads what is packed, and stops where it grows beyond all measure.
+
+    Args:
+        size: of the packed file, in bytes.
+        source: to name in errors.
+        packed: whether the ratio counts.
+    """
+
+    def __init__(self, size: int, source: str, packed: bool = True) -> None:
+        self._source = source
+        self._left = max(FREE_BYTES, MOST_RATIO * size) if packed else None
+
+    def member(self, archive: zipfile.ZipFile, name: str) -> bytes:
+        """The bytes of a member; a UserError if missing, encrypted, damaged, packed in an unknown way, or too large."""
+        source = f"{self._source}!{name}"
+        try:
+            info = archive.getinfo(name)
+            if info.flag_bits & 1:
+                raise UserError(f"{source} is encrypted", "unpack it with its password")
+            if info.compress_type not in (zipfile.ZIP_STORED, zipfile.ZIP_DEFLATED, zipfile.ZIP_BZIP2):
+                raise UserError(f"{source} is packed by method {info.compress_type}", "unpack it by another program")
+            with archive.open(info) as stream:
+                return self.read(stream, source)
+        except KeyError as error:
+            raise UserError(f"{self._source} is damaged: it has no {name}", "fetch it again") from error
+        except (zipfile.BadZipFile, zlib.error, EOFError, NotImplementedError, RuntimeError, OSError) as error:
+            raise _damaged(source, error) from error
+
+    def read(self, stream: _Stream, source: str = "") -> bytes:
+        """All bytes of `stream`.
+
+        Raises:
+            UserError: damaged, or too many.
+        """
+        pieces: list[bytes] = []
+        size = 0
+        try:
+            while piece := stream.read(2**20):
+                pieces.append(piece)
+                size += len(piece)
+                self._count(len(piece), size, source or self._source)
+        except (zlib.error, EOFError, gzip.BadGzipFile) as error:
+            raise _damaged(source or self._source, error) from error
+        return b"".join(pieces)
+
+    def lines(self, stream: _Stream) -> Iterator[bytes]:
+        """Lines of `stream` with their ends.
+
+        Raises:
+            UserError: damaged, too many bytes, or a line that is too long.
+        """
+        try:
+            while line := stream.readline(MOST_BYTES + 1):
+                self._count(len(line), len(line), self._source)
+                yield line
+        except (zlib.error, EOFError, gzip.BadGzipFile) as error:
+            raise _damaged(self._source, error) from error
+
+    def _count(self, more: int, size: int, source: str) -> None:
+        if self._left is not None:
+            self._left -= more
+        if size > MOST_BYTES or (self._left is not None and self._left < 0):
+            raise HostileFileError(
+                f"{source} unpacks to more than "
+                + (f"{MOST_BYTES >> 20} MiB" if size > MOST_BYTES else f"{MOST_RATIO} times its size"),
+                "leave it out, or unpack it by hand where it is what it should be",
+            )
+
+
+def _read_zip(path: Path, source: str, left_out: Callable[[LeftOut], None] | None) -> Iterator[RawBook]:
+    found = False
+    with _archive(path, source) as archive:
+        meter = _Meter(path.stat().st_size, source)
+        names = _member_names(archive)
+        stored_as = {name: stored for stored, name in names.items()}
+        series_of = _series_in(archive, stored_as, path.stem)
+        for stored, name in sorted(names.items(), key=lambda item: item[1]):
+            if series := series_of.get(name):
+                if name == series.members[0]:
+                    found = True
+                    inside = f"{source}!{series.source}"
+                    yield join_series(series, inside, lambda member: meter.member(archive, stored_as[member]))
+                continue
+            member, place = f"{source}!{name}", PurePosixPath(name)
+            if any(map(_is_hidden, place.parts)) or place.suffix.lower() != ".txt":
+                if left_out is not None:
+                    left_out(LeftOut(member, "only .txt is read in a .zip, and nothing hidden"))
+                continue
+            try:
+                book = _decoded(meter.member(archive, stored), member, place.stem)
+            except UserError as error:
+                if left_out is None or isinstance(error, HostileFileError):
+                    raise
+                left_out(LeftOut(member, error.cause))
+                continue
+            found = True
+            yield book
+    if not found:
+        raise UserError(f"{source} holds no .txt that can be used", "unpack it, or leave it out")
+
+
+def _series_in(archive: zipfile.ZipFile, stored_as: dict[str, str], stem: str) -> dict[str, Series]:
+    """The books of an archive that have a file a chapter, by each of their members.
+
+    Args:
+        archive: that is looked into.
+        stored_as: the name by which each of its files is found, by the name that was meant.
+        stem: of the archive's name.
+    """
+
+    def look(place: PurePath) -> Glance:
+        info = archive.getinfo(stored_as[str(place)])
+        try:
+            with archive.open(info) as stream:
+                return Glance(stream.read(LOOKED_AT), info.file_size)
+        except (zipfile.BadZipFile, zlib.error, EOFError, NotImplementedError, RuntimeError, OSError):
+            return Glance(b"", 0)  # told where it is read
+
+    # Names that are no plain paths, as those that lead out of the archive, are no chapters.
+    plain = [PurePosixPath(name) for name in stored_as if str(PurePosixPath(name)) == name]
+    usable = [place for place in plain if not any(part == ".." or _is_hidden(part) for part in place.parts)]
+    found = find_series(usable, PurePosixPath(), stem, look)
+    return {member: series for series in found for member in series.members}
+
+
+def _member_names(archive: zipfile.ZipFile) -> dict[str, str]:
+    """For each file in `archive` the name by which it is found, and the name that was meant.
+
+    Without a flag for UTF-8, names are in the code page of whoever packed them, and zipfile reads them as cp437.
+    """
+    names = {info.filename: info.filename for info in archive.infolist() if not info.is_dir()}
+    old = [info.filename for info in archive.infolist() if not info.flag_bits & 0x800 and not info.filename.isascii()]
+    raw = {name: name.encode("cp437") for name in old}
+    encoding = likeliest_encoding(b"\n".join(raw.values()), ("utf-8", "gb18030", "big5hkscs"))
+    names |= {name: data.decode(encoding, "backslashreplace") for name, data in raw.items() if name in names}
+    return {stored: name.replace("\\", "/") for stored, name in names.items()}
+
+
+def _read_rows(lines: Iterator[bytes], source: str, stem: str) -> Iterator[RawBook]:
+    """Books of JSON rows {"text", "book", "chapter", "title"}, all but the text optional.
+
+    Neighbouring rows of one book become one book with sections. A row that names neither book, chapter nor title is a
+    book of its own, called after the file and the line.
+    """
+    book: _RowsOfBook | None = None
+    encoding = ""
+    for number, raw in enumerate(lines, start=1):
+        if number == 1 and raw.startswith(codecs.BOM_UTF8):
+            encoding, raw = "utf-8-sig", raw.removeprefix(codecs.BOM_UTF8)
+        if not raw.strip():
+            continue
+        encoding = encoding or likeliest_encoding(raw)
+        if raw[:2] in (codecs.BOM_UTF16_LE, codecs.BOM_UTF16_BE) or encoding.startswith("utf-16"):
+            raise UserError(f"{source} is in UTF-16", "save it as UTF-8")
+        row = _row(raw, encoding.removesuffix("-sig"), f"{source}:{number}")
+        alone = not (row["book"] or row["chapter"] or row["title"])
+        name = f"{stem}-{number}" if alone else _clean_name(row["book"], stem)
+        if book is None or book.name != name:
+            if book is not None:
+                yield book.finished()
+            book = _RowsOfBook(name, f"{source}:{number}", encoding)
+        book.add(row)
+    if book is None:
+        raise UserError(f"{source} is empty", "name a file with content, or leave this one out")
+    yield book.finished()
+
+
+def _row(raw: bytes, encoding: str, where: str) -> dict[str, str]:
+    try:
+        record: Any = json.loads(raw.decode(encoding))
+    except UnicodeDecodeError as error:
+        raise UserError(
+            f"{where}: byte {raw[error.start]:#04x} at byte {error.start} of the line is not {encoding}",
+            "save the file as UTF-8",
+        ) from error
+    except (ValueError, RecursionError) as error:
+        raise UserError(f"{where}: invalid JSON: {error}", "write one JSON object a line") from error
+    if not isinstance(record, dict) or not isinstance(record.get("text"), str) or not record["text"].strip():
+        raise UserError(f"{where}: no text in field 'text'", 'write rows like {"text": "…", "book": "…"}')
+    if _LONE_SURROGATE.search(record["text"]):
+        raise UserError(f"{where}: the text holds half a character (\\ud800 to \\udfff)", "write the row anew")
+    text = decode_references(record["text"].replace("\r\n", "\n").replace("\r", "\n"))
+    extra = {key: record.get(key) for key in ("book", "chapter", "title")}
+    return {"text": text, **{key: "" if value is None else str(value).strip() for key, value in extra.items()}}
+
+
+class _RowsOfBook:
+    """The rows of one book, until the next one begins."""
+
+    def __init__(self, name: str, source: str, encoding: str) -> None:
+        self.name = name
+        self._source = source
+        self._encoding = encoding
+        self._sections: list[Section] = []
+        self._size = 0
+
+    def add(self, row: dict[str, str]) -> None:
+        chapter, title = row["chapter"], row["title"]
+        heading = title if title.startswith(chapter) else chapter if chapter.endswith(title) else f"{chapter} {title}"
+        self._sections.append(Section(heading, row["text"]))
+        self._size += len(row["text"])
+        if self._size > MOST_BYTES:
+            raise UserError(f"{self._source}: the rows of {self.name!r} are too many for one book", "split the book")
+
+    def finished(self) -> RawBook:
+        sections = self._sections
+        if len(sections) == 1 and not sections[0].title:
+            return RawBook(self.name, self._source, sections[0].text, self._encoding)
+        return RawBook(self.name, self._source, "", self._encoding, sections=tuple(sections))
