@@ -2,14 +2,13 @@
 
 from __future__ import annotations
 
-import io
 import math
 from pathlib import Path
 from typing import Any
 
-from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.figure import Figure
 
+from novelgpt.settings.charts import figure_png
 from novelgpt.settings.fonts import lettering
 from novelgpt.settings.whole_files import write_whole
 
@@ -26,7 +25,6 @@ def draw_losses(history: list[dict[str, Any]], path: Path) -> bool:
         Whether the machine's fonts have all letters of the title.
     """
     figure = Figure(figsize=(8, 4.5), dpi=110, layout="constrained")
-    FigureCanvasAgg(figure)
     axes = figure.add_subplot()
     saved = next((entry["saved_step"] for entry in reversed(history) if "saved_step" in entry), None)
     for key, label, style in (("loss", "training", "-"), ("eval_loss", "evaluation", "o-")):
@@ -48,7 +46,5 @@ def draw_losses(history: list[dict[str, Any]], path: Path) -> bool:
     axes.margins(x=0.08)
     if axes.lines:
         axes.legend()
-    drawn = io.BytesIO()
-    figure.savefig(drawn, format="png")
-    write_whole(path, drawn.getvalue())
+    write_whole(path, figure_png(figure))
     return name.complete

@@ -1,4 +1,4 @@
-"""What the pictures of a report show, as numbers: repetition by position, means of a score by length."""
+"""The data of a report's charts: repetition by position, means of a score by length."""
 
 from __future__ import annotations
 
@@ -9,12 +9,12 @@ from dataclasses import dataclass
 import numpy
 
 GRAM = 8
-"""Characters of the n-grams whose repetition is shown: in prose few of them come twice, in a loop all do."""
+"""Length of the n-grams whose repetition is shown: prose repeats few of them, a loop all."""
 
 BINS = 16
-MOST_ROWS = 2_000
-MOST_CHARACTERS = 8_000_000
-SHARE_OF_ROWS = 0.05
+MAX_ROWS = 2_000
+MAX_CHARACTERS = 8_000_000
+MIN_SHARE_OF_TEXTS = 0.05
 
 
 @dataclass(frozen=True)
@@ -22,7 +22,7 @@ class Curve:
     """Means of groups of rows.
 
     Attributes:
-        places: [groups] on the axis along.
+        places: [groups] positions on the x axis.
         means: [groups].
         errors: [groups] half widths of the 95 % intervals of the means; NaN for a group of one row.
         counts: [groups] rows.
@@ -35,12 +35,12 @@ class Curve:
 
 
 def seen_before(text: str) -> numpy.ndarray:
-    """[n-grams] whether the `GRAM` characters that begin here stood in the text before.
+    """[n-grams] 1.0 where the `GRAM` characters that start here occur earlier in the text, else 0.0.
 
-    Their mean is `repetition(text, GRAM)`: this says where in the text it comes from.
+    The mean is `repetition(text, GRAM)`; this locates it in the text.
     """
     count = max(0, len(text) - GRAM + 1)
-    # Of equal keys the last value stays: from the end to the beginning, that of the first place.
+    # Of equal keys the last value stays; backwards, that is the first occurrence.
     first = {text[start : start + GRAM]: start for start in range(count - 1, -1, -1)}
     seen = numpy.ones(count)
     seen[list(first.values())] = 0.0
@@ -48,7 +48,7 @@ def seen_before(text: str) -> numpy.ndarray:
 
 
 def bin_width(lengths: Sequence[float]) -> int:
-    """Characters of a bin, a round number of at least 20: about `BINS` of them hold all but the longest texts."""
+    """Characters per bin, a round number of at least 20: about `BINS` bins hold all but the longest 5 % of texts."""
     if not lengths:
         return 20
     wanted = float(numpy.percentile(lengths, 95)) / BINS
@@ -57,9 +57,9 @@ def bin_width(lengths: Sequence[float]) -> int:
 
 
 def repetition_by_position(texts: Iterable[str], width: int) -> Curve:
-    """`seen_before` in bins of `width` characters from the beginning: means over the texts that fill half of a bin.
+    """`seen_before` in bins of `width` characters: means over the texts that fill at least half of a bin.
 
-    Bins that fewer than `SHARE_OF_ROWS` of the texts reach are left out.
+    Bins that fewer than `MIN_SHARE_OF_TEXTS` of the texts reach are dropped.
     """
     groups: list[list[float]] = []
     total = 0
@@ -70,12 +70,12 @@ def repetition_by_position(texts: Iterable[str], width: int) -> Curve:
             if place == len(groups):
                 groups.append([])
             groups[place].append(float(seen[place * width : (place + 1) * width].mean()))
-    kept = [group for group in groups if len(group) >= SHARE_OF_ROWS * total]
+    kept = [group for group in groups if len(group) >= MIN_SHARE_OF_TEXTS * total]
     return _curve([(place + 0.5) * width for place in range(len(kept))], kept)
 
 
 def sample(lengths: Sequence[float]) -> list[int]:
-    """Numbers of rows at even distances: all, or so many that reading them stays quick.
+    """Evenly spaced row numbers: all rows, or as many as can be read quickly.
 
     Args:
         lengths: of each row, in characters.
@@ -83,13 +83,13 @@ def sample(lengths: Sequence[float]) -> list[int]:
     if not lengths:
         return []
     mean = max(1.0, sum(lengths) / len(lengths))
-    count = min(len(lengths), MOST_ROWS, max(1, int(MOST_CHARACTERS / mean)))
+    count = min(len(lengths), MAX_ROWS, max(1, int(MAX_CHARACTERS / mean)))
     return [number * len(lengths) // count for number in range(count)]
 
 
 def means_by_length(lengths: Sequence[float], values: Sequence[float]) -> Curve:
-    """Means of values in groups of about as many rows each, from the shortest to the longest; rows of one length stay
-    together, and there are at most 8 groups of 5 rows or more.
+    """Means of values in at most 8 groups of similar size (5 rows or more), from shortest to longest; rows of one
+    length stay together.
     """
     order = numpy.argsort(numpy.asarray(lengths, dtype=float), kind="stable")
     along, across = numpy.asarray(lengths, dtype=float)[order], numpy.asarray(values, dtype=float)[order]

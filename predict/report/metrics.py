@@ -1,4 +1,4 @@
-"""What a report says about each score: its Chinese name, where it stands, which values are good, how it is written."""
+"""How a report shows each score: its Chinese name, group, which values are better, and its format."""
 
 from __future__ import annotations
 
@@ -8,14 +8,14 @@ from dataclasses import dataclass
 from typing import Any, TypeGuard
 
 GROUPS = {
-    "overlap": ("Likeness to the reference", "与参考答案的相似度"),
+    "overlap": ("Similarity to the reference", "与参考答案的相似度"),
     "answers": ("Short answers", "简短回答"),
-    "model": ("The references under the model", "模型对参考答案的预测"),
+    "model": ("References under the model", "模型对参考答案的预测"),
     "repetition": ("Repetition", "重复程度"),
     "length": ("Length", "长度"),
-    "other": ("Further scores", "其他分数"),
+    "other": ("Other scores", "其他分数"),
 }
-"""Name of a group -> English and Chinese heading, in the order of the page."""
+"""Name of a group -> English and Chinese heading, in page order."""
 
 
 @dataclass(frozen=True)
@@ -26,7 +26,7 @@ class Metric:
         name: exact name.
         chinese: Chinese name.
         group: name in `GROUPS`.
-        better: "higher", "lower", "reference" (the nearer to what the references have, the better), or "" for none.
+        better: "higher", "lower", "reference" (closer to the references' value), or "" for neither.
         digits: decimals.
     """
 
@@ -71,34 +71,29 @@ METRICS = {
         Metric("cut", "超出计分长度的比例", "length"),
     )
 }
-"""Scores by name, in the order of the page."""
+"""Scores by name, in page order."""
 
 
-def metric_named(name: str) -> Metric:
-    """The metric of this name; one that the table does not know has no Chinese name and no better side."""
-    return METRICS.get(name) or Metric(name, "")
-
-
-def metrics_of(scores: Sequence[Mapping[str, Any]]) -> list[Metric]:
-    """The scores that any of these scores.json has, in the order of the page; those of references alone are no rows."""
+def metrics_of(scores: Sequence[Mapping[str, Any]]) -> dict[str, Metric]:
+    """The metrics that any of these scores.json has, by name and in page order; an unknown one has no Chinese name."""
     found = [name for name in METRICS if any(is_number(one.get(name)) for one in scores)]
-    further = [
+    found += [
         name
         for one in scores
         for name in one.get("intervals", {})
         if name not in METRICS and not name.startswith("reference_") and is_number(one.get(name))
     ]
-    return [metric_named(name) for name in [*found, *dict.fromkeys(further)]]
+    return {name: METRICS.get(name) or Metric(name, "") for name in found}
 
 
 def reference_value(name: str, scores: Mapping[str, Any]) -> float | None:
-    """What the references have of a score of predictions; None where they have none."""
+    """The references' value of a score of predictions; None where they have none."""
     value = scores.get(f"reference_{name.removeprefix('prediction_')}")
     return float(value) if is_number(value) else None
 
 
 def goodness(metric: Metric, value: float, reference: float | None) -> float | None:
-    """A number that is larger for better values; None where no value is better than another."""
+    """A number that grows as the value improves; None where no value is better than another."""
     if metric.better == "higher":
         return value
     if metric.better == "lower":
@@ -109,12 +104,12 @@ def goodness(metric: Metric, value: float, reference: float | None) -> float | N
 
 
 def is_number(value: object) -> TypeGuard[float]:
-    """A finite number, and no truth value."""
+    """Whether a value is a finite number and not a bool."""
     return isinstance(value, (int, float)) and not isinstance(value, bool) and math.isfinite(value)
 
 
-def written(value: float, digits: int) -> str:
-    """A number with so many decimals and commas between thousands; very large ones as 1.23e+45."""
+def format_number(value: float, digits: int) -> str:
+    """A number with this many decimals and commas between thousands; very large ones as 1.23e+45."""
     if abs(value) >= 1e7:
         return f"{value:.3g}"
     text = f"{value:,.{digits}f}"

@@ -1,7 +1,6 @@
-"""What a report reads of each run: scores, scores of rows, where the texts stand in their file, the losses of training.
+"""What a report reads of each run: scores, row scores, byte offsets of the texts in their file, training losses.
 
-Texts stay on the disk: of each row only its place in the file is held, and what tells whether two runs answered the
-same rows.
+Texts stay on disk: for each row only its offset is kept, and a hash that tells whether two runs answered the same rows.
 """
 
 from __future__ import annotations
@@ -19,6 +18,7 @@ from pydantic import BaseModel
 from dataset.row_fields import is_absent
 from novelgpt.scoring.row_scores import RowScores
 from novelgpt.settings.errors import UserError
+from novelgpt.settings.html_pages import visible
 from novelgpt.settings.parsed_files import check_fields, read_object
 from novelgpt.settings.remedies import python_module, run_pipeline
 from novelgpt.settings.units import counted
@@ -26,85 +26,90 @@ from novelgpt.text.thoughts import split_thought
 from predict.report.metrics import is_number
 from predict.scoring_fields import read_scoring, text_fields
 
-MOST_RUNS = 6
-# The names that files of predictions have: here, and in LLaMA-Factory.
+MAX_RUNS = 6
+# Names of prediction files: here, and in LLaMA-Factory.
 FILES = ("predictions.jsonl", "generated_predictions.jsonl")
 
 
 @dataclass(frozen=True)
-class Run:
+class ReportRun:
     """One set of predictions.
 
     Attributes:
-        name: unlike that of every other run of the report.
+        number: position on the page, from 0.
+        name: unique in the report, as a page can show it.
         file: of the predictions, beside row_scores.jsonl and scores.json.
-        scores: what scores.json holds.
-        rows: what row_scores.jsonl holds.
-        places: of each row, the first byte of its line in the file.
+        scores: content of scores.json.
+        rows: content of row_scores.jsonl.
+        offsets: of each row, the first byte of its line in the file.
         identities: of each row, a hash of id and reference.
-        losses: log entries of the training that made the model, where they lie beside; [] otherwise.
+        losses: log entries of the training that made the model, if its metrics.jsonl is beside; [] otherwise.
     """
 
+    number: int
     name: str
     file: Path
     scores: dict[str, Any]
     rows: list[RowScores]
-    places: list[int]
+    offsets: list[int]
     identities: list[str]
     losses: list[dict[str, Any]]
 
     @property
-    def folder(self) -> Path:
-        """The folder of the predictions and their scores."""
-        return self.file.parent
+    def letter(self) -> str:
+        """Its short name on the page: A, B, …"""
+        return chr(ord("A") + self.number)
 
     def texts(self, numbers: Sequence[int]) -> Iterator[dict[str, Any]]:
         """The lines of these rows, one by one, with "prediction" (the part that is scored) and "reference"."""
         with self.file.open("rb") as file:
             for number in numbers:
-                file.seek(self.places[number])
+                file.seek(self.offsets[number])
                 entry = json.loads(file.readline())
                 prediction, reference = _scored_texts(entry, self.rows[number]) or _texts(entry)
                 scored = prediction[: entry.get("scored_characters")]
                 yield {**entry, "id": self.rows[number].get("id"), "prediction": scored, "reference": reference}
 
     def values(self, name: str) -> list[float]:
-        """A score of each row that has it."""
+        """The values of a score, of the rows that have it."""
         return [float(row[name]) for row in self.rows if is_number(row.get(name))]
 
     @property
     def scored(self) -> list[int]:
-        """Numbers of the rows that have a reference, and so the scores of a pair."""
+        """Numbers of the rows that have a reference."""
         return [number for number, row in enumerate(self.rows) if is_number(row.get("rouge-l"))]
 
 
-def read_runs(paths: Sequence[Path]) -> list[Run]:
+def read_runs(paths: Sequence[Path]) -> list[ReportRun]:
     """The runs of these folders, in order.
 
     Args:
-        paths: prediction folders, run folders in which the folder `predict` is one, or files of predictions.
+        paths: prediction folders, run folders with a prediction folder `predict`, or prediction files.
 
     Raises:
-        UserError: too many, one twice, a file is missing or broken, or the files of a folder do not fit together.
+        UserError: too many, one twice, a file is missing or broken, or the files of a folder do not match.
     """
-    if len(paths) > MOST_RUNS:
-        raise UserError(f"{counted(len(paths), 'run')} are too many for one page", f"name at most {MOST_RUNS}")
+    if len(paths) > MAX_RUNS:
+        raise UserError(f"{counted(len(paths), 'run')} are too many for one page", f"name at most {MAX_RUNS}")
     files = [_prediction_file(path) for path in paths]
     resolved = [file.parent.resolve() for file in files]
     for number, folder in enumerate(resolved):
         if folder in resolved[:number]:
             raise UserError(f"{paths[number]} is named twice", "name each run once")
-    return [_read_run(file, name) for file, name in zip(files, _names(resolved), strict=True)]
+    return [
+        _read_run(number, visible(name), file)
+        for number, (name, file) in enumerate(zip(_names(resolved), files, strict=True))
+    ]
 
 
-def matched_rows(first: Run, other: Run) -> list[int] | None:
-    """Of each row of `first`, the number of the same row (id and reference) in `other`; None if they answer others."""
-    if first.identities == other.identities:
+def matched_rows(first: ReportRun, other: ReportRun) -> list[int] | None:
+    """For each row of `first`, the number of the same row (id and reference) in `other`; None if the rows differ."""
+    if first.identities == other.identities:  # also where two rows are alike
         return list(range(len(first.identities)))
-    places = {identity: number for number, identity in enumerate(other.identities)}
-    if len(places) != len(first.identities) or places.keys() != set(first.identities):
+    numbers = {identity: number for number, identity in enumerate(other.identities)}
+    if len(numbers) != len(first.identities) or numbers.keys() != set(first.identities):
         return None
-    return [places[identity] for identity in first.identities]
+    return [numbers[identity] for identity in first.identities]
 
 
 def _prediction_file(path: Path) -> Path:
@@ -120,18 +125,18 @@ def _prediction_file(path: Path) -> Path:
 
 
 def _names(folders: Sequence[Path]) -> list[str]:
-    """The shortest ends of the paths that differ from each other, without a last `predict`."""
+    """The shortest suffixes of the paths that are unique, without a last `predict`."""
     parts = [(folder.parent if folder.name == "predict" else folder).parts for folder in folders]
     count = 1
     while count < max(map(len, parts)) and len({part[-count:] for part in parts}) < len(parts):
         count += 1
     names = ["/".join(part[-count:]) for part in parts]
-    # A run folder may hold predictions in itself and in `predict`.
+    # A run folder may hold predictions both itself and in `predict`.
     return ["/".join(folder.parts[-2:]) if names.count(n) > 1 else n for folder, n in zip(folders, names, strict=True)]
 
 
 class _Scores(BaseModel):
-    """What a report takes from scores.json beside plain numbers."""
+    """Fields of scores.json that the report reads besides numbers."""
 
     intervals: dict[str, tuple[float | None, float | None]] = {}
     definitions: dict[str, Any] = {}
@@ -139,12 +144,12 @@ class _Scores(BaseModel):
     groups: dict[str, dict[str, Any]] = {}
 
 
-def _read_run(file: Path, name: str) -> Run:
+def _read_run(number: int, name: str, file: Path) -> ReportRun:
     again = python_module(f"predict.score {shlex.quote(str(file))}")
     folder = file.parent
     path = folder / "scores.json"
     try:
-        path.stat()  # or it is missing, as the other file may be
+        path.stat()  # raises FileNotFoundError, as for the other file
         scores = read_object(path, again)
         check_fields(_Scores, scores, str(path), again)
         rows = [row for _, row in _read_lines(folder / "row_scores.jsonl", again)]
@@ -154,8 +159,8 @@ def _read_run(file: Path, name: str) -> Run:
         raise UserError(f"{error.filename}: {error.strerror}", "make the file readable") from error
     if scores.get("rows") != len(rows):
         raise UserError(f"{path} is not about the {counted(len(rows), 'row')} of row_scores.jsonl", again)
-    places, identities = _read_places(file, rows, again)
-    return Run(name, file, scores, rows, places, identities, _read_losses(folder))
+    offsets, identities = _read_offsets(file, rows, again)
+    return ReportRun(number, name, file, scores, rows, offsets, identities, _read_losses(folder))
 
 
 def _read_lines(path: Path, remedy: str) -> Iterator[tuple[int, dict[str, Any]]]:
@@ -174,29 +179,27 @@ def _read_lines(path: Path, remedy: str) -> Iterator[tuple[int, dict[str, Any]]]
             place += len(line)
 
 
-def _read_places(path: Path, rows: Sequence[RowScores], again: str) -> tuple[list[int], list[str]]:
-    """Places and identities of the predictions, which must be those that the rows are scores of."""
-    places: list[int] = []
+def _read_offsets(path: Path, rows: Sequence[RowScores], again: str) -> tuple[list[int], list[str]]:
+    """Offsets and identities of the predictions, which must be those that the rows are scores of."""
+    offsets: list[int] = []
     identities: list[str] = []
-    for number, (place, entry) in enumerate(_read_lines(path, "predict again, or mend the line")):
+    for number, (offset, entry) in enumerate(_read_lines(path, "predict again, or correct the line")):
         where = f"{path}: row {number + 1}"
-        prediction, reference = _texts(entry)
-        if not (isinstance(prediction, str) and isinstance(reference, str)):
+        if not all(isinstance(text, str) for text in _texts(entry)):
             raise UserError(f"{where} has no text `prediction` or `reference`", "predict again")
         row = rows[number] if number < len(rows) else {}
         identity = str(row.get("id"))
-        named = is_absent(entry.get("id")) or str(entry["id"]) == identity
         read_scoring(entry, where)
         texts = _scored_texts(entry, row)
-        if not named or texts is None:
+        if texts is None or not (is_absent(entry.get("id")) or str(entry["id"]) == identity):
             name = str(entry.get("id", number))
             raise UserError(f"{where}, {name}, is not what row_scores.jsonl was made of", again)
-        places.append(place)
-        key = json.dumps([identity, texts[1]]).encode()  # escapes, so that no text is without bytes
+        offsets.append(offset)
+        key = json.dumps([identity, texts[1]]).encode()  # in ASCII, as lone surrogates have no UTF-8
         identities.append(hashlib.blake2b(key, digest_size=12).hexdigest())
-    if len(places) != len(rows) or not places:
-        raise UserError(f"{path} has {counted(len(places), 'row')}, and row_scores.jsonl has {len(rows)}", again)
-    return places, identities
+    if len(offsets) != len(rows) or not offsets:
+        raise UserError(f"{path} has {counted(len(offsets), 'row')}, and row_scores.jsonl has {len(rows)}", again)
+    return offsets, identities
 
 
 def _texts(entry: dict[str, Any]) -> tuple[Any, Any]:
@@ -206,7 +209,7 @@ def _texts(entry: dict[str, Any]) -> tuple[Any, Any]:
 
 
 def _scored_texts(entry: dict[str, Any], row: RowScores) -> tuple[str, str] | None:
-    """The texts that a row's scores are of: as they stand, or without the thoughts before the answers; else None."""
+    """The texts that a row's scores belong to: unchanged, or without the thoughts before the answers; else None."""
     whole = _texts(entry)
     for texts in (whole, (split_thought(whole[0], False)[1], split_thought(whole[1], False)[1])):
         if len(texts[0][: entry.get("scored_characters")]) == row.get("prediction_characters"):
@@ -215,7 +218,7 @@ def _scored_texts(entry: dict[str, Any], row: RowScores) -> tuple[str, str] | No
 
 
 def _read_losses(folder: Path) -> list[dict[str, Any]]:
-    """The entries of the metrics.jsonl of the run folder, as they stand after the last resumption."""
+    """The entries of the run folder's metrics.jsonl, without those that a resumed run trained again."""
     path = next((path for path in (folder / "metrics.jsonl", folder.parent / "metrics.jsonl") if path.is_file()), None)
     if path is None or (path.parent != folder and folder.name != "predict"):
         return []
@@ -228,7 +231,6 @@ def _read_losses(folder: Path) -> list[dict[str, Any]]:
         if not isinstance(entry, dict) or not is_number(entry.get("step")):
             continue
         if entries and entry["step"] < entries[-1]["step"]:
-            # Resumed from an earlier checkpoint: what came after it was trained again.
             entries = [earlier for earlier in entries if earlier["step"] < entry["step"]]
         entries.append(entry)
     return entries

@@ -188,7 +188,7 @@ def test_runs_on_other_rows_are_not_compared(runs: list[Path], tmp_path: Path) -
     other = predict_folder(tmp_path / "other", papers()[::-1][:10])
     main([str(runs[0]), str(other), "--output", str(tmp_path)])
     page = text_of((tmp_path / "report.html").read_text(encoding="utf-8"))
-    assert page.count("The two answer other rows") == 1
+    assert page.count("The two runs answer different rows") == 1
     assert "scores are better" not in page
 
 
