@@ -3,8 +3,7 @@
 from __future__ import annotations
 
 from dataset.conversations import read_conversations
-from novelgpt.budget.disk import check_disk
-from novelgpt.budget.memory_plan import plan_memory
+from novelgpt.checks.before_training import check
 from novelgpt.checks.launch import check_before_launch
 from novelgpt.checks.preflight import preflight
 from novelgpt.model.loading import load_model
@@ -27,8 +26,7 @@ def main(argv: list[str] | None = None) -> None:
         tokenizer = load_tokenizer(run.model)
         preflight(run, tokenizer)
         train, valid = read_conversations(run.data, tokenizer)
-        plan = plan_memory(run, train)
-        check_disk(run, plan, train, tokenizer)
+        plan = check(run, tokenizer, train)
         model = load_model(run.model, tokenizer)
         fit(model, tokenizer, train, valid, run, plan, folder)
 

@@ -7,8 +7,7 @@ from functools import partial
 from transformers import set_seed
 
 from dataset.conversations import read_conversations
-from novelgpt.budget.disk import check_disk
-from novelgpt.budget.memory_plan import plan_memory
+from novelgpt.checks.before_training import check
 from novelgpt.checks.launch import check_before_launch
 from novelgpt.checks.preflight import preflight
 from novelgpt.model.loading import frozen_dtype, load_model
@@ -33,8 +32,7 @@ def main(argv: list[str] | None = None) -> None:
         preflight(run, tokenizer)
         train, valid = read_conversations(run.data, tokenizer)
         adapt = partial(attach_lora, lora=run.lora, tokenizer=tokenizer)
-        plan = plan_memory(run, train, frozen_dtype(), run.lora.qlora, adapt)
-        check_disk(run, plan, train, tokenizer)
+        plan = check(run, tokenizer, train, frozen_dtype(), run.lora.qlora, adapt)
         base = load_model(run.model, tokenizer, dtype=frozen_dtype(), qlora=run.lora.qlora)
         set_seed(run.training.seed)  # the adapter is drawn before the Trainer sets the seed
         model = adapt(base)

@@ -14,12 +14,12 @@ from torch import nn
 
 from novelgpt.budget.memory import checkpointing_options, compute_dtype, optimizer_bytes
 from novelgpt.budget.simulated_model import changes_logits, worst_batch
+from novelgpt.model.lora import base_model
 from novelgpt.model.loss import attach_chunked_loss
 from novelgpt.settings.arguments import TrainArguments
 from novelgpt.settings.errors import UserError
 from novelgpt.settings.process import in_process_group
 from novelgpt.settings.units import counted
-from novelgpt.training.trainer import base_model
 
 # Of the device's memory: what a tried micro-batch may take, the states of the optimizer included.
 TRIED_SHARE = 0.92

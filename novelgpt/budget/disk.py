@@ -19,7 +19,7 @@ from novelgpt.budget.simulated_model import SimulatedModel
 from novelgpt.settings.arguments import TrainArguments
 from novelgpt.settings.errors import UserError
 from novelgpt.settings.paths import existing_folder
-from novelgpt.settings.process import first_process_value, is_first_process
+from novelgpt.settings.process import is_first_process, raise_on_all_ranks
 from novelgpt.settings.runs import TrainingRun
 from novelgpt.settings.terminal import say
 from novelgpt.settings.units import gigabytes
@@ -60,6 +60,7 @@ class DiskForecast:
         return int(MARGIN * (max(writing, self.checkpoint * self.kept + self.final) + self.other))
 
 
+@raise_on_all_ranks()
 def check_disk(run: TrainingRun, plan: MemoryPlan, train: Dataset[Any], tokenizer: PreTrainedTokenizerBase) -> None:
     """Show what the run will take on the disk, and refuse to begin where it is not there.
 
@@ -72,7 +73,6 @@ def check_disk(run: TrainingRun, plan: MemoryPlan, train: Dataset[Any], tokenize
     Raises:
         UserError: less is free than the run takes, on all processes.
     """
-    problem: UserError | None = None
     if is_first_process() and plan.model is not None:
         steps = steps_in_epoch(len(train), run.training)  # type: ignore[arg-type]
         forecast = forecast_disk(plan.model, run.training, saved_bytes(tokenizer), steps)
@@ -80,9 +80,8 @@ def check_disk(run: TrainingRun, plan: MemoryPlan, train: Dataset[Any], tokenize
         held, free = bytes_in(folder), shutil.disk_usage(existing_folder(folder)).free
         say(f"disk: {describe(forecast, held)}, {gigabytes(free)} free")
         problem = lack_of_room(forecast, held, free, folder)
-    problem = first_process_value(problem)
-    if problem is not None:
-        raise problem
+        if problem is not None:
+            raise problem
 
 
 def forecast_disk(

@@ -27,7 +27,7 @@ from novelgpt.budget.memory import MemoryEstimate, compute_dtype, estimate_memor
 from novelgpt.budget.simulated_model import SimulatedModel
 from novelgpt.settings.arguments import TrainArguments
 from novelgpt.settings.errors import UserError
-from novelgpt.settings.process import first_process_value, is_first_process
+from novelgpt.settings.process import first_process_value, is_first_process, raise_on_all_ranks
 from novelgpt.settings.runs import TrainingRun
 from novelgpt.settings.terminal import say
 from novelgpt.settings.units import counted
@@ -70,17 +70,12 @@ def plan_memory(
     """
     plan = MemoryPlan(run, train)
     outcome: Any = None
-    if is_first_process():
-        try:
+    with raise_on_all_ranks():
+        if is_first_process():
             # DeepSpeed casts the weights and keeps fp32 ones beside them, where others cast as they compute.
             cast = compute_dtype(run.training) if run.training.deepspeed else None
             outcome = plan.decide(lambda: SimulatedModel(run.model, run.training.device, dtype, prepare, qlora, cast))
-        except UserError as error:
-            outcome = error
-    outcome = first_process_value(outcome)
-    if isinstance(outcome, UserError):
-        raise outcome
-    rows, checkpointing, plan.estimate = outcome
+    rows, checkpointing, plan.estimate = first_process_value(outcome)
     set_micro_batch(run.training, rows)
     run.training.activation_checkpointing = run.training.gradient_checkpointing = checkpointing
     return plan

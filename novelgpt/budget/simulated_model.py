@@ -19,6 +19,7 @@ from novelgpt.budget.live_bytes import INNER, Assumptions, LiveBytes
 from novelgpt.model import attention as _attention  # noqa: F401  registers "packed"
 from novelgpt.model import loss
 from novelgpt.model.loading import read_config
+from novelgpt.model.lora import base_model
 from novelgpt.settings.arguments import ModelArguments
 
 # Chunks of the head that are simulated: the first, which begins its gradient, and those after it, which add to it.
@@ -267,8 +268,7 @@ def track_step(
     Returns:
         Bytes of "weights", "copies", "gradients", "activations" (with everything passing) and "loss".
     """
-    base = model.get_base_model() if isinstance(model, PeftModel) else model
-    assert isinstance(base, PreTrainedModel)
+    base = base_model(model)
     model.train(not evaluation)
     if checkpointing is None:
         base.activation_checkpointing_disable()

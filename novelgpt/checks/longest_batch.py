@@ -5,18 +5,17 @@ Weights, gradients, optimizer states, modes and random states are afterwards wha
 
 from __future__ import annotations
 
-from collections.abc import Callable
-from contextlib import AbstractContextManager
 from typing import Any
 
 import torch
-from accelerate.utils import gather_object
 from torch import nn
 
 from novelgpt.budget.memory import checkpointing_options, optimizer_bytes
 from novelgpt.settings.arguments import TrainArguments
 from novelgpt.settings.errors import UserError
+from novelgpt.settings.process import raise_on_all_ranks
 from novelgpt.settings.units import counted, gigabytes
+from novelgpt.training.plan import Autocast
 from novelgpt.training.sample_predictions import preserve_mode_and_rng
 
 REMEDY = "--per_device_train_batch_size 1, --activation_checkpointing, a shorter --max_length, or --auto_batch"
@@ -40,12 +39,8 @@ def rows_to_try(lengths: list[int], training: TrainArguments) -> list[int]:
     return longest[:1] if lengths[longest[0]] <= step else []
 
 
-def try_batch(
-    model: nn.Module,
-    batch: dict[str, Any],
-    training: TrainArguments,
-    autocast: Callable[[], AbstractContextManager[Any]],
-) -> None:
+@raise_on_all_ranks()
+def try_batch(model: nn.Module, batch: dict[str, Any], training: TrainArguments, autocast: Autocast) -> None:
     """Forward and backward in training mode, and a pass as in evaluation.
 
     Gradients are computed beside those of the weights (`torch.autograd.grad`), so that no hook of data parallelism or
@@ -65,34 +60,29 @@ def try_batch(
     if cuda:
         torch.cuda.empty_cache()
         torch.cuda.reset_peak_memory_stats()
-    problem: tuple[str, str] | None = None
+    rows, tokens = batch["input_ids"].shape
+    what = f"the longest micro-batch, {rows} x {counted(tokens, 'token')}"
     try:
         with preserve_mode_and_rng(model):
             _passes(model, batch, training, autocast)
-        later = 0 if training.deepspeed else _states(model, training)
-        peak, has = _cuda_peak_and_capacity() if cuda else (0, 0)
-        if cuda and peak + later > has:
-            problem = (
-                f"the longest micro-batch, {_shape(batch)}, takes {gigabytes(peak)}, the optimizer another "
-                f"{gigabytes(later)}, and the GPU has {gigabytes(has)}",
-                REMEDY,
-            )
+        if cuda:
+            later = 0 if training.deepspeed else _states(model, training)
+            peak, capacity = _cuda_peak_and_capacity()
+            if peak + later > capacity:
+                raise UserError(
+                    f"{what}, takes {gigabytes(peak)}, the optimizer another {gigabytes(later)}, and the GPU has "
+                    f"{gigabytes(capacity)}",
+                    REMEDY,
+                )
     except torch.OutOfMemoryError:
         device = batch["input_ids"].device.type
-        problem = f"the longest micro-batch, {_shape(batch)}, does not fit into the memory of this {device}", REMEDY
-    if cuda:
-        torch.cuda.empty_cache()
-    found = [one for one in gather_object([problem]) if one is not None]
-    if found:
-        raise UserError(*found[0])
+        raise UserError(f"{what}, does not fit into the memory of this {device}", REMEDY) from None
+    finally:
+        if cuda:
+            torch.cuda.empty_cache()
 
 
-def _passes(
-    model: nn.Module,
-    batch: dict[str, Any],
-    training: TrainArguments,
-    autocast: Callable[[], AbstractContextManager[Any]],
-) -> None:
+def _passes(model: nn.Module, batch: dict[str, Any], training: TrainArguments, autocast: Autocast) -> None:
     model.train()
     trained = [parameter for parameter in model.parameters() if parameter.requires_grad]
     with autocast():
@@ -119,8 +109,3 @@ def _cuda_peak_and_capacity() -> tuple[int, int]:
     free, total = torch.cuda.mem_get_info()
     others = total - free - torch.cuda.memory_reserved()
     return torch.cuda.max_memory_allocated(), total - others
-
-
-def _shape(batch: dict[str, Any]) -> str:
-    rows, tokens = batch["input_ids"].shape
-    return f"{rows} x {counted(tokens, 'token')}"

@@ -18,11 +18,12 @@ from novelgpt.budget.memory import compute_dtype
 from novelgpt.checks import devices, machine, model, versions
 from novelgpt.checks.findings import Check, Finding, run_check
 from novelgpt.settings.errors import UserError
-from novelgpt.settings.process import first_process_value, is_first_process
+from novelgpt.settings.process import is_first_process, raise_on_all_ranks
 from novelgpt.settings.runs import TrainingRun
 from novelgpt.settings.terminal import say
 
 
+@raise_on_all_ranks()
 def preflight(run: TrainingRun, tokenizer: PreTrainedTokenizerBase) -> None:
     """Look at versions, devices and the model's files; print a line for what may not be as meant.
 
@@ -33,7 +34,6 @@ def preflight(run: TrainingRun, tokenizer: PreTrainedTokenizerBase) -> None:
     """
     if not run.training.preflight:
         return
-    problem: UserError | None = None
     if is_first_process():
         findings = list(_findings(run, tokenizer))
         for finding in findings:
@@ -42,10 +42,7 @@ def preflight(run: TrainingRun, tokenizer: PreTrainedTokenizerBase) -> None:
         problems = [finding for finding in findings if finding.mark == "problem"]
         if problems:
             text = f"{problems[0].check}: {problems[0].text}"
-            problem = UserError(text, f"{problems[0].remedy}; --preflight False looks at nothing")
-    problem = first_process_value(problem)
-    if problem is not None:
-        raise problem
+            raise UserError(text, f"{problems[0].remedy}; --preflight False looks at nothing")
 
 
 def _findings(run: TrainingRun, tokenizer: PreTrainedTokenizerBase) -> Iterator[Finding]:

@@ -26,16 +26,16 @@ from novelgpt.budget.auto_batch import cuda_peak
 from novelgpt.budget.memory import checkpointing_options, compute_dtype, optimizer_bytes
 from novelgpt.budget.simulated_model import changes_logits, worst_batch
 from novelgpt.checks.findings import Finding, run_check
-from novelgpt.checks.first_step import GradientMonitor, check_forward
+from novelgpt.checks.first_step import check_forward, check_gradients
 from novelgpt.checks.plan import Plan, adapt, base_dtype, parse_run
 from novelgpt.model.loading import load_model
+from novelgpt.model.lora import base_model
 from novelgpt.model.loss import attach_chunked_loss
 from novelgpt.model.tokenizer import load_tokenizer
 from novelgpt.settings.paths import ROOT
 from novelgpt.settings.runs import LoraRun, TrainingRun
 from novelgpt.settings.units import counted, gigabytes
 from novelgpt.text.encoding import encode
-from novelgpt.training.trainer import base_model
 
 TEXT = "潮水退下去的时候，灯塔的影子正好落在那封没有寄出的信上。"
 NAME = "longest batch"
@@ -132,11 +132,10 @@ def _train(
 ) -> None:
     """Forward and backward of a batch, and a gradient for each trained tensor."""
     model.train()
-    watch = GradientMonitor(model)
-    with autocast():
-        loss = model(**batch, num_items_in_batch=batch["labels"].numel()).loss
-    loss.backward()
-    watch.check()
+    with check_gradients(model):
+        with autocast():
+            loss = model(**batch, num_items_in_batch=batch["labels"].numel()).loss
+        loss.backward()
 
 
 def _filled(batch: dict[str, torch.Tensor], tokenizer: PreTrainedTokenizerBase) -> dict[str, torch.Tensor]:

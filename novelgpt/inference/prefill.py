@@ -5,11 +5,11 @@ from __future__ import annotations
 import inspect
 
 import torch
-from peft import PeftModel
 from torch.nn import functional
 from transformers import DynamicCache, GenerationConfig, PreTrainedModel
 
 from novelgpt.inference.preallocated_cache import PreallocatedLayer, preallocated_cache
+from novelgpt.model.lora import base_model
 
 # Padded tokens of the prompts that are read at once. A CPU keeps what so many make of a layer in its own caches; with
 # so many a GPU has all its cores at work.
@@ -64,8 +64,7 @@ def prefill(model: PreTrainedModel, prompts: list[list[int]], pad: int, cache: D
 
 def _takes_positions(model: PreTrainedModel) -> bool:
     """Whether tokens stand where the mask says. If not, they would stand elsewhere in the narrower rows of a piece."""
-    bare = model.get_base_model() if isinstance(model, PeftModel) else model
-    return "position_ids" in inspect.signature(bare.forward).parameters
+    return "position_ids" in inspect.signature(base_model(model).forward).parameters
 
 
 def _pieces(lengths: list[int], most_tokens: int) -> list[slice]:

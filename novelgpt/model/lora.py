@@ -68,6 +68,13 @@ def attach_lora(
     return adapted  # type: ignore[return-value]
 
 
+def base_model(model: nn.Module | None) -> PreTrainedModel:
+    """The model itself, without the adapter around it if there is one."""
+    base = model.get_base_model() if isinstance(model, PeftModel) else model
+    assert isinstance(base, PreTrainedModel)
+    return base
+
+
 def lora_config(
     model: PreTrainedModel, lora: LoraArguments, rows: dict[str, list[int]] | None = None
 ) -> tuple[LoraConfig, list[str]]:

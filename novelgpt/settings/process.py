@@ -4,10 +4,13 @@ from __future__ import annotations
 
 import functools
 import os
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from typing import Any
 
 import torch.distributed
+
+from novelgpt.settings.errors import UserError
 
 
 def is_first_process() -> bool:
@@ -27,6 +30,27 @@ def first_process_value(value: Any) -> Any:
     values = [value]
     torch.distributed.broadcast_object_list(values, src=0)
     return values[0]
+
+
+@contextmanager
+def raise_on_all_ranks() -> Iterator[None]:
+    """Raise a UserError of one rank on all of them; where several have one, that of the lowest rank.
+
+    All ranks enter the block. Nothing within may wait for a rank that has left it with an error; other exceptions are
+    raised on their own rank alone, at once. Also decorates functions.
+    """
+    problem: UserError | None = None
+    try:
+        yield
+    except UserError as error:
+        problem = error
+    problems = [problem]
+    if in_process_group():
+        problems *= torch.distributed.get_world_size()
+        torch.distributed.all_gather_object(problems, problem)
+    for found in problems:
+        if found is not None:
+            raise found
 
 
 def leave_process_group(main: Callable[..., None]) -> Callable[..., None]:

@@ -18,12 +18,11 @@ from transformers import (
 )
 from transformers.utils import GENERATION_CONFIG_NAME
 
-from novelgpt.budget.memory_plan import MemoryPlan, row_lengths
-from novelgpt.checks.longest_batch import rows_to_try
-from novelgpt.checks.stop_check import check_stops
+from novelgpt.budget.memory_plan import row_lengths
 from novelgpt.inference.generation import answer_end_ids
 from novelgpt.model.card import CARD, write_card
 from novelgpt.model.forward_checks import check_packing
+from novelgpt.model.lora import base_model
 from novelgpt.model.shared_cores import shared_cores
 from novelgpt.settings.errors import UserError
 from novelgpt.settings.parsed_files import read_object
@@ -37,13 +36,14 @@ from novelgpt.training.base_recorder import BaseRecorder
 from novelgpt.training.callbacks import Curves, Progress, ProgressLines, RunRecorder
 from novelgpt.training.checkpoints.folders import checkpoints
 from novelgpt.training.evaluations import plan_evaluations
+from novelgpt.training.plan import TrainingPlan
 from novelgpt.training.result_files import write_result_files
 from novelgpt.training.run_card import RunCard
 from novelgpt.training.run_folder import RunFolder
 from novelgpt.training.sample_predictions import SamplePredictions
 from novelgpt.training.throughput import peak_memory
 from novelgpt.training.trackers import guard_trackers, name_tracked_run
-from novelgpt.training.trainer import NovelTrainer, base_model
+from novelgpt.training.trainer import NovelTrainer
 
 
 def fit(
@@ -52,7 +52,7 @@ def fit(
     train: Dataset[Any],
     valid: Dataset[Any],
     run: TrainingRun,
-    plan: MemoryPlan,
+    plan: TrainingPlan,
     folder: RunFolder,
 ) -> dict[str, float]:
     """Train, evaluate, and save the final weights with the tokenizer into the run folder.
@@ -69,7 +69,7 @@ def fit(
     """
     if "position_ids" in train[0]:
         check_packing(base_model(model))
-    plan.settle_micro_batch(model)
+    plan.memory.settle_micro_batch(model)
     folder.begin(run)
     recorder = RunRecorder(folder.path)
     try:
@@ -86,11 +86,11 @@ def _fit_into(
     train: Dataset[Any],
     valid: Dataset[Any],
     run: TrainingRun,
-    plan: MemoryPlan,
+    plan: TrainingPlan,
 ) -> dict[str, float]:
     training, folder, resumed = run.training, claimed.path, run.training.resume_from_checkpoint
     rows = len(train)  # type: ignore[arg-type]
-    evaluations = plan_evaluations(valid, plan.lengths, row_lengths(valid), rows, training)
+    evaluations = plan_evaluations(valid, plan.memory.lengths, row_lengths(valid), rows, training)
     valid = evaluations.rows
     if training.process_index == 0:
         say(evaluations.explain())
@@ -114,7 +114,8 @@ def _fit_into(
         _set_end_tokens(base_model(model), tokenizer)
         trainer = NovelTrainer(
             samples=SamplePredictions(valid, tokenizer, training, folder, writer),
-            longest=rows_to_try(plan.lengths, training) if training.preflight else [],
+            probes=plan.probes,
+            watch_gradients=plan.watch_gradients,
             characters=trained_characters(valid, tokenizer),
             evaluations=evaluations,
             model=model,
@@ -138,9 +139,9 @@ def _fit_into(
             trainer.evaluate_saved()
             trainer.save_final(folder)
             peak = peak_memory(training.device)  # of training; the estimate knows nothing of the answers that follow
-            stopped = check_stops(cast(PreTrainedModel, trainer.model), tokenizer, train, training, trainer.accelerator)
-            if stopped is not None:
-                trainer.log({"stopped": stopped})
+            figures = plan.after_training(cast(PreTrainedModel, trainer.model), training, trainer.accelerator)
+            if figures:
+                trainer.log(figures)
     finally:
         if recorder.history:
             recorder.draw()
@@ -162,7 +163,7 @@ def _fit_into(
     if problem is not None:
         raise problem
     if trainer.is_world_process_zero():
-        _show(results, plan.compare(peak), folder, trainer.state.max_steps)
+        _show(results, plan.memory.compare(peak), folder, trainer.state.max_steps)
     trainer.accelerator.wait_for_everyone()
     return results
 

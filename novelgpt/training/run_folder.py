@@ -12,7 +12,7 @@ from typing import Any
 
 from novelgpt.settings.attempts import this_attempt
 from novelgpt.settings.errors import UserError
-from novelgpt.settings.process import first_process_value, is_first_process
+from novelgpt.settings.process import first_process_value, is_first_process, raise_on_all_ranks
 from novelgpt.settings.run_record import RUN_FILE, DataSource
 from novelgpt.settings.runs import TrainingRun
 from novelgpt.settings.terminal import say
@@ -61,20 +61,15 @@ class RunFolder:
             UserError: what shall be replaced, or the data, are not what was there when the folder was chosen.
         """
         self.stop.only_note()
-        problem: UserError | None = None
-        if is_first_process():
-            try:
-                check_unwritten(self._data)
-                self._begin(describe_run(run, self._data) | {"status": "running"})
-                this_attempt().begin(self.path, self.checkpoint)
-            except UserError as error:
-                problem = error
-            except OSError as error:
-                cause = f"{error.filename or self.path} cannot be written: {error.strerror}"
-                problem = UserError(cause, "make room there, or name another --output_dir")
-        problem = first_process_value(problem)
-        if problem is not None:
-            raise problem
+        with raise_on_all_ranks():
+            if is_first_process():
+                try:
+                    check_unwritten(self._data)
+                    self._begin(describe_run(run, self._data) | {"status": "running"})
+                    this_attempt().begin(self.path, self.checkpoint)
+                except OSError as error:
+                    cause = f"{error.filename or self.path} cannot be written: {error.strerror}"
+                    raise UserError(cause, "make room there, or name another --output_dir") from error
         self.stop.end_at_once()
 
     @property
@@ -190,27 +185,23 @@ def claim_run_folder(run: TrainingRun) -> Iterator[RunFolder]:
 
 
 def _claim_together(run: TrainingRun, stop: StopOnSignal) -> RunFolder:
-    """The first process chooses; errors are handed to all ranks."""
+    """Let the first process choose; all ranks raise its errors."""
     claim: Claim | None = None
-    chosen: tuple[Path, Path | None, Path] | UserError | None = None
+    chosen: tuple[Path, Path | None, Path] | None = None
     own: dict[str, Any] = {}
     try:
-        if is_first_process():
-            try:
+        with raise_on_all_ranks():
+            if is_first_process():
                 data = identify_data(run)  # before it is read
                 claim, checkpoint, before = choose(run, lambda: data, take)
                 contents = snapshot(claim.folder) if checkpoint is None else {}
                 own = {"_claim": claim, "_data": data, "_before": before, "_contents": contents}
                 chosen = claim.folder, checkpoint, claim.made[-1].parent if claim.made else claim.folder
-            except UserError as error:
-                chosen = error
         chosen = first_process_value(chosen)
     except BaseException:
         if claim is not None:
             claim.let_go(unused=True)
         raise
-    if isinstance(chosen, UserError):
-        raise chosen
     assert chosen is not None
     path, checkpoint, found = chosen
     settle(run, path, checkpoint)

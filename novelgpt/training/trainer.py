@@ -10,7 +10,7 @@ import itertools
 import math
 import time
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from functools import partial
 from pathlib import Path
 from typing import Any, cast
@@ -31,9 +31,8 @@ from transformers import (
     TrainingArguments,
 )
 
-from novelgpt.checks.first_step import GradientMonitor, check_forward, check_vocabulary
-from novelgpt.checks.longest_batch import try_batch
 from novelgpt.model.forward_checks import head_is_last
+from novelgpt.model.lora import base_model
 from novelgpt.model.loss import TokenLoss, attach_chunked_loss
 from novelgpt.model.routers import explain_balance, router_balance
 from novelgpt.scoring.perplexity import row_sums, summarise
@@ -45,6 +44,7 @@ from novelgpt.training.checkpoints.folders import checkpoints, step_of
 from novelgpt.training.checkpoints.trainer import CheckpointTrainer
 from novelgpt.training.evaluations import EvaluationPlan
 from novelgpt.training.numbers import StepMonitor
+from novelgpt.training.plan import Probe
 from novelgpt.training.row_losses import DocumentLoss, MicroBatch, NumberedRows, document_losses
 from novelgpt.training.sample_predictions import SamplePredictions
 from novelgpt.training.signals import EvaluationStopped
@@ -61,15 +61,16 @@ class NovelTrainer(CheckpointTrainer):
         characters: int | None = None,
         evaluations: EvaluationPlan | None = None,
         note: Callable[[dict[str, Any]], None] | None = None,
-        longest: Sequence[int] = (),
+        probes: Sequence[Probe] = (),
+        watch_gradients: Callable[[nn.Module], AbstractContextManager[Any]] = nullcontext,
         **arguments: Any,
     ) -> None:
         """Evaluations also answer `samples`, and divide by the `characters` of the rows for bits per character.
 
         Those that `evaluations` says are to come are a part of the time left.
 
-        `note` takes what is found out about single steps, as entries of metrics.jsonl. The `longest` training rows, by
-        their indices, are tried as one micro-batch before training.
+        `note` takes what is found out about single steps, as entries of metrics.jsonl. `probes` run before training,
+        the first backward pass within `watch_gradients` (see `TrainingPlan`).
         """
         self.rows = NumberedRows(arguments.pop("train_dataset"))
         super().__init__(**arguments, train_dataset=self.rows, compute_metrics=partial(_metrics, characters=characters))
@@ -96,39 +97,22 @@ class NovelTrainer(CheckpointTrainer):
         self._loss_before, self._aux_before = torch.zeros(()), torch.zeros(())
         self.throughput: Throughput | None = None  # from the first step on
         self._first_step = 0
-        # Where weights may be left out of a step, tensors without a gradient tell nothing.
-        guards = cast(TrainArguments, self.args).guards
-        self._watch_gradients = guards and not self.args.ddp_find_unused_parameters
-        checks = [self.check_first_rows] if guards else []
-        if longest:
-            checks.append(partial(self.check_longest_rows, longest))
-        self.add_callback(_BeforeTraining(checks))
+        self.probes = probes
+        self._watch_gradients = watch_gradients  # of the first backward pass
+        self.add_callback(_BeforeTraining(self.run_probes))
 
-    def check_first_rows(self) -> None:
-        """Try the model on a micro-batch of the first training rows, each process on its own.
+    def run_probes(self) -> None:
+        """Check the model, set up for training, on micro-batches of the rows that the probes choose.
 
         Raises:
-            UserError: what `novelgpt.checks.first_step` finds.
+            UserError: what they find.
         """
-        dataset = self.rows.rows
-        rows = self.args.per_device_train_batch_size
-        first = self.args.process_index * rows
-        chosen = [dataset[index % len(dataset)] for index in range(first, first + rows)]
-        batch = self._prepare_inputs(self.data_collator(chosen))
-        base = base_model(self.model)
-        check_vocabulary(base, batch)
-        dtype = torch.bfloat16 if self.args.bf16 else torch.float16 if self.args.fp16 else base.dtype
-        check_forward(cast(nn.Module, self.model), batch, dtype, self.accelerator.autocast)
-
-    def check_longest_rows(self, longest: Sequence[int]) -> None:
-        """Try the model on a micro-batch of these rows, with its gradients; the same rows on each process.
-
-        Raises:
-            UserError: they do not fit.
-        """
-        batch = self._prepare_inputs(self.data_collator([self.rows.rows[index] for index in longest]))
         training = cast(TrainArguments, self.args)
-        try_batch(cast(nn.Module, self.model), batch, training, self.accelerator.autocast)
+        for probe in self.probes:
+            rows = [self.rows.rows[index] for index in probe.rows(training)]
+            if rows:
+                batch = self._prepare_inputs(self.data_collator(rows))
+                probe.run(cast(nn.Module, self.model), batch, training, self.accelerator.autocast)
 
     def training_step(
         self, model: nn.Module, inputs: dict[str, Any], num_items_in_batch: torch.Tensor | int | None = None
@@ -142,12 +126,9 @@ class NovelTrainer(CheckpointTrainer):
             self._loss_before, self._aux_before = self._tr_loss.clone(), self._aux_sum.clone()
         self.throughput.count(inputs)
         self._aux_loss = None
-        if not self._watch_gradients:
-            return self._cross_entropy(super().training_step(model, inputs, num_items_in_batch))
-        self._watch_gradients = False
-        watch = GradientMonitor(cast(nn.Module, self.model))
-        loss = super().training_step(model, inputs, num_items_in_batch)
-        watch.check()
+        watch, self._watch_gradients = self._watch_gradients, nullcontext
+        with watch(cast(nn.Module, self.model)):
+            loss = super().training_step(model, inputs, num_items_in_batch)
         return self._cross_entropy(loss)
 
     def _cross_entropy(self, loss: torch.Tensor) -> torch.Tensor:
@@ -343,22 +324,14 @@ class NovelTrainer(CheckpointTrainer):
 
 
 class _BeforeTraining(TrainerCallback):
-    """Calls `checks` once the model is set up for training, before anything is evaluated or trained."""
+    """Calls `check` once the model is set up for training, before anything is evaluated or trained."""
 
-    def __init__(self, checks: Sequence[Callable[[], None]]) -> None:
-        self.checks = checks
+    def __init__(self, check: Callable[[], None]) -> None:
+        self.check = check
 
     def on_train_begin(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **_: Any) -> None:
         """Check."""
-        for check in self.checks:
-            check()
-
-
-def base_model(model: nn.Module | None) -> PreTrainedModel:
-    """The model itself, within an adapter if there is one."""
-    base = model.get_base_model() if isinstance(model, PeftModel) else model
-    assert isinstance(base, PreTrainedModel)
-    return base
+        self.check()
 
 
 def _is_evaluation_of(entry: dict[str, Any], step: int) -> bool:

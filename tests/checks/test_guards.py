@@ -29,12 +29,20 @@ from transformers import (
     PreTrainedModel,
 )
 
-from novelgpt.checks.first_step import EVALUATIONS, GradientMonitor, check_forward, check_vocabulary
+from novelgpt.checks.first_step import (
+    EVALUATIONS,
+    check_forward,
+    check_gradients,
+    check_vocabulary,
+    first_rows,
+    probe_first_rows,
+)
 from novelgpt.model.loss import attach_chunked_loss
 from novelgpt.settings.arguments import TrainArguments
 from novelgpt.settings.errors import UserError
 from novelgpt.text.collator import Collator
 from novelgpt.text.conversation import IGNORE_INDEX
+from novelgpt.training.plan import Probe
 from novelgpt.training.trainer import NovelTrainer
 from tests.ranks import run_ranks
 
@@ -230,7 +238,7 @@ def test_the_first_module_that_is_not_finite_is_named() -> None:
 
 
 def with_outputs_of(most: float) -> LlamaForCausalLM:
-    """A model whose first up_proj puts out `most` at most, on the batch; all else is as small as ever."""
+    """A model whose first up_proj outputs `most` at most, on the batch; all else is as small as ever."""
     model = llama()
     part = model.model.layers[0].mlp.up_proj
     found: list[float] = []
@@ -244,7 +252,7 @@ def with_outputs_of(most: float) -> LlamaForCausalLM:
 
 @pytest.mark.parametrize("most", [6.2e4, 1e5, 1e6])
 def test_fp16_is_refused_where_outputs_come_near_its_end(most: float) -> None:
-    with pytest.raises(UserError, match=r"model\.layers\.0\.mlp\.up_proj puts out (6\.\de\+04|inf|nan)") as caught:
+    with pytest.raises(UserError, match=r"model\.layers\.0\.mlp\.up_proj outputs (6\.\de\+04|inf|nan)") as caught:
         check(with_outputs_of(most), torch.float16)
     assert "bf16" in caught.value.remedy and "fp32" in caught.value.remedy
     for dtype in (torch.float32, torch.bfloat16):
@@ -269,9 +277,8 @@ def test_tokens_beyond_the_embedding_are_refused() -> None:
 
 def watch(model: nn.Module, base: PreTrainedModel, rows: dict[str, torch.Tensor] | None = None) -> None:
     attach_chunked_loss(base)
-    watching = GradientMonitor(model)
-    model(**(batch() if rows is None else rows)).loss.backward()
-    watching.check()
+    with check_gradients(model):
+        model(**(batch() if rows is None else rows)).loss.backward()
     assert not any(tensor._backward_hooks for tensor in model.parameters())
 
 
@@ -387,8 +394,14 @@ def outcome(case: Case, folder: Path) -> dict[str, Any]:
         output_dir=str(folder), max_steps=1, per_device_train_batch_size=2, save_strategy="no", eval_strategy="no",
         eval_on_start=False, disable_tqdm=True, use_cpu=True, **deepspeed,
     )  # fmt: skip
+    rows = rows_with_marks()
     trainer = NovelTrainer(
-        model=model, args=settings, train_dataset=rows_with_marks(), data_collator=Collator(pad_token_id=0)
+        model=model,
+        args=settings,
+        train_dataset=rows,
+        data_collator=Collator(pad_token_id=0),
+        probes=[Probe(partial(first_rows, len(rows)), probe_first_rows)],
+        watch_gradients=check_gradients,
     )
     try:
         trainer.train()

@@ -140,7 +140,7 @@ def test_the_end_may_be_a_label_alone(tokenizer: PreTrainedTokenizerBase) -> Non
 def test_raw_text_has_no_prompts(tokenizer: PreTrainedTokenizerBase, model: PreTrainedModel) -> None:
     rows: Any = [{"input_ids": list(range(3, 40)), "labels": [-100, *range(4, 40)]}] * 4
     assert trained_prompts(rows, 20, end_token_ids(tokenizer), 512) == ([], True)
-    assert check_stops(model, tokenizer, rows, settings(), Accelerator(cpu=True)) is None
+    assert check_stops(tokenizer, rows, model, settings(), Accelerator(cpu=True)) == {}
 
 
 # --- what is counted
@@ -153,7 +153,7 @@ def test_the_share_is_that_of_the_answers(
     sometimes_ends(model, tokenizer)
     state = torch.get_rng_state()
     training = settings(stop_check=9, stop_check_max_new_tokens=limit)
-    share = check_stops(model, tokenizer, rows_of(tokenizer), training, Accelerator(cpu=True))
+    share = check_stops(tokenizer, rows_of(tokenizer), model, training, Accelerator(cpu=True))
     printed = capsys.readouterr().out
     assert model.training and torch.equal(torch.get_rng_state(), state)
     ends = answer_end_ids(model, tokenizer)
@@ -162,7 +162,7 @@ def test_the_share_is_that_of_the_answers(
     prompts = [prompt.prompt_ids for prompt in asked]
     answers = answer_prompts(model.eval(), tokenizer, prompts, GenerationArguments(most), 1, ends)
     stopped = sum(answer.finish_reason == "stop" for answer in answers)
-    assert share == stopped / len(prompts) and 0 < share < 1
+    assert share == {"stopped": stopped / len(prompts)} and 0 < stopped < len(prompts)
     assert f"stopped: {stopped} of {len(prompts)} training prompts" in printed
 
 
@@ -175,9 +175,9 @@ def test_every_end_token_ends_an_answer(
     assert len(ends) > 1
     for token in (*ends, 5):
         writes_only(model, token)
-        share = check_stops(model, tokenizer, rows_of(tokenizer), settings(), Accelerator(cpu=True))
+        share = check_stops(tokenizer, rows_of(tokenizer), model, settings(), Accelerator(cpu=True))
         printed = capsys.readouterr().out
-        assert share == (token in ends)
+        assert share == {"stopped": token in ends}
         stopped = 10 if token in ends else 0
         assert f"stopped: {stopped} of 10 training prompts ({10 * stopped} %)" in printed
         assert ("\x1b[31m" in printed) == ("--num_train_epochs" in printed) == (token not in ends)
@@ -188,9 +188,9 @@ def test_rows_without_a_whole_answer_are_told(
     model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, capsys: pytest.CaptureFixture[str]
 ) -> None:
     training = settings(stop_check_max_new_tokens=2)
-    assert check_stops(model, tokenizer, rows_of(tokenizer), training, Accelerator(cpu=True)) is None
-    assert "no training row that was looked at holds a whole first answer of at most 2" in capsys.readouterr().out
-    assert check_stops(model, tokenizer, rows_of(tokenizer), settings(stop_check=0), Accelerator(cpu=True)) is None
+    assert check_stops(tokenizer, rows_of(tokenizer), model, training, Accelerator(cpu=True)) == {}
+    assert "none of the training rows inspected holds a complete first answer of at most 2" in capsys.readouterr().out
+    assert check_stops(tokenizer, rows_of(tokenizer), model, settings(stop_check=0), Accelerator(cpu=True)) == {}
     assert capsys.readouterr().out == ""
 
 
@@ -295,7 +295,7 @@ def main(base: Path, folder: Path) -> None:
 
     vars(model)["generate"] = counting
     training = settings(stop_check=7, stop_check_max_new_tokens=60)
-    share = check_stops(model, tokenizer, rows_of(tokenizer), training, Accelerator(cpu=True))
+    share = check_stops(tokenizer, rows_of(tokenizer), model, training, Accelerator(cpu=True))
     found = {"share": share, "asked": sum(counted)}
     (folder / f"{os.environ['RANK']}.json").write_text(json.dumps(found), encoding="utf-8")
     os._exit(0)
@@ -309,8 +309,8 @@ def test_two_processes_share_the_prompts(
     found = [json.loads((tmp_path / f"{rank}.json").read_text(encoding="utf-8")) for rank in range(2)]
     sometimes_ends(model, tokenizer)
     training = settings(stop_check=7, stop_check_max_new_tokens=60)
-    alone = check_stops(model, tokenizer, rows_of(tokenizer), training, Accelerator(cpu=True))
-    assert alone is not None and 0 < alone < 1
+    alone = check_stops(tokenizer, rows_of(tokenizer), model, training, Accelerator(cpu=True))
+    assert 0 < alone["stopped"] < 1
     assert found == [{"share": alone, "asked": 4}, {"share": alone, "asked": 3}]
 
 
