@@ -10,10 +10,10 @@ from typing import Any
 from rich.box import SIMPLE_HEAD
 from rich.table import Table
 
+from novelgpt.settings.atomic_files import atomic_write
 from novelgpt.settings.console import make_console
 from novelgpt.settings.remedies import environment_program
 from novelgpt.settings.terminal import say
-from novelgpt.settings.whole_files import write_whole
 
 MODELS = {
     "base": "base",
@@ -79,7 +79,7 @@ def show_summary(summary: dict[str, dict[str, float]], demo: Path) -> None:
 def write_summary(demo: Path) -> None:
     """Write summary.json into the folder of a demo whose runs have ended, and print the table."""
     summary = summarise_demo(demo)
-    write_whole(demo / "summary.json", json.dumps(summary, indent=2) + "\n")
+    atomic_write(demo / "summary.json", json.dumps(summary, indent=2) + "\n")
     show_summary(summary, demo)
 
 

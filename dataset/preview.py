@@ -24,13 +24,13 @@ from dataset.preview_page import Part, Shown, in_html, in_text
 from dataset.readers import messages_of, read_records, read_text_rows, read_unworded_rows, word_row
 from novelgpt.model.tokenizer import load_tokenizer
 from novelgpt.settings.arguments import ConversationArguments, ModelArguments
+from novelgpt.settings.atomic_files import atomic_write
 from novelgpt.settings.command_parser import CommandParser
 from novelgpt.settings.console import make_console
 from novelgpt.settings.errors import UserError, exit_on_user_error
 from novelgpt.settings.paths import TINY, from_home
 from novelgpt.settings.terminal import say
 from novelgpt.settings.units import counted
-from novelgpt.settings.whole_files import write_whole
 from novelgpt.text.encoding import document_end_id, encode_document
 from novelgpt.text.packing import PackedBlocks
 from novelgpt.text.statistics import TokenCounts, row_spans, show_counts
@@ -61,7 +61,7 @@ def main(argv: list[str] | None = None) -> None:
     if words.html:
         try:
             words.html.parent.mkdir(parents=True, exist_ok=True)
-            write_whole(words.html, in_html(rows, words.file.name, total, words.borders))
+            atomic_write(words.html, in_html(rows, words.file.name, total, words.borders))
         except OSError as error:
             raise UserError(f"{words.html}: {error.strerror}", "name a page that can be written") from error
         say(f"  page   {words.html}")

@@ -22,17 +22,16 @@ from typing import Any
 import numpy
 from transformers import PreTrainedTokenizerBase
 
-from dataset.atomic import digest_of, new_folder, only_run
 from dataset.corpus import Source, cut_file, find_sources
 from novelgpt.model.tokenizer import load_tokenizer
 from novelgpt.settings.arguments import ModelArguments
+from novelgpt.settings.atomic_files import atomic_folder, atomic_write, exclusive_folder, hash_file, hash_json
 from novelgpt.settings.command_parser import CommandParser
 from novelgpt.settings.errors import UserError, exit_on_user_error
 from novelgpt.settings.paths import from_home
 from novelgpt.settings.remedies import run_pipeline
 from novelgpt.settings.terminal import say
 from novelgpt.settings.units import counted
-from novelgpt.settings.whole_files import hash_file, write_whole
 from novelgpt.text.origins import TextMarks, save_marks
 from novelgpt.text.pieces import DocumentCutter, Piece, PieceEncoder, Unfinished
 from novelgpt.text.token_files import KIND, MANIFEST, ORIGINS, SHARDS, STARTS, TOKENS, VERSION, describe_tokenizer
@@ -91,7 +90,7 @@ class TokenRun:
                     "inputs": inputs, "splits": splits}  # fmt: skip
         text = json.dumps(manifest, ensure_ascii=False, indent=1) + "\n"
         if not (self.out / MANIFEST).is_file() or (self.out / MANIFEST).read_text(encoding="utf-8") != text:
-            write_whole(self.out / MANIFEST, text)
+            atomic_write(self.out / MANIFEST, text)
         kept = {shard["name"] for split in splits.values() for shard in split["shards"]}
         for path in (self.out / SHARDS).iterdir():
             if path.name not in kept:
@@ -123,16 +122,16 @@ class TokenRun:
             sha256,
             unfinished,
         ]
-        name = digest_of(made_from)[:32]
+        name = hash_json(made_from)[:32]
         folder = self.out / SHARDS / name
         about = _complete(folder)
         size = path.stat().st_size if path else 0
         if about is None:
             shutil.rmtree(folder, ignore_errors=True)
             began = time.monotonic()
-            with new_folder(folder) as work:
+            with atomic_folder(folder, keep_existing=True) as work:
                 about = self._write_shard(path, unfinished, work)
-                write_whole(work / ABOUT, json.dumps(about, ensure_ascii=False))
+                atomic_write(work / ABOUT, json.dumps(about, ensure_ascii=False))
             self.seconds += time.monotonic() - began
             self.bytes_read += size
             self.made += 1
@@ -218,7 +217,7 @@ def main(argv: list[str] | None = None) -> None:
         os.environ["RAYON_NUM_THREADS"] = str(words.workers)  # read by the tokenizers library at its first batch
     model = ModelArguments(words.model, trust_remote_code=words.trust_remote_code, hub=words.hub)
     _check_folder(words.out)
-    with only_run(words.out, words.out / SHARDS):
+    with exclusive_folder(words.out, words.out / SHARDS):
         run = TokenRun(words.out, load_tokenizer(model), model.model, words.text_column)
         manifest = run.run(words.inputs)
     for name, split in manifest["splits"].items():

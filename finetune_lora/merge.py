@@ -41,9 +41,10 @@ from novelgpt.model.merging import merge_adapter
 from novelgpt.model.pickles import check_adapter_files, check_no_pickles
 from novelgpt.model.tokenizer import load_tokenizer
 from novelgpt.settings.arguments import ModelArguments
+from novelgpt.settings.atomic_files import new_output_folder
 from novelgpt.settings.command_parser import CommandParser
 from novelgpt.settings.errors import UserError, exit_on_user_error, reason_of
-from novelgpt.settings.paths import complete_folder, from_home
+from novelgpt.settings.paths import from_home
 from novelgpt.settings.terminal import say
 
 
@@ -56,7 +57,7 @@ def main(argv: list[str] | None = None) -> None:
         locate(ModelArguments(words.adapter))  # tells what is wrong with a folder that is no model either
         raise UserError(f"{words.adapter} holds no adapter_config.json", "name the folder of a LoRA run")
     base = find_base(words.adapter, trained_on, ModelArguments(words.base) if words.base else None)
-    with complete_folder(words.output) as unfinished:
+    with new_output_folder(words.output) as unfinished:
         check_no_pickles(base_folder(base), words.allow_pickles)
         check_adapter_files(Path(words.adapter), words.allow_pickles)
         check_base(Path(words.adapter), base)

@@ -27,6 +27,7 @@ from novelgpt.model.loading import longest_row
 from novelgpt.model.tokenizer import load_tokenizer
 from novelgpt.scoring.summary import reference_scores
 from novelgpt.settings.arguments import ModelArguments, PredictArguments
+from novelgpt.settings.atomic_files import atomic_write
 from novelgpt.settings.attempts import this_attempt
 from novelgpt.settings.errors import UserError, exit_on_user_error
 from novelgpt.settings.parser import parse_arguments
@@ -36,7 +37,6 @@ from novelgpt.settings.run_record import newest_finetuning
 from novelgpt.settings.runs import PredictRun
 from novelgpt.settings.terminal import progress, say
 from novelgpt.settings.units import counted
-from novelgpt.settings.whole_files import write_whole
 from predict.card_scores import add_scores
 from predict.endpoint import check_settings, through_endpoint
 from predict.generate import AnswerRows, continuously, in_batches, reference_sums
@@ -230,7 +230,7 @@ def _write_predictions(rows: Sequence[PromptRow], answers: Sequence[Answer], pat
         thoughts = {"reasoning": thought, "reference_reasoning": reference_thought}
         line |= {name: value for name, value in thoughts.items() if value}
         lines.append(json.dumps(line | row.scoring.fields(), ensure_ascii=False) + "\n")
-    write_whole(path, "".join(lines))
+    atomic_write(path, "".join(lines))
 
 
 def _say_endings(rows: Sequence[PromptRow], answers: Sequence[Answer]) -> None:

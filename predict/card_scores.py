@@ -7,8 +7,8 @@ from pathlib import Path
 from typing import Any
 
 from novelgpt.model.card import SCORES, code, read_card, table, write_card
+from novelgpt.settings.atomic_files import hash_file
 from novelgpt.settings.terminal import say
-from novelgpt.settings.whole_files import hash_file
 
 HEADER = ["rows of", "rows", "rouge-1", "rouge-2", "rouge-l", "bleu4_char", "rep4_char", "perplexity", "stopped"]
 NOTE = "By `predict`, whose scores.json has all scores with their definitions, intervals and settings."

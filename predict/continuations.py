@@ -21,13 +21,13 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 from dataset.readers import read_records, read_text_rows
+from novelgpt.settings.atomic_files import atomic_write
 from novelgpt.settings.command_parser import CommandParser
 from novelgpt.settings.errors import UserError, exit_on_user_error
 from novelgpt.settings.paths import from_home
 from novelgpt.settings.remedies import python_module
 from novelgpt.settings.terminal import say
 from novelgpt.settings.units import counted
-from novelgpt.settings.whole_files import write_whole
 
 QUESTION = "请续写下面的小说，约{characters}字。人物、口吻和文风与原文一致，直接写正文。\n\n{passage}"
 NEAR = 0.1  # of a length: how far from it the reference may end, so that it ends with a sentence
@@ -304,7 +304,7 @@ def _paragraph_from(text: str, start: int) -> int:
 def _write(rows: Iterable[dict[str, Any]], path: Path) -> None:
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
-        write_whole(path, "".join(json.dumps(row, ensure_ascii=False) + "\n" for row in rows))
+        atomic_write(path, "".join(json.dumps(row, ensure_ascii=False) + "\n" for row in rows))
     except OSError as error:
         raise UserError(f"{path}: {error.strerror}", "name a file that can be written") from error
 

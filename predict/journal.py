@@ -16,7 +16,7 @@ from pydantic import BaseModel, ConfigDict, Field, ValidationError
 
 from novelgpt.inference.generation import Answer
 from novelgpt.settings.errors import UserError
-from novelgpt.settings.locks import let_go, make_and_hold
+from novelgpt.settings.locks import make_and_lock, unlock
 
 
 def unwritten(place: Path, error: OSError) -> UserError:
@@ -63,7 +63,7 @@ class Journal:
         own = self.folder / f"{process}.jsonl"
         try:
             # Not what another prediction, which ends in this moment, removes.
-            self._handle, _ = make_and_hold(self.folder, own.name)
+            self._handle, _ = make_and_lock(self.folder, own.name)
         except BlockingIOError as error:
             raise UserError(f"another prediction writes into {folder}", "wait for it, or name --output_dir") from error
         except OSError as error:
@@ -135,4 +135,4 @@ class Journal:
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
         self.file.close()
-        let_go(self._handle)
+        unlock(self._handle)

@@ -25,6 +25,7 @@ from novelgpt.scoring.conventions import CONVENTIONS
 from novelgpt.scoring.row_scores import RowScores, ScoredRow, score_rows
 from novelgpt.scoring.segmentation import segment
 from novelgpt.scoring.summary import Comparison, compare_rows, definitions, summarise_rows
+from novelgpt.settings.atomic_files import atomic_write
 from novelgpt.settings.command_parser import CommandParser
 from novelgpt.settings.console import make_console
 from novelgpt.settings.errors import UserError, exit_on_user_error
@@ -32,7 +33,6 @@ from novelgpt.settings.paths import check_folder_can_be_made
 from novelgpt.settings.remedies import pip_install
 from novelgpt.settings.terminal import say
 from novelgpt.settings.units import counted
-from novelgpt.settings.whole_files import write_whole
 from novelgpt.text.thoughts import split_thought
 from predict.scoring_fields import Scoring, read_scoring, read_texts
 
@@ -136,7 +136,7 @@ def write_scores(rows: Sequence[RowScores], path: Path, further: Mapping[str, An
     lines = "".join(json.dumps(row, ensure_ascii=False) + "\n" for row in rows)
     row_file = path.with_name("row_scores.jsonl") if path.name == "scores.json" else path.with_suffix(".rows.jsonl")
     path.parent.mkdir(parents=True, exist_ok=True)
-    write_whole(row_file, lines)
+    atomic_write(row_file, lines)
     _write_json(path, scores)
     _show_scores(scores)
     return scores
@@ -325,7 +325,7 @@ def _show_comparison(comparisons: Sequence[Comparison], rows: int) -> None:
 
 def _write_json(path: Path, content: Mapping[str, Any]) -> None:
     path.parent.mkdir(parents=True, exist_ok=True)
-    write_whole(path, json.dumps(content, ensure_ascii=False, indent=2) + "\n")
+    atomic_write(path, json.dumps(content, ensure_ascii=False, indent=2) + "\n")
 
 
 if __name__ == "__main__":

@@ -19,12 +19,12 @@ from cli.convert_config import llamafactory, ms_swift, trl
 from cli.convert_config.conversion import KINDS, Conversion
 from cli.convert_config.rows import RowWriter
 from cli.convert_config.source import read_settings
+from novelgpt.settings.atomic_files import atomic_write
 from novelgpt.settings.command_parser import CommandParser
 from novelgpt.settings.errors import UserError, exit_on_user_error
 from novelgpt.settings.paths import check_folder_can_be_made
 from novelgpt.settings.remedies import run_pipeline
 from novelgpt.settings.terminal import say, say_text
-from novelgpt.settings.whole_files import write_whole
 
 Convert = Callable[[dict[str, Any], Path, Path, Path | None], tuple[Conversion, RowWriter]]
 CONVERTERS: dict[str, Convert] = {
@@ -102,7 +102,7 @@ def _write(files: dict[Path, str]) -> None:
             made += reversed(folders)
             path.parent.mkdir(parents=True, exist_ok=True)
             made.append(path)
-            write_whole(path, text)
+            atomic_write(path, text)
     except BaseException as error:
         for place in reversed(made):
             with contextlib.suppress(OSError):

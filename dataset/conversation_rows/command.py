@@ -28,7 +28,7 @@ from dataset.instructions import BUILT_IN, Instructions, load_instructions
 from novelgpt.settings.command_parser import CommandParser
 from novelgpt.settings.console import make_console
 from novelgpt.settings.errors import UserError, exit_on_user_error
-from novelgpt.settings.locks import let_go, make_and_hold
+from novelgpt.settings.locks import make_and_lock, unlock
 from novelgpt.settings.paths import from_home
 from novelgpt.settings.terminal import say, visible
 
@@ -142,7 +142,7 @@ def _write(words: Namespace, instructions: Instructions, filters: dict[str, RowF
     tallies = {"held_out": Tally(), "train": Tally()}
     names: Counter[str] = Counter()
     try:
-        handle, _ = make_and_hold(words.output.absolute().parent, partial["train"].name)
+        handle, _ = make_and_lock(words.output.absolute().parent, partial["train"].name)
     except BlockingIOError as error:
         raise UserError(f"another run writes {words.output}", "wait for its end, or name another output") from error
     except OSError as error:
@@ -174,7 +174,7 @@ def _write(words: Namespace, instructions: Instructions, filters: dict[str, RowF
     finally:
         for path in partial.values():
             path.unlink(missing_ok=True)
-        let_go(handle)
+        unlock(handle)
     return tallies
 
 

@@ -10,7 +10,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from novelgpt.settings.whole_files import hash_file, sync
+from novelgpt.settings.atomic_files import hash_file, sync
 
 MANIFEST = "manifest.json"
 _OUTPUT = re.compile(

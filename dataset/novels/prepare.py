@@ -16,14 +16,13 @@ from pathlib import Path, PurePosixPath
 
 import dataset.decode
 import dataset.mending
-from dataset.atomic import digest_of, new_folder
 from dataset.novels.artefacts import ArtefactWriter
 from dataset.novels.books import prepare_book
 from dataset.novels.cleaning.cleaning import Rules, load_rules
 from dataset.novels.sources.series import Series, read_series
 from dataset.novels.sources.sources import LeftOut, read_books
+from novelgpt.settings.atomic_files import atomic_folder, hash_file, hash_json
 from novelgpt.settings.errors import UserError
-from novelgpt.settings.whole_files import hash_file
 
 # Modules and rooms whose code does not affect an artefact; a change of any other makes all artefacts anew.
 LATER_STEPS = frozenset((
@@ -77,7 +76,7 @@ def code_digest(all_steps: bool = False) -> str:
         parts = path.relative_to(here).with_suffix("").parts
         if path.suffix in (".py", ".html", ".css", ".js") and (all_steps or LATER_STEPS.isdisjoint(parts)):
             paths.append(path)
-    return digest_of([*([path.name, hash_file(path)[0]] for path in paths), *map(version, LIBRARIES)])
+    return hash_json([*([path.name, hash_file(path)[0]] for path in paths), *map(version, LIBRARIES)])
 
 
 def artefact_of(sha256: str, source: str, work: Path, options: FileOptions) -> Path:
@@ -91,12 +90,12 @@ def artefact_of(sha256: str, source: str, work: Path, options: FileOptions) -> P
     """
     series = options.series_of(source)
     source = source if series is None else series.source
-    return work / digest_of([sha256, source, options.rules_digest, options.to_simplified, options.code])[:40]
+    return work / hash_json([sha256, source, options.rules_digest, options.to_simplified, options.code])[:40]
 
 
 def hash_series(sha256s: Sequence[str]) -> str:
     """What stands for the hash of a file, of files that are one book."""
-    return digest_of(list(sha256s))
+    return hash_json(list(sha256s))
 
 
 def _hash(path: Path, folder: Path, series: Series | None) -> str:
@@ -133,7 +132,7 @@ def prepare_file(path: Path, folder: Path, work: Path, options: FileOptions) -> 
             "give all machines the same, and run the same command again",
         )
     try:
-        with new_folder(artefact) as unfinished:
+        with atomic_folder(artefact, keep_existing=True) as unfinished:
             _fill(unfinished, path, folder, rules, options)
             if _hash(path, folder, series) != sha256:
                 raise UserError(f"{path} changed while it was read", "run the same command again when it is written")

@@ -12,7 +12,6 @@ from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 
-from dataset.atomic import only_run
 from dataset.novels.collection import CollectionOptions, Written, read_shelves, write_collection
 from dataset.novels.engines.cluster import run_on
 from dataset.novels.engines.workers import map_files
@@ -29,6 +28,7 @@ from dataset.novels.prepare import FileOptions, artefact_of, code_digest, hash_s
 from dataset.novels.sources.series import find_series
 from dataset.novels.sources.sources import list_folder
 from dataset.novels.terminal import Display
+from novelgpt.settings.atomic_files import exclusive_folder
 from novelgpt.settings.errors import UserError
 
 VERSION = 1
@@ -64,7 +64,7 @@ def prepare_novels(
     """
     raw, out = raw.resolve(), out.resolve()
     _check_folders(raw, out)
-    with only_run(out, out / "cache" / "files"):
+    with exclusive_folder(out, out / "cache" / "files"):
         return _Run(raw, out, out / "cache", files, collection, machines, display).run()
 
 

@@ -8,10 +8,10 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any, Literal
 
+from novelgpt.settings.atomic_files import atomic_write
 from novelgpt.settings.errors import UserError
 from novelgpt.settings.remedies import install_requirements
 from novelgpt.settings.terminal import say
-from novelgpt.settings.whole_files import write_whole
 
 Mark = Literal["ok", "note", "problem"]
 COLOURS = {"ok": "green", "note": "yellow", "problem": "bold red"}
@@ -90,7 +90,7 @@ def write_json(path: Path, findings: Sequence[Finding], seconds: float) -> None:
     report: dict[str, Any] = {"ok": not any_problem(findings), "seconds": round(seconds, 1)}
     report["findings"] = [asdict(finding) for finding in findings]
     try:
-        write_whole(path, json.dumps(report, ensure_ascii=False, indent=2) + "\n")
+        atomic_write(path, json.dumps(report, ensure_ascii=False, indent=2) + "\n")
     except OSError as error:
         raise UserError(
             f"--json {path} cannot be written: {error.strerror}", "name a file in a folder of yours"

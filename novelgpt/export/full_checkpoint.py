@@ -27,14 +27,14 @@ from novelgpt.model.portable import make_portable
 from novelgpt.model.tokenizer import load_tokenizer
 from novelgpt.model.weight_files import stored_dtype
 from novelgpt.settings.arguments import ModelArguments
+from novelgpt.settings.atomic_files import follow_umask, new_output_folder
 from novelgpt.settings.command_parser import CommandParser
 from novelgpt.settings.console import make_console
 from novelgpt.settings.errors import UserError
 from novelgpt.settings.parsed_files import read_object
-from novelgpt.settings.paths import complete_folder, from_home
+from novelgpt.settings.paths import from_home
 from novelgpt.settings.remedies import python_module
 from novelgpt.settings.terminal import say
-from novelgpt.settings.whole_files import follow_umask
 from novelgpt.text.conversation import encode_prompt
 from novelgpt.text.templates import RECORD, template_record
 
@@ -248,7 +248,7 @@ def export_checkpoint(
         UserError: the two do not compute the same, or something cannot be read or written.
     """
     source = ModelArguments(words.checkpoint, "sdpa", allow_pickles=words.allow_pickles)
-    with complete_folder(words.output) as unfinished:
+    with new_output_folder(words.output) as unfinished:
         written = _write_converted(words, source, convert, convert_tokenizer, unfinished)
         compare_reloaded(written, ModelArguments(str(unfinished), "sdpa"), ("original", name), words.tolerance)
         made = f"{code(shown_name(source.model))}, converted to {name} without further training."

@@ -20,12 +20,11 @@ from transformers.utils import WEIGHTS_INDEX_NAME, WEIGHTS_NAME
 from novelgpt.model.folder_checks import check_model_folder, read_index
 from novelgpt.model.hub import DESCRIPTIONS
 from novelgpt.model.pickles import pickled_weights
+from novelgpt.settings.atomic_files import follow_umask, new_output_folder
 from novelgpt.settings.command_parser import CommandParser
 from novelgpt.settings.errors import UserError, exit_on_user_error
-from novelgpt.settings.paths import complete_folder
 from novelgpt.settings.terminal import say
 from novelgpt.settings.units import counted
-from novelgpt.settings.whole_files import follow_umask
 
 STEMS = {Path(WEIGHTS_NAME).stem: "model"}  # other stems stay
 
@@ -42,7 +41,7 @@ def main(argv: list[str] | None = None) -> None:
     if not words.folder.is_dir():
         raise UserError(f"{words.folder} is no folder", "name the folder of a model or an adapter")
     check_model_folder(words.folder)
-    with complete_folder(words.output) as unfinished:
+    with new_output_folder(words.output) as unfinished:
         count = convert(words.folder, unfinished)
     say(f"{counted(count, 'tensor')} written to {words.output}")
 

@@ -14,11 +14,11 @@ from typing import Any
 
 from novelgpt.launch.ranks import Failure
 from novelgpt.launch.watch import POLL_SECONDS, Outcome, Signals, show_last_words
+from novelgpt.settings.atomic_files import atomic_write
 from novelgpt.settings.attempts import VARIABLE, Reached, Told
 from novelgpt.settings.signals import STOP_SIGNALS
 from novelgpt.settings.terminal import say
 from novelgpt.settings.units import counted
-from novelgpt.settings.whole_files import write_whole
 
 # Before the first restart, and twice as long before each that follows, up to the last: what made a rank fail may pass.
 FIRST_WAIT_SECONDS = 1.0
@@ -144,7 +144,7 @@ class Restarts:
             description = json.loads(path.read_text(encoding="utf-8"))
             if isinstance(description, dict) and description.get("status") == "running":
                 description["gave_up"] = entry | {"reason": reason}
-                write_whole(path, json.dumps(description, ensure_ascii=False, indent=2) + "\n")
+                atomic_write(path, json.dumps(description, ensure_ascii=False, indent=2) + "\n")
         except (OSError, ValueError):
             return  # a run that ended before its first step has taken it away; the terminal says it all
 

@@ -21,11 +21,11 @@ from huggingface_hub.utils import validate_repo_id
 from transformers.utils import CHAT_TEMPLATE_FILE
 
 from novelgpt.model.fingerprint import BASE_RECORD
+from novelgpt.settings.atomic_files import atomic_write
 from novelgpt.settings.errors import UserError
 from novelgpt.settings.parsed_files import read_object
 from novelgpt.settings.paths import EMBEDDED_BASE, TINY
 from novelgpt.settings.terminal import one_line
-from novelgpt.settings.whole_files import write_whole
 
 CARD = "README.md"
 MOST_CHARACTERS = 300
@@ -104,7 +104,7 @@ def write_card(folder: Path, card: Card) -> bool:
     """
     if not may_write_card(folder):
         return False
-    write_whole(folder / CARD, card.text())
+    atomic_write(folder / CARD, card.text())
     return True
 
 

@@ -20,11 +20,11 @@ from tokenizers import AddedToken, Regex, Tokenizer, decoders, models, normalize
 from transformers import PreTrainedTokenizerFast, Qwen3Config, Qwen3ForCausalLM
 
 from novelgpt.model.portable import make_portable
+from novelgpt.settings.atomic_files import follow_umask
 from novelgpt.settings.errors import exit_on_user_error
 from novelgpt.settings.paths import EMBEDDED_BASE, ROOT, SAMPLES
 from novelgpt.settings.process import in_process_group, is_first_process
 from novelgpt.settings.terminal import say
-from novelgpt.settings.whole_files import follow_umask
 from novelgpt.text.templates import CHATML_TEMPLATE
 
 VOCABULARY = 1000

@@ -25,11 +25,11 @@ from transformers.utils.hub import get_checkpoint_shard_files
 
 from novelgpt.model.folder_checks import check_model_folder
 from novelgpt.model.weight_files import StoredTensor, stored_tensors, weight_files
+from novelgpt.settings.atomic_files import atomic_write
 from novelgpt.settings.cores import usable_cores
 from novelgpt.settings.errors import UserError
 from novelgpt.settings.parsed_files import check_fields, read_object
 from novelgpt.settings.terminal import say
-from novelgpt.settings.whole_files import write_whole
 
 BASE_RECORD = "base.json"
 CACHE = Path(HF_HOME) / "novelgpt" / "fingerprints.json"
@@ -110,7 +110,7 @@ def write_base_record(folder: Path, base_source: str, fingerprint: str | None = 
     if fingerprint is None:
         fingerprint = weights_fingerprint(base_folder(base_source))
     record = json.dumps({"base": base_source, "fingerprint": fingerprint}, ensure_ascii=False, indent=2)
-    write_whole(folder / BASE_RECORD, record + "\n")
+    atomic_write(folder / BASE_RECORD, record + "\n")
 
 
 def check_base(adapter_folder: Path, base_source: str, remedy: str = "name the right folder with --base") -> None:
@@ -210,4 +210,4 @@ def _read_cache(cache: Path | None) -> dict[str, str]:
 def _write_cache(cache: Path, kept: dict[str, str]) -> None:
     with contextlib.suppress(OSError):
         cache.parent.mkdir(parents=True, exist_ok=True)
-        write_whole(cache, json.dumps(kept, indent=1))
+        atomic_write(cache, json.dumps(kept, indent=1))

@@ -17,7 +17,7 @@ from transformers import CONFIG_MAPPING, PreTrainedConfig
 from transformers.tokenization_utils_base import FULL_TOKENIZER_FILE, TOKENIZER_CONFIG_FILE
 from transformers.utils import CONFIG_NAME
 
-from novelgpt.settings.whole_files import write_whole
+from novelgpt.settings.atomic_files import atomic_write
 
 # What version 5 calls its tokenizer without a class of its own -> what version 4 calls it, and version 5 as well.
 TOKENIZER_CLASSES = {"TokenizersBackend": "PreTrainedTokenizerFast", "PythonBackend": "PreTrainedTokenizer"}
@@ -96,7 +96,7 @@ def _read(path: Path) -> dict[str, Any]:
 
 
 def _write(path: Path, settings: dict[str, Any]) -> None:
-    write_whole(path, json.dumps(settings, ensure_ascii=False, indent=2, sort_keys=True) + "\n")
+    atomic_write(path, json.dumps(settings, ensure_ascii=False, indent=2, sort_keys=True) + "\n")
 
 
 def _reading(known: type[PreTrainedConfig], settings: dict[str, Any], additions: dict[str, Any]) -> dict[str, Any]:

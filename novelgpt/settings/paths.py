@@ -2,15 +2,10 @@
 
 from __future__ import annotations
 
-import errno
 import os
-import tempfile
-from collections.abc import Iterator
-from contextlib import ExitStack, contextmanager
 from pathlib import Path
 
 from novelgpt.settings.errors import UserError
-from novelgpt.settings.locks import let_go, make_and_hold, remove_empty
 
 # The folder that holds the rooms: a checkout, or the package into which pip puts them, where nothing is to be written.
 ROOT = Path(__file__).resolve().parents[2]
@@ -82,41 +77,3 @@ def existing_folder(path: Path) -> Path:
     """The path, or the nearest folder above it that is there."""
     path = path.absolute()
     return path if path.is_dir() else existing_folder(path.parent)
-
-
-@contextmanager
-def complete_folder(output: Path) -> Iterator[Path]:
-    """A folder to fill, which becomes `output` when the block ends; after an error or an interrupt, nothing is there.
-
-    Filled under another name beside `output`, on the same disk, so that the last step is a renaming. Until then there
-    is an empty folder of that name, which no other process takes.
-
-    Raises:
-        UserError: `output` is there and not an empty folder, another process fills it, or nothing can be written where
-            it shall lie.
-    """
-    if output.exists() and (not output.is_dir() or any(output.iterdir())):
-        raise UserError(f"{output} is not empty", "name a new folder")
-    target = Path(os.path.realpath(output))  # of a link, which stays
-    with ExitStack() as stack:
-        try:
-            handle, made = make_and_hold(target)
-            stack.callback(let_go, handle)
-            stack.callback(remove_empty, made)  # where it stays empty
-            work = tempfile.TemporaryDirectory(dir=target.parent, prefix=f"{output.name}.unfinished-")
-        except BlockingIOError as error:
-            raise UserError(f"another command fills {output}", "wait for its end, or name another folder") from error
-        except OSError as error:
-            raise UserError(f"{output} cannot be made: {error.strerror}", "name a folder you can write to") from error
-        unfinished = Path(stack.enter_context(work)) / output.name
-        unfinished.mkdir()
-        yield unfinished
-        try:
-            if os.name == "nt":  # where no folder takes the place of another
-                target.rmdir()
-            unfinished.replace(target)
-        except OSError as error:
-            if error.errno not in (errno.ENOTEMPTY, errno.EEXIST, errno.EBUSY):
-                raise
-            taken = "is where a disk is mounted" if error.errno == errno.EBUSY else "was filled by something else"
-            raise UserError(f"{output} {taken}", "name a new folder") from error

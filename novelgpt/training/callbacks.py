@@ -17,10 +17,10 @@ from transformers import ProgressCallback, TrainerCallback, TrainerControl, Trai
 from transformers.integrations import TensorBoardCallback
 
 from novelgpt.scoring.rouge import METRICS
+from novelgpt.settings.atomic_files import atomic_write
 from novelgpt.settings.attempts import this_attempt
 from novelgpt.settings.fonts import INSTALL_REMEDY
 from novelgpt.settings.terminal import SECONDS_BETWEEN_LINES, say_above_bars
-from novelgpt.settings.whole_files import write_whole
 from novelgpt.training.loss_plot import draw_losses
 from novelgpt.training.run_record import only_json
 
@@ -60,7 +60,7 @@ class RunRecorder(TrainerCallback):
         if state.is_world_process_zero and state.global_step:
             self.history = [dict(entry) for entry in state.log_history]
             with dispensable(self.told, "metrics.jsonl"):
-                write_whole(self.folder / "metrics.jsonl", "".join(map(_line, self.history)))
+                atomic_write(self.folder / "metrics.jsonl", "".join(map(_line, self.history)))
 
     def on_log(
         self,

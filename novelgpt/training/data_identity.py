@@ -16,10 +16,10 @@ from typing import Any
 from pydantic import TypeAdapter
 
 from novelgpt.settings.arguments import ConversationArguments
+from novelgpt.settings.atomic_files import hash_file
 from novelgpt.settings.errors import UserError
 from novelgpt.settings.run_record import DataFile, DataSource
 from novelgpt.settings.runs import TrainingRun
-from novelgpt.settings.whole_files import hash_file
 from novelgpt.text.token_files import MANIFEST, SHARDS, STARTS, TOKENS, read_token_manifest
 
 PREPARED = ("train-*", "held_out-*")

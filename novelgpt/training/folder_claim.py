@@ -9,7 +9,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 
 from novelgpt.settings.errors import UserError
-from novelgpt.settings.locks import is_held, let_go, make_and_hold, remove_empty
+from novelgpt.settings.locks import is_locked, make_and_lock, remove_empty, unlock
 
 LOCK = "run.lock"
 
@@ -51,7 +51,7 @@ class Claim:
             if is_vacant(self.folder) or (self.lock_made and unused):
                 (self.folder / LOCK).unlink()
         remove_empty(self.made)
-        let_go(self.handle)
+        unlock(self.handle)
         self.handle = None
 
 
@@ -66,7 +66,7 @@ def take(folder: Path) -> Claim:
     lock_made = not (target / LOCK).exists()
     try:
         left = not lock_made and is_vacant(target)  # by a process that was killed
-        handle, made = make_and_hold(target, LOCK)
+        handle, made = make_and_lock(target, LOCK)
     except BlockingIOError:
         raise
     except OSError as error:
@@ -76,7 +76,7 @@ def take(folder: Path) -> Claim:
 
 def look(folder: Path) -> Claim:
     """A claim on nothing."""
-    if is_held(folder / LOCK):
+    if is_locked(folder / LOCK):
         raise BlockingIOError
     return Claim(folder)
 
@@ -95,7 +95,7 @@ def check_none_held_below(folder: Path) -> None:
     """
     for place, folders, files in os.walk(folder):
         for path in (Path(place, name) for name in (*folders, *files)):
-            if path != folder / LOCK and (path.is_dir() or path.is_file()) and is_held(path):
+            if path != folder / LOCK and (path.is_dir() or path.is_file()) and is_locked(path):
                 raise UserError(f"another process works on {path}", "wait for its end, or choose another folder")
 
 

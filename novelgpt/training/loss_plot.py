@@ -8,9 +8,9 @@ from typing import Any
 
 from matplotlib.figure import Figure
 
+from novelgpt.settings.atomic_files import atomic_write
 from novelgpt.settings.charts import figure_png
 from novelgpt.settings.fonts import lettering
-from novelgpt.settings.whole_files import write_whole
 
 
 def draw_losses(history: list[dict[str, Any]], path: Path) -> bool:
@@ -46,5 +46,5 @@ def draw_losses(history: list[dict[str, Any]], path: Path) -> bool:
     axes.margins(x=0.08)
     if axes.lines:
         axes.legend()
-    write_whole(path, figure_png(figure))
+    atomic_write(path, figure_png(figure))
     return name.complete

@@ -15,7 +15,7 @@ from typing import Any
 from transformers import TrainerState
 from transformers.trainer import TRAINER_STATE_NAME
 
-from novelgpt.settings.whole_files import write_whole
+from novelgpt.settings.atomic_files import atomic_write
 from novelgpt.training.checkpoints.best import without_places
 from novelgpt.training.run_record import only_json
 
@@ -42,9 +42,9 @@ def write_result_files(
     # Of the best checkpoint's weights, the evaluation has an epoch of its own; the run's is that of training.
     figures = {TRAIN_RESULTS: training, EVAL_RESULTS: evaluation, ALL_RESULTS: evaluation | training}
     for name, content in figures.items():
-        write_whole(folder / name, json.dumps(only_json(content), indent=4, sort_keys=True) + "\n")
+        atomic_write(folder / name, json.dumps(only_json(content), indent=4, sort_keys=True) + "\n")
     content = only_json(dataclasses.asdict(without_places(state)))
-    write_whole(folder / TRAINER_STATE_NAME, json.dumps(content, indent=2, sort_keys=True) + "\n")
+    atomic_write(folder / TRAINER_STATE_NAME, json.dumps(content, indent=2, sort_keys=True) + "\n")
 
 
 def remove_result_files(folder: Path) -> None:

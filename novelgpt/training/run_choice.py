@@ -12,7 +12,7 @@ from typing import Any
 
 from novelgpt.settings.attempts import this_attempt
 from novelgpt.settings.errors import UserError
-from novelgpt.settings.locks import is_held
+from novelgpt.settings.locks import is_locked
 from novelgpt.settings.paths import OUTPUT, check_folder_can_be_made, check_not_replaced
 from novelgpt.settings.run_record import read_run_record
 from novelgpt.settings.runs import TrainingRun
@@ -160,7 +160,7 @@ def _choose_named(run: TrainingRun, data: Data, take: Take, named: str) -> Choic
     check_folder_can_be_made(Path(os.path.realpath(folder)), f"--output_dir {named}")
     if run.training.overwrite_output_dir:
         _check_reads_nothing_there(run, folder)
-    if not is_held(folder / LOCK):
+    if not is_locked(folder / LOCK):
         _check_replaceable(run, folder, named)  # so that what is refused is not even locked
     try:
         claim = take(folder)

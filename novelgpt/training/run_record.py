@@ -14,10 +14,10 @@ from pathlib import Path
 from typing import Any
 
 from novelgpt import __version__
+from novelgpt.settings.atomic_files import atomic_write
 from novelgpt.settings.paths import IS_CHECKOUT, ROOT
 from novelgpt.settings.run_record import RUN_FILE, DataSource
 from novelgpt.settings.runs import TrainingRun
-from novelgpt.settings.whole_files import write_whole
 from novelgpt.training.data_identity import data_sha256
 from novelgpt.training.resume import model_identity
 
@@ -27,7 +27,7 @@ PACKAGES = ("torch", "transformers", "accelerate", "peft", "deepspeed", "tokeniz
 def write_run(folder: Path, description: dict[str, Any]) -> None:
     """Write run.json, in place of the one that is there."""
     text = json.dumps(only_json(description), ensure_ascii=False, indent=2, default=str)
-    write_whole(folder / RUN_FILE, text + "\n")
+    atomic_write(folder / RUN_FILE, text + "\n")
 
 
 def describe_run(run: TrainingRun, data: list[DataSource]) -> dict[str, Any]:

@@ -13,12 +13,12 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from novelgpt.scoring.summary import Comparison, compare_rows
+from novelgpt.settings.atomic_files import atomic_write
 from novelgpt.settings.charts import draw_picture
 from novelgpt.settings.command_parser import CommandParser
 from novelgpt.settings.errors import UserError, exit_on_user_error
 from novelgpt.settings.fonts import INSTALL_REMEDY, ChineseFont, find_chinese_font
 from novelgpt.settings.terminal import say
-from novelgpt.settings.whole_files import write_whole
 from predict.report.charts import LABELS, PICTURES, make_charts
 from predict.report.examples import choose_examples
 from predict.report.page import make_page
@@ -72,10 +72,10 @@ def write_report(runs: Sequence[ReportRun], folder: Path, font: ChineseFont | No
     try:
         (folder / FOLDER).mkdir(parents=True, exist_ok=True)
         for name, png in files.items():
-            write_whole(folder / FOLDER / f"{name}.png", png)
+            atomic_write(folder / FOLDER / f"{name}.png", png)
         for name in set(PICTURES) - files.keys():  # of an earlier report
             (folder / FOLDER / f"{name}.png").unlink(missing_ok=True)
-        write_whole(page, text.encode())
+        atomic_write(page, text.encode())
     except OSError as error:
         raise UserError(f"{error.filename}: {error.strerror}", "name an --output that can be written") from error
     return page

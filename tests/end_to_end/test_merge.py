@@ -22,8 +22,8 @@ from novelgpt.model.fingerprint import BASE_RECORD, write_base_record
 from novelgpt.model.loading import load_model
 from novelgpt.model.tokenizer import load_tokenizer
 from novelgpt.settings.arguments import ModelArguments
+from novelgpt.settings.atomic_files import new_output_folder
 from novelgpt.settings.errors import UserError
-from novelgpt.settings.paths import complete_folder
 from novelgpt.text.conversation import encode_prompt, end_token_ids
 from novelgpt.text.templates import RECORD, template_record, use_template
 from tests.model.original_checkpoints import write_original_baichuan
@@ -300,11 +300,11 @@ def test_a_folder_that_holds_something_is_not_touched(
 
 
 def test_an_interrupted_folder_leaves_nothing(tmp_path: Path) -> None:
-    with pytest.raises(KeyboardInterrupt), complete_folder(tmp_path / "output") as unfinished:
+    with pytest.raises(KeyboardInterrupt), new_output_folder(tmp_path / "output") as unfinished:
         (unfinished / "half").write_text("half", encoding="utf-8")
         raise KeyboardInterrupt
     assert list(tmp_path.iterdir()) == []
     (tmp_path / "output").mkdir()
-    with complete_folder(tmp_path / "output") as unfinished:
+    with new_output_folder(tmp_path / "output") as unfinished:
         (unfinished / "whole").write_text("whole", encoding="utf-8")
     assert [file.name for file in (tmp_path / "output").iterdir()] == ["whole"]

@@ -10,14 +10,13 @@ from pathlib import Path
 
 import pytest
 
+from novelgpt.settings.atomic_files import atomic_write, new_output_folder
 from novelgpt.settings.errors import UserError
-from novelgpt.settings.locks import hold, is_held, let_go, make_and_hold, remove_empty
-from novelgpt.settings.paths import complete_folder
-from novelgpt.settings.whole_files import write_whole
+from novelgpt.settings.locks import is_locked, lock, make_and_lock, remove_empty, unlock
 
 
-@pytest.mark.parametrize("lock", ["lock", None])
-def test_one_holds_a_folder_that_all_make_and_remove(lock: str | None, tmp_path: Path) -> None:
+@pytest.mark.parametrize("file", ["lock", None])
+def test_one_holds_a_folder_that_all_make_and_remove(file: str | None, tmp_path: Path) -> None:
     folder = tmp_path / "a" / "b"
     inside = threading.Lock()
 
@@ -25,7 +24,7 @@ def test_one_holds_a_folder_that_all_make_and_remove(lock: str | None, tmp_path:
         times = 0
         for _ in range(200):
             try:
-                handle, made = make_and_hold(folder, lock)
+                handle, made = make_and_lock(folder, file)
             except BlockingIOError:
                 continue
             assert inside.acquire(blocking=False)
@@ -33,10 +32,10 @@ def test_one_holds_a_folder_that_all_make_and_remove(lock: str | None, tmp_path:
             (folder / "file").touch()
             (folder / "file").unlink()
             inside.release()
-            if lock:
-                (folder / lock).unlink()
+            if file:
+                (folder / file).unlink()
             remove_empty(made)
-            let_go(handle)
+            unlock(handle)
         return times
 
     with ThreadPoolExecutor(4) as pool:
@@ -47,10 +46,10 @@ def test_one_holds_a_folder_that_all_make_and_remove(lock: str | None, tmp_path:
 def test_where_no_folder_can_be_nothing_is_waited_for(place: str, tmp_path: Path) -> None:
     (tmp_path / "nowhere").symlink_to(tmp_path / "gone" / "target")
     (tmp_path / "file").touch()
-    for lock in ("lock", None):
+    for file in ("lock", None):
         with pytest.raises(OSError):
-            make_and_hold(tmp_path / place, lock)
-    with pytest.raises(UserError, match="cannot be made"), complete_folder(Path("/proc/none/output")):
+            make_and_lock(tmp_path / place, file)
+    with pytest.raises(UserError, match="cannot be made"), new_output_folder(Path("/proc/none/output")):
         pass
     assert sorted(path.name for path in tmp_path.iterdir()) == ["file", "nowhere"]
 
@@ -58,13 +57,13 @@ def test_where_no_folder_can_be_nothing_is_waited_for(place: str, tmp_path: Path
 def test_a_lock_ends_with_what_holds_it(tmp_path: Path) -> None:
     path = tmp_path / "lock"
     path.write_text("kept")
-    handle = hold(path)
-    assert is_held(path)
+    handle = lock(path)
+    assert is_locked(path)
     with pytest.raises(BlockingIOError):
-        hold(path)
-    let_go(handle)
-    assert not is_held(path) and path.read_text() == "kept"
-    assert not is_held(tmp_path / "none") and not (tmp_path / "none").exists()
+        lock(path)
+    unlock(handle)
+    assert not is_locked(path) and path.read_text() == "kept"
+    assert not is_locked(tmp_path / "none") and not (tmp_path / "none").exists()
 
 
 def test_a_file_system_without_locks_locks_nothing(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -73,9 +72,9 @@ def test_a_file_system_without_locks_locks_nothing(tmp_path: Path, monkeypatch: 
 
     monkeypatch.setattr(fcntl, "flock", flock)
     for _ in range(2):
-        let_go(hold(tmp_path / "lock"))
-        assert not is_held(tmp_path / "lock")
-    with complete_folder(tmp_path / "output") as unfinished:
+        unlock(lock(tmp_path / "lock"))
+        assert not is_locked(tmp_path / "lock")
+    with new_output_folder(tmp_path / "output") as unfinished:
         (unfinished / "file").touch()
     assert (tmp_path / "output" / "file").exists()
 
@@ -88,7 +87,7 @@ def test_a_file_that_many_write_is_one_of_what_they_wrote(tmp_path: Path) -> Non
     def write(content: str) -> None:
         together.wait()
         for _ in range(25):
-            write_whole(path, content)
+            atomic_write(path, content)
             assert path.read_text() in contents
 
     with ThreadPoolExecutor(4) as pool:
@@ -97,9 +96,9 @@ def test_a_file_that_many_write_is_one_of_what_they_wrote(tmp_path: Path) -> Non
 
 
 def test_a_folder_that_another_command_fills_is_refused_at_once(tmp_path: Path) -> None:
-    with complete_folder(tmp_path / "new" / "output") as unfinished:
+    with new_output_folder(tmp_path / "new" / "output") as unfinished:
         (unfinished / "file").write_text("first")
-        with pytest.raises(UserError, match="another command fills"), complete_folder(tmp_path / "new" / "output"):
+        with pytest.raises(UserError, match="another command fills"), new_output_folder(tmp_path / "new" / "output"):
             pass
     assert (tmp_path / "new" / "output" / "file").read_text() == "first"
 
@@ -107,7 +106,7 @@ def test_a_folder_that_another_command_fills_is_refused_at_once(tmp_path: Path) 
 def test_what_was_put_there_in_the_meantime_stays(tmp_path: Path) -> None:
     with (
         pytest.raises(UserError, match="was filled by something else"),
-        complete_folder(tmp_path / "output") as unfinished,
+        new_output_folder(tmp_path / "output") as unfinished,
     ):
         (unfinished / "file").write_text("ours")
         (tmp_path / "output" / "file").write_text("theirs")
@@ -117,6 +116,6 @@ def test_what_was_put_there_in_the_meantime_stays(tmp_path: Path) -> None:
 
 def test_a_link_to_an_output_stays(tmp_path: Path) -> None:
     (tmp_path / "link").symlink_to(tmp_path / "disk" / "target")
-    with complete_folder(tmp_path / "link") as unfinished:
+    with new_output_folder(tmp_path / "link") as unfinished:
         (unfinished / "file").touch()
     assert (tmp_path / "link").is_symlink() and (tmp_path / "disk" / "target" / "file").exists()

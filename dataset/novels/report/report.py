@@ -23,8 +23,8 @@ from dataset.novels.report.charts import (
     stacked_bar,
     tick_label,
 )
+from novelgpt.settings.atomic_files import atomic_write
 from novelgpt.settings.html_pages import content_hash, page_templates
-from novelgpt.settings.whole_files import write_whole
 
 PAGE = Path(__file__).with_name("page")
 BOOK_ROWS, PAIR_ROWS, REFUSED_ROWS, RULE_ROWS = 500, 300, 300, 100
@@ -92,7 +92,7 @@ def write_report(
         options=[(name, describe_option(value)) for name, value in options.items()],
         splits=SPLITS,
     )
-    write_whole(path, text)
+    atomic_write(path, text)
 
 
 def count_fates(book: BookRecord) -> dict[str, int]:

@@ -13,9 +13,9 @@ from pydantic import BaseModel
 from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR
 
 from novelgpt.model.card import CARD
+from novelgpt.settings.atomic_files import hash_file, sync
 from novelgpt.settings.errors import UserError
 from novelgpt.settings.parsed_files import check_fields, read_object
-from novelgpt.settings.whole_files import hash_file, sync
 
 MANIFEST = "manifest.json"
 UNFINISHED = ".unfinished"

@@ -20,10 +20,10 @@ from safetensors import safe_open
 from safetensors.torch import save_file
 from torch import nn
 
+from novelgpt.settings.atomic_files import follow_umask
 from novelgpt.settings.errors import UserError
 from novelgpt.settings.process import is_first_process
 from novelgpt.settings.units import counted
-from novelgpt.settings.whole_files import follow_umask
 from novelgpt.training.checkpoints.weights import StoredWeights
 
 FILES = "optimizer-*.safetensors"

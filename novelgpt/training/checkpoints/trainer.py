@@ -28,8 +28,8 @@ from transformers.trainer_utils import IntervalStrategy
 
 from novelgpt.model.card import CARD, may_write_card
 from novelgpt.model.portable import make_portable
+from novelgpt.settings.atomic_files import follow_umask
 from novelgpt.settings.errors import UserError
-from novelgpt.settings.whole_files import follow_umask
 from novelgpt.training.checkpoints.best import best_checkpoint, load_into_parts
 from novelgpt.training.checkpoints.folders import (
     checkpoint_folder,

@@ -16,7 +16,7 @@ from dataset.conversation_rows.command import main
 from dataset.conversation_rows.sources import keep_tail
 from dataset.instructions import load_instructions
 from dataset.readers import read_conversation_rows
-from novelgpt.settings.locks import held
+from novelgpt.settings.locks import locked
 from tests.launched import PATIENCE
 from tests.warm_python import warm_python
 
@@ -336,7 +336,7 @@ def test_what_another_run_is_writing_is_left_to_it(tmp_path: Path, capsys: pytes
     words = [str(write(tmp_path / "papers.jsonl", rows)), str(tmp_path / "rows.jsonl"), "--task", "title_to_abstract"]
     partial = tmp_path / "rows.jsonl.partial"
     partial.write_text("of the other", encoding="utf-8")
-    with held(partial):
+    with locked(partial):
         with pytest.raises(SystemExit, match="2"):
             main(words)
         assert "another run writes" in capsys.readouterr().err

@@ -10,7 +10,7 @@ from pathlib import Path
 
 import pytest
 
-from dataset.atomic import new_folder, only_run
+from novelgpt.settings.atomic_files import atomic_folder, exclusive_folder
 from novelgpt.settings.errors import UserError
 
 _armed: list[Callable[[], None]] = []
@@ -34,7 +34,7 @@ def test_a_run_that_is_refused_does_not_remove_the_folder_of_the_other(tmp_path:
         fcntl.flock(handles[0], fcntl.LOCK_EX)
 
     _armed.append(other)
-    with pytest.raises(UserError, match="another run is writing"), only_run(out, out / "cache" / "files"):
+    with pytest.raises(UserError, match="another run is writing"), exclusive_folder(out, out / "cache" / "files"):
         pass
     assert os.path.samestat(os.fstat(handles[0]), out.stat())
     os.close(handles[0])
@@ -42,19 +42,19 @@ def test_a_run_that_is_refused_does_not_remove_the_folder_of_the_other(tmp_path:
 
 def test_after_an_error_of_use_no_empty_folder_stays(tmp_path: Path) -> None:
     out = tmp_path / "new" / "out"
-    with pytest.raises(UserError, match="nothing usable"), only_run(out, out / "cache" / "files"):
+    with pytest.raises(UserError, match="nothing usable"), exclusive_folder(out, out / "cache" / "files"):
         raise UserError("nothing usable", "name another")
     assert list(tmp_path.iterdir()) == []
-    with pytest.raises(UserError, match="nothing usable"), only_run(out, out / "cache" / "files"):
+    with pytest.raises(UserError, match="nothing usable"), exclusive_folder(out, out / "cache" / "files"):
         (out / "cache" / "files" / "one").touch()
         raise UserError("nothing usable", "name another")
     assert (out / "cache" / "files" / "one").exists()
 
 
 def test_two_that_fill_a_folder_do_not_meet(tmp_path: Path) -> None:
-    with new_folder(tmp_path / "shard") as one:
+    with atomic_folder(tmp_path / "shard", keep_existing=True) as one:
         (one / "file").write_text("one")
-        with new_folder(tmp_path / "shard") as two:
+        with atomic_folder(tmp_path / "shard", keep_existing=True) as two:
             (two / "file").write_text("two")
         (one / "file").write_text("one, later")
     assert [path.name for path in tmp_path.iterdir()] == ["shard"]
