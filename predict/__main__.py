@@ -20,20 +20,19 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from dataset.instructions import load_instructions
 from novelgpt.inference.generation import Answer, check_continuous, plan_batches
-from novelgpt.inference.loading import load_for_inference
+from novelgpt.inference.loading import load_for_inference, with_default_model
 from novelgpt.model.card import CARD
 from novelgpt.model.hub import folder_of
 from novelgpt.model.loading import longest_row
 from novelgpt.model.tokenizer import load_tokenizer
 from novelgpt.scoring.summary import reference_scores
-from novelgpt.settings.arguments import ModelArguments, PredictArguments
+from novelgpt.settings.arguments import InferenceModelArguments, PredictArguments
 from novelgpt.settings.atomic_files import atomic_write
 from novelgpt.settings.attempts import this_attempt
 from novelgpt.settings.errors import UserError, exit_on_user_error
 from novelgpt.settings.parser import parse_arguments
-from novelgpt.settings.paths import TINY, check_folder_can_be_made
+from novelgpt.settings.paths import EMBEDDED_BASE, TINY, check_folder_can_be_made
 from novelgpt.settings.process import leave_process_group
-from novelgpt.settings.run_record import newest_finetuning
 from novelgpt.settings.runs import PredictRun
 from novelgpt.settings.terminal import progress, say
 from novelgpt.settings.units import counted
@@ -128,22 +127,21 @@ def _check_backend(run: PredictRun) -> None:
         check_continuous(run.generation)
 
 
-def _chosen_model(run: PredictRun) -> ModelArguments:
-    data = run.data
-    newest = None if data.model else newest_finetuning()
-    if data.model is None and newest is None and data.data_files != PredictArguments().data_files:
+def _chosen_model(run: PredictRun) -> InferenceModelArguments:
+    chosen = with_default_model(run.model)
+    fallback = not run.model.model and chosen.model == str(EMBEDDED_BASE)
+    if fallback and run.data.data_files != PredictArguments().data_files:
         raise UserError(
             "--data_files names rows of your own, and neither a model is named nor is there a finished fine-tuning",
             f"name it: MODEL=NAME before the command, or --model NAME; the small base is --model {TINY}",
         )
-    name = data.model or str(newest or TINY)
-    return ModelArguments(name, data.attention, data.trust_remote_code, data.hub, data.allow_pickles)
+    return chosen
 
 
 def _model(
-    run: PredictRun, chosen: ModelArguments, tokenizer: PreTrainedTokenizerBase, rows: Sequence[PromptRow]
+    run: PredictRun, chosen: InferenceModelArguments, tokenizer: PreTrainedTokenizerBase, rows: Sequence[PromptRow]
 ) -> Source:
-    model = load_for_inference(chosen, tokenizer, run.data.base)
+    model = load_for_inference(chosen, tokenizer, run.model.base)
     check_lengths(rows, tokenizer, longest_row(model.config), run.generation.max_new_tokens)
     if run.data.backend == "continuous":
         answer = continuously(model, tokenizer, run.generation, run.data.batch_size)
@@ -178,7 +176,7 @@ def _identity(run: PredictRun, name: str, rows: Sequence[PromptRow]) -> str:
     # But for the card, into which predictions write their scores.
     files = sorted(path for path in Path(name).iterdir() if path.is_file() and path.name != CARD) if local else []
     state = [(path.name, path.stat().st_size, path.stat().st_mtime_ns) for path in files]
-    settings = asdict(run.generation), run.data.base, run.data.batch_size, run.data.backend, run.data.attention
+    settings = asdict(run.generation), run.model.base, run.data.batch_size, run.data.backend, run.model.attention
     asked = [(row.id, row.prompt_ids, row.prompt, row.plain) for row in rows]
     return hashlib.sha256(json.dumps([name, state, settings, asked]).encode()).hexdigest()
 

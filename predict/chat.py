@@ -18,14 +18,12 @@ from transformers import GenerationConfig, PreTrainedModel, PreTrainedTokenizerB
 from transformers.generation.streamers import BaseStreamer
 
 from novelgpt.inference.generation import answer_end_ids
-from novelgpt.inference.loading import load_for_inference
+from novelgpt.inference.loading import load_for_inference, with_default_model
 from novelgpt.model.loading import longest_row
 from novelgpt.model.tokenizer import load_tokenizer
-from novelgpt.settings.arguments import HUB_HELP, GenerationArguments, ModelArguments, option
+from novelgpt.settings.arguments import GenerationArguments, InferenceModelArguments, ModelArguments, option
 from novelgpt.settings.errors import UserError, exit_on_user_error
 from novelgpt.settings.parser import parse_arguments
-from novelgpt.settings.paths import TINY
-from novelgpt.settings.run_record import newest_finetuning
 from novelgpt.settings.terminal import say, say_text
 from novelgpt.settings.units import counted
 from novelgpt.text.conversation import Message, encode_prompt
@@ -40,34 +38,16 @@ TEXT_COMMANDS = "a line begins a text to go on with, an empty line goes on; /exi
 
 @dataclass
 class ChatArguments:
-    """Whom to talk to."""
+    """How to talk."""
 
     _argument_group_name: ClassVar[str] = "Chat"
 
-    model: str | None = option(
-        None,
-        "Full checkpoint, adapter folder or hub name; tiny is the small base. Default: the newest finished fine-tuning "
-        "under output/; where there is none, tiny.",
-    )
-    base: str | None = option(
-        None,
-        "Of an adapter: folder or hub name of its base. Default: where it lay in training, or its copy in the hub's "
-        "cache; only a base that is named here is ever fetched.",
-    )
     mode: Literal["auto", "chat", "text"] = option(
         "auto",
         "chat: a conversation, in the model's chat template. text: the model goes on with what you type, without any "
         "marks. auto: text for checkpoints of `pretrain` and for bases without a chat template of their own.",
     )
     system: str = option("", "System message that every conversation starts with; none by default.")
-    attention: Literal["sdpa", "eager", "flash_attention_2"] = option("sdpa", "Attention kernel.")
-    trust_remote_code: bool = option(
-        False, "Run Python code that lies with the checkpoint, where the architecture is not known here. Read it first."
-    )
-    hub: Literal["huggingface", "modelscope"] | None = option(None, HUB_HELP)
-    allow_pickles: bool = option(
-        False, "Read weights from pickles (.bin) where there are no safetensors; tensors only. For sources you trust."
-    )
 
 
 @dataclass
@@ -84,6 +64,7 @@ class ChatRun:
     """A conversation in the terminal."""
 
     pipeline: ClassVar[str] = "predict.chat"
+    model: InferenceModelArguments
     chat: ChatArguments
     generation: ChatGenerationArguments
 
@@ -202,11 +183,10 @@ def main(argv: list[str] | None = None) -> None:
     run = parse_arguments(ChatRun, argv)
     if run.generation.num_beams > 1:
         raise UserError("beam search gives no token before the whole answer is done", "leave --num_beams at 1")
-    name = run.chat.model or str(newest_finetuning() or TINY)
-    chosen = ModelArguments(name, run.chat.attention, run.chat.trust_remote_code, run.chat.hub, run.chat.allow_pickles)
+    chosen = with_default_model(run.model)
     tokenizer = load_tokenizer(chosen)
     is_text = _is_text(run.chat, chosen, tokenizer)
-    model = load_for_inference(chosen, tokenizer, run.chat.base)
+    model = load_for_inference(chosen, tokenizer, chosen.base)
     set_seed(run.generation.seed)
     context = longest_row(model.config) or int(tokenizer.model_max_length)
     longest = run.generation.max_new_tokens

@@ -16,8 +16,15 @@ from novelgpt.model.hub import locate, looks_like_path
 from novelgpt.model.loading import NOT_OF_FILES, adapter_base, frozen_dtype, load_model
 from novelgpt.model.merging import merge_adapter
 from novelgpt.model.pickles import check_adapter_files, check_no_pickles
-from novelgpt.settings.arguments import ModelArguments
+from novelgpt.settings.arguments import InferenceModelArguments, ModelArguments
 from novelgpt.settings.errors import UserError, reason_of
+from novelgpt.settings.paths import TINY
+from novelgpt.settings.run_record import newest_finetuning
+
+
+def with_default_model(model: InferenceModelArguments) -> InferenceModelArguments:
+    """Fill in the model where none is named: the newest finished fine-tuning, or the small base."""
+    return model if model.model else replace(model, model=str(newest_finetuning() or TINY))
 
 
 def load_for_inference(

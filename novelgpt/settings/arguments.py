@@ -99,6 +99,23 @@ class ModelArguments:
 
 
 @dataclass
+class InferenceModelArguments(ModelArguments):
+    """Which model generates, and how to load it."""
+
+    model: str = option(
+        "",
+        "Full checkpoint, adapter folder or hub name; tiny is the small base. Default: the newest finished fine-tuning "
+        "under output/; where there is none, tiny.",
+    )
+    base: str | None = option(
+        None,
+        "Of an adapter: folder or hub name of its base. Default: where it lay in training, or its copy in the hub's "
+        "cache; only a base that is named here is ever fetched.",
+    )
+    attention: Literal["sdpa", "eager", "flash_attention_2"] = option("sdpa", "Attention kernel.")
+
+
+@dataclass
 class CorpusArguments:
     """Raw text for continued pretraining."""
 
@@ -348,17 +365,7 @@ class PredictArguments:
 
     _argument_group_name: ClassVar[str] = "Prediction"
 
-    model: str | None = option(
-        None,
-        "Full checkpoint, adapter folder or hub name; tiny is the small base. Default: the newest finished fine-tuning "
-        "under output/; where there is none, tiny answers the samples.",
-    )
     data_files: list[str] = option(_samples("papers/valid.jsonl"), "Rows to answer, in any format of fine-tuning.")
-    base: str | None = option(
-        None,
-        "Of an adapter: folder or hub name of its base. Default: where it lay in training, or its copy in the hub's "
-        "cache; only a base that is named here is ever fetched.",
-    )
     output_dir: str | None = option(None, "Folder for predictions.jsonl and scores.json. Default: MODEL/predict.")
     max_rows: int | None = option(None, "Answer the first rows only.")
     instruction_templates: list[str] = option(
@@ -378,14 +385,6 @@ class PredictArguments:
     endpoint_model: str | None = option(None, "Name of the model on that server. Default: the first it lists.")
     endpoint_concurrency: int = option(32, "Requests to that server at once.")
     endpoint_timeout: float = option(1800, "Seconds for one answer of that server, from asking to its last byte.")
-    attention: Literal["sdpa", "eager", "flash_attention_2"] = option("sdpa", "Attention kernel.")
-    trust_remote_code: bool = option(
-        False, "Run Python code that lies with the checkpoint, where the architecture is not known here. Read it first."
-    )
-    hub: Literal["huggingface", "modelscope"] | None = option(None, HUB_HELP)
-    allow_pickles: bool = option(
-        False, "Read weights from pickles (.bin) where there are no safetensors; tensors only. For sources you trust."
-    )
 
     def __post_init__(self) -> None:
         """Refuse batches and rows of none.

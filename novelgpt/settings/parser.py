@@ -314,7 +314,7 @@ def _print_help(parser: _Parser, run_type: type, everything: bool) -> None:
             text = " ".join((action.help or "").replace("%%", "%").split())
             if action.choices:
                 text += f" One of: {', '.join(map(str, action.choices))}."
-            table.add_row(f"--{name}", text if default is None else f"{text} [default: {default}]")
+            table.add_row(f"--{name}", text if default in (None, "") else f"{text} [default: {default}]")
         console.print(f"\n{group.title}", style="bold")
         console.print(table)
     if TrainArguments._argument_group_name in {group.title for group in parser._action_groups} and not everything:

@@ -9,6 +9,7 @@ from novelgpt.settings.arguments import (
     ConversationArguments,
     CorpusArguments,
     GenerationArguments,
+    InferenceModelArguments,
     LoraArguments,
     ModelArguments,
     PredictArguments,
@@ -60,6 +61,7 @@ class PredictRun:
     """Generation and scores."""
 
     pipeline: ClassVar[str] = "predict"
+    model: InferenceModelArguments
     data: PredictArguments
     generation: GenerationArguments
 

@@ -152,7 +152,7 @@ def test_rows_of_ones_own_to_answer_need_a_model_or_a_finetuning(
     with pytest.raises(SystemExit):
         predict.__main__.main(["--data_files", "mine.jsonl"])
     assert "--data_files names rows of your own" in capsys.readouterr().err
-    assert parse_arguments(PredictRun, []).data.model is None
+    assert parse_arguments(PredictRun, []).model.model == ""
 
 
 def test_tiny_is_the_small_base_and_dot_tiny_a_folder(base_folder: Path, tmp_path: Path, monkeypatch: Any) -> None:

@@ -63,7 +63,7 @@ def _words(name: str, value: str | list[str]) -> list[str]:
 
 def test_a_tilde_is_the_home_for_prediction_and_small_commands(home: Path, capsys: pytest.CaptureFixture[str]) -> None:
     run = parse_arguments(PredictRun, ["--model=~/m", "--data_files=~/d.jsonl", "--output_dir=~/o"])
-    assert (run.data.model, run.data.data_files) == (f"{home}/m", [f"{home}/d.jsonl"])
+    assert (run.model.model, run.data.data_files) == (f"{home}/m", [f"{home}/d.jsonl"])
     assert run.data.output_dir == f"{home}/o"
     (home / "rows.jsonl").write_text('{"prompt": "灯塔下有什么？", "completion": "一封信。"}\n', encoding="utf-8")
     dataset.preview.main(["~/rows.jsonl", "--html=~/page.html"])

@@ -90,13 +90,13 @@ def test_other_names_of_the_model_are_taken(tmp_path: Path, capsys: pytest.Captu
 
 def test_an_adapter_and_its_base_are_told_apart_in_prediction(tmp_path: Path) -> None:
     (tmp_path / "both.yaml").write_text("model_name_or_path: someone/base\nadapter_name_or_path: a/lora\n", "utf-8")
-    data = parse_arguments(PredictRun, ["--config", str(tmp_path / "both.yaml")]).data
-    assert (data.model, data.base) == ("a/lora", "someone/base")
-    data = parse_arguments(PredictRun, ["--config", str(tmp_path / "both.yaml"), "--adapters", "b/lora"]).data
-    assert (data.model, data.base) == ("b/lora", "someone/base")
-    assert parse_arguments(PredictRun, ["--model_name_or_path=~/m"]).data.model == str(Path.home() / "m")
-    data = parse_arguments(PredictRun, ["--adapter_name_or_path", "b/lora", "--base", "b/base"]).data
-    assert (data.model, data.base) == ("b/lora", "b/base")
+    named = parse_arguments(PredictRun, ["--config", str(tmp_path / "both.yaml")]).model
+    assert (named.model, named.base) == ("a/lora", "someone/base")
+    named = parse_arguments(PredictRun, ["--config", str(tmp_path / "both.yaml"), "--adapters", "b/lora"]).model
+    assert (named.model, named.base) == ("b/lora", "someone/base")
+    assert parse_arguments(PredictRun, ["--model_name_or_path=~/m"]).model.model == str(Path.home() / "m")
+    named = parse_arguments(PredictRun, ["--adapter_name_or_path", "b/lora", "--base", "b/base"]).model
+    assert (named.model, named.base) == ("b/lora", "b/base")
     with pytest.raises(UserError, match="model is a/b and adapter_name_or_path is b/lora"):
         parse_arguments(PredictRun, ["--model", "a/b", "--adapter_name_or_path", "b/lora"])
     with pytest.raises(UserError, match="base is x/y and model_name_or_path is a/b"):
