@@ -18,9 +18,9 @@ from pathlib import Path
 from novelgpt.launch.start import SETTLED, own_paths
 from novelgpt.settings.command_parser import CommandParser
 from novelgpt.settings.errors import exit_on_user_error
-from novelgpt.settings.gpus import visible_gpus
+from novelgpt.settings.hardware import visible_gpus
+from novelgpt.settings.library_settings import process_defaults
 from novelgpt.settings.paths import OUTPUT, ROOT, SAMPLES, check_folder_can_be_made
-from novelgpt.settings.process_environment import process_defaults
 from novelgpt.settings.signals import STOP_SIGNALS
 from novelgpt.settings.terminal import say
 

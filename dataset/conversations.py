@@ -14,8 +14,7 @@ from dataset.readers import Record, read_conversation_rows, read_unworded_rows, 
 from novelgpt.settings.arguments import ConversationArguments
 from novelgpt.settings.errors import UserError
 from novelgpt.settings.process import is_first_process
-from novelgpt.settings.terminal import say
-from novelgpt.settings.units import counted
+from novelgpt.settings.terminal import counted, say
 from novelgpt.text.conversation import IGNORE_INDEX, EncodedRow, encode_conversation, record_answers
 from novelgpt.text.messages import Message, is_empty_answer
 from novelgpt.text.origins import TracedRows

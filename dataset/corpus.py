@@ -16,8 +16,7 @@ from novelgpt.settings.arguments import CorpusArguments
 from novelgpt.settings.errors import UserError
 from novelgpt.settings.process import is_first_process
 from novelgpt.settings.remedies import python_module
-from novelgpt.settings.terminal import say
-from novelgpt.settings.units import counted
+from novelgpt.settings.terminal import counted, say
 from novelgpt.text.origins import TextMarks
 from novelgpt.text.packing import PackedBlocks
 from novelgpt.text.pieces import DocumentCutter, Piece, PieceEncoder

@@ -7,7 +7,7 @@ import re
 from collections.abc import Iterator, Sequence
 
 from novelgpt.settings.errors import UserError
-from novelgpt.settings.units import counted
+from novelgpt.settings.terminal import counted
 
 # A line in RFC 4180: cells without a quotation mark, or in quotation marks, each one inside doubled.
 _CELL = r'(?:"[^"]*(?:""[^"]*)*"|[^",]*)'

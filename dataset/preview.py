@@ -29,8 +29,7 @@ from novelgpt.settings.command_parser import CommandParser
 from novelgpt.settings.console import make_console
 from novelgpt.settings.errors import UserError, exit_on_user_error
 from novelgpt.settings.paths import TINY, from_home
-from novelgpt.settings.terminal import say
-from novelgpt.settings.units import counted
+from novelgpt.settings.terminal import counted, say
 from novelgpt.text.encoding import document_end_id, encode_document
 from novelgpt.text.packing import PackedBlocks
 from novelgpt.text.statistics import TokenCounts, row_spans, show_counts

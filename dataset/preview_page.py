@@ -5,8 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 from html import escape
 
-from novelgpt.settings.terminal import visible
-from novelgpt.settings.units import counted
+from novelgpt.settings.terminal import counted, visible
 from novelgpt.text.statistics import Span, TokenCounts
 
 GREEN, BOLD_GREEN, DIM, BOLD, YELLOW, RESET = "\x1b[32m", "\x1b[1;32m", "\x1b[2m", "\x1b[1m", "\x1b[33m", "\x1b[0m"

@@ -8,14 +8,13 @@ import os
 import sys
 
 from novelgpt.settings.given_ranks import begin_rank
-from novelgpt.settings.quiet_libraries import silence_imports
+from novelgpt.settings.library_settings import disable_telemetry, silence_imports
 from novelgpt.settings.signals import begin_command
-from novelgpt.settings.telemetry import switch_off
 
 __version__ = "0.1.0"
 
 if sys.argv[:1] == ["-m"]:  # as it reads until runpy has found the module
     begin_command()
     begin_rank()
-switch_off(os.environ)
+disable_telemetry(os.environ)
 silence_imports()

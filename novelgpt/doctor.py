@@ -26,8 +26,7 @@ from novelgpt.settings.command_parser import CommandParser
 from novelgpt.settings.errors import UserError, exit_on_user_error
 from novelgpt.settings.paths import OUTPUT, TINY, from_home
 from novelgpt.settings.signals import importing
-from novelgpt.settings.terminal import say
-from novelgpt.settings.units import counted
+from novelgpt.settings.terminal import counted, say
 
 PIPELINES = ("pretrain", "finetune", "finetune_lora")
 Section = tuple[str, list[tuple[str, Check]]]

@@ -34,8 +34,7 @@ from novelgpt.settings.parser import parse_arguments
 from novelgpt.settings.paths import EMBEDDED_BASE, TINY, check_folder_can_be_made
 from novelgpt.settings.process import leave_process_group
 from novelgpt.settings.runs import PredictRun
-from novelgpt.settings.terminal import progress, say
-from novelgpt.settings.units import counted
+from novelgpt.settings.terminal import counted, progress, say
 from predict.card_scores import add_scores
 from predict.endpoint import check_settings, through_endpoint
 from predict.generate import AnswerRows, continuously, in_batches, reference_sums

@@ -24,8 +24,7 @@ from novelgpt.model.tokenizer import load_tokenizer
 from novelgpt.settings.arguments import GenerationArguments, InferenceModelArguments, ModelArguments, option
 from novelgpt.settings.errors import UserError, exit_on_user_error
 from novelgpt.settings.parser import parse_arguments
-from novelgpt.settings.terminal import say, say_text
-from novelgpt.settings.units import counted
+from novelgpt.settings.terminal import counted, say, say_text
 from novelgpt.text.conversation import Message, encode_prompt
 from novelgpt.text.encoding import answer_text, document_end_id
 from novelgpt.text.statistics import BROKEN

@@ -26,8 +26,7 @@ from novelgpt.settings.command_parser import CommandParser
 from novelgpt.settings.errors import UserError, exit_on_user_error
 from novelgpt.settings.paths import from_home
 from novelgpt.settings.remedies import python_module
-from novelgpt.settings.terminal import say
-from novelgpt.settings.units import counted
+from novelgpt.settings.terminal import counted, say
 
 QUESTION = "请续写下面的小说，约{characters}字。人物、口吻和文风与原文一致，直接写正文。\n\n{passage}"
 NEAR = 0.1  # of a length: how far from it the reference may end, so that it ends with a sentence

@@ -31,8 +31,7 @@ from novelgpt.settings.console import make_console
 from novelgpt.settings.errors import UserError, exit_on_user_error
 from novelgpt.settings.paths import check_folder_can_be_made
 from novelgpt.settings.remedies import pip_install
-from novelgpt.settings.terminal import say
-from novelgpt.settings.units import counted
+from novelgpt.settings.terminal import counted, say
 from novelgpt.text.thoughts import split_thought
 from predict.scoring_fields import Scoring, read_scoring, read_texts
 

@@ -5,8 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 
 from novelgpt.inference.generation import Answer
-from novelgpt.settings.terminal import say
-from novelgpt.settings.units import counted
+from novelgpt.settings.terminal import counted, say
 from predict.rows import PromptRow
 
 SHOWN_ANSWERS = 2

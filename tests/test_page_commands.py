@@ -10,7 +10,7 @@ import pytest
 
 import novelgpt.doctor
 from novelgpt.settings.command_parser import CommandParser
-from novelgpt.settings.deepspeed_file import NAMED
+from novelgpt.settings.deepspeed_settings import NAMED
 from novelgpt.settings.errors import UserError
 from novelgpt.settings.parser import parse_arguments
 from tests.script_words import words_of

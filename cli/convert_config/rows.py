@@ -13,7 +13,7 @@ from cli.convert_config.conversion import Conversion
 from dataset.readers import word_row
 from dataset.records import Record, read_records
 from novelgpt.settings.errors import UserError
-from novelgpt.settings.units import counted
+from novelgpt.settings.terminal import counted
 
 Read = Callable[[Record], Record | None]
 SEED = 42

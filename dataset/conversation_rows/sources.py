@@ -16,7 +16,7 @@ from dataset.novels.chapters.numerals import to_number
 from dataset.records import Record, read_records
 from novelgpt.settings.errors import UserError
 from novelgpt.settings.remedies import python_module
-from novelgpt.settings.units import counted
+from novelgpt.settings.terminal import counted
 
 MANIFEST = "manifest.json"
 SPLITS = ("train", "held_out")

@@ -16,8 +16,8 @@ from dataset.novels.run import ENGINES, Machines, prepare_novels
 from dataset.novels.shards import FORMATS
 from dataset.novels.terminal import Display
 from novelgpt.settings.command_parser import CommandParser
-from novelgpt.settings.cores import usable_cores
 from novelgpt.settings.errors import UserError, exit_on_user_error
+from novelgpt.settings.hardware import usable_cores
 from novelgpt.settings.remedies import python_module
 from novelgpt.settings.terminal import say
 

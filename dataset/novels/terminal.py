@@ -17,8 +17,7 @@ from dataset.novels.records import BookRecord
 from novelgpt.settings.console import make_console
 from novelgpt.settings.paths import TINY
 from novelgpt.settings.remedies import run_pipeline
-from novelgpt.settings.terminal import say
-from novelgpt.settings.units import counted
+from novelgpt.settings.terminal import counted, say
 
 SECONDS_BETWEEN_LINES = 10.0
 MOST_RULES, MOST_REFUSED = 8, 20

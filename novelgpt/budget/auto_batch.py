@@ -19,7 +19,7 @@ from novelgpt.model.loss import attach_chunked_loss
 from novelgpt.settings.arguments import TrainArguments
 from novelgpt.settings.errors import UserError
 from novelgpt.settings.process import in_process_group
-from novelgpt.settings.units import counted
+from novelgpt.settings.terminal import counted
 
 # Of the device's memory: what a tried micro-batch may take, the states of the optimizer included.
 TRIED_SHARE = 0.92

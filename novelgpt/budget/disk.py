@@ -21,8 +21,7 @@ from novelgpt.settings.errors import UserError
 from novelgpt.settings.paths import existing_folder
 from novelgpt.settings.process import is_first_process, raise_on_all_ranks
 from novelgpt.settings.runs import TrainingRun
-from novelgpt.settings.terminal import say
-from novelgpt.settings.units import gigabytes
+from novelgpt.settings.terminal import gigabytes, say
 
 # DeepSpeed trains copies of the weights in fp32, which belong to the optimizer's states.
 MASTER_BYTES = 4

@@ -29,8 +29,7 @@ from novelgpt.settings.arguments import TrainArguments
 from novelgpt.settings.errors import UserError
 from novelgpt.settings.process import first_process_value, is_first_process, raise_on_all_ranks
 from novelgpt.settings.runs import TrainingRun
-from novelgpt.settings.terminal import say
-from novelgpt.settings.units import counted
+from novelgpt.settings.terminal import counted, say
 from novelgpt.text.packing import PackedBlocks
 
 # Of the device's memory: an estimate above this share turns checkpointing on, or warns.

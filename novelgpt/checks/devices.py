@@ -18,7 +18,7 @@ from novelgpt.budget.memory_plan import available_memory
 from novelgpt.checks.findings import Finding, Mark
 from novelgpt.settings.arguments import TrainArguments
 from novelgpt.settings.remedies import pip_install
-from novelgpt.settings.units import counted, gigabytes
+from novelgpt.settings.terminal import counted, gigabytes
 from novelgpt.training.throughput import matmul_ceiling
 
 # Of a GPU's memory: what is usually free where no other process holds any.

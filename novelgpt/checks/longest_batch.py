@@ -14,7 +14,7 @@ from novelgpt.budget.memory import checkpointing_options, optimizer_bytes
 from novelgpt.settings.arguments import TrainArguments
 from novelgpt.settings.errors import UserError
 from novelgpt.settings.process import raise_on_all_ranks
-from novelgpt.settings.units import counted, gigabytes
+from novelgpt.settings.terminal import counted, gigabytes
 from novelgpt.training.plan import Autocast
 from novelgpt.training.sample_predictions import preserve_mode_and_rng
 

@@ -10,9 +10,8 @@ from pathlib import Path
 from urllib.parse import urlsplit
 
 from novelgpt.checks.findings import Finding
-from novelgpt.settings.hub_choice import VARIABLE, default_hub
-from novelgpt.settings.paths import existing_folder
-from novelgpt.settings.units import GIGABYTE, counted, gigabytes
+from novelgpt.settings.paths import HUB_VARIABLE, default_hub, existing_folder
+from novelgpt.settings.terminal import GIGABYTE, counted, gigabytes
 
 DEFAULT_PORT = 29500
 # The final weights of the small base with a checkpoint or two, and what most runs on models of use leave.
@@ -102,7 +101,7 @@ def check_switches(environment: dict[str, str]) -> Iterator[Finding]:
     if "HF_ENDPOINT" in environment:
         parts.append(f"mirror {urlsplit(environment['HF_ENDPOINT']).hostname or 'of no valid address'}")
     if default_hub(environment) == "modelscope":
-        parts.append(f"names are looked up on ModelScope ({VARIABLE})")
+        parts.append(f"names are looked up on ModelScope ({HUB_VARIABLE})")
     if "HF_TOKEN" in environment:
         parts.append("a token is set")
     yield Finding("hub", "ok", "; ".join(parts))

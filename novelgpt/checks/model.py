@@ -14,7 +14,7 @@ from novelgpt.model.loading import read_config
 from novelgpt.model.pickles import check_no_pickles, pickled_weights
 from novelgpt.model.weight_files import stored_tensors, weight_files
 from novelgpt.settings.runs import LoraRun, PretrainRun, TrainingRun
-from novelgpt.settings.units import counted, gigabytes
+from novelgpt.settings.terminal import counted, gigabytes
 from novelgpt.text.conversation import IGNORE_INDEX, encode_conversation
 from novelgpt.text.templates import template_record
 from novelgpt.training.run_choice import choose_run_folder

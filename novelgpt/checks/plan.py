@@ -32,7 +32,7 @@ from novelgpt.settings.parser import parse_arguments
 from novelgpt.settings.paths import EMBEDDED_BASE, OUTPUT, existing_folder
 from novelgpt.settings.remedies import environment_program, pipeline_name, python_module
 from novelgpt.settings.runs import FinetuneRun, LoraRun, PretrainRun, TrainingRun
-from novelgpt.settings.units import gigabytes
+from novelgpt.settings.terminal import gigabytes
 
 RUNS: dict[str, type[TrainingRun]] = {run.pipeline: run for run in (PretrainRun, FinetuneRun, LoraRun)}
 

@@ -34,7 +34,7 @@ from novelgpt.model.loss import attach_chunked_loss
 from novelgpt.model.tokenizer import load_tokenizer
 from novelgpt.settings.paths import ROOT
 from novelgpt.settings.runs import LoraRun, TrainingRun
-from novelgpt.settings.units import counted, gigabytes
+from novelgpt.settings.terminal import counted, gigabytes
 from novelgpt.text.encoding import encode
 
 TEXT = "潮水退下去的时候，灯塔的影子正好落在那封没有寄出的信上。"

@@ -23,8 +23,7 @@ from novelgpt.model.pickles import pickled_weights
 from novelgpt.settings.atomic_files import follow_umask, new_output_folder
 from novelgpt.settings.command_parser import CommandParser
 from novelgpt.settings.errors import UserError, exit_on_user_error
-from novelgpt.settings.terminal import say
-from novelgpt.settings.units import counted
+from novelgpt.settings.terminal import counted, say
 
 STEMS = {Path(WEIGHTS_NAME).stem: "model"}  # other stems stay
 

@@ -15,7 +15,7 @@ from novelgpt.model.loading import longest_row
 from novelgpt.model.tokenizer import configured_ends
 from novelgpt.settings.arguments import GenerationArguments
 from novelgpt.settings.errors import UserError
-from novelgpt.settings.units import counted
+from novelgpt.settings.terminal import counted
 from novelgpt.text.conversation import end_token_ids
 from novelgpt.text.encoding import answer_text
 

@@ -35,8 +35,7 @@ from novelgpt.launch.watch import FINISH_SECONDS, Signals
 from novelgpt.settings.command_parser import CommandParser
 from novelgpt.settings.errors import UserError, exit_on_user_error
 from novelgpt.settings.remedies import python_module
-from novelgpt.settings.terminal import say
-from novelgpt.settings.units import counted
+from novelgpt.settings.terminal import counted, say
 
 
 @exit_on_user_error

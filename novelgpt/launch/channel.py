@@ -39,8 +39,7 @@ from novelgpt.launch.messages import Done, End, Hello, Message, Quit, Refused, R
 from novelgpt.launch.ranks import Block, Failure
 from novelgpt.settings.errors import UserError
 from novelgpt.settings.signals import STOP_SIGNALS
-from novelgpt.settings.terminal import say
-from novelgpt.settings.units import counted
+from novelgpt.settings.terminal import counted, say
 
 WAIT_SECONDS = 600.0  # for all hosts to come
 ANSWER_SECONDS = 20.0  # for the first host to answer one that has connected

@@ -16,8 +16,7 @@ from novelgpt.launch.frames import Fault, Link
 from novelgpt.launch.hosts import is_loopback, local_addresses
 from novelgpt.launch.messages import Hello
 from novelgpt.settings.errors import UserError
-from novelgpt.settings.terminal import say
-from novelgpt.settings.units import counted
+from novelgpt.settings.terminal import counted, say
 
 MOST_STRANGERS = 64  # that are heard at a time
 MOST_ACCEPTED = 128  # before others have their turn

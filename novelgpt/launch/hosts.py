@@ -18,7 +18,7 @@ from typing import cast
 
 from novelgpt.settings.errors import UserError
 from novelgpt.settings.paths import ROOT
-from novelgpt.settings.units import counted
+from novelgpt.settings.terminal import counted
 
 _HOST = re.compile(r"[A-Za-z0-9][A-Za-z0-9._:-]*|[A-Za-z0-9][A-Za-z0-9._-]*@[A-Za-z0-9][A-Za-z0-9._:-]*")
 MOST_HOSTS, MOST_PROCESSES = 9999, 1024

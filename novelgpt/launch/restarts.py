@@ -17,8 +17,7 @@ from novelgpt.launch.watch import POLL_SECONDS, Outcome, Signals, show_last_word
 from novelgpt.settings.atomic_files import atomic_write
 from novelgpt.settings.attempts import VARIABLE, Reached, Told
 from novelgpt.settings.signals import STOP_SIGNALS
-from novelgpt.settings.terminal import say
-from novelgpt.settings.units import counted
+from novelgpt.settings.terminal import counted, say
 
 # Before the first restart, and twice as long before each that follows, up to the last: what made a rank fail may pass.
 FIRST_WAIT_SECONDS = 1.0

@@ -37,10 +37,10 @@ from novelgpt.launch.hosts import is_loopback
 from novelgpt.launch.secret import forget_secret
 from novelgpt.settings.errors import UserError, exit_on_user_error
 from novelgpt.settings.given_ranks import is_alone, number_in, processes_here
-from novelgpt.settings.gpus import visible_gpus
+from novelgpt.settings.hardware import visible_gpus
+from novelgpt.settings.library_settings import process_defaults
 from novelgpt.settings.paths import ROOT
-from novelgpt.settings.process_environment import process_defaults
-from novelgpt.settings.units import counted
+from novelgpt.settings.terminal import counted
 
 PIPELINES = ("pretrain", "finetune", "finetune_lora", "predict")
 HELP = {"--help", "-h", "--help_all"}

@@ -11,8 +11,8 @@ from novelgpt.launch.channel import FIRST_HOST, Alone, Channel, FirstHost, Membe
 from novelgpt.launch.ranks import Block, Ranks
 from novelgpt.launch.restarts import Restarts
 from novelgpt.launch.watch import Outcome, Signals, explain, watch
-from novelgpt.settings.cores import threads_each
 from novelgpt.settings.errors import UserError
+from novelgpt.settings.hardware import threads_each
 from novelgpt.settings.terminal import say
 
 

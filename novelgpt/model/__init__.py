@@ -5,6 +5,6 @@ Importing it makes Baichuan and Qwen v1 known to transformers' Auto classes, and
 
 from novelgpt.model import baichuan as baichuan
 from novelgpt.model import qwen1 as qwen1
-from novelgpt.settings.deepspeed_import import import_deepspeed_where_it_trains
+from novelgpt.settings.deepspeed_settings import limit_deepspeed_to_its_runs
 
-import_deepspeed_where_it_trains()
+limit_deepspeed_to_its_runs()

@@ -26,8 +26,8 @@ from transformers.utils.hub import get_checkpoint_shard_files
 from novelgpt.model.folder_checks import check_model_folder
 from novelgpt.model.weight_files import StoredTensor, stored_tensors, weight_files
 from novelgpt.settings.atomic_files import atomic_write
-from novelgpt.settings.cores import usable_cores
 from novelgpt.settings.errors import UserError
+from novelgpt.settings.hardware import usable_cores
 from novelgpt.settings.parsed_files import check_fields, read_object
 from novelgpt.settings.terminal import say
 

@@ -31,7 +31,7 @@ from novelgpt.settings.arguments import ModelArguments
 from novelgpt.settings.errors import UserError, reason_of
 from novelgpt.settings.parsed_files import check_fields, read_object
 from novelgpt.settings.remedies import pip_install, python_module
-from novelgpt.settings.units import counted, gigabytes
+from novelgpt.settings.terminal import counted, gigabytes
 
 # Not about the files, or told in words of the toolkit already. All else that transformers, peft, safetensors and torch
 # raise while they read a folder is about what lies there, in errors of any kind.

@@ -20,7 +20,7 @@ from pathlib import Path
 
 import torch
 
-from novelgpt.settings.cores import usable_cores
+from novelgpt.settings.hardware import usable_cores
 
 # Variables by which users decide it themselves.
 DECIDED_BY_USERS = ("OMP_WAIT_POLICY", "GOMP_SPINCOUNT")

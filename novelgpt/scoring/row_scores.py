@@ -16,7 +16,7 @@ from sacrebleu.tokenizers.tokenizer_zh import TokenizerZh
 
 from novelgpt.scoring.answers import ANSWER_SCORES
 from novelgpt.scoring.text_scores import repetition_scores, score_pair
-from novelgpt.settings.cores import usable_cores
+from novelgpt.settings.hardware import usable_cores
 
 RowScores = dict[str, Any]
 """Names of scores -> numbers; "sacrebleu_statistics" -> the ten counts that corpus BLEU is made of."""

@@ -17,7 +17,7 @@ from sacrebleu.metrics import BLEU
 from novelgpt.scoring.answers import ANSWER_DEFINITIONS
 from novelgpt.scoring.row_scores import RowScores, corpus_bleu
 from novelgpt.scoring.text_scores import DEFINITIONS as TEXT_DEFINITIONS
-from novelgpt.settings.units import counted
+from novelgpt.settings.terminal import counted
 
 RESAMPLES = 2000
 PERMUTATIONS = 5000

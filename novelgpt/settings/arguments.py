@@ -11,14 +11,17 @@ from typing import Any, ClassVar, Literal, cast
 import torch
 from transformers import TrainingArguments
 
-from novelgpt.settings.accelerate_variables import precision_of_accelerate
-from novelgpt.settings.deepspeed_builds import release_build_locks, spare_unused_build
-from novelgpt.settings.deepspeed_file import NAMED, check_deepspeed, deepspeed_place
+from novelgpt.settings.deepspeed_settings import (
+    NAMED,
+    check_deepspeed,
+    deepspeed_place,
+    disable_unused_build,
+    release_build_locks,
+)
 from novelgpt.settings.errors import UserError
-from novelgpt.settings.hub_choice import default_hub
-from novelgpt.settings.paths import SAMPLES, TINY, model_place
+from novelgpt.settings.paths import SAMPLES, TINY, default_hub, model_place
+from novelgpt.settings.refused_settings import precision_of_accelerate, refuse_ignored
 from novelgpt.settings.remedies import pip_install
-from novelgpt.settings.unheeded import refuse_unheeded
 
 # Figures of an evaluation that a best checkpoint can be told by, and whether more of it is better; those of its answers
 # are there with predict_during_eval.
@@ -341,7 +344,7 @@ class TrainArguments(TrainingArguments):
             self.disable_tqdm = not sys.stderr.isatty()
         if self.deepspeed:
             # DeepSpeed builds when the processes meet, which is now.
-            spare_unused_build()
+            disable_unused_build()
             release_build_locks()
         if self.greater_is_better is None:
             figure = str(self.metric_for_best_model).removeprefix("eval_")
@@ -349,7 +352,7 @@ class TrainArguments(TrainingArguments):
         output_dir = self.output_dir
         super().__post_init__()
         self.output_dir = output_dir
-        refuse_unheeded(self)
+        refuse_ignored(self)
 
     def _choose_liger_kernels(self) -> None:
         """Norm, rotary and SwiGLU; the loss is this toolkit's own."""

@@ -18,8 +18,8 @@ import warnings
 from collections.abc import Mapping, MutableMapping, Sequence
 from pathlib import Path
 
-from novelgpt.settings.gpus import visible_gpus
-from novelgpt.settings.process_environment import process_defaults
+from novelgpt.settings.hardware import visible_gpus
+from novelgpt.settings.library_settings import process_defaults
 
 PIPELINES = ("pretrain", "finetune", "finetune_lora", "predict")
 # By which novelgpt.launch tells its ranks that it keeps their words, and ends them.

@@ -20,7 +20,6 @@ from rich.text import Text
 from transformers import HfArgumentParser
 from transformers.hf_argparser import string_to_bool
 
-from novelgpt.settings.accelerate_variables import refuse_settings_of_accelerate
 from novelgpt.settings.arguments import TrainArguments
 from novelgpt.settings.command_parser import CommandParser
 from novelgpt.settings.console import make_console
@@ -29,6 +28,7 @@ from novelgpt.settings.given_ranks import problem_of_rank
 from novelgpt.settings.parsed_files import read_yaml
 from novelgpt.settings.paths import EMBEDDED_BASE, ROOT, TINY, check_not_replaced, check_utf8, from_home, model_place
 from novelgpt.settings.peer_names import MODEL_NAMES, OTHER_NAMES, explain, settle_model
+from novelgpt.settings.refused_settings import refuse_settings_of_accelerate
 
 Run = TypeVar("Run")
 # Options that hold paths, in which `~` is the home of the user wherever they are written.

@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import os
+from collections.abc import Mapping
 from pathlib import Path
+from typing import Literal
 
 from novelgpt.settings.errors import UserError
 
@@ -26,11 +28,30 @@ OUTPUT = _output_folder()
 EMBEDDED_BASE = OUTPUT / "bases" / "tiny-qwen3"
 # The name of the small base wherever a model is named. A folder of that name is written ./tiny.
 TINY = "tiny"
+# Read by LLaMA-Factory as well, whose users have it in their shells.
+HUB_VARIABLE = "USE_MODELSCOPE_HUB"
 
 
 def model_place(name: str) -> str:
     """The folder or hub name that a model's name stands for: `tiny` is the small base, `~` the home of the user."""
     return str(EMBEDDED_BASE) if name == TINY else from_home(name)
+
+
+def default_hub(environment: Mapping[str, str] = os.environ) -> Literal["huggingface", "modelscope"]:
+    """Return the hub that USE_MODELSCOPE_HUB chooses; Hugging Face's where it is not set.
+
+    Args:
+        environment: variables of the process.
+
+    Raises:
+        UserError: the variable is neither a yes nor a no.
+    """
+    value = environment.get(HUB_VARIABLE, "")
+    if value.strip().lower() in ("1", "true", "yes", "y", "on"):
+        return "modelscope"
+    if value.strip().lower() not in ("0", "false", "no", "n", "off", ""):
+        raise UserError(f"{HUB_VARIABLE}={value} is neither yes nor no", f"{HUB_VARIABLE}=1, or 0; or say it by --hub")
+    return "huggingface"
 
 
 def from_home(path: str) -> str:

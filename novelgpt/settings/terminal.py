@@ -22,14 +22,15 @@ from datetime import timedelta
 from pathlib import Path
 from types import TracebackType
 
-from novelgpt.settings.quiet_libraries import silence_libraries
+from novelgpt.settings.library_settings import silence_libraries
 
 # Categories of Unicode whose characters steer a terminal, turn the order of letters, or cannot be written as UTF-8.
 STEERING = ("Cc", "Cf", "Cs", "Zl", "Zp")
 # Of these, what texts are laid out with, and the joiners within emoji and within words of some scripts.
 HARMLESS = "\n\t\u200c\u200d"
-# Where no bar shows how far something has come, a line does, after as many seconds each.
+# Without a progress bar, a line shows the progress, at most this often.
 SECONDS_BETWEEN_LINES = 15.0
+GIGABYTE = 10**9
 # Colours and weights of letters, which transformers gives to what it logs.
 _COLOURS = re.compile(r"(\x1b\[[0-9;]*m)")
 
@@ -59,6 +60,23 @@ def one_line(text: str) -> str:
     return visible(text).replace("\n", "<U+000A>")
 
 
+def gigabytes(size: float) -> str:
+    """Format a number of bytes as GB, or as MB where there are few."""
+    return f"{size / GIGABYTE:.2f} GB" if size >= GIGABYTE / 10 else f"{size / 10**6:.1f} MB"
+
+
+def counted(number: int, noun: str) -> str:
+    """Format a number with its noun: 0 rows, 1 row, 2,000 rows.
+
+    Args:
+        number: of them.
+        noun: for one of them, whose plural is regular (`file`, `train row`, `process`, `pair of books`).
+    """
+    counts, of, rest = noun.partition(" of ")
+    ending = "" if number == 1 else "es" if counts.endswith("s") else "s"
+    return f"{number:,} {counts}{ending}{of}{rest}"
+
+
 def say(*lines: str, style: str | None = None, stderr: bool = False) -> None:
     """Print lines.
 
@@ -67,18 +85,17 @@ def say(*lines: str, style: str | None = None, stderr: bool = False) -> None:
         style: of rich, as "yellow"; only a terminal shows it.
         stderr: print on standard error.
     """
-    shown = [one_line(line) for line in lines]
+    shown = "\n".join(map(one_line, lines))
+    stream = sys.stderr if stderr else sys.stdout
     if style is not None:
         try:
-            from novelgpt.settings.console import (
-                make_console,  # not before: it takes rich, which the doctor does without
-            )
+            from rich.console import Console  # not before: the doctor runs without rich, too
         except ImportError:
             pass
         else:
-            make_console(stderr=stderr, soft_wrap=True).print("\n".join(shown), style=style)
+            Console(file=stream, soft_wrap=True, markup=False, emoji=False, highlight=False).print(shown, style=style)
             return
-    print("\n".join(shown), file=sys.stderr if stderr else sys.stdout, flush=True)
+    print(shown, file=stream, flush=True)
 
 
 def say_text(text: str, end: str = "\n", stderr: bool = False) -> None:

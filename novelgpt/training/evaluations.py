@@ -10,7 +10,7 @@ from torch.utils.data import Dataset, Subset
 from transformers.trainer_utils import IntervalStrategy
 
 from novelgpt.settings.arguments import TrainArguments
-from novelgpt.settings.units import counted
+from novelgpt.settings.terminal import counted
 
 # What an evaluation has at least, where there is so much: below it, figures tell too little.
 LEAST_TOKENS, LEAST_ROWS = 20_000, 8

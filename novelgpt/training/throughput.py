@@ -9,7 +9,7 @@ import torch
 from torch import nn
 from transformers import PreTrainedModel
 
-from novelgpt.settings.process_memory import peak_process_memory
+from novelgpt.settings.hardware import peak_process_memory
 
 # Square products timed for the ceiling: large enough to run near the best, small enough to take a moment.
 CEILING_SIZE = {"cpu": 1024, "cuda": 8192}

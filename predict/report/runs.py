@@ -21,7 +21,7 @@ from novelgpt.settings.errors import UserError
 from novelgpt.settings.html_pages import visible
 from novelgpt.settings.parsed_files import check_fields, read_object
 from novelgpt.settings.remedies import python_module, run_pipeline
-from novelgpt.settings.units import counted
+from novelgpt.settings.terminal import counted
 from novelgpt.text.thoughts import split_thought
 from predict.report.metrics import is_number
 from predict.scoring_fields import read_scoring, text_fields

@@ -24,7 +24,7 @@ from novelgpt.inference.loading import load_for_inference
 from novelgpt.model.loading import load_model
 from novelgpt.settings.arguments import ModelArguments
 from novelgpt.settings.errors import UserError
-from novelgpt.settings.telemetry import DECIDED_BY, SINGLE, switch_off
+from novelgpt.settings.library_settings import DECIDED_BY, SINGLE, disable_telemetry
 from tests.launched import PATIENCE
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -203,11 +203,11 @@ def test_the_guard_notes_a_connection(tmp_path: Path) -> None:
 
 def test_what_the_user_decided_about_telemetry_stays() -> None:
     environment: dict[str, str] = {}
-    switch_off(environment)
+    disable_telemetry(environment)
     assert environment.keys() == {"HF_HUB_DISABLE_TELEMETRY", "DO_NOT_TRACK", *SINGLE}
     decided = {"DO_NOT_TRACK": "0", "RAY_USAGE_STATS_ENABLED": "1"}
     environment = dict(decided)
-    switch_off(environment)
+    disable_telemetry(environment)
     assert decided.items() <= environment.items()
     assert "HF_HUB_DISABLE_TELEMETRY" not in environment
 

@@ -9,9 +9,9 @@ from pathlib import Path
 import pytest
 
 from novelgpt.launch.start import plan_start
-from novelgpt.settings.cores import usable_cores
 from novelgpt.settings.errors import UserError
-from novelgpt.settings.process_environment import process_defaults
+from novelgpt.settings.hardware import usable_cores
+from novelgpt.settings.library_settings import process_defaults
 from tests.launched import PATIENCE, ROOT
 from tests.script_words import OF_SCRIPTS
 

@@ -15,7 +15,7 @@ import torch
 
 from novelgpt.model.baichuan import BaichuanForCausalLM, NormHead
 from novelgpt.model.loss import attach_chunked_loss
-from novelgpt.settings.deepspeed_builds import spare_unused_build
+from novelgpt.settings.deepspeed_settings import disable_unused_build
 from tests.model.original_checkpoints import Position, write_original_baichuan
 from tests.ranks import ZERO_3, run_ranks
 from tests.rounding import LOSS_TOLERANCE
@@ -97,7 +97,7 @@ def main(folder: Path) -> None:
     import deepspeed  # slow to import, and for this process alone
     from transformers.integrations import HfDeepSpeedConfig
 
-    spare_unused_build()
+    disable_unused_build()
     deepspeed.init_distributed("gloo")
     held = HfDeepSpeedConfig(copy.deepcopy(ZERO_3))
     losses = {}

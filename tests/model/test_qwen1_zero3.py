@@ -15,7 +15,7 @@ from safetensors.torch import load_file, save_file
 from novelgpt.model.loading import load_model
 from novelgpt.model.tokenizer import load_tokenizer
 from novelgpt.settings.arguments import ModelArguments
-from novelgpt.settings.deepspeed_builds import spare_unused_build
+from novelgpt.settings.deepspeed_settings import disable_unused_build
 from novelgpt.settings.errors import UserError
 from tests.model.original_qwen1 import write_original_qwen1
 from tests.ranks import ZERO_3, run_ranks
@@ -61,7 +61,7 @@ def hold_the_parts(folder: Path) -> None:
     import deepspeed
     from transformers.integrations import HfDeepSpeedConfig
 
-    spare_unused_build()
+    disable_unused_build()
     deepspeed.init_distributed(dist_backend="gloo")
     held = HfDeepSpeedConfig(ZERO_3)  # from_pretrained looks for it
     arguments = ModelArguments(str(folder / "whole"), allow_pickles=True)

@@ -8,9 +8,9 @@ from pathlib import Path
 
 import pytest
 
-from novelgpt.settings.cores import usable_cores
 from novelgpt.settings.errors import UserError
 from novelgpt.settings.given_ranks import LAUNCHED, forget_remains, is_given, is_loss_of_a_rank, missing_variables
+from novelgpt.settings.hardware import usable_cores
 from novelgpt.settings.parser import parse_arguments
 from novelgpt.settings.runs import FinetuneRun, PredictRun
 from tests.launched import OF_LAUNCHERS, PATIENCE, ROOT

@@ -12,7 +12,7 @@ import pytest
 
 from dataset.instructions import load_instructions
 from dataset.novels.cleaning.rules import read_rules
-from novelgpt.settings.deepspeed_file import check_deepspeed
+from novelgpt.settings.deepspeed_settings import check_deepspeed
 from novelgpt.settings.errors import UserError
 from novelgpt.settings.parsed_files import read_object, read_yaml
 from novelgpt.settings.parser import parse_arguments

@@ -16,7 +16,7 @@ from novelgpt.settings.parser import parse_arguments
 from novelgpt.settings.paths import check_folder_can_be_made
 from novelgpt.settings.remedies import pip_install, python_module
 from novelgpt.settings.runs import FinetuneRun, LoraRun, PredictRun, PretrainRun, TrainingRun
-from novelgpt.settings.units import counted
+from novelgpt.settings.terminal import counted
 
 MODEL = ["--model", "someone/novel"]
 

@@ -14,7 +14,7 @@ from dataset.novels.chapters.headings import LONGEST_HEADING, Candidate
 from dataset.novels.chapters.numbering import describe_numbering
 from dataset.novels.chapters.paragraphs import fits_width, join_lines, parts_of_about, wrap_width
 from dataset.novels.records import Chapter, Line, Removed
-from novelgpt.settings.units import counted
+from novelgpt.settings.terminal import counted
 
 PART_CHARACTERS = 5_000
 """Length of the parts of a book without headings."""

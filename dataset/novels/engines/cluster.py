@@ -17,7 +17,7 @@ from typing import TYPE_CHECKING
 from novelgpt.settings.errors import UserError
 from novelgpt.settings.paths import ROOT
 from novelgpt.settings.remedies import pip_install
-from novelgpt.settings.units import counted
+from novelgpt.settings.terminal import counted
 
 if TYPE_CHECKING:
     from datatrove.executor.base import PipelineExecutor

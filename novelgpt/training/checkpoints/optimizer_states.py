@@ -23,7 +23,7 @@ from torch import nn
 from novelgpt.settings.atomic_files import follow_umask
 from novelgpt.settings.errors import UserError
 from novelgpt.settings.process import is_first_process
-from novelgpt.settings.units import counted
+from novelgpt.settings.terminal import counted
 from novelgpt.training.checkpoints.weights import StoredWeights
 
 FILES = "optimizer-*.safetensors"

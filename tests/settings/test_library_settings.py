@@ -5,9 +5,8 @@ from pathlib import Path
 
 import pytest
 
-from novelgpt.settings.cores import usable_cores
-from novelgpt.settings.gpus import visible_gpus
-from novelgpt.settings.process_environment import process_defaults
+from novelgpt.settings.hardware import usable_cores, visible_gpus
+from novelgpt.settings.library_settings import process_defaults
 
 
 def test_processes_of_a_host_share_its_cores() -> None:

@@ -1,8 +1,9 @@
-"""Training arguments of transformers that would be taken and not heeded, or lead to nothing good: refused by name."""
+"""Settings of transformers and accelerate that would be accepted and ignored, or do harm: refused by name."""
 
 from __future__ import annotations
 
 import importlib.util
+from collections.abc import Mapping
 from dataclasses import MISSING, fields
 from typing import Any
 
@@ -17,7 +18,7 @@ UPLOAD = "a training uploads nothing", "leave it out, and upload the run once it
 TRACKED = "it is for a tracker, and --report_to names none", "leave it out, or name a tracker with --report_to"
 LEAVE_OUT = "leave it out"
 # By name: why any value but the default is refused, and what to do.
-UNHEEDED = {
+IGNORED = {
     **dict.fromkeys(
         ("push_to_hub", "hub_model_id", "hub_strategy", "hub_token", "hub_always_push", "hub_revision"), UPLOAD
     ),
@@ -65,8 +66,23 @@ TRACKERS = {
 # Always on, by this toolkit itself.
 TENSORBOARD = "tensorboard"
 
+# Always set by `accelerate launch`; without it, the variables of ACCELERATE are those that libraries set themselves.
+PRECISION = "ACCELERATE_MIXED_PRECISION"
+UNSET = ("", "no", "false", "0", "1")  # 1: a number of steps to accumulate
+WITHOUT = "take accelerate's own out (distributed_type: MULTI_GPU, or --multi_gpu), and "
+# By variable: what accelerate calls it, and what does the same here.
+ACCELERATE = {
+    "ACCELERATE_USE_FSDP": ("FSDP", WITHOUT + "name --fsdp behind the pipeline"),
+    "ACCELERATE_USE_MEGATRON_LM": ("Megatron-LM", WITHOUT + "name --deepspeed zero3 behind the pipeline"),
+    "ACCELERATE_USE_PARALLELISM_CONFIG": ("parallelism_config", "leave it out"),
+    "ACCELERATE_DYNAMO_BACKEND": ("dynamo_backend", "leave it out, and name --torch_compile behind the pipeline"),
+    "ACCELERATE_GRADIENT_ACCUMULATION_STEPS": (
+        "gradient_accumulation_steps", "leave it out, and name --gradient_accumulation_steps behind the pipeline"
+    ),
+}  # fmt: skip
 
-def refuse_unheeded(training: TrainingArguments) -> None:
+
+def refuse_ignored(training: TrainingArguments) -> None:
     """Make sure that each argument that is set has an effect, and that trackers are installed.
 
     Args:
@@ -76,7 +92,7 @@ def refuse_unheeded(training: TrainingArguments) -> None:
         UserError: names the argument.
     """
     training.report_to = _known_trackers(list(training.report_to or []))
-    reasons = dict(UNHEEDED)
+    reasons = dict(IGNORED)
     if not training.report_to:
         reasons |= dict.fromkeys(OF_TRACKERS, TRACKED)
     if "trackio" not in training.report_to:
@@ -165,3 +181,41 @@ def _is_installed(module: str) -> bool:
 
 def _default(field: Any) -> Any:
     return field.default_factory() if field.default is MISSING else field.default
+
+
+def refuse_settings_of_accelerate(environment: Mapping[str, str]) -> None:
+    """Refuse settings of `accelerate launch`, or of a file of `accelerate config`, that would be applied only in part.
+
+    Raises:
+        UserError: there is one; names the setting, and ours.
+    """
+    if PRECISION not in environment:
+        return
+    if environment.get("ACCELERATE_USE_DEEPSPEED", "").lower() in ("true", "1"):
+        raise UserError(
+            "accelerate's own settings of DeepSpeed are not read",
+            WITHOUT + "name --deepspeed zero2 (or another, or your file) behind the pipeline",
+        )
+    for name, (setting, remedy) in ACCELERATE.items():
+        if environment.get(name, "").lower() not in UNSET:
+            raise UserError(f"accelerate's {setting} ({environment[name]}) is not read", remedy)
+
+
+def precision_of_accelerate(environment: Mapping[str, str], chosen: str) -> str:
+    """Return the precision of a run: accelerate's where the run's own is auto.
+
+    Args:
+        environment: variables.
+        chosen: --precision, or that of --bf16 and --fp16.
+
+    Raises:
+        UserError: the two differ, or accelerate's is unknown here.
+    """
+    said = environment.get(PRECISION, "no").lower()
+    if said == "no" or chosen == said:
+        return chosen
+    if said not in ("bf16", "fp16"):
+        raise UserError(f"accelerate's mixed_precision {said} is not known here", "take no, bf16 or fp16")
+    if chosen != "auto":
+        raise UserError(f"accelerate's mixed_precision is {said}, and --precision {chosen}", "leave one of them out")
+    return said

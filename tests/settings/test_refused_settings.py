@@ -10,8 +10,8 @@ from transformers.integrations.integration_utils import INTEGRATION_TO_CALLBACK
 import finetune.__main__
 from novelgpt.settings.errors import UserError
 from novelgpt.settings.parser import parse_arguments
+from novelgpt.settings.refused_settings import TRACKERS
 from novelgpt.settings.runs import FinetuneRun
-from novelgpt.settings.unheeded import TRACKERS
 
 # Words of the command line, and of the reason.
 REFUSED = {

@@ -4,7 +4,7 @@ from pathlib import Path
 
 import pytest
 
-from novelgpt.settings.deepspeed_builds import release_build_locks
+from novelgpt.settings.deepspeed_settings import release_build_locks
 
 
 def test_only_locks_that_nobody_holds_are_released(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
