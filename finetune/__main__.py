@@ -26,9 +26,9 @@ def main(argv: list[str] | None = None) -> None:
         tokenizer = load_tokenizer(run.model)
         preflight(run, tokenizer)
         train, valid = read_conversations(run.data, tokenizer)
-        plan = check(run, tokenizer, train)
+        plan = check(folder.run, tokenizer, train)
         model = load_model(run.model, tokenizer)
-        fit(model, tokenizer, train, valid, run, plan, folder)
+        fit(model, tokenizer, train, valid, folder.run, plan, folder)
 
 
 if __name__ == "__main__":

@@ -32,11 +32,11 @@ def main(argv: list[str] | None = None) -> None:
         preflight(run, tokenizer)
         train, valid = read_conversations(run.data, tokenizer)
         adapt = partial(attach_lora, lora=run.lora, tokenizer=tokenizer)
-        plan = check(run, tokenizer, train, frozen_dtype(), run.lora.qlora, adapt)
+        plan = check(folder.run, tokenizer, train, frozen_dtype(), run.lora.qlora, adapt)
         base = load_model(run.model, tokenizer, dtype=frozen_dtype(), qlora=run.lora.qlora)
         set_seed(run.training.seed)  # the adapter is drawn before the Trainer sets the seed
         model = adapt(base)
-        fit(model, tokenizer, train, valid, run, plan, folder)
+        fit(model, tokenizer, train, valid, folder.run, plan, folder)
 
 
 if __name__ == "__main__":

@@ -91,7 +91,7 @@ def general_sections(environment: dict[str, str], output: Path) -> list[Section]
             "Machine 机器",
             [
                 ("port", machine.check_port),
-                ("disk", partial(machine.check_room, output)),
+                ("disk", partial(machine.check_disk_space, output)),
                 ("shared memory", machine.check_shared_memory),
                 ("open files", machine.check_open_files),
                 ("hub", partial(machine.check_switches, environment)),

@@ -1,4 +1,4 @@
-"""Devices, the number format that training takes on them, and what compiles DeepSpeed's operators."""
+"""Checks of the devices, of the precision that training uses on them, and of DeepSpeed's compilers."""
 
 from __future__ import annotations
 
@@ -21,27 +21,27 @@ from novelgpt.settings.remedies import pip_install
 from novelgpt.settings.terminal import counted, gigabytes
 from novelgpt.training.throughput import matmul_ceiling
 
-# Of a GPU's memory: what is usually free where no other process holds any.
+# Share of a GPU's memory that is free unless another process uses it.
 FREE_SHARE = 0.8
-# Of the speed in fp32: below it, a number format is slower on a CPU, beyond what measuring is unsure of.
+# Share of the fp32 speed below which a dtype is slower on a CPU, beyond measurement noise.
 NEARLY_AS_FAST = 0.8
 # The first compute capability whose bf16 is not emulated.
 BF16_CAPABILITY = (8, 0)
 
 
 def check_host() -> Iterator[Finding]:
-    """Cores, and memory that is free."""
+    """Report cores and free memory."""
     free = available_memory(torch.device("cpu"))
     cores = counted(os.cpu_count() or 1, "core")
     text = f"{cores}, torch uses {torch.get_num_threads()}, {gigabytes(free)} of memory free"
     if free < 2e9:
-        yield Finding("host", "note", text, "end other programs: even the small base takes about 1 GB")
+        yield Finding("host", "note", text, "close other programs: even the small base takes about 1 GB")
     else:
         yield Finding("host", "ok", text)
 
 
 def check_gpus() -> Iterator[Finding]:
-    """Each GPU that torch sees; or why it sees none."""
+    """Check each GPU that torch sees, or find out why it sees none."""
     if torch.cuda.is_available():
         for index in range(torch.cuda.device_count()):
             yield _check_gpu(index)
@@ -50,7 +50,7 @@ def check_gpus() -> Iterator[Finding]:
     hidden = os.environ.get("CUDA_VISIBLE_DEVICES")
     if driver is None:
         yield Finding(
-            "gpu", "note", "none: training runs on the CPU, in fp32", "for models of use, take a host with GPUs"
+            "gpu", "note", "none: training runs on the CPU, in fp32", "for useful models, use a host with GPUs"
         )
     elif hidden is not None and not re.search(r"[0-9A-Za-z]", hidden.replace("-1", "")):
         yield Finding("gpu", "note", f"all are hidden: CUDA_VISIBLE_DEVICES={hidden!r}", "unset CUDA_VISIBLE_DEVICES")
@@ -58,21 +58,20 @@ def check_gpus() -> Iterator[Finding]:
         text = f"there is an NVIDIA driver, and torch {torch.__version__} is built without CUDA"
         yield Finding("gpu", "problem", text, "install torch from https://pytorch.org/get-started, with CUDA")
     elif driver[0] < _numbers(torch.version.cuda)[0]:
-        text = (
-            f"the driver knows CUDA up to {_version(driver)}, torch {torch.__version__} is built for it in a newer one"
-        )
+        built = f"torch {torch.__version__} is built for {torch.version.cuda}"
+        text = f"the driver supports CUDA up to {_version(driver)}, {built}"
         yield Finding("gpu", "problem", text, "update the NVIDIA driver, or install a torch built for an older CUDA")
     else:
-        yield Finding("gpu", "problem", "there is a driver, and torch sees no GPU", "look at what nvidia-smi says")
+        yield Finding("gpu", "problem", "there is a driver, but torch sees no GPU", "check the output of nvidia-smi")
 
 
 def check_precision(training: TrainArguments | None = None) -> Iterator[Finding]:
-    """What `--precision auto` takes here, or how fast a CPU is in the 16-bit format that a run asks for.
+    """Report what `--precision auto` selects here, or how fast a CPU is in the 16-bit dtype that a run uses.
 
     The latter is measured, which takes a second or two.
 
     Args:
-        training: of the run; None where there is none yet.
+        training: of the run; None without a run.
     """
     asked = None if training is None or training.device.type != "cpu" else compute_dtype(training)
     if asked is not None:
@@ -82,14 +81,14 @@ def check_precision(training: TrainArguments | None = None) -> Iterator[Finding]
     name = str(dtype).removeprefix("torch.")
     gpu = torch.cuda.is_available()
     if dtype == torch.bfloat16 and torch.version.hip is None and torch.cuda.get_device_capability() < BF16_CAPABILITY:
-        text = f"--precision auto takes {name}, which this GPU only emulates, slowly"
+        text = f"--precision auto selects {name}, which this GPU only emulates, slowly"
         yield Finding("precision", "note", text, "--precision fp16")
     else:
-        yield Finding("precision", "ok", f"--precision auto takes {name}{'' if gpu else ', as on all CPUs'}")
+        yield Finding("precision", "ok", f"--precision auto selects {name}{'' if gpu else ', as on all CPUs'}")
 
 
 def _compare_with_fp32(dtype: torch.dtype) -> Finding:
-    """Whether this CPU multiplies in a 16-bit format at least about as fast as in fp32."""
+    """Measure whether this CPU multiplies in a 16-bit dtype about as fast as in fp32."""
     device = torch.device("cpu")
     half, full = matmul_ceiling(device, dtype), matmul_ceiling(device, torch.float32)
     name = {torch.bfloat16: "bf16", torch.float16: "fp16"}[dtype]
@@ -100,7 +99,7 @@ def _compare_with_fp32(dtype: torch.dtype) -> Finding:
 
 
 def check_toolchain() -> Iterator[Finding]:
-    """nvcc, ninja and a C++ compiler, which DeepSpeed calls where an operator of its own is asked for."""
+    """Check nvcc, ninja and a C++ compiler, with which DeepSpeed builds its own operators."""
     serious: Mark = "problem" if torch.cuda.is_available() and torch.version.cuda is not None else "note"
     nvcc = find_nvcc()
     lacking = [name for name in ("g++",) if shutil.which(os.environ.get("CXX", name)) is None]
@@ -111,17 +110,15 @@ def check_toolchain() -> Iterator[Finding]:
         text = f"CUDA_HOME={home} holds no bin/nvcc"
         yield Finding("compilers", serious, text, "export CUDA_HOME=/usr/local/cuda, or wherever bin/nvcc is")
     elif nvcc is None:
-        text = "there is no nvcc, without which DeepSpeed compiles no operator of its own"
-        remedy = "install the CUDA toolkit of torch's version and export CUDA_HOME; ZERO=0 does without DeepSpeed"
+        text = "there is no nvcc, which DeepSpeed needs to compile its own operators"
+        remedy = "install the CUDA toolkit of torch's version and export CUDA_HOME; ZERO=0 trains without DeepSpeed"
         yield Finding("compilers", serious, text, remedy)
     if lacking:
         remedy = f"apt-get install g++ ninja-build, or {pip_install('ninja')}"
         yield Finding("compilers", serious, f"missing for DeepSpeed's operators: {', '.join(lacking)}", remedy)
     release = None if nvcc is None else nvcc_release(nvcc)
     if release is not None and torch.version.cuda is not None and release[0] != _numbers(torch.version.cuda)[0]:
-        text = (
-            f"nvcc is of CUDA {_version(release)}, torch is built for {torch.version.cuda}: DeepSpeed refuses the two"
-        )
+        text = f"nvcc is of CUDA {_version(release)}, torch is built for {torch.version.cuda}: DeepSpeed refuses this"
         yield Finding("compilers", serious, text, f"export CUDA_HOME of a CUDA {torch.version.cuda} toolkit")
     elif nvcc is not None and not lacking:
         of = "" if release is None else f" of CUDA {_version(release)}"
@@ -129,7 +126,7 @@ def check_toolchain() -> Iterator[Finding]:
 
 
 def find_nvcc() -> Path | None:
-    """nvcc under CUDA_HOME, on the path, or where toolkits install it."""
+    """Find nvcc under CUDA_HOME, on the PATH, or where toolkits install it."""
     home = os.environ.get("CUDA_HOME")
     places = [Path(home) / "bin" / "nvcc"] if home else []
     found = shutil.which("nvcc")
@@ -138,7 +135,7 @@ def find_nvcc() -> Path | None:
 
 
 def nvcc_release(nvcc: Path) -> tuple[int, int] | None:
-    """Major and minor number of the CUDA that a compiler belongs to; None where it does not say."""
+    """Return major and minor version of the CUDA toolkit that a compiler belongs to; None where unknown."""
     try:
         said = subprocess.run([str(nvcc), "--version"], capture_output=True, text=True, timeout=10, check=False).stdout
     except (OSError, subprocess.TimeoutExpired):
@@ -148,7 +145,7 @@ def nvcc_release(nvcc: Path) -> tuple[int, int] | None:
 
 
 def driver_cuda() -> tuple[int, int] | None:
-    """Major and minor number of the newest CUDA that the NVIDIA driver knows; None where there is no driver."""
+    """Return major and minor version of the newest CUDA that the NVIDIA driver supports; None without a driver."""
     number = ctypes.c_int()
     try:
         if ctypes.CDLL("libcuda.so.1").cuDriverGetVersion(ctypes.byref(number)) != 0:
@@ -159,7 +156,7 @@ def driver_cuda() -> tuple[int, int] | None:
 
 
 def _check_gpu(index: int) -> Finding:
-    """Name, capability and memory of a GPU, and whether this torch has code for it."""
+    """Report name, capability and memory of a GPU, and whether this torch has code for it."""
     name = f"gpu {index}"
     major, minor = torch.cuda.get_device_capability(index)
     free, total = torch.cuda.mem_get_info(index)
@@ -169,18 +166,17 @@ def _check_gpu(index: int) -> Finding:
         f"{gigabytes(free)} of {gigabytes(total)} free"
     )
     kinds = re.findall(r"(sm|compute)_(\d+)", " ".join(torch.cuda.get_arch_list()))
-    # Compiled code serves its major number from its own minor one on, portable code all that is newer.
+    # Binary code runs on its major version from its own minor version on, PTX on everything newer.
     served = [
         (int(number[:-1]), int(number[-1])) <= (major, minor) and (kind == "compute" or int(number[:-1]) == major)
         for kind, number in kinds
     ]
     if kinds and not any(served):
-        remedy = "install a torch built for this GPU from https://pytorch.org/get-started, or take another GPU"
+        remedy = "install a torch built for this GPU from https://pytorch.org/get-started, or use another GPU"
         return Finding(name, "problem", f"{text}: torch {torch.__version__} has no code for it", remedy)
     if free < FREE_SHARE * total:
-        return Finding(
-            name, "note", f"{text}: others hold the rest", "see who with nvidia-smi; --auto_batch takes what fits"
-        )
+        remedy = "see which with nvidia-smi; --auto_batch uses what fits"
+        return Finding(name, "note", f"{text}: other processes use the rest", remedy)
     return Finding(name, "ok", text)
 
 

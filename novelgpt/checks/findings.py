@@ -1,12 +1,13 @@
-"""What a check finds, how a check that fails becomes a finding itself, and how findings are shown and written."""
+"""Findings of checks: made, also from a check that fails itself, shown, and written."""
 
 from __future__ import annotations
 
+import contextlib
 import json
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import Any, Literal
+from typing import Literal
 
 from novelgpt.settings.atomic_files import atomic_write
 from novelgpt.settings.errors import UserError
@@ -19,11 +20,11 @@ COLOURS = {"ok": "green", "note": "yellow", "problem": "bold red"}
 
 @dataclass(frozen=True)
 class Finding:
-    """One line about one thing.
+    """The outcome of one check.
 
     Attributes:
-        check: what was looked at, in a word or two.
-        mark: "ok"; "note", with which training runs, but perhaps not as meant; "problem", with which it fails.
+        check: what was checked, in a word or two.
+        mark: "ok"; "note", with which training runs, but perhaps not as intended; "problem", with which it fails.
         text: what was found, in one line.
         remedy: what to type or do, in one line; for all marks but ok.
     """
@@ -44,12 +45,12 @@ Check = Callable[[], Iterable[Finding]]
 
 
 def run_check(name: str, check: Check, failure: Mark = "problem") -> list[Finding]:
-    """What a check finds; where it raises, that, as a problem. Nothing but an interrupt gets out.
+    """Return what a check finds, and what it raises as a finding; only an interrupt is raised.
 
     Args:
         name: of the check.
         check: what to call.
-        failure: how a check is marked that fails itself.
+        failure: mark of a check that fails itself.
     """
     findings: list[Finding] = []
     try:
@@ -58,22 +59,37 @@ def run_check(name: str, check: Check, failure: Mark = "problem") -> list[Findin
         findings.append(Finding(name, "problem", error.cause, error.remedy))
     except KeyboardInterrupt:
         raise
-    except BaseException as error:  # of any kind, those of Rust too: what is broken here is what is looked for
+    except BaseException as error:  # of any kind, Rust's panics too: broken installations are what is looked for
         reason = (str(error).strip().splitlines() or [""])[0]
-        text = f"this could not be looked at: {type(error).__name__}: {reason:.300}"
-        remedy = f"mend what the line names; for a package: {install_requirements()}"
-        findings.append(Finding(name, failure, text, remedy))
+        text = f"this could not be checked: {type(error).__name__}: {reason:.300}"
+        findings.append(
+            Finding(name, failure, text, f"fix what the line names; for a package: {install_requirements()}")
+        )
     return findings
 
 
 def show(heading: str, findings: Sequence[Finding], terminal: bool) -> None:
-    """Print findings below a heading: a table on a terminal, lines elsewhere or where rich is missing."""
+    """Print findings below a heading: as a table on a terminal, as lines elsewhere or without rich."""
     if terminal:
-        try:
-            _show_table(heading, findings)
+        with contextlib.suppress(ImportError):
+            from rich.table import Table
+            from rich.text import Text
+
+            from novelgpt.settings.console import make_console
+
+            table = Table(box=None, show_header=False, padding=(0, 2, 0, 0))
+            table.add_column(no_wrap=True)
+            table.add_column(no_wrap=True)
+            table.add_column(ratio=1)
+            for finding in findings:
+                text = Text(finding.text)
+                if finding.remedy:
+                    text.append(f"\nfix: {finding.remedy}", style="cyan")
+                table.add_row(Text(finding.mark, style=COLOURS[finding.mark]), Text(finding.check), text)
+            console = make_console()
+            console.print(Text(f"\n{heading}", style="bold"))
+            console.print(table)
             return
-        except ImportError:
-            pass
     say("", heading)
     for finding in findings:
         say(f"  {finding.mark:<8} {finding.check}: {finding.text}")
@@ -82,41 +98,21 @@ def show(heading: str, findings: Sequence[Finding], terminal: bool) -> None:
 
 
 def write_json(path: Path, findings: Sequence[Finding], seconds: float) -> None:
-    """Write {"ok", "seconds", "findings": [{"check", "mark", "text", "remedy"}]}, wholly or not at all.
+    """Write {"ok", "seconds", "findings": [{"check", "mark", "text", "remedy"}]} atomically.
 
     Raises:
         UserError: nothing can be written there.
     """
-    report: dict[str, Any] = {"ok": not any_problem(findings), "seconds": round(seconds, 1)}
-    report["findings"] = [asdict(finding) for finding in findings]
+    listed = [asdict(finding) for finding in findings]
+    report = {"ok": not any_problem(findings), "seconds": round(seconds, 1), "findings": listed}
     try:
         atomic_write(path, json.dumps(report, ensure_ascii=False, indent=2) + "\n")
     except OSError as error:
         raise UserError(
-            f"--json {path} cannot be written: {error.strerror}", "name a file in a folder of yours"
+            f"--json {path} cannot be written: {error.strerror}", "name a file in a folder you can write to"
         ) from error
 
 
 def any_problem(findings: Iterable[Finding]) -> bool:
-    """Whether training would fail."""
+    """Whether one of the findings would make training fail."""
     return any(finding.mark == "problem" for finding in findings)
-
-
-def _show_table(heading: str, findings: Sequence[Finding]) -> None:
-    from rich.table import Table
-    from rich.text import Text
-
-    from novelgpt.settings.console import make_console
-
-    table = Table(box=None, show_header=False, padding=(0, 2, 0, 0))
-    table.add_column(no_wrap=True)
-    table.add_column(no_wrap=True)
-    table.add_column(ratio=1)
-    for finding in findings:
-        text = Text(finding.text)
-        if finding.remedy:
-            text.append(f"\nfix: {finding.remedy}", style="cyan")
-        table.add_row(Text(finding.mark, style=COLOURS[finding.mark]), Text(finding.check), text)
-    console = make_console()
-    console.print(Text(f"\n{heading}", style="bold"))
-    console.print(table)

@@ -1,4 +1,4 @@
-"""What a run needs of the machine beside its devices: a port, disk space, open files, switches."""
+"""Checks of the machine: port, disk, shared memory, open files, and the environment variables of the hub."""
 
 from __future__ import annotations
 
@@ -14,15 +14,15 @@ from novelgpt.settings.paths import HUB_VARIABLE, default_hub, existing_folder
 from novelgpt.settings.terminal import GIGABYTE, counted, gigabytes
 
 DEFAULT_PORT = 29500
-# The final weights of the small base with a checkpoint or two, and what most runs on models of use leave.
-LEAST_ROOM, USUAL_ROOM = GIGABYTE // 2, 20 * GIGABYTE
-LEAST_SHARED_MEMORY = GIGABYTE
-LEAST_OPEN_FILES = 4096
-TRUE_WORDS = {"1", "on", "yes", "true"}
+# What the small base with a checkpoint or two takes, and what most runs on useful models take.
+MIN_FREE_BYTES, USUAL_FREE_BYTES = GIGABYTE // 2, 20 * GIGABYTE
+MIN_SHARED_MEMORY = GIGABYTE
+MIN_OPEN_FILES = 4096
+TRUE_VALUES = {"1", "on", "yes", "true"}
 
 
 def check_port() -> Iterator[Finding]:
-    """Processes of a run can meet at MASTER_PORT; where that is not set, at the port that hostfiles use."""
+    """Check that ranks can rendezvous at MASTER_PORT, by default at the port that hostfiles use."""
     named = os.environ.get("MASTER_PORT")
     try:
         port = DEFAULT_PORT if named is None else int(named)
@@ -30,7 +30,12 @@ def check_port() -> Iterator[Finding]:
             listener.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
             listener.bind(("", port))
     except (ValueError, OverflowError):
-        yield Finding("port", "problem", f"MASTER_PORT={named} is no port", "unset MASTER_PORT, or a number above 1024")
+        yield Finding(
+            "port",
+            "problem",
+            f"MASTER_PORT={named} is not a port",
+            "unset it, or set it to a number above 1024",
+        )
     except OSError as error:
         free = f"MASTER_PORT={_free_port()}"
         text = f"port {port} cannot be used: {error.strerror}"
@@ -40,36 +45,36 @@ def check_port() -> Iterator[Finding]:
         else:
             yield Finding("port", "problem", text, f"export {free}")
     else:
-        yield Finding("port", "ok", f"port {port} is free for processes to meet")
+        yield Finding("port", "ok", f"port {port} is free for processes to connect")
 
 
-def check_room(output: Path) -> Iterator[Finding]:
-    """The folder of runs can be written to and has room."""
+def check_disk_space(output: Path) -> Iterator[Finding]:
+    """Check that the folder of runs is writable and has room."""
     folder = existing_folder(output)
     if not os.access(folder, os.W_OK):
-        remedy = "name a folder of yours: --output_dir FOLDER"
+        remedy = "name a folder you can write to: --output_dir FOLDER"
         yield Finding("disk", "problem", f"nothing can be written into {folder}", remedy)
         return
     free = shutil.disk_usage(folder).free
     text = f"{gigabytes(free)} free for {output}"
-    if free < LEAST_ROOM:
+    if free < MIN_FREE_BYTES:
         yield Finding("disk", "problem", text, "make room, or name a folder on another disk: --output_dir FOLDER")
-    elif free < USUAL_ROOM:
-        remedy = "with --model, this command tells what its checkpoints take; --save_total_limit 1 keeps fewer"
+    elif free < USUAL_FREE_BYTES:
+        remedy = "with --model, this command estimates its checkpoints; --save_total_limit 1 keeps fewer"
         yield Finding("disk", "note", text, remedy)
     else:
         yield Finding("disk", "ok", text)
 
 
 def check_shared_memory(folder: Path = Path("/dev/shm")) -> Iterator[Finding]:
-    """There is shared memory for data loaders and for several GPUs of one host."""
+    """Check the shared memory that data loaders and several GPUs of one host use."""
     if not folder.is_dir():
         remedy = "mount one for several GPUs: mount -t tmpfs shm /dev/shm"
         yield Finding("shared memory", "note", f"there is no {folder}", remedy)
         return
     usage = shutil.disk_usage(folder)
     text = f"{gigabytes(usage.free)} free of {gigabytes(usage.total)} in {folder}"
-    if usage.free < LEAST_SHARED_MEMORY:
+    if usage.free < MIN_SHARED_MEMORY:
         remedy = "docker run --shm-size=8g …; elsewhere: mount -o remount,size=8G /dev/shm"
         yield Finding("shared memory", "note", f"{text}: several GPUs may not start", remedy)
     else:
@@ -77,15 +82,15 @@ def check_shared_memory(folder: Path = Path("/dev/shm")) -> Iterator[Finding]:
 
 
 def check_open_files() -> Iterator[Finding]:
-    """A process may hold enough files open."""
+    """Check the limit of open files."""
     try:
         import resource
     except ImportError:
         yield Finding("open files", "ok", "this system sets no limit")
         return
     soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
-    if 0 <= soft < LEAST_OPEN_FILES:
-        wanted = LEAST_OPEN_FILES if hard < 0 else min(hard, 65536)
+    if 0 <= soft < MIN_OPEN_FILES:
+        wanted = MIN_OPEN_FILES if hard < 0 else min(hard, 65536)
         text = (
             f"a process may hold {counted(soft, 'file')} open; large folders of shards and many workers may need more"
         )
@@ -95,11 +100,11 @@ def check_open_files() -> Iterator[Finding]:
 
 
 def check_switches(environment: dict[str, str]) -> Iterator[Finding]:
-    """What the environment says about the model hub and about what clients report home. Secrets are not shown."""
+    """Report what the environment sets for the model hub and for telemetry. Secrets are not shown."""
     offline = [name for name in ("HF_HUB_OFFLINE", "TRANSFORMERS_OFFLINE") if _is_on(environment.get(name))]
     parts = [f"offline ({', '.join(offline)})" if offline else "downloads allowed"]
     if "HF_ENDPOINT" in environment:
-        parts.append(f"mirror {urlsplit(environment['HF_ENDPOINT']).hostname or 'of no valid address'}")
+        parts.append(f"mirror {urlsplit(environment['HF_ENDPOINT']).hostname or 'with an invalid address'}")
     if default_hub(environment) == "modelscope":
         parts.append(f"names are looked up on ModelScope ({HUB_VARIABLE})")
     if "HF_TOKEN" in environment:
@@ -114,7 +119,7 @@ def check_switches(environment: dict[str, str]) -> Iterator[Finding]:
 
 
 def _is_on(value: str | None) -> bool:
-    return (value or "").strip().lower() in TRUE_WORDS
+    return (value or "").strip().lower() in TRUE_VALUES
 
 
 def _free_port() -> int:

@@ -11,13 +11,13 @@ from transformers.utils import GENERATION_CONFIG_NAME
 from novelgpt.checks.findings import Finding
 from novelgpt.checks.launch import check_before_launch
 from novelgpt.model.loading import read_config
-from novelgpt.model.pickles import check_no_pickles, pickled_weights
+from novelgpt.model.pickles import check_no_pickles
 from novelgpt.model.weight_files import stored_tensors, weight_files
 from novelgpt.settings.runs import LoraRun, PretrainRun, TrainingRun
 from novelgpt.settings.terminal import counted, gigabytes
 from novelgpt.text.conversation import IGNORE_INDEX, encode_conversation
 from novelgpt.text.templates import template_record
-from novelgpt.training.run_choice import choose_run_folder
+from novelgpt.training.run_choice import preview_run_folder
 
 QUESTION, ANSWER = "灯塔下有什么？", "一封信。"
 
@@ -25,7 +25,7 @@ QUESTION, ANSWER = "灯塔下有什么？", "一封信。"
 def check_settings(run: TrainingRun) -> Iterator[Finding]:
     """What every run is checked for before anything is loaded; its folder is chosen. Data files are there."""
     check_before_launch(run)
-    choose_run_folder(run)
+    run = preview_run_folder(run)
     yield Finding(
         "settings", "ok", f"{run.pipeline}, rows of {run.data.max_length} tokens, into {run.training.output_dir}"
     )
@@ -49,11 +49,6 @@ def check_files(run: TrainingRun) -> Iterator[Finding]:
     count = f"{counted(len(tensors), 'tensor')} in {counted(len(files), 'file')}"
     text = f"{config.model_type}: {count}, {gigabytes(size)} of {kinds}"
     yield Finding("model files", "ok", text)
-
-
-def are_pickled(run: TrainingRun) -> bool:
-    """Whether the weights lie in pickles, which are read whole to be looked at."""
-    return bool(pickled_weights(Path(run.model.model)))
 
 
 def check_vocabulary(run: TrainingRun, tokenizer: PreTrainedTokenizerBase) -> Iterator[Finding]:

@@ -17,6 +17,7 @@ from transformers import PreTrainedTokenizerBase
 from novelgpt.budget.memory import compute_dtype
 from novelgpt.checks import devices, machine, model, versions
 from novelgpt.checks.findings import Check, Finding, run_check
+from novelgpt.model.pickles import pickled_weights
 from novelgpt.settings.errors import UserError
 from novelgpt.settings.process import is_first_process, raise_on_all_ranks
 from novelgpt.settings.runs import TrainingRun
@@ -65,7 +66,7 @@ def _checks(run: TrainingRun, tokenizer: PreTrainedTokenizerBase) -> Iterator[tu
     if cuda and run.training.deepspeed and compiles_operators(run.training.hf_deepspeed_config.config):
         yield "compilers", devices.check_toolchain
     folder = Path(run.model.model)
-    if folder.is_dir() and not model.are_pickled(run):  # those are read once, as they are loaded
+    if folder.is_dir() and not pickled_weights(folder):  # those are read once, as they are loaded
         yield "model files", partial(model.check_files, run)
     yield "vocabulary", partial(model.check_vocabulary, run, tokenizer)
 

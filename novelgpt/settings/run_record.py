@@ -1,13 +1,16 @@
-"""run.json: the record of a training run, validated where it is read."""
+"""run.json: the record of a training run, written atomically and validated where it is read."""
 
 from __future__ import annotations
 
 import json
+import math
+from datetime import datetime, timezone
 from pathlib import Path
 from typing import Any
 
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator
 
+from novelgpt.settings.atomic_files import atomic_write
 from novelgpt.settings.errors import UserError
 from novelgpt.settings.paths import OUTPUT
 
@@ -123,6 +126,26 @@ def read_run_record(folder: Path) -> dict[str, Any] | None:
     except (OSError, ValueError, RecursionError) as error:
         raise UserError(f"{path} cannot be read: {error}", remedy) from error
     return record.model_dump(exclude_unset=True)
+
+
+def write_run_record(folder: Path, record: dict[str, Any]) -> None:
+    """Write run.json, in place of an existing one."""
+    text = json.dumps(only_json(record), ensure_ascii=False, indent=2, default=str)
+    atomic_write(folder / RUN_FILE, text + "\n")
+
+
+def only_json(value: Any) -> Any:
+    """Return a copy with None for numbers that are not finite, which JSON cannot express."""
+    if isinstance(value, dict):
+        return {key: only_json(part) for key, part in value.items()}
+    if isinstance(value, (list, tuple)):
+        return [only_json(part) for part in value]
+    return None if isinstance(value, float) and not math.isfinite(value) else value
+
+
+def utc_now() -> str:
+    """Return the current time in ISO format, as run.json notes it."""
+    return datetime.now(timezone.utc).isoformat(timespec="seconds")
 
 
 def newest_finetuning(root: Path = OUTPUT) -> Path | None:

@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
-from typing import ClassVar
+import copy
+from dataclasses import dataclass, replace
+from typing import Any, ClassVar, TypeVar
 
 from novelgpt.settings.arguments import (
     ConversationArguments,
@@ -67,3 +68,12 @@ class PredictRun:
 
 
 TrainingRun = PretrainRun | FinetuneRun | LoraRun
+
+Run = TypeVar("Run", bound=TrainingRun)
+
+
+def with_training(run: Run, **changes: Any) -> Run:
+    """Return a copy of a run with some of its training arguments changed; nothing that follows from them is derived."""
+    training: Any = copy.copy(run.training)
+    vars(training).update(changes)
+    return replace(run, training=training)

@@ -20,9 +20,9 @@ from novelgpt.scoring.rouge import METRICS
 from novelgpt.settings.atomic_files import atomic_write
 from novelgpt.settings.attempts import this_attempt
 from novelgpt.settings.fonts import INSTALL_REMEDY
+from novelgpt.settings.run_record import only_json
 from novelgpt.settings.terminal import SECONDS_BETWEEN_LINES, say_above_bars
 from novelgpt.training.loss_plot import draw_losses
-from novelgpt.training.run_record import only_json
 
 # The plot may take this share of the run's time.
 PLOT_SHARE = 0.02

@@ -1,7 +1,7 @@
-"""What a run trains and evaluates on, told apart by role, order, number and content, wherever it lies.
+"""Identifies what a run trains and evaluates on by role, order, number and content, wherever it lies.
 
-Files are hashed whole. Tokens, of which there may be hundreds of gigabytes, are known by the hashes in their manifest
-as long as the file system says that nobody has written them since; else they are hashed, too.
+Files are hashed completely. Tokens, of which there may be hundreds of gigabytes, are identified by the hashes in their
+manifest as long as the file system says that nobody has written them since; otherwise they are hashed, too.
 """
 
 from __future__ import annotations
@@ -15,75 +15,67 @@ from typing import Any
 
 from pydantic import TypeAdapter
 
-from novelgpt.settings.arguments import ConversationArguments
 from novelgpt.settings.atomic_files import hash_file
 from novelgpt.settings.errors import UserError
 from novelgpt.settings.run_record import DataFile, DataSource
 from novelgpt.settings.runs import TrainingRun
 from novelgpt.text.token_files import MANIFEST, SHARDS, STARTS, TOKENS, read_token_manifest
 
+ROLES = ("train_files", "valid_files", "instruction_templates")
 PREPARED = ("train-*", "held_out-*")
-PREPARED_KINDS = (".parquet", ".jsonl")
+PREPARED_SUFFIXES = (".parquet", ".jsonl")
 HASHING_THREADS = 8
 _SOURCES = TypeAdapter(list[DataSource])
 
 
 def identify_data(run: TrainingRun) -> list[DataSource]:
-    """What the files and folders hold that a run names, in its order.
+    """Hash the files and folders that a run reads, in its order.
 
     Raises:
         UserError: a file cannot be read.
     """
-    named = [("train_files", name) for name in run.data.train_files]
-    named += [("valid_files", name) for name in run.data.valid_files]
-    if isinstance(run.data, ConversationArguments):
-        named += [("instruction_templates", name) for name in run.data.instruction_templates]
     known: dict[str, DataSource] = {}
     sources = []
-    for role, name in named:
-        if name not in known:
-            known[name] = _identify(role, name)
-        sources.append(known[name].model_copy(update={"role": role}))
+    for role in ROLES:
+        for name in vars(run.data).get(role, []):  # raw text has no templates
+            if name not in known:
+                known[name] = _identify(role, name)
+            sources.append(known[name].model_copy(update={"role": role}))
     return sources
 
 
 def check_unwritten(sources: Iterable[DataSource]) -> None:
-    """Make sure, once they are read, that files and folders are still what they were when they were hashed.
+    """Make sure, once they are read, that files and folders are still as they were when they were hashed.
 
     Raises:
-        UserError: names the first one that is not.
+        UserError: names the first one that changed.
     """
     for source in sources:
         now = _state_of(Path(source.path))
         changed = sorted(path for path in now.keys() | source.seen.keys() if now.get(path) != source.seen.get(path))
         if changed:
             raise UserError(
-                f"{changed[0]} was written while this run read it, so that it may hold some of both",
+                f"{changed[0]} was written while this run read it, so that it may have read some of both versions",
                 "start again once nothing writes there",
             )
 
 
-def data_sha256(sources: Iterable[DataSource]) -> dict[str, str]:
-    """By name, the hashes of the files and manifests that a run trains and evaluates on, for people to compare."""
-    return {source.name: source.digest for source in sources if source.role != "instruction_templates"}
-
-
 def data_changes(before: Sequence[dict[str, Any]], now: Sequence[dict[str, Any]]) -> list[str]:
-    """What differs between the data of two runs, in words; [] where nothing does.
+    """Describe what differs between the data of two runs.
 
     Args:
         before: the `data` of a run.json.
-        now: that of this process, whose files are there to be looked at.
+        now: that of this process, whose files can be read.
     """
     old, new = _SOURCES.validate_python(before), _SOURCES.validate_python(now)
     found = []
-    for role in ("train_files", "valid_files", "instruction_templates"):
+    for role in ROLES:
         olds = [source for source in old if source.role == role]
         news = [source for source in new if source.role == role]
         changed = [_difference(one, other) for one, other in zip(olds, news, strict=False)]
         if len(olds) == len(news) and not any(changed):
             continue
-        # A file that is as before, but elsewhere in the row, is no changed one.
+        # A file with unchanged content at another position is not a changed file.
         unknown = [source for source in news if all(_difference(one, source) for one in old)]
         if not unknown:
             found.append(f"the files of --{role}, their order or how often each is named")
@@ -99,22 +91,23 @@ def _identify(role: str, name: str) -> DataSource:
     source = DataSource(role=role, path=str(path), name=name, files=[])
     try:
         if not path.exists():
-            return source  # told where it would be read
+            return source  # reported where it is read
         source.seen = _state_of(path)
         if not path.is_dir():
             if not path.is_file():
-                raise UserError(f"{name} is no regular file", "write its rows to a file, and name that")
-            source.files = [_hashed(path, path.suffix.lower())]
+                raise UserError(f"{name} is not a regular file", "write its rows to a file, and name that")
+            source.files = [_hash(path, path.suffix.lower())]
             return source
         if (path / MANIFEST).is_file():
             source.manifest_sha256 = hash_file(path / MANIFEST)[0]
-        manifest = _token_manifest(path)
-        if manifest is not None:
-            source.files = _token_files(path, manifest)
+        tokens = None
+        with contextlib.suppress(UserError):  # reported where the tokens are opened
+            tokens = read_token_manifest(path)
+        if tokens is not None:
+            source.files = _token_files(path, tokens)
         else:
-            read = _prepared_files(path)
             with ThreadPoolExecutor(HASHING_THREADS) as pool:
-                source.files = list(pool.map(_hashed, read, [file.name for file in read]))
+                source.files = list(pool.map(lambda file: _hash(file, file.name), _prepared_files(path)))
     except OSError as error:
         raise UserError(
             f"{error.filename or name} cannot be read: {error.strerror}", "name files you can read"
@@ -124,11 +117,11 @@ def _identify(role: str, name: str) -> DataSource:
 
 def _prepared_files(folder: Path) -> list[Path]:
     found = sorted(path for pattern in PREPARED for path in folder.glob(pattern))
-    return [path for path in found if path.suffix in PREPARED_KINDS]
+    return [path for path in found if path.suffix in PREPARED_SUFFIXES]
 
 
 def _state_of(path: Path) -> dict[str, list[int]]:
-    """What changes when a file is written, by path: of a file, or of a folder's manifest and shards."""
+    """Return [inode, size, mtime], which change with each write, of a file or of a folder's manifest and shards."""
     files = [path / MANIFEST, *_prepared_files(path), *path.glob(f"{SHARDS}/*/*")] if path.is_dir() else [path]
     found = {}
     for file in files:
@@ -138,17 +131,9 @@ def _state_of(path: Path) -> dict[str, list[int]]:
     return found
 
 
-def _hashed(path: Path, name: str) -> DataFile:
+def _hash(path: Path, name: str) -> DataFile:
     sha256, size = hash_file(path)
     return DataFile(name=name, bytes=size, sha256=sha256)
-
-
-def _token_manifest(folder: Path) -> dict[str, Any] | None:
-    """None where it is none; what is wrong with it is told where the tokens are opened."""
-    try:
-        return read_token_manifest(folder)
-    except UserError:
-        return None
 
 
 def _token_files(folder: Path, manifest: dict[str, Any]) -> list[DataFile]:
@@ -158,7 +143,7 @@ def _token_files(folder: Path, manifest: dict[str, Any]) -> list[DataFile]:
             for name in (TOKENS, STARTS):
                 path = folder / SHARDS / shard["name"] / name
                 if not path.is_file():
-                    continue  # told where the tokens are opened
+                    continue  # reported where the tokens are opened
                 status = path.stat()
                 files.append(DataFile(
                     name=str(path.relative_to(folder)), bytes=status.st_size,
@@ -169,22 +154,19 @@ def _token_files(folder: Path, manifest: dict[str, Any]) -> list[DataFile]:
 
 
 def _difference(old: DataSource, new: DataSource) -> str:
-    """What of a source is another one's: its name, that of a file in it, or ""."""
-    inside = f"{Path(new.name).name}/" if new.manifest_sha256 or Path(new.path).is_dir() else ""
+    """Name the first file of a source whose content is not the old one's, or the source itself; "" where none is."""
+    name = Path(new.name).name
+    in_folder = new.manifest_sha256 or Path(new.path).is_dir()
     for one, other in zip(old.files, new.files, strict=False):
-        same = (one.name, one.bytes, one.split) == (other.name, other.bytes, other.split)
-        if not same or not _same_content(one, other, Path(new.path)):
-            return f"{inside}{other.name}" if inside else Path(new.name).name
-    return "" if len(old.files) == len(new.files) else Path(new.name).name
-
-
-def _same_content(old: DataFile, new: DataFile, folder: Path) -> bool:
-    if old.sha256 != new.sha256:
-        return False
-    return old.written == new.written or _hash_of(folder / new.name, tuple(new.written)) == old.sha256
+        same = (one.name, one.bytes, one.split, one.sha256) == (other.name, other.bytes, other.split, other.sha256)
+        if same and one.written != other.written:  # the manifest's hash may be outdated
+            same = _hash_again(Path(new.path) / other.name, tuple(other.written)) == one.sha256
+        if not same:
+            return f"{name}/{other.name}" if in_folder else name
+    return "" if len(old.files) == len(new.files) else name
 
 
 @functools.cache
-def _hash_of(path: Path, _: tuple[int, ...]) -> str:
-    """Hashed once for as long as it is not written."""
+def _hash_again(path: Path, _: tuple[int, ...]) -> str:
+    """Hash a file once for as long as it is not written."""
     return hash_file(path)[0]

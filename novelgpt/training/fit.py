@@ -70,7 +70,7 @@ def fit(
     if "position_ids" in train[0]:
         check_packing(base_model(model))
     plan.memory.settle_micro_batch(model)
-    folder.begin(run)
+    folder.start(run)
     recorder = RunRecorder(folder.path)
     try:
         return _fit_into(folder, recorder, model, tokenizer, train, valid, run, plan)
@@ -94,14 +94,14 @@ def _fit_into(
     valid = evaluations.rows
     if training.process_index == 0:
         say(evaluations.explain())
-    name_tracked_run(training, folder, str(claimed.description.get("id", "")))
+    name_tracked_run(training, folder, str(claimed.record.get("id", "")))
     base_recorder = BaseRecorder(model)
     # Events of every run lie under logs/, where `tensorboard --logdir output` finds them by the run's name.
     # What a run that is gone on with had written after its checkpoint is not shown.
     begin = int(resumed.rpartition("-")[2]) + 1 if resumed is not None else None
     writer = SummaryWriter(str(folder / "logs"), purge_step=begin) if training.process_index == 0 else None
     curves = None if writer is None else Curves(writer)
-    cards = RunCard(run, claimed.description, base_model(model), tokenizer, train) if writer is not None else None
+    cards = RunCard(run, claimed.record, base_model(model), tokenizer, train) if writer is not None else None
 
     def complete(unfinished: Path) -> None:
         """Beside weights that are being saved, by the first process."""

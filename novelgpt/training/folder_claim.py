@@ -1,4 +1,4 @@
-"""Folders that one process at a time writes into: made and locked at once, and gone again where nothing came of it."""
+"""Claims a folder for one process: makes and locks it in one step, and removes it again if it stays unused."""
 
 from __future__ import annotations
 
@@ -16,14 +16,14 @@ LOCK = "run.lock"
 
 @dataclass
 class Claim:
-    """A folder that this process holds: no other run chooses it until this one lets go.
+    """A folder that this process holds: no other run chooses it until it is released.
 
     Attributes:
         folder: absolute.
-        handle: of the lock; None where a folder is only looked at.
-        lock: what the file of the lock was when this process took it; None where a folder is only looked at.
+        handle: of the lock; None for a peek and after the release.
+        lock: the lock file as it was when this process locked it; None for a peek.
         made: folders that were made for it, the innermost first.
-        lock_made: whether the file of the lock was, too.
+        lock_made: whether the lock file was made, too.
     """
 
     folder: Path
@@ -33,14 +33,14 @@ class Claim:
     lock_made: bool = False
 
     def holds(self) -> bool:
-        """Whether the folder is still the one that was claimed: neither moved nor taken away and made anew."""
+        """Whether the folder is still the one that was claimed: neither moved nor removed and made anew."""
         try:
             return self.lock is not None and os.path.samestat(self.lock, (self.folder / LOCK).stat())
         except OSError:
             return False
 
-    def let_go(self, unused: bool = False) -> None:
-        """End the claim. What was made for it is gone again where it holds nothing.
+    def release(self, unused: bool = False) -> None:
+        """End the claim, and remove what was made for it where it is empty.
 
         Args:
             unused: whether nothing has been written since the folder was claimed.
@@ -56,7 +56,7 @@ class Claim:
 
 
 def take(folder: Path) -> Claim:
-    """Make a folder, where it is not there, and lock it.
+    """Make a folder, if missing, and lock it.
 
     Raises:
         BlockingIOError: another process holds it.
@@ -70,25 +70,29 @@ def take(folder: Path) -> Claim:
     except BlockingIOError:
         raise
     except OSError as error:
-        raise UserError(f"{folder} cannot be made: {error.strerror}", "name a folder that can be written") from error
+        raise UserError(f"{folder} cannot be made: {error.strerror}", "name a folder you can write to") from error
     return Claim(folder, handle, (target / LOCK).stat(), made or ([target] if left else []), lock_made or left)
 
 
-def look(folder: Path) -> Claim:
-    """A claim on nothing."""
+def peek(folder: Path) -> Claim:
+    """Return a claim that holds nothing.
+
+    Raises:
+        BlockingIOError: another process holds the folder.
+    """
     if is_locked(folder / LOCK):
         raise BlockingIOError
     return Claim(folder)
 
 
 def is_vacant(folder: Path) -> bool:
-    """Whether a folder is not there or holds nothing, but for the lock that a killed process left."""
+    """Whether a folder is missing or empty, except for a lock file that a killed process left."""
     target = Path(os.path.realpath(folder))
     return not target.exists() or (target.is_dir() and all(path.name == LOCK for path in target.iterdir()))
 
 
 def check_none_held_below(folder: Path) -> None:
-    """Make sure that no process holds anything in a folder, such as a run in a folder of it, but for its own lock.
+    """Make sure that no process holds anything in a folder, such as a run in a subfolder, except for its own lock.
 
     Raises:
         UserError: one does.
@@ -96,16 +100,16 @@ def check_none_held_below(folder: Path) -> None:
     for place, folders, files in os.walk(folder):
         for path in (Path(place, name) for name in (*folders, *files)):
             if path != folder / LOCK and (path.is_dir() or path.is_file()) and is_locked(path):
-                raise UserError(f"another process works on {path}", "wait for its end, or choose another folder")
+                raise UserError(f"another process works on {path}", "wait until it exits, or choose another folder")
 
 
 def snapshot(folder: Path) -> dict[str, tuple[int, ...]]:
-    """All that is in a folder and below, but for the lock: inodes, of files also size and time of the last change."""
+    """Return the inode, for files also size and mtime, of everything in a folder and below, except for the lock."""
     found: dict[str, tuple[int, ...]] = {}
     for place, folders, files in os.walk(folder):
         for name in (*folders, *files):
             path = Path(place, name)
-            with contextlib.suppress(FileNotFoundError):  # taken away in this moment
+            with contextlib.suppress(FileNotFoundError):  # removed in this moment
                 status = path.lstat()
                 of_file = (status.st_size, status.st_mtime_ns) if name in files else ()
                 found[str(path.relative_to(folder))] = (status.st_ino, *of_file)
@@ -114,7 +118,7 @@ def snapshot(folder: Path) -> dict[str, tuple[int, ...]]:
 
 
 def empty(folder: Path) -> None:
-    """Delete what a folder holds, but for the lock."""
+    """Delete what a folder holds, except for the lock."""
     for path in folder.iterdir():
         if path.name == LOCK:
             continue

@@ -16,8 +16,8 @@ from transformers import TrainerState
 from transformers.trainer import TRAINER_STATE_NAME
 
 from novelgpt.settings.atomic_files import atomic_write
+from novelgpt.settings.run_record import only_json
 from novelgpt.training.checkpoints.best import without_places
-from novelgpt.training.run_record import only_json
 
 TRAIN_RESULTS, EVAL_RESULTS, ALL_RESULTS = "train_results.json", "eval_results.json", "all_results.json"
 RESULT_FILES = (TRAIN_RESULTS, EVAL_RESULTS, ALL_RESULTS, TRAINER_STATE_NAME)

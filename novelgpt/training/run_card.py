@@ -15,7 +15,7 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase, TrainerState
 from novelgpt.model.card import Card, base_identity, base_metadata, code, shown_name, table, use_section
 from novelgpt.settings.runs import TrainingRun
 from novelgpt.text.conversation import IGNORE_INDEX
-from novelgpt.training.resume import DECISIVE
+from novelgpt.training.run_identity import DECISIVE
 
 KINDS = {
     "pretrain": ("Continued pretraining of", ["continued-pretraining"]),

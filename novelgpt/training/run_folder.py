@@ -1,32 +1,39 @@
-"""output/RUN/, from the moment it is chosen, made and locked, before anything is loaded, to the end of the run."""
+"""output/RUN/: claimed before anything is loaded, and held until the run ends."""
 
 from __future__ import annotations
 
+import os
 import secrets
 import shutil
+import socket
+import tempfile
+import time
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+from torch import distributed
+
 from novelgpt.settings.attempts import this_attempt
 from novelgpt.settings.errors import UserError
-from novelgpt.settings.process import first_process_value, is_first_process, raise_on_all_ranks
-from novelgpt.settings.run_record import RUN_FILE, DataSource
+from novelgpt.settings.process import first_process_value, in_process_group, is_first_process, raise_on_all_ranks
+from novelgpt.settings.run_record import RUN_FILE, DataSource, utc_now, write_run_record
 from novelgpt.settings.runs import TrainingRun
 from novelgpt.settings.terminal import say
 from novelgpt.training.checkpoints.folders import checkpoints
 from novelgpt.training.data_identity import check_unwritten, identify_data
-from novelgpt.training.folder_claim import LOCK, Claim, check_none_held_below, empty, snapshot, take
+from novelgpt.training.folder_claim import LOCK, check_none_held_below, empty, snapshot, take
 from novelgpt.training.result_files import remove_result_files
-from novelgpt.training.run_choice import choose, settle
-from novelgpt.training.run_record import describe_run, now, write_run
-from novelgpt.training.shared_folder import check_shared_folder
+from novelgpt.training.run_choice import Choice, choose, settle
+from novelgpt.training.run_identity import describe_run
 from novelgpt.training.signals import StopOnSignal, Stopped
 
-# Where the run that is replaced waits to be deleted; a kill in between leaves it for the next one.
+# Where a replaced run waits to be deleted; after a kill in between, the next run deletes it.
 REPLACED = "replaced.unfinished"
+# Network file systems show new files late where a host has looked before.
+VISIBLE_SECONDS = 30.0
 
 
 @dataclass
@@ -34,91 +41,87 @@ class RunFolder:
     """The folder of a run, on each of its processes; the first one holds it and writes there.
 
     Attributes:
+        run: with its folder and checkpoint settled.
         path: absolute.
-        checkpoint: that the run goes on from; None where it begins.
-        stop: that has listened for signals since before the folder was made.
-        found: the folder, or the nearest one above it, that was there before.
+        checkpoint: that the run resumes from; None for a fresh start.
+        stop: has listened for signals since before the folder was made.
         trained: whether there was a step, so that there is something to keep.
+        record: what run.json holds, on the first process, once the run has started.
     """
 
+    run: TrainingRun
     path: Path
     checkpoint: Path | None
     stop: StopOnSignal
-    found: Path
     trained: bool = False
-    _claim: Claim | None = None
+    record: dict[str, Any] = field(default_factory=dict)
+    _choice: Choice | None = None  # on the first process
     _data: list[DataSource] = field(default_factory=list)
-    _before: dict[str, Any] | None = None
     _contents: dict[str, tuple[int, ...]] = field(default_factory=dict)
-    _description: dict[str, Any] = field(default_factory=dict)
 
-    def begin(self, run: TrainingRun) -> None:
-        """Write run.json with status "running", in place of the run that was there where this one does not go on.
+    def start(self, run: TrainingRun) -> None:
+        """Write run.json with status "running", in place of a run that was there and is not resumed.
 
-        All ranks call it. From here on a signal finds a folder that is the run's own.
+        All ranks call it. From here on a signal finds a folder that belongs to the run.
+
+        Args:
+            run: with everything settled.
 
         Raises:
-            UserError: what shall be replaced, or the data, are not what was there when the folder was chosen.
+            UserError: what is to be replaced, or the data, are not what they were when the folder was chosen.
         """
         self.stop.only_note()
         with raise_on_all_ranks():
-            if is_first_process():
+            if self._choice is not None:
                 try:
                     check_unwritten(self._data)
-                    self._begin(describe_run(run, self._data) | {"status": "running"})
-                    this_attempt().begin(self.path, self.checkpoint)
+                    self._start(self._choice, describe_run(run, self._data) | {"status": "running"})
                 except OSError as error:
                     cause = f"{error.filename or self.path} cannot be written: {error.strerror}"
                     raise UserError(cause, "make room there, or name another --output_dir") from error
+                this_attempt().begin(self.path, self.checkpoint)
         self.stop.end_at_once()
-
-    @property
-    def description(self) -> dict[str, Any]:
-        """What run.json holds, on the first process, once the run has begun."""
-        return self._description
 
     def finish(self, results: dict[str, Any]) -> None:
         """Note in run.json that the run is complete, with its final figures."""
-        self._write(self._description | {"status": "finished", "finished": now(), "results": results})
+        self._write(self.record | {"status": "finished", "finished": utc_now(), "results": results})
         this_attempt().finish()
 
-    def leave(self, error: BaseException | None) -> None:
-        """Let go of the folder, and of what is in it where the run has not come to a first step.
+    def release(self, error: BaseException | None) -> None:
+        """Release the folder, and remove what is in it where the run has not completed a first step.
 
         Args:
             error: that ends the run; None where it is complete.
         """
-        if self._claim is None:
+        if self._choice is None:
             return
-        if error is not None and self._description:
-            if not (self._goes_on or self.trained or checkpoints(self.path)):
+        if error is not None and self.record:
+            if not (self._choice.resumed is not None or self.trained or checkpoints(self.path)):
                 empty(self.path)  # before the first step: what is there looks like a run
             elif isinstance(error, Stopped):
                 try:
-                    self._write(self._description | {"status": "stopped", "stopped_by": error.signal})
-                except OSError as problem:  # the run goes on all the same
+                    self._write(self.record | {"status": "stopped", "stopped_by": error.signal})
+                except OSError as problem:  # the run can be resumed all the same
                     reason = problem.strerror or problem
                     say(f"{self.path / RUN_FILE} cannot note that the run was stopped: {reason}", style="yellow")
-        self._claim.let_go(unused=not self._description)
+        self._choice.claim.release(unused=not self.record)
 
-    @property
-    def _goes_on(self) -> bool:
-        """Whether the run that the folder holds is the one that is gone on with."""
-        return self._before is not None and self.checkpoint is not None
-
-    def _begin(self, description: dict[str, Any]) -> None:
-        if self._claim is None or not self._claim.holds():
+    def _start(self, choice: Choice, record: dict[str, Any]) -> None:
+        if not choice.claim.holds():
             raise UserError(f"{self.path} was moved or deleted while this run loaded", "start again")
-        restarts = this_attempt().restarts(self.checkpoint)
-        before = self._before if self._before is not None and self.checkpoint is not None else {}
-        description["id"] = before.get("id") or secrets.token_hex(8)  # for trackers, whose runs go on as well
-        if self._before is not None and self.checkpoint is not None:
-            again = {"at": description["started"], "checkpoint": self.checkpoint.name}
-            description["started"] = self._before.get("started", description["started"])
-            description["resumed"] = [*self._before.get("resumed", []), again]
+        before = choice.resumed or {}
+        record["id"] = before.get("id") or secrets.token_hex(8)  # for trackers, whose runs are resumed as well
+        restarts = this_attempt().restarts(choice.checkpoint)
+        if choice.resumed is not None and choice.checkpoint is not None:
+            again = {"at": record["started"], "checkpoint": choice.checkpoint.name}
+            record["started"] = before.get("started", record["started"])
+            record["resumed"] = [*before.get("resumed", []), again]
             known = {entry.get("at") for entry in restarts}
-            earlier = [entry for entry in self._before.get("restarts", []) if entry.get("at") not in known]
-            self._write(description | ({"restarts": [*earlier, *restarts]} if earlier or restarts else {}))
+            restarts = [entry for entry in before.get("restarts", []) if entry.get("at") not in known] + restarts
+        if restarts:
+            record["restarts"] = restarts
+        if choice.resumed is not None:
+            self._write(record)
             remove_result_files(self.path)
             return
         changed = sorted({name for name, _ in snapshot(self.path).items() ^ self._contents.items()})
@@ -127,15 +130,8 @@ class RunFolder:
                 f"{self.path} was changed by something else after this run had chosen it: {', '.join(changed[:3])}",
                 "look at what it holds, and start again, or choose another --output_dir",
             )
-        self._replace(description | ({"restarts": restarts} if restarts else {}))
-
-    def _write(self, description: dict[str, Any]) -> None:
-        write_run(self.path, description)
-        self._description = description
-
-    def _replace(self, description: dict[str, Any]) -> None:
-        """At no moment has the folder a run.json beside what belongs to another run."""
         check_none_held_below(self.path)
+        # At no moment does the folder have a run.json beside what belongs to another run.
         aside = self.path / REPLACED
         if self._contents:
             shutil.rmtree(aside, ignore_errors=True)
@@ -143,21 +139,25 @@ class RunFolder:
             for path in self.path.iterdir():
                 if path.name not in (LOCK, RUN_FILE, REPLACED):
                     path.rename(aside / path.name)
-        self._write(description)
+        self._write(record)
         if self._contents:
             shutil.rmtree(aside, ignore_errors=True)
+
+    def _write(self, record: dict[str, Any]) -> None:
+        write_run_record(self.path, record)
+        self.record = record
 
 
 @contextmanager
 def claim_run_folder(run: TrainingRun) -> Iterator[RunFolder]:
-    """The folder that a run gets, for the block. All ranks call it; `run.training` notes the folder and the checkpoint.
+    """Claim the folder of a run for the block, and choose the checkpoint that it resumes from. All ranks call it.
 
-    A folder that holds an unfinished run of the same settings is gone on with, from its newest whole checkpoint. What
-    the run replaces stays as it is until `begin`. After an error or a signal before the first step, what was made is
-    gone again; signals end the block at once until then.
+    An unfinished run of the same settings is resumed from its newest intact checkpoint. A run that is replaced stays as
+    it is until `RunFolder.start`. After an error or a signal before the first step, what was made is removed again;
+    until then, signals end the block at once.
 
     Raises:
-        UserError: the folder that the user named holds another run, none of its checkpoints is whole, or not all hosts
+        UserError: the folder that the user named holds another run, none of its checkpoints is intact, or not all hosts
             see it.
         Stopped: a signal came.
     """
@@ -168,7 +168,7 @@ def claim_run_folder(run: TrainingRun) -> Iterator[RunFolder]:
     try:
         folder = _claim_together(run, stop)
         stop.end_at_once()
-        check_shared_folder(folder.found)
+        _check_shared(folder)
         yield folder
     except BaseException as error:
         problem = error
@@ -179,30 +179,63 @@ def claim_run_folder(run: TrainingRun) -> Iterator[RunFolder]:
     finally:
         try:
             if folder is not None:
-                folder.leave(problem)
+                folder.release(problem)
         finally:
             stop.leave()
 
 
 def _claim_together(run: TrainingRun, stop: StopOnSignal) -> RunFolder:
-    """Let the first process choose; all ranks raise its errors."""
-    claim: Claim | None = None
-    chosen: tuple[Path, Path | None, Path] | None = None
-    own: dict[str, Any] = {}
-    try:
+    """Claim a folder on the first process, and settle the run on all of them."""
+    choice: Choice | None = None
+    data: list[DataSource] = []
+    with ExitStack() as on_error:
         with raise_on_all_ranks():
             if is_first_process():
                 data = identify_data(run)  # before it is read
-                claim, checkpoint, before = choose(run, lambda: data, take)
-                contents = snapshot(claim.folder) if checkpoint is None else {}
-                own = {"_claim": claim, "_data": data, "_before": before, "_contents": contents}
-                chosen = claim.folder, checkpoint, claim.made[-1].parent if claim.made else claim.folder
-        chosen = first_process_value(chosen)
-    except BaseException:
-        if claim is not None:
-            claim.let_go(unused=True)
-        raise
-    assert chosen is not None
-    path, checkpoint, found = chosen
-    settle(run, path, checkpoint)
-    return RunFolder(path, checkpoint, stop, found, **own)
+                choice = choose(run, lambda: data, take)
+                on_error.callback(choice.claim.release, unused=True)
+        contents = snapshot(choice.claim.folder) if choice is not None and choice.checkpoint is None else {}
+        path, checkpoint = first_process_value(None if choice is None else (choice.claim.folder, choice.checkpoint))
+        on_error.pop_all()
+    settled = settle(run, path, checkpoint) if choice is None else choice.run
+    return RunFolder(settled, path, checkpoint, stop, _choice=choice, _data=data, _contents=contents)
+
+
+def _check_shared(folder: RunFolder) -> None:
+    """Probe whether all hosts see what the first one writes where the folder is or will be. All ranks call it.
+
+    Raises:
+        UserError: names the hosts that do not, on all ranks.
+    """
+    if not in_process_group():
+        return
+    ranks = distributed.get_world_size()
+    if ranks == int(os.environ.get("LOCAL_WORLD_SIZE", ranks)):
+        return
+    token = ""
+    if folder._choice is not None:
+        made = folder._choice.claim.made
+        descriptor, token = tempfile.mkstemp(prefix=".shared-", dir=made[-1].parent if made else folder.path)
+        os.close(descriptor)
+    path = Path(first_process_value(token))
+    try:
+        answers: list[str | None] = [None] * ranks
+        distributed.all_gather_object(answers, None if _appears(path) else socket.gethostname())
+    finally:
+        if is_first_process():
+            path.unlink()
+    blind = sorted({answer for answer in answers if answer is not None})
+    if blind:
+        raise UserError(
+            f"{', '.join(blind)} does not see what the first host writes into {path.parent}",
+            f"name an --output_dir on a file system that all hosts share, in place of {folder.path}",
+        )
+
+
+def _appears(path: Path) -> bool:
+    deadline = time.monotonic() + VISIBLE_SECONDS
+    while time.monotonic() < deadline:
+        if path.parent.is_dir() and path in path.parent.iterdir():
+            return True
+        time.sleep(0.5)
+    return False

@@ -1,4 +1,4 @@
-"""SIGTERM, Ctrl-C, and what Slurm and a lost terminal send: save at the end of the step, on all ranks, and end."""
+"""Stops a run on SIGTERM, Ctrl-C, and the signals of Slurm and a lost terminal: saves after the step, on all ranks."""
 
 from __future__ import annotations
 
@@ -17,68 +17,67 @@ from novelgpt.settings.signals import IMPATIENT_SIGNALS, STOP_SIGNALS
 
 
 class Stopped(SystemExit):
-    """The run ends here because of a signal. The exit status is 128 + its number, as a shell has it."""
+    """Raised where a signal ends the run. The exit status is 128 + its number, as in a shell."""
 
     def __init__(self, number: int, saved: int | None) -> None:
-        """The signal's number, and the step that is saved, if one is."""
+        """Take the signal's number, and the step that is saved, if any."""
         super().__init__(128 + number)
         self.signal = signal.Signals(number).name
         self.saved = saved
 
     def explain(self) -> str:
-        """What happened, in a line."""
+        """Describe what happened, in one line."""
         if self.saved is None:
             return f"stopped by {self.signal} before the first step"
         return (
             f"stopped by {self.signal} at step {self.saved}, saved as checkpoint-{self.saved}; "
-            "the same command goes on from there"
+            "the same command resumes from there"
         )
 
 
-class EvaluationStopped(Exception):  # noqa: N818  # no error, a way out
-    """An evaluation ends between two batches, on all ranks at the same one, because of a signal."""
+class EvaluationStopped(Exception):  # noqa: N818  # not an error
+    """Raised where a signal ends an evaluation, between the same two batches on all ranks."""
 
 
 class StopOnSignal(TrainerCallback):
     """Notes signals; at the end of an optimizer step all ranks agree whether one of them has noted one.
 
-    Then the step is saved as a checkpoint, and `Stopped` raised once it is whole. A signal that comes during a save
-    ends the run after it, one that comes during an evaluation between two batches. Before the first step there is
-    nothing to save: between `end_at_once` and `only_note`, `Stopped` is raised at once. After a first one that asks for
-    an end, a second SIGINT or SIGTERM ends the process at once; ranks leave that to their launcher, as it gets both and
-    they may get the first one twice.
+    Then the step is saved as a checkpoint, and `Stopped` is raised once that is complete. A signal during a save ends
+    the run after it, one during an evaluation between two batches. Before the first step there is nothing to save:
+    between `end_at_once` and `only_note`, `Stopped` is raised at once. After a first SIGINT or SIGTERM, a second one
+    ends the process at once; ranks leave that to their launcher, which gets both, while they may get the first twice.
     """
 
     def __init__(self) -> None:
         self._noted = 0
         self._at_once = False
-        self._step: int | None = None  # None until the first step begins
+        self._step: int | None = None  # None until the first step starts
         self._group: distributed.ProcessGroup | None = None
         self._process = os.getpid()
         self._before: dict[signal.Signals, Any] = {}
 
     def listen(self) -> None:
-        """Begin. A signal that is ignored (nohup) stays so; threads but the first cannot listen."""
+        """Install the handlers. An ignored signal (nohup) stays ignored; only the main thread can listen."""
         if threading.current_thread() is threading.main_thread():
             numbers = [number for number in STOP_SIGNALS if signal.getsignal(number) != signal.SIG_IGN]
             self._before = {number: signal.signal(number, self._note) for number in numbers}
 
     def end_at_once(self) -> None:
-        """Until the first step, whatever is under way may be left for a signal, also for one that has come.
+        """Until the first step, let a signal end whatever is under way, also one that has already come.
 
         Raises:
-            Stopped: one has come, now or later.
+            Stopped: a signal has come, now or later.
         """
         self._at_once = True
         if self._noted:
             raise Stopped(self._noted, None)
 
     def only_note(self) -> None:
-        """What follows is not left halfway for a signal."""
+        """Let no signal interrupt what follows."""
         self._at_once = False
 
     def leave(self) -> None:
-        """Signals do again what they did before, and the group in which ranks agreed ends, of gloo beside NCCL too."""
+        """Restore the former handlers, and destroy the gloo group in which ranks agreed."""
         if self._group is not None:
             distributed.destroy_process_group(self._group)
             self._group = None
@@ -86,9 +85,9 @@ class StopOnSignal(TrainerCallback):
             signal.signal(number, handler)
 
     def wanted(self) -> int:
-        """Number of the signal that one of the ranks has noted; 0 for none. All ranks call this together.
+        """Return the number of the signal that one of the ranks has noted; 0 for none. All ranks call this together.
 
-        Two processes of a host agree in about 0.3 ms, between processors, without waiting for a GPU.
+        Two processes of a host agree in about 0.3 ms, without waiting for a GPU.
         """
         if not in_process_group() or distributed.get_world_size() == 1:
             return self._noted
@@ -99,11 +98,11 @@ class StopOnSignal(TrainerCallback):
         return int(noted.item())
 
     def on_step_begin(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **_: Any) -> None:
-        """From here on there is something to save."""
+        """Note that there is something to save from here on."""
         self._step = state.global_step
 
     def on_step_end(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **_: Any) -> None:
-        """Ask for a checkpoint and the end of training; an evaluation of this step is left out."""
+        """Request a checkpoint and the end of training; skip the evaluation of this step."""
         if self.wanted():
             control.should_save = True
             control.should_evaluate = False
@@ -112,19 +111,19 @@ class StopOnSignal(TrainerCallback):
     def on_prediction_step(
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **_: Any
     ) -> None:
-        """Raise EvaluationStopped; the trainer saves, then."""
+        """Raise EvaluationStopped; the trainer then saves."""
         if self._step is not None and self.wanted():
             raise EvaluationStopped
 
     def on_save(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **_: Any) -> None:
-        """Raise Stopped where the save was the last thing to do. No rank leaves before all have saved."""
+        """Raise Stopped where the save was the last thing to do. No rank exits before all have saved."""
         number = self.wanted()
         if number:
             raise Stopped(number, state.global_step)
 
     def _note(self, number: int, _: FrameType | None) -> None:
         if os.getpid() != self._process:
-            return  # a worker that loads data: the process it belongs to ends it
+            return  # a worker that loads data, which its parent ends
         if self._step is None and self._at_once:
             self._noted = number
             raise Stopped(number, None)

@@ -21,7 +21,7 @@ from novelgpt.checks.devices import check_toolchain, find_nvcc, nvcc_release
 from novelgpt.checks.findings import Finding, any_problem, run_check
 from novelgpt.checks.plan import Plan, check_checkpoints, check_memory, parse_run
 from novelgpt.checks.trial import check_trial, try_longest_batch
-from novelgpt.checks.versions import LEAST, REQUIREMENTS, check_packages
+from novelgpt.checks.versions import MINIMUM, REQUIREMENTS, check_packages
 from novelgpt.doctor import check_run
 from novelgpt.settings.errors import UserError
 from tests.warm_python import warm_python
@@ -98,9 +98,9 @@ def test_a_remedy_goes_with_notes_and_problems_only(mark: Any, remedy: str) -> N
         Finding("a", mark, "text", remedy)
 
 
-def test_least_versions_are_those_that_the_requirements_promise() -> None:
+def test_minimum_versions_are_those_that_the_requirements_promise() -> None:
     promise = REQUIREMENTS.read_text(encoding="utf-8").splitlines()[0]
-    for name, version in LEAST.items():
+    for name, version in MINIMUM.items():
         assert f"{name} >= {version}" in promise
 
 
@@ -155,7 +155,7 @@ def test_a_full_disk(base_folder: Path, tmp_path: Path, monkeypatch: pytest.Monk
         monkeypatch.setattr(shutil, "disk_usage", lambda _, free=free: Usage(10**15, 0, free))
         assert [finding.mark for finding in check_checkpoints(run, plan)] == [mark]
     monkeypatch.setattr(shutil, "disk_usage", lambda _: Usage(10**12, 10**12, 0))
-    assert [finding.mark for finding in machine.check_room(tmp_path / "new")] == ["problem"]
+    assert [finding.mark for finding in machine.check_disk_space(tmp_path / "new")] == ["problem"]
     assert [finding.mark for finding in machine.check_shared_memory(tmp_path)] == ["note"]
 
 

@@ -491,13 +491,13 @@ CASES = {
         ["--output_dir", "{taken}", "--overwrite_output_dir", "--resume"],
         "--overwrite_output_dir would delete",
     ),
-    "resume from nothing": ("finetune", ["--resume"], "holds no checkpoint to go on from"),
+    "resume from nothing": ("finetune", ["--resume"], "holds no checkpoint to resume from"),
     "resume from a missing checkpoint": (
         "finetune",
         ["--resume_from_checkpoint", "checkpoint-9"],
-        "--resume_from_checkpoint checkpoint-9 is no folder",
+        "--resume_from_checkpoint checkpoint-9 is not a folder",
     ),
-    "folder with other files": ("finetune", ["--output_dir", "."], "holds files that are no run's"),
+    "folder with other files": ("finetune", ["--output_dir", "."], "holds files that belong to no run"),
     "file as run folder": ("finetune", ["--output_dir", "rows.jsonl"], "--output_dir rows.jsonl cannot be made:"),
     "run folder below a file": (
         "pretrain",

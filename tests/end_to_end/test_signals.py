@@ -35,7 +35,7 @@ def check_saved(run: Launched, folder: Path, name: str) -> int:
     """The step in its last line is the newest checkpoint's, which is whole; nothing pretends to be the final model."""
     last = run.text().strip().splitlines()[-1]
     found = re.fullmatch(
-        rf"stopped by {name} at step (\d+), saved as checkpoint-(\d+); the same command goes on from there", last
+        rf"stopped by {name} at step (\d+), saved as checkpoint-(\d+); the same command resumes from there", last
     )
     assert found is not None, run.text()[-3000:]
     step = int(found[1])
@@ -91,7 +91,7 @@ def test_an_evaluation_ends_between_two_batches_and_is_made_up_for(
         assert "eval loss" not in run.text()
     with launched([*words, "--valid_files", str(tmp_path / "valid.txt")], tmp_path, processes, zero, warm=True) as run:
         assert run.ends() == 0, run.text()[-3000:]
-        assert f"going on from {tmp_path / 'run' / 'checkpoint-2'}" in run.text()
+        assert f"resuming from {tmp_path / 'run' / 'checkpoint-2'}" in run.text()
         assert "step     2/2  eval loss" in run.text()
     assert json.loads((tmp_path / "run" / "run.json").read_text("utf-8"))["status"] == "finished"
 

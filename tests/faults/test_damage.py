@@ -9,7 +9,7 @@ from pathlib import Path
 
 import pytest
 
-from novelgpt.training.resume import newest_whole_checkpoint
+from novelgpt.training.run_choice import newest_intact_checkpoint
 from tests.faults.conftest import Runs
 from tests.faults.runs import Command, Started, assert_refused, assert_same, complete, files_of, interrupted
 from tests.faults.training_process import Stop
@@ -104,11 +104,11 @@ def test_recognised_and_passed_over(
     damage, what = DAMAGES[name]
     folder = tmp_path / "run"
     shutil.copytree(killed, folder)
-    assert newest_whole_checkpoint(folder) == folder / NEWEST
+    assert newest_intact_checkpoint(folder) == folder / NEWEST
     assert capsys.readouterr().out == ""
     damage(folder / NEWEST)
     before = files_of(folder)
-    assert newest_whole_checkpoint(folder) == folder / BEFORE
+    assert newest_intact_checkpoint(folder) == folder / BEFORE
     lines = capsys.readouterr().out.splitlines()
     assert len(lines) == 1 and NEWEST in lines[0] and what in lines[0], lines
     assert files_of(folder) == before
@@ -120,7 +120,7 @@ def test_a_folder_left_unfinished_is_no_checkpoint(
 ) -> None:
     shutil.copytree(killed, tmp_path / "run")
     shutil.copytree(killed / NEWEST, tmp_path / "run" / "checkpoint-9.unfinished")
-    assert newest_whole_checkpoint(tmp_path / "run") == tmp_path / "run" / NEWEST
+    assert newest_intact_checkpoint(tmp_path / "run") == tmp_path / "run" / NEWEST
 
 
 @pytest.mark.slow
@@ -132,7 +132,7 @@ def test_the_run_goes_on_from_the_one_before(killed: Path, runs: Runs, tmp_path:
     undisturbed = runs.undisturbed("finetune")
     output = complete(undisturbed.command, folder, tmp_path / "logs").output()
     assert [line for line in output.splitlines() if f"{NEWEST} is not used" in line]
-    assert f"going on from {folder / BEFORE}" in output
+    assert f"resuming from {folder / BEFORE}" in output
     assert_same(folder, undisturbed.folder)
 
 
@@ -153,7 +153,7 @@ def test_where_none_is_whole_nothing_is_deleted(killed: Path, runs: Runs, tmp_pa
     for checkpoint in folder.glob("checkpoint-*"):
         flip("model.safetensors")(checkpoint)
     before = files_of(folder)
-    assert_refused(Started(runs.commands["finetune"], folder, tmp_path / "logs"), "is whole")
+    assert_refused(Started(runs.commands["finetune"], folder, tmp_path / "logs"), "is intact")
     assert files_of(folder) == before
 
 
@@ -161,8 +161,8 @@ def test_where_none_is_whole_nothing_is_deleted(killed: Path, runs: Runs, tmp_pa
 CHANGES: dict[str, tuple[Callable[[Runs, Path], tuple[str, ...]], str]] = {
     "rows": (lambda runs, place: ("--train_files", str(shorter(runs.questions, place))), "other.jsonl"),
     "model": (lambda runs, place: ("--model", str(runs.other_base)), "model"),
-    "micro-batch": (lambda runs, place: ("--per_device_train_batch_size", "4"), "rows a step"),
-    "accumulation": (lambda runs, place: ("--gradient_accumulation_steps", "2"), "rows a step"),
+    "micro-batch": (lambda runs, place: ("--per_device_train_batch_size", "4"), "rows per step"),
+    "accumulation": (lambda runs, place: ("--gradient_accumulation_steps", "2"), "rows per step"),
     "seed": (lambda runs, place: ("--seed", "7"), "seed"),
     "length": (lambda runs, place: ("--max_length", "40"), "max_length"),
     "epochs": (lambda runs, place: ("--num_train_epochs", "3"), "num_train_epochs"),

@@ -102,7 +102,7 @@ def test_the_script_heals_a_single_process(runs: Runs, tmp_path: Path) -> None:
         run.until("step +2/")
         os.kill(supervised(f"MARK={tmp_path}"), signal.SIGKILL)
         run.until("restart 1 of 1 from checkpoint-")
-        run.until(r"(?s)going on from .*checkpoint-.*step +\d+/")
+        run.until(r"(?s)resuming from .*checkpoint-.*step +\d+/")
         run.process.send_signal(signal.SIGTERM)
         assert run.ends() == 128 + signal.SIGTERM, run.text()[-3000:]
     assert [entry[:2] for entry in restarts(folder)] == [(f"rank 0 ({socket.gethostname()})", "SIGKILL")]

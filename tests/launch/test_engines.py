@@ -28,7 +28,7 @@ ENGINES = ("torchrun", "accelerate", "deepspeed")
 # Statuses of an error of use: torchrun, and accelerate with it, have one of their own.
 REFUSED = {"torchrun": 1, "accelerate": 1, "deepspeed": 2}
 ZERO = {0: [], 2: ["--deepspeed", "zero2"]}
-LAST_WORDS = r"stopped by (\w+) at step (\d+), saved as checkpoint-\2; the same command goes on from there\n"
+LAST_WORDS = r"stopped by (\w+) at step (\d+), saved as checkpoint-\2; the same command resumes from there\n"
 
 
 def free_port() -> str:
@@ -133,7 +133,7 @@ def check_stop_and_resumption(engines: Sequence[str], zero: int, model: Path, fo
         words = [*words_for(model, folder / "run", zero), *FOREVER]
         with Started(engine, *words, log=folder / f"{number}.log", warm=number > 0) as run:
             before, last = last, stop_after(run, last + 2, engine)
-            assert (f"going on from {folder / 'run' / f'checkpoint-{before}'}" in run.text()) == bool(number)
+            assert (f"resuming from {folder / 'run' / f'checkpoint-{before}'}" in run.text()) == bool(number)
     words = [*words_for(model, folder / "whole", zero), *FOREVER, "--save_strategy", "steps", "--save_steps", str(last)]
     with Started("ours", *words, log=folder / "whole.log") as run:
         stop_after(run, last + 1, "ours")
@@ -156,7 +156,7 @@ def test_what_torchrun_trains_our_launcher_trains_again_from_a_checkpoint_on_the
     (whole / "checkpoint-1").rename(tmp_path / "run" / "checkpoint-1")
     with Started("ours", *words, str(last), log=tmp_path / "ours.log") as run:
         stop_after(run, last + 1, "ours")
-        assert f"going on from {tmp_path / 'run' / 'checkpoint-1'}" in run.text()
+        assert f"resuming from {tmp_path / 'run' / 'checkpoint-1'}" in run.text()
     reference, again = losses(whole), losses(tmp_path / "run")  # from step 2 on, of steps that were done again
     assert {step: again[step] for step in range(1, last + 1)} == reference
     assert last > 1

@@ -23,7 +23,7 @@ from novelgpt.training.checkpoints.folders import (
 )
 from novelgpt.training.checkpoints.sampling import ShuffledRows, seed_step
 from novelgpt.training.checkpoints.weights import check_weights
-from novelgpt.training.resume import changes
+from novelgpt.training.run_identity import changes
 
 
 @pytest.mark.parametrize("rows", [1, 7, 1000])
@@ -136,11 +136,11 @@ def description(**training: Any) -> dict[str, Any]:
 def test_what_changed_between_two_runs_is_named() -> None:
     before = description()
     assert changes(before, description()) == []
-    # As many rows a step, on two processes; files elsewhere with the same content; other places to log and save.
+    # As many rows per step, on two processes; files elsewhere with the same content; other places to log and save.
     moved = description(per_device_train_batch_size=2, logging_steps=7) | {"processes": 2, "data_sha256": {"b": "00"}}
     assert changes(before, moved) == []
     assert changes(before, description(seed=2)) == ["seed (1, now 2)"]
-    assert changes(before, description(per_device_train_batch_size=2)) == ["rows a step (8, now 4)"]
+    assert changes(before, description(per_device_train_batch_size=2)) == ["rows per step (8, now 4)"]
     assert changes(before, description() | {"data_sha256": {"data/a.jsonl": "01"}}) == ["the content of a.jsonl"]
     assert changes(before, description() | {"model_identity": {"config.json": "2"}})[0].startswith("the model (base,")
     longer = description()
@@ -148,4 +148,4 @@ def test_what_changed_between_two_runs_is_named() -> None:
     assert changes(before, longer) == ["max_length (64, now 128)"]
     assert changes(before, description() | {"pipeline": "pretrain"}) == ["the pipeline was finetune"]
     short = {name: value for name, value in before.items() if name not in ("model", "processes")}
-    assert changes(short, description()) == ["its run.json says nothing of model, processes"]
+    assert changes(short, description()) == ["its run.json lacks model, processes"]

@@ -15,7 +15,7 @@ from dataset.tokens_command import main as tokenise
 from novelgpt.settings.errors import UserError
 from novelgpt.settings.parser import parse_arguments
 from novelgpt.settings.runs import FinetuneRun, PretrainRun, TrainingRun
-from novelgpt.training.run_choice import choose_run_folder
+from novelgpt.training.run_choice import preview_run_folder
 from novelgpt.training.run_folder import claim_run_folder
 
 TEMPLATES = "tasks:\n  next_chapter:\n  - user: {}：{{title}}\n    answers: ['{{text}}']\n"
@@ -61,7 +61,7 @@ def corpus(base: Path, folder: Path, own: Path, train: list[str], valid: list[st
 def begin(run: TrainingRun) -> None:
     """The run as it is when it is killed before its first checkpoint."""
     with claim_run_folder(run) as folder:
-        folder.begin(run)
+        folder.start(folder.run)
 
 
 def append(name: str, text: str) -> Callable[[Path], None]:
@@ -159,7 +159,7 @@ def test_other_rows_are_refused(name: str, base_folder: Path, own: Path, tmp_pat
     begin(sft(base_folder, tmp_path / "run", own, *SFT))
     change(own)
     with pytest.raises(UserError, match=f"unfinished run with other settings: .*{words}"):
-        choose_run_folder(sft(base_folder, tmp_path / "run", own, train, valid))
+        preview_run_folder(sft(base_folder, tmp_path / "run", own, train, valid))
 
 
 @pytest.mark.parametrize("name", REFUSED_CORPUS)
@@ -168,7 +168,7 @@ def test_another_corpus_is_refused(name: str, base_folder: Path, own: Path, tmp_
     begin(corpus(base_folder, tmp_path / "run", own, *CORPUS))
     change(own)
     with pytest.raises(UserError, match=f"unfinished run with other settings: .*{words}"):
-        choose_run_folder(corpus(base_folder, tmp_path / "run", own, *CORPUS))
+        preview_run_folder(corpus(base_folder, tmp_path / "run", own, *CORPUS))
 
 
 @pytest.mark.parametrize("change", [nothing, touch_tokens])
@@ -178,21 +178,21 @@ def test_the_same_data_elsewhere_are_the_same(
     begin(sft(base_folder, tmp_path / "sft", own, *SFT))
     begin(corpus(base_folder, tmp_path / "corpus", own, *CORPUS))
     change(own)
-    choose_run_folder(corpus(base_folder, tmp_path / "corpus", own, *CORPUS))
+    preview_run_folder(corpus(base_folder, tmp_path / "corpus", own, *CORPUS))
     moved = Path(shutil.copytree(own, tmp_path / "moved"))
     shutil.rmtree(own)
-    choose_run_folder(sft(base_folder, tmp_path / "sft", moved, *SFT))
-    choose_run_folder(corpus(base_folder, tmp_path / "corpus", moved, *CORPUS))
+    preview_run_folder(sft(base_folder, tmp_path / "sft", moved, *SFT))
+    preview_run_folder(corpus(base_folder, tmp_path / "corpus", moved, *CORPUS))
 
 
 def test_another_vocabulary_is_another_model(base_folder: Path, own: Path, tmp_path: Path) -> None:
     base = Path(shutil.copytree(base_folder, tmp_path / "base"))
     (base / "vocab.json").write_text('{"a": 0}', encoding="utf-8")
     begin(sft(base, tmp_path / "run", own, *SFT))
-    choose_run_folder(sft(base, tmp_path / "run", own, *SFT))
+    preview_run_folder(sft(base, tmp_path / "run", own, *SFT))
     (base / "vocab.json").write_text('{"b": 0}', encoding="utf-8")
     with pytest.raises(UserError, match="the model .* or its files"):
-        choose_run_folder(sft(base, tmp_path / "run", own, *SFT))
+        preview_run_folder(sft(base, tmp_path / "run", own, *SFT))
 
 
 def test_a_run_of_an_earlier_version_is_compared_by_what_it_noted(base_folder: Path, own: Path, tmp_path: Path) -> None:
@@ -202,12 +202,12 @@ def test_a_run_of_an_earlier_version_is_compared_by_what_it_noted(base_folder: P
     del description["data"]
     del description["model_identity"]["chat_template.jinja"]  # as if it had not been looked at
     path.write_text(json.dumps(description), encoding="utf-8")
-    choose_run_folder(sft(base_folder, tmp_path / "run", own, *SFT))
+    preview_run_folder(sft(base_folder, tmp_path / "run", own, *SFT))
     for name in ("evaluated rows are trained", "moved from one to the other", "twice", "another order", "a row more"):
         change, train, valid, _ = REFUSED_SFT[name]
         change(own)
         with pytest.raises(UserError, match="unfinished run with other settings: .*(data files|content of)"):
-            choose_run_folder(sft(base_folder, tmp_path / "run", own, train, valid))
+            preview_run_folder(sft(base_folder, tmp_path / "run", own, train, valid))
 
 
 @pytest.mark.parametrize(
@@ -230,14 +230,14 @@ def test_what_is_written_while_it_is_read_is_not_trained(
     with pytest.raises(UserError, match=f"{name}.* was written while this run read it"), ExitStack() as stack:
         folder = stack.enter_context(claim_run_folder(run))
         change(own)
-        folder.begin(run)
+        folder.start(folder.run)
     assert not (tmp_path / "run").exists()
 
 
 def test_what_cannot_be_read_twice_is_refused(base_folder: Path, own: Path, tmp_path: Path) -> None:
     os.mkfifo(own / "pipe.jsonl")
     with (
-        pytest.raises(UserError, match="pipe.jsonl is no regular file"),
+        pytest.raises(UserError, match="pipe.jsonl is not a regular file"),
         claim_run_folder(sft(base_folder, tmp_path / "run", own, ["pipe.jsonl"], ["v.jsonl"])),
     ):
         pass

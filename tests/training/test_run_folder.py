@@ -19,7 +19,7 @@ from novelgpt.settings.run_record import newest_finetuning, read_run_record
 from novelgpt.settings.runs import FinetuneRun
 from novelgpt.training import run_choice
 from novelgpt.training.result_files import RESULT_FILES
-from novelgpt.training.run_choice import choose_run_folder
+from novelgpt.training.run_choice import preview_run_folder
 from novelgpt.training.run_folder import claim_run_folder
 from tests.faults.runs import files_of, write_base, write_rows
 
@@ -111,7 +111,7 @@ def test_a_run_does_not_replace_what_another_process_works_on(
         claim_run_folder(first) as one,
         claim_run_folder(second),
     ):
-        one.begin(outer)
+        one.start(one.run)
     assert before.items() <= files_of(folder).items()
 
 
@@ -127,13 +127,13 @@ def test_a_checkpoint_by_a_link_is_the_one_it_points_to(
         pass
     shutil.copytree(finished / "checkpoint-1", tmp_path / "best")
     named = parse_arguments(FinetuneRun, words(tmp_path / "on", "--resume_from_checkpoint", str(tmp_path / "best")))
-    with pytest.raises(UserError, match="its name does not say the step"), claim_run_folder(named):
+    with pytest.raises(UserError, match="its name does not give the step"), claim_run_folder(named):
         pass
     (tmp_path / "best").rename(tmp_path / "checkpoint-1")
     alone = words(tmp_path / "on", "--resume_from_checkpoint", str(tmp_path / "checkpoint-1"))
     capsys.readouterr()
     with claim_run_folder(parse_arguments(FinetuneRun, alone)):
-        assert "holds no run.json: nothing tells whether data and settings" in capsys.readouterr().out
+        assert "holds no run.json: whether data and settings" in capsys.readouterr().out
 
 
 def test_what_a_killed_run_left_before_it_began_is_taken_again(
@@ -175,7 +175,7 @@ def test_only_the_run_that_was_seen_is_replaced(finished: Path, words: Words) ->
     with pytest.raises(UserError, match="was changed by something else.*: predict/scores.json"), ExitStack() as stack:
         folder = stack.enter_context(claim_run_folder(run))
         (finished / "predict" / "scores.json").write_text("{}")
-        folder.begin(run)
+        folder.start(folder.run)
     assert files_of(finished).items() >= before.items()
     (finished / "predict" / "scores.json").unlink()
     (finished / "predict").rmdir()
@@ -188,7 +188,7 @@ def test_a_folder_that_was_taken_away_is_not_written_into(words: Words, tmp_path
         folder = stack.enter_context(claim_run_folder(run))
         shutil.rmtree(tmp_path / "run")
         stack.enter_context(claim_run_folder(parse_arguments(FinetuneRun, words(tmp_path / "run"))))
-        folder.begin(run)
+        folder.start(folder.run)
 
 
 def test_a_run_that_goes_on_begins_without_the_results_of_an_attempt_before(
@@ -201,7 +201,7 @@ def test_a_run_that_goes_on_begins_without_the_results_of_an_attempt_before(
     run = parse_arguments(FinetuneRun, words(folder))
     with claim_run_folder(run) as claimed:
         assert claimed.checkpoint == folder / "checkpoint-2"
-        claimed.begin(run)
+        claimed.start(claimed.run)
     assert not any((folder / name).exists() for name in RESULT_FILES)
 
 
@@ -277,7 +277,7 @@ def test_a_damaged_run_json_is_told_in_a_line_and_disturbs_no_other(
             read_run_record(folder)
     before = files_of(folder)
     with pytest.raises(UserError, match="run"):
-        choose_run_folder(parse_arguments(FinetuneRun, words(folder)))
+        preview_run_folder(parse_arguments(FinetuneRun, words(folder)))
     with claim_run_folder(parse_arguments(FinetuneRun, words(None))) as unnamed:
         assert unnamed.path == tmp_path / "finetune-2"
     (tmp_path / "good").mkdir()
