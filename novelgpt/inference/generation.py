@@ -95,7 +95,7 @@ def answer_batch(
     if cache is not None:
         prefill(model, prompts, pad, cache, generation.num_beams)
     sequences = model.generate(  # type: ignore[operator]
-        **batch, generation_config=_generation_config(generation, ends, pad), past_key_values=cache
+        **batch, generation_config=generation_config(generation, ends, pad), past_key_values=cache
     )
     return [_answer(ids, ends, tokenizer) for ids in sequences[:, batch["input_ids"].shape[1] :].tolist()]
 
@@ -145,7 +145,7 @@ def answer_continuously(
         raise UserError(
             f"continuous batching cannot replace the attention of {type(model).__name__}", "take --backend batches"
         )
-    config = _generation_config(generation, ends, int(tokenizer.pad_token_id))
+    config = generation_config(generation, ends, int(tokenizer.pad_token_id))
     with model.continuous_batching_context_manager(  # type: ignore[operator]
         generation_config=config, continuous_batching_config=_paging(model, prompts, generation, batch_size)
     ) as manager:
@@ -192,7 +192,7 @@ def answer_end_ids(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase) -
     return sorted({*end_token_ids(tokenizer), *configured_ends(model.generation_config)})
 
 
-def _generation_config(generation: GenerationArguments, ends: list[int], pad: int) -> GenerationConfig:
+def generation_config(generation: GenerationArguments, ends: list[int], pad: int) -> GenerationConfig:
     """Only what the user chose: the model's own defaults would change greedy answers silently."""
     sampling: dict[str, Any] = {}
     if generation.do_sample:

@@ -18,7 +18,6 @@ from torch import nn
 from transformers import GenerationConfig, PreTrainedModel, PreTrainedTokenizerBase
 from transformers.integrations import is_deepspeed_zero3_enabled
 from transformers.pytorch_utils import Conv1D
-from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR
 from transformers.utils import GENERATION_CONFIG_NAME
 
 from novelgpt.model.baichuan.modeling import NormHead
@@ -27,7 +26,7 @@ from novelgpt.settings.arguments import LoraArguments
 from novelgpt.settings.errors import UserError
 from novelgpt.settings.process import is_first_process
 from novelgpt.settings.remedies import pipeline_name
-from novelgpt.settings.run_record import read_run_record
+from novelgpt.settings.run_record import pipeline_of
 from novelgpt.settings.terminal import say
 from novelgpt.text.conversation import IGNORE_INDEX, encode_conversation, encode_prompt
 
@@ -237,8 +236,7 @@ def _known_ends(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase) -> s
     known = {int(tokenizer.eos_token_id)}
     # Continued pretraining saves all end tokens for later use, but has shown the model none of a template's.
     folder = Path(model.name_or_path or "")
-    places = (folder, folder.parent) if folder.name.startswith(PREFIX_CHECKPOINT_DIR) else (folder,)
-    if any((read_run_record(place) or {}).get("pipeline") == "pretrain" for place in places):
+    if pipeline_of(folder) == "pretrain":
         return known
     known |= configured_ends(model.generation_config)
     if model.device.type == "meta" and (folder / GENERATION_CONFIG_NAME).is_file():  # not loaded for memory estimates

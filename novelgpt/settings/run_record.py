@@ -148,6 +148,12 @@ def utc_now() -> str:
     return datetime.now(timezone.utc).isoformat(timespec="seconds")
 
 
+def pipeline_of(folder: Path) -> str:
+    """Return the pipeline that trained the model in a folder, or in a checkpoint inside its run; "" if unknown."""
+    places = (folder, folder.parent) if folder.name.startswith("checkpoint-") else (folder,)
+    return next((str(run.get("pipeline", "")) for run in map(read_run_record, places) if run is not None), "")
+
+
 def newest_finetuning(root: Path = OUTPUT) -> Path | None:
     """Return the folder of the last finished fine-tuning run under `root`; damaged records are skipped."""
     finished = []

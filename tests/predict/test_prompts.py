@@ -8,11 +8,11 @@ from pathlib import Path
 import pytest
 from transformers import AutoTokenizer, PreTrainedTokenizerBase
 
+from novelgpt.inference.chat import ChatHistory
 from novelgpt.text.conversation import IGNORE_INDEX, Message, encode_conversation, record_answers
 from novelgpt.text.encoding import encode
 from novelgpt.text.templates import CHATML_TEMPLATE, PLAIN_TEMPLATE, settle_template
 from predict.__main__ import main as predict
-from predict.chat import Chat
 from predict.rows import PromptRow, read_prompt_rows
 from tests.text.test_templates import (
     DEFAULT_SYSTEM,
@@ -110,7 +110,7 @@ def test_training_prediction_and_chat_use_the_same_prompts(
 ) -> None:
     messages = CONVERSATIONS[name]
     begin = messages[0]["role"] == "system"
-    chat = Chat(family, 4096, 16, messages[0]["content"] if begin else "")
+    chat = ChatHistory(family, 4096, 16, messages[0]["content"] if begin else "")
     trained = iter(prompts_of_training(messages, family))
     for turn in range(begin, len(messages), 2):
         question, answer = messages[turn : turn + 2]
@@ -118,7 +118,7 @@ def test_training_prediction_and_chat_use_the_same_prompts(
         assert predict_row(messages[: turn + 2], family, tmp_path).prompt_ids == prompt
         assert predict_row(messages[: turn + 1], family, tmp_path).prompt_ids == prompt
         assert chat.ask(question["content"]) == (prompt, 0)
-        chat.answered(answer["content"])
+        chat.add_answer(answer["content"])
     assert next(trained, None) is None
     assert chat.messages == messages
 
@@ -152,8 +152,8 @@ def test_prompts_of_thoughts(tokenizer: PreTrainedTokenizerBase, tmp_path: Path)
     )
     trained = copy.deepcopy(thinking)
     record_answers([messages], trained)
-    chat = Chat(trained, 4096, 16)
+    chat = ChatHistory(trained, 4096, 16)
     assert chat.ask("一") == (first, 0)
-    chat.answered(messages[1]["content"])
+    chat.add_answer(messages[1]["content"])
     assert chat.ask("二") == (second, 0)
     assert predict_row(messages[:3], trained, tmp_path).prompt_ids == second

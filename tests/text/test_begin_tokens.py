@@ -9,12 +9,12 @@ from transformers import AutoTokenizer, PreTrainedTokenizerBase
 
 from dataset.corpus import read_corpus
 from dataset.tokens_command import main as tokens
+from novelgpt.inference.chat import TextHistory
 from novelgpt.model.tokenizer import load_tokenizer
 from novelgpt.settings.arguments import CorpusArguments, ModelArguments
 from novelgpt.settings.errors import UserError
 from novelgpt.text.conversation import IGNORE_INDEX, encode_conversation, encode_prompt
 from novelgpt.text.encoding import document_begin_ids, document_end_id, encode
-from predict.raw_text import RawText
 from predict.rows import read_prompt_rows
 
 BEGIN = "<begin_of_text>"
@@ -113,7 +113,7 @@ def test_raw_texts_to_continue_begin_with_it(plain: PreTrainedTokenizerBase, tmp
 
 
 def test_raw_texts_that_no_longer_fit_begin_with_it_all_the_same(plain: PreTrainedTokenizerBase) -> None:
-    raw = RawText(plain, context=20, max_new_tokens=4)
+    raw = TextHistory(plain, context=20, max_new_tokens=4)
     prompt, left_out = raw.ask("".join(TEXTS))
     ids = encode("".join(TEXTS), plain)
     assert prompt == [plain.bos_token_id, *ids[-15:]] and left_out == len(ids) - 15

@@ -6,10 +6,10 @@ from pathlib import Path
 import pytest
 from transformers import AddedToken, PreTrainedTokenizerBase
 
+from novelgpt.inference.chat import ChatHistory
 from novelgpt.text.conversation import IGNORE_INDEX, Message, encode_conversation, encode_prompt
 from novelgpt.text.encoding import encode
 from novelgpt.text.templates import CHATML_TEMPLATE, PLAIN_TEMPLATE
-from predict.chat import Chat
 from tests.text.test_templates import THINKING, build_baichuan_folder, load_baichuan, with_template
 from tests.text.test_tools import CALL, TOOLS, WEATHER
 
@@ -141,7 +141,7 @@ def test_marks_in_tools_and_calls_are_text(tokenizer: PreTrainedTokenizerBase) -
 
 
 def test_chat_asks_in_the_same_tokens(case: tuple[PreTrainedTokenizerBase, str]) -> None:
-    chat = Chat(case[0], 4096, 16)
+    chat = ChatHistory(case[0], 4096, 16)
     assert chat.ask(QUOTING) == (encode_prompt([QUESTION], case[0]), 0)
     twin = encode_prompt([{"role": "user", "content": "好"}], case[0])
     assert marks_in(chat.ask(QUOTING)[0], case[0])[-1:] == marks_in(twin, case[0])[-1:]
