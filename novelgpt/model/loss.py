@@ -1,8 +1,8 @@
 """The loss of causal language modelling without [batch, sequence, vocabulary].
 
 At the vocabulary of Qwen (151,936) the head and its loss are most of a step of a small model and most of the memory of
-any. Here the head sees only positions that are trained, a chunk at a time, and each chunk's gradients are made in the
-forward pass, while its logits are at hand: they are never kept, and never computed twice.
+any. Here the head sees only trained positions, a chunk at a time, and the gradients of each chunk are computed in the
+forward pass, while its logits are at hand: logits are never kept, and never computed twice.
 """
 
 from __future__ import annotations
@@ -23,13 +23,13 @@ from novelgpt.model.baichuan.modeling import NormHead
 from novelgpt.model.routers import RouterBalance
 from novelgpt.text.conversation import IGNORE_INDEX
 
-# Bytes of one chunk of logits: large enough that matrix products run near their best.
+# Bytes of one chunk of logits: large enough for matrix products to run near their best.
 CHUNK_BYTES = {"cpu": 160 * 2**20, "cuda": 512 * 2**20}
 # Bytes of one part of the product that is the head's gradient.
 PRODUCT_BYTES = {"cpu": 8 * 2**20, "cuda": 256 * 2**20}
-# Logits that are made fp32 at once: on CPUs few enough to stay in the cache, on GPUs 32 times as many.
+# Logits that are converted to fp32 at once: on CPUs few enough to stay in the cache, on GPUs 32 times as many.
 CACHED_LOGITS = 2**21
-# Probabilities below this have lost digits in fp32; their logarithms are made from the logits instead.
+# Probabilities below this have lost digits in fp32; their logarithms are computed from the logits instead.
 TINY = 1e-30
 
 
@@ -38,12 +38,12 @@ class TokenLoss(ModelOutput):
     """What a model with `attach_chunked_loss` returns for labelled rows.
 
     Attributes:
-        loss: [] the sum (of nats) over trained tokens divided by `num_items_in_batch`, or their mean without it; where
-            gradients are made, with the balancing loss of routers.
+        loss: [] the sum (in nats) over trained tokens divided by `num_items_in_batch`, or their mean without it; where
+            gradients are computed, with the balancing loss of routers.
         aux_loss: [] the balancing loss alone, times the share of `num_items_in_batch` that these rows have: over all
             micro-batches and processes of a step, a mean weighted by trained tokens. Without gradient and coefficient.
-        token_losses: [trained tokens] fp32, row by row, where no gradients are made.
-        token_hits: [trained tokens] bool, whether the likeliest token was right, where no gradients are made.
+        token_losses: [trained tokens] fp32, row by row, where no gradients are computed.
+        token_hits: [trained tokens] bool, whether the likeliest token was right, where no gradients are computed.
     """
 
     loss: torch.Tensor | None = None
@@ -55,29 +55,22 @@ class TokenLoss(ModelOutput):
 def attach_chunked_loss(
     model: PreTrainedModel, head_is_last: bool = True, balance: RouterBalance | None = None
 ) -> None:
-    """Let `model(labels=…)` return a TokenLoss. Without labels, it returns logits as ever.
+    """Let `model(labels=…)` return a TokenLoss. Without labels, it returns logits as before.
 
-    The model's forward and its head's are replaced on the instance, so that wrappers (peft, DDP, DeepSpeed) and their
-    hooks go on working: ZeRO-3 gathers the head's weights when the head is called.
+    The forward methods of the model and of its head are replaced on the instance, so that wrappers (peft, DDP,
+    DeepSpeed) and their hooks still work: ZeRO-3 gathers the head's weights when the head is called.
 
     Args:
         model: a causal language model.
         head_is_last: whether the head's output is what the model returns. If not (soft caps, scaled logits), all logits
-            are made and the loss is a plain cross-entropy.
-        balance: adds the balancing loss of routers where gradients are made; None leaves it out. What is padding is
-            told by "attention_mask", in packed rows by "token_mask".
+            are computed and the loss is a plain cross-entropy.
+        balance: adds the balancing loss of routers where gradients are computed; None leaves it out. It takes padding
+            from "attention_mask", in packed rows from "token_mask".
     """
     head = model.get_output_embeddings()
     assert isinstance(head, nn.Module)
     whole_forward: Callable[..., Any] = model.forward
     head_forward: Callable[..., torch.Tensor] = head.forward
-
-    def forward_head(
-        head: nn.Module, hidden: torch.Tensor, targets: torch.Tensor | None = None, scale: torch.Tensor | float = 1.0
-    ) -> Any:
-        if targets is None:
-            return head_forward(hidden)
-        return head_loss(head, head_forward, hidden, targets, scale)
 
     def forward(
         model: PreTrainedModel,
@@ -90,20 +83,35 @@ def attach_chunked_loss(
         if labels is None:
             return whole_forward(*arguments, **options)
         options.pop("return_dict", None)
-        balanced = balance is not None and torch.is_grad_enabled()
         if balance is not None:
-            options["output_router_logits"] = balanced
-        if not head_is_last:
-            outputs = whole_forward(*arguments, **options)
-            loss = _plain_loss(outputs.logits, labels, num_items_in_batch)
+            options["output_router_logits"] = torch.is_grad_enabled()
+        outputs = (model.get_decoder() if head_is_last else whole_forward)(*arguments, **options)
+        # The token at t is predicted from t - 1.
+        trained = labels[:, 1:] != IGNORE_INDEX
+        targets = labels[:, 1:][trained]
+        items = len(targets) if num_items_in_batch is None else num_items_in_batch
+        # Where there are no items, the loss is that of none: 0.
+        scale = 1.0 / (items.clamp(min=1) if isinstance(items, torch.Tensor) else max(1, items))
+        if head_is_last:
+            loss = head(outputs.last_hidden_state[:, :-1][trained], targets=targets, scale=scale)
         else:
-            outputs = model.get_decoder()(*arguments, **options)
-            hidden, targets = _trained(outputs.last_hidden_state, labels)
-            loss = head(hidden, targets=targets, scale=_scale(targets, num_items_in_batch))
-        if balance is None or not balanced:
+            loss = _plain_loss(outputs.logits[:, :-1][trained], targets, scale)
+        if balance is None or not torch.is_grad_enabled():
             return loss
         mask = token_mask if token_mask is not None else options.get("attention_mask")
-        return _with_balance(loss, balance, balance.loss(outputs.router_logits, mask), labels, num_items_in_batch)
+        # These rows count as much as their trained tokens do among those of the step.
+        share = balance.loss(outputs.router_logits, mask) * (len(targets) * scale)
+        return TokenLoss(loss=loss.loss + balance.coefficient * share, aux_loss=share.detach())
+
+    def forward_head(
+        head: nn.Module, hidden: torch.Tensor, targets: torch.Tensor | None = None, scale: torch.Tensor | float = 1.0
+    ) -> Any:
+        if targets is None:
+            return head_forward(hidden)
+        if not torch.is_grad_enabled():
+            return _evaluate(head, head_forward, hidden, targets, scale)
+        trained = [parameter for parameter in head.parameters() if parameter.requires_grad]
+        return TokenLoss(loss=_differentiate(head, head_forward, targets, scale, hidden, *trained))
 
     # `generate` and the Trainer read in the signature what the model takes.
     forward.__signature__ = inspect.signature(type(model).forward)  # type: ignore[attr-defined]
@@ -111,74 +119,44 @@ def attach_chunked_loss(
     model.forward = MethodType(forward, model)  # type: ignore[method-assign]
 
 
-def _with_balance(
-    loss: TokenLoss,
-    balance: RouterBalance,
-    of_routers: torch.Tensor,
-    labels: torch.Tensor,
-    num_items_in_batch: torch.Tensor | int | None,
-) -> TokenLoss:
-    """The loss with the balancing loss of the same rows, which counts as much as they do among those of the step."""
-    assert loss.loss is not None
-    targets = labels[:, 1:][labels[:, 1:] != IGNORE_INDEX]
-    share = of_routers * (len(targets) * _scale(targets, num_items_in_batch))
-    return TokenLoss(loss=loss.loss + balance.coefficient * share, aux_loss=share.detach())
-
-
-def _trained(outputs: torch.Tensor, labels: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-    """[trained tokens, …] of [rows, tokens, …] outputs, and their targets: the token at t is told from t - 1."""
-    trained = labels[:, 1:] != IGNORE_INDEX
-    return outputs[:, :-1][trained], labels[:, 1:][trained]
-
-
-def _scale(targets: torch.Tensor, num_items_in_batch: torch.Tensor | int | None) -> torch.Tensor | float:
-    """One by the number of items; by one where there are none, as no loss divided by nothing is no loss."""
-    items = len(targets) if num_items_in_batch is None else num_items_in_batch
-    return 1.0 / (items.clamp(min=1) if isinstance(items, torch.Tensor) else max(1, items))
-
-
-def _plain_loss(logits: torch.Tensor, labels: torch.Tensor, num_items_in_batch: torch.Tensor | int | None) -> TokenLoss:
-    logits, targets = _trained(logits, labels)
+def _plain_loss(logits: torch.Tensor, targets: torch.Tensor, scale: torch.Tensor | float) -> TokenLoss:
+    """The loss of [trained tokens, vocabulary] logits that are all there."""
     losses = functional.cross_entropy(logits.float(), targets, reduction="none")
-    loss = losses.sum() * _scale(targets, num_items_in_batch)
+    loss = losses.sum() * scale
     if torch.is_grad_enabled():
         return TokenLoss(loss=loss)
     return TokenLoss(loss=loss, token_losses=losses, token_hits=logits.argmax(-1) == targets)
 
 
-@torch.compiler.disable  # its chunks are few and large: nothing to win, and a loop for the compiler to unroll
-def head_loss(
+@torch.compiler.disable
+def _evaluate(
     head: nn.Module,
     head_forward: Callable[..., torch.Tensor],
     hidden: torch.Tensor,
     targets: torch.Tensor,
     scale: torch.Tensor | float,
 ) -> TokenLoss:
-    """Cross-entropy of `head_forward(hidden)` against targets, in chunks.
-
-    Args:
-        head: the module that turns hidden states into logits; its parameters get gradients.
-        head_forward: its own forward.
-        hidden: [tokens, width].
-        targets: [tokens] token ids; there may be none.
-        scale: factor of the sum of losses.
-    """
-    if torch.is_grad_enabled():
-        trained = [parameter for parameter in head.parameters() if parameter.requires_grad]
-        return TokenLoss(loss=_HeadLoss.apply(head, head_forward, targets, scale, hidden, *trained))
+    """The loss of `head_forward(hidden)` against targets, each token's with it, in chunks; see `_HeadLoss`."""
     losses = torch.zeros(len(targets), dtype=torch.float32, device=hidden.device)
     hits = torch.zeros(len(targets), dtype=torch.bool, device=hidden.device)
-    for chunk in _chunks(head, hidden):
+    weight, device = next(head.parameters()), hidden.device.type
+    for chunk in _chunks(len(hidden), len(weight), _compute_dtype(weight.dtype, device), device):
         logits = head_forward(hidden[chunk])
-        for block in _blocks(logits):
-            part, wanted = logits[block].float(), targets[chunk][block]
-            losses[chunk][block] = functional.cross_entropy(part, wanted, reduction="none")
-            hits[chunk][block] = part.argmax(-1) == wanted
+        rows = _fp32_rows(logits.shape[1], device)
+        blocks = (tensor.split(rows) for tensor in (logits, targets[chunk], losses[chunk], hits[chunk]))
+        for part, wanted, part_losses, part_hits in zip(*blocks, strict=True):
+            part = part.float()
+            part_losses.copy_(functional.cross_entropy(part, wanted, reduction="none"))
+            part_hits.copy_(part.argmax(-1) == wanted)
     return TokenLoss(loss=losses.sum() * scale, token_losses=losses, token_hits=hits)
 
 
 class _HeadLoss(torch.autograd.Function):
-    """The scaled sum of losses, with the gradients of hidden states and of the head's trained parameters."""
+    """The scaled sum of losses, with the gradients of hidden states and of the head's trained parameters.
+
+    Takes the module that turns hidden states into logits; its own forward; [tokens] ids of targets, of which there may
+    be none; the factor of the sum of losses; [tokens, width] hidden states; and the head's trained parameters.
+    """
 
     @staticmethod
     def forward(
@@ -190,160 +168,150 @@ class _HeadLoss(torch.autograd.Function):
         hidden: torch.Tensor,
         *trained: torch.Tensor,
     ) -> torch.Tensor:
+        weight, device = next(head.parameters()), hidden.device.type
+        dtype = _compute_dtype(weight.dtype, device)
+        chunks = _chunks(len(hidden), len(weight), dtype, device)
         if isinstance(head, nn.Linear) and head.bias is None and type(head).forward is nn.Linear.forward:
-            loss, grad_hidden, grads = _linear_gradients(head.weight, hidden, targets, scale)
+            loss, grad_hidden, grad_weight = _product_gradients(
+                weight.to(dtype), weight.requires_grad, hidden, targets, scale, chunks
+            )
+            grads = [] if grad_weight is None else [grad_weight.to(weight.dtype)]
         elif isinstance(head, NormHead) and type(head).forward is NormHead.forward:
-            loss, grad_hidden, grads = _norm_head_gradients(head, hidden, targets, scale)
+            loss, grad_hidden, grads = _norm_head_gradients(head, dtype, hidden, targets, scale, chunks)
         else:
-            loss, grad_hidden, grads = _module_gradients(head, head_forward, hidden, targets, scale, trained)
+            loss, grad_hidden, grads = _module_gradients(head_forward, hidden, targets, scale, chunks, trained)
         ctx.grad_hidden, ctx.grads, ctx.scale, ctx.dtype = grad_hidden, grads, scale, hidden.dtype
         return loss
 
     @staticmethod
     @torch.autograd.function.once_differentiable
     def backward(ctx: Any, grad_loss: torch.Tensor) -> tuple[torch.Tensor | None, ...]:
-        # Handed over, not shared: autograd copies gradients that somebody else holds.
+        # Passed on, not shared: autograd copies gradients that something else holds.
         grad_hidden, grads = ctx.grad_hidden, ctx.grads
         del ctx.grad_hidden, ctx.grads
         grad_hidden = (grad_hidden.float() * (grad_loss * ctx.scale)).to(ctx.dtype)
-        # On CPUs, telling that there is nothing to scale is cheaper than a pass over the head's gradient.
+        # On CPUs, finding that there is nothing to scale is cheaper than a pass over the head's gradient.
         if grad_loss.is_cuda or grad_loss != 1:
             for grad in grads:
                 grad.mul_(grad_loss)
         return None, None, None, None, grad_hidden, *grads
 
 
-def _linear_gradients(
-    weight: torch.Tensor, hidden: torch.Tensor, targets: torch.Tensor, scale: torch.Tensor | float
-) -> tuple[torch.Tensor, torch.Tensor, list[torch.Tensor]]:
-    """The scaled loss, its unscaled gradient in hidden states, and its scaled gradient in the weight if it is trained.
-
-    Args:
-        weight: [vocabulary, width].
-        hidden: [tokens, width].
-        targets: [tokens].
-        scale: factor of the sum of losses.
-    """
-    factor = weight.to(_compute_dtype(weight))
-    loss, grad_hidden, grad_weight = _product_gradients(factor, weight.requires_grad, hidden, targets, scale)
-    return loss, grad_hidden, [] if grad_weight is None else [grad_weight.to(weight.dtype)]
-
-
-def _norm_head_gradients(
-    head: NormHead, hidden: torch.Tensor, targets: torch.Tensor, scale: torch.Tensor | float
-) -> tuple[torch.Tensor, torch.Tensor, list[torch.Tensor]]:
-    """As `_linear_gradients`, for logits `hidden @ (W / ||W||).t()`, each row of W by its own norm.
-
-    The normalised rows n are made once a step, and the gradient G in them becomes that in W at the end, in place and a
-    few rows at a time: (G - n <n, G>) / ||W||, what is left of G across the row.
-    """
-    weight = head.weight
-    norms = head.row_norms()[:, None]
-    rows = max(1, _cached_numbers(weight) // weight.shape[1])
-    blocks = [slice(begin, begin + rows) for begin in range(0, len(weight), rows)]
-    factor = torch.empty(weight.shape, dtype=_compute_dtype(weight), device=weight.device)
-    for block in blocks:
-        factor[block] = weight[block].float() / norms[block]
-    loss, grad_hidden, grad_weight = _product_gradients(factor, weight.requires_grad, hidden, targets, scale)
-    if grad_weight is None:
-        return loss, grad_hidden, []
-    for block in blocks:
-        directions = weight[block].float() / norms[block]
-        part = grad_weight[block]
-        part -= directions * (directions * part).sum(-1, keepdim=True)
-        part /= norms[block]
-    return loss, grad_hidden, [grad_weight.to(weight.dtype)]
+# Its chunks are few and large: nothing to gain for the compiler, and a loop to unroll.
+_differentiate = torch.compiler.disable(_HeadLoss.apply)
 
 
 def _product_gradients(
-    factor: torch.Tensor, trained: bool, hidden: torch.Tensor, targets: torch.Tensor, scale: torch.Tensor | float
+    factor: torch.Tensor,
+    trained: bool,
+    hidden: torch.Tensor,
+    targets: torch.Tensor,
+    scale: torch.Tensor | float,
+    chunks: list[slice],
 ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor | None]:
-    """The scaled loss of the logits `hidden @ factor.t()`, made in the factor's number format.
+    """The loss of the logits `hidden @ factor.t()`, which are computed in the factor's number format.
+
+    Args:
+        factor: [vocabulary, width].
+        trained: whether its gradient is needed.
+        hidden: [tokens, width].
+        targets: [tokens].
+        scale: factor of the sum of losses.
+        chunks: of the tokens.
 
     Returns:
-        It, its unscaled gradient in hidden states, and, if trained, its scaled one in the factor, which is fp32.
+        The scaled loss, its unscaled gradient in hidden states, and, if trained, its scaled one in the factor, fp32.
     """
-    device, dtype = hidden.device.type, factor.dtype
-    chunks = _chunks(factor, hidden)
-    # fp16 would lose what the scale of thousands of tokens leaves of it; there it comes last.
+    device, dtype = hidden.device, factor.dtype
+    rows = max(1, PRODUCT_BYTES.get(device.type, PRODUCT_BYTES["cuda"]) // (dtype.itemsize * factor.shape[1]))
+    # fp16 would underflow under the scale of thousands of tokens; there it comes last.
     early = 1.0 / max(1, len(hidden)) if dtype == torch.float16 else scale
-    losses = torch.empty(len(targets), dtype=torch.float32, device=hidden.device)
-    grad_hidden = torch.empty(hidden.shape, dtype=dtype, device=hidden.device)
-    grad_factor = torch.empty(factor.shape, dtype=torch.float32, device=factor.device) if trained else None
-    with torch.autocast(device, enabled=False):
-        # Made once and of few sizes: large blocks that come and go in all sizes leave holes that none fits into.
-        rows = chunks[0].stop if chunks else 0
-        buffer = factor.new_empty(rows if rows < 256 else -(-rows // 128) * 128, len(factor))
+    losses = torch.empty(len(targets), dtype=torch.float32, device=device)
+    grad_hidden = torch.empty(hidden.shape, dtype=dtype, device=device)
+    make = torch.empty if chunks else torch.zeros
+    grad_factor = make(factor.shape, dtype=torch.float32, device=device) if trained else None
+    # Allocated once, in few sizes: large blocks that come and go in all sizes leave holes that none fits into.
+    most = chunks[0].stop if chunks else 0
+    buffer = factor.new_empty(most if most < 256 else -(-most // 128) * 128, len(factor))
+    with torch.autocast(device.type, enabled=False):
         for chunk in chunks:
             states = hidden[chunk].to(dtype)
             logits = torch.mm(states, factor.t(), out=buffer[: len(states)])
-            losses[chunk] = _losses_and_gradients(logits, targets[chunk])
+            losses[chunk] = _turn_into_gradients(logits, targets[chunk, None])
             torch.mm(logits, factor, out=grad_hidden[chunk])
-            if grad_factor is not None:
-                _add_products(grad_factor, logits, (states * early).to(dtype), first=chunk.start == 0)
-    if grad_factor is not None and not chunks:
-        grad_factor.zero_()
+            if grad_factor is None:
+                continue
+            states = (states * early).to(dtype)
+            # A few rows of the vocabulary at a time: no second [vocabulary, width] in the product's own number format,
+            # and on CPUs it is added while it is in the cache.
+            for total, part in zip(grad_factor.split(rows), logits.t().split(rows), strict=True):
+                (total.add_ if chunk.start else total.copy_)(part @ states)
     if grad_factor is not None and dtype == torch.float16:
         grad_factor *= scale / early
     return losses.sum() * scale, grad_hidden, grad_factor
 
 
-def _add_products(total: torch.Tensor, logits: torch.Tensor, states: torch.Tensor, first: bool) -> None:
-    """Add `logits.t() @ states` to the fp32 total (or write it, if first), a few rows of the vocabulary at a time.
+def _turn_into_gradients(logits: torch.Tensor, targets: torch.Tensor) -> torch.Tensor:
+    """[tokens] fp32 losses of [tokens, vocabulary] logits, which become their gradients: softmax minus one-hot.
 
-    The product comes in the type of its factors: in parts, it costs no second [vocabulary, width], and on CPUs it is
-    added while it lies in the cache.
+    Targets are [tokens, 1].
     """
-    device = total.device.type
-    rows = max(1, PRODUCT_BYTES.get(device, PRODUCT_BYTES["cuda"]) // (states.element_size() * states.shape[1]))
-    for begin in range(0, len(total), rows):
-        part = logits[:, begin : begin + rows].t() @ states
-        if first:
-            total[begin : begin + rows] = part
-        else:
-            total[begin : begin + rows] += part
-
-
-def _losses_and_gradients(logits: torch.Tensor, targets: torch.Tensor) -> torch.Tensor:
-    """[tokens] fp32 losses of [tokens, vocabulary] logits, which become their gradients: softmax minus one-hot."""
+    rows = _fp32_rows(logits.shape[1], logits.device.type)
     losses = torch.empty(len(targets), dtype=torch.float32, device=logits.device)
-    for block in _blocks(logits):
-        part, wanted = logits[block], targets[block, None]
+    for part, wanted, part_losses in zip(logits.split(rows), targets.split(rows), losses.split(rows), strict=True):
         probabilities = torch.softmax(part, -1, dtype=torch.float32)
         target_probabilities = probabilities.gather(-1, wanted)
-        losses[block] = -target_probabilities.log()[:, 0]
+        part_losses.copy_(-target_probabilities.log()[:, 0])
         tiny = (target_probabilities[:, 0] < TINY).nonzero()[:, 0]
         if len(tiny):
-            losses[block.start + tiny] = functional.cross_entropy(part[tiny].float(), wanted[tiny, 0], reduction="none")
+            part_losses[tiny] = functional.cross_entropy(part[tiny].float(), wanted[tiny, 0], reduction="none")
         probabilities.scatter_add_(-1, wanted, torch.full_like(target_probabilities, -1.0))
         part.copy_(probabilities)
     return losses
 
 
-def _blocks(logits: torch.Tensor) -> list[slice]:
-    """Slices of the rows of logits that are made fp32 at once."""
-    size = max(1, _cached_numbers(logits) // logits.shape[1])
-    return [slice(begin, begin + size) for begin in range(0, len(logits), size)]
+def _norm_head_gradients(
+    head: NormHead,
+    dtype: torch.dtype,
+    hidden: torch.Tensor,
+    targets: torch.Tensor,
+    scale: torch.Tensor | float,
+    chunks: list[slice],
+) -> tuple[torch.Tensor, torch.Tensor, list[torch.Tensor]]:
+    """As `_product_gradients`, for logits `hidden @ (W / ||W||).t()`, each row of W divided by its own norm.
 
-
-def _cached_numbers(tensor: torch.Tensor) -> int:
-    """How many numbers to make fp32 at once, on the device of a tensor."""
-    return CACHED_LOGITS * (1 if tensor.device.type == "cpu" else 32)
+    The normalised rows n are computed once per step, and the gradient G in them becomes that in W at the end, in place
+    and a few rows at a time: (G - n <n, G>) / ||W||, the part of G orthogonal to the row.
+    """
+    rows = _fp32_rows(head.weight.shape[1], head.weight.device.type)
+    parts = list(zip(head.weight.split(rows), head.row_norms()[:, None].split(rows), strict=True))
+    factor = torch.empty(head.weight.shape, dtype=dtype, device=head.weight.device)
+    for normalised, (weight, norms) in zip(factor.split(rows), parts, strict=True):
+        normalised.copy_(weight.float() / norms)
+    loss, grad_hidden, grad_weight = _product_gradients(
+        factor, head.weight.requires_grad, hidden, targets, scale, chunks
+    )
+    if grad_weight is None:
+        return loss, grad_hidden, []
+    for grad, (weight, norms) in zip(grad_weight.split(rows), parts, strict=True):
+        directions = weight.float() / norms
+        grad.sub_(directions * (directions * grad).sum(-1, keepdim=True)).div_(norms)
+    return loss, grad_hidden, [grad_weight.to(head.weight.dtype)]
 
 
 def _module_gradients(
-    head: nn.Module,
     head_forward: Callable[..., torch.Tensor],
     hidden: torch.Tensor,
     targets: torch.Tensor,
     scale: torch.Tensor | float,
+    chunks: list[slice],
     trained: tuple[torch.Tensor, ...],
 ) -> tuple[torch.Tensor, torch.Tensor, list[torch.Tensor]]:
-    """As `_linear_gradients`, for any head: each chunk's graph is made, used and forgotten."""
+    """As `_product_gradients`, for any head: the graph of each chunk is built, differentiated and freed."""
     grad_hidden = torch.empty(hidden.shape, dtype=torch.float32, device=hidden.device)
     grads = [torch.zeros_like(parameter) for parameter in trained]
     loss = torch.zeros((), dtype=torch.float32, device=hidden.device)
-    for chunk in _chunks(head, hidden):
+    for chunk in chunks:
         with torch.enable_grad():
             states = hidden[chunk].detach().requires_grad_()
             part = functional.cross_entropy(head_forward(states).float(), targets[chunk], reduction="sum")
@@ -355,18 +323,19 @@ def _module_gradients(
     return loss * scale, grad_hidden, grads
 
 
-def _chunks(head: nn.Module | torch.Tensor, hidden: torch.Tensor) -> list[slice]:
+def _chunks(tokens: int, vocabulary: int, dtype: torch.dtype, device: str) -> list[slice]:
     """Slices of the tokens whose logits take CHUNK_BYTES at most."""
-    weight = head if isinstance(head, torch.Tensor) else next(head.parameters())
-    device = hidden.device.type
-    size = torch.finfo(_compute_dtype(weight)).bits // 8
-    most = max(32, CHUNK_BYTES.get(device, CHUNK_BYTES["cuda"]) // (size * weight.shape[0]))
-    # Chunks of like size: a short last one would cost as much as a whole one in passes over the head's gradient.
-    tokens = -(-len(hidden) // max(1, -(-len(hidden) // most)))
-    return [slice(begin, min(begin + tokens, len(hidden))) for begin in range(0, len(hidden), max(1, tokens))]
+    most = max(32, CHUNK_BYTES.get(device, CHUNK_BYTES["cuda"]) // (dtype.itemsize * vocabulary))
+    # Chunks of similar size: a short last one would cost as much as a full one in passes over the head's gradient.
+    size = -(-tokens // max(1, -(-tokens // most)))
+    return [slice(start, min(start + size, tokens)) for start in range(0, tokens, max(1, size))]
 
 
-def _compute_dtype(weight: torch.Tensor) -> torch.dtype:
-    """Of the head's products: autocast's if it is on, else the weight's."""
-    device = weight.device.type
-    return torch.get_autocast_dtype(device) if torch.is_autocast_enabled(device) else weight.dtype
+def _fp32_rows(columns: int, device: str) -> int:
+    """How many rows of so many numbers are converted to fp32 at once."""
+    return max(1, CACHED_LOGITS * (1 if device == "cpu" else 32) // columns)
+
+
+def _compute_dtype(dtype: torch.dtype, device: str) -> torch.dtype:
+    """Number format of the head's products: autocast's if it is on, else that of the weight."""
+    return torch.get_autocast_dtype(device) if torch.is_autocast_enabled(device) else dtype
