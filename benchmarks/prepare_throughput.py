@@ -46,7 +46,7 @@ from dataset.novels.books import prepare_book
 from dataset.novels.chapters.chapters import split_chapters
 from dataset.novels.cleaning.cleaning import clean, load_rules
 from dataset.novels.cleaning.quality import judge
-from dataset.novels.duplicates.near_duplicates import fingerprint
+from dataset.novels.duplicates.shingles import fingerprint
 from dataset.novels.engines.workers import map_files
 from dataset.novels.manifest import hash_files
 from dataset.novels.records import RawBook

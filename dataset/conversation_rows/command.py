@@ -23,7 +23,7 @@ from rich.table import Table
 from rich.text import Text
 
 from dataset.conversation_rows.filters import REASONS, Limits, RowFilter
-from dataset.conversation_rows.sources import Candidate, Cut, Row, find_splits, read_candidates, read_table
+from dataset.conversation_rows.sources import ChunkLimits, Row, RowCandidate, find_splits, read_candidates, read_table
 from dataset.instructions import BUILT_IN, Instructions, load_instructions
 from novelgpt.settings.command_parser import CommandParser
 from novelgpt.settings.console import make_console
@@ -136,7 +136,7 @@ def _write(words: Namespace, instructions: Instructions, filters: dict[str, RowF
         UserError: another run writes them, they cannot be written, or no row is left.
     """
     splits = [find_splits(path) for path in words.inputs]
-    cut = Cut(words.max_characters, words.previous_chapters, words.opening_characters)
+    cut = ChunkLimits(words.max_characters, words.previous_chapters, words.opening_characters)
     paths = {"train": words.output} | {name: _beside(words.output, name) for name in ("held_out", "rejected")}
     partial = {name: path.with_name(path.name + ".partial") for name, path in paths.items()}
     tallies = {"held_out": Tally(), "train": Tally()}
@@ -179,7 +179,7 @@ def _write(words: Namespace, instructions: Instructions, filters: dict[str, RowF
 
 
 def _keep(
-    candidates: Iterable[Candidate], row_filter: RowFilter, tally: Tally, rejected: TextIO, names: Counter[str]
+    candidates: Iterable[RowCandidate], row_filter: RowFilter, tally: Tally, rejected: TextIO, names: Counter[str]
 ) -> Iterator[Row]:
     """The rows that pass; the others are counted and written to `rejected`."""
     for candidate in candidates:

@@ -10,7 +10,7 @@ from dataclasses import dataclass
 
 import rensa
 
-from dataset.conversation_rows.sources import Candidate, Row
+from dataset.conversation_rows.sources import Row, RowCandidate
 from dataset.instructions import Instructions
 from dataset.readers import Record, messages_of
 
@@ -99,7 +99,7 @@ class RowFilter:
                     self._excluded[_key(text)] = where
                 self._near[task].add(_compared(task, texts), where)
 
-    def judge(self, candidate: Candidate) -> tuple[str, str]:
+    def judge(self, candidate: RowCandidate) -> tuple[str, str]:
         """("", "") for a row to keep, else the reason and a detail."""
         row = candidate.row
         empty = [name for side in self.instructions.fields(row["task"], row["source"]) for name in side

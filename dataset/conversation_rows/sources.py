@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import re
 from collections import deque
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -30,7 +30,7 @@ Records = Iterator[tuple[str, Record]]
 
 
 @dataclass(frozen=True)
-class Candidate:
+class RowCandidate:
     """A row that may be kept.
 
     Attributes:
@@ -45,7 +45,7 @@ class Candidate:
 
 
 @dataclass(frozen=True)
-class Cut:
+class ChunkLimits:
     """How chapters become questions and answers.
 
     Attributes:
@@ -117,16 +117,14 @@ def read_table(path: Path, columns: Sequence[str] = ()) -> Records:
 
 
 def read_candidates(
-    files: Sequence[Path], task: str, instructions: Instructions, cut: Cut, columns: Sequence[str] = ()
-) -> Iterator[Candidate]:
+    files: Sequence[Path], task: str, instructions: Instructions, cut: ChunkLimits, columns: Sequence[str] = ()
+) -> Iterator[RowCandidate]:
     """Rows for a task: from the fields of each record, or, for next_chapter and continue_text, cut from its chapters.
 
     Raises:
         UserError: what `read_table` raises, an unknown task, or a record without a text where chapters are wanted.
     """
-    builders: dict[str, Callable[[Sequence[Path], Instructions, Cut, Sequence[str]], Iterator[Candidate]]] = {
-        "next_chapter": _next_chapters, "continue_text": _continued_texts,
-    }  # fmt: skip
+    builders = {"next_chapter": _next_chapters, "continue_text": _continued_texts}
     if task in builders:
         yield from builders[task](files, instructions, cut, columns)
         return
@@ -136,7 +134,7 @@ def read_candidates(
             fields = {name: _clean(record.get(name)) for name in names}
             if task == "chapter_title":
                 fields["text"] = _without_heading(fields["text"], fields["title"])
-            yield Candidate(_row(task, str(record.get("id") or f"{file.stem}-{index}"), fields, record, where))
+            yield RowCandidate(_row(task, str(record.get("id") or f"{file.stem}-{index}"), fields, record, where))
 
 
 def keep_tail(text: str, characters: int) -> str:
@@ -152,7 +150,7 @@ def keep_tail(text: str, characters: int) -> str:
 
 
 @dataclass
-class _Chapter:
+class _ChapterRow:
     """A text row. name: of its book, and its place; first: whether its book begins with it; number: of its label."""
 
     record: Record
@@ -163,7 +161,7 @@ class _Chapter:
     number: int | None
 
 
-def _chapters(files: Sequence[Path], columns: Sequence[str]) -> Iterator[_Chapter]:
+def _chapters(files: Sequence[Path], columns: Sequence[str]) -> Iterator[_ChapterRow]:
     """Chapters in order; neighbouring rows of one book and source belong together."""
     last: tuple[str, str] | None = None
     place = 0
@@ -174,13 +172,13 @@ def _chapters(files: Sequence[Path], columns: Sequence[str]) -> Iterator[_Chapte
                 raise UserError(f"{where}: no text in field 'text'", "name a prepared folder or a file of chapters")
             book = (str(record.get("book") or file.stem), str(record.get("source") or file))
             place = 1 if book != last else place + 1
-            yield _Chapter(record, where, text, f"{book[0]}-{place:04d}", book != last, _number(record, text))
+            yield _ChapterRow(record, where, text, f"{book[0]}-{place:04d}", book != last, _number(record, text))
             last = book
 
 
 def _next_chapters(
-    files: Sequence[Path], instructions: Instructions, cut: Cut, columns: Sequence[str]
-) -> Iterator[Candidate]:
+    files: Sequence[Path], instructions: Instructions, cut: ChunkLimits, columns: Sequence[str]
+) -> Iterator[RowCandidate]:
     task = "next_chapter"
     names = _names(task, instructions)
     before: deque[str] = deque(maxlen=cut.previous_chapters)
@@ -190,22 +188,22 @@ def _next_chapters(
         row = _row(task, chapter.name, fields, chapter.record, chapter.where)
         if chapter.first:
             before.clear()
-            yield Candidate(row, "first_chapter")
+            yield RowCandidate(row, "first_chapter")
         elif None not in (number, chapter.number) and chapter.number not in (number, number + 1, 1):  # type: ignore[operator]
             before.clear()  # a chapter between the two is missing, or was left out as a duplicate
-            yield Candidate(row, "gap_in_chapters", f"{number} -> {chapter.number}")
+            yield RowCandidate(row, "gap_in_chapters", f"{number} -> {chapter.number}")
         else:
             room = cut.most_characters - instructions.most_characters(task, row, chapter.where)
             row["previous"] = keep_tail("\n\n".join(before), room) if room > 0 else ""
             lacks = "" if row["previous"] else "no_room_for_context" if room > 0 else "row_too_long"
-            yield Candidate(row, lacks)
+            yield RowCandidate(row, lacks)
         before.append(chapter.text)
         number = chapter.number
 
 
 def _continued_texts(
-    files: Sequence[Path], instructions: Instructions, cut: Cut, columns: Sequence[str]
-) -> Iterator[Candidate]:
+    files: Sequence[Path], instructions: Instructions, cut: ChunkLimits, columns: Sequence[str]
+) -> Iterator[RowCandidate]:
     """Each chapter from its first to its last paragraph, in as few rows as hold it."""
     task = "continue_text"
     names = _names(task, instructions)
@@ -223,7 +221,7 @@ def _continued_texts(
             row = empty | {"opening": opening, "rest": "\n".join(paragraphs[border:end])}
             row["id"] = f"{chapter.name}.{part}-{task}"
             lacks = "" if end > border else "nothing_follows" if border >= len(paragraphs) else "row_too_long"
-            yield Candidate(row, lacks)
+            yield RowCandidate(row, lacks)
             begin, part = max(border, end), part + 1
 
 

@@ -1,36 +1,74 @@
 """The steps that need all books at once: duplicates, the split, and the files that training reads.
 
-Texts pass through one at a time; of the whole collection only records, fingerprints and decisions are in memory.
+Texts are streamed; of the whole collection only records, fingerprints and decisions are in memory.
 """
 
 from __future__ import annotations
 
 import json
+import shutil
 from collections import Counter
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
-from dataset.novels.artefacts import REMOVED, SKIPPED, json_line, read_book_records, read_chapters
-from dataset.novels.decisions import CollectionOptions, Decisions, Shelf, compare_books, name_place
+from dataset.novels.artefacts import BOOKS, CHAPTERS, FINGERPRINTS, REMOVED, SKIPPED, json_line, read_rows
+from dataset.novels.duplicates.near_duplicates import BookPrints, Location, Thresholds, find_duplicates
+from dataset.novels.duplicates.shingles import load_fingerprints
+from dataset.novels.duplicates.split import Decision, assign_splits, decide
 from dataset.novels.records import BookRecord
 from dataset.novels.report.report import EXAMPLES, write_report
 from dataset.novels.shards import ShardWriter
 
-MOST_EXAMPLES_OF_BOOK = 2
+MAX_EXAMPLES_PER_BOOK = 2
+
+
+@dataclass(frozen=True)
+class CollectionOptions:
+    """Options that affect the collection as a whole.
+
+    Attributes:
+        format: "parquet" or "jsonl".
+        shard_megabytes: of UTF-8 text per file.
+        held_out: names or sources of books that are kept out of training.
+        held_out_share: share of the books that is, chosen by `seed`, in [0, 1).
+        near_duplicate_threshold: similarity, in (0, 1], from which chapters count as the same.
+    """
+
+    format: str = "parquet"
+    shard_megabytes: int = 256
+    held_out: tuple[str, ...] = ()
+    held_out_share: float = 0.05
+    seed: int = 42
+    near_duplicate_threshold: float = 0.8
+
+
+@dataclass(frozen=True)
+class SourceBooks:
+    """The books of one source file.
+
+    Attributes:
+        artefact: the folder of what was prepared.
+        first: index of its first book among all books.
+        books: its records, in order.
+    """
+
+    artefact: Path
+    first: int
+    books: list[BookRecord]
 
 
 @dataclass
-class Written:
-    """What `write_collection` leaves, beside the files.
+class CollectionResult:
+    """What `write_collection` returns, beside the files.
 
     Attributes:
         books: all records, complete.
         pairs: rows of duplicates.jsonl.
         left_out: chapters by reason.
-        skipped: (source, reason) of files that are no texts.
-        rows_of: rows of each file that has rows.
+        skipped: (source, reason) of files that are not texts.
+        rows_of: row count of each file that has rows.
     """
 
     books: list[BookRecord]
@@ -40,158 +78,164 @@ class Written:
     rows_of: dict[str, int]
 
 
-def read_shelves(artefacts: Sequence[Path]) -> list[Shelf]:
+def read_records(artefacts: Sequence[Path]) -> list[SourceBooks]:
     """The records of all source files, in the order of these."""
-    shelves: list[Shelf] = []
+    sources: list[SourceBooks] = []
     first = 0
     for artefact in artefacts:
-        shelf = Shelf(artefact, first, read_book_records(artefact))
-        shelves.append(shelf)
-        first += len(shelf.books)
-    return shelves
+        rows = json.loads((artefact / BOOKS).read_text(encoding="utf-8"))
+        sources.append(SourceBooks(artefact, first, [BookRecord(**row) for row in rows]))
+        first += len(rows)
+    return sources
 
 
 def write_collection(
-    shelves: Sequence[Shelf],
+    sources: Sequence[SourceBooks],
     skipped: Sequence[tuple[str, str]],
     options: CollectionOptions,
     shown_options: Mapping[str, Any],
     folder: Path,
-) -> Written:
+) -> CollectionResult:
     """Write everything but the manifest.
 
     Args:
-        shelves: the books; some can be used.
-        skipped: (source, reason) of files that are no texts.
+        sources: the books; some of them usable.
+        skipped: (source, reason) of files that are not texts.
         options: of the run.
         shown_options: for the report.
-        folder: where to write; it is empty.
+        folder: to write to; empty.
 
     Raises:
         UserError: there is no such book as `options.held_out` names.
     """
-    artefacts = [shelf.artefact for shelf in shelves]
-    books = [book for shelf in shelves for book in shelf.books]
-    decisions = compare_books(shelves, options)
-    _make_names_unique(books)
-    left_out: Counter[str] = Counter()
-    rows_of = _write_chapters(shelves, books, decisions, options, folder, left_out)
-    no_texts = [*skipped, *_skipped_members(artefacts)]
-    rows_of["left_out.jsonl"] += _write_skipped(no_texts, folder / "left_out.jsonl")
-    rows_of["rejected.jsonl"] = _join_files([artefact / REMOVED for artefact in artefacts], folder / "rejected.jsonl")
-    rows_of["books.jsonl"] = _write_rows(map(asdict, books), folder / "books.jsonl")
-    rows_of["duplicates.jsonl"] = _write_rows(decisions.pairs, folder / "duplicates.jsonl")
-    examples = _examples(folder / "rejected.jsonl")
-    write_report(books, decisions.pairs, examples, shown_options, folder / "report.html", no_texts)
-    return Written(books, decisions.pairs, left_out, skipped, rows_of)
-
-
-def _make_names_unique(books: Sequence[BookRecord]) -> None:
-    """Books of one name get their source behind it: rows of a training file that share a name are one document."""
+    artefacts = [source.artefact for source in sources]
+    books = [book for source in sources for book in source.books]
+    pairs, decisions = _compare_books(sources, options)
+    # Books that share a name get their source appended: rows of a training file that share a name are one document.
     counts = Counter(book.name for book in books)
     for book in books:
         if counts[book.name] > 1:
             book.name = f"{book.name} ({book.source})"
+    rows_of, left_out = _write_chapters(sources, books, decisions, options, folder)
+    not_texts = list(skipped)
+    for artefact in artefacts:
+        not_texts += [(row["source"], row["reason"]) for row in read_rows(artefact / SKIPPED)]
+    empty = dict.fromkeys(("text", "book", "chapter", "title"), "")
+    skipped_rows = (empty | {"source": source, "reason": reason, "other": ""} for source, reason in not_texts)
+    rows_of["left_out.jsonl"] = left_out.total() + _write_rows(skipped_rows, folder / "left_out.jsonl", mode="a")
+    with (folder / "rejected.jsonl").open("wb") as joined:
+        for artefact in artefacts:
+            with (artefact / REMOVED).open("rb") as file:
+                shutil.copyfileobj(file, joined)
+    examples, rows_of["rejected.jsonl"] = _examples(folder / "rejected.jsonl")
+    rows_of["books.jsonl"] = _write_rows(map(asdict, books), folder / "books.jsonl")
+    rows_of["duplicates.jsonl"] = _write_rows(pairs, folder / "duplicates.jsonl")
+    write_report(books, pairs, examples, shown_options, folder / "report.html", not_texts)
+    return CollectionResult(books, pairs, left_out, skipped, rows_of)
+
+
+def _compare_books(
+    sources: Sequence[SourceBooks], options: CollectionOptions
+) -> tuple[list[dict[str, Any]], dict[int, list[Decision]]]:
+    """Compare all books that can be used, and store the split of each in its record.
+
+    Returns:
+        Rows of duplicates.jsonl, {"kind", "level", "first", "second", "similarity"}; and by the index of each book what
+        becomes of each of its chapters.
+    """
+    usable: list[tuple[int, BookRecord]] = []
+    prints: list[BookPrints] = []
+    for source in sources:
+        of_books = load_fingerprints(source.artefact / FINGERPRINTS)
+        for index, (book, fingerprints) in enumerate(zip(source.books, of_books, strict=True), start=source.first):
+            if not book.refused:
+                usable.append((index, book))
+                prints.append(BookPrints(book.name, book.source, fingerprints))
+    threshold = options.near_duplicate_threshold
+    thresholds = Thresholds(near=threshold, contained=threshold)
+    duplicates = find_duplicates(prints, thresholds)
+    splits = assign_splits(prints, duplicates, options.held_out, options.held_out_share, options.seed)
+    for (_, book), split in zip(usable, splits, strict=True):
+        book.split = split
+    decisions = decide(prints, duplicates, splits, thresholds)
+    pairs = [
+        {"kind": pair.kind, "level": pair.level, "first": _source_of(pair.first), "second": _source_of(pair.second),
+         "similarity": round(float(pair.similarity), 4)}
+        for pair in duplicates.pairs
+    ]  # fmt: skip
+    return pairs, {index: made for (index, _), made in zip(usable, decisions, strict=True)}
+
+
+def _source_of(location: Location) -> str:
+    """As rows name their source: "a.zip!b.txt#3" for the third chapter, "a.zip!b.txt" for the book."""
+    return f"{location.source}#{location.chapter}" if location.chapter else location.source
 
 
 def _write_chapters(
-    shelves: Sequence[Shelf],
+    sources: Sequence[SourceBooks],
     books: Sequence[BookRecord],
-    decisions: Decisions,
+    decisions: Mapping[int, Sequence[Decision]],
     options: CollectionOptions,
     folder: Path,
-    left_out: Counter[str],
-) -> dict[str, int]:
-    """Every chapter into a file of its split, or into left_out.jsonl; completes the records."""
+) -> tuple[dict[str, int], Counter[str]]:
+    """Write every chapter to a shard of its split, or to left_out.jsonl; completes the records.
+
+    Returns:
+        Row count of each shard; left-out chapters by reason.
+    """
+    left_out: Counter[str] = Counter()
     writers = {
         split: ShardWriter(folder, split, options.format, options.shard_megabytes * 10**6)
         for split in ("train", "held_out")
     }
-    rows_left_out = 0
     with (folder / "left_out.jsonl").open("w", encoding="utf-8", newline="\n") as file:
-        for place, chapter, row in _chapters(shelves):
-            book = books[place]
+        for index, chapter, row in _chapters(sources):
+            book = books[index]
             row["book"] = book.name
-            reason, other = _why_left_out(book, decisions, place, chapter)
-            if reason:
-                file.write(json_line(row | {"reason": reason, "other": other}))
-                left_out[reason.partition(":")[0]] += 1
-                rows_left_out += 1
+            decision = Decision("left_out", f"refused: {book.refused}") if book.refused else decisions[index][chapter]
+            if decision.reason:
+                other = _source_of(decision.other) if decision.other else ""
+                file.write(json_line(row | {"reason": decision.reason, "other": other}))
+                left_out[decision.reason.partition(":")[0]] += 1
                 book.duplicate_chapters += not book.refused
             else:
                 writers[book.split].add(row)
                 book.characters_out += book.chapter_characters[chapter]
     for writer in writers.values():
         writer.close()
-    return writers["train"].rows_of | writers["held_out"].rows_of | {"left_out.jsonl": rows_left_out}
+    return writers["train"].rows_of | writers["held_out"].rows_of, left_out
 
 
-def _why_left_out(book: BookRecord, decisions: Decisions, place: int, chapter: int) -> tuple[str, str]:
-    """Reason and other place; "" twice for a chapter that is kept."""
-    if book.refused:
-        return f"refused: {book.refused}", ""
-    decision = decisions.of_book[place][chapter]
-    return decision.reason, name_place(decision.other) if decision.other else ""
-
-
-def _chapters(shelves: Sequence[Shelf]) -> Iterator[tuple[int, int, dict[str, Any]]]:
-    """(place of the book, place of the chapter in it, its row) of all chapters."""
-    for shelf in shelves:
+def _chapters(sources: Sequence[SourceBooks]) -> Iterator[tuple[int, int, dict[str, Any]]]:
+    """(index of the book, index of the chapter in it, its row) of all chapters."""
+    for source in sources:
         book, chapter = -1, 0
-        for row in read_chapters(shelf.artefact):
+        for row in read_rows(source.artefact / CHAPTERS):
             chapter = chapter + 1 if row["book"] == book else 0
             book = row["book"]
-            yield shelf.first + book, chapter, row
+            yield source.first + book, chapter, row
 
 
-def _skipped_members(artefacts: Sequence[Path]) -> Iterator[tuple[str, str]]:
-    """(source, reason) of members of archives that are no texts."""
-    for artefact in artefacts:
-        for line in (artefact / SKIPPED).read_text(encoding="utf-8").splitlines():
-            row = json.loads(line)
-            yield row["source"], row["reason"]
-
-
-def _write_skipped(skipped: Sequence[tuple[str, str]], path: Path) -> int:
-    """Files and members of archives that are no texts go to the end of left_out.jsonl, without a text."""
-    empty = dict.fromkeys(("text", "book", "chapter", "title"), "")
-    with path.open("a", encoding="utf-8", newline="\n") as file:
-        for source, reason in skipped:
-            file.write(json_line(empty | {"source": source, "reason": reason, "other": ""}))
-    return len(skipped)
-
-
-def _join_files(paths: Sequence[Path], output: Path) -> int:
-    """One after the other; how many lines they have."""
-    lines = 0
-    with output.open("wb") as joined:
-        for path in paths:
-            with path.open("rb") as file:
-                while block := file.read(1 << 20):
-                    lines += block.count(b"\n")
-                    joined.write(block)
-    return lines
-
-
-def _write_rows(rows: Iterator[dict[str, Any]] | Sequence[dict[str, Any]], path: Path) -> int:
+def _write_rows(rows: Iterable[dict[str, Any]], path: Path, mode: str = "w") -> int:
+    """Write rows as JSON lines and return their number."""
     count = 0
-    with path.open("w", encoding="utf-8", newline="\n") as file:
+    with path.open(mode, encoding="utf-8", newline="\n") as file:
         for row in rows:
             file.write(json_line(row))
             count += 1
     return count
 
 
-def _examples(rejected: Path) -> dict[str, list[dict[str, Any]]]:
-    """Removed lines for the report, by rule; of each book a few, so that many books are seen."""
+def _examples(rejected: Path) -> tuple[dict[str, list[dict[str, Any]]], int]:
+    """Removed lines for the report, by rule, few per book to show many books; and the number of all rows."""
     examples: dict[str, list[dict[str, Any]]] = {}
-    of_book: Counter[tuple[str, str]] = Counter()
-    with rejected.open(encoding="utf-8", newline="\n") as file:
-        for line in file:
-            row = json.loads(line)
-            chosen = examples.setdefault(row["rule"], [])
-            key = (row["rule"], row["source"])
-            if "line" in row and len(chosen) < EXAMPLES and of_book[key] < MOST_EXAMPLES_OF_BOOK:
-                of_book[key] += 1
-                chosen.append({"source": row["source"], "line": row["line"], "text": row["text"]})
-    return examples
+    per_book: Counter[tuple[str, str]] = Counter()
+    count = 0
+    for row in read_rows(rejected):
+        count += 1
+        chosen = examples.setdefault(row["rule"], [])
+        key = (row["rule"], row["source"])
+        if "line" in row and len(chosen) < EXAMPLES and per_book[key] < MAX_EXAMPLES_PER_BOOK:
+            per_book[key] += 1
+            chosen.append({"source": row["source"], "line": row["line"], "text": row["text"]})
+    return examples, count

@@ -12,7 +12,7 @@ from pathlib import Path
 from dataset.novels.collection import CollectionOptions
 from dataset.novels.engines.cluster import read_slurm_options
 from dataset.novels.prepare import file_options
-from dataset.novels.run import ENGINES, Machines, prepare_novels
+from dataset.novels.run import ENGINES, EngineOptions, prepare_novels
 from dataset.novels.shards import FORMATS
 from dataset.novels.terminal import Display
 from novelgpt.settings.command_parser import CommandParser
@@ -29,15 +29,15 @@ def make_parser() -> CommandParser:
     parser = CommandParser(
         prog="python -m dataset novels",
         description="A folder of novels -> clean chapters, without repeats, split by book, and a report. "
-        "Run it again after a change or an interrupt: what is done stays done.",
+        "Run it again after a change or an interrupt: finished files are not done again.",
     )
     parser.add_argument("raw", type=Path, help="folder of .txt, .txt.gz, .zip, .epub and .jsonl files")
-    parser.add_argument("out", type=Path, help="folder for what is prepared")
+    parser.add_argument("out", type=Path, help="output folder")
     parser.add_argument("--format", choices=FORMATS, default="parquet", help="of the chapters [default: parquet]")
-    parser.add_argument("--shard_size", type=int, default=256, metavar="MB", help="text in a file [default: 256]")
+    parser.add_argument("--shard_size", type=int, default=256, metavar="MB", help="text per file [default: 256]")
     parser.add_argument("--rules", type=Path, nargs="+", action="extend", default=[], metavar="FILE",
-                        help="further rules of what to take out, like dataset/novels/cleaning/rules.yaml")  # fmt: skip
-    parser.add_argument("--to_simplified", action="store_true", help="traditional characters to simplified ones")
+                        help="further cleaning rules, in the format of dataset/novels/cleaning/rules.yaml")  # fmt: skip
+    parser.add_argument("--to_simplified", action="store_true", help="convert traditional characters to simplified")
     parser.add_argument("--held_out", nargs="+", action="extend", default=[], metavar="NAME",
                         help="books (name or file) that are kept out of training, for evaluation")  # fmt: skip
     parser.add_argument("--held_out_share", type=float, default=None, metavar="SHARE",
@@ -45,8 +45,8 @@ def make_parser() -> CommandParser:
                         "--held_out names some]")  # fmt: skip
     parser.add_argument("--seed", type=int, default=42, help="[default: 42]")
     parser.add_argument("--near_duplicate_threshold", type=float, default=0.8, metavar="SHARE",
-                        help="chapters alike to this degree are one [default: 0.8]")  # fmt: skip
-    parser.add_argument("--workers", type=int, default=usable_cores(), help="processes [default: one a core]")
+                        help="similarity from which chapters are duplicates [default: 0.8]")  # fmt: skip
+    parser.add_argument("--workers", type=int, default=usable_cores(), help="processes [default: one per core]")
     parser.add_argument("--engine", choices=ENGINES, default="local",
                         help="what prepares the files: processes of this machine, or datatrove's executors for "
                         "processes, Slurm or Ray [default: local]")  # fmt: skip
@@ -58,34 +58,34 @@ def make_parser() -> CommandParser:
 @exit_on_user_error
 def main(argv: list[str] | None = None) -> None:
     """Prepare the folder that the command line names."""
-    words = make_parser().parse_args(argv)
-    share = words.held_out_share if words.held_out_share is not None else 0.0 if words.held_out else 0.05
+    args = make_parser().parse_args(argv)
+    share = args.held_out_share if args.held_out_share is not None else 0.0 if args.held_out else 0.05
     for name, value, fits in (
-        ("shard_size", words.shard_size, words.shard_size >= 1),
-        ("workers", words.workers, words.workers >= 1),
+        ("shard_size", args.shard_size, args.shard_size >= 1),
+        ("workers", args.workers, args.workers >= 1),
         ("held_out_share", share, 0 <= share < 1),
-        ("near_duplicate_threshold", words.near_duplicate_threshold, 0 < words.near_duplicate_threshold <= 1),
+        ("near_duplicate_threshold", args.near_duplicate_threshold, 0 < args.near_duplicate_threshold <= 1),
     ):
         if not fits:
             raise UserError(f"--{name} {value} is out of range", f"see `{python_module('dataset novels --help')}`")
     collection = CollectionOptions(
-        format=words.format,
-        shard_megabytes=words.shard_size,
-        held_out=tuple(words.held_out),
+        format=args.format,
+        shard_megabytes=args.shard_size,
+        held_out=tuple(args.held_out),
         held_out_share=share,
-        seed=words.seed,
-        near_duplicate_threshold=words.near_duplicate_threshold,
+        seed=args.seed,
+        near_duplicate_threshold=args.near_duplicate_threshold,
     )
-    machines = Machines(words.engine, words.workers, read_slurm_options(words.slurm))
+    engine = EngineOptions(args.engine, args.workers, read_slurm_options(args.slurm))
     display = Display()
     try:
-        files = file_options(tuple(path.resolve() for path in words.rules), words.to_simplified)
-        written = prepare_novels(words.raw, words.out, files, collection, machines, display)
-        if written is None:
+        files = file_options(tuple(path.resolve() for path in args.rules), args.to_simplified)
+        result = prepare_novels(args.raw, args.out, files, collection, engine, display)
+        if result is None:
             say("nothing to do: the same files, rules and options 无需处理")
         else:
-            display.show_results(written)
-        display.show_next(words.out)
+            display.show_results(result)
+        display.show_next(args.out)
     except KeyboardInterrupt:
-        display.say("interrupted 已中断: run the same command again to go on; files that are done stay done")
+        display.say("interrupted 已中断: run the same command again to resume; files that are done stay done")
         raise SystemExit(INTERRUPTED) from None

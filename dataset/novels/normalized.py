@@ -38,7 +38,7 @@ _STYLED = re.compile(
 _BEYOND = range(0x10000, 0x20000)
 
 
-class Words:
+class WordSearch:
     """Finds literal words in a text by their first three characters, all words at once."""
 
     def __init__(self, words: Sequence[str]) -> None:

@@ -1,9 +1,9 @@
-"""The step of one source file: bytes -> chapters, what was taken out, and fingerprints, in a folder of their own.
+"""The step of one source file: bytes -> chapters, removed text and fingerprints, in a folder of their own.
 
     decode -> clean -> chapters -> quality -> fingerprints
 
-`prepare_file` depends on nothing but the file and the options, and writes nowhere but under its own name: any engine
-may run it, anywhere, in any order, and twice.
+`prepare_file` depends only on the file and the options, and writes only under its own name: any engine may run it,
+anywhere, in any order, and twice.
 """
 
 from __future__ import annotations
@@ -18,7 +18,7 @@ import dataset.decode
 import dataset.mending
 from dataset.novels.artefacts import ArtefactWriter
 from dataset.novels.books import prepare_book
-from dataset.novels.cleaning.cleaning import Rules, load_rules
+from dataset.novels.cleaning.cleaning import load_rules
 from dataset.novels.sources.series import Series, read_series
 from dataset.novels.sources.sources import LeftOut, read_books
 from novelgpt.settings.atomic_files import atomic_folder, hash_file, hash_json
@@ -26,19 +26,20 @@ from novelgpt.settings.errors import UserError
 
 # Modules and rooms whose code does not affect an artefact; a change of any other makes all artefacts anew.
 LATER_STEPS = frozenset((
-    "engines", "report", "near_duplicates", "overlaps", "split",
-    "collection", "command", "decisions", "manifest", "run", "shards", "terminal",
+    "engines", "report", "near_duplicates", "overlaps", "split", "collection", "command", "manifest", "run", "shards",
+    "terminal",
 ))  # fmt: skip
 LIBRARIES = ("numpy", "opencc", "rensa")
+_rules = functools.lru_cache(maxsize=1)(load_rules)
 
 
 @dataclass(frozen=True)
 class FileOptions:
-    """What decides, beside its bytes and its place, how a file comes out.
+    """What determines, beside its bytes and its path, the artefact of a file.
 
     Attributes:
         rules: files of further rules.
-        rules_digest: of all rules, as `load_rules` gives it.
+        rules_digest: of all rules, from `load_rules`.
         code: digest of the code of the steps.
         to_simplified: whether chapters are converted.
         series: files that are one book; the first one stands for all of them.
@@ -66,9 +67,9 @@ def file_options(rules: tuple[Path, ...] = (), simplify: bool = False) -> FileOp
 
 @functools.lru_cache(maxsize=2)
 def code_digest(all_steps: bool = False) -> str:
-    """Of the code that makes artefacts (or of all steps), and of the libraries that decide what comes out.
+    """Digest of the code that makes artefacts (or of all steps), and of the libraries that affect them.
 
-    A digest forgets nothing, as a version that somebody has to raise would.
+    Unlike a version number, nobody can forget to raise it.
     """
     here = Path(__file__).resolve().parent
     paths = [Path(dataset.decode.__file__), Path(dataset.mending.__file__)]
@@ -80,10 +81,10 @@ def code_digest(all_steps: bool = False) -> str:
 
 
 def artefact_of(sha256: str, source: str, work: Path, options: FileOptions) -> Path:
-    """Where the artefact of a file goes: named for all that decides its content.
+    """The folder of a file's artefact, named for everything that determines its content.
 
     Args:
-        sha256: of the file's bytes; of a series as `hash_series` gives it.
+        sha256: of the file's bytes; of a series from `hash_series`.
         source: its path relative to the folder of raw files.
         work: the folder of artefacts.
         options: of the run.
@@ -94,23 +95,17 @@ def artefact_of(sha256: str, source: str, work: Path, options: FileOptions) -> P
 
 
 def hash_series(sha256s: Sequence[str]) -> str:
-    """What stands for the hash of a file, of files that are one book."""
+    """The hash of files that are one book, in place of the hash of a file."""
     return hash_json(list(sha256s))
 
 
-def _hash(path: Path, folder: Path, series: Series | None) -> str:
-    if series is None:
-        return hash_file(path)[0]
-    return hash_series([hash_file(folder / member)[0] for member in series.members])
-
-
 def prepare_file(path: Path, folder: Path, work: Path, options: FileOptions) -> Path:
-    """Make the artefact of a source file, unless it is there.
+    """Make the artefact of a source file, unless it exists.
 
     Args:
         path: the file, somewhere in `folder`.
         folder: of raw files.
-        work: where artefacts go; it is made where it is missing.
+        work: folder of the artefacts; created if missing.
         options: of the run.
 
     Returns:
@@ -121,7 +116,13 @@ def prepare_file(path: Path, folder: Path, work: Path, options: FileOptions) -> 
     """
     source = path.relative_to(folder).as_posix()
     series = options.series_of(source)
-    sha256 = _hash(path, folder, series)
+
+    def hash_source() -> str:
+        if series is None:
+            return hash_file(path)[0]
+        return hash_series([hash_file(folder / member)[0] for member in series.members])
+
+    sha256 = hash_source()
     artefact = artefact_of(sha256, source, work, options)
     if artefact.is_dir():
         return artefact
@@ -133,8 +134,15 @@ def prepare_file(path: Path, folder: Path, work: Path, options: FileOptions) -> 
         )
     try:
         with atomic_folder(artefact, keep_existing=True) as unfinished:
-            _fill(unfinished, path, folder, rules, options)
-            if _hash(path, folder, series) != sha256:
+            with ArtefactWriter(unfinished) as writer:
+                leave_out = functools.partial(_leave_out, writer)
+                try:
+                    for raw in read_books(path, folder, leave_out) if series is None else [read_series(series, folder)]:
+                        writer.add(prepare_book(raw, rules, options.to_simplified), raw.bad_bytes)
+                except UserError as error:
+                    # Errors name the file as the user's shell would; an artefact is the same wherever the folder lies.
+                    writer.refuse(source, error.cause.replace(str(path), source))
+            if hash_source() != sha256:
                 raise UserError(f"{path} changed while it was read", "run the same command again when it is written")
     except OSError:
         if not artefact.is_dir():  # else another process made it meanwhile
@@ -142,28 +150,8 @@ def prepare_file(path: Path, folder: Path, work: Path, options: FileOptions) -> 
     return artefact
 
 
-def _fill(artefact: Path, path: Path, folder: Path, rules: Rules, options: FileOptions) -> None:
-    source = path.relative_to(folder).as_posix()
-    with ArtefactWriter(artefact) as writer:
-        series = options.series_of(source)
-        try:
-            leave_out = functools.partial(_leave_out, writer)
-            for raw in read_books(path, folder, leave_out) if series is None else [read_series(series, folder)]:
-                writer.add(prepare_book(raw, rules, options.to_simplified), raw.bad_bytes)
-        except UserError as error:
-            # Errors name the file as the user's shell would; an artefact is the same wherever the folder lies.
-            writer.refuse(source, error.cause.replace(str(path), source))
-
-
 def _leave_out(writer: ArtefactWriter, member: LeftOut) -> None:
-    place = PurePosixPath(member.source.partition("!")[2])
-    hidden = any(part.startswith(".") or part == "__MACOSX" for part in place.parts)
-    if place.suffix.lower() == ".txt" and not hidden:
-        writer.refuse(member.source, member.reason)
-    else:
-        writer.skip(member.source, member.reason)
-
-
-@functools.lru_cache(maxsize=1)
-def _rules(files: tuple[Path, ...]) -> Rules:
-    return load_rules(files)
+    path = PurePosixPath(member.source.partition("!")[2])
+    hidden = any(part.startswith(".") or part == "__MACOSX" for part in path.parts)
+    record = writer.refuse if path.suffix.lower() == ".txt" and not hidden else writer.skip
+    record(member.source, member.reason)

@@ -71,7 +71,7 @@ class RawBook:
 
 
 @dataclass(frozen=True)
-class Chapter:
+class ChapterText:
     """A chapter ready to train on.
 
     Attributes:

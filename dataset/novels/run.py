@@ -1,6 +1,6 @@
 """The whole run: every source file to its artefact, then duplicates and the split, then files that training reads.
 
-OUT/cache/files/ holds the artefacts, OUT/cache/next/ what is being written; what lies in OUT itself is complete if
+OUT/cache/files/ holds the artefacts, OUT/cache/next/ the files being written; the files in OUT itself are complete if
 there is a manifest.json.
 """
 
@@ -12,20 +12,12 @@ from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 
-from dataset.novels.collection import CollectionOptions, Written, read_shelves, write_collection
+from dataset.novels.collection import CollectionOptions, CollectionResult, read_records, write_collection
 from dataset.novels.engines.cluster import run_on
 from dataset.novels.engines.workers import map_files
-from dataset.novels.manifest import (
-    Hashed,
-    describe_inputs,
-    describe_outputs,
-    hash_files,
-    is_up_to_date,
-    put_in_place,
-    write_manifest,
-)
+from dataset.novels.manifest import HashedFile, hash_files, is_up_to_date, publish, write_manifest
 from dataset.novels.prepare import FileOptions, artefact_of, code_digest, hash_series, prepare_file
-from dataset.novels.sources.series import find_series
+from dataset.novels.sources.series import Series, find_series
 from dataset.novels.sources.sources import list_folder
 from dataset.novels.terminal import Display
 from novelgpt.settings.atomic_files import exclusive_folder
@@ -36,8 +28,8 @@ ENGINES = ("local", "datatrove", "slurm", "ray")
 
 
 @dataclass(frozen=True)
-class Machines:
-    """Where the files are prepared; decides nothing about the result.
+class EngineOptions:
+    """Where the files are prepared; does not affect the result.
 
     Attributes:
         engine: one of ENGINES.
@@ -51,127 +43,112 @@ class Machines:
 
 
 def prepare_novels(
-    raw: Path, out: Path, files: FileOptions, collection: CollectionOptions, machines: Machines, display: Display
-) -> Written | None:
-    """Bring `out` up to date with what is in `raw`.
+    raw: Path, out: Path, files: FileOptions, collection: CollectionOptions, engine: EngineOptions, display: Display
+) -> CollectionResult | None:
+    """Bring `out` up to date with `raw`.
 
     Returns:
-        What there is now; None where there was nothing to do.
+        The collection; None if there was nothing to do.
 
     Raises:
         UserError: nothing usable in `raw`, a folder that cannot be used, another run in `out`, a full disk, a dead
             worker.
     """
     raw, out = raw.resolve(), out.resolve()
-    _check_folders(raw, out)
-    with exclusive_folder(out, out / "cache" / "files"):
-        return _Run(raw, out, out / "cache", files, collection, machines, display).run()
-
-
-def _check_folders(raw: Path, out: Path) -> None:
+    artefacts = out / "cache" / "files"
     if out == raw or raw in out.parents:
         raise UserError(f"{out} lies in the folder of novels", "name a folder outside of it for what is prepared")
-    taken = out.is_dir() and any(out.iterdir()) and not (out / "cache" / "files").is_dir()
+    taken = out.is_dir() and any(out.iterdir()) and not artefacts.is_dir()
     if taken or (out.exists() and not out.is_dir()):
         raise UserError(f"{out} holds something else", "name a new folder")
+    with exclusive_folder(out, artefacts):
+        return _run(raw, out, files, collection, engine, display)
 
 
-@dataclass
-class _Run:
-    raw: Path
-    out: Path
-    work: Path
-    files: FileOptions
-    collection: CollectionOptions
-    machines: Machines
-    display: Display
-
-    def run(self) -> Written | None:
-        """All steps, as far as they are not done."""
-        listing = list_folder(self.raw)
-        hashed = self._hash_sources(listing.files)
-        skipped = [(source, reason) for source, reason in listing.left_out]
-        skipped += [(self._source(file), file.problem) for file in hashed if file.problem]
-        hashed = [file for file in hashed if not file.problem]
-        options = {"to_simplified": self.files.to_simplified, **asdict(self.collection)}
-        origin = {
-            "version": VERSION,
-            "code": code_digest(all_steps=True),
-            "rules": self.files.rules_digest,
-            "options": options,
-            "inputs": describe_inputs(hashed, self.raw),
-            "skipped": skipped,
-        }
-        series = find_series([file.path for file in hashed], self.raw, self.raw.name)
-        self.files = replace(self.files, series=tuple(series))
-        hashed = list(self._books(hashed))
-        artefacts = list(map(self._artefact_of, hashed))
-        finished = self.work / "next"
-        if is_up_to_date(self.out, origin, self.machines.workers):
-            self._remove_leftovers(artefacts)
-            return None
+def _run(
+    raw: Path, out: Path, files: FileOptions, collection: CollectionOptions, engine: EngineOptions, display: Display
+) -> CollectionResult | None:
+    listing = list_folder(raw)
+    skipped: list[tuple[str, str]] = list(listing.left_out)
+    hashed: dict[str, HashedFile] = {}
+    total = sum(path.stat().st_size for path in listing.files if path.exists())
+    with display.files("reading 读取", len(listing.files), total) as advance:
+        for file in hash_files(listing.files, engine.workers):
+            source = file.path.relative_to(raw).as_posix()
+            if file.problem:
+                skipped.append((source, file.problem))
+            else:
+                hashed[source] = file
+            advance(file.size)
+    options = {"to_simplified": files.to_simplified, **asdict(collection)}
+    origin = {
+        "version": VERSION,
+        "code": code_digest(all_steps=True),
+        "rules": files.rules_digest,
+        "options": options,
+        "inputs": [{"source": name, "sha256": file.sha256, "bytes": file.size} for name, file in hashed.items()],
+        "skipped": skipped,
+    }
+    files = replace(files, series=tuple(find_series([file.path for file in hashed.values()], raw, raw.name)))
+    artefacts = {
+        file: artefact_of(file.sha256, source, out / "cache" / "files", files)
+        for source, file in _join_series(hashed, files.series)
+    }
+    up_to_date = is_up_to_date(out, origin, engine.workers)
+    if not up_to_date:
+        finished = out / "cache" / "next"
         shutil.rmtree(finished, ignore_errors=True)
-        self._prepare_files([file for file in hashed if not self._artefact_of(file).is_dir()])
-        self.display.say("comparing books and chapters, and writing what is left 查重、划分、写出")
-        shelves = read_shelves(artefacts)
-        books = [book for shelf in shelves for book in shelf.books]
+        _prepare_files(artefacts, raw, out / "cache", files, engine, display)
+        display.say("comparing books and chapters, and writing what is left 查重、划分、写出")
+        sources = read_records(list(artefacts.values()))
+        books = [book for source in sources for book in source.books]
         if all(book.refused for book in books):
-            self.display.show_refused(books)
-            raise UserError(f"nothing usable in {self.raw}", "name a folder with novels in Chinese")
+            display.show_refused(books)
+            raise UserError(f"nothing usable in {raw}", "name a folder with novels in Chinese")
         finished.mkdir()
-        shown = {**options, "rules": self.files.rules_digest[:12]}
-        written = write_collection(shelves, skipped, self.collection, shown, finished)
-        write_manifest(finished, origin, describe_outputs(finished, written.rows_of, self.machines.workers))
-        self._remove_leftovers(artefacts)
-        put_in_place(finished, self.out)
-        return written
+        shown = {**options, "rules": files.rules_digest[:12]}
+        result = write_collection(sources, skipped, collection, shown, finished)
+        write_manifest(finished, origin, result.rows_of, engine.workers)
+    # Artefacts of files that are gone or have changed, and what a killed run left.
+    for folder in set((out / "cache" / "files").iterdir()).difference(artefacts.values()):
+        shutil.rmtree(folder)
+    if up_to_date:
+        return None
+    publish(finished, out)
+    return result
 
-    def _hash_sources(self, paths: Sequence[Path]) -> list[Hashed]:
-        hashed = []
-        total = sum(path.stat().st_size for path in paths if path.exists())
-        with self.display.files("reading 读取", len(paths), total) as advance:
-            for file in hash_files(paths, self.machines.workers):
-                hashed.append(file)
-                advance(file.size)
-        return hashed
 
-    def _books(self, hashed: Sequence[Hashed]) -> Iterator[Hashed]:
-        """The files, and for those that are one book the first one alone, which stands for all."""
-        by_source = {self._source(file): file for file in hashed}
-        series_of = {member: series for series in self.files.series for member in series.members}
-        for source, file in by_source.items():
-            series = series_of.get(source)
-            if series is None:
-                yield file
-            elif series.members[0] == source:
-                members = [by_source[member] for member in series.members]
-                yield Hashed(file.path, hash_series([one.sha256 for one in members]), sum(one.size for one in members))
+def _join_series(hashed: Mapping[str, HashedFile], series: Sequence[Series]) -> Iterator[tuple[str, HashedFile]]:
+    """(source, file) of each book to prepare: of files that are one book the first one, which stands for all."""
+    series_of = {member: one for one in series for member in one.members}
+    for source, file in hashed.items():
+        members = [hashed[member] for member in series_of[source].members] if source in series_of else [file]
+        if len(members) == 1:
+            yield source, file
+        elif members[0] is file:
+            sha256 = hash_series([one.sha256 for one in members])
+            yield source, HashedFile(file.path, sha256, sum(one.size for one in members))
 
-    def _source(self, file: Hashed) -> str:
-        return file.path.relative_to(self.raw).as_posix()
 
-    def _artefact_of(self, file: Hashed) -> Path:
-        return artefact_of(file.sha256, self._source(file), self.work / "files", self.files)
-
-    def _prepare_files(self, files: Sequence[Hashed]) -> None:
-        """Largest first, so that no worker is left alone with a long one at the end."""
-        ordered = sorted(files, key=lambda file: (-file.size, file.path))
-        function = functools.partial(prepare_file, folder=self.raw, work=self.work / "files", options=self.files)
-        sizes = {file.path: file.size for file in ordered}
-        if self.machines.engine != "local":
-            engine = "local" if self.machines.engine == "datatrove" else self.machines.engine
-            run_on(engine, list(sizes), function, self.work / "logs", self.machines.workers, slurm=self.machines.slurm)
-        else:
-            with self.display.files("preparing 处理", len(sizes), sum(sizes.values())) as advance:
-                for path, _ in map_files(function, list(sizes), self.machines.workers):
-                    advance(sizes[path])
-        for file in files:
-            if not self._artefact_of(file).is_dir():
-                raise UserError(f"{file.path} changed while it was read", "run the same command again")
-
-    def _remove_leftovers(self, artefacts: Sequence[Path]) -> None:
-        """Artefacts of files that are gone or have changed, and what a killed run left behind."""
-        current = set(artefacts)
-        for folder in (self.work / "files").iterdir():
-            if folder not in current:
-                shutil.rmtree(folder)
+def _prepare_files(
+    artefacts: Mapping[HashedFile, Path],
+    raw: Path,
+    work: Path,
+    options: FileOptions,
+    engine: EngineOptions,
+    display: Display,
+) -> None:
+    """Make the missing artefacts, largest first, so that no worker is left alone with a long one at the end."""
+    missing = {file: artefact for file, artefact in artefacts.items() if not artefact.is_dir()}
+    sizes = {file.path: file.size for file in sorted(missing, key=lambda file: (-file.size, file.path))}
+    function = functools.partial(prepare_file, folder=raw, work=work / "files", options=options)
+    if engine.engine != "local":
+        name = "local" if engine.engine == "datatrove" else engine.engine
+        run_on(name, list(sizes), function, work / "logs", engine.workers, slurm=engine.slurm)
+    else:
+        with display.files("preparing 处理", len(sizes), sum(sizes.values())) as advance:
+            for path, _ in map_files(function, list(sizes), engine.workers):
+                advance(sizes[path])
+    for file, artefact in missing.items():
+        if not artefact.is_dir():
+            raise UserError(f"{file.path} changed while it was read", "run the same command again")

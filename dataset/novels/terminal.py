@@ -1,4 +1,4 @@
-"""What a person who prepares novels sees: progress, and a table of what came out."""
+"""Terminal output of preparing novels: progress, and tables of the result."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from pathlib import Path
 from rich.progress import BarColumn, Progress, TaskProgressColumn, TextColumn, TimeRemainingColumn, TransferSpeedColumn
 from rich.table import Table
 
-from dataset.novels.collection import Written
+from dataset.novels.collection import CollectionResult
 from dataset.novels.records import BookRecord
 from novelgpt.settings.console import make_console
 from novelgpt.settings.paths import TINY
@@ -20,7 +20,7 @@ from novelgpt.settings.remedies import run_pipeline
 from novelgpt.settings.terminal import counted, say
 
 SECONDS_BETWEEN_LINES = 10.0
-MOST_RULES, MOST_REFUSED = 8, 20
+MAX_RULES, MAX_REFUSED = 8, 20
 
 
 class Display:
@@ -31,14 +31,14 @@ class Display:
         self.progress = make_console(stderr=True)
 
     def say(self, text: str) -> None:
-        """A line about what is done now."""
+        """A line about the current step."""
         say(text, stderr=True)
 
     @contextmanager
     def files(self, title: str, count: int, total_bytes: int) -> Iterator[Callable[[int], None]]:
         """Progress over files: call what is yielded with the bytes of each that is done."""
         if not self.progress.is_terminal:
-            yield _PlainProgress(self, title, count, total_bytes).advance
+            yield self._plain_progress(title, count, total_bytes)
             return
         columns = (
             TextColumn("{task.description}", markup=False),
@@ -52,17 +52,39 @@ class Display:
             task = progress.add_task(title, total=total_bytes)
             yield lambda size: progress.advance(task, size)
 
+    def _plain_progress(self, title: str, count: int, total_bytes: int) -> Callable[[int], None]:
+        """A line every few seconds, for files and pipes."""
+        done = done_bytes = 0
+        start = last = time.monotonic()
+
+        def advance(size: int) -> None:
+            nonlocal done, done_bytes, last
+            done += 1
+            done_bytes += size
+            now = time.monotonic()
+            if now - last < SECONDS_BETWEEN_LINES and done < count:
+                return
+            last = now
+            speed = done_bytes / max(now - start, 1e-3)
+            left = (total_bytes - done_bytes) / max(speed, 1)
+            self.say(
+                f"{title}: {done:,} of {counted(count, 'file')}, {done_bytes / 1e6:,.1f} of {total_bytes / 1e6:,.1f} "
+                f"MB, {speed / 1e6:,.1f} MB/s, {left:,.0f} s left 剩余"
+            )
+
+        return advance
+
     def show_refused(self, books: Sequence[BookRecord]) -> None:
         """A line for each book that cannot be used."""
         refused = [book for book in books if book.refused]
-        for book in refused[:MOST_REFUSED]:
+        for book in refused[:MAX_REFUSED]:
             say(f"  refused 拒收 {book.source}: {book.refused}", style="yellow")
-        if len(refused) > MOST_REFUSED:
-            say(f"  … and {len(refused) - MOST_REFUSED:,} more, in books.jsonl", style="yellow")
+        if len(refused) > MAX_REFUSED:
+            say(f"  … and {len(refused) - MAX_REFUSED:,} more, in books.jsonl", style="yellow")
 
-    def show_results(self, written: Written) -> None:
+    def show_results(self, result: CollectionResult) -> None:
         """The tables."""
-        books = written.books
+        books = result.books
         table = Table(title="Novels 小说", title_justify="left")
         for column in ("", "books 书", "chapters 章", "characters 字"):
             table.add_column(column, justify="right" if column else "left")
@@ -74,20 +96,19 @@ class Display:
             table.add_row(label, f"{len(chosen):,}", *shown)
         self.console.print(table)
         self._show_removed(books)
-        reasons = ", ".join(f"{count:,} {reason}" for reason, count in sorted(written.left_out.items()))
-        levels = Counter(pair["level"] for pair in written.pairs)
+        reasons = ", ".join(f"{count:,} {reason}" for reason, count in sorted(result.left_out.items()))
+        levels = Counter(pair["level"] for pair in result.pairs)
         say(
             f"left out 未采用 (left_out.jsonl): {reasons or 'no chapter'}; alike 相似 (duplicates.jsonl): "
             f"{counted(levels['book'], 'pair of books')}, {counted(levels['chapter'], 'pair of chapters')}"
         )
-        for source, reason in written.skipped[:MOST_REFUSED]:
+        for source, reason in result.skipped[:MAX_REFUSED]:
             say(f"  not read 未读取 {source}: {reason}")
-        if len(written.skipped) > MOST_REFUSED:
-            say(f"  … and {len(written.skipped) - MOST_REFUSED:,} more, in left_out.jsonl")
+        if len(result.skipped) > MAX_REFUSED:
+            say(f"  … and {len(result.skipped) - MAX_REFUSED:,} more, in left_out.jsonl")
         self.show_refused(books)
 
     def _show_removed(self, books: Sequence[BookRecord]) -> None:
-        characters_in = sum(book.characters_in for book in books)
         removed: Counter[str] = Counter()
         lines: Counter[str] = Counter()
         for book in books:
@@ -100,45 +121,21 @@ class Display:
         table = Table(title="Removed 剔除 (rejected.jsonl)", title_justify="left")
         for column in ("rule 规则", "lines 行", "characters 字", "share of all 占比"):
             table.add_column(column, justify="left" if column.startswith("rule") else "right")
-        shown = removed.most_common(MOST_RULES)
-        rest = set(removed) - {rule for rule, _ in shown}
-        for rule, count in shown:
-            table.add_row(rule, f"{lines[rule]:,}", f"{count:,}", f"{count / characters_in:.3%}")
-        if rest:
-            count = sum(removed[rule] for rule in rest)
+        ranked = [rule for rule, _ in removed.most_common()]
+        rows = [(rule, [rule]) for rule in ranked[:MAX_RULES]]
+        if rest := ranked[MAX_RULES:]:
+            rows.append((f"{len(rest)} more", rest))
+        characters_in = sum(book.characters_in for book in books)
+        for label, rules in rows:
+            count = sum(removed[rule] for rule in rules)
             table.add_row(
-                f"{len(rest)} more", f"{sum(lines[rule] for rule in rest):,}", f"{count:,}",
-                f"{count / characters_in:.3%}",
-            )  # fmt: skip
+                label, f"{sum(lines[rule] for rule in rules):,}", f"{count:,}", f"{count / characters_in:.3%}"
+            )
         self.console.print(table)
 
     def show_next(self, out: Path) -> None:
-        """Where the report is, and what to type next."""
+        """Where the report is, and the next command."""
         say(f"report 报告: {out / 'report.html'}")
         command = run_pipeline("pretrain", f"--train_files {shlex.quote(str(out))}")
         say(f"next 下一步: {command}")
         say(f"  with the model that you train 换成要训练的模型; --model {TINY} tries it on the small base")
-
-
-class _PlainProgress:
-    """Now and then a line, for files and pipes."""
-
-    def __init__(self, display: Display, title: str, count: int, total_bytes: int) -> None:
-        self.display, self.title, self.count, self.total_bytes = display, title, count, total_bytes
-        self.done, self.bytes = 0, 0
-        self.start = self.last = time.monotonic()
-
-    def advance(self, size: int) -> None:
-        """A file is done."""
-        self.done += 1
-        self.bytes += size
-        now = time.monotonic()
-        if now - self.last < SECONDS_BETWEEN_LINES and self.done < self.count:
-            return
-        self.last = now
-        seconds = max(now - self.start, 1e-3)
-        left = (self.total_bytes - self.bytes) / max(self.bytes / seconds, 1)
-        self.display.say(
-            f"{self.title}: {self.done:,} of {counted(self.count, 'file')}, {self.bytes / 1e6:,.1f} of "
-            f"{self.total_bytes / 1e6:,.1f} MB, {self.bytes / seconds / 1e6:,.1f} MB/s, {left:,.0f} s left 剩余"
-        )

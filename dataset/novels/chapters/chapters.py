@@ -10,10 +10,10 @@ from itertools import pairwise
 
 from dataset.novels.chapters.front_matter import first_line_of_prologue
 from dataset.novels.chapters.heading_choice import Choice, choose_headings
-from dataset.novels.chapters.headings import LONGEST_HEADING, Candidate
+from dataset.novels.chapters.headings import LONGEST_HEADING, HeadingCandidate
 from dataset.novels.chapters.numbering import describe_numbering
 from dataset.novels.chapters.paragraphs import fits_width, join_lines, parts_of_about, wrap_width
-from dataset.novels.records import Chapter, Line, Removed
+from dataset.novels.records import ChapterText, Line, Removed
 from novelgpt.settings.terminal import counted
 
 PART_CHARACTERS = 5_000
@@ -30,24 +30,24 @@ _PROSE_BEGINS = ("话说", "話說", "却说", "卻說", "且说", "且說", "�
 
 
 @dataclass(frozen=True)
-class Split:
+class ChapterSplit:
     """A book in chapters.
 
     Every character of the book that is no white space is in one of them or in one of `removed`, in order.
 
     Attributes:
         chapters: in order.
-        removed: rules "table_of_contents", "front_matter", "volume_heading" (it is in `Chapter.volume`),
+        removed: rules "table_of_contents", "front_matter", "volume_heading" (it is in `ChapterText.volume`),
             "heading_prefix" (正文, the name of the book), "heading_decoration" (【】, ===), "repeated_heading".
         findings: sentences about numbering, gaps, and what was decided.
     """
 
-    chapters: list[Chapter]
+    chapters: list[ChapterText]
     removed: list[Removed]
     findings: list[str]
 
 
-def split_chapters(lines: Sequence[Line], part_characters: int = PART_CHARACTERS) -> Split:
+def split_chapters(lines: Sequence[Line], part_characters: int = PART_CHARACTERS) -> ChapterSplit:
     """The chapters of a book, from its lines with their indents.
 
     A book without headings is cut at paragraph ends into parts of about `part_characters` characters. Long prose
@@ -71,7 +71,7 @@ def split_chapters(lines: Sequence[Line], part_characters: int = PART_CHARACTERS
         book.findings.append("the headings have no numbers: told by their indent, or by the table of contents")
     if choice.entries:
         book.findings.append(f"a table of contents with {choice.entries} entries was left out")
-    return Split(chapters, sorted(book.removed, key=lambda removed: removed.number), book.findings)
+    return ChapterSplit(chapters, sorted(book.removed, key=lambda removed: removed.number), book.findings)
 
 
 @dataclass
@@ -93,7 +93,7 @@ class _Book:
         self.lines, self.texts, self.choice = lines, texts, choice
         self.removed: list[Removed] = []
         self.findings: list[str] = []
-        self.headings: list[Candidate] = []
+        self.headings: list[HeadingCandidate] = []
         self._drafts: list[_Draft] = []
         self._gone: set[int] = set()
 
@@ -148,9 +148,9 @@ class _Book:
         if front[border:]:
             self.findings.append("prose before the first heading is kept as a chapter without heading")
 
-    def _without_repeats(self, headings: Sequence[Candidate]) -> list[Candidate]:
+    def _without_repeats(self, headings: Sequence[HeadingCandidate]) -> list[HeadingCandidate]:
         """Of two headings of one number without text between them, one that says no more than the other goes."""
-        kept: list[Candidate] = []
+        kept: list[HeadingCandidate] = []
         for one in headings:
             if kept and kept[-1].number == one.number is not None and not self._has_text(kept[-1].index + 1, one.index):
                 if kept[-1].says(one):
@@ -164,7 +164,7 @@ class _Book:
     def _has_text(self, begin: int, end: int) -> bool:
         return any(self.texts[index].strip() and index not in self._gone for index in range(begin, end))
 
-    def _titles_below(self, headings: Sequence[Candidate]) -> dict[int, int]:
+    def _titles_below(self, headings: Sequence[HeadingCandidate]) -> dict[int, int]:
         """Line of the heading -> line of its title, in books that write 第一章 and the title on two lines."""
         bare = [one for one in headings if one.number is not None and not one.title]
         if len(bare) < 2 or len(bare) < 0.8 * len(headings):
@@ -180,7 +180,7 @@ class _Book:
                     break
         return titles if len(titles) >= 0.8 * len(bare) else {}
 
-    def _draft(self, one: Candidate, end: int, title_line: int | None, segments: tuple[int, int]) -> _Draft:
+    def _draft(self, one: HeadingCandidate, end: int, title_line: int | None, segments: tuple[int, int]) -> _Draft:
         """A chapter without its volume; takes the pieces of its heading's line that are no heading out."""
         for rule, piece in one.cut:
             self._remove_piece(one.index, rule, piece)
@@ -199,7 +199,9 @@ class _Book:
             body = _put_before(prose, body)
         return _Draft(heading, one.label, title, one.number, "", body)
 
-    def _without_repeated_heading(self, indices: Sequence[int], one: Candidate, heading: str, title: str) -> list[int]:
+    def _without_repeated_heading(
+        self, indices: Sequence[int], one: HeadingCandidate, heading: str, title: str
+    ) -> list[int]:
         """The lines below a heading, less those at their beginning that say the heading or its title again."""
         for place, index in enumerate(indices):
             text = _plain(self.texts[index])
@@ -214,7 +216,7 @@ class _Book:
             self.remove([index], "repeated_heading")
         return []
 
-    def chapters(self, part_characters: int) -> list[Chapter]:
+    def chapters(self, part_characters: int) -> list[ChapterText]:
         """The chapters put together: lines to paragraphs, text under no heading to parts."""
         widths = [wrap_width(draft.body) for draft in self._drafts]
         known = Counter(width for width in widths if width)
@@ -229,17 +231,17 @@ class _Book:
             wrapped, breaks = wrapped + (joined > 0), breaks + max(0, joined)
             if draft.heading:
                 text = "\n".join([draft.heading, *paragraphs])
-                found.append(Chapter(draft.heading, draft.label, draft.title, draft.number, draft.volume, text))
+                found.append(ChapterText(draft.heading, draft.label, draft.title, draft.number, draft.volume, text))
             else:
                 parts = parts_of_about(paragraphs, part_characters)
-                found += [Chapter("", "", "", None, draft.volume, "\n".join(part)) for part in parts]
+                found += [ChapterText("", "", "", None, draft.volume, "\n".join(part)) for part in parts]
         if known and breaks:
             where = f"{counted(known.most_common(1)[0][0], 'column')} in {counted(wrapped, 'chapter')}"
             self.findings.append(f"hard-wrapped at about {where}: {counted(breaks, 'line break')} joined")
         return found
 
 
-def _usual_segments(headings: Sequence[Candidate]) -> tuple[int, int]:
+def _usual_segments(headings: Sequence[HeadingCandidate]) -> tuple[int, int]:
     """How many words, between blanks, most titles have, and the length that hardly any exceeds."""
     titles = [" ".join(_words_of_title(one)) for one in headings if one.title]
     titles = [title for title in titles if title and len(title) <= LONGEST_HEADING]
@@ -250,7 +252,7 @@ def _usual_segments(headings: Sequence[Candidate]) -> tuple[int, int]:
     return (segments if count >= 0.6 * len(titles) else 0), lengths[int(0.95 * (len(lengths) - 1))] + 4
 
 
-def _words_of_title(one: Candidate) -> list[str]:
+def _words_of_title(one: HeadingCandidate) -> list[str]:
     """The words behind the label up to the first that reads as prose; all of them, where the line is but a heading."""
     words = one.title.split(" ")
     if one.fits_shape and not _PROSE.search(one.title):
@@ -261,7 +263,7 @@ def _words_of_title(one: Candidate) -> list[str]:
     return words[: max(1, count)] if len(words[0]) <= 40 else []
 
 
-def _cut_title(one: Candidate, segments: tuple[int, int]) -> tuple[str, str]:
+def _cut_title(one: HeadingCandidate, segments: tuple[int, int]) -> tuple[str, str]:
     """Title, and the prose that the line has behind it: "撕扇子作千金一笑 因麒麟伏白首双星 话说袭人见了…"."""
     usual, longest = segments
     words = one.title.split(" ")

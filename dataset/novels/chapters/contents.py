@@ -7,7 +7,7 @@ from collections import Counter, defaultdict
 from collections.abc import Iterator, Mapping, Sequence
 from itertools import repeat
 
-from dataset.novels.chapters.headings import Candidate
+from dataset.novels.chapters.headings import HeadingCandidate
 
 _TITLE = re.compile(r"[\W_]*(?:目\s*[录錄次]|[总總章]\s*目[录錄]?|CONTENTS|Contents)[\W_]*")
 _PAGE = re.compile(r"[\s.．…·\-—0-9０-９]*")
@@ -20,7 +20,7 @@ _AGAIN, _AGAIN_BELOW_TITLE = 0.7, 0.5
 lacks, or misprints."""
 
 
-def find_contents(texts: Sequence[str], candidates: Sequence[Candidate]) -> tuple[set[int], int]:
+def find_contents(texts: Sequence[str], candidates: Sequence[HeadingCandidate]) -> tuple[set[int], int]:
     """Indices of the lines that make up tables of contents, and how many of them name a chapter."""
     usable = [one for one in candidates if one.shaped or (one.several and one.fits_shape and not one.prefix)]
     later = defaultdict(list)
@@ -48,7 +48,7 @@ def find_contents(texts: Sequence[str], candidates: Sequence[Candidate]) -> tupl
     return lines, entries
 
 
-def _goes_on(texts: Sequence[str], usable: Sequence[Candidate], last: int) -> bool:
+def _goes_on(texts: Sequence[str], usable: Sequence[HeadingCandidate], last: int) -> bool:
     """Whether the last entry of a run is one like those before it, though the book lacks its chapter."""
     if last + 1 == len(usable):
         return False
@@ -60,11 +60,11 @@ def _goes_on(texts: Sequence[str], usable: Sequence[Candidate], last: int) -> bo
     return numbered and one.unit == before.unit and one.first == before.last + 1 > following.first > 0
 
 
-def _key(one: Candidate) -> _Key:
+def _key(one: HeadingCandidate) -> _Key:
     return (one.unit, one.label if one.number is None else one.number)
 
 
-def _runs(texts: Sequence[str], usable: Sequence[Candidate]) -> Iterator[tuple[int, int]]:
+def _runs(texts: Sequence[str], usable: Sequence[HeadingCandidate]) -> Iterator[tuple[int, int]]:
     """First and last place of each run of headings without text between them, cut where an entry comes again."""
     first, volume = 0, 0
     seen: set[object] = set()
@@ -96,7 +96,7 @@ def _is_empty(texts: Sequence[str], begin: int, end: int) -> bool:
 
 
 def _comes_again(
-    usable: Sequence[Candidate], first: int, last: int, later: Mapping[_Key, Sequence[int]], share: float
+    usable: Sequence[HeadingCandidate], first: int, last: int, later: Mapping[_Key, Sequence[int]], share: float
 ) -> bool:
     """Whether most entries of a run are headings again behind it, most of them with the same title."""
     again, titled, same = 0, 0, 0
@@ -132,7 +132,7 @@ def _title_above(texts: Sequence[str], index: int) -> int | None:
     return None
 
 
-def _contents_without_labels(texts: Sequence[str], candidates: Sequence[Candidate]) -> tuple[set[int], int]:
+def _contents_without_labels(texts: Sequence[str], candidates: Sequence[HeadingCandidate]) -> tuple[set[int], int]:
     """A table of contents that gives titles only: the lines below 目录 that come again, alone or behind a label."""
     for title, text in enumerate(texts[:200]):
         if not _TITLE.fullmatch(text.strip()):

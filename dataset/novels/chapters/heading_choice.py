@@ -11,7 +11,7 @@ from itertools import pairwise
 from statistics import median
 
 from dataset.novels.chapters.contents import find_contents
-from dataset.novels.chapters.headings import Candidate, find_candidates, find_numbered_lines, unit_of
+from dataset.novels.chapters.headings import HeadingCandidate, find_candidates, find_numbered_lines, unit_of
 
 _DEEP = frozenset(("章", "回", "话", "chapter"))
 _SHALLOW = ("部", "部分", "卷", "编", "集", "册", "篇", "幕", "折")
@@ -34,8 +34,8 @@ class Choice:
         kind: "numbered", "titles" (without numbers) or "none".
     """
 
-    chapters: list[Candidate] = field(default_factory=list)
-    volumes: list[Candidate] = field(default_factory=list)
+    chapters: list[HeadingCandidate] = field(default_factory=list)
+    volumes: list[HeadingCandidate] = field(default_factory=list)
     contents: set[int] = field(default_factory=set)
     entries: int = 0
     kind: str = "none"
@@ -76,7 +76,7 @@ def choose_headings(texts: Sequence[str]) -> Choice:
     return choice
 
 
-def _adopt_prefixes(candidates: Iterable[Candidate]) -> None:
+def _adopt_prefixes(candidates: Iterable[HeadingCandidate]) -> None:
     """Words before the label that the book repeats, such as its name, make a line no less a heading."""
     fitting = [one for one in candidates if one.number is not None and one.fits_shape]
     prefixes = Counter(one.prefix for one in fitting)
@@ -90,7 +90,7 @@ def _steps(numbers: Sequence[int]) -> int:
     return sum(after == before + 1 or after in (0, 1) for before, after in pairwise((0, *numbers)))
 
 
-def _chapter_unit(candidates: Iterable[Candidate]) -> str:
+def _chapter_unit(candidates: Iterable[HeadingCandidate]) -> str:
     """The unit of chapters; "" if none is likely."""
     numbers = defaultdict(list)
     for candidate in candidates:
@@ -114,7 +114,7 @@ def _chapter_unit(candidates: Iterable[Candidate]) -> str:
     return deep
 
 
-def _unit_of_long_lines(candidates: Iterable[Candidate]) -> str:
+def _unit_of_long_lines(candidates: Iterable[HeadingCandidate]) -> str:
     """The unit of headings that all have their chapter's text behind them on the line."""
     numbers = defaultdict(list)
     for candidate in candidates:
@@ -123,13 +123,13 @@ def _unit_of_long_lines(candidates: Iterable[Candidate]) -> str:
     return next((unit for unit, found in numbers.items() if _steps(found) >= max(3, 0.8 * len(found))), "")
 
 
-def _may_fill(candidate: Candidate) -> bool:
+def _may_fill(candidate: HeadingCandidate) -> bool:
     """Whether a line that is no heading by its shape may be one because its number is missing."""
     named = not candidate.prefix or (candidate.fits_shape and _NAME.fullmatch(candidate.prefix))
     return bool(candidate.separated and named) and not (candidate.several or candidate.joint or candidate.ended)
 
 
-def _numbered(texts: Sequence[str], candidates: Iterable[Candidate], unit: str) -> list[Candidate]:
+def _numbered(texts: Sequence[str], candidates: Iterable[HeadingCandidate], unit: str) -> list[HeadingCandidate]:
     """Numbered headings of a unit, false ones left out, and what fills the gaps between them."""
     numbered = [candidate for candidate in candidates if candidate.number is not None]
     own = [candidate for candidate in numbered if unit_of(candidate) == unit and candidate.shaped]
@@ -150,13 +150,13 @@ def _numbered(texts: Sequence[str], candidates: Iterable[Candidate], unit: str) 
         others = sorted([*others, *_as_indented(kept, goes_on)], key=lambda one: one.index)
     apart = any(one.doubtful for one in others) and _stand_apart(texts, kept)
 
-    def alike(one: Candidate) -> bool:
+    def alike(one: HeadingCandidate) -> bool:
         return (one.shaped or (one.doubtful and apart)) and unit_of(one) == unit and differences(one) <= 2
 
     return _fill_gaps(kept, others, alike)
 
 
-def _with_text_behind(shaped: list[Candidate], numbered: Iterable[Candidate]) -> list[Candidate]:
+def _with_text_behind(shaped: list[HeadingCandidate], numbered: Iterable[HeadingCandidate]) -> list[HeadingCandidate]:
     """`shaped`, and the headings that are none by their shape as text stands behind them, if most are like that."""
     behind = [one for one in numbered if not (one.shaped or one.prefix or one.doubtful) and _may_fill(one)]
     together = sorted([*shaped, *behind], key=lambda one: one.index)
@@ -165,13 +165,13 @@ def _with_text_behind(shaped: list[Candidate], numbered: Iterable[Candidate]) ->
     return together
 
 
-def _as_indented(kept: Sequence[Candidate], others: Iterable[Candidate]) -> list[Candidate]:
+def _as_indented(kept: Sequence[HeadingCandidate], others: Iterable[HeadingCandidate]) -> list[HeadingCandidate]:
     """Those of `others` that begin in a column where headings do."""
     columns = {_columns(one.indent) for one in kept}
     return [one for one in others if _columns(one.indent) in columns]
 
 
-def _stand_apart(texts: Sequence[str], kept: Sequence[Candidate]) -> bool:
+def _stand_apart(texts: Sequence[str], kept: Sequence[HeadingCandidate]) -> bool:
     """Whether an indent like that of the headings tells them from other lines."""
     columns = {_columns(one.indent) for one in kept}
     lines = [text for text in texts if text and not text.isspace()]
@@ -179,12 +179,12 @@ def _stand_apart(texts: Sequence[str], kept: Sequence[Candidate]) -> bool:
     return alike < 2 * len(kept) + 0.1 * len(lines)
 
 
-def _differences(texts: Sequence[str], own: Sequence[Candidate]) -> Callable[[Candidate], int]:
+def _differences(texts: Sequence[str], own: Sequence[HeadingCandidate]) -> Callable[[HeadingCandidate], int]:
     """Counts in how many ways a heading differs from what nearly all of `own` share."""
     if len(own) < 5:
         return lambda candidate: 0
 
-    def common(feature: Callable[[Candidate], object], share: float) -> Callable[[Candidate], bool]:
+    def common(feature: Callable[[HeadingCandidate], object], share: float) -> Callable[[HeadingCandidate], bool]:
         value, count = Counter(map(feature, own)).most_common(1)[0]
         return (lambda one: feature(one) != value) if count >= share * len(own) else (lambda one: False)
 
@@ -203,7 +203,7 @@ def _differences(texts: Sequence[str], own: Sequence[Candidate]) -> Callable[[Ca
     return lambda one: sum(test(one) for test in tests)
 
 
-def _breaks(headings: Sequence[Candidate], place: int) -> bool:
+def _breaks(headings: Sequence[HeadingCandidate], place: int) -> bool:
     """Whether the numbers around this heading go on without it, or its own goes back."""
     before = headings[place - 1].last if place else 0
     number = headings[place].first
@@ -213,9 +213,9 @@ def _breaks(headings: Sequence[Candidate], place: int) -> bool:
     return after == before + 1 or number <= before
 
 
-def _few(texts: Sequence[str], headings: Sequence[Candidate]) -> list[Candidate]:
+def _few(texts: Sequence[str], headings: Sequence[HeadingCandidate]) -> list[HeadingCandidate]:
     """One or two headings are no habit: they must begin a numbering or the text, and stand apart from their titles."""
-    kept: list[Candidate] = []
+    kept: list[HeadingCandidate] = []
     for one in headings:
         begins = one.first <= 1 or not any(text.strip() for text in texts[: one.index])
         follows = bool(kept) and 0 < one.first - kept[-1].last <= 2
@@ -225,8 +225,8 @@ def _few(texts: Sequence[str], headings: Sequence[Candidate]) -> list[Candidate]
 
 
 def _fill_gaps(
-    kept: list[Candidate], others: Sequence[Candidate], alike: Callable[[Candidate], bool]
-) -> list[Candidate]:
+    kept: list[HeadingCandidate], others: Sequence[HeadingCandidate], alike: Callable[[HeadingCandidate], bool]
+) -> list[HeadingCandidate]:
     """`kept`, and those of `others` whose numbers are the ones missing between two of them.
 
     One that looks `alike` may also be the first of several that are missing.
@@ -245,7 +245,7 @@ def _fill_gaps(
     return filled
 
 
-def _reaches(one: Candidate, after: Candidate, others: Sequence[Candidate]) -> bool:
+def _reaches(one: HeadingCandidate, after: HeadingCandidate, others: Sequence[HeadingCandidate]) -> bool:
     """Whether `one`, and `others` between it and the heading `after`, are all the numbers that are missing there."""
     last = one.last
     for other in others[bisect_left(others, one.index + 1, key=lambda candidate: candidate.index) :]:
@@ -256,7 +256,9 @@ def _reaches(one: Candidate, after: Candidate, others: Sequence[Candidate]) -> b
     return last + 1 == after.first
 
 
-def _volumes(texts: Sequence[str], rest: Iterable[Candidate], chapters: Sequence[Candidate]) -> list[Candidate]:
+def _volumes(
+    texts: Sequence[str], rest: Iterable[HeadingCandidate], chapters: Sequence[HeadingCandidate]
+) -> list[HeadingCandidate]:
     """Headings of volumes: larger units, soon followed by a chapter."""
     units = {unit_of(chapter) for chapter in chapters}
     larger = [one for one in rest if unit_of(one) in _SHALLOW and unit_of(one) not in units and one.separated]
@@ -271,14 +273,16 @@ def _volumes(texts: Sequence[str], rest: Iterable[Candidate], chapters: Sequence
     return volumes
 
 
-def _numbered_lines(texts: Sequence[str], candidates: Sequence[Candidate], choice: Choice) -> list[Candidate]:
+def _numbered_lines(
+    texts: Sequence[str], candidates: Sequence[HeadingCandidate], choice: Choice
+) -> list[HeadingCandidate]:
     """Headings such as "12. 雪", "001 雪", "三、雪", "7": a numbering through the whole book, or each volume."""
     groups = defaultdict(list)
     for candidate in find_numbered_lines(texts):
         if candidate.index not in choice.contents and candidate.shaped and len(candidate.heading) <= 40:
             groups[candidate.unit].append(candidate)
     volumes = [one.index for one in candidates if one.shaped and unit_of(one) in _SHALLOW]
-    best: list[Candidate] = []
+    best: list[HeadingCandidate] = []
     for group in groups.values():
         contents, entries = find_contents(texts, group)
         group = [one for one in group if one.index not in contents]
@@ -290,9 +294,9 @@ def _numbered_lines(texts: Sequence[str], candidates: Sequence[Candidate], choic
     return best
 
 
-def _chain(group: Iterable[Candidate], volumes: Sequence[int]) -> list[Candidate]:
+def _chain(group: Iterable[HeadingCandidate], volumes: Sequence[int]) -> list[HeadingCandidate]:
     """Headings from 0 or 1 on, each with the number that follows, or at most two further."""
-    chain: list[Candidate] = []
+    chain: list[HeadingCandidate] = []
     for one in group:
         if not chain:
             follows = one.first <= 1
@@ -304,13 +308,13 @@ def _chain(group: Iterable[Candidate], volumes: Sequence[int]) -> list[Candidate
     return chain
 
 
-def _hold_text(texts: Sequence[str], chain: Sequence[Candidate], least: int = 200) -> bool:
+def _hold_text(texts: Sequence[str], chain: Sequence[HeadingCandidate], least: int = 200) -> bool:
     """Whether most of these lines have a chapter's text below them, as the points of a list have not."""
     borders = [*(one.index for one in chain), len(texts)]
     return median(_characters(texts[start:end]) for start, end in pairwise(borders)) >= least
 
 
-def _outdented_titles(texts: Sequence[str]) -> list[Candidate]:
+def _outdented_titles(texts: Sequence[str]) -> list[HeadingCandidate]:
     """Titles without a number, in a book where every other line is indented and they are not."""
     lines = [(index, text) for index, text in enumerate(texts) if text and not text.isspace()]
     out = [(index, text.strip()) for index, text in lines if _columns(text[: len(text) - len(text.lstrip())]) < 2]
@@ -324,7 +328,7 @@ def _outdented_titles(texts: Sequence[str]) -> list[Candidate]:
     return titles if len(titles) >= 3 and _hold_text(texts, titles) else []
 
 
-def _titles_in_contents(texts: Sequence[str], contents: Iterable[int]) -> list[Candidate]:
+def _titles_in_contents(texts: Sequence[str], contents: Iterable[int]) -> list[HeadingCandidate]:
     """The lines that a table of contents without labels names, where they come again."""
     names = {" ".join(texts[index].split()): index for index in contents if texts[index].strip()}
     last = max(names.values(), default=-1)
@@ -337,8 +341,8 @@ def _titles_in_contents(texts: Sequence[str], contents: Iterable[int]) -> list[C
     return found if len(found) >= max(3, 0.8 * (len(names) - 1)) and _hold_text(texts, found) else []
 
 
-def _title(index: int, title: str) -> Candidate:
-    return Candidate(
+def _title(index: int, title: str) -> HeadingCandidate:
+    return HeadingCandidate(
         index=index, indent="", unit="", number=None, last=0, label="", title=" ".join(title.split()), joint="",
         separated=True, prefix="", volume="", shaped=True, several=False, ended=False, doubtful=False,
         fits_shape=True, cut=(),

@@ -63,7 +63,7 @@ LONGEST_HEADING = 60
 
 
 @dataclass(slots=True)
-class Candidate:
+class HeadingCandidate:
     """A line that begins like a heading.
 
     Attributes:
@@ -114,7 +114,7 @@ class Candidate:
         self.prefix = ""
         self.shaped = self.fits_shape and not self.several and not self.doubtful
 
-    def says(self, other: Candidate) -> bool:
+    def says(self, other: HeadingCandidate) -> bool:
         """Whether this heading has all that `other` has: the number, in any digits, and the words of its title."""
         if (self.number, self.last) != (other.number, other.last):
             return False
@@ -138,7 +138,7 @@ class Candidate:
         return f"{self.label}{self.joint or ' '}{self.title}"
 
 
-def unit_of(candidate: Candidate) -> str:
+def unit_of(candidate: HeadingCandidate) -> str:
     """Its unit, traditional and simplified as one."""
     return _SIMPLIFIED.get(candidate.unit, candidate.unit)
 
@@ -148,12 +148,17 @@ def folded(text: str) -> str:
     return NormalizedCopy.of(text).text
 
 
-def find_candidates(texts: Sequence[str]) -> list[Candidate]:
+def find_candidates(texts: Sequence[str]) -> list[HeadingCandidate]:
     """Lines with a label such as 第一章, 卷二, Chapter 3 or 楔子 near their beginning, in order."""
     return list(_candidates(texts))
 
 
-def find_numbered_lines(texts: Sequence[str]) -> list[Candidate]:
+def first_heading(texts: Sequence[str]) -> HeadingCandidate | None:
+    """The first line that looks like a heading by itself."""
+    return next((one for one in _candidates(texts) if one.shaped), None)
+
+
+def find_numbered_lines(texts: Sequence[str]) -> list[HeadingCandidate]:
     """Lines that begin with a number without a unit: "12. 雪", "001 雪", "十二、雪", "（三）", "7"; in order.
 
     Their `unit` names the way of numbering: "1.", "一、", "（一）", "1".
@@ -176,7 +181,7 @@ def find_numbered_lines(texts: Sequence[str]) -> list[Candidate]:
     return found
 
 
-def _candidates(texts: Sequence[str]) -> Iterator[Candidate]:
+def _candidates(texts: Sequence[str]) -> Iterator[HeadingCandidate]:
     joined, starts = _join(texts)
     labels: dict[int, list[re.Match[str]]] = {}
     for match in _LABEL.finditer(joined):
@@ -207,7 +212,7 @@ def _join(texts: Sequence[str]) -> tuple[str, list[int]]:
     return "\n" + "\n".join(texts), list(accumulate(lengths, lambda start, length: start + length + 1, initial=1))
 
 
-def _labelled(index: int, line: str, start: int, matches: list[re.Match[str]]) -> Candidate | None:
+def _labelled(index: int, line: str, start: int, matches: list[re.Match[str]]) -> HeadingCandidate | None:
     """A line with 第N章 or the like in it."""
     match, several, outer = matches[0], False, ""
     for later in matches[1:]:
@@ -228,7 +233,7 @@ def _labelled(index: int, line: str, start: int, matches: list[re.Match[str]]) -
     return candidate
 
 
-def _begun(index: int, line: str, start: int, match: re.Match[str]) -> Candidate | None:
+def _begun(index: int, line: str, start: int, match: re.Match[str]) -> HeadingCandidate | None:
     """A line that begins with 楔子, 卷二, 上卷, Chapter 3, or 十二章."""
     kind = str(match.lastgroup)
     begin, end = match.start(kind) - start, match.end(kind) - start
@@ -258,7 +263,7 @@ def _begun(index: int, line: str, start: int, match: re.Match[str]) -> Candidate
 
 def _take_apart(
     index: int, line: str, begin: int, end: int, unit: str, number: int | None, outer: str = ""
-) -> Candidate:
+) -> HeadingCandidate:
     """The parts of `line` around its label, which is `line[begin:end]`."""
     indent = line[: len(line) - len(line.lstrip())]
     cut: list[tuple[str, str]] = []
@@ -295,7 +300,7 @@ def _take_apart(
         and (separated or not words or title[0] not in _GOES_ON)
     )
     goes_on = not separated and (title[0] in _GOES_ON or _WORD.match(line, max(begin, end - len(unit))) is not None)
-    return Candidate(
+    return HeadingCandidate(
         index=index, indent=indent, unit=unit, number=number, last=number or 0, label=_regular(line[begin:end]),
         title=title, joint="".join(separator.split()), separated=separated, prefix=words, volume=volume,
         fits_shape=fits, shaped=fits and not words and not goes_on, several=False, ended=ended,

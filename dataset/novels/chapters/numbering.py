@@ -6,13 +6,13 @@ import re
 from collections.abc import Sequence
 from itertools import pairwise
 
-from dataset.novels.chapters.headings import Candidate
+from dataset.novels.chapters.headings import HeadingCandidate
 
 MOST_FINDINGS = 50
 _PART = re.compile(r"[（(]?[上中下一二三四五六七八九十0-9]{1,2}[)）]?$")
 
 
-def describe_numbering(headings: Sequence[Candidate], volumes: Sequence[int]) -> list[str]:
+def describe_numbering(headings: Sequence[HeadingCandidate], volumes: Sequence[int]) -> list[str]:
     """Gaps, repeats and steps back, as "chapter 20 is missing between 19 and 21".
 
     Args:

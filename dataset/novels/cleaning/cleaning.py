@@ -16,7 +16,7 @@ import numpy as np
 
 from dataset.novels.chapters.headings import find_candidates, find_numbered_lines
 from dataset.novels.cleaning.rules import Rule, read_rules
-from dataset.novels.normalized import SENTENCE_ENDS, NormalizedCopy, Words, character_codes, folding_table
+from dataset.novels.normalized import SENTENCE_ENDS, NormalizedCopy, WordSearch, character_codes, folding_table
 from dataset.novels.records import Line, Removed
 
 _DECIDING = {field.name for field in fields(Rule)} - {"about", "removes", "keeps"}
@@ -67,7 +67,7 @@ class Rules:
 
     rules: tuple[Rule, ...]
     digest: str
-    search: tuple[Words, Words]
+    search: tuple[WordSearch, WordSearch]
     asking: tuple[dict[str, set[int]], dict[str, set[int]]]
     always: frozenset[int]
 
@@ -87,7 +87,7 @@ def load_rules(extra: Sequence[Path] = ()) -> Rules:
     return Rules(
         rules=rules,
         digest=hashlib.sha256(json.dumps(said, ensure_ascii=False).encode("utf-8")).hexdigest(),
-        search=(Words(list(asking[False])), Words(list(asking[True]))),
+        search=(WordSearch(list(asking[False])), WordSearch(list(asking[True]))),
         asking=asking,
         always=frozenset(place for place, rule in enumerate(rules) if not rule.contains),
     )

@@ -1,9 +1,9 @@
-"""Books and chapters that say the same: equal, alike, or one inside the other.
+"""Duplicate books and chapters: equal, near-duplicate, or one contained in the other.
 
-Measured on 13 editions of ten classics: two editions of one novel share 70 % of their shingles (chapter by chapter 35 %
-at least, 69 % in the middle), a book stands in a collection with 92 % of its own and 41 % of the collection's; of two
-different books never more than 0.9 % of one stand in the other, of 5,000 characters of a book never more than 2.3 % in
-another book, of 1,000 characters 3.9 %, of 300 characters 7.8 %. The thresholds lie between.
+Measured on 13 editions of ten classics: two editions of one novel share 70 % of their shingles (per chapter 35 % at
+least, median 69 %); a collection contains 92 % of a book's shingles, which are 41 % of the collection's. Of two
+different books, one never contains more than 0.9 % of the other, of 5,000 characters never more than 2.3 %, of 1,000
+characters 3.9 %, of 300 characters 7.8 %. The thresholds lie between.
 """
 
 from __future__ import annotations
@@ -15,44 +15,32 @@ from typing import Literal, NamedTuple
 import numpy as np
 
 from dataset.novels.duplicates.overlaps import (
-    LEAST_SHARED,
+    MIN_SHARED,
     Collection,
     Pairs,
     Shared,
     collect,
+    run_starts,
     same_digests,
     shared_shingles,
     similar_signatures,
+    sum_runs,
 )
-from dataset.novels.duplicates.shingles import VERSION, Fingerprints, fingerprint, load_fingerprints, save_fingerprints
-
-__all__ = [
-    "VERSION",
-    "BookPrints",
-    "Duplicates",
-    "Fingerprints",
-    "Pair",
-    "Place",
-    "Thresholds",
-    "find_duplicates",
-    "fingerprint",
-    "load_fingerprints",
-    "save_fingerprints",
-]
+from dataset.novels.duplicates.shingles import Fingerprints
 
 
 @dataclass(frozen=True)
 class Thresholds:
-    """From where on two texts count as the same; shares in [0, 1].
+    """Min values for which two texts count as the same; shares in [0, 1].
 
     Attributes:
         near: similarity (Jaccard) of two chapters that are near-duplicates.
-        contained: share of a chapter that stands in one other book, from which on the chapter is a repeat.
+        contained: share of a chapter contained in one other book that makes the chapter a duplicate.
         related: the same, where the two books are related: more of the chapter is old than new.
-        book: share of a book that stands in another one, from which on the two are related.
-        edition: share of each in the other, from which on two books are editions of one book.
-        leak: share, or similarity, from which on a chapter overlaps a held-out book. Low, so as to be on the safe
-            side: with 5 % of its characters changed a text keeps a share of 0.77, with 20 % 0.33.
+        book: share of a book contained in another one that makes the two related.
+        edition: share of each contained in the other that makes two books editions of one book.
+        leak: share, or similarity, that makes a chapter overlap a held-out book. Low, to be on the safe side: with 5 %
+            of its characters changed a text keeps a share of 0.77, with 20 % 0.33.
     """
 
     near: float = 0.8
@@ -68,11 +56,11 @@ DEFAULTS = Thresholds()
 
 @dataclass(frozen=True)
 class BookPrints:
-    """A book, by what finding its repeats takes.
+    """A book, as far as the search for duplicates needs it.
 
     Attributes:
         name: of the book.
-        source: where it comes from.
+        source: as in its record.
         prints: of its chapters, in order.
     """
 
@@ -81,7 +69,7 @@ class BookPrints:
     prints: Fingerprints
 
 
-class Place(NamedTuple):
+class Location(NamedTuple):
     """A chapter of a book, or a whole one."""
 
     source: str
@@ -94,29 +82,29 @@ Kind = Literal["exact", "near", "contained"]
 
 
 class Pair(NamedTuple):
-    """Two places that say the same.
+    """Two texts that are duplicates.
 
-    "exact": what counts in them is equal. "near": alike; of books, editions of one. "contained": much of the first
-    stands in the second; of a chapter, in the second and other chapters of its book.
+    "exact": the characters that count are equal. "near": near-duplicates; of books, editions of one. "contained": much
+    of the first is contained in the second; of a chapter, in the second and other chapters of its book.
     """
 
     kind: Kind
     level: Literal["book", "chapter"]
-    first: Place
-    """The shorter book, or a chapter of it; of "contained" what stands in the second."""
-    second: Place
+    first: Location
+    """The shorter book, or a chapter of it; for "contained" the text that the second contains."""
+    second: Location
     similarity: float
-    """Jaccard similarity; of "contained" the share of the first."""
+    """Jaccard similarity; for "contained" the share of the first."""
 
 
 @dataclass(frozen=True)
 class Duplicates:
-    """What `find_duplicates` finds.
+    """The result of `find_duplicates`.
 
     Attributes:
-        pairs: books before chapters; by source, name and chapter of the first place, then of the second.
-        editions: for each book, the place of the longest edition of it among the books given: often its own.
-        related: pairs of places of books, both ways round, of which much of one stands in the other.
+        pairs: books before chapters; by source, name and chapter of the first text, then of the second.
+        editions: for each book, the index of its longest edition among the books given: often its own.
+        related: pairs of indices of books, in both orders, one of which contains much of the other.
     """
 
     pairs: list[Pair]
@@ -124,15 +112,15 @@ class Duplicates:
     related: frozenset[tuple[int, int]]
 
     def are_related(self, first: int, second: int) -> bool:
-        """Whether two different books are editions of one, or much of one stands in the other."""
+        """Whether two different books are editions of one, or one contains much of the other."""
         return first != second and (self.editions[first] == self.editions[second] or (first, second) in self.related)
 
 
 def find_duplicates(books: Sequence[BookPrints], thresholds: Thresholds = DEFAULTS) -> Duplicates:
-    """Pairs of books and of chapters, inside a book too. The order of `books` makes no difference to the pairs.
+    """Pairs of books and of chapters, also within a book. The pairs do not depend on the order of `books`.
 
-    A chapter is paired with chapters of larger books, or of its own before it, and of several of them not with every
-    one: equal copies with the first, others with a few. Time grows with n log n; memory holds, beside the fingerprints,
+    A chapter is paired with chapters of larger books, or earlier ones of its own, and not with every one of several:
+    equal copies with the first, others with a few. Time grows with n log n; memory holds, beside the fingerprints,
     some bytes for each pair of chapters that have a shingle in common.
     """
     order = order_of(books)
@@ -141,14 +129,14 @@ def find_duplicates(books: Sequence[BookPrints], thresholds: Thresholds = DEFAUL
     pairs, editions, related = _compare_books(books, order, shared, thresholds)
     found = Duplicates(pairs, editions, frozenset(related))
     pairs += _compare_chapters(books, order, collection, shared.chapters, found, thresholds)
-    pairs.sort(key=_sort_key)
+    pairs.sort(key=lambda pair: (pair.level != "book", pair.first, pair.second))
     return found
 
 
 def order_of(books: Sequence[BookPrints], first: Sequence[bool] = ()) -> list[int]:
-    """Places of the books, in the order in which they are kept: those marked as `first`, the longest, by source.
+    """Indices of the books, in the order in which they are kept: those marked as `first`, the longest, by source.
 
-    The longest of several editions is the one least likely to lack something; an excerpt tears no hole into it.
+    The longest of several editions is the one least likely to lack something, and is kept whole.
     """
     marks = first or [False] * len(books)
     return sorted(
@@ -158,26 +146,24 @@ def order_of(books: Sequence[BookPrints], first: Sequence[bool] = ()) -> list[in
 
 
 def shares_in_books(collection: Collection, chapters: Pairs) -> Pairs:
-    """Chapter, earlier book (or its own), share of the chapter that stands there."""
+    """Chapter, earlier book (or its own), share of the chapter that the book contains."""
     book = collection.book_of[chapters.earlier]
-    new = np.ones(len(book), bool)
-    new[1:] = (chapters.later[1:] != chapters.later[:-1]) | (book[1:] != book[:-1])
-    starts = np.flatnonzero(new)
-    shared = np.add.reduceat(chapters.value, starts) if len(starts) else chapters.value
+    starts = np.flatnonzero(run_starts(chapters.later, book))
+    shared = sum_runs(chapters.value, starts)
     later = chapters.later[starts]
-    enough = shared >= LEAST_SHARED
+    enough = shared >= MIN_SHARED
     return Pairs(later[enough], book[starts][enough], shared[enough] / collection.sampled[later[enough]])
 
 
-def place_of(books: Sequence[BookPrints], order: Sequence[int], collection: Collection, chapter: int) -> Place:
-    """The chapter of that number in the collection made of the books in that order."""
-    place = int(collection.book_of[chapter])
-    book = books[order[place]]
-    return Place(book.source, book.name, chapter - int(collection.firsts[place]) + 1)
+def location_of(books: Sequence[BookPrints], order: Sequence[int], collection: Collection, chapter: int) -> Location:
+    """The location of a chapter, by its number in the collection made of the books in that order."""
+    rank = int(collection.book_of[chapter])
+    book = books[order[rank]]
+    return Location(book.source, book.name, chapter - int(collection.firsts[rank]) + 1)
 
 
 def fullest_match(collection: Collection, chapters: Pairs, later: int, book: int) -> int:
-    """Of the chapters of an earlier book, the one that has most of a later chapter."""
+    """Of the chapters of an earlier book, the one that contains most of a later chapter."""
     some = chapters.some(chapters.slice_of(later))
     there = np.flatnonzero(collection.book_of[some.earlier] == book)
     return int(some.earlier[there[np.argmax(some.value[there])]])
@@ -187,13 +173,13 @@ def _compare_books(
     books: Sequence[BookPrints], order: Sequence[int], shared: Shared, thresholds: Thresholds
 ) -> tuple[list[Pair], list[int], set[tuple[int, int]]]:
     pairs = []
-    # In terms of places in `order` until the end: the smaller one of two editions points at the larger one.
+    # A disjoint-set forest over ranks in `order`: the smaller of two editions points at the larger one.
     larger = list(range(len(books)))
     related = set()
     for later, earlier, count in shared.books.rows():
         sizes = int(shared.distinct[later]), int(shared.distinct[earlier])
         shares = count / sizes[0], count / sizes[1]
-        if count < LEAST_SHARED or max(shares) < thresholds.book:
+        if count < MIN_SHARED or max(shares) < thresholds.book:
             continue
         kind: Kind = "contained"
         similarity = max(shares)
@@ -203,25 +189,23 @@ def _compare_books(
             larger[roots[1]] = roots[0]
             kind, similarity = "near", count / (sum(sizes) - count)
             inner, outer = later, earlier
-            if _equal(books[order[later]].prints, books[order[earlier]].prints):
+            prints = (books[order[later]].prints, books[order[earlier]].prints)
+            first_digests, second_digests = (one.digests[one.characters > 0] for one in prints)
+            if np.array_equal(first_digests, second_digests):
                 kind, similarity = "exact", 1.0
         related |= {(order[inner], order[outer]), (order[outer], order[inner])}
-        first, second = (Place(books[order[i]].source, books[order[i]].name, 0) for i in (inner, outer))
+        first, second = (Location(books[order[i]].source, books[order[i]].name, 0) for i in (inner, outer))
         pairs.append(Pair(kind, "book", first, second, similarity))
     editions = [0] * len(books)
-    for place, book in enumerate(order):
-        editions[book] = order[_root(larger, place)]
+    for rank, book in enumerate(order):
+        editions[book] = order[_root(larger, rank)]
     return pairs, editions, related
 
 
-def _root(larger: Sequence[int], place: int) -> int:
-    while larger[place] != place:
-        place = larger[place]
-    return place
-
-
-def _equal(first: Fingerprints, second: Fingerprints) -> bool:
-    return np.array_equal(first.digests[first.characters > 0], second.digests[second.characters > 0])
+def _root(larger: Sequence[int], rank: int) -> int:
+    while larger[rank] != rank:
+        rank = larger[rank]
+    return rank
 
 
 def _compare_chapters(
@@ -232,7 +216,7 @@ def _compare_chapters(
     duplicates: Duplicates,
     thresholds: Thresholds,
 ) -> list[Pair]:
-    """Each chapter that repeats an earlier one, once: with the one that it equals, is most like, or stands in."""
+    """Each chapter that duplicates an earlier one, once: with the one that it equals, is most like, or is part of."""
     best: dict[int, tuple[Kind, int, float]] = {}
     for later, earlier, similarity in same_digests(collection).rows():
         best[later] = ("exact", earlier, similarity)
@@ -248,13 +232,9 @@ def _compare_chapters(
         Pair(
             kind,
             "chapter",
-            place_of(books, order, collection, later),
-            place_of(books, order, collection, earlier),
+            location_of(books, order, collection, later),
+            location_of(books, order, collection, earlier),
             similarity,
         )
         for later, (kind, earlier, similarity) in best.items()
     ]
-
-
-def _sort_key(pair: Pair) -> tuple[bool, Place, Place]:
-    return pair.level != "book", pair.first, pair.second

@@ -1,7 +1,7 @@
 """Which books are held out, and which chapters training may see.
 
-Held-out books are there to measure on: no chapter that overlaps one of them goes to training, whatever edition, script
-or cut it comes in. Of what is left, and of the held-out chapters among themselves, each text is kept once.
+Held-out books are for evaluation: no chapter that overlaps one of them goes to training, whatever its edition, script
+or division into chapters. Of the rest, and of the held-out chapters among themselves, each text is kept once.
 """
 
 from __future__ import annotations
@@ -21,15 +21,15 @@ from dataset.novels.duplicates.near_duplicates import (
     BookPrints,
     Duplicates,
     Kind,
-    Place,
+    Location,
     Thresholds,
     fullest_match,
+    location_of,
     order_of,
-    place_of,
     shares_in_books,
 )
 from dataset.novels.duplicates.overlaps import (
-    LEAST_SHARED,
+    MIN_SHARED,
     Collection,
     Pairs,
     collect,
@@ -41,20 +41,21 @@ from novelgpt.settings.errors import UserError
 
 Split = Literal["train", "held_out"]
 
-_TELLING = 8  # sampled shingles, of some 250 characters: fewer may all be changed ones
+_RELIABLE = 8  # sampled shingles, of some 250 characters: fewer may all be changed ones
 
 
 class Decision(NamedTuple):
     """What becomes of a chapter."""
 
     fate: Literal["train", "held_out", "left_out"]
-    reason: Literal["", "leak", "exact", "near", "contained"] = ""
-    """Why it is left out: it overlaps a held-out book, or repeats a chapter that is kept: as `Pair` says."""
-    other: Place | None = None
+    reason: str = ""
+    """Why it is left out: "leak" where it overlaps a held-out book; the `kind` of `Pair` where it duplicates a chapter
+    that is kept; a sentence where its book is refused."""
+    other: Location | None = None
     """That other chapter."""
     similarity: float = 0.0
-    """As in `Pair`; of a leak the share of either in the other, or their similarity; of a chapter too short to tell,
-    left out for the leak beside it, what holds for that one."""
+    """As in `Pair`; of a leak the share of either in the other, or their similarity; of a chapter too short to judge,
+    left out for the leak beside it, the value of that one."""
 
 
 def assign_splits(
@@ -70,28 +71,29 @@ def assign_splits(
         books: the collection.
         duplicates: what `find_duplicates` says of these books, in the same order.
         held_out_names: books held out by name, source, or stem of the source; with the wildcards * ? [ ].
-        held_out_share: part of the books, by number, held out besides, in [0, 1). A book is drawn by a hash of seed and
-            name: what else is in the collection makes no difference to it. So in a small collection the part drawn may
-            be far from the part asked for; but where it is above 0, nothing is held out by name, and there are two
-            books or more, at least one book is held out, and at least one is not.
-        seed: draws other books.
+        held_out_share: share of the books, by number, held out besides, in [0, 1). A book is drawn by a hash of seed
+            and name, independently of the rest of the collection. So in a small collection the share drawn may be far
+            from the share requested; but where it is above 0, nothing is held out by name, and there are two books or
+            more, at least one book is held out, and at least one is not.
+        seed: of the draw.
 
     Raises:
-        UserError: a name fits no book; or no book is left to train on; or the share is no share.
+        UserError: a name matches no book, no book is left to train on, or the share is out of range.
     """
     if not 0 <= held_out_share < 1:
         raise UserError(f"a held-out share of {held_out_share}", "give a number from 0 up to, but not including, 1")
     held = {duplicates.editions[i] for name in held_out_names for i in _named(books, name)}
     draws: dict[int, float] = {}
     for book, edition in zip(books, duplicates.editions, strict=True):
-        # The least draw of its editions: one more of them may hold the book out, and never takes it back to training.
-        draws[edition] = min(_draw(book.name, seed), draws.get(edition, 1.0))
+        digest = hashlib.sha256(f"{seed}\n{book.name}".encode()).digest()
+        # The min of its editions: one more edition may hold the book out, but never moves it back to training.
+        draws[edition] = min(int.from_bytes(digest[:8], "big") / 2**64, draws.get(edition, 1.0))
     if held and held == set(draws):
         raise UserError("all books are held out by name", "leave some to train on")
     if held_out_share > 0 and len(draws) > 1:
         ranked = sorted(draws, key=lambda edition: (draws[edition], books[edition].source))
-        at_least = [] if held else ranked[:1]
-        held |= {edition for edition in ranked[:-1] if draws[edition] < held_out_share} | set(at_least)
+        at_least = set() if held else {ranked[0]}
+        held |= {edition for edition in ranked[:-1] if draws[edition] < held_out_share} | at_least
         if held == set(draws):
             held.discard(ranked[-1])
     return ["held_out" if edition in held else "train" for edition in duplicates.editions]
@@ -100,21 +102,21 @@ def assign_splits(
 def decide(
     books: Sequence[BookPrints], duplicates: Duplicates, splits: Sequence[Split], thresholds: Thresholds = DEFAULTS
 ) -> list[list[Decision]]:
-    """What becomes of each chapter of each book; the order of `books` makes no difference to it.
+    """What becomes of each chapter of each book; independent of the order of `books`.
 
-    Books come in this order: held-out before training, then the longest first, then by source. A chapter is left out
-    of training where it overlaps any held-out chapter; and left out of its split where it repeats what is kept before
+    Books are ranked: held-out before training, then the longest first, then by source. A chapter is left out of
+    training where it overlaps any held-out chapter; and left out of its split where it duplicates what is kept before
     it. Of several editions the longest is thus kept whole, and of the others what it lacks.
 
     Args:
         books: the collection.
         duplicates: what `find_duplicates` says of these books, in the same order.
         splits: what `assign_splits` says of them, or any other choice.
-        thresholds: what counts as overlap and as repeat.
+        thresholds: for overlaps and duplicates.
     """
     order = order_of(books, [split == "held_out" for split in splits])
     collection = collect([books[i].prints for i in order])
-    is_held = np.array([splits[order[place]] == "held_out" for place in collection.book_of], bool)
+    is_held = np.array([splits[order[rank]] == "held_out" for rank in collection.book_of], bool)
     evidence = _Evidence(
         same_digests(collection),
         similar_signatures(collection, min(thresholds.near, thresholds.leak)),
@@ -127,7 +129,7 @@ def decide(
         decision = Decision("held_out" if held else "train")
         if chapter in left_out:
             reason, other, similarity = left_out[chapter]
-            decision = Decision("left_out", reason, place_of(books, order, collection, other), similarity)
+            decision = Decision("left_out", reason, location_of(books, order, collection, other), similarity)
         decisions[order[collection.book_of[chapter]]].append(decision)
     return decisions
 
@@ -143,38 +145,31 @@ _LeftOut = dict[int, tuple[Kind | Literal["leak"], int, float]]
 
 def _find_leaks(collection: Collection, is_held: np.ndarray, evidence: _Evidence, least: float) -> _LeftOut:
     """Chapters of training books -> ("leak", the held-out chapter that it overlaps most, by how much)."""
-    leaks: _LeftOut = {}
-
-    def note(later: int, earlier: int, value: float) -> None:
-        if later not in leaks or value > leaks[later][2]:
-            leaks[later] = ("leak", earlier, value)
-
+    overlaps: list[tuple[int, int, float]] = []
     for pairs in (evidence.same, evidence.alike):
         crossing = ~is_held[pairs.later] & is_held[pairs.earlier] & (pairs.value >= least)
-        for later, earlier, value in pairs.some(crossing).rows():
-            note(later, earlier, value)
+        overlaps += pairs.some(crossing).rows()
     shares = shares_in_books(collection, evidence.shared)
     crossing = ~is_held[shares.later] & is_held[collection.firsts[shares.earlier]] & (shares.value >= least)
     for later, book, value in shares.some(crossing).rows():
-        note(later, fullest_match(collection, evidence.shared, later, book), value)
+        overlaps.append((later, fullest_match(collection, evidence.shared, later, book), value))
     # The other way round: a short held-out chapter inside a long chapter.
     shared = evidence.shared
     part = shared.value / np.maximum(collection.sampled[shared.earlier], 1)
-    crossing = ~is_held[shared.later] & is_held[shared.earlier] & (shared.value >= LEAST_SHARED) & (part >= least)
-    for later, earlier, value in Pairs(shared.later, shared.earlier, part).some(crossing).rows():
-        note(later, earlier, value)
-    _spread_to_short_neighbours(collection, is_held, leaks)
-    return leaks
-
-
-def _spread_to_short_neighbours(collection: Collection, is_held: np.ndarray, leaks: _LeftOut) -> None:
-    """A chapter too short to tell by its sample follows the leak beside it: other borders leave such pieces over."""
-    short = np.flatnonzero(~is_held & (collection.sampled < _TELLING)).tolist()
+    crossing = ~is_held[shared.later] & is_held[shared.earlier] & (shared.value >= MIN_SHARED) & (part >= least)
+    overlaps += Pairs(shared.later, shared.earlier, part).some(crossing).rows()
+    leaks: _LeftOut = {}
+    for later, earlier, value in overlaps:
+        if later not in leaks or value > leaks[later][2]:
+            leaks[later] = ("leak", earlier, value)
+    # A chapter too short to judge by its sample follows the leak beside it: other divisions leave such fragments.
+    short = np.flatnonzero(~is_held & (collection.sampled < _RELIABLE)).tolist()
     for chapters, step in ((short, -1), (short[::-1], 1)):
         for chapter in chapters:
             beside = chapter + step
             if beside in leaks and chapter not in leaks and collection.book_of[beside] == collection.book_of[chapter]:
                 leaks[chapter] = leaks[beside]
+    return leaks
 
 
 def _find_repeats(
@@ -186,7 +181,7 @@ def _find_repeats(
     duplicates: Duplicates,
     order: Sequence[int],
 ) -> None:
-    """Add the chapters that repeat one that is kept before them."""
+    """Add the chapters that duplicate one that is kept before them."""
     same = {later: earlier for later, earlier, _ in evidence.same.rows()}
     alike: defaultdict[int, list[tuple[float, int]]] = defaultdict(list)
     for later, earlier, value in evidence.alike.some(evidence.alike.value >= thresholds.near).rows():
@@ -221,7 +216,7 @@ def _find_repeats(
 def _share_in_kept(
     collection: Collection, shared: Pairs, chapter: int, book: int, left_out: _LeftOut
 ) -> tuple[float, int]:
-    """How much of a chapter stands in the kept chapters of a book, and in which most of it; -1 where there are none."""
+    """Share of a chapter contained in the kept chapters of a book, and the one with most of it; -1 if there is none."""
     kept = [
         (value, -earlier)
         for _, earlier, value in shared.some(shared.slice_of(chapter)).rows()
@@ -231,23 +226,15 @@ def _share_in_kept(
 
 
 def _named(books: Sequence[BookPrints], name: str) -> list[int]:
-    """Places of the books that a name fits."""
+    """Indices of the books that a name matches."""
     known = [(book.name, book.source, PurePosixPath(book.source.replace("!", "/")).stem) for book in books]
     exact = [i for i, names in enumerate(known) if name in names]
-    fitting = exact or [
-        i for i, names in enumerate(known) if any(fnmatch.fnmatchcase(known_name, name) for known_name in names)
-    ]
-    if not fitting:
+    matching = exact or [i for i, names in enumerate(known) if any(fnmatch.fnmatchcase(one, name) for one in names)]
+    if not matching:
         choices = sorted({known_name for names in known for known_name in names})
         nearest = difflib.get_close_matches(name, choices, n=1, cutoff=0.0)
         raise UserError(
             f"no book is called {name!r}" + (f"; the nearest is {nearest[0]!r}" if nearest else ""),
             "name a book, its source or a pattern with * that fits one",
         )
-    return fitting
-
-
-def _draw(name: str, seed: int) -> float:
-    """A number in [0, 1) for a name, the same everywhere."""
-    digest = hashlib.sha256(f"{seed}\n{name}".encode()).digest()
-    return int.from_bytes(digest[:8], "big") / 2**64
+    return matching

@@ -1,7 +1,7 @@
 """One function over many files on an engine that spans machines: datatrove's executors for Slurm, Ray and processes.
 
-The function leaves an artefact on a file system that all machines share and does nothing for a file whose artefact is
-there, so that a task may run twice, anywhere, and a run that was cut off is simply started again.
+The function leaves an artefact on a file system that all machines share and does nothing for a file whose artefact
+exists, so a task may run twice, anywhere, and an interrupted run is simply started again.
 """
 
 from __future__ import annotations
@@ -21,10 +21,13 @@ from novelgpt.settings.terminal import counted
 
 if TYPE_CHECKING:
     from datatrove.executor.base import PipelineExecutor
-    from datatrove.io import DataFolder
 
-ENGINES = ("local", "slurm", "ray")
-INSTALL = {"local": "datatrove", "slurm": "datatrove", "ray": "datatrove[ray]"}
+# Engine -> packages that it needs, and what to install for them.
+ENGINES = {
+    "local": (("datatrove",), "datatrove"),
+    "slurm": (("datatrove",), "datatrove"),
+    "ray": (("datatrove", "ray"), "datatrove[ray]"),
+}
 TASKS_PER_WORKER = 4
 
 
@@ -34,19 +37,19 @@ class FilesOfTask:
 
     Attributes:
         files: of all tasks; a task takes every n-th of them.
-        function: file -> what it left behind; can be pickled, and is named by a module that all machines have.
+        function: file -> artefact; can be pickled, and is defined in a module that all machines have.
     """
 
     files: tuple[Path, ...]
     function: Callable[[Path], Path]
 
     def __call__(self, data: object, rank: int, world_size: int) -> Iterator[Path]:
-        """What datatrove calls in each task; it takes all that comes back.
+        """What datatrove calls in each task, and exhausts.
 
         Args:
             data: of an earlier step: nothing.
             rank: of the task, from 0.
-            world_size: how many tasks there are.
+            world_size: number of tasks.
         """
         yield from map(self.function, self.files[rank::world_size])
 
@@ -69,10 +72,11 @@ def run_on(
     Args:
         engine: one of ENGINES.
         files: absolute, or relative to the working folder, under the same path on all machines.
-        function: file -> what it left behind; it must be safe to call twice.
+        function: file -> artefact; it must be safe to call twice.
         logging_folder: on the shared file system; each call makes a folder of its own in it for logs and marks.
         workers: how many tasks run at the same time.
-        tasks: how many parts the files are dealt into [default: four a worker]; a task that fails is done again whole.
+        tasks: into how many tasks the files are divided [default: four per worker]; a task that fails is repeated
+            whole.
         slurm: sbatch's long options, such as {"partition": "cpu", "time": "04:00:00"}.
 
     Raises:
@@ -80,24 +84,19 @@ def run_on(
     """
     if engine not in ENGINES:
         raise UserError(f"no engine {engine!r}", f"take one of {', '.join(ENGINES)}")
-    _check_packages(engine)
+    packages, requirement = ENGINES[engine]
+    for package in packages:
+        if importlib.util.find_spec(package) is None:
+            raise UserError(f"the engine {engine} needs the package {package}", pip_install(requirement))
     if not files:
         return
-    # Largest first: the tasks come out about equal, and none of the long ones is the last to begin.
+    # Largest first: the tasks come out about equal, and none of the long ones is the last to start.
     ordered = sorted((path.absolute() for path in files), key=lambda path: (-path.stat().st_size, path))
     step = FilesOfTask(tuple(ordered), function)
     workers = min(workers, len(files))
     tasks = min(tasks or workers * TASKS_PER_WORKER, len(files))
     folder = new_run_folder(logging_folder.absolute())
-    executor: PipelineExecutor
-    if engine == "local":
-        executor = _local_executor(step, tasks, workers, folder)
-    elif engine == "ray":
-        executor = _ray_executor(step, tasks, workers, folder)
-    else:
-        from dataset.novels.engines.slurm import slurm_executor
-
-        executor = slurm_executor(step, tasks, workers, folder_on_disk(folder), slurm or {})
+    executor = _executor(engine, step, tasks, workers, folder, slurm or {})
     problem = ""
     try:
         executor.run()
@@ -112,26 +111,51 @@ def run_on(
     if left or problem:
         raise UserError(
             f"{problem}{len(left)} of {counted(tasks, 'task')} did not finish: {', '.join(map(str, left[:10]))}"
-            f"{last_words(folder, left)}",
+            f"{_last_log_line(folder, left)}",
             f"see the logs in {folder}, then run the same command again: files that are done stay done",
         )
 
 
-def last_words(folder: Path, ranks: Sequence[int]) -> str:
-    """How the log of the first of these tasks that has one ends: its error."""
+def _executor(
+    engine: str, step: FilesOfTask, tasks: int, workers: int, folder: Path, slurm: Mapping[str, str]
+) -> PipelineExecutor:
+    from datatrove.io import DataFolder
+    from fsspec.implementations.local import LocalFileSystem
+
+    logs = DataFolder(str(folder), LocalFileSystem())  # whatever its name looks like: "a::b" is not an address here
+    if engine == "slurm":
+        from dataset.novels.engines.slurm import slurm_executor
+
+        return slurm_executor(step, tasks, workers, logs, slurm)
+    if engine == "local":
+        from datatrove.executor.local import LocalPipelineExecutor
+
+        return LocalPipelineExecutor([step], tasks, workers, logs, skip_completed=False)
+    import ray
+    from datatrove.executor.ray import RayPipelineExecutor
+
+    if not ray.is_initialized():
+        # The cluster that RAY_ADDRESS names or that runs on this machine; else processes of this machine.
+        paths = os.pathsep.join(filter(None, [str(ROOT), os.environ.get("PYTHONPATH")]))
+        ray.init(runtime_env={"env_vars": {"PYTHONPATH": paths}}, include_dashboard=False)
+    return RayPipelineExecutor([step], tasks, workers, logging_dir=logs, skip_completed=False)
+
+
+def _last_log_line(folder: Path, ranks: Sequence[int]) -> str:
+    """The last line of the log of the first of these tasks that has one: its error."""
     for rank in ranks:
         log = folder / "logs" / f"task_{rank:05d}.log"
         if log.is_file():
-            words = log.read_text(encoding="utf-8", errors="replace").split("\n")
-            return f"; task {rank}: {next((line for line in reversed(words) if line.strip()), '')[:400]}"
+            lines = log.read_text(encoding="utf-8", errors="replace").split("\n")
+            return f"; task {rank}: {next((line for line in reversed(lines) if line.strip()), '')[:400]}"
     return ""
 
 
 def new_run_folder(logging_folder: Path) -> Path:
     """run-0001, run-0002, …: the next one, which only this user can write to.
 
-    datatrove leaves out tasks that a mark in the folder says are done, whatever has become of their files since: a new
-    folder has no marks. What runs in it is read from there, so nobody else may write to it.
+    datatrove skips tasks that a mark in the folder says are done, whatever has become of their files since: a new
+    folder has no marks. Code is unpickled from it, so nobody else may write to it.
     """
     logging_folder.mkdir(parents=True, exist_ok=True)
     number = 1 + sum(1 for _ in logging_folder.glob("run-*"))
@@ -145,37 +169,6 @@ def new_run_folder(logging_folder: Path) -> Path:
             return folder
 
 
-def _check_packages(engine: str) -> None:
-    for package in ("datatrove", "ray") if engine == "ray" else ("datatrove",):
-        if importlib.util.find_spec(package) is None:
-            raise UserError(f"the engine {engine} needs the package {package}", pip_install(INSTALL[engine]))
-
-
-def _local_executor(step: FilesOfTask, tasks: int, workers: int, folder: Path) -> PipelineExecutor:
-    from datatrove.executor.local import LocalPipelineExecutor
-
-    return LocalPipelineExecutor([step], tasks, workers, folder_on_disk(folder), skip_completed=False)
-
-
-def _ray_executor(step: FilesOfTask, tasks: int, workers: int, folder: Path) -> PipelineExecutor:
-    import ray
-    from datatrove.executor.ray import RayPipelineExecutor
-
-    if not ray.is_initialized():
-        # The cluster that RAY_ADDRESS names or that runs on this machine; else processes of this machine.
-        paths = os.pathsep.join(filter(None, [str(ROOT), os.environ.get("PYTHONPATH")]))
-        ray.init(runtime_env={"env_vars": {"PYTHONPATH": paths}}, include_dashboard=False)
-    return RayPipelineExecutor([step], tasks, workers, logging_dir=folder_on_disk(folder), skip_completed=False)
-
-
-def folder_on_disk(folder: Path) -> DataFolder:
-    """A folder for datatrove, whatever its name looks like: "a::b" is no address here."""
-    from datatrove.io import DataFolder
-    from fsspec.implementations.local import LocalFileSystem
-
-    return DataFolder(str(folder), LocalFileSystem())
-
-
-def read_slurm_options(words: Sequence[str]) -> dict[str, str]:
+def read_slurm_options(options: Sequence[str]) -> dict[str, str]:
     """Options of a command line: ["partition=cpu", "exclusive"] -> {"partition": "cpu", "exclusive": ""}."""
-    return {name: value for name, _, value in (word.removeprefix("--").partition("=") for word in words)}
+    return {name: value for name, _, value in (option.removeprefix("--").partition("=") for option in options)}

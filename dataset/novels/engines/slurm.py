@@ -22,13 +22,13 @@ _VALUE = re.compile(r"[\w.,:/=@%+|&*()\[\]-]*")
 
 
 class WaitingSlurmExecutor(SlurmPipelineExecutor):
-    """Submits an array job, one element a task, and waits until it has ended."""
+    """Submits an array job, one element per task, and waits until it has ended."""
 
     def get_launch_file_contents(self, sbatch_args: dict[str, str], run_script: str) -> str:
         """The job script.
 
         Args:
-            sbatch_args: as `get_sbatch_args` gives them.
+            sbatch_args: from `get_sbatch_args`.
             run_script: datatrove's own command, whose paths are not quoted; not used.
         """
         options = [f"#SBATCH --{name}={value}" if value else f"#SBATCH --{name}" for name, value in sbatch_args.items()]
@@ -47,10 +47,10 @@ class WaitingSlurmExecutor(SlurmPipelineExecutor):
         )
 
     def get_sbatch_args(self, max_array: int = 1) -> dict[str, str]:
-        """sbatch's options: the array, the logs, what the user gave.
+        """sbatch's options: the array, the logs, the user's.
 
         Args:
-            max_array: how many elements the array has.
+            max_array: number of elements of the array.
         """
         logs = quote_for_sbatch(Path(self.logging_dir.resolve_paths("slurm-%A_%a.log")))
         return {
@@ -60,13 +60,13 @@ class WaitingSlurmExecutor(SlurmPipelineExecutor):
             "output": logs,
             "error": logs,
             "requeue": "",
-            # sbatch comes back when the job has ended, with the highest status of its tasks.
+            # sbatch returns when the job has ended, with the highest status of its tasks.
             "wait": "",
             **self._sbatch_args,
         }
 
     def launch_merge_stats(self) -> None:
-        """No second job: datatrove's figures of documents and times say nothing here."""
+        """No second job: datatrove's counts of documents and times say nothing here."""
 
 
 def slurm_executor(
@@ -78,14 +78,16 @@ def slurm_executor(
         step: of the pipeline; can be pickled.
         tasks: elements of the array.
         workers: how many of them run at the same time.
-        folder: for logs, marks and the pickled step, on the shared file system.
+        folder: for logs, completion marks and the pickled step, on the shared file system.
         options: sbatch's long options without the dashes.
 
     Raises:
-        UserError: an option is ours to set or holds what cannot stand in a script; this is a Slurm job already.
+        UserError: an option is reserved or holds what cannot stand in a script; this is a Slurm job already.
     """
     if "SLURM_ARRAY_TASK_ID" in os.environ:
-        raise UserError("this is a task of a Slurm array", "start from a login node, or from a job that is no array")
+        raise UserError(
+            "this is a task of a Slurm array", "start from a login node, or from a job that is not an array"
+        )
     for name, value in options.items():
         if not _NAME.fullmatch(name) or name in OURS:
             raise UserError(
@@ -101,7 +103,7 @@ def slurm_executor(
         workers=workers,
         job_name="prepare_novels",
         sbatch_args=DEFAULTS | dict(options),
-        # A larger array than most clusters take is handed in as several, one after the other.
+        # Most clusters limit the size of an array: a larger one is submitted as several, one after the other.
         max_array_size=1000,
         logging_dir=folder,
         skip_completed=False,

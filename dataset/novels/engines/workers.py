@@ -1,4 +1,4 @@
-"""One function over many files, in processes of which each may die without taking the others with it."""
+"""One function over many files, in processes each of which may die without taking the others with it."""
 
 from __future__ import annotations
 
@@ -18,15 +18,15 @@ from novelgpt.settings.errors import UserError
 
 
 def map_files(function: Callable[[Path], Path], files: Sequence[Path], workers: int) -> Iterator[tuple[Path, Path]]:
-    """(file, what `function` makes of it), in the order in which they are done.
+    """Yield (file, result of `function`), in the order in which they are done.
 
-    Each process is a pool of its own: the one that died is known, and with it the file that it was at. After a failure
-    the files that other processes are at are finished, and no further one is begun.
+    Each process is a pool of its own, so that a process that died, and the file it was processing, are known. After a
+    failure the files that other processes are processing are finished, and no further one is started.
 
     Args:
-        function: can be pickled, as all it raises.
-        files: begun in this order; the largest first keeps all processes busy to the end.
-        workers: how many processes.
+        function: can be pickled, like everything it raises.
+        files: started in this order; the largest first keeps all processes busy to the end.
+        workers: number of processes.
 
     Raises:
         UserError: a process died; names the file.
@@ -39,13 +39,12 @@ def map_files(function: Callable[[Path], Path], files: Sequence[Path], workers: 
     context = multiprocessing.get_context("forkserver" if "forkserver" in methods else "spawn")
     if context.get_start_method() == "forkserver":
         context.set_forkserver_preload(["dataset.novels.prepare"])
-    count = min(workers, len(files))
-    pools = [ProcessPoolExecutor(1, mp_context=context, initializer=_start_worker) for _ in range(count)]
+    pools = [ProcessPoolExecutor(1, mp_context=context, initializer=_start_worker) for _ in files[:workers]]
     waiting = iter(files)
     running: dict[Future[Path], tuple[ProcessPoolExecutor, Path]] = {}
     failures: list[BaseException] = []
 
-    def begin(pool: ProcessPoolExecutor) -> None:
+    def start_next(pool: ProcessPoolExecutor) -> None:
         file = next(waiting, None)
         if file is not None:
             running[pool.submit(function, file)] = (pool, file)
@@ -53,21 +52,30 @@ def map_files(function: Callable[[Path], Path], files: Sequence[Path], workers: 
     try:
         with _interrupts_blocked():
             for pool in pools:
-                begin(pool)
+                start_next(pool)
         while running:
             for done in wait(running, return_when=FIRST_COMPLETED).done:
                 pool, file = running.pop(done)
                 failure = done.exception()
                 if failure is None:
                     yield file, done.result()
+                elif isinstance(failure, BrokenProcessPool):
+                    failures.append(
+                        UserError(
+                            f"{file}: the process that prepared it was killed; too little memory is the usual reason",
+                            "run the same command again (files that are done stay done), with fewer --workers, or take "
+                            "this file out",
+                        )
+                    )
                 else:
-                    failures.append(_worker_died(file) if isinstance(failure, BrokenProcessPool) else failure)
+                    failures.append(failure)
                 if not failures:
-                    begin(pool)
+                    start_next(pool)
         if failures:
             raise failures[0]
     except BaseException:
-        _end_workers()
+        for process in multiprocessing.active_children():  # what they are doing would keep this process from ending
+            process.terminate()
         raise
     finally:
         for pool in pools:
@@ -76,7 +84,7 @@ def map_files(function: Callable[[Path], Path], files: Sequence[Path], workers: 
 
 @contextmanager
 def _interrupts_blocked() -> Iterator[None]:
-    """A process that starts has the signals blocked that its parent has: until it ignores Ctrl-C, it never sees one."""
+    """Block Ctrl-C for processes that start in the block: they inherit this, and so see none until they ignore it."""
     if "pthread_sigmask" not in vars(signal):  # Windows
         yield
         return
@@ -86,19 +94,6 @@ def _interrupts_blocked() -> Iterator[None]:
         yield
     finally:
         signal.pthread_sigmask(signal.SIG_SETMASK, signals)
-
-
-def _worker_died(file: Path) -> UserError:
-    return UserError(
-        f"{file}: the process that prepared it was killed; too little memory is the usual reason",
-        "run the same command again (files that are done stay done), with fewer --workers, or take this file out",
-    )
-
-
-def _end_workers() -> None:
-    """What they were at would keep this process from ending."""
-    for process in multiprocessing.active_children():
-        process.terminate()
 
 
 def _start_worker() -> None:

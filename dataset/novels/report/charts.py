@@ -16,7 +16,7 @@ from markupsafe import Markup
 _UNITS = ((10**9, "\N{NO-BREAK SPACE}G"), (10**6, "\N{NO-BREAK SPACE}M"), (10**3, "\N{NO-BREAK SPACE}k"))
 
 
-class Part(NamedTuple):
+class BarSegment(NamedTuple):
     """A piece of a bar."""
 
     label: str
@@ -115,7 +115,7 @@ def _text(kind: str, x: str, y: float, anchor: str, text: str) -> Markup:
     return Markup('<text class="{}" x="{}" y="{:g}" text-anchor="{}">{}</text>').format(kind, x, y, anchor, text)
 
 
-def stacked_bar(parts: Sequence[Part], description: str, total: float = 0, height: int = 10) -> Markup:
+def stacked_bar(parts: Sequence[BarSegment], description: str, total: float = 0, height: int = 10) -> Markup:
     """A bar of parts, from left to right; the whole width stands for `total`, or for the sum of the parts."""
     whole = total or sum(part.value for part in parts) or 1
     drawn: list[Markup] = []

@@ -12,8 +12,8 @@ from typing import Any, NamedTuple
 
 from dataset.novels.records import BookRecord
 from dataset.novels.report.charts import (
+    BarSegment,
     LogScale,
-    Part,
     box_strip,
     close_scale,
     histogram,
@@ -43,7 +43,7 @@ SCRIPTS = {"simplified": "simplified 简体", "traditional": "traditional 繁体
 SPLITS = {"train": "training 训练", "held_out": "held out 留出", "refused": "refused 拒收"}
 
 
-class Shown(NamedTuple):
+class Truncated(NamedTuple):
     """What a page shows of a longer list."""
 
     rows: Sequence[Any]
@@ -87,8 +87,8 @@ def write_report(
         books=describe_books(books),
         rules=describe_rules(kept, examples),
         pairs=describe_pairs(pairs),
-        refused=Shown(refused[:REFUSED_ROWS], len(refused)),
-        skipped=Shown(skipped[:REFUSED_ROWS], len(skipped)),
+        refused=Truncated(refused[:REFUSED_ROWS], len(refused)),
+        skipped=Truncated(skipped[:REFUSED_ROWS], len(skipped)),
         options=[(name, describe_option(value)) for name, value in options.items()],
         splits=SPLITS,
     )
@@ -134,7 +134,7 @@ def describe_fates(books: Sequence[BookRecord]) -> dict[str, Any]:
     for book in books:
         totals.update(count_fates(book))
     counts = {fate: totals[fate] for fate in FATES}
-    parts = [Part(" ".join(FATES[fate]), count, fate) for fate, count in counts.items()]
+    parts = [BarSegment(" ".join(FATES[fate]), count, fate) for fate, count in counts.items()]
     return {
         "bar": stacked_bar(parts, "Where each character went", height=36),
         "rows": [
@@ -186,7 +186,7 @@ def describe_books(books: Sequence[BookRecord]) -> dict[str, Any]:
 
 def describe_book(book: BookRecord, scale: LogScale, longest: int) -> dict[str, Any]:
     """One row: the record, its pictures, and what it lost."""
-    parts = [Part(" ".join(FATES[fate]), count, fate) for fate, count in count_fates(book).items()]
+    parts = [BarSegment(" ".join(FATES[fate]), count, fate) for fate, count in count_fates(book).items()]
     bar = stacked_bar(parts, "Where its characters went", total=longest)
     strip = ""
     if book.chapter_characters:
@@ -200,7 +200,7 @@ def describe_book(book: BookRecord, scale: LogScale, longest: int) -> dict[str, 
         "removed": removed,
         "removed_share": removed / book.characters_in if book.characters_in else 0.0,
         "rules": [(rule, counts["characters"]) for rule, counts in biggest[:3]],
-        "findings": Shown(book.findings[:FINDINGS], len(book.findings)),
+        "findings": Truncated(book.findings[:FINDINGS], len(book.findings)),
         "script": SCRIPTS[book.script],
         "split": SPLITS[book.split],
     }
@@ -224,21 +224,21 @@ def describe_rules(books: Sequence[BookRecord], examples: Mapping[str, Sequence[
             "characters": characters[rule],
             "share": share,
             "bar": stacked_bar(
-                [Part(visible(rule), characters[rule], "removed")], "Characters it removed", total=largest
+                [BarSegment(visible(rule), characters[rule], "removed")], "Characters it removed", total=largest
             ),
             "examples": list(examples.get(rule, ()))[:EXAMPLES],
         }
         for rule, share in zip(names, shares([characters[rule] for rule in names]), strict=True)
     ]
     return {
-        "shown": Shown(rows[:RULE_ROWS], len(rows)),
+        "shown": Truncated(rows[:RULE_ROWS], len(rows)),
         "characters": whole,
         # Chapters may lose or gain characters in other ways, by a change of script for one.
         "other": sum(book.characters_in - book.characters_kept for book in books) - whole,
     }
 
 
-def describe_pairs(pairs: Sequence[Mapping[str, Any]]) -> Shown:
+def describe_pairs(pairs: Sequence[Mapping[str, Any]]) -> Truncated:
     """Pairs of books, then of chapters: one row for all chapters of two books, rows of many chapters first."""
     groups: dict[tuple[str, str, str, str], list[Mapping[str, Any]]] = {}
     for pair in pairs:
@@ -257,7 +257,7 @@ def describe_pairs(pairs: Sequence[Mapping[str, Any]]) -> Shown:
         for (level, kind, first, second), members in groups.items()
     ]
     rows.sort(key=lambda row: (row["level"] != "book", -row["count"], -row["high"], row["first"], row["second"]))
-    return Shown(rows[:PAIR_ROWS], len(rows))
+    return Truncated(rows[:PAIR_ROWS], len(rows))
 
 
 def source_of(place: str, level: str) -> str:

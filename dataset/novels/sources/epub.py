@@ -23,7 +23,7 @@ from dataset.novels.sources.epub_headings import (
     without_blanks,
 )
 from dataset.novels.sources.epub_matter import matter_of_page, matter_of_section
-from dataset.novels.sources.epub_page import Block, read_page
+from dataset.novels.sources.epub_page import PageBlock, read_page
 from novelgpt.settings.errors import UserError
 
 _SKIPPED = {"cover": "cover_page", "toc": "contents_page", "copyright-page": "imprint_page"}
@@ -49,13 +49,13 @@ class Epub(NamedTuple):
     findings: tuple[str, ...]
 
 
-class _Chapter:
+class _SectionDraft:
     """A section in the making: from one place that the contents or a heading name to the next."""
 
     def __init__(self, title: str, rule: str = "") -> None:
         self.title = title
         self.rule = rule
-        self.blocks: list[Block] = []
+        self.blocks: list[PageBlock] = []
 
     def finished(self) -> Section:
         title, rest = self.title, [block for block in self.blocks if block.text]
@@ -111,7 +111,7 @@ def read_epub(names: Sequence[str], read: Callable[[str], bytes], source: str) -
     encodings: list[str] = []
     bad: list[BadBytes] = []
     spine = _spine(package, items, hrefs, findings)
-    read_pages: dict[str, tuple[list[Block], bool]] = {}
+    read_pages: dict[str, tuple[list[PageBlock], bool]] = {}
     for place, name in enumerate(spine):
         if name in protected:
             raise UserError(f"{source} is protected against reading ({name} is encrypted)", "leave it out")
@@ -172,24 +172,24 @@ class _Pages:
 
     def __init__(self, titles: dict[tuple[str, str], str]) -> None:
         self.titles = titles
-        self.chapters: list[_Chapter] = []
+        self.chapters: list[_SectionDraft] = []
         self._lost: list[str] = []
 
-    def add(self, name: str, blocks: list[Block], rule: str, at_the_edge: bool, only: bool) -> None:
+    def add(self, name: str, blocks: list[PageBlock], rule: str, at_the_edge: bool, only: bool) -> None:
         """Append the blocks of a page to the last chapter, or to new ones."""
         texts = [block.text for block in blocks]
         rule = (rule if blocks else "") or matter_of_page(texts, self.titles.values(), at_the_edge)
         if not blocks:
             return
         if rule:
-            self.chapters.append(_Chapter("", rule))
+            self.chapters.append(_SectionDraft("", rule))
             self.chapters[-1].blocks += blocks
             return
         starts = self._starts(name, blocks, only)
         for index, block in enumerate(blocks):
             self._lost += [f"…{before}[{image.file}]" for before, image in block.lost()]
             for title in starts.get(index, ()):
-                self.chapters.append(_Chapter(title))
+                self.chapters.append(_SectionDraft(title))
             self._current().blocks.append(block)
 
     def lost_images(self) -> list[str]:
@@ -199,15 +199,15 @@ class _Pages:
         shown = "; ".join(self._lost[:MOST_IMAGES_NAMED])
         return [f"images in the text that may be characters, without a word for them ({len(self._lost)}): {shown}"]
 
-    def _current(self) -> _Chapter:
+    def _current(self) -> _SectionDraft:
         """The last chapter of the book; pages that are left out have nothing that goes on."""
         for chapter in reversed(self.chapters):
             if not chapter.rule:
                 return chapter
-        self.chapters.append(_Chapter(""))
+        self.chapters.append(_SectionDraft(""))
         return self.chapters[-1]
 
-    def _starts(self, name: str, blocks: list[Block], only: bool) -> dict[int, list[str]]:
+    def _starts(self, name: str, blocks: list[PageBlock], only: bool) -> dict[int, list[str]]:
         """Titles of the chapters that begin at each block, by its index."""
         titles = {place: title for (page, place), title in self.titles.items() if page == name}
         starts: dict[int, list[str]] = {0: [titles[""]]} if titles.get("") else {}

@@ -5,14 +5,14 @@ from __future__ import annotations
 from collections.abc import Sequence
 
 from dataset.novels.chapters.heading_choice import choose_headings
-from dataset.novels.chapters.headings import Candidate, find_candidates
-from dataset.novels.sources.epub_page import Block
+from dataset.novels.chapters.headings import HeadingCandidate, find_candidates
+from dataset.novels.sources.epub_page import PageBlock
 
 CHAPTER_UNITS = "章回话話"
 _PARAGRAPH_LEVEL = 7  # of headings that are written as paragraphs: below h6
 
 
-def mark_headings(blocks: Sequence[Block]) -> None:
+def mark_headings(blocks: Sequence[PageBlock]) -> None:
     """Numbered headings that are written as paragraphs, in a book of which no numbered heading is marked as one."""
     if not any(is_chapter(block.text) for block in blocks if block.level):
         for heading in choose_headings([block.text for block in blocks]).chapters:
@@ -20,13 +20,13 @@ def mark_headings(blocks: Sequence[Block]) -> None:
                 blocks[heading.index].level = _PARAGRAPH_LEVEL
 
 
-def find_units(blocks: list[Block], level: int) -> list[tuple[int, str, Candidate | None]]:
+def find_units(blocks: list[PageBlock], level: int) -> list[tuple[int, str, HeadingCandidate | None]]:
     """Headings: index of the first block, the words of it and of those that go with it, and whether it is numbered.
 
     Headings in a row are one ("第二章", "风"), until one that says itself which chapter it is, or is another of the
     `level` of chapters below one with a title.
     """
-    units: list[tuple[int, str, Candidate | None]] = []
+    units: list[tuple[int, str, HeadingCandidate | None]] = []
     for index, block in enumerate(blocks):
         if not block.level:
             continue

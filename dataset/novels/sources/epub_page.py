@@ -40,7 +40,7 @@ class Image(NamedTuple):
         return alt if usable else ""
 
 
-class Block:
+class PageBlock:
     """A paragraph of a page, or a heading.
 
     Attributes:
@@ -86,7 +86,7 @@ class Block:
         ]
 
 
-def read_page(text: str) -> list[Block]:
+def read_page(text: str) -> list[PageBlock]:
     """The blocks of a page that have text, in order."""
     page = _Page()
     page.feed(text)
@@ -99,7 +99,7 @@ class _Page(HTMLParser):
 
     def __init__(self) -> None:
         super().__init__(convert_charrefs=True)
-        self.blocks = [Block(0)]
+        self.blocks = [PageBlock(0)]
         self._silent = 0
         self._levels: list[int] = []
         self._headings = 0
@@ -156,7 +156,7 @@ class _Page(HTMLParser):
         return bool(self._silent or self._reading or self._hidden)
 
     def _begin(self) -> None:
-        block = Block(self._levels[-1], self._headings) if self._levels else Block(0)
+        block = PageBlock(self._levels[-1], self._headings) if self._levels else PageBlock(0)
         if not self.blocks[-1].text:  # places in front of a paragraph point to it
             block.ids = self.blocks.pop().ids
         self.blocks.append(block)

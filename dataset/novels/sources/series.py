@@ -12,7 +12,7 @@ from typing import NamedTuple
 
 from dataset.decode import decode_tolerant, read_bytes
 from dataset.mending import BadBytes
-from dataset.novels.chapters.headings import Candidate, find_candidates
+from dataset.novels.chapters.headings import HeadingCandidate, find_candidates
 from dataset.novels.chapters.numerals import DIGITS, to_number
 from dataset.novels.records import HostileFileError, RawBook, Section
 from dataset.novels.sources.references import decode_references
@@ -57,7 +57,7 @@ class Series(NamedTuple):
         return f"{self.members[0]}…{self.members[-1].rpartition('/')[2]}"
 
 
-class _Part(NamedTuple):
+class _NumberedFile(NamedTuple):
     """A file whose name has a number: words before and behind it."""
 
     path: PurePath
@@ -66,24 +66,24 @@ class _Part(NamedTuple):
     title: str
 
 
-class Glance(NamedTuple):
+class FilePreview(NamedTuple):
     """What is looked at of a file before it is read: its first bytes, and how many it has."""
 
     begin: bytes
     size: int
 
 
-def glance_at(path: PurePath) -> Glance:
+def glance_at(path: PurePath) -> FilePreview:
     """Of a file on disk; nothing of one that cannot be read, which is told where it is read."""
     try:
         with Path(path).open("rb") as file:
-            return Glance(file.read(LOOKED_AT), Path(path).stat().st_size)
+            return FilePreview(file.read(LOOKED_AT), Path(path).stat().st_size)
     except OSError:
-        return Glance(b"", 0)
+        return FilePreview(b"", 0)
 
 
 def find_series(
-    files: Iterable[PurePath], folder: PurePath, name: str, look: Callable[[PurePath], Glance] = glance_at
+    files: Iterable[PurePath], folder: PurePath, name: str, look: Callable[[PurePath], FilePreview] = glance_at
 ) -> list[Series]:
     """The books among the .txt files below `folder` that have a file a chapter.
 
@@ -97,11 +97,11 @@ def find_series(
         name: of a book whose files lie in `folder` itself.
         look: at a file that may be a chapter.
     """
-    groups: dict[tuple[PurePath, str], list[_Part]] = {}
+    groups: dict[tuple[PurePath, str], list[_NumberedFile]] = {}
     for path in files:
         if path.suffix.lower() == ".txt" and (part := _part(path)) is not None:
             groups.setdefault((path.parent, part.before), []).append(part)
-    books: dict[tuple[PurePath, str], list[tuple[int, list[_Part]]]] = {}
+    books: dict[tuple[PurePath, str], list[tuple[int, list[_NumberedFile]]]] = {}
     for (parent, before), parts in sorted(groups.items()):
         parts.sort(key=lambda part: (part.number, part.path.name))
         if _is_counted(parts) and _are_chapters(parts, look):
@@ -186,17 +186,19 @@ def join_series(series: Series, source: str, read: Callable[[str], bytes]) -> Ra
     return RawBook(series.name, source, "", encoding, tuple(bad), tuple(sections), (finding, *lost))
 
 
-def _part(path: PurePath) -> _Part | None:
+def _part(path: PurePath) -> _NumberedFile | None:
     found = _STEM.fullmatch(path.stem)
     if found is None:
         return None
     number = found["number"]
     value = int(number) if number.isdecimal() else to_number(number)
     before = found["before"].strip(_JOINTS)
-    return None if value is None else _Part(path, before, value, " ".join(found["after"].strip(_JOINTS).split()))
+    return (
+        None if value is None else _NumberedFile(path, before, value, " ".join(found["after"].strip(_JOINTS).split()))
+    )
 
 
-def _is_counted(parts: Sequence[_Part]) -> bool:
+def _is_counted(parts: Sequence[_NumberedFile]) -> bool:
     numbers = [part.number for part in parts]
     missing = numbers[-1] - numbers[0] + 1 - len(set(numbers))
     twice = len(numbers) - len(set(numbers))
@@ -207,7 +209,7 @@ def _is_counted(parts: Sequence[_Part]) -> bool:
     )
 
 
-def _are_chapters(parts: Sequence[_Part], look: Callable[[PurePath], Glance]) -> bool:
+def _are_chapters(parts: Sequence[_NumberedFile], look: Callable[[PurePath], FilePreview]) -> bool:
     """Whether files that are numbered without gaps are the chapters of one book."""
     glances = [look(part.path) for part in parts]
     headings = [_first_heading(_decoded(glance.begin)) for glance in glances]
@@ -229,7 +231,7 @@ def _decoded(begin: bytes) -> str:
         return ""  # what is wrong with it is told where it is read
 
 
-def _first_heading(text: str) -> Candidate | None:
+def _first_heading(text: str) -> HeadingCandidate | None:
     """The heading among the first lines of a text."""
     lines = [line for line in text.split("\n")[:40] if line.strip()][:5]
     return next((candidate for candidate in find_candidates(lines) if candidate.shaped), None)

@@ -20,7 +20,7 @@ from dataset.decode import decode_tolerant, likeliest_encoding, read_bytes
 from dataset.novels.records import HostileFileError, RawBook, Section
 from dataset.novels.sources.epub import read_epub
 from dataset.novels.sources.references import decode_references
-from dataset.novels.sources.series import LOOKED_AT, Glance, Series, find_series, join_series
+from dataset.novels.sources.series import LOOKED_AT, FilePreview, Series, find_series, join_series
 from novelgpt.settings.errors import UserError
 
 SUFFIXES = (".txt", ".gz", ".zip", ".epub", ".jsonl")
@@ -282,13 +282,13 @@ def _series_in(archive: zipfile.ZipFile, stored_as: dict[str, str], stem: str) -
         stem: of the archive's name.
     """
 
-    def look(place: PurePath) -> Glance:
+    def look(place: PurePath) -> FilePreview:
         info = archive.getinfo(stored_as[str(place)])
         try:
             with archive.open(info) as stream:
-                return Glance(stream.read(LOOKED_AT), info.file_size)
+                return FilePreview(stream.read(LOOKED_AT), info.file_size)
         except (zipfile.BadZipFile, zlib.error, EOFError, NotImplementedError, RuntimeError, OSError):
-            return Glance(b"", 0)  # told where it is read
+            return FilePreview(b"", 0)  # told where it is read
 
     # Names that are no plain paths, as those that lead out of the archive, are no chapters.
     plain = [PurePosixPath(name) for name in stored_as if str(PurePosixPath(name)) == name]

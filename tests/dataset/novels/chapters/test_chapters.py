@@ -9,7 +9,7 @@ import pytest
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
-from dataset.novels.chapters.chapters import Split, split_chapters
+from dataset.novels.chapters.chapters import ChapterSplit, split_chapters
 from dataset.novels.chapters.numerals import to_number, to_numbers
 from dataset.novels.records import Line
 
@@ -76,7 +76,7 @@ PROSE = [
 ] * 2
 
 
-def split(texts: Iterable[str], **options: int) -> Split:
+def split(texts: Iterable[str], **options: int) -> ChapterSplit:
     """The chapters of some lines, once the law is found to hold: kept + removed = given, in order, nothing else."""
     lines = [Line(number, text) for number, text in enumerate(texts, start=1)]
     found = split_chapters(lines, **options)
@@ -109,11 +109,11 @@ def book(*headings: str | Sequence[str], prose: Sequence[str] = PROSE) -> list[s
     return [line for one in headings for line in (*([one] if isinstance(one, str) else one), *prose)]
 
 
-def headings(found: Split) -> list[str]:
+def headings(found: ChapterSplit) -> list[str]:
     return [chapter.heading for chapter in found.chapters]
 
 
-def rules(found: Split) -> Counter[str]:
+def rules(found: ChapterSplit) -> Counter[str]:
     return Counter(entry.rule for entry in found.removed)
 
 
@@ -537,7 +537,7 @@ def test_books_without_headings_are_cut_into_even_parts(texts: list[str]) -> Non
 
 
 def test_nothing_gives_nothing() -> None:
-    assert split([]) == split(["", " 　"]) == Split([], [], [])
+    assert split([]) == split(["", " 　"]) == ChapterSplit([], [], [])
 
 
 def chinese(number: int) -> str:

@@ -10,17 +10,18 @@ import opencc
 import pytest
 
 from dataset.decode import decode_text
-from dataset.novels.duplicates.near_duplicates import (
+from dataset.novels.duplicates.near_duplicates import BookPrints, find_duplicates
+from dataset.novels.duplicates.overlaps import PARTNERS, collect, shared_shingles, similar_signatures
+from dataset.novels.duplicates.shingles import (
+    PERMUTATIONS,
+    SAMPLED,
     VERSION,
-    BookPrints,
     Fingerprints,
-    find_duplicates,
     fingerprint,
+    fold,
     load_fingerprints,
     save_fingerprints,
 )
-from dataset.novels.duplicates.overlaps import PARTNERS, collect, shared_shingles, similar_signatures
-from dataset.novels.duplicates.shingles import PERMUTATIONS, SAMPLED, fold
 from novelgpt.settings.errors import UserError
 
 ROOT = Path(__file__).parents[4]
@@ -84,7 +85,7 @@ def test_a_process_of_its_own_writes_the_same_file(tmp_path: Path) -> None:
     chapters = pieces(sample_text(), 2_000)
     save_fingerprints([fingerprint(chapters), fingerprint([]), fingerprint(chapters[:3])], tmp_path / "here.npz")
     code = (
-        "import sys; from pathlib import Path; from dataset.novels.duplicates.near_duplicates import *\n"
+        "import sys; from pathlib import Path; from dataset.novels.duplicates.shingles import *\n"
         f"text = Path({str(SAMPLES[0])!r}).read_text(encoding='utf-8')\n"
         "parts = [text[i : i + 2000] for i in range(0, len(text), 2000)]\n"
         "books = [fingerprint(parts), fingerprint([]), fingerprint(parts[:3])]\n"

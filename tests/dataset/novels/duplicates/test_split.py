@@ -11,7 +11,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from dataset.decode import decode_text
-from dataset.novels.duplicates.near_duplicates import BookPrints, find_duplicates, fingerprint
+from dataset.novels.duplicates.near_duplicates import BookPrints, find_duplicates
+from dataset.novels.duplicates.shingles import fingerprint
 from dataset.novels.duplicates.split import Decision, Split, assign_splits, decide
 from novelgpt.settings.errors import UserError
 

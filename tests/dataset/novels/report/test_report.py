@@ -15,8 +15,8 @@ from hypothesis import strategies as st
 
 from dataset.novels.records import BookRecord
 from dataset.novels.report.charts import (
+    BarSegment,
     LogScale,
-    Part,
     box_strip,
     close_scale,
     decades,
@@ -262,7 +262,7 @@ def test_a_scale_gives_each_decade_the_same_width() -> None:
 
 @given(st.lists(st.integers(0, 10**9), min_size=1, max_size=5))
 def test_a_bar_is_filled_in_proportion(values: list[int]) -> None:
-    bar = stacked_bar([Part(str(place), value, "train") for place, value in enumerate(values)], "a bar")
+    bar = stacked_bar([BarSegment(str(place), value, "train") for place, value in enumerate(values)], "a bar")
     widths = [float(width) for width in re.findall(r' width="([\d.]+)%" height="10"><title', bar)]
     expected = [100 * value / sum(values) for value in values if value]
     assert widths == pytest.approx(expected, abs=0.001)
