@@ -13,7 +13,7 @@ from typing import Any, Literal
 from pydantic import BaseModel, Field
 
 from cli.convert_config.conversion import Conversion
-from cli.convert_config.rows import MOST_ROWS, RowFile
+from cli.convert_config.rows import MAX_ROWS, RowFile
 from dataset.records import Record
 from novelgpt.settings.errors import UserError
 from novelgpt.settings.parsed_files import check_fields, read_object
@@ -44,7 +44,7 @@ class _Described(BaseModel):
     formatting: Literal["alpaca", "sharegpt", "openai"] = "alpaca"
     columns: dict[str, str | None] | None = None
     tags: dict[str, str | None] | None = None
-    num_samples: int | None = Field(default=None, gt=0, le=MOST_ROWS)
+    num_samples: int | None = Field(default=None, gt=0, le=MAX_ROWS)
     split: str | None = None
 
 
@@ -64,55 +64,59 @@ def dataset_files(conversion: Conversion, key: str, folder: str) -> list[RowFile
     if not names:
         return []
     if folder == "ONLINE" or folder.startswith("REMOTE:"):
-        raise conversion.refuse("dataset_dir", "nothing is fetched here", "download the rows, and name a local folder")
-    place = conversion.path(folder)
-    info = read_object(place / INFO, f"name the folder in which {conversion.tool} was called with --root FOLDER")
+        raise conversion.refuse(
+            "dataset_dir", "nothing is downloaded here", "download the rows, and name a local folder"
+        )
+    info_file = conversion.path(folder) / INFO
+    info = read_object(info_file, f"name the folder in which {conversion.peer.tool} was called with --root FOLDER")
     sources: list[RowFile] = []
     for name in names:
         if not isinstance(info.get(name), dict):
-            raise UserError(f"{place / INFO} describes no dataset {name!r}", f"it has {', '.join(list(info)[:12])}, …")
-        sources += _files_of(conversion, name, info[name], place)
+            raise UserError(f"{info_file} describes no dataset {name!r}", f"it has {', '.join(list(info)[:12])}, …")
+        sources += _files_of(conversion, name, info[name], info_file)
     return sources
 
 
-def _files_of(conversion: Conversion, name: str, described: dict[str, Any], place: Path) -> Iterator[RowFile]:
-    where = f"{place / INFO}: {name}"
+def _files_of(conversion: Conversion, name: str, described: dict[str, Any], info: Path) -> Iterator[RowFile]:
+    where = f"{info}: {name}"
     for kind, text in _ELSEWHERE.items():
         if kind in described:
             what = text.format(url=described[kind])
             raise UserError(f"{where} {what.split(':')[0]}", f"{what.partition(': ')[2]}, then set its file_name")
     if described.get("ranking") or "kto_tag" in (described.get("columns") or {}):
-        raise UserError(f"{where} holds preferences", "train on them with LLaMA-Factory or TRL; there is none here")
+        raise UserError(
+            f"{where} holds preferences", "train on them with LLaMA-Factory or TRL; it is not supported here"
+        )
     fields = check_fields(_Described, described, where, "correct it; file_name names the rows")
     columns = {key: name for key, name in (fields.columns or _DEFAULT_COLUMNS).items() if name}
     if media := [column for column in _MEDIA if column in columns]:
-        raise UserError(f"{where} names {media[0]}", "models here read text alone: leave the dataset out")
+        raise UserError(f"{where} names {media[0]}", "models here read only text: leave the dataset out")
     if fields.split not in (None, "train"):
         raise UserError(f"{where}: a file has no split {fields.split!r}", "name a file with the rows of that split")
-    file = place / fields.file_name
+    file = info.parent / fields.file_name
     if not file.exists():
-        raise UserError(f"{file} is not there, which {where} names", "check the path, or name --root FOLDER")
+        raise UserError(f"{file}, which {where} names, does not exist", "check the path, or name --root FOLDER")
     files = sorted(file.iterdir()) if file.is_dir() else [file]
     tags = _TAGS | {key: name for key, name in (fields.tags or {}).items() if name}
-    first, drawn = conversion.value("max_samples"), fields.num_samples
-    if len(files) > 1 and (first or drawn):
-        key = "num_samples" if drawn else "max_samples"
+    first, sampled = conversion.value("max_samples"), fields.num_samples
+    if len(files) > 1 and (first or sampled):
+        key = "num_samples" if sampled else "max_samples"
         raise UserError(f"{where}: {key} of several files", "join them into one file")
     for path in files:
         if path.suffix.lower() not in SUFFIXES:
             raise UserError(f"{path}: no reader for {path.suffix or 'files without a suffix'}", "make it .jsonl")
         own = name if len(files) == 1 else f"{name}_{path.stem}"
+        column = None
         if conversion.pipeline == "pretrain":
             column = columns["prompt"] if "query" not in columns and columns.get("prompt") else "text"
-            yield RowFile(own, path, partial(_text, columns=columns, column=column), first, drawn, column)
+            read = partial(_text, columns=columns, column=column)
         elif path.suffix.lower() == ".txt":
-            raise UserError(f"{path} holds text, no conversations", "stage: pt trains on text")
+            raise UserError(f"{path} holds text, not conversations", "stage: pt trains on text")
         elif fields.formatting == "alpaca":
             read = partial(_alpaca, columns=columns, conversion=conversion)
-            yield RowFile(own, path, read, first, drawn)
         else:
             read = partial(_sharegpt, columns=columns, tags=tags, conversion=conversion)
-            yield RowFile(own, path, read, first, drawn)
+        yield RowFile(own, path, read, first, sampled, column)
 
 
 def _cell(record: Record, columns: dict[str, str], column: str) -> Any:
@@ -133,11 +137,10 @@ def _alpaca(record: Record, columns: dict[str, str], conversion: Conversion) -> 
     answer = _cell(record, columns, "response")
     if not isinstance(answer, str):
         return None
-    history = _cell(record, columns, "history")
     messages = []
-    for pair in history or []:
+    for pair in _cell(record, columns, "history") or []:
         if not isinstance(pair, list) or len(pair) != 2:
-            raise ValueError(f"{columns['history']} holds no pairs of a question and an answer")
+            raise ValueError(f"{columns['history']} is not a list of pairs of a question and an answer")
         messages += [{"role": "user", "content": pair[0]}, {"role": "assistant", "content": pair[1]}]
     messages += [{"role": "user", "content": _question(record, columns)}, {"role": "assistant", "content": answer}]
     return _row(messages, _cell(record, columns, "system"), _cell(record, columns, "tools"), conversion)
@@ -152,7 +155,7 @@ def _sharegpt(record: Record, columns: dict[str, str], tags: dict[str, str], con
         tags["function_tag"]: "function_call", tags["system_tag"]: "system",
     }  # fmt: skip
     if not all(isinstance(turn, dict) for turn in turns):
-        raise ValueError(f"a turn of {columns['messages']} is no mapping of fields")
+        raise ValueError(f"a turn of {columns['messages']} is not a mapping of fields")
     named = [(roles.get(str(turn.get(tags["role_tag"]))), turn.get(tags["content_tag"]), turn) for turn in turns]
     system = _cell(record, columns, "system")
     if named[0][0] == "system":
@@ -169,7 +172,7 @@ def _sharegpt(record: Record, columns: dict[str, str], tags: dict[str, str], con
 
 
 def _takes_turns(roles: Sequence[str]) -> bool:
-    """Questions (or results of tools) and answers (or calls), one after the other; LLaMA-Factory drops other rows."""
+    """Whether questions (or tool results) and answers (or calls) alternate; LLaMA-Factory drops other rows."""
     merged = [role for number, role in enumerate(roles) if role != "observation" or roles[number - 1] != "observation"]
     asked, answered = merged[::2], merged[1::2]
     return (
@@ -180,7 +183,7 @@ def _takes_turns(roles: Sequence[str]) -> bool:
 
 
 def _row(messages: list[dict[str, Any]], system: Any, tools: Any, conversion: Conversion) -> Record:
-    """Ours, with what the settings do to rows."""
+    """Our row, with the effects of the settings."""
     system = system or conversion.value("default_system")
     if conversion.value("mask_history"):
         for message in messages[:-1]:

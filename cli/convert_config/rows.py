@@ -1,4 +1,4 @@
-"""Files of rows as another tool reads them: taken as they are where this toolkit reads the same, else written anew."""
+"""Files of rows as another tool reads them: used unchanged if this toolkit reads the same, otherwise written anew."""
 
 from __future__ import annotations
 
@@ -15,10 +15,13 @@ from dataset.records import Record, read_records
 from novelgpt.settings.errors import UserError
 from novelgpt.settings.terminal import counted
 
-Read = Callable[[Record], Record | None]
 SEED = 42
-# That are drawn of a dataset; beyond it lies no data, but a slip of the pen.
-MOST_ROWS = 10_000_000
+# Sampled from a dataset; a larger number is a typing error.
+MAX_ROWS = 10_000_000
+# Shares that mean a number of rows from 1 on.
+_OR_ROWS = ("val_size", "test_split_size")
+# One row, of any number of rows.
+ONE_ROW = 1e-6
 
 
 @dataclass
@@ -29,119 +32,97 @@ class RowFile:
         name: of the dataset.
         file: with the rows.
         read: a row as ours ("messages", "tools", or the text); None for one that the tool leaves out. Raises
-            ValueError of one that it cannot read.
-        first: rows that are taken, those that are left out among them; None for all.
-        drawn: rows that are drawn at random before; None for all as they stand.
+            ValueError for one that it cannot read.
+        first: number of rows taken, including those left out; None for all.
+        sampled: number of rows sampled at random before that; None for all in order.
         text_column: field of the text, in pretraining.
     """
 
     name: str
     file: Path
-    read: Read
+    read: Callable[[Record], Record | None]
     first: int | None = None
-    drawn: int | None = None
+    sampled: int | None = None
     text_column: str | None = None
 
 
-class RowWriter:
-    """Decides for each file whether it stays, and makes the rows of those that have to be written.
+def convert_files(conversion: Conversion, sources: Sequence[RowFile]) -> list[str]:
+    """Paths of our files with the rows of the sources; what must be written is added to `conversion.written`.
 
-    Args:
-        conversion: whose files they are.
-        folder: for rows that are written; None where the user named none.
-
-    Attributes:
-        rows: rows of each file that is read, by its path in our settings.
-        written: what has to be written, by file.
+    Raises:
+        UserError: rows must be written, and no folder is named for them; or a row cannot be read.
     """
+    return [_convert_file(conversion, source) for source in sources]
 
-    def __init__(self, conversion: Conversion, folder: Path | None) -> None:
-        self.conversion = conversion
-        self.folder = folder
-        self.rows: dict[str, int] = {}
-        self.written: dict[Path, str] = {}
 
-    def paths(self, sources: Sequence[RowFile]) -> list[str]:
-        """Paths of our files with the rows of the sources.
-
-        Raises:
-            UserError: rows have to be written, and no folder is named for them; or a row cannot be read.
-        """
-        return [self._path(source) for source in sources]
-
-    def _path(self, source: RowFile) -> str:
-        if source.file.suffix.lower() == ".txt" and source.text_column:
-            self.rows[str(source.file)] = 1
-            return str(source.file)
-        rows, reason = self._read(source)
-        count = len(rows)
-        if source.drawn is not None and source.drawn != count:
-            rows = _drawn(rows, source.drawn)
-        rows = rows[: source.first]
-        if len(rows) != count:
-            reason = reason or f"{len(rows)} of its {counted(count, 'row')} are taken"
-        kept = [row for row in rows if row is not None]
-        left_out = len(rows) - len(kept)
-        if not kept:
-            raise UserError(f"{source.file}: {self.conversion.tool} reads no row of it", "check its columns and tags")
-        path = str(source.file)
-        if reason:
-            path = str(self._write(source, kept, reason))
-            text = f"rows of {source.file} stand in {path}, as {self.conversion.tool} reads them: {reason}"
-            if left_out:
-                text += f"; {counted(left_out, 'row')} left out"
-            self.conversion.note(source.name, "differs", text)
-        self.rows[path] = len(kept)
+def _convert_file(conversion: Conversion, source: RowFile) -> str:
+    path = str(source.file)
+    if source.file.suffix.lower() == ".txt" and source.text_column:
+        conversion.rows[path] = 1
         return path
-
-    def _read(self, source: RowFile) -> tuple[list[Record | None], str]:
-        """The rows, None for those that are left out, and why they cannot stay as they are; "" where they can."""
-        rows: list[Record | None] = []
-        reason = ""
-        for where, record in read_records(source.file):
-            try:
-                row = source.read(record)
-            except ValueError as error:
-                raise UserError(f"{where}: {error}", "correct the row") from error
-            rows.append(row)
-            if row is None:
-                reason = reason or f"{where} is left out by {self.conversion.tool}"
-            elif not reason and not _reads_alike(record, row, where, source.text_column):
-                reason = f"{where} is read otherwise here than by {self.conversion.tool}"
-        return rows, reason
-
-    def _write(self, source: RowFile, rows: list[Record], reason: str) -> Path:
-        if self.folder is None:
-            raise UserError(
-                f"{self.conversion.file}: rows of {source.name} have to be written anew: {reason}",
-                "name a folder for them: --output_data FOLDER",
-            )
-        path = self.folder / f"{source.name.replace('/', '_')}.jsonl"
-        if path.exists() or path in self.written:
-            raise UserError(f"{path} is there already", "name another --output_data")
-        self.written[path] = "".join(json.dumps(row, ensure_ascii=False) + "\n" for row in rows)
-        return path
+    rows, reason = _read_rows(conversion, source)
+    count = len(rows)
+    if rows and source.sampled is not None and source.sampled != count:
+        # All rows again and again where they are too few.
+        repeats, rest = divmod(source.sampled, count)
+        rows = rows * repeats + random.Random(SEED).sample(rows, rest)
+    rows = rows[: source.first]
+    if len(rows) != count:
+        reason = reason or f"{len(rows)} of its {counted(count, 'row')} are taken"
+    kept = [row for row in rows if row is not None]
+    if not kept:
+        raise UserError(f"{source.file}: {conversion.peer.tool} reads no row of it", "check its columns and tags")
+    if reason:
+        path = str(_write_rows(conversion, source, kept, reason))
+        text = f"rows of {source.file} are in {path}, as {conversion.peer.tool} reads them: {reason}"
+        if len(kept) < len(rows):
+            text += f"; {counted(len(rows) - len(kept), 'row')} left out"
+        conversion.note(source.name, "differs", text)
+    conversion.rows[path] = len(kept)
+    return path
 
 
-def _drawn(rows: list[Record | None], most: int) -> list[Record | None]:
-    """As many as are asked for, and all of them again and again where they are too few."""
-    if not rows:
-        return rows
-    whole, rest = divmod(most, len(rows))
-    return rows * whole + random.Random(SEED).sample(rows, rest)
+def _read_rows(conversion: Conversion, source: RowFile) -> tuple[list[Record | None], str]:
+    """The rows, None for those left out, and why the file cannot be used unchanged; "" where it can."""
+    rows: list[Record | None] = []
+    reason = ""
+    for where, record in read_records(source.file):
+        try:
+            row = source.read(record)
+        except ValueError as error:
+            raise UserError(f"{where}: {error}", "correct the row") from error
+        rows.append(row)
+        if row is None:
+            reason = reason or f"{where} is left out by {conversion.peer.tool}"
+        elif not reason and not _reads_alike(record, row, where, source.text_column):
+            reason = f"{where} is read differently here than by {conversion.peer.tool}"
+    return rows, reason
+
+
+def _write_rows(conversion: Conversion, source: RowFile, rows: Sequence[Record], reason: str) -> Path:
+    if conversion.output_data is None:
+        raise UserError(
+            f"{conversion.file}: rows of {source.name} must be rewritten: {reason}",
+            "name a folder for them: --output_data FOLDER",
+        )
+    path = conversion.output_data / f"{source.name.replace('/', '_')}.jsonl"
+    if path.exists() or path in conversion.written:
+        raise UserError(f"{path} already exists", "name another --output_data")
+    conversion.written[path] = "".join(json.dumps(row, ensure_ascii=False) + "\n" for row in rows)
+    return path
 
 
 def _reads_alike(record: Record, row: Record, where: str, text_column: str | None) -> bool:
-    """Whether our reader makes of a record what it makes of the row that the tool reads there.
+    """Whether our reader makes the same of a record as of the row that the tool makes of it.
 
     Raises:
         UserError: the row cannot be trained on here.
     """
     if text_column is not None:
         return bool(record.get(text_column) == row[text_column])
-    wanted = _worded(row, where)
+    expected = _worded(row, where)
     try:
-        return _worded(record, where) == wanted
+        return _worded(record, where) == expected
     except UserError:
         return False
 
@@ -149,3 +130,35 @@ def _reads_alike(record: Record, row: Record, where: str, text_column: str | Non
 def _worded(record: Record, where: str) -> Any:
     worded = word_row({"id": "", "record": record, "source": where})
     return worded["messages"], worded.get("tools")
+
+
+def hold_out(conversion: Conversion, valid: Sequence[str], files_key: str, share_key: str) -> None:
+    """Set the evaluation rows of a tool that may have none; here some are always held out.
+
+    Args:
+        conversion: to fill.
+        valid: files of evaluation rows.
+        files_key: the peer's name for them.
+        share_key: its name for a share, or a number, of the training rows.
+
+    Raises:
+        UserError: the share leaves no row to train on.
+    """
+    tool = conversion.peer.tool
+    conversion.set("max_eval_share", 0, why=f"{tool} evaluates on all rows")
+    if valid:
+        conversion.set("valid_files", list(valid), files_key)
+        return
+    share = conversion.value(share_key) or 0
+    rows = sum(conversion.rows[path] for path in conversion.settings["train_files"])
+    if share < 0 or share >= (max(rows, 1) if share_key in _OR_ROWS else 1):
+        raise conversion.refuse(share_key, f"there are {rows} rows to train on", "hold out some of them")
+    if share >= 1:
+        conversion.set("valid_fraction", round((share - 0.5) / rows, 9), share_key, why=f"of {rows} rows")
+    elif share:
+        conversion.set("valid_fraction", share, share_key)
+    else:
+        conversion.set("valid_fraction", ONE_ROW, why=f"{tool} holds out nothing")
+        what = "block" if conversion.pipeline == "pretrain" else "row"
+        text = f"one {what} is held out, as every run is evaluated at its end; valid_files names others"
+        conversion.note(share_key, "differs", text)

@@ -1,4 +1,4 @@
-"""The settings that a file holds, and whose they are: YAML, JSON, or a shell script that calls the tool."""
+"""Reads settings from YAML, JSON or a shell script that calls the tool, and finds out which tool they are for."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ import yaml
 from novelgpt.settings.errors import UserError
 from novelgpt.settings.parsed_files import read_object, read_yaml
 
-# Keys that one tool alone has.
+# Keys that only one tool has.
 _OF_TOOLS = {
     "llamafactory": (
         "finetuning_type", "stage", "cutoff_len", "dataset_dir", "val_size", "lora_target", "quantization_bit",
@@ -30,24 +30,24 @@ _OF_TOOLS = {
         "completion_only_loss", "max_seq_length",
     ),
 }  # fmt: skip
-# Commands in scripts -> tool, and what the command itself says.
+# Commands in scripts -> tool, and the settings that the command implies.
 _COMMANDS: dict[tuple[str, ...], tuple[str, dict[str, Any]]] = {
     ("llamafactory-cli", "train"): ("llamafactory", {}), ("lmf", "train"): ("llamafactory", {}),
     ("swift", "sft"): ("ms-swift", {}), ("swift", "pt"): ("ms-swift", {"_command": "pt"}),
     ("swift", "rlhf"): ("ms-swift", {"rlhf_type": "dpo"}), ("trl", "sft"): ("trl", {}),
 }  # fmt: skip
-REMEDY = "write one `key: value` a line"
+REMEDY = "write one `key: value` per line"
 
 
 def read_settings(file: Path, tool: str | None) -> tuple[str, dict[str, Any]]:
-    """The tool whose settings a file holds, and the settings.
+    """The tool of a file's settings, and the settings.
 
     Args:
         file: YAML, JSON, or a shell script that calls the tool.
-        tool: whose they are, where the user says it.
+        tool: as the user named it.
 
     Raises:
-        UserError: it cannot be read, or whose they are cannot be told.
+        UserError: it cannot be read, or the tool is not clear.
     """
     if file.suffix.lower() == ".sh":
         return _read_script(file, tool)
@@ -58,20 +58,18 @@ def read_settings(file: Path, tool: str | None) -> tuple[str, dict[str, Any]]:
     if not isinstance(settings, dict) or not settings:
         raise UserError(f"{file} does not hold `key: value` lines", REMEDY)
     named = {str(key): value for key, value in settings.items()}
-    return tool or _told(file, named), named
-
-
-def _told(file: Path, settings: dict[str, Any]) -> str:
-    counts = {tool: sum(key in settings for key in keys) for tool, keys in _OF_TOOLS.items()}
-    most = max(counts.values())
-    best = [tool for tool, count in counts.items() if count == most]
-    if len(best) > 1:
-        raise UserError(f"{file}: whose settings these are cannot be told", f"say it: --from {'|'.join(_OF_TOOLS)}")
-    return best[0]
+    if tool is None:
+        counts = {name: sum(key in named for key in keys) for name, keys in _OF_TOOLS.items()}
+        tool, *others = [name for name, count in counts.items() if count == max(counts.values())]
+        if others:
+            raise UserError(
+                f"{file}: cannot tell which tool's settings these are", f"say it: --from {'|'.join(_OF_TOOLS)}"
+            )
+    return tool, named
 
 
 def _read_script(file: Path, tool: str | None) -> tuple[str, dict[str, Any]]:
-    """The options of the only call of a tool that a script makes."""
+    """The options of the only call of the tool in a script."""
     try:
         text = file.read_text(encoding="utf-8")
     except (OSError, UnicodeDecodeError) as error:
@@ -96,14 +94,15 @@ def _read_script(file: Path, tool: str | None) -> tuple[str, dict[str, Any]]:
 
 
 def _options(file: Path, words: list[str]) -> dict[str, Any]:
-    """Options with their values, which are read as those of YAML are; an option alone is true."""
+    """Options with their values, read as YAML; an option without a value is true."""
     settings: dict[str, list[Any]] = {}
     key = None
     for word in words:
         if re.search(r"\$[\w{(]|`", word):
-            raise UserError(f"{file}: {word} is for the shell to fill in", "write the value itself")
+            raise UserError(f"{file}: {word} must be expanded by the shell", "write the value itself")
         if word.startswith("--"):
-            key, _, value = word[2:].replace("-", "_").partition("=") if "=" not in word else _assigned(word)
+            name, _, value = word[2:].partition("=")
+            key = name.replace("-", "_")
             settings[key] = [_read_word(value)] if value else []
         elif key is None:
             raise UserError(f"{file}: {word} belongs to no option", "write --option value")
@@ -113,13 +112,8 @@ def _options(file: Path, words: list[str]) -> dict[str, Any]:
 
 
 def _read_word(word: str) -> Any:
-    """A value as YAML has it; what is no YAML is text."""
+    """A value as YAML reads it; invalid YAML is text."""
     try:
         return yaml.safe_load(word)
     except (yaml.YAMLError, ValueError, RecursionError):
         return word
-
-
-def _assigned(word: str) -> tuple[str, str, str]:
-    name, _, value = word[2:].partition("=")
-    return name.replace("-", "_"), "=", value

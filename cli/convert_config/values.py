@@ -1,7 +1,7 @@
-"""Values of settings, each of the kind that its key asks for, or an error that names it.
+"""Values of settings converted to the type that each key takes, or an error that names the key.
 
-The tools read YAML by other rules than YAML 1.1, in which `1e-5` is text and `no` is false, and take most types without
-a word: what is of the wrong one would be found here only when something is computed from it.
+The tools' YAML readers differ from YAML 1.1, in which `1e-5` is text and `no` is false, and accept most types silently;
+here a wrong type would be noticed only when something is computed from it.
 """
 
 from __future__ import annotations
@@ -17,7 +17,7 @@ from novelgpt.settings.errors import UserError
 
 _NUMBER = re.compile(r"[-+]?(?:\d+\.?\d*|\.\d+)(?:[eE][-+]?\d+)?")
 _SWITCH = {"true": True, "yes": True, "1": True, "false": False, "no": False, "0": False}
-# Keys without a default that tells their kind.
+# Keys without a default that tells their type.
 _SWITCHES = (
     "do_train", "fp16", "pure_bf16", "neat_packing", "mask_history", "train_on_prompt", "use_swanlab", "use_hf",
     "use_chat_template", "load_in_4bit", "assistant_only_loss", "completion_only_loss", "overwrite_output_dir",
@@ -39,7 +39,7 @@ _NUMBERS = (
     "warmup_steps",
     "learning_rate",
 )
-# Numbers that are counted and divided by.
+# Counts, which something is divided by.
 _COUNTS = (
     "per_device_train_batch_size", "per_device_eval_batch_size", "gradient_accumulation_steps", "max_samples",
 )  # fmt: skip
@@ -50,13 +50,13 @@ _TEXT = (
 _LISTS = (
     "dataset", "eval_dataset", "val_dataset", "lora_target", "target_modules", "lora_target_modules", "report_to",
 )  # fmt: skip
-# Text of any kind, in which nothing is filled in.
+# Free text, in which `${` is text.
 _FREE = ("default_system", "system")
 _STRATEGIES = ("eval_strategy", "evaluation_strategy", "save_strategy", "logging_strategy")
 
 
 def typed(file: Path, given: Mapping[str, Any], defaults: Mapping[str, Any]) -> dict[str, Any]:
-    """The settings of a file, each of its kind.
+    """The settings of a file, each of its type.
 
     Args:
         file: for errors.
@@ -64,7 +64,7 @@ def typed(file: Path, given: Mapping[str, Any], defaults: Mapping[str, Any]) -> 
         defaults: of the tool, whose types say what a key takes.
 
     Raises:
-        UserError: names the first that is of another kind.
+        UserError: names the first of another type.
     """
     return {key: None if value is None else _value(file, key, value, defaults.get(key)) for key, value in given.items()}
 
@@ -93,7 +93,7 @@ def _value(file: Path, key: str, value: Any, default: Any) -> Any:
 
 
 def _plain(file: Path, key: str, value: Any) -> Any:
-    """What JSON has a word for; dates of YAML are text, as the tools' readers have it."""
+    """A value that JSON can hold; YAML dates are text, as in the tools' readers."""
     if isinstance(value, dict):
         return {str(name): _plain(file, key, part) for name, part in value.items()}
     if isinstance(value, list):
@@ -104,7 +104,7 @@ def _plain(file: Path, key: str, value: Any) -> Any:
         raise _error(file, key, value, "a finite number")
     if isinstance(value, str):
         if "${" in value and key not in _FREE:
-            raise UserError(f"{file}: {key}: {value[:60]} is to be filled in", "write the value itself")
+            raise UserError(f"{file}: {key}: {value[:60]} must be filled in", "write the value itself")
         if "\0" in value:
             raise _error(file, key, value, "text without zero bytes")
     elif value is not None and not isinstance(value, bool | int | float):
@@ -130,7 +130,7 @@ def _number(file: Path, key: str, value: Any) -> int | float:
 def _count(file: Path, key: str, value: Any) -> int:
     number = _number(file, key, value)
     if number != int(number) or number < 1:
-        raise _error(file, key, value, "a whole number from 1 on")
+        raise _error(file, key, value, "a positive whole number")
     return int(number)
 
 

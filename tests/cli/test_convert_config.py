@@ -125,8 +125,8 @@ def test_a_file_of_llamafactory_starts_a_run(
 def test_what_is_passed_on_is_an_option_of_ours() -> None:
     groups = [group for run in RUNS.values() for group in typing.get_type_hints(run).values()]
     ours = {field.name for group in groups if dataclasses.is_dataclass(group) for field in dataclasses.fields(group)}
-    assert set(conversion._SHARED) - ours == set()
-    assert {*conversion._RENAMED, *conversion._CHANGES_TRAINING} - PEER_NAMES.keys() == set()
+    assert set(conversion.SHARED) - ours == set()
+    assert {*conversion.RENAMED, *conversion.CHANGES_TRAINING} - PEER_NAMES.keys() == set()
 
 
 def test_defaults_of_llamafactory_are_written_out(place: Path) -> None:
@@ -207,14 +207,14 @@ def test_rows_are_written_where_they_are_read_otherwise(
     ("more", "told"),
     [
         ({"stage": "dpo"}, "theirs.yaml: stage: dpo: there is no such training here"),
-        ({"finetuning_type": "freeze"}, "finetuning_type: freeze: there is none here"),
+        ({"finetuning_type": "freeze"}, "finetuning_type: freeze: not supported here"),
         ({"dataset": "liked"}, "dataset_info.json: liked holds preferences"),
         ({"dataset": "far"}, "hf download --repo-type dataset some/rows"),
         ({"dataset": "made"}, "is made by code, rows.py"),
         ({"dataset": "seen"}, "seen names images"),
         ({"dataset": "nobody"}, "describes no dataset 'nobody'"),
         ({"dataset_dir": "elsewhere"}, "elsewhere/dataset_info.json"),
-        ({"adapter_name_or_path": "saves/lora"}, "a training starts from a base"),
+        ({"adapter_name_or_path": "saves/lora"}, "training starts from a base"),
         ({"model_name_or_path": None}, "no model is named"),
         ({"do_train": False}, "it trains nothing"),
     ],
@@ -281,8 +281,11 @@ def test_values_of_another_kind_are_refused_by_name(place: Path, capsys: pytest.
         ({"split": "test"}, "a file has no split 'test'"),
         ({"file_name": "../data"}, "max_samples of several files"),
         ({"file_name": "a" * 300}, "File name too long"),
-        ({"file_name": "turns.json", "formatting": "sharegpt"}, "row 0: a turn of conversations is no mapping"),
-        ({"file_name": "pairs.json", "columns": {"history": "old", "prompt": "q", "response": "a"}}, "holds no pairs"),
+        ({"file_name": "turns.json", "formatting": "sharegpt"}, "row 0: a turn of conversations is not a mapping"),
+        (
+            {"file_name": "pairs.json", "columns": {"history": "old", "prompt": "q", "response": "a"}},
+            "not a list of pairs",
+        ),
     ],
 )
 def test_descriptions_of_data_that_fit_nothing(
@@ -358,7 +361,7 @@ def test_remedies_name_what_the_user_types(
 
 def test_nothing_is_overwritten(place: Path, capsys: pytest.CaptureFixture[str]) -> None:
     (place / "ours.yaml").write_text("mine", encoding="utf-8")
-    assert "ours.yaml is there already" in refused(place, LLAMAFACTORY, capsys)
+    assert "ours.yaml already exists" in refused(place, LLAMAFACTORY, capsys)
     assert (place / "ours.yaml").read_text(encoding="utf-8") == "mine"
     (place / "ours.yaml").unlink()
     for words, told in (
@@ -407,7 +410,7 @@ def test_a_script_that_calls_a_tool(place: Path, capsys: pytest.CaptureFixture[s
     script.write_text(text + "  --dataset $DATA\n", encoding="utf-8")
     with pytest.raises(SystemExit):
         main(["train.sh"])
-    assert "$DATA is for the shell to fill in" in capsys.readouterr().err
+    assert "$DATA must be expanded by the shell" in capsys.readouterr().err
 
 
 @pytest.mark.parametrize(
