@@ -7,9 +7,8 @@ from functools import partial
 from transformers import set_seed
 
 from dataset.conversations import read_conversations
-from novelgpt.checks.before_training import check
+from novelgpt.checks.before_training import check, preflight
 from novelgpt.checks.launch import check_before_launch
-from novelgpt.checks.preflight import preflight
 from novelgpt.model.loading import frozen_dtype, load_model
 from novelgpt.model.lora import attach_lora
 from novelgpt.model.tokenizer import load_tokenizer
@@ -24,7 +23,7 @@ from novelgpt.training.run_folder import claim_run_folder
 @exit_on_user_error
 @leave_process_group
 def main(argv: list[str] | None = None) -> None:
-    """Run the pipeline on the words of a command line."""
+    """Run the pipeline."""
     run = parse_arguments(LoraRun, argv)
     check_before_launch(run)
     with claim_run_folder(run) as folder:
@@ -32,11 +31,11 @@ def main(argv: list[str] | None = None) -> None:
         preflight(run, tokenizer)
         train, valid = read_conversations(run.data, tokenizer)
         adapt = partial(attach_lora, lora=run.lora, tokenizer=tokenizer)
-        plan = check(folder.run, tokenizer, train, frozen_dtype(), run.lora.qlora, adapt)
+        plan = check(folder, tokenizer, train, frozen_dtype(), run.lora.qlora, adapt)
         base = load_model(run.model, tokenizer, dtype=frozen_dtype(), qlora=run.lora.qlora)
         set_seed(run.training.seed)  # the adapter is drawn before the Trainer sets the seed
         model = adapt(base)
-        fit(model, tokenizer, train, valid, folder.run, plan, folder)
+        fit(model, tokenizer, train, valid, plan)
 
 
 if __name__ == "__main__":

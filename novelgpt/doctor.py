@@ -1,9 +1,9 @@
-"""Look at the installation, the machine and, with --model, at a run before it starts. Nothing is downloaded.
+"""Checks the installation, the machine and, with --model, a run before it starts. Nothing is downloaded.
 
     python -m novelgpt.doctor
     python -m novelgpt.doctor --model MODEL --pipeline finetune_lora --train_files my.jsonl --max_length 4096
 
-Further options are those of the pipeline. Exit status 0 where nothing stands in the way, 2 where something does.
+Further options are those of the pipeline. The exit status is 0 without a problem and 2 with one.
 """
 
 from __future__ import annotations
@@ -21,7 +21,7 @@ from functools import partial
 from pathlib import Path
 
 from novelgpt.checks import machine, versions
-from novelgpt.checks.findings import Check, Finding, any_problem, run_check, show, write_json
+from novelgpt.checks.findings import Check, Finding, any_problem, attempt, run_check, show, write_json
 from novelgpt.settings.command_parser import CommandParser
 from novelgpt.settings.errors import UserError, exit_on_user_error
 from novelgpt.settings.paths import OUTPUT, TINY, from_home
@@ -110,47 +110,60 @@ def check_devices() -> Iterator[Finding]:
         yield from run_check(name, check)
 
 
-def check_run(pipeline: str, words: Sequence[str], time_limit: float) -> Iterator[Finding]:
-    """What a run needs: its settings, files, tokenizer, memory, disk, and its longest batch once.
+def check_run(pipeline: str, args: Sequence[str], time_limit: float) -> Iterator[Finding]:
+    """Check a run: its settings, files, tokenizer, memory, disk, and one pass of its longest batch.
 
     Args:
         pipeline: one of PIPELINES.
-        words: of its command line.
+        args: of its command line.
         time_limit: seconds for loading the model and trying the batch.
     """
     with importing():
         from novelgpt.budget.disk import saved_bytes
         from novelgpt.budget.memory import compute_dtype
-        from novelgpt.checks import devices, model, plan, trial
+        from novelgpt.checks import trial
+        from novelgpt.checks.devices import check_precision
+        from novelgpt.checks.run import (
+            check_checkpoints,
+            check_ends,
+            check_files,
+            check_memory,
+            check_settings,
+            check_template,
+            check_vocabulary,
+            estimate_run,
+            parse_run,
+            settle_folder,
+        )
         from novelgpt.model.tokenizer import load_tokenizer
 
-    run = plan.parse_run(pipeline, words)
-    settings = run_check("settings", partial(model.check_settings, run))
+    run = parse_run(pipeline, args)
+    settled, settings = attempt("settings", partial(settle_folder, run))
+    if settled is not None:
+        run = settled
+        settings += run_check("data", partial(check_settings, run))
     if compute_dtype(run.training) is not None:
-        settings += run_check("precision", partial(devices.check_precision, run.training))
-    files = run_check("model files", partial(model.check_files, run))
+        settings += run_check("precision", partial(check_precision, run.training))
+    files = run_check("model files", partial(check_files, run))
     yield from [*settings, *files]
     if any_problem(files):
         return
-    sound = not any_problem(settings)
-    estimate = plan.Plan()
-    try:
-        tokenizer = load_tokenizer(run.model)
-    except UserError as error:
-        yield Finding("tokenizer", "problem", error.cause, error.remedy)
-        sound = False
-    else:
-        estimate.tokenizer = saved_bytes(tokenizer)
-        for name in (model.check_vocabulary, model.check_ends, model.check_template):
-            found = run_check("tokenizer", partial(name, run, tokenizer))
-            sound = sound and not any_problem(found)
-            yield from found
-    yield from run_check("memory", partial(plan.check_memory, run, estimate))
-    yield from run_check("checkpoints", partial(plan.check_checkpoints, run, estimate))
+    tokenizer, found = attempt("tokenizer", partial(load_tokenizer, run.model))
+    if tokenizer is not None:
+        for check in (check_vocabulary, check_ends, check_template):
+            found += run_check("tokenizer", partial(check, run, tokenizer))
+    yield from found
+    sound = not any_problem([*settings, *found])
+    estimate, found = attempt("memory", partial(estimate_run, run))
+    if estimate is not None:
+        run = estimate.run
+        found += run_check("memory", partial(check_memory, estimate))
+    size = 0 if tokenizer is None else saved_bytes(tokenizer)
+    yield from [*found, *run_check("checkpoints", partial(check_checkpoints, estimate, size))]
     if sound:
-        yield from run_check(trial.NAME, partial(trial.check_trial, run, estimate, pipeline, words, time_limit))
+        yield from run_check(trial.NAME, partial(trial.check_trial, run, estimate, pipeline, args, time_limit))
     else:
-        yield Finding(trial.NAME, "note", "not tried", "mend the problems above first")
+        yield Finding(trial.NAME, "note", "not tried", "fix the problems above first")
 
 
 def _silent(name: str, check: Check) -> list[Finding]:

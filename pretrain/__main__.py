@@ -3,9 +3,8 @@
 from __future__ import annotations
 
 from dataset.corpus import read_corpus
-from novelgpt.checks.before_training import check
+from novelgpt.checks.before_training import check, preflight
 from novelgpt.checks.launch import check_before_launch
-from novelgpt.checks.preflight import preflight
 from novelgpt.model.loading import load_model
 from novelgpt.model.tokenizer import load_tokenizer
 from novelgpt.settings.errors import exit_on_user_error
@@ -19,16 +18,16 @@ from novelgpt.training.run_folder import claim_run_folder
 @exit_on_user_error
 @leave_process_group
 def main(argv: list[str] | None = None) -> None:
-    """Run the pipeline on the words of a command line."""
+    """Run the pipeline."""
     run = parse_arguments(PretrainRun, argv)
     check_before_launch(run)
     with claim_run_folder(run) as folder:
         tokenizer = load_tokenizer(run.model)
         preflight(run, tokenizer)
         train, valid = read_corpus(run.data, tokenizer)
-        plan = check(folder.run, tokenizer, train)
+        plan = check(folder, tokenizer, train)
         model = load_model(run.model, tokenizer)
-        fit(model, tokenizer, train, valid, folder.run, plan, folder)
+        fit(model, tokenizer, train, valid, plan)
 
 
 if __name__ == "__main__":

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import copy
 import gc
 from collections.abc import Callable, Iterator
 from functools import partial
@@ -19,6 +20,7 @@ from novelgpt.model.loss import attach_chunked_loss
 from novelgpt.settings.arguments import TrainArguments
 from novelgpt.settings.errors import UserError
 from novelgpt.settings.process import in_process_group
+from novelgpt.settings.runs import TrainingRun, with_training
 from novelgpt.settings.terminal import counted
 
 # Of the device's memory: what a tried micro-batch may take, the states of the optimizer included.
@@ -31,16 +33,26 @@ def micro_batches(training: TrainArguments) -> list[int]:
     return [size for size in range(1, rows + 1) if rows % size == 0]
 
 
-def set_micro_batch(training: TrainArguments, rows: int) -> None:
-    """Take `rows` at once; the number of micro-batches per optimizer step follows. DeepSpeed's settings agree."""
-    if rows == training.per_device_train_batch_size:
-        return
-    steps = training.per_device_train_batch_size * training.gradient_accumulation_steps // rows
-    training.per_device_train_batch_size, training.gradient_accumulation_steps = rows, steps
-    if training.deepspeed:
+def with_rows(training: TrainArguments, rows: int) -> TrainArguments:
+    """Return a copy that takes `rows` at once, and as many per optimizer step as before."""
+    changed = copy.copy(training)
+    total = training.per_device_train_batch_size * training.gradient_accumulation_steps
+    changed.per_device_train_batch_size, changed.gradient_accumulation_steps = rows, max(1, total // rows)
+    return changed
+
+
+def settle_rows(run: TrainingRun, rows: int, **changes: Any) -> TrainingRun:
+    """Return the run with a micro-batch of `rows`, as many rows per step as before, and other training arguments.
+
+    DeepSpeed's settings, of which transformers keeps one object per process, are made to agree.
+    """
+    training = with_rows(run.training, rows)
+    steps = training.gradient_accumulation_steps
+    if training.deepspeed and rows != run.training.per_device_train_batch_size:
         settings = training.hf_deepspeed_config.config
         settings["train_micro_batch_size_per_gpu"], settings["gradient_accumulation_steps"] = rows, steps
         training.deepspeed_plugin.gradient_accumulation_steps = steps  # type: ignore[attr-defined]
+    return with_training(run, per_device_train_batch_size=rows, gradient_accumulation_steps=steps, **changes)
 
 
 def largest_fitting(sizes: list[int], fits: Callable[[int], bool]) -> int | None:

@@ -20,7 +20,6 @@ from novelgpt.settings.arguments import TrainArguments
 from novelgpt.settings.errors import UserError
 from novelgpt.settings.paths import existing_folder
 from novelgpt.settings.process import is_first_process, raise_on_all_ranks
-from novelgpt.settings.runs import TrainingRun
 from novelgpt.settings.terminal import gigabytes, say
 
 # DeepSpeed trains copies of the weights in fp32, which belong to the optimizer's states.
@@ -60,12 +59,11 @@ class DiskForecast:
 
 
 @raise_on_all_ranks()
-def check_disk(run: TrainingRun, plan: MemoryPlan, train: Dataset[Any], tokenizer: PreTrainedTokenizerBase) -> None:
-    """Show what the run will take on the disk, and refuse to begin where it is not there.
+def check_disk(plan: MemoryPlan, train: Dataset[Any], tokenizer: PreTrainedTokenizerBase) -> None:
+    """Show what the run will take on the disk, and refuse to start where it is not there.
 
     Args:
-        run: whose folder is chosen.
-        plan: with the model, as far as it could be simulated, and the micro-batch.
+        plan: with the settled run, and the model as far as it could be simulated.
         train: the rows.
         tokenizer: as it is saved with each checkpoint.
 
@@ -73,9 +71,9 @@ def check_disk(run: TrainingRun, plan: MemoryPlan, train: Dataset[Any], tokenize
         UserError: less is free than the run takes, on all processes.
     """
     if is_first_process() and plan.model is not None:
-        steps = steps_in_epoch(len(train), run.training)  # type: ignore[arg-type]
-        forecast = forecast_disk(plan.model, run.training, saved_bytes(tokenizer), steps)
-        folder = Path(str(run.training.output_dir))
+        steps = steps_in_epoch(len(train), plan.training)  # type: ignore[arg-type]
+        forecast = forecast_disk(plan.model, plan.training, saved_bytes(tokenizer), steps)
+        folder = Path(str(plan.training.output_dir))
         held, free = bytes_in(folder), shutil.disk_usage(existing_folder(folder)).free
         say(f"disk: {describe(forecast, held)}, {gigabytes(free)} free")
         problem = lack_of_room(forecast, held, free, folder)

@@ -20,8 +20,9 @@ from novelgpt.budget.auto_batch import (
     largest_fitting,
     micro_batches,
     no_row_fits,
-    set_micro_batch,
+    settle_rows,
     try_micro_batches,
+    with_rows,
 )
 from novelgpt.budget.memory import MemoryEstimate, compute_dtype, estimate_memory
 from novelgpt.budget.simulated_model import SimulatedModel
@@ -58,7 +59,7 @@ def plan_memory(
     """Estimate the peak memory, show it, and settle checkpointing and micro-batch where the user left them open.
 
     Args:
-        run: its training arguments are changed.
+        run: stays as it is; `run` of the plan has what was settled.
         train: the rows.
         dtype: of the base's weights.
         qlora: the base is held in 4 bits.
@@ -75,8 +76,7 @@ def plan_memory(
             cast = compute_dtype(run.training) if run.training.deepspeed else None
             outcome = plan.decide(lambda: SimulatedModel(run.model, run.training.device, dtype, prepare, qlora, cast))
     rows, checkpointing, plan.estimate = first_process_value(outcome)
-    set_micro_batch(run.training, rows)
-    run.training.activation_checkpointing = run.training.gradient_checkpointing = checkpointing
+    plan.run = settle_rows(run, rows, activation_checkpointing=checkpointing, gradient_checkpointing=checkpointing)
     return plan
 
 
@@ -84,6 +84,7 @@ class MemoryPlan:
     """The memory of one run.
 
     Attributes:
+        run: with micro-batch and checkpointing settled.
         estimate: the peak with the run's settings; None where the model cannot be simulated.
         lengths: tokens of the rows; of the first packs, which are about as long as the others, where rows are packed.
         tokens: of the longest row.
@@ -92,7 +93,7 @@ class MemoryPlan:
     """
 
     def __init__(self, run: TrainingRun, train: Dataset[Any]) -> None:
-        self.training, self.packed = run.training, run.data.packing
+        self.run, self.packed = run, run.data.packing
         self.device = run.training.device
         self.estimate: MemoryEstimate | None = None
         self.lengths = row_lengths(train, run.data.max_length if run.data.packing else None)
@@ -101,6 +102,11 @@ class MemoryPlan:
         self.model: SimulatedModel | None = None
         # Elsewhere a step that fails for want of memory ends the process, or the weights are spread over several.
         self._can_try = self.device.type == "cuda" and not self.training.deepspeed
+
+    @property
+    def training(self) -> TrainArguments:
+        """The training arguments of the run."""
+        return self.run.training
 
     def decide(self, build: Callable[[], SimulatedModel]) -> tuple[int, bool, MemoryEstimate | None]:
         """Rows of a micro-batch, whether to checkpoint, and the estimate for the two, which is shown.
@@ -129,22 +135,23 @@ class MemoryPlan:
             return self.training.per_device_train_batch_size, bool(self.training.activation_checkpointing), None
         return chosen.per_device_train_batch_size, bool(chosen.activation_checkpointing), estimate
 
-    def settle_micro_batch(self, model: nn.Module) -> None:
-        """With auto_batch on a GPU, take the micro-batch that really fits, once the weights are loaded.
+    def settle_micro_batch(self, model: nn.Module) -> MemoryPlan:
+        """Return the plan with the micro-batch that really fits, with auto_batch on a GPU, once the weights are loaded.
 
         Raises:
             UserError: not even one row fits.
         """
         if not (self.training.auto_batch and self._can_try):
-            return
+            return self
         model.to(self.device)
         rows = try_micro_batches(model, self.training, self.tokens, self.packed, self.capacity, cuda_peak)
-        changed = rows != self.training.per_device_train_batch_size
-        set_micro_batch(self.training, rows)
+        settled = copy.copy(self)
+        settled.run = settle_rows(self.run, rows)
         if is_first_process():
-            say(f"auto_batch: {_batch_line(self.training, self.tokens)}")
-            if changed and self.model is not None and self.estimate is not None:
-                self.estimate = self._estimate(self.training)
+            say(f"auto_batch: {_batch_line(settled.training, self.tokens)}")
+            if self.model is not None and self.estimate is not None:
+                settled.estimate = self._estimate(settled.training)
+        return settled
 
     def compare(self, measured: int) -> str:
         """A line that tells the measured peak, in bytes, beside the estimate."""
@@ -198,14 +205,6 @@ class MemoryPlan:
         else:
             texts.append("--qlora, a shorter --max_length, or a smaller model")
         return "Try " + "; ".join(texts)
-
-
-def with_rows(training: TrainArguments, rows: int) -> TrainArguments:
-    """A copy that takes `rows` at once, and as many per optimizer step as before."""
-    changed = copy.copy(training)
-    total = training.per_device_train_batch_size * training.gradient_accumulation_steps
-    changed.per_device_train_batch_size, changed.gradient_accumulation_steps = rows, max(1, total // rows)
-    return changed
 
 
 def available_memory(device: torch.device) -> int:

@@ -7,13 +7,14 @@ import json
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import Literal
+from typing import Literal, TypeVar
 
 from novelgpt.settings.atomic_files import atomic_write
 from novelgpt.settings.errors import UserError
 from novelgpt.settings.remedies import install_requirements
 from novelgpt.settings.terminal import say
 
+Value = TypeVar("Value")
 Mark = Literal["ok", "note", "problem"]
 COLOURS = {"ok": "green", "note": "yellow", "problem": "bold red"}
 
@@ -44,28 +45,31 @@ class Finding:
 Check = Callable[[], Iterable[Finding]]
 
 
-def run_check(name: str, check: Check, failure: Mark = "problem") -> list[Finding]:
-    """Return what a check finds, and what it raises as a finding; only an interrupt is raised.
+def attempt(name: str, call: Callable[[], Value], failure: Mark = "problem") -> tuple[Value | None, list[Finding]]:
+    """Return what `call` returns; or None, and what it raises as a finding. Only an interrupt is raised.
 
     Args:
         name: of the check.
-        check: what to call.
-        failure: mark of a check that fails itself.
+        call: what may fail.
+        failure: mark of an error that is not a UserError.
     """
-    findings: list[Finding] = []
     try:
-        findings.extend(check())
+        return call(), []
     except UserError as error:
-        findings.append(Finding(name, "problem", error.cause, error.remedy))
+        return None, [Finding(name, "problem", error.cause, error.remedy)]
     except KeyboardInterrupt:
         raise
     except BaseException as error:  # of any kind, Rust's panics too: broken installations are what is looked for
         reason = (str(error).strip().splitlines() or [""])[0]
         text = f"this could not be checked: {type(error).__name__}: {reason:.300}"
-        findings.append(
-            Finding(name, failure, text, f"fix what the line names; for a package: {install_requirements()}")
-        )
-    return findings
+        return None, [Finding(name, failure, text, f"fix what the line names; for a package: {install_requirements()}")]
+
+
+def run_check(name: str, check: Check, failure: Mark = "problem") -> list[Finding]:
+    """Return what a check finds, and what it raises as a last finding. See `attempt`."""
+    findings: list[Finding] = []
+    _, failed = attempt(name, lambda: findings.extend(check()), failure)
+    return findings + failed
 
 
 def show(heading: str, findings: Sequence[Finding], terminal: bool) -> None:

@@ -1,6 +1,6 @@
-"""Load a model and take its longest batch once: forward, backward, evaluation. In a process that may be ended.
+"""Loads a model and runs its longest batch once, forward, backward and in evaluation, in a process that may be killed.
 
-    python -m novelgpt.checks.trial PIPELINE [words of the pipeline]
+    python -m novelgpt.checks.trial PIPELINE [arguments of the pipeline]
 
 Its last line on standard output is a JSON list of findings.
 """
@@ -24,10 +24,11 @@ from transformers import PreTrainedTokenizerBase
 
 from novelgpt.budget.auto_batch import cuda_peak
 from novelgpt.budget.memory import checkpointing_options, compute_dtype, optimizer_bytes
+from novelgpt.budget.memory_plan import MemoryPlan
 from novelgpt.budget.simulated_model import changes_logits, worst_batch
 from novelgpt.checks.findings import Finding, run_check
 from novelgpt.checks.first_step import check_forward, check_gradients
-from novelgpt.checks.plan import Plan, adapt, base_dtype, parse_run
+from novelgpt.checks.run import adapt, base_dtype, parse_run
 from novelgpt.model.loading import load_model
 from novelgpt.model.lora import base_model
 from novelgpt.model.loss import attach_chunked_loss
@@ -42,48 +43,48 @@ NAME = "longest batch"
 
 
 def check_trial(
-    run: TrainingRun, plan: Plan, pipeline: str, words: Sequence[str], time_limit: float
+    run: TrainingRun, plan: MemoryPlan | None, pipeline: str, args: Sequence[str], time_limit: float
 ) -> Iterator[Finding]:
-    """What a process of its own finds that loads the model and takes the longest batch.
+    """Load the model and run the longest batch in a process of its own, and pass on what that finds.
 
     Args:
-        run: its micro-batch and checkpointing are taken.
-        plan: a model that will not fit is not loaded.
+        run: whose micro-batch and checkpointing are used.
+        plan: a model that will not fit is not loaded; None where there is no estimate.
         pipeline: of the run.
-        words: of its command line.
-        time_limit: seconds until the process is ended.
+        args: of its command line.
+        time_limit: seconds until the process is killed.
     """
-    if plan.fits is False:
-        text = "not tried, nor the model loaded: the estimate is above the memory that is there"
+    if plan is not None and plan.estimate is not None and plan.estimate.total > plan.capacity:
+        text = "not tried, and the model not loaded: the estimate exceeds the available memory"
         yield Finding(NAME, "note", text, "see the remedy at memory")
         return
     if run.training.deepspeed:
-        yield Finding(NAME, "note", "not tried under DeepSpeed", "leave --deepspeed out to try one process")
+        yield Finding(NAME, "note", "not tried under DeepSpeed", "leave --deepspeed out to try it with one process")
         return
     rows = run.training.per_device_train_batch_size if torch.cuda.is_available() else 1
     again = ["--model", run.model.model, "--per_device_train_batch_size", str(rows), "--activation_checkpointing"]
     again.append(str(bool(run.training.activation_checkpointing)))
-    command = [sys.executable, "-m", "novelgpt.checks.trial", pipeline, *words, *again]
+    command = [sys.executable, "-m", "novelgpt.checks.trial", pipeline, *args, *again]
     path = os.pathsep.join(filter(None, [str(ROOT), os.environ.get("PYTHONPATH")]))
     environment = os.environ | {"HF_HUB_OFFLINE": "1", "PYTHONPATH": path, "PYTHONIOENCODING": "utf-8"}
     try:
         done = subprocess.run(command, capture_output=True, encoding="utf-8", timeout=time_limit, env=environment)
     except subprocess.TimeoutExpired:
         remedy = f"--time_limit {time_limit * 4:.0f} waits longer"
-        yield Finding(NAME, "note", f"loading and trying took more than {time_limit:.0f} s and was ended", remedy)
+        yield Finding(NAME, "note", f"loading and trying it took more than {time_limit:.0f} s and was stopped", remedy)
         return
     lines = done.stdout.strip().splitlines()
     if done.returncode == 0 and lines:
         yield from (Finding(**finding) for finding in json.loads(lines[-1]))
         return
-    reason = (done.stderr.strip().splitlines() or ["no word"])[-1]
-    text = f"the process that tried it ended with status {done.returncode}: {reason:.300}"
-    remedy = "a status of -9 is a want of memory: a shorter --max_length, or a smaller model"
+    reason = (done.stderr.strip().splitlines() or ["no output"])[-1]
+    text = f"the process that tried it exited with status {done.returncode}: {reason:.300}"
+    remedy = "status -9 means out of memory: a shorter --max_length, or a smaller model"
     yield Finding(NAME, "problem", text, remedy)
 
 
 def try_longest_batch(run: TrainingRun) -> Iterator[Finding]:
-    """Load the model and run it on rows of --max_length tokens, under the number format of the run.
+    """Load the model and run it on rows of --max_length tokens, in the precision of the run.
 
     Raises:
         UserError: it cannot be loaded or trained.
@@ -130,7 +131,7 @@ def try_longest_batch(run: TrainingRun) -> Iterator[Finding]:
 def _train(
     model: nn.Module, batch: dict[str, torch.Tensor], autocast: Callable[[], AbstractContextManager[object]]
 ) -> None:
-    """Forward and backward of a batch, and a gradient for each trained tensor."""
+    """Run a batch forward and backward, and check that each trained tensor gets a gradient."""
     model.train()
     with check_gradients(model):
         with autocast():
@@ -139,7 +140,7 @@ def _train(
 
 
 def _filled(batch: dict[str, torch.Tensor], tokenizer: PreTrainedTokenizerBase) -> dict[str, torch.Tensor]:
-    """The batch with the tokens of a text, over and over."""
+    """Return the batch filled with the tokens of a text, repeated."""
     ids = torch.tensor(encode(TEXT, tokenizer), device=batch["input_ids"].device)
     filled = ids.repeat(batch["input_ids"].numel() // len(ids) + 1)[: batch["input_ids"].numel()]
     batch["input_ids"] = filled.reshape(batch["input_ids"].shape)
@@ -147,16 +148,16 @@ def _filled(batch: dict[str, torch.Tensor], tokenizer: PreTrainedTokenizerBase) 
 
 
 def _host_peak(run: Callable[[], None]) -> int:
-    """Bytes that the process holds after a step, its gradients included."""
+    """Return the bytes that the process holds after a step, gradients included."""
     run()
     return int(psutil.Process().memory_info().rss)
 
 
 def main(argv: Sequence[str] | None = None) -> None:
-    """Print the findings on the run that the words describe."""
-    pipeline, *words = list(sys.argv[1:] if argv is None else argv)
-    findings = run_check("model", lambda: try_longest_batch(parse_run(pipeline, words)))
-    print(json.dumps([asdict(finding) for finding in findings]), flush=True)  # noqa: T201 - for the doctor, as ASCII
+    """Print the findings on the run that the arguments describe."""
+    pipeline, *args = list(sys.argv[1:] if argv is None else argv)
+    findings = run_check("model", lambda: try_longest_batch(parse_run(pipeline, args)))
+    print(json.dumps([asdict(finding) for finding in findings]), flush=True)  # noqa: T201 - for the doctor, in ASCII
 
 
 if __name__ == "__main__":

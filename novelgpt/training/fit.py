@@ -18,7 +18,7 @@ from transformers import (
 )
 from transformers.utils import GENERATION_CONFIG_NAME
 
-from novelgpt.budget.memory_plan import row_lengths
+from novelgpt.budget.memory_plan import MemoryPlan, row_lengths
 from novelgpt.inference.generation import answer_end_ids
 from novelgpt.model.card import CARD, write_card
 from novelgpt.model.forward_checks import check_packing
@@ -27,7 +27,6 @@ from novelgpt.model.shared_cores import shared_cores
 from novelgpt.settings.errors import UserError
 from novelgpt.settings.parsed_files import read_object
 from novelgpt.settings.process import first_process_value
-from novelgpt.settings.runs import TrainingRun
 from novelgpt.settings.terminal import say
 from novelgpt.text.collator import Collator
 from novelgpt.text.conversation import end_token_ids
@@ -39,7 +38,6 @@ from novelgpt.training.evaluations import plan_evaluations
 from novelgpt.training.plan import TrainingPlan
 from novelgpt.training.result_files import write_result_files
 from novelgpt.training.run_card import RunCard
-from novelgpt.training.run_folder import RunFolder
 from novelgpt.training.sample_predictions import SamplePredictions
 from novelgpt.training.throughput import peak_memory
 from novelgpt.training.trackers import guard_trackers, name_tracked_run
@@ -51,9 +49,7 @@ def fit(
     tokenizer: PreTrainedTokenizerBase,
     train: Dataset[Any],
     valid: Dataset[Any],
-    run: TrainingRun,
     plan: TrainingPlan,
-    folder: RunFolder,
 ) -> dict[str, float]:
     """Train, evaluate, and save the final weights with the tokenizer into the run folder.
 
@@ -69,28 +65,28 @@ def fit(
     """
     if "position_ids" in train[0]:
         check_packing(base_model(model))
-    plan.memory.settle_micro_batch(model)
-    folder.start(run)
-    recorder = RunRecorder(folder.path)
+    memory = plan.memory.settle_micro_batch(model)
+    plan.folder.start(memory.run)
+    recorder = RunRecorder(plan.folder.path)
     try:
-        return _fit_into(folder, recorder, model, tokenizer, train, valid, run, plan)
+        return _fit_into(recorder, model, tokenizer, train, valid, plan, memory)
     finally:
-        folder.trained = recorder.trained
+        plan.folder.trained = recorder.trained
 
 
 def _fit_into(
-    claimed: RunFolder,
     recorder: RunRecorder,
     model: torch.nn.Module,
     tokenizer: PreTrainedTokenizerBase,
     train: Dataset[Any],
     valid: Dataset[Any],
-    run: TrainingRun,
     plan: TrainingPlan,
+    memory: MemoryPlan,
 ) -> dict[str, float]:
-    training, folder, resumed = run.training, claimed.path, run.training.resume_from_checkpoint
+    claimed, folder, run = plan.folder, plan.folder.path, memory.run
+    training, resumed = run.training, run.training.resume_from_checkpoint
     rows = len(train)  # type: ignore[arg-type]
-    evaluations = plan_evaluations(valid, plan.memory.lengths, row_lengths(valid), rows, training)
+    evaluations = plan_evaluations(valid, memory.lengths, row_lengths(valid), rows, training)
     valid = evaluations.rows
     if training.process_index == 0:
         say(evaluations.explain())
@@ -163,7 +159,7 @@ def _fit_into(
     if problem is not None:
         raise problem
     if trainer.is_world_process_zero():
-        _show(results, plan.memory.compare(peak), folder, trainer.state.max_steps)
+        _show(results, memory.compare(peak), folder, trainer.state.max_steps)
     trainer.accelerator.wait_for_everyone()
     return results
 

@@ -13,6 +13,7 @@ from transformers import PreTrainedModel
 
 from novelgpt.budget.memory_plan import MemoryPlan
 from novelgpt.settings.arguments import TrainArguments
+from novelgpt.training.run_folder import RunFolder
 
 Autocast = Callable[[], AbstractContextManager[Any]]
 """Makes the context that the training's forward passes run under."""
@@ -38,15 +39,17 @@ def no_figures(model: PreTrainedModel, training: TrainArguments, accelerator: Ac
 
 @dataclass(frozen=True)
 class TrainingPlan:
-    """The memory estimate of a run, and its checks, which all processes call.
+    """A run that is ready to train: its folder, memory estimate, and checks, which all processes call.
 
     Attributes:
-        memory: estimate, micro-batch and checkpointing.
+        folder: of the run.
+        memory: estimate, and the run with everything settled.
         probes: run once the model is set up for training, before anything is evaluated or trained.
         watch_gradients: of the bare model, the context of the first backward pass; raises UserError at its end.
         after_training: (bare model, training arguments, accelerator) -> figures to log with the weights that are saved.
     """
 
+    folder: RunFolder
     memory: MemoryPlan
     probes: Sequence[Probe] = ()
     watch_gradients: Callable[[nn.Module], AbstractContextManager[Any]] = nullcontext

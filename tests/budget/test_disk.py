@@ -14,7 +14,7 @@ from transformers import PreTrainedTokenizerBase, TrainerControl, TrainerState
 
 from finetune.__main__ import main as finetune
 from novelgpt.budget.disk import DiskForecast, bytes_in, forecast_disk, lack_of_room, saved_bytes, steps_in_epoch
-from novelgpt.checks.plan import Plan, check_memory, parse_run
+from novelgpt.checks.run import estimate_run, parse_run
 from novelgpt.settings.arguments import TrainArguments
 from novelgpt.training.callbacks import Curves, RunRecorder
 from tests.ranks import run_pipeline
@@ -50,10 +50,9 @@ def rows(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 def forecast(pipeline: str, base: Path, tokenizer: PreTrainedTokenizerBase, words: list[str]) -> DiskForecast:
     run = parse_run(pipeline, ["--model", str(base), *words])
-    plan = Plan()
-    list(check_memory(run, plan))
+    plan = estimate_run(run)
     assert plan.model is not None
-    return forecast_disk(plan.model, run.training, saved_bytes(tokenizer), steps_in_epoch(16, run.training))
+    return forecast_disk(plan.model, plan.training, saved_bytes(tokenizer), steps_in_epoch(16, plan.training))
 
 
 CASES = [
@@ -103,8 +102,7 @@ def test_how_many_checkpoints_lie_there_at_once(
     settings: dict[str, Any], steps: int | None, counts: tuple[int | None, int], base_folder: Path, tmp_path: Path
 ) -> None:
     run = parse_run("finetune", ["--model", str(base_folder)])
-    plan = Plan()
-    list(check_memory(run, plan))
+    plan = estimate_run(run)
     assert plan.model is not None
     training = TrainArguments(output_dir=str(tmp_path), **settings)
     found = forecast_disk(plan.model, training, 0, steps)

@@ -24,7 +24,7 @@ from transformers import (
 )
 
 from novelgpt.budget import memory_plan, simulated_model
-from novelgpt.budget.auto_batch import largest_fitting, micro_batches, set_micro_batch, try_micro_batches
+from novelgpt.budget.auto_batch import largest_fitting, micro_batches, try_micro_batches, with_rows
 from novelgpt.budget.live_bytes import HOLES, Heap, LiveBytes
 from novelgpt.budget.memory import MemoryEstimate, estimate_memory
 from novelgpt.budget.memory_plan import plan_memory
@@ -102,9 +102,9 @@ def planned(
 ) -> FinetuneRun:
     """The run after its memory was planned for a device of `capacity` bytes."""
     monkeypatch.setattr(memory_plan, "available_memory", lambda device: capacity)
-    run = run_of(folder, tokens, **training)
-    plan_memory(run, [{"input_ids": [1] * tokens}])  # type: ignore[arg-type]
-    return run
+    plan = plan_memory(run_of(folder, tokens, **training), [{"input_ids": [1] * tokens}])  # type: ignore[arg-type]
+    assert isinstance(plan.run, FinetuneRun)
+    return plan.run
 
 
 def total(folder: Path, tokens: int = TOKENS, **training: Any) -> int:
@@ -262,7 +262,7 @@ def test_micro_batches_divide_the_rows_of_a_step() -> None:
         output_dir="unused", use_cpu=True, per_device_train_batch_size=3, gradient_accumulation_steps=4
     )
     assert micro_batches(training) == [1, 2, 3, 4, 6, 12]
-    set_micro_batch(training, 6)
+    training = with_rows(training, 6)
     assert (training.per_device_train_batch_size, training.gradient_accumulation_steps) == (6, 2)
     assert micro_batches(training) == [1, 2, 3, 4, 6, 12]
 

@@ -19,7 +19,7 @@ from novelgpt.budget.disk import forecast_disk
 from novelgpt.checks import machine
 from novelgpt.checks.devices import check_toolchain, find_nvcc, nvcc_release
 from novelgpt.checks.findings import Finding, any_problem, run_check
-from novelgpt.checks.plan import Plan, check_checkpoints, check_memory, parse_run
+from novelgpt.checks.run import check_checkpoints, check_memory, estimate_run, parse_run
 from novelgpt.checks.trial import check_trial, try_longest_batch
 from novelgpt.checks.versions import MINIMUM, REQUIREMENTS, check_packages
 from novelgpt.doctor import check_run
@@ -147,13 +147,13 @@ def test_a_port_that_is_taken(monkeypatch: pytest.MonkeyPatch) -> None:
 
 def test_a_full_disk(base_folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     run = parse_run("finetune", ["--model", str(base_folder), *SHORT, "--output_dir", str(tmp_path / "a" / "b")])
-    plan = Plan()
-    assert marks(list(check_memory(run, plan)))["memory"] == "ok"
+    plan, size = estimate_run(run), 0
+    assert marks(list(check_memory(plan)))["memory"] == "ok"
     assert plan.model is not None
-    need = forecast_disk(plan.model, run.training, plan.tokenizer).need
+    need = forecast_disk(plan.model, plan.training, size).need
     for free, mark in ((need, "ok"), (need - 1, "problem")):
         monkeypatch.setattr(shutil, "disk_usage", lambda _, free=free: Usage(10**15, 0, free))
-        assert [finding.mark for finding in check_checkpoints(run, plan)] == [mark]
+        assert [finding.mark for finding in check_checkpoints(plan, size)] == [mark]
     monkeypatch.setattr(shutil, "disk_usage", lambda _: Usage(10**12, 10**12, 0))
     assert [finding.mark for finding in machine.check_disk_space(tmp_path / "new")] == ["problem"]
     assert [finding.mark for finding in machine.check_shared_memory(tmp_path)] == ["note"]
@@ -166,7 +166,7 @@ def test_a_tokenizer_with_more_tokens_than_the_embedding_has_rows(folder: Path) 
     found = looked_at(folder)
     assert problems(found) == ["vocabulary"]
     assert found[-1].mark == "note"
-    assert "mend" in found[-1].remedy
+    assert "fix the problems" in found[-1].remedy
 
 
 def test_a_tokenizer_without_an_end(folder: Path) -> None:
@@ -220,9 +220,9 @@ def test_settings_that_a_run_would_refuse(base_folder: Path, tmp_path: Path) -> 
 def test_a_model_that_does_not_fit_is_not_loaded(folder: Path) -> None:
     edit(folder / "config.json", hidden_size=2**15, num_hidden_layers=200, layer_types=["full_attention"] * 200)
     words = ["--model", str(folder), *SHORT]
-    run, plan = parse_run("finetune", words), Plan()
-    assert marks(list(check_memory(run, plan))) == {"memory": "problem"}
-    assert marks(list(check_trial(run, plan, "finetune", words, 60))) == {"longest batch": "note"}
+    plan = estimate_run(parse_run("finetune", words))
+    assert marks(list(check_memory(plan))) == {"memory": "problem"}
+    assert marks(list(check_trial(plan.run, plan, "finetune", words, 60))) == {"longest batch": "note"}
 
 
 def test_the_longest_batch_is_tried_on_the_weights_themselves(folder: Path) -> None:
@@ -239,7 +239,7 @@ def test_the_longest_batch_is_tried_on_the_weights_themselves(folder: Path) -> N
 
 def test_a_trial_that_takes_too_long_is_ended(base_folder: Path) -> None:
     words = ["--model", str(base_folder), *SHORT]
-    found = list(check_trial(parse_run("finetune", words), Plan(fits=True), "finetune", words, 0.2))
+    found = list(check_trial(parse_run("finetune", words), None, "finetune", words, 0.2))
     assert marks(found) == {"longest batch": "note"}
 
 

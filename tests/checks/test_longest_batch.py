@@ -12,9 +12,9 @@ from torch import nn
 from transformers import AutoModelForCausalLM, PreTrainedTokenizerBase
 
 from finetune.__main__ import main as finetune
+from novelgpt.checks.before_training import compiles_operators, preflight
 from novelgpt.checks.longest_batch import rows_to_try, try_batch
-from novelgpt.checks.plan import parse_run
-from novelgpt.checks.preflight import compiles_operators, preflight
+from novelgpt.checks.run import parse_run
 from novelgpt.model.loss import attach_chunked_loss
 from novelgpt.settings.arguments import TrainArguments
 from novelgpt.settings.errors import UserError

@@ -29,7 +29,7 @@ from dataset.conversations import EncodedRows
 from finetune.__main__ import main as finetune
 from finetune_lora.__main__ import main as finetune_lora
 from novelgpt.budget.simulated_model import SimulatedModel, track_step, worst_batch
-from novelgpt.checks.plan import adapt
+from novelgpt.checks.run import adapt
 from novelgpt.model import attention as _attention  # noqa: F401  registers "packed"
 from novelgpt.model.lora import attach_lora
 from novelgpt.model.loss import attach_chunked_loss

@@ -15,7 +15,7 @@ import dataset.tokens_command
 import predict.__main__
 import predict.chat
 from finetune_lora import merge
-from novelgpt.checks.plan import parse_run
+from novelgpt.checks.run import parse_run
 from novelgpt.model.hub import locate
 from novelgpt.settings.arguments import ModelArguments
 from novelgpt.settings.errors import UserError
