@@ -22,7 +22,7 @@ KINDS: dict[Kind, str] = {
 }
 MARKS = (
     "if the base was never trained on the chat template's special tokens, their embedding rows are trained as well: "
-    "train_mark_tokens"
+    "train_special_tokens"
 )
 TEMPLATE = (
     "the tokenizer's own chat template is used; a base that has none gets ChatML or plain questions and answers. "

@@ -145,7 +145,7 @@ def check_ends(run: TrainingRun, tokenizer: PreTrainedTokenizerBase) -> Iterator
         yield Finding("end of answers", "ok", f"{token}, known to the base")
     elif isinstance(run, LoraRun):
         text = f"answers end with {token}, with which the base has never ended one"
-        remedy = "--train_mark_tokens auto, the default, trains its row; or use a chat model as base"
+        remedy = "--train_special_tokens auto, the default, trains its row; or use a chat model as base"
         yield Finding("end of answers", "note", text, remedy)
     else:
         yield Finding("end of answers", "ok", f"{token}, which the base learns in training")

@@ -40,7 +40,7 @@ def attach_lora(
         model: the base.
         lora: settings of the adapter.
         tokenizer: if given, the embeddings of special tokens of its chat template are trained as well, where the base
-            has never ended an answer with them (`lora.train_mark_tokens`).
+            has never ended an answer with them (`lora.train_special_tokens`).
 
     Raises:
         UserError: `lora_targets` matches no module, or one that cannot be adapted; or token embeddings that have to be
@@ -200,14 +200,14 @@ def _rows_to_train(
     known = _known_ends(model, tokenizer)
     tokens = sorted(written - known)
     unseen = end not in known
-    if not tokens or not (unseen or lora.train_mark_tokens == "always"):
+    if not tokens or not (unseen or lora.train_special_tokens == "always"):
         return {}
     names = " ".join(tokenizer.convert_ids_to_tokens(tokens))
     reason = f"the base has never ended an answer with {tokenizer.convert_ids_to_tokens(end)}"
-    if lora.train_mark_tokens == "never":
+    if lora.train_special_tokens == "never":
         raise UserError(
             f"{reason}, and an adapter alone hardly teaches it to: answers would not stop",
-            "--train_mark_tokens auto trains the rows of the special tokens; or take a chat model, or "
+            "--train_special_tokens auto trains the rows of the special tokens; or take a chat model, or "
             f"{pipeline_name('finetune')}",
         )
     if is_deepspeed_zero3_enabled():

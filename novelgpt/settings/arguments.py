@@ -39,11 +39,18 @@ def _samples(*names: str) -> list[str]:
     return [str(SAMPLES / name) for name in names]
 
 
-def option(default: Any, help_text: str) -> Any:
-    """A dataclass field with a help text; a list default is copied for each instance."""
+def option(default: Any, help_text: str, former_name: str | None = None) -> Any:
+    """Return a dataclass field with a help text; a list default is copied for each instance.
+
+    Args:
+        default: value.
+        help_text: shown by --help.
+        former_name: of the option, which is still accepted.
+    """
+    metadata = {"help": help_text} | ({} if former_name is None else {"aliases": [f"--{former_name}"]})
     if isinstance(default, list):
-        return field(default_factory=lambda: list(default), metadata={"help": help_text})
-    return field(default=default, metadata={"help": help_text})
+        return field(default_factory=lambda: list(default), metadata=metadata)
+    return field(default=default, metadata=metadata)
 
 
 def _check_least(arguments: object, leasts: dict[str, int]) -> None:
@@ -190,10 +197,11 @@ class LoraArguments:
     use_rslora: bool = option(False, "Rank-stabilised scaling (arXiv:2312.03732).")
     use_dora: bool = option(False, "Weight-decomposed LoRA (arXiv:2402.09353).")
     qlora: bool = option(False, "Hold the base in 4 bits (arXiv:2305.14314). Needs CUDA and the package bitsandbytes.")
-    train_mark_tokens: Literal["auto", "always", "never"] = option(
+    train_special_tokens: Literal["auto", "always", "never"] = option(
         "auto",
-        "Train the embedding rows of the chat template's marks (<|im_end|>, …) beside the adapter. auto: where the "
-        "base has never ended an answer with them; never: refuse such a base.",
+        "Train the embedding rows of the chat template's special tokens (<|im_end|>, …) beside the adapter. auto: where "
+        "the base has never ended an answer with them; never: refuse such a base.",
+        former_name="train_mark_tokens",
     )
 
     def __post_init__(self) -> None:

@@ -219,10 +219,15 @@ def _takes(kind: Any, wanted: type) -> bool:
 
 def _read_yaml(path: Path, actions: dict[str, argparse.Action], kinds: dict[str, Any], pipeline: str) -> dict[str, Any]:
     """The settings of one YAML file, each checked against the argument of that name."""
-    settings = read_yaml(path, "name an existing file with --config", "write one `key: value` a line") or {}
-    if not isinstance(settings, dict):
-        raise UserError(f"{path} does not hold `key: value` lines", "write one `key: value` a line")
-    for key, value in settings.items():
+    read = read_yaml(path, "name an existing file with --config", "write one `key: value` per line") or {}
+    if not isinstance(read, dict):
+        raise UserError(f"{path} does not hold `key: value` lines", "write one `key: value` per line")
+    former = {option: name for name, action in actions.items() for option in action.option_strings if name in kinds}
+    settings: dict[str, Any] = {}
+    for written, value in read.items():
+        key = former.get(f"--{written}", written) if written not in kinds and "-" not in str(written) else written
+        if key in settings:
+            raise UserError(f"{path}: {key} is set by two names", "leave one of them out")
         if key not in kinds and key not in OTHER_NAMES:
             raise _unknown_key(str(key), str(path), actions, pipeline)
         action = actions[f"_{key}" if key in OTHER_NAMES else key]

@@ -135,9 +135,9 @@ def test_rows_of_a_bf16_base_are_trained_in_fp32(base_folder: Path, tmp_path: Pa
 def test_a_base_that_knows_its_marks_trains_no_rows(base_folder: Path) -> None:
     for choice in ("auto", "never"):
         base, tokenizer = loaded(base_folder)
-        assert not trained_rows(attach_lora(base, LoraArguments(train_mark_tokens=choice), tokenizer))  # type: ignore[arg-type]
+        assert not trained_rows(attach_lora(base, LoraArguments(train_special_tokens=choice), tokenizer))  # type: ignore[arg-type]
     base, tokenizer = loaded(base_folder)
-    model = attach_lora(base, LoraArguments(train_mark_tokens="always"), tokenizer)
+    model = attach_lora(base, LoraArguments(train_special_tokens="always"), tokenizer)
     (rows,) = trained_rows(model).values()
     assert len(rows) == 1  # <|im_end|> is this tokenizer's own end token: the base knows it
     base, _ = loaded(base_folder)
@@ -147,8 +147,8 @@ def test_a_base_that_knows_its_marks_trains_no_rows(base_folder: Path) -> None:
 def test_unseen_marks_are_refused_where_their_rows_may_not_be_trained(base_folder: Path, tmp_path: Path) -> None:
     base, tokenizer = loaded(unseen(base_folder, tmp_path / "base"))
     with pytest.raises(UserError, match=r"never ended an answer with <\|im_end\|>.*would not stop") as caught:
-        attach_lora(base, LoraArguments(train_mark_tokens="never"), tokenizer)
-    assert "--train_mark_tokens auto" in caught.value.remedy
+        attach_lora(base, LoraArguments(train_special_tokens="never"), tokenizer)
+    assert "--train_special_tokens auto" in caught.value.remedy
     zero3 = HfDeepSpeedConfig({"zero_optimization": {"stage": 3}})
     with pytest.raises(UserError, match="ZeRO-3.*would not stop") as caught:
         attach_lora(base, LoraArguments(), tokenizer)

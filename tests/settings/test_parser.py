@@ -189,3 +189,16 @@ def test_settings_in_a_folder_that_is_replaced_are_not_lost(tmp_path: Path) -> N
     with pytest.raises(UserError, match=r"would delete .*mine\.yaml, which --config names"):
         from_yaml(tmp_path, text)
     assert from_yaml(tmp_path, text.replace("true", "false")).training.output_dir == str(tmp_path)
+
+
+def test_the_former_name_of_an_option_is_taken_on_the_command_line_and_in_yaml(tmp_path: Path) -> None:
+    settings = tmp_path / "settings.yaml"
+    settings.write_text("train_mark_tokens: always\n", encoding="utf-8")
+    for args in (["--train_mark_tokens", "always"], ["--train-special-tokens=always"], ["--config", str(settings)]):
+        assert parse_arguments(LoraRun, [*args, "--output_dir", str(tmp_path)]).lora.train_special_tokens == "always"
+    settings.write_text("train_mark_tokens: always\ntrain_special_tokens: never\n", encoding="utf-8")
+    with pytest.raises(UserError, match="train_special_tokens is set by two names"):
+        parse_arguments(LoraRun, ["--config", str(settings)])
+    settings.write_text("train_mark_tokens: sometimes\n", encoding="utf-8")
+    with pytest.raises(UserError, match="train_special_tokens: 'sometimes' is none of"):
+        parse_arguments(LoraRun, ["--config", str(settings)])

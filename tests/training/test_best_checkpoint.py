@@ -243,8 +243,8 @@ def test_ranks_load_the_best_together(
     main: Any, zero: int, base: Path, files: tuple[Path, Path], tmp_path: Path
 ) -> None:
     words = f"--model {base} --train_files {files[0]} --valid_files {files[1]} --output_dir {tmp_path / 'run'}"
-    more = "--max_steps 6 --eval_steps 2 --save_steps 2 --per_device_train_batch_size 2 --train_mark_tokens never"
-    more = more if main is finetune_lora else more.replace("--train_mark_tokens never", "")
+    more = "--max_steps 6 --eval_steps 2 --save_steps 2 --per_device_train_batch_size 2 --train_special_tokens never"
+    more = more if main is finetune_lora else more.replace("--train_special_tokens never", "")
     pipeline = main.__module__.removesuffix(".__main__")
     run_pipeline(pipeline, f"{words} --learning_rate {RATE} {QUICK} {more}".split(), 2, zero)
     description = json.loads((tmp_path / "run" / "run.json").read_text(encoding="utf-8"))
