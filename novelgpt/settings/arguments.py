@@ -1,4 +1,4 @@
-"""The groups of arguments. Own fields are few; everything else is transformers.TrainingArguments."""
+"""The arguments of each command, in groups. Own fields are few; the rest is transformers.TrainingArguments."""
 
 from __future__ import annotations
 
@@ -23,15 +23,15 @@ from novelgpt.settings.paths import SAMPLES, TINY, default_hub, model_place
 from novelgpt.settings.refused_settings import precision_of_accelerate, refuse_ignored
 from novelgpt.settings.remedies import pip_install
 
-# Figures of an evaluation that a best checkpoint can be told by, and whether more of it is better; those of its answers
-# are there with predict_during_eval.
+# Metrics of an evaluation that can choose the best checkpoint, and whether greater is better; those of answers need
+# predict_during_eval.
 EVALUATION_FIGURES = {"loss": False, "perplexity": False, "bits_per_character": False, "token_accuracy": True}
 ANSWER_FIGURES = {"rouge-1": True, "rouge-2": True, "rouge-l": True, "rep4_char": False}
 HUB_HELP = (
-    "Where names are looked up. modelscope needs the package modelscope. Default: huggingface, or what the variable "
-    "USE_MODELSCOPE_HUB=1 says."
+    "Hub on which names are looked up. modelscope needs the package modelscope. Default: huggingface, or modelscope "
+    "where USE_MODELSCOPE_HUB=1 is set."
 )
-# Above it, next to nothing is left of what is dropped out from.
+# Above it, next to nothing is left.
 MOST_DROPOUT = 0.95
 
 
@@ -54,7 +54,7 @@ def option(default: Any, help_text: str, former_name: str | None = None) -> Any:
 
 
 def _check_least(arguments: object, leasts: dict[str, int]) -> None:
-    """Raise a UserError where an option is set to less than it can be."""
+    """Raise a UserError where an option is below its minimum."""
     for name, least in leasts.items():
         value = vars(arguments)[name]
         if value is not None and value < least:
@@ -62,7 +62,7 @@ def _check_least(arguments: object, leasts: dict[str, int]) -> None:
 
 
 def check_ranges(arguments: object, ranges: dict[str, tuple[float, float]]) -> None:
-    """Raise a UserError where an option lies outside its range, ends included, or is no number (NaN)."""
+    """Raise a UserError where an option lies outside its range, ends included, or is NaN."""
     for name, (least, most) in ranges.items():
         value = vars(arguments)[name]
         if value is None or least <= value <= most:
@@ -70,36 +70,36 @@ def check_ranges(arguments: object, ranges: dict[str, tuple[float, float]]) -> N
         if value > most:
             raise UserError(f"--{name} {value} is too large", f"take at most {most:g}")
         too_small = value < least
-        cause = f"--{name} {value} is too small" if too_small else f"--{name} {value} is no number"
+        cause = f"--{name} {value} is too small" if too_small else f"--{name} {value} is not a number"
         raise UserError(cause, f"take at least {least:g}" if too_small else f"take one from {least:g} to {most:g}")
 
 
 @dataclass
 class ModelArguments:
-    """Which base to load, and how."""
+    """The base model, and how to load it."""
 
     _argument_group_name: ClassVar[str] = "Model"
 
     model: str = option(
         TINY,
         "Folder or hub name of the base model, loaded through AutoModel; tiny is the small base, trained with the "
-        "settings of PIPELINE/configs/tiny.yaml. Files of your own need a model to be named.",
+        "settings in PIPELINE/configs/tiny.yaml. Required with training files of your own.",
     )
     attention: Literal["packed", "sdpa", "eager", "flash_attention_2"] = option(
         "packed",
-        "Attention kernel. packed: torch's own, which keeps packed documents apart at the cost of each alone. "
-        "flash_attention_2 needs the flash-attn package and a GPU.",
+        "Attention kernel. packed: torch's own; packed documents cost what each would alone, and none attends to "
+        "another. flash_attention_2 needs the package flash-attn and a GPU.",
     )
     trust_remote_code: bool = option(
-        False, "Run Python code that lies with the checkpoint, where the architecture is not known here. Read it first."
+        False, "Run Python code from the checkpoint's folder where the architecture is unknown here. Read it first."
     )
     hub: Literal["huggingface", "modelscope"] | None = option(None, HUB_HELP)
     allow_pickles: bool = option(
-        False, "Read weights from pickles (.bin) where there are no safetensors; tensors only. For sources you trust."
+        False, "Load weights from pickles (.bin) where there are no safetensors; tensors only. For trusted sources."
     )
 
     def __post_init__(self) -> None:
-        """From here on, the model is a folder or a hub name, and the hub is known.
+        """Resolve the model to a folder or a hub name, and the hub to its default.
 
         Raises:
             UserError: as default_hub.
@@ -119,8 +119,8 @@ class InferenceModelArguments(ModelArguments):
     )
     base: str | None = option(
         None,
-        "Of an adapter: folder or hub name of its base. Default: where it lay in training, or its copy in the hub's "
-        "cache; only a base that is named here is ever fetched.",
+        "Folder or hub name of an adapter's base. Default: where it was in training, or its copy in the hub's cache; "
+        "only a base named here is ever downloaded.",
     )
     attention: Literal["sdpa", "eager", "flash_attention_2"] = option("sdpa", "Attention kernel.")
 
@@ -133,22 +133,24 @@ class CorpusArguments:
 
     train_files: list[str] = option(
         _samples("novels/deng_ta_xia_de_xin.txt"),
-        "What to train on: text files (.txt .jsonl .json .csv .parquet), folders that `dataset novels` or "
-        "`dataset tokens` made.",
+        "Training data: text files (.txt .jsonl .json .csv .parquet), or folders made by `dataset novels` or "
+        "`dataset tokens`.",
     )
     valid_files: list[str] = option(
         [],
-        "What to evaluate on: text files, or folders (their held-out part). Without them, the held-out part of the "
-        "folders in train_files; where there is none, the end of the training text.",
+        "Validation data: text files, or folders (their held-out part). Default: the held-out part of the folders in "
+        "train_files; where there is none, the end of the training text.",
     )
     max_valid_tokens: int = option(
-        1_000_000, "Most tokens of a folder's held-out part, or of the end of the text, to evaluate on; 0 for all."
+        1_000_000, "Max validation tokens from a folder's held-out part, or from the end of the text; 0 for all."
     )
-    valid_fraction: float = option(0.02, "Share of the training blocks kept for evaluation where no valid_files are.")
-    text_column: str = option("text", "Column or key that holds the text, for all formats but .txt.")
-    max_length: int = option(2048, "Tokens per block. Text that does not fit goes on in the next block.")
+    valid_fraction: float = option(
+        0.02, "Share of the training blocks held out for validation where there are no valid_files."
+    )
+    text_column: str = option("text", "Column or key of the text, for all formats but .txt.")
+    max_length: int = option(2048, "Tokens per block. Text that does not fit continues in the next block.")
     packing: bool = option(
-        True, "Let a block hold several documents, which do not see each other. Off: blocks end where documents do."
+        True, "Pack several documents into a block; none attends to another. False: each block holds one document."
     )
 
 
@@ -160,27 +162,29 @@ class ConversationArguments:
 
     train_files: list[str] = option(
         _samples("papers/train.jsonl"),
-        "Files to train on, .jsonl .json .csv .parquet: Alpaca, ShareGPT, OpenAI messages, prompt/completion or "
+        "Training files, .jsonl .json .csv .parquet: Alpaca, ShareGPT, OpenAI messages, prompt/completion or "
         "title/abstract rows, or rows that name a task.",
     )
-    valid_files: list[str] = option([], "Files to evaluate on. Without them, a share of the training rows.")
-    valid_fraction: float = option(0.05, "Share of the training rows kept for evaluation where no valid_files are.")
+    valid_files: list[str] = option([], "Validation files. Default: a share of the training rows.")
+    valid_fraction: float = option(
+        0.05, "Share of the training rows held out for validation where there are no valid_files."
+    )
     max_length: int = option(2048, "Tokens per row, prompt and answers together, and per pack of rows.")
     packing: bool = option(
-        True, "Fit whole rows into packs of max_length tokens, in which they do not see each other. Off: pad each row."
+        True, "Pack whole rows up to max_length tokens; none attends to another. False: pad each row."
     )
     overlong: Literal["truncate", "split", "refuse"] = option(
         "truncate",
-        "What to do with rows above max_length: truncate cuts the end off, split goes on in a further row that "
-        "starts with half a row of context, refuse stops before training. What happened is counted and shown.",
+        "Rows longer than max_length: truncate cuts off the end, split continues in another row that starts with half "
+        "a row of context, refuse stops before training. The counts are shown.",
     )
     instruction_templates: list[str] = option(
         [],
-        "YAML files with wordings of tasks, in the form of dataset/instructions.yaml. Where given, title/abstract rows "
-        "that name no task draw theirs from title_to_abstract, too.",
+        "YAML files with instruction templates per task, in the format of dataset/instructions.yaml. With them, "
+        "title/abstract rows that name no task use title_to_abstract.",
     )
     instruction_seed: int = option(
-        42, "Seed of the wording that each training row draws for its task. Rows to evaluate on take the first one."
+        42, "Seed with which each training row draws a template of its task. Validation rows use the first one."
     )
 
 
@@ -191,21 +195,21 @@ class LoraArguments:
     _argument_group_name: ClassVar[str] = "LoRA"
 
     lora_rank: int = option(16, "Rank of the update matrices.")
-    lora_alpha: int = option(32, "Scale: the update counts alpha/rank times (alpha/sqrt(rank) with use_rslora).")
-    lora_dropout: float = option(0.05, "Dropout before the adapter, as a share.")
-    lora_targets: list[str] = option(["all-linear"], "Module names to adapt, e.g. q_proj v_proj, or all-linear.")
+    lora_alpha: int = option(32, "Scale of the update: alpha/rank (alpha/sqrt(rank) with use_rslora).")
+    lora_dropout: float = option(0.05, "Dropout probability before the adapter.")
+    lora_targets: list[str] = option(["all-linear"], "Modules to adapt, e.g. q_proj v_proj, or all-linear.")
     use_rslora: bool = option(False, "Rank-stabilised scaling (arXiv:2312.03732).")
     use_dora: bool = option(False, "Weight-decomposed LoRA (arXiv:2402.09353).")
-    qlora: bool = option(False, "Hold the base in 4 bits (arXiv:2305.14314). Needs CUDA and the package bitsandbytes.")
+    qlora: bool = option(False, "Load the base in 4 bits (arXiv:2305.14314). Needs CUDA and the package bitsandbytes.")
     train_special_tokens: Literal["auto", "always", "never"] = option(
         "auto",
-        "Train the embedding rows of the chat template's special tokens (<|im_end|>, …) beside the adapter. auto: where "
-        "the base has never ended an answer with them; never: refuse such a base.",
+        "Train the embedding rows of the chat template's special tokens (<|im_end|>, …) beside the adapter. auto: "
+        "where the base has never ended an answer with them; never: refuse such a base.",
         former_name="train_mark_tokens",
     )
 
     def __post_init__(self) -> None:
-        """Refuse sizes that no adapter has.
+        """Check ranges.
 
         Raises:
             UserError: names the option.
@@ -219,96 +223,95 @@ class TrainArguments(TrainingArguments):
 
     _argument_group_name: ClassVar[str] = "Training (transformers.TrainingArguments)"
 
-    output_dir: str | None = option(None, "Run folder. Default: output/PIPELINE, or the next free number after it.")
-    overwrite_output_dir: bool = option(False, "Replace the run that output_dir holds.")
+    output_dir: str | None = option(None, "Run folder. Default: output/PIPELINE, with a number where that is taken.")
+    overwrite_output_dir: bool = option(False, "Replace the run in output_dir.")
     precision: Literal["auto", "fp32", "bf16", "fp16"] = option(
         "auto",
-        "Precision of the computation: auto takes bf16 where the GPU has it, else fp32. Full training keeps "
-        "fp32 weights.",
+        "Compute precision: auto is bf16 where the GPU supports it, else fp32. Full training keeps fp32 weights.",
     )
     num_train_epochs: float = option(3.0, "Passes over the training data.")
     per_device_train_batch_size: int = option(4, "Rows per device and micro-batch.")
     auto_batch: bool = option(
-        False, "Find the largest micro-batch that fits into memory. Rows per optimizer step stay what they are."
+        False, "Find the largest micro-batch that fits into memory, for the same number of rows per optimizer step."
     )
     activation_checkpointing: bool | None = field(
         default=None,
         metadata={
-            "help": "Compute activations again in the backward pass: less memory, about a fifth more time. Default: "
-            "only where the run would not fit otherwise.",
+            "help": "Recompute activations in the backward pass: less memory, about a fifth more time. Default: only "
+            "where the run would not fit otherwise.",
             "nargs": "?",
             "const": True,
         },
     )
     per_device_eval_batch_size: int = option(4, "Rows per device in evaluation.")
-    learning_rate: float = option(2e-5, "Highest learning rate of the schedule.")
-    lr_scheduler_type: str = option("cosine", "Shape of the learning rate: cosine, linear, constant_with_warmup, …")
-    warmup_steps: float = option(0.03, "Warm-up, in steps, or as a share of the run where below 1.")
+    learning_rate: float = option(2e-5, "Peak learning rate of the schedule.")
+    lr_scheduler_type: str = option("cosine", "Learning rate schedule: cosine, linear, constant_with_warmup, …")
+    warmup_steps: float = option(0.03, "Warm-up steps; below 1, a share of the run.")
     weight_decay: float = option(0.0, "AdamW weight decay.")
-    logging_steps: float = option(5, "Steps between two points of the curves.")
+    logging_steps: float = option(5, "Steps between two log entries.")
     logging_first_step: bool = option(True, "Log step 1 as well.")
     eval_strategy: str = option(
-        "epoch", "When to evaluate: no, steps (every eval_steps, which says so by itself) or epoch."
+        "epoch", "When to evaluate: no, steps (every eval_steps; setting that is enough) or epoch."
     )
-    eval_on_start: bool = option(True, "Evaluate before step 1, so that curves start at the untouched model.")
+    eval_on_start: bool = option(True, "Evaluate before step 1, so that curves start at the base model.")
     max_eval_share: float = option(
         0.2,
-        "Most tokens that all evaluations together may read, as a share of those of training: of more rows, some are "
-        "taken, spread evenly, though at least 20,000 tokens and 8 rows each time. 0 evaluates on all rows.",
+        "Max tokens of all evaluations together, as a share of the training tokens: an evenly spaced subset of the "
+        "rows is evaluated, at least 20,000 tokens and 8 rows each time. 0 evaluates all rows.",
     )
     predict_during_eval: int = option(
-        0, "At each evaluation, answer this many of its rows and log the texts, their ROUGE and repetition; 0 is off."
+        0, "Generate answers to this many rows at each evaluation; logs texts, ROUGE and repetition. 0 is off."
     )
-    predict_max_new_tokens: int = option(256, "Longest of these answers, in tokens.")
+    predict_max_new_tokens: int = option(256, "Max tokens of each of these answers.")
     preflight: bool = option(
         True,
-        "Before training, look at versions, devices, the model's files, and try the longest micro-batch. "
-        "Off: only what is checked in any case.",
+        "Before training, check versions, devices and the model's files, and run the longest micro-batch. "
+        "False: only the checks that always run.",
     )
     guards: bool = option(
-        True, "Before step 1, check that the model computes the same in training and evaluation, finite, and learns."
+        True, "Before step 1, check that training and evaluation agree, values are finite, and the model learns."
     )
     on_non_finite: Literal["stop", "skip"] = option(
         "stop",
-        "What to do in a step whose loss or gradients are not finite, once its rows are named. skip: leave the step "
-        "out; ten in a row stop all the same.",
+        "Steps whose loss or gradients are not finite, after their rows are reported: stop the run, or skip the step; "
+        "ten in a row always stop it.",
     )
     router_aux_loss_coef: float | None = option(
         None,
-        "Weight of the loss that keeps the experts of a mixture evenly used; 0 is off. Default: what config.json asks "
-        "for: its own router_aux_loss_coef where output_router_logits is true.",
+        "Weight of the auxiliary loss that balances the experts of a mixture; 0 is off. Default: config.json's, where "
+        "output_router_logits is true there.",
     )
     stop_check: int = option(
-        20, "After fine-tuning, answer this many training prompts and report how many answers end; 0 is off."
+        20, "After fine-tuning, answer this many training prompts and report how many answers stop; 0 is off."
     )
     stop_check_max_new_tokens: int | None = option(
-        None, "Longest of these answers, in tokens. Default: twice the longest reference, at most 512."
+        None, "Max tokens of each of these answers. Default: twice the longest reference, at most 512."
     )
     save_strategy: str = option(
-        "epoch", "When to save a checkpoint: no, steps (every save_steps, which says so by itself) or epoch."
+        "epoch", "When to save a checkpoint: no, steps (every save_steps; setting that is enough) or epoch."
     )
-    save_total_limit: int | None = option(2, "Checkpoints kept; the oldest go first.")
+    save_total_limit: int | None = option(2, "Max checkpoints to keep; the oldest are deleted first.")
     resume: bool | None = field(
         default=None,
         metadata={
-            "help": "Go on from the newest whole checkpoint in output_dir. Default: where it holds an unfinished run "
-            "of the same settings; False never does.",
+            "help": "Resume from the newest verified checkpoint in output_dir. Default: where it holds an unfinished "
+            "run with the same settings; False never does.",
             "nargs": "?",
             "const": True,
         },
     )
-    resume_from_checkpoint: str | None = option(None, "Go on from this checkpoint-N folder.")
-    metric_for_best_model: str | None = option("loss", "Figure of evaluations whose best checkpoint is always kept.")
-    logging_nan_inf_filter: bool = option(False, "Log what the last losses were in place of a loss that is NaN.")
+    resume_from_checkpoint: str | None = option(None, "Resume from this checkpoint-N folder.")
+    metric_for_best_model: str | None = option("loss", "Evaluation metric whose best checkpoint is always kept.")
+    logging_nan_inf_filter: bool = option(False, "Log the mean of the last finite losses in place of a NaN.")
     report_to: None | str | list[str] = option(
-        "none", "Further trackers (wandb, …), where their packages are installed. TensorBoard is always on."
+        "none", "Trackers beside TensorBoard (wandb, …), which need their packages. TensorBoard is always on."
     )
     deepspeed: dict[str, Any] | str | None = option(
         None,
-        f"Settings of DeepSpeed: {', '.join(NAMED)} for those that come along (./zero2 is a file of that name), a JSON "
-        "file, or the settings in JSON. Needs a launcher, as the scripts and novelgpt start one.",
+        f"DeepSpeed settings: one of the built-in {', '.join(NAMED)} (./zero2 is a file of that name), a JSON file, or "
+        "the settings in JSON. Needs a launcher, which the scripts and novelgpt start.",
     )
-    ddp_find_unused_parameters: bool | None = option(False, "Only for models that leave out weights in some steps.")
+    ddp_find_unused_parameters: bool | None = option(False, "Only for models that do not use all weights in each step.")
     remove_unused_columns: bool = option(False, "Not needed: rows hold tokens only.")
 
     # Shown by --help; every other field of TrainingArguments by --help_all.
@@ -323,7 +326,11 @@ class TrainArguments(TrainingArguments):
     )  # fmt: skip
 
     def __post_init__(self) -> None:
-        """Turn `precision` into the switches of TrainingArguments, and leave pinned memory to machines with a GPU."""
+        """Derive TrainingArguments' own switches, such as bf16 from `precision`, and check them.
+
+        Raises:
+            UserError: a setting cannot be used.
+        """
         if self.deepspeed is not None:
             self.deepspeed = deepspeed_place(self.deepspeed)
             check_deepspeed(self.deepspeed)
@@ -335,9 +342,9 @@ class TrainArguments(TrainingArguments):
         if os.environ.get("ACCELERATE_USE_CPU", "").lower() in ("true", "1"):  # accelerate launch --cpu
             self.use_cpu = True
         given = "bf16" if self.bf16 else "fp16" if self.fp16 else self.precision
-        said = precision_of_accelerate(os.environ, given)
-        if said != given:
-            self.precision = cast(Any, said)
+        precision = precision_of_accelerate(os.environ, given)
+        if precision != given:
+            self.precision = cast(Any, precision)
         cuda = torch.cuda.is_available() and not self.use_cpu
         if self.precision == "auto" and not (self.bf16 or self.fp16):
             self.bf16 = cuda and torch.cuda.is_bf16_supported()
@@ -372,33 +379,36 @@ class TrainArguments(TrainingArguments):
 
 @dataclass
 class PredictArguments:
-    """Which rows to answer, and where the answers go."""
+    """Rows to answer, and where the answers are written."""
 
     _argument_group_name: ClassVar[str] = "Prediction"
 
     data_files: list[str] = option(_samples("papers/valid.jsonl"), "Rows to answer, in any format of fine-tuning.")
     output_dir: str | None = option(None, "Folder for predictions.jsonl and scores.json. Default: MODEL/predict.")
-    max_rows: int | None = option(None, "Answer the first rows only.")
+    max_rows: int | None = option(None, "Answer only this many rows.")
     instruction_templates: list[str] = option(
-        [], "The YAML files with wordings of tasks that the training used; the first wording of a task is taken."
+        [], "The YAML files with instruction templates that training used; the first template of a task is used."
     )
-    batch_size: int = option(32, "Prompts answered at once.")
+    batch_size: int = option(32, "Prompts per batch.")
     backend: Literal["batches", "continuous"] = option(
         "batches",
-        "batches: prompts of like length together, until the longest answer ends. continuous: transformers' continuous "
-        "batching, in which a new prompt starts whenever an answer ends; for GPUs and answers of mixed length.",
+        "batches: prompts of similar length together, until the longest answer ends. continuous: transformers' "
+        "continuous batching, where a new prompt starts whenever an answer ends; for GPUs and answers of mixed "
+        "length.",
     )
     endpoint: str | None = option(
         None,
-        "Let a server answer: URL of an OpenAI-compatible API (vLLM, SGLang, `transformers serve`), such as "
+        "URL of an OpenAI-compatible API that answers (vLLM, SGLang, `transformers serve`), such as "
         "http://localhost:8000/v1. Its key is read from the environment variable OPENAI_API_KEY.",
     )
-    endpoint_model: str | None = option(None, "Name of the model on that server. Default: the first it lists.")
-    endpoint_concurrency: int = option(32, "Requests to that server at once.")
-    endpoint_timeout: float = option(1800, "Seconds for one answer of that server, from asking to its last byte.")
+    endpoint_model: str | None = option(None, "Name of the model on that server. Default: the first in its list.")
+    endpoint_concurrency: int = option(32, "Concurrent requests to that server.")
+    endpoint_timeout: float = option(
+        1800, "Timeout of a request to that server, in seconds, from sending it to its last byte."
+    )
 
     def __post_init__(self) -> None:
-        """Refuse batches and rows of none.
+        """Check ranges.
 
         Raises:
             UserError: names the option.
@@ -409,22 +419,22 @@ class PredictArguments:
 
 @dataclass
 class GenerationArguments:
-    """How answers are drawn; greedy unless do_sample."""
+    """How answers are generated; greedy unless do_sample."""
 
     _argument_group_name: ClassVar[str] = "Generation"
 
-    max_new_tokens: int = option(512, "Longest answer, in tokens.")
-    do_sample: bool = option(False, "Draw tokens at random instead of always taking the likeliest.")
-    temperature: float = option(0.7, "With do_sample: below 1 is safer, above 1 wilder.")
-    top_p: float = option(0.8, "With do_sample: draw from the likeliest tokens that hold this share.")
-    top_k: int = option(20, "With do_sample: draw from this many likeliest tokens; 0 for all.")
+    max_new_tokens: int = option(512, "Max tokens per answer.")
+    do_sample: bool = option(False, "Sample tokens instead of always taking the most likely one.")
+    temperature: float = option(0.7, "With do_sample: below 1 is more conservative, above 1 more varied.")
+    top_p: float = option(0.8, "With do_sample: sample from the most likely tokens that hold this probability mass.")
+    top_k: int = option(20, "With do_sample: sample from this many most likely tokens; 0 for all.")
     num_beams: int = option(1, "Beams of beam search; 1 is greedy.")
-    repetition_penalty: float = option(1.0, "Above 1 makes tokens that were seen before less likely.")
-    no_repeat_ngram_size: int = option(0, "Forbid n-grams of this many tokens from coming back; 0 is off.")
-    seed: int = option(42, "Seed of the draws.")
+    repetition_penalty: float = option(1.0, "Above 1 makes tokens that occurred before less likely.")
+    no_repeat_ngram_size: int = option(0, "Do not repeat n-grams of this many tokens; 0 is off.")
+    seed: int = option(42, "Random seed of sampling.")
 
     def __post_init__(self) -> None:
-        """Refuse what no answer can be drawn with.
+        """Check ranges, and that no sampling setting is set without do_sample.
 
         Raises:
             UserError: names the option.
@@ -437,12 +447,12 @@ class GenerationArguments:
             if not vars(self)[name] > 0:
                 raise UserError(f"--{name} {vars(self)[name]} is too small", "take more than 0")
         if self.do_sample and not self.top_p <= 1:
-            raise UserError(f"--top_p {self.top_p} is no share", "take at most 1")
+            raise UserError(f"--top_p {self.top_p} is not a share", "take at most 1")
         if not self.do_sample:
             defaults = {one.name: one.default for one in fields(self)}
             for name in ("temperature", "top_p", "top_k"):
                 if vars(self)[name] != defaults[name]:
                     raise UserError(
-                        f"--{name} {vars(self)[name]} does nothing without --do_sample",
+                        f"--{name} {vars(self)[name]} has no effect without --do_sample",
                         "add --do_sample, or leave it out",
                     )

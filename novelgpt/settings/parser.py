@@ -1,4 +1,4 @@
-"""Command line and YAML into the groups of a run. The command line wins; an unknown key is an error."""
+"""Parse command line and YAML into the arguments of a run. The command line wins; an unknown key is an error."""
 
 from __future__ import annotations
 
@@ -31,19 +31,19 @@ from novelgpt.settings.peer_names import MODEL_NAMES, OTHER_NAMES, explain, sett
 from novelgpt.settings.refused_settings import refuse_settings_of_accelerate
 
 Run = TypeVar("Run")
-# Options that hold paths, in which `~` is the home of the user wherever they are written.
+# Options that hold paths, in which `~` is the user's home.
 PATHS = (
     "config", "model", "train_files", "valid_files", "data_files", "instruction_templates", "output_dir",
     "resume_from_checkpoint", "deepspeed", "fsdp_config", "accelerator_config",
 )  # fmt: skip
-# Of what a number of steps alone says how often it happens, as --save_steps does.
+# What --save_steps alone turns on, as --save_strategy steps would.
 INTERVALS = ("save", "eval")
-# The option with which scripts/launch.sh names settings of DeepSpeed, and those in whose place they do not stand.
+# The launcher's DeepSpeed settings, and the options that override them.
 BY_DEFAULT = "_deepspeed_by_default"
 SHARING = ("deepspeed", "fsdp")
-# Numbers of YAML 1.2 and of JSON, such as 1e-6.
+# Numbers of YAML 1.2 and JSON that YAML 1.1 reads as text, such as 1e-6.
 EXPONENT = re.compile(r"[-+]?[0-9]+(\.[0-9]*)?[eE][-+]?[0-9]+")
-# Options that say on what a model is trained.
+# Options that name training data.
 OWN_DATA = ("train_files", "valid_files")
 
 
@@ -52,22 +52,26 @@ class _Parser(CommandParser, HfArgumentParser):
 
 
 def parse_arguments(run_type: type[Run], argv: list[str] | None = None) -> Run:
-    """Read the groups of `run_type` from `argv`, and from the YAML files it names with --config.
+    """Parse `argv`, and the YAML files that it names with --config, into the groups of `run_type`.
 
-    Of two that name an option, the command line wins over files, and a later file over an earlier one. Below them all
-    are the settings of the small base, for a training of the small base, and the defaults.
+    The command line takes precedence over files, a later file over an earlier one. Training the small base has settings
+    of its own, which all of these override.
 
     Args:
         run_type: a dataclass whose fields are dataclasses of arguments, with a class attribute `pipeline`.
-        argv: words of the command line, without the program's name; sys.argv when None.
+        argv: arguments of the command line, without the program's name; sys.argv when None.
 
     Raises:
-        UserError: unknown key (naming the nearest one), wrong type, unreadable YAML, files to train on without a model.
+        UserError: unknown key (naming the nearest one), wrong type, unreadable YAML, training files without a model, or
+            inconsistent variables of a launcher.
     """
-    words = list(sys.argv[1:] if argv is None else argv)
-    for word in words:
-        check_utf8(word)
-    _check_launcher()
+    args = list(sys.argv[1:] if argv is None else argv)
+    for arg in args:
+        check_utf8(arg)
+    problem = problem_of_rank(os.environ)
+    if problem is not None:
+        raise UserError(problem, "torchrun, accelerate and deepspeed set all of them; for one process, unset RANK")
+    refuse_settings_of_accelerate(os.environ)
     groups = {name: hint for name, hint in typing.get_type_hints(run_type).items() if isinstance(hint, type)}
     pipeline: str = vars(run_type)["pipeline"]
     parser = _Parser(
@@ -75,18 +79,22 @@ def parse_arguments(run_type: type[Run], argv: list[str] | None = None) -> Run:
     )
     parser.add_argument("--config", action="append", default=[], metavar="FILE", help="YAML file; may be repeated.")
     parser.add_argument("--deepspeed_by_default", dest=BY_DEFAULT, metavar="FILE")
-    if "--local_rank" not in parser._option_string_actions:  # which deepspeed hands to every program
+    if "--local_rank" not in parser._option_string_actions:  # which deepspeed passes to every program
         parser.add_argument("--local_rank", dest="_local_rank", help=argparse.SUPPRESS)
     for name in OTHER_NAMES:
         parser.add_argument(f"--{name}", f"--{name.replace('_', '-')}", dest=f"_{name}", type=from_home)
     actions = {action.dest: action for action in reversed(parser._actions)}  # of a pair, --x and not --no_x
-    if {"--help", "-h", "--help_all"} & set(words):
-        _print_help(parser, run_type, everything="--help_all" in words)
+    if {"--help", "-h", "--help_all"} & set(args):
+        _print_help(parser, run_type, everything="--help_all" in args)
         raise SystemExit(0)
     kinds = {name: hint for group in groups.values() for name, hint in typing.get_type_hints(group).items()}
-    _read_paths_and_mappings(actions, kinds)
-    # What a namespace holds already is not set to its default: what is None is not on the command line.
-    given = vars(parser.parse_known_args(words, argparse.Namespace(**dict.fromkeys(actions)))[0])
+    for name, action in actions.items():
+        if _takes(kinds.get(name), dict):
+            action.type = _mapping_of(name, text_too=_takes(kinds[name], str))
+        elif name in PATHS:
+            action.type = from_home
+    # A namespace's own values are not set to defaults: what is None is not on the command line.
+    given = vars(parser.parse_known_args(args, argparse.Namespace(**dict.fromkeys(actions)))[0])
     settings: dict[str, Any] = {}
     layers: list[tuple[str, dict[str, Any]]] = []
     for name in given["config"] or []:
@@ -94,7 +102,7 @@ def parse_arguments(run_type: type[Run], argv: list[str] | None = None) -> Run:
         settings |= {key: value for key, value in layers[-1][1].items() if key not in OTHER_NAMES}
     on_line = {key: given.get(f"_{key}" if key in OTHER_NAMES else key) for key in MODEL_NAMES}
     names = settle_model([*layers, ("the command line", on_line)], takes_base="base" in actions)
-    words += [word for key in names if names[key] != given[key] for word in (f"--{key}", names[key])]
+    args += [arg for key in names if names[key] != given[key] for arg in (f"--{key}", names[key])]
     given |= names
     named = {name for name in actions if given[name] is not None or settings.get(name) is not None}
     if given[BY_DEFAULT] is not None and not named.intersection(SHARING):
@@ -105,7 +113,7 @@ def parse_arguments(run_type: type[Run], argv: list[str] | None = None) -> Run:
     parser.set_defaults(**(_settings_of_model(pipeline, given.get("model"), named, actions, kinds) | settings))
     try:
         *objects, namespace, unknown = parser.parse_args_into_dataclasses(
-            words, return_remaining_strings=True, look_for_args_file=False
+            args, return_remaining_strings=True, look_for_args_file=False
         )
     except (ValueError, TypeError, ImportError, OSError) as error:
         raise UserError(str(error), f"see `{parser.prog} --help`") from error
@@ -118,18 +126,6 @@ def parse_arguments(run_type: type[Run], argv: list[str] | None = None) -> Run:
     return run_type(**dict(zip(groups, objects, strict=True)))
 
 
-def _check_launcher() -> None:
-    """Make sure that what has started this process says whole things.
-
-    Raises:
-        UserError: it does not.
-    """
-    problem = problem_of_rank(os.environ)
-    if problem is not None:
-        raise UserError(problem, "torchrun, accelerate and deepspeed set all of them; for one process, unset RANK")
-    refuse_settings_of_accelerate(os.environ)
-
-
 def _settings_of_model(
     pipeline: str,
     model: str | None,
@@ -137,17 +133,17 @@ def _settings_of_model(
     actions: dict[str, argparse.Action],
     kinds: dict[str, Any],
 ) -> dict[str, Any]:
-    """The settings that belong to the small base; of every other model, none.
+    """Return the settings for training the small base; none for every other model.
 
     Args:
-        pipeline: that is called; only a training one has such settings.
-        model: as it is named; None where none is.
+        pipeline: that runs.
+        model: as given; None without one.
         named: options that are set on the command line or in a file.
         actions: of the parser, by option.
         kinds: types of the options.
 
     Raises:
-        UserError: no model is named, and data of the user's own is.
+        UserError: training data is given, and no model.
     """
     settings = ROOT / pipeline / "configs" / f"{TINY}.yaml"
     if not settings.is_file():
@@ -155,7 +151,7 @@ def _settings_of_model(
     own = [name for name in OWN_DATA if name in named]
     if model is None and own:
         raise UserError(
-            f"--{own[0]} names files of your own, and no model is named that they shall train",
+            f"--{own[0]} names files of your own, and no model is named to train on them",
             f"name it: MODEL=NAME before the command, or --model NAME; the small base is --model {TINY}",
         )
     if model_place(TINY if model is None else model) != str(EMBEDDED_BASE):
@@ -163,41 +159,32 @@ def _settings_of_model(
     return _read_yaml(settings, actions, kinds, pipeline)
 
 
-def _read_paths_and_mappings(actions: dict[str, argparse.Action], kinds: dict[str, Any]) -> None:
-    """Let the parser expand `~` in paths, and look at mappings when it reads them."""
-    for name, action in actions.items():
-        if _takes(kinds.get(name), dict):
-            action.type = _mapping_of(name, text_too=_takes(kinds[name], str))
-        elif name in PATHS:
-            action.type = from_home
-
-
 def _mapping_of(name: str, text_too: bool) -> typing.Callable[[str], Any]:
-    """A function that reads the value of an option which takes a mapping; some take the path of a file, too."""
+    """Return the type function of an option that takes a mapping in JSON; some take the path of a file, too."""
 
     def read(text: str) -> Any:
         if name in PATHS and not text.startswith("{"):
             return from_home(text)
         try:
-            value = json.loads(text, parse_constant=_no_number)
+            value = json.loads(text, parse_constant=_refuse_constant)
         except ValueError as error:
-            raise argparse.ArgumentTypeError(f"{text!r} is no mapping in JSON: {error}") from error
+            raise argparse.ArgumentTypeError(f"{text!r} is not a mapping in JSON: {error}") from error
         if not isinstance(value, dict):
-            raise argparse.ArgumentTypeError(f"{text!r} is no mapping in JSON, as in '{{\"name\": 1}}'")
-        return text if text_too else value  # transformers reads the text once more
+            raise argparse.ArgumentTypeError(f"{text!r} is not a mapping in JSON, as in '{{\"name\": 1}}'")
+        return text if text_too else value  # transformers parses the text itself
 
     return read
 
 
-def _no_number(word: str) -> typing.NoReturn:
-    raise ValueError(f"{word} is no number")
+def _refuse_constant(constant: str) -> typing.NoReturn:
+    raise ValueError(f"{constant} is not a number")
 
 
 def _with_numbers(where: str, value: Any) -> Any:
-    """What YAML holds, with numbers such as 1e-6, which YAML 1.1 reads as text.
+    """Convert numbers such as 1e-6, which YAML 1.1 reads as text, within mappings and lists.
 
     Raises:
-        UserError: a number is none that is finite.
+        UserError: a number is not finite.
     """
     if isinstance(value, dict):
         return {name: _with_numbers(f"{where}.{name}", part) for name, part in value.items()}
@@ -206,7 +193,7 @@ def _with_numbers(where: str, value: Any) -> Any:
     if isinstance(value, str) and EXPONENT.fullmatch(value):
         value = float(value)
     if isinstance(value, float) and not math.isfinite(value):
-        raise UserError(f"{where}: {value} is no number", "correct the value")
+        raise UserError(f"{where}: {value} is not a number", "correct the value")
     return value
 
 
@@ -218,7 +205,7 @@ def _takes(kind: Any, wanted: type) -> bool:
 
 
 def _read_yaml(path: Path, actions: dict[str, argparse.Action], kinds: dict[str, Any], pipeline: str) -> dict[str, Any]:
-    """The settings of one YAML file, each checked against the argument of that name."""
+    """Read the settings of one YAML file, each checked against the argument of that name."""
     read = read_yaml(path, "name an existing file with --config", "write one `key: value` per line") or {}
     if not isinstance(read, dict):
         raise UserError(f"{path} does not hold `key: value` lines", "write one `key: value` per line")
@@ -236,7 +223,7 @@ def _read_yaml(path: Path, actions: dict[str, argparse.Action], kinds: dict[str,
 
 
 def _read_value(where: str, value: Any, action: argparse.Action, kind: Any) -> Any:
-    """A value of YAML as the argument takes it.
+    """Convert a value of YAML to that of its argument.
 
     Args:
         where: file and key, for errors.
@@ -245,7 +232,7 @@ def _read_value(where: str, value: Any, action: argparse.Action, kind: Any) -> A
         kind: its type.
 
     Raises:
-        UserError: it is none.
+        UserError: it is not one.
     """
     if value is None:
         if _takes(kind, type(None)):
@@ -257,21 +244,21 @@ def _read_value(where: str, value: Any, action: argparse.Action, kind: Any) -> A
     if isinstance(value, dict) and action.dest == "optim_args":
         return ",".join(f"{name}={part}" for name, part in value.items())
     if isinstance(value, list) and (several or _takes(kind, list)):
-        return [_read_word(where, word, action) for word in value]
+        return [_read_single(where, part, action) for part in value]
     if isinstance(value, (list, dict)):
         raise UserError(f"{where} takes one value, not a {type(value).__name__}", "write `key: value`")
-    word = _read_word(where, value, action)
-    return [word] if several else word
+    single = _read_single(where, value, action)
+    return [single] if several else single
 
 
-def _read_word(where: str, value: Any, action: argparse.Action) -> Any:
-    """A single value; also one of a list."""
+def _read_single(where: str, value: Any, action: argparse.Action) -> Any:
+    """Convert a single value, also one of a list."""
     if isinstance(value, (list, dict)):
-        raise UserError(f"{where} holds {value!r} where a single value stands", "write `key: [value, value]`")
+        raise UserError(f"{where} holds {value!r} in place of a single value", "write `key: [value, value]`")
     if action.type is string_to_bool and isinstance(value, bool):
         return value
     if isinstance(value, bool):
-        # YAML 1.1 reads a bare `no` as false; `true` stands for itself.
+        # YAML 1.1 reads a bare `no` as false.
         value = "true" if value else "no"
     try:
         read = value if action.type is None else typing.cast(Any, action.type)(str(value))
@@ -279,14 +266,14 @@ def _read_word(where: str, value: Any, action: argparse.Action) -> Any:
         raise UserError(f"{where}: {value!r} does not fit: {error}", "correct the value") from error
     if action.choices is not None and read not in action.choices:
         choices = ", ".join(map(str, action.choices))
-        raise UserError(f"{where}: {value!r} is none of {choices}", "take one of them")
+        raise UserError(f"{where}: {value!r} is not one of {choices}", "take one of them")
     return read
 
 
 def _unknown_key(key: str, where: str, actions: dict[str, argparse.Action], pipeline: str) -> UserError:
-    """The error for a key that no group has, naming ours for that of another tool, or else the nearest one."""
+    """Build the error for an unknown key, naming our counterpart of another tool's option, or else the nearest one."""
     if not key.startswith("-") and where == "the command line":
-        return UserError(f"{where} holds the word {key!r}, which belongs to no option", "write `--option value`")
+        return UserError(f"{where} holds {key!r}, which belongs to no option", "write `--option value`")
     known = [name for name in actions if not name.startswith("_")]
     peers = explain(key, known, pipeline)
     if peers is not None:
@@ -296,7 +283,7 @@ def _unknown_key(key: str, where: str, actions: dict[str, argparse.Action], pipe
 
 
 def _print_help(parser: _Parser, run_type: type, everything: bool) -> None:
-    """Our own arguments first, then the training arguments of everyday use (all of them with --help_all)."""
+    """Print our own arguments first, then the common training arguments (all of them with --help_all)."""
     console = make_console()
     console.print(Text.assemble((parser.prog, "bold"), " [--config FILE.yaml] [--option value …]"))
     console.print(run_type.__doc__ or "")

@@ -88,8 +88,8 @@ _TABLE: tuple[tuple[str, str, str, str], ...] = (
     ("ST", "target_parameters lora_target_parameters", "lora_targets",
      "lora_targets: all-linear reaches a mixture's experts, too"),
     ("LST", "additional_target modules_to_save lora_modules_to_save", "train_special_tokens",
-     "train_special_tokens trains the rows of the chat template's special tokens; other modules are not trained beside an "
-     "adapter"),
+     "train_special_tokens trains the rows of the chat template's special tokens; other modules are not trained beside "
+     "an adapter"),
     ("LS", "pissa_init pissa_iter pissa_convert init_weights", "", "adapters start at zero"),
     ("LS", "loraplus_lr_ratio loraplus_lr_embedding lorap_lr_ratio", "", "one learning_rate for the whole adapter"),
     ("S", "lora_bias lora_dtype use_swift_lora", "", NOT_HERE),

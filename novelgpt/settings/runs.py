@@ -1,4 +1,4 @@
-"""What each pipeline takes: a run is its groups of arguments."""
+"""The arguments of each pipeline, as groups."""
 
 from __future__ import annotations
 
@@ -21,9 +21,9 @@ from novelgpt.settings.arguments import (
 
 @dataclass
 class LoraTrainArguments(TrainArguments):
-    """Adapters start at zero and bear a higher learning rate."""
+    """Adapters start at zero and take a higher learning rate."""
 
-    learning_rate: float = option(1e-4, "Highest learning rate of the schedule.")
+    learning_rate: float = option(1e-4, "Peak learning rate of the schedule.")
 
 
 @dataclass

@@ -345,7 +345,7 @@ CASES = {
     "word without a flag": (
         "finetune",
         ["rows.jsonl"],
-        "the command line holds the word 'rows.jsonl', which belongs to no",
+        "the command line holds 'rows.jsonl', which belongs to no",
     ),
     "flag without a value": (
         "finetune",
@@ -404,7 +404,7 @@ CASES = {
         "--deepspeed list.json holds no settings by name",
     ),
     "folder as DeepSpeed settings": ("finetune", ["--deepspeed", "{empty_folder}"], "Is a directory"),
-    "learning rate that is no number": ("finetune", ["--learning_rate", "nan"], "--learning_rate nan is no number"),
+    "learning rate that is no number": ("finetune", ["--learning_rate", "nan"], "--learning_rate nan is not a number"),
     "learning rate without end": ("finetune_lora", ["--learning_rate", "inf"], "--learning_rate inf is too large"),
     "huge learning rate": ("pretrain", ["--learning_rate", "1e30"], "--learning_rate 1e+30 is too large"),
     "no epoch": ("finetune", ["--num_train_epochs", "0"], "--num_train_epochs 0.0 is too small"),
@@ -419,7 +419,7 @@ CASES = {
     "negative steps between points": ("finetune", ["--logging_steps", "-1"], "--logging_steps -1.0 is no distance"),
     "negative checkpoints": ("finetune", ["--save_total_limit", "-1"], "--save_total_limit -1 is too small"),
     "seed out of range": ("finetune_lora", ["--seed", str(2**70)], f"--seed {2**70} is too large"),
-    "weight decay that is no number": ("finetune", ["--weight_decay", "nan"], "--weight_decay nan is no number"),
+    "weight decay that is no number": ("finetune", ["--weight_decay", "nan"], "--weight_decay nan is not a number"),
     "negative clipping": ("finetune", ["--max_grad_norm", "-1"], "--max_grad_norm -1.0 is too small"),
     "negative workers": (
         "finetune",
@@ -457,7 +457,7 @@ CASES = {
     "wrong choice in YAML": (
         "finetune",
         ["--config", "choice.yaml"],
-        "choice.yaml: overlong: 'eat' is none of truncate, split, refuse",
+        "choice.yaml: overlong: 'eat' is not one of truncate, split, refuse",
     ),
     "missing wordings": (
         "finetune",
@@ -540,7 +540,7 @@ CASES = {
         ["--do_sample", "True", "--temperature", "0"],
         "--temperature 0.0 is too small",
     ),
-    "predict: share above one": ("predict", ["--do_sample", "True", "--top_p", "2"], "--top_p 2.0 is no share"),
+    "predict: share above one": ("predict", ["--do_sample", "True", "--top_p", "2"], "--top_p 2.0 is not a share"),
     "predict: no beam": ("predict", ["--num_beams", "0"], "--num_beams 0 is too small"),
     "predict: no penalty": ("predict", ["--repetition_penalty", "0"], "--repetition_penalty 0.0 is too small"),
     "predict: file as output": (

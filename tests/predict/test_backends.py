@@ -207,9 +207,9 @@ def test_a_server_asks_in_the_prompts_of_training(
         (["--backend", "continuous", "--no_repeat_ngram_size", "3", "--output_dir", "x"], "--no_repeat_ngram_size 3"),
         (["--endpoint", "http://127.0.0.1:9/v1", "--no_repeat_ngram_size", "3", "--output_dir", "x"], "cannot be told"),
         (["--endpoint", "http://127.0.0.1:9/v1", "--backend", "continuous", "--output_dir", "x"], "does nothing with"),
-        (["--temperature", "0.2", "--output_dir", "x"], "--temperature 0.2 does nothing without --do_sample"),
-        (["--top_k", "0", "--output_dir", "x"], "--top_k 0 does nothing without --do_sample"),
-        (["--top_p", "0.2", "--output_dir", "x"], "--top_p 0.2 does nothing without --do_sample"),
+        (["--temperature", "0.2", "--output_dir", "x"], "--temperature 0.2 has no effect without --do_sample"),
+        (["--top_k", "0", "--output_dir", "x"], "--top_k 0 has no effect without --do_sample"),
+        (["--top_p", "0.2", "--output_dir", "x"], "--top_p 0.2 has no effect without --do_sample"),
     ],
 )
 def test_what_cannot_be_asked_is_said(

@@ -108,9 +108,9 @@ def test_further_mappings(tmp_path: Path) -> None:
     [
         ("learning_rate: {a: 1}", "learning_rate takes one value, not a dict"),
         ("learning_rate: [1]", "learning_rate takes one value, not a list"),
-        ("train_files: [{a: 1}]", "train_files holds {'a': 1} where a single value stands"),
-        ("lr_scheduler_kwargs: two", "lr_scheduler_kwargs: 'two' does not fit: 'two' is no mapping in JSON"),
-        ("lr_scheduler_kwargs: '[1]'", "is no mapping in JSON"),
+        ("train_files: [{a: 1}]", "train_files holds {'a': 1} in place of a single value"),
+        ("lr_scheduler_kwargs: two", "lr_scheduler_kwargs: 'two' does not fit: 'two' is not a mapping in JSON"),
+        ("lr_scheduler_kwargs: '[1]'", "is not a mapping in JSON"),
         ("num_train_epochs:", "num_train_epochs has no value"),
         ("model:", "model has no value"),
         ("valid_files:", "valid_files has no value"),
@@ -161,7 +161,7 @@ def test_numbers_in_mappings_are_read_as_numbers(tmp_path: Path) -> None:
 def test_numbers_in_mappings_that_are_none_are_refused(number: str, tmp_path: Path) -> None:
     with pytest.raises(UserError, match=r"mine\.yaml: lr_scheduler_kwargs\.min_lr"):
         from_yaml(tmp_path, f"lr_scheduler_kwargs: {{min_lr: {number}}}\n")
-    with pytest.raises(UserError, match="NaN is no number"):
+    with pytest.raises(UserError, match="NaN is not a number"):
         parse_arguments(FinetuneRun, [*MODEL, "--lr_scheduler_kwargs", '{"min_lr": NaN}'])
 
 
@@ -200,5 +200,5 @@ def test_the_former_name_of_an_option_is_taken_on_the_command_line_and_in_yaml(t
     with pytest.raises(UserError, match="train_special_tokens is set by two names"):
         parse_arguments(LoraRun, ["--config", str(settings)])
     settings.write_text("train_mark_tokens: sometimes\n", encoding="utf-8")
-    with pytest.raises(UserError, match="train_special_tokens: 'sometimes' is none of"):
+    with pytest.raises(UserError, match="train_special_tokens: 'sometimes' is not one of"):
         parse_arguments(LoraRun, ["--config", str(settings)])

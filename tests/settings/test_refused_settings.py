@@ -58,7 +58,7 @@ TRIED = {
     "option of no checkpointing": (["--activation_checkpointing_kwargs", '{"foo": 1}'], "--activation_checkpointing_"),
     "number of no optimizer": (["--adam_beta1", "2"], "Invalid beta parameter"),
     "smoothing above all": (["--label_smoothing_factor", "5"], "--label_smoothing_factor 5.0 is too large"),
-    "noise of no size": (["--neftune_noise_alpha", "nan"], "--neftune_noise_alpha nan is no number"),
+    "noise of no size": (["--neftune_noise_alpha", "nan"], "--neftune_noise_alpha nan is not a number"),
     "DeepSpeed without a launcher": (["--deepspeed", '{"zero_optimization": {"stage": 2}}'], "needs a launcher"),
     "sharing with nobody": (["--fsdp", "full_shard"], "--fsdp shares a model among processes, and there is one"),
     "momentum of no optimizer": (["--optim", "sgd", "--optim_args", "momentum=-1"], "Invalid momentum value"),
