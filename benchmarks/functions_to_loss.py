@@ -2,6 +2,8 @@
 
     python benchmarks/functions_to_loss.py [--list] [--json FILE]
 
+Needs Python 3.11 or newer.
+
 Runs two pipelines for one step on the small base, each in its own process, and traces them: `finetune` on Alpaca rows
 and `pretrain` on a novel in a .txt file. Both contain a rare character. A function counts if a part of the row passes
 through it, as text, tokens or tensors computed from them, in an argument or a return value, while rows are read,
