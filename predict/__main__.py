@@ -19,6 +19,7 @@ from accelerate.utils import gather_object
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from dataset.instructions import load_instructions
+from novelgpt.inference.endpoint_client import EndpointClient, check_endpoint_settings
 from novelgpt.inference.generation import Answer, check_continuous, plan_batches
 from novelgpt.inference.loading import load_for_inference, with_default_model
 from novelgpt.model.card import CARD
@@ -36,7 +37,7 @@ from novelgpt.settings.process import leave_process_group
 from novelgpt.settings.runs import PredictRun
 from novelgpt.settings.terminal import counted, progress, say
 from predict.card_scores import add_scores
-from predict.endpoint import check_settings, through_endpoint
+from predict.endpoint import through_endpoint
 from predict.generate import AnswerRows, continuously, in_batches, reference_sums
 from predict.journal import Journal, unwritten
 from predict.lengths import check_lengths
@@ -121,7 +122,7 @@ def _check_backend(run: PredictRun) -> None:
     if run.data.endpoint is not None:
         if continuous:
             raise UserError("--backend continuous does nothing with --endpoint", "take one of them")
-        check_settings(run.generation)
+        check_endpoint_settings(run.generation)
     elif continuous:
         check_continuous(run.generation)
 
@@ -150,12 +151,9 @@ def _model(
 
 
 def _server(run: PredictRun) -> Source:
-    url = str(run.data.endpoint)
     data = run.data
-    name, answer = through_endpoint(
-        url, data.endpoint_model, run.generation, data.endpoint_concurrency, data.endpoint_timeout
-    )
-    return Source(name, answer)
+    client = EndpointClient(str(data.endpoint), data.endpoint_model, run.generation, data.endpoint_timeout)
+    return Source(client.name, through_endpoint(client, data.endpoint_concurrency))
 
 
 def _output_folder(run: PredictRun) -> Path:

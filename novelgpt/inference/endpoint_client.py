@@ -1,271 +1,293 @@
-"""Requests to a server, bounded in time, size and number. What it says is read as plain text, and no key is shown."""
+"""Answers of an OpenAI-compatible server (vLLM, SGLang, `transformers serve`): concurrent, with retries.
+
+    client = EndpointClient("http://localhost:8000/v1", None, generation)
+    for number, answer in client.answers([EndpointRequest("row 1", messages), …], concurrency=32):
+        ...
+
+The server applies its model's chat template and has its own defaults for missing fields, so each request names all
+settings that the user chose. The key is read from the environment variable OPENAI_API_KEY.
+"""
 
 from __future__ import annotations
 
 import asyncio
-import base64
-import html
-import json
-import math
-import random
-from collections.abc import Callable, Mapping
-from dataclasses import dataclass, field
-from datetime import datetime, timezone
-from email.utils import parsedate_to_datetime
-from typing import Any, TypeVar
-from urllib.parse import parse_qsl, quote, quote_plus, unquote, urlsplit, urlunsplit
+import concurrent.futures
+import contextlib
+import os
+import re
+import socket
+import threading
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass, field, replace
+from typing import Any
 
-import httpx2
+from novelgpt.inference.endpoint_http import EndpointAddress, EndpointConnection, EndpointError
+from novelgpt.inference.endpoint_replies import read_chat_reply, read_model_names, read_text_reply
+from novelgpt.inference.generation import Answer
+from novelgpt.settings.arguments import GenerationArguments
+from novelgpt.settings.errors import UserError
+from novelgpt.settings.terminal import say_above_bars
+from novelgpt.text.conversation import Message
 
-from novelgpt.inference.endpoint_replies import InvalidReplyError, message_of
-from novelgpt.settings.errors import UserError, reason_of
-from novelgpt.settings.remedies import pip_install
-from novelgpt.settings.terminal import one_line
-
-Read = TypeVar("Read")
-
-CONNECT_SECONDS = 30.0
-MOST_REDIRECTS = 5
-MOST_ERROR_BYTES = 65536
-MOST_MESSAGE_CHARACTERS = 300
-# Pauses between tries, in seconds: they double from the first to the last. A server that asks for longer ones gets them
-# up to the longest.
-FIRST_PAUSE, LAST_PAUSE, LONGEST_PAUSE = 0.5, 8.0, 60.0
-RETRIES = 8  # a server that restarts or is busy is waited for
-FEW_RETRIES = 2  # of what is likely to fail again: a reply that never ends, or is none
-BUSY_STATUSES = (408, 409, 429)
-LEAST_SECRET = 4  # characters: a shorter one would be found in any text
-
-
-class ServerError(Exception):
-    """A request that failed.
-
-    Args:
-        cause: what the server did, to be read behind "the server".
-        retries: how often this may be tried again.
-        pause: seconds that the server asks to wait; None where it says nothing.
-        status: of the reply; 0 where there was none.
-        said: the server's message as it came, not to be shown.
-    """
-
-    def __init__(self, cause: str, retries: int, pause: float | None = None, status: int = 0, said: str = "") -> None:
-        super().__init__(cause)
-        self.retries = retries
-        self.pause = pause
-        self.status = status
-        self.said = said
+LIST_SECONDS = 30.0
+MAX_CAUSES = 20  # shown beside the progress bar; a server may put something new into each
+# A token is a few characters, and a character up to twelve bytes of JSON ("\\ud83d\\ude42").
+BYTES_PER_TOKEN, FURTHER_BYTES = 256, 4 * 2**20
+# How servers refuse a field that they do not know, where they do not name it.
+UNKNOWN_FIELD = re.compile(r"unknown|unrecogni[sz]ed|unsupported|unexpected|extra|additional|not permitted", re.I)
 
 
 @dataclass(frozen=True)
-class ServerAddress:
-    """Where a server's API is.
+class EndpointRequest:
+    """What to answer.
 
     Attributes:
-        shown: the URL without anything secret.
-        url: for requests, up to the version; without user and password, which are in `authorization`.
-        authorization: value of that header; "" for none.
-        secrets: texts that are never shown.
+        name: of the request in errors, such as "row 7".
+        prompt: messages of a conversation, or a raw text to continue.
+        seed: added to that of the generation settings.
+        thinking: whether to think before the answer; None leaves it to the server's template.
     """
 
-    shown: str
-    url: httpx2.URL
-    authorization: str = field(repr=False)
-    secrets: tuple[str, ...] = field(repr=False)
-
-    @classmethod
-    def parse(cls, text: str, key: str) -> ServerAddress:
-        """From the URL that the user gave, and the key; user and password in the URL come before the key.
-
-        Raises:
-            UserError: it is no URL of http, or the key cannot be sent. Neither is shown.
-        """
-        remedy = "write it as http://localhost:8000/v1"
-        try:
-            parts = urlsplit(text)
-            parts.port  # noqa: B018  # raises where it is none
-            host = parts.netloc.rpartition("@")[2]
-            url = httpx2.URL(urlunsplit((parts.scheme, host, parts.path, parts.query, "")))
-        except (ValueError, httpx2.InvalidURL) as error:
-            raise UserError("--endpoint is no URL", remedy) from error
-        if url.scheme not in ("http", "https") or not url.host:
-            raise UserError("--endpoint is no URL of http or https", remedy)
-        key = key.strip()
-        if not (key.isascii() and key.isprintable()):
-            raise UserError("OPENAI_API_KEY holds characters that no key has", "set it again: export OPENAI_API_KEY=…")
-        authorization = f"Bearer {key}" if key else ""
-        user, password = unquote(parts.username or ""), unquote(parts.password or "")
-        if parts.username is not None:
-            pair = base64.b64encode(f"{user}:{password}".encode()).decode("ascii")
-            authorization = f"Basic {pair}"
-        plain = parts.username is None and not parts.query and not parts.fragment
-        shown = text if plain else urlunsplit((parts.scheme, host, parts.path, "", ""))
-        found = [key, user, password, parts.username, parts.password, authorization.partition(" ")[2]]
-        for field_of_query in parts.query.split("&"):  # of one without "=", the name is all there is
-            found.append(field_of_query.rpartition("=")[2] if "=" in field_of_query else field_of_query)
-        found += [value for _, value in parse_qsl(parts.query)]
-        secrets = {form for secret in found if secret and len(secret) >= LEAST_SECRET for form in _forms(secret)}
-        return cls(shown, url, authorization, tuple(sorted(secrets, key=len, reverse=True)))
-
-    def of(self, path: str) -> httpx2.URL:
-        """The URL of a path below the API's."""
-        return self.url.copy_with(path=f"{self.url.path.rstrip('/')}/{path}")
-
-    def plain(self, text: str) -> str:
-        """What a server says, as a line to be shown: short, without control characters, without secrets."""
-        for secret in self.secrets:
-            text = text.replace(secret, "…")
-        text = one_line(" ".join(text.split()))
-        return text if len(text) <= MOST_MESSAGE_CHARACTERS else text[:MOST_MESSAGE_CHARACTERS] + "…"
+    name: str
+    prompt: Sequence[Message] | str
+    seed: int = 0
+    thinking: bool | None = None
 
 
-def _forms(secret: str) -> set[str]:
-    """A text as servers write it back: as it is, in JSON, in Python's words, in a URL, in a page."""
-    written = {secret, quote(secret), quote(secret, safe=""), quote_plus(secret), html.escape(secret)}
-    written |= {json.dumps(form)[1:-1] for form in written} | {json.dumps(secret, ensure_ascii=False)[1:-1]}
-    # Python chooses its quotation marks by what stands beside the text.
-    return written | {repr(form)[1:-1] for form in written} | {repr(form + "'\"")[1:-4] for form in written}
+@dataclass(frozen=True)
+class Dialect:
+    """Which fields a server takes, learnt from its refusals.
 
-
-class ServerClient:
-    """Asks one server.
-
-    Args:
-        address: of its API.
-        seconds: for one try, from the connection to the last byte.
-        most_bytes: of a reply.
-        most_retries: of any request.
-        on_retry: told the cause when a request is tried again.
-
-    Raises:
-        UserError: what the environment says of proxies or certificates cannot be used.
+    Attributes:
+        token_field: for the max answer length; newer OpenAI models only know `max_completion_tokens`.
+        left_out: fields that the server does not know. Only fields are left out that change nothing (a penalty of 1),
+            and `chat_template_kwargs`, for which the server's template has a default.
     """
 
-    def __init__(
-        self,
-        address: ServerAddress,
-        seconds: float,
-        most_bytes: int,
-        most_retries: int = RETRIES,
-        on_retry: Callable[[str], None] = lambda cause: None,
-    ) -> None:
-        self.address = address
-        self.seconds = seconds
-        self.most_bytes = most_bytes
-        self.most_retries = most_retries
-        self.on_retry = on_retry
-        # The time of a whole try is bounded below. As long as the answer is made, no byte comes.
-        timeout = httpx2.Timeout(None, connect=min(CONNECT_SECONDS, seconds))
-        limits = httpx2.Limits(max_connections=None)
-        try:
-            self.client = httpx2.AsyncClient(timeout=timeout, limits=limits, follow_redirects=False)
-        except (ImportError, ValueError, OSError, httpx2.InvalidURL) as error:
-            raise _unusable_environment(error) from error
+    token_field: str = "max_tokens"
+    left_out: frozenset[str] = field(default_factory=frozenset)
 
-    async def fetch(self, path: str, body: Mapping[str, Any] | None, read: Callable[[bytes], Read]) -> Read:
-        """What `read` makes of the reply; failed connections, busy servers and invalid replies are tried again.
+    def after(self, refusal: EndpointError, body: dict[str, Any], neutral: set[str]) -> Dialect | None:
+        """The dialect to try after a refusal of this one; None if the refusal is not about a field.
 
         Args:
-            path: below the API's.
-            body: what to post as JSON; None to get.
-            read: a reply to what is wanted of it; InvalidReplyError where it is none.
+            refusal: what the server said.
+            body: of the request.
+            neutral: fields that can be left out.
+        """
+        if refusal.status not in (400, 422):
+            return None
+        unknown = UNKNOWN_FIELD.search(refusal.message) is not None
+        other_name = "max_completion_tokens" in refusal.message or ("max_tokens" in refusal.message and unknown)
+        if other_name and "messages" in body and "max_tokens" in body:
+            return replace(self, token_field="max_completion_tokens")
+        candidates = neutral & body.keys()
+        named = {name for name in candidates if name in refusal.message}
+        if not named and unknown and not any(name in refusal.message for name in body):
+            named = candidates
+        return replace(self, left_out=self.left_out | named) if named else None
+
+
+class EndpointClient:
+    """Asks one model of a server.
+
+    Args:
+        url: of the API, up to its version: http://localhost:8000/v1.
+        model: name on the server; None for the first one it lists.
+        generation: how tokens are chosen; without beams and n-gram bans, which servers do not offer.
+        seconds: timeout of one answer.
+
+    Attributes:
+        name: of the model and where it is, to be shown.
+
+    Raises:
+        UserError: a setting that servers do not take, or the server cannot be reached or lists no model.
+    """
+
+    def __init__(self, url: str, model: str | None, generation: GenerationArguments, seconds: float = 1800) -> None:
+        check_endpoint_settings(generation)
+        self.address = EndpointAddress.parse(url, os.environ.get("OPENAI_API_KEY", ""))
+        self.generation = generation
+        self.seconds = seconds
+        if model is None:
+            with _event_loop() as loop:
+                model = loop.run_until_complete(self._first_model())
+        self.model = model
+        self.name = f"{self.address.redact(model)} at {self.address.shown}"
+        self.dialect = Dialect()
+        self.shown_causes: set[str] = set()
+
+    def answers(self, requests: Sequence[EndpointRequest], concurrency: int) -> Iterator[tuple[int, Answer]]:
+        """Yield (index of the request, answer) as they arrive.
+
+        Args:
+            requests: in the order in which they are sent.
+            concurrency: max requests at once.
 
         Raises:
-            ServerError: the last try failed, or one of which another would fail as well.
+            UserError: the server refuses a request, or does not answer after all retries.
         """
-        tries = 0
-        while True:
-            try:
-                return read(await asyncio.wait_for(self._exchange(path, body), self.seconds))
-            except (asyncio.TimeoutError, TimeoutError):
-                error = ServerError(f"gives no whole reply within {self.seconds:g} seconds", FEW_RETRIES)
-            except (httpx2.HTTPError, httpx2.InvalidURL, OSError) as failure:
-                said = self.address.plain(str(failure)) or type(failure).__name__
-                error = ServerError(f"does not answer: {said}", RETRIES)
-            except InvalidReplyError as failure:
-                error = ServerError(f"sends no answer: {self.address.plain(str(failure))}", FEW_RETRIES)
-            except ServerError as failure:
-                error = failure
-            tries += 1
-            if tries > min(error.retries, self.most_retries):
-                raise error
-            self.on_retry(str(error))
-            pause = min(LAST_PAUSE, FIRST_PAUSE * 2 ** (tries - 1)) * random.uniform(0.75, 1)
-            await asyncio.sleep(pause if error.pause is None else min(LONGEST_PAUSE, error.pause))
+        queue: asyncio.Queue[tuple[int, Answer] | BaseException | None] = asyncio.Queue()
+        with _event_loop() as loop:
+            loop.create_task(self._send_all(requests, concurrency, queue))
+            # The loop only runs here, while an answer is awaited: Ctrl-C interrupts it in this thread.
+            while (item := loop.run_until_complete(queue.get())) is not None:
+                if isinstance(item, BaseException):
+                    raise item
+                yield item
 
-    async def aclose(self) -> None:
-        """Close all connections."""
-        await self.client.aclose()
+    async def _send_all(self, requests: Sequence[EndpointRequest], concurrency: int, queue: asyncio.Queue[Any]) -> None:
+        """Queue (index, answer) as they arrive; at the end None, or the first error."""
+        waiting = iter(enumerate(requests))
+        max_bytes = FURTHER_BYTES + BYTES_PER_TOKEN * self.generation.max_new_tokens
 
-    async def _exchange(self, path: str, body: Mapping[str, Any] | None) -> bytes:
-        """The body of a reply of status 200; redirects that keep the method are followed, without the key elsewhere."""
-        headers = {"Accept-Encoding": "identity", "Accept": "application/json", "Content-Type": "application/json"}
-        if self.address.authorization:
-            # On the first request alone: the client takes it off where a redirect leads to another host.
-            headers["Authorization"] = self.address.authorization
-        content = None if body is None else json.dumps(body).encode("ascii")
-        method = "GET" if body is None else "POST"
-        request = self.client.build_request(method, self.address.of(path), headers=headers, content=content)
-        for _ in range(MOST_REDIRECTS + 1):
-            response = await self.client.send(request, stream=True)
-            try:
-                if response.next_request is None:
-                    return await self._read(response)
-            finally:
-                await response.aclose()
-            request = response.next_request
-            if request.method != method:
-                break
-        place = f"{request.url.scheme}://{request.url.netloc.decode('ascii')}{request.url.path}"
-        status = response.status_code
-        cause = f"redirects the request to {self.address.plain(place)}, where it does not arrive"
-        raise ServerError(f"answers with status {status}: {cause}", 0, status=status)
+        async def work(connection: EndpointConnection) -> None:
+            for index, request in waiting:
+                await queue.put((index, await self._answer(connection, request)))
 
-    async def _read(self, response: httpx2.Response) -> bytes:
-        if response.headers.get("content-encoding", "identity") != "identity":
-            raise InvalidReplyError("it is compressed, which was not asked for")  # a few bytes can become many
-        status = response.status_code
-        most = self.most_bytes if status == 200 else MOST_ERROR_BYTES
-        data = bytearray()
-        async for chunk in response.aiter_raw():
-            data += chunk
-            if len(data) > most:
-                break
-        if status != 200:
-            retries = RETRIES if status in BUSY_STATUSES or status >= 500 else 0
-            said = message_of(bytes(data[:most]))
-            cause = f": {self.address.plain(said)}" if said.strip() else " and no word"
-            pause = _pause_asked_for(response.headers)
-            raise ServerError(f"answers with status {status}{cause}", retries, pause, status, said)
-        if len(data) > most:
-            raise ServerError(f"sends no answer: it is longer than {most:,} bytes", 0)
-        return bytes(data)
-
-
-def _unusable_environment(error: Exception) -> UserError:
-    """What of HTTP_PROXY, ALL_PROXY, SSL_CERT_FILE and their like the HTTP client cannot take; no proxy is shown."""
-    if isinstance(error, ImportError):
-        return UserError("the environment names a SOCKS proxy, which needs the package socksio", pip_install("socksio"))
-    if isinstance(error, OSError):
-        return UserError(
-            f"the certificates that the environment names cannot be read: {reason_of(error)}",
-            "correct SSL_CERT_FILE and SSL_CERT_DIR, or unset them",
-        )
-    return UserError(
-        "the environment names a proxy that is none of http, https or socks5",
-        "correct HTTP_PROXY, HTTPS_PROXY and ALL_PROXY (and their names in small letters), or unset them",
-    )
-
-
-def _pause_asked_for(headers: httpx2.Headers) -> float | None:
-    """Seconds of a Retry-After, which are a number or a date; None where there is none that makes sense."""
-    text = headers.get("retry-after", "").strip()
-    try:
-        seconds = float(text)
-    except ValueError:
         try:
-            date = parsedate_to_datetime(text)
-            date = date if date.tzinfo else date.replace(tzinfo=timezone.utc)
-            seconds = (date - datetime.now(timezone.utc)).total_seconds()
-        except (ValueError, TypeError, IndexError, OverflowError):
-            return None
-    return None if math.isnan(seconds) else max(0.0, seconds)
+            connection = EndpointConnection(self.address, self.seconds, max_bytes, on_retry=self._show_once)
+        except Exception as error:
+            await queue.put(error)
+            return
+        workers = [asyncio.ensure_future(work(connection)) for _ in range(min(concurrency, len(requests)))]
+        try:
+            await asyncio.gather(*workers)
+            await queue.put(None)
+        except Exception as error:
+            await queue.put(error)
+        finally:
+            for worker in workers:
+                worker.cancel()
+            await connection.aclose()
+
+    async def _answer(self, connection: EndpointConnection, request: EndpointRequest) -> Answer:
+        """One answer, in a dialect that the server takes."""
+        dialect, first_refusal = self.dialect, None
+        raw = isinstance(request.prompt, str)
+        path, parse = ("completions", read_text_reply) if raw else ("chat/completions", read_chat_reply)
+        while True:
+            body, neutral = self._body(request, dialect)
+            try:
+                answer = await connection.fetch(path, body, parse)
+                break
+            except EndpointError as refusal:
+                following = dialect.after(refusal, body, neutral)
+                if following is None:
+                    raise _user_error(first_refusal or refusal, request) from refusal
+                if following.token_field != dialect.token_field:
+                    first_refusal = refusal  # of the field that all servers know, in case the other one is refused too
+                dialect = following
+        if "chat_template_kwargs" in dialect.left_out:
+            self._show_once("does not take chat_template_kwargs: its template decides whether the model thinks")
+        self.dialect = replace(dialect, left_out=dialect.left_out | self.dialect.left_out)
+        return answer
+
+    def _body(self, request: EndpointRequest, dialect: Dialect) -> tuple[dict[str, Any], set[str]]:
+        """The body of a request, and which of its fields only state what servers without them do anyway."""
+        generation = self.generation
+        body: dict[str, Any] = {"model": self.model}
+        optional: dict[str, Any] = {"repetition_penalty": generation.repetition_penalty}
+        neutral = {"chat_template_kwargs"}
+        if generation.repetition_penalty == 1.0:
+            neutral.add("repetition_penalty")
+        if isinstance(request.prompt, str):
+            body |= {"prompt": request.prompt, "max_tokens": generation.max_new_tokens}
+        else:
+            body |= {"messages": request.prompt, dialect.token_field: generation.max_new_tokens}
+            if request.thinking is not None:
+                optional["chat_template_kwargs"] = {"enable_thinking": request.thinking}
+        body["temperature"] = generation.temperature if generation.do_sample else 0.0
+        if generation.do_sample:
+            body |= {"top_p": generation.top_p, "seed": generation.seed + request.seed}
+            # vLLM falls back to the model's own top_k and min_p; -1 is all tokens.
+            optional |= {"top_k": generation.top_k or -1, "min_p": 0.0}
+            neutral |= {"min_p"} | ({"top_k"} if not generation.top_k else set())
+        return body | {name: value for name, value in optional.items() if name not in dialect.left_out}, neutral
+
+    async def _first_model(self) -> str:
+        connection = EndpointConnection(self.address, LIST_SECONDS, FURTHER_BYTES, max_retries=1)
+        try:
+            names = await connection.fetch("models", None, read_model_names)
+        except EndpointError as error:
+            raise UserError(
+                f"no list of models from {self.address.shown}: it {error}",
+                "check --endpoint and OPENAI_API_KEY, or name --endpoint_model",
+            ) from error
+        finally:
+            await connection.aclose()
+        if not names:
+            raise UserError(f"{self.address.shown} lists no model", "name it with --endpoint_model")
+        return names[0]
+
+    def _show_once(self, cause: str) -> None:
+        """Print a line above the progress bar, once for each cause."""
+        if cause not in self.shown_causes and len(self.shown_causes) < MAX_CAUSES:
+            self.shown_causes.add(cause)
+            say_above_bars(f"the server {cause}")
+
+
+def check_endpoint_settings(generation: GenerationArguments) -> None:
+    """Raise a UserError for settings that these servers do not take."""
+    for name, neutral in (("num_beams", 1), ("no_repeat_ngram_size", 0)):
+        if vars(generation)[name] != neutral:
+            raise UserError(
+                f"an endpoint does not take --{name} {vars(generation)[name]}",
+                "leave it out, or predict without --endpoint",
+            )
+
+
+class _EventLoop(asyncio.SelectorEventLoop):
+    """Resolves hosts in daemon threads, for which the process does not wait at its end: resolvers may hang."""
+
+    async def getaddrinfo(self, *args: Any, **options: Any) -> Any:
+        """As `socket.getaddrinfo`."""
+        found = concurrent.futures.Future[Any]()
+
+        def resolve() -> None:
+            try:
+                found.set_result(socket.getaddrinfo(*args, **options))
+            except Exception as error:
+                found.set_exception(error)
+
+        found.set_running_or_notify_cancel()
+        threading.Thread(target=resolve, daemon=True).start()
+        return await asyncio.wrap_future(found, loop=self)
+
+
+@contextlib.contextmanager
+def _event_loop() -> Iterator[asyncio.AbstractEventLoop]:
+    """An event loop; its tasks end with it."""
+    loop = _EventLoop()
+    try:
+        yield loop
+    finally:
+        loop.set_exception_handler(lambda *_: None)  # errors of tasks that nobody waits for any more are not shown
+        while left := asyncio.all_tasks(loop):
+            for task in left:
+                task.cancel()
+            # Ctrl-C within a task is raised here once more for each task that waits for it.
+            with contextlib.suppress(KeyboardInterrupt):
+                loop.run_until_complete(asyncio.wait(left))
+        loop.close()
+
+
+def _user_error(error: EndpointError, request: EndpointRequest) -> UserError:
+    reason = str(error).removeprefix("answers ")
+    cause = f"the server refuses {request.name} {reason}" if error.status else f"{request.name}: the server {error}"
+    if error.status in (401, 403):
+        remedy = "see that OPENAI_API_KEY, or user and password in --endpoint, are those of this server"
+    elif error.status in (402, 429):
+        remedy = "the server wants fewer requests or more credit: lower --endpoint_concurrency, or wait"
+    elif error.status in (404, 405) or 200 <= error.status < 400:
+        remedy = "see that --endpoint is the server's API up to the version (…/v1), and that it lists --endpoint_model"
+    elif error.status >= 500:
+        remedy = "see the server's log"
+    elif error.status:
+        remedy = "change what it names (it may not know --top_k or --repetition_penalty)"
+    else:
+        remedy = (
+            "see that it runs, that --endpoint is its API up to the version (…/v1), and that --endpoint_timeout is "
+            "long enough"
+        )
+    return UserError(cause, f"{remedy}; run this again to continue")

@@ -1,4 +1,4 @@
-"""What an OpenAI-compatible server replies, validated: an answer with text, tokens and the reason why it ended."""
+"""Replies of an OpenAI-compatible server, validated."""
 
 from __future__ import annotations
 
@@ -11,34 +11,33 @@ from pydantic import BaseModel, ConfigDict, Field, StrictStr, ValidationError
 
 from novelgpt.inference.generation import Answer
 
-# Why an answer ended, as servers name it where the model ended it or it was cut: those of text-generation-inference,
-# Together, Anthropic, Mistral and Gemini, which gateways pass on.
+# Finish reasons of OpenAI, text-generation-inference, Together, Anthropic, Mistral and Gemini, which gateways pass on.
 ENDED_BY_MODEL = ("stop", "eos", "eos_token", "end_turn", "stop_sequence")
 CUT = ("length", "max_tokens", "model_length")
-# Where a server gave up: no answer to keep.
-BROKEN_OFF = ("abort", "error")
+# The server gave up: the answer is not kept.
+ABORTED = ("abort", "error")
 REASON = re.compile(r"[a-z][a-z0-9_]{0,31}")
-MOST_TOKENS = 10**9
-MOST_NAME = 1000  # characters of a model's
+MAX_TOKENS = 10**9
+MAX_NAME = 1000  # characters of a model's name
 
 
 class InvalidReplyError(Exception):
-    """A reply of status 200 that is none of this API; the message says why."""
+    """A reply of status 200 that does not follow this API; the message says why."""
 
 
 class _Part(BaseModel):
-    """Fields that nobody asked for are ignored; texts are texts, not what could be made into one."""
+    """Ignores other fields; strings are not converted from other types."""
 
     model_config = ConfigDict(extra="ignore")
 
 
 class _Message(_Part):
     content: StrictStr | None = None
-    # Where the server sets the thought apart; vLLM has changed the name.
+    # Of servers that return the reasoning separately; vLLM has renamed the field.
     reasoning: StrictStr | None = None
     reasoning_content: StrictStr | None = None
     refusal: StrictStr | None = None
-    tool_calls: Any = None  # only whether there are any
+    tool_calls: Any = None  # only checked for presence
 
 
 Reply = TypeVar("Reply", bound=_Part)
@@ -55,8 +54,8 @@ class _TextChoice(_Part):
 
 
 class _Usage(_Part):
-    prompt_tokens: int = Field(default=0, ge=0, le=MOST_TOKENS)
-    completion_tokens: int = Field(default=0, ge=0, le=MOST_TOKENS)
+    prompt_tokens: int = Field(default=0, ge=0, le=MAX_TOKENS)
+    completion_tokens: int = Field(default=0, ge=0, le=MAX_TOKENS)
 
 
 class _ChatReply(_Part):
@@ -70,7 +69,7 @@ class _TextReply(_Part):
 
 
 class _Model(_Part):
-    id: StrictStr = Field(min_length=1, max_length=MOST_NAME)
+    id: StrictStr = Field(min_length=1, max_length=MAX_NAME)
 
 
 class _Models(_Part):
@@ -78,17 +77,17 @@ class _Models(_Part):
 
 
 def read_chat_reply(data: bytes) -> Answer:
-    """The answer of a chat completion.
+    """Parse a chat completion.
 
     Raises:
-        InvalidReplyError: it is no chat completion, or holds no answer.
+        InvalidReplyError: it is not a chat completion, or holds no answer.
     """
     reply = _validated(_ChatReply, data)
     choice, usage = reply.choices[0], _usage(reply.usage)
     message, reason = choice.message, _reason(choice.finish_reason)
     thought = next((one for one in (message.reasoning_content, message.reasoning) if one and one.strip()), "")
     text = message.refusal if message.content is None else message.content
-    # Some servers write null for an answer of no text, of which there is the end token alone.
+    # Some servers send null for an empty answer, which consists of the end token alone.
     explained = (
         thought or message.tool_calls or usage.completion_tokens == 1 or reason not in ("stop", "length", "unknown")
     )
@@ -98,10 +97,10 @@ def read_chat_reply(data: bytes) -> Answer:
 
 
 def read_text_reply(data: bytes) -> Answer:
-    """The answer of a completion of raw text.
+    """Parse a completion of raw text.
 
     Raises:
-        InvalidReplyError: it is no completion.
+        InvalidReplyError: it is not a completion.
     """
     reply = _validated(_TextReply, data)
     choice, usage = reply.choices[0], _usage(reply.usage)
@@ -109,16 +108,16 @@ def read_text_reply(data: bytes) -> Answer:
 
 
 def read_model_names(data: bytes) -> list[str]:
-    """Names of the models that a server lists.
+    """Parse the list of a server's models.
 
     Raises:
-        InvalidReplyError: it is no list of models.
+        InvalidReplyError: it is not a list of models.
     """
     return [model.id for model in _validated(_Models, data).data]
 
 
-def message_of(data: bytes) -> str:
-    """What a reply says of an error, in whatever form: {"error": {"message"}}, {"detail"}, {"message"}, or any text."""
+def error_message(data: bytes) -> str:
+    """The message of an error reply, in any form: {"error": {"message"}}, {"detail"}, {"message"}, or any text."""
     text = data.decode("utf-8", errors="replace")
     try:
         found: Any = json.loads(text)
@@ -137,13 +136,13 @@ def _validated(kind: type[Reply], data: bytes) -> Reply:
         first = error.errors(include_url=False, include_context=False, include_input=False)[0]
         place = ".".join(map(str, first["loc"]))
         if not place:
-            raise InvalidReplyError(f"no JSON of this API but {message_of(data[:2000])!r}") from error
-        said = message_of(data) if b'"error"' in data[:2000] else ""
+            raise InvalidReplyError(f"not JSON of this API but {error_message(data[:2000])!r}") from error
+        said = error_message(data) if b'"error"' in data[:2000] else ""
         raise InvalidReplyError(f"{place}: {first['msg']}" + (f"; it says {said}" if said else "")) from error
 
 
 def _usage(usage: Any) -> _Usage:
-    """Numbers of tokens; 0 where the server does not say them, or says no numbers."""
+    """Token counts; 0 if the server reports none, or invalid ones."""
     try:
         return _Usage.model_validate(usage)
     except ValidationError:
@@ -151,13 +150,13 @@ def _usage(usage: Any) -> _Usage:
 
 
 def _reason(reason: str | None) -> str:
-    """Why the answer ended: "stop" where the model ended it, "length" where it was cut, else the server's word.
+    """The finish reason: "stop" if the model ended the answer, "length" if it was cut, else as the server names it.
 
     Raises:
-        InvalidReplyError: the server broke off.
+        InvalidReplyError: the server aborted.
     """
     reason = None if reason is None else reason.lower()
-    if reason in BROKEN_OFF:
+    if reason in ABORTED:
         raise InvalidReplyError(f"choices.0.finish_reason is {reason}")
     if reason in ENDED_BY_MODEL:
         return "stop"

@@ -558,7 +558,7 @@ CASES = {
         ["--endpoint", "http://127.0.0.1:9/v1"],
         "no list of models from http://127.0.0.1:9/v1: it does not answer: ",
     ),
-    "predict: no URL": ("predict", ["--endpoint", "localhost"], "--endpoint is no URL of http or https"),
+    "predict: no URL": ("predict", ["--endpoint", "localhost"], "--endpoint is not a URL of http or https"),
     "predict: no request": (
         "predict",
         ["--endpoint", "http://127.0.0.1:9/v1", "--endpoint_concurrency", "0"],

@@ -25,8 +25,8 @@ from novelgpt.text.templates import use_template
 from predict.__main__ import main
 from predict.generate import continuously, in_batches
 from predict.rows import PromptRow
+from tests.inference.endpoint_servers import write_rows
 from tests.launched import PATIENCE
-from tests.predict.endpoint_servers import write_rows
 from tests.text.test_templates import THINKING
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -205,7 +205,7 @@ def test_a_server_asks_in_the_prompts_of_training(
         (["--backend", "continuous", "--num_beams", "2", "--output_dir", "x"], "continuous batching has neither beams"),
         (["--backend", "continuous", "--repetition_penalty", "1.2", "--output_dir", "x"], "--repetition_penalty 1.2"),
         (["--backend", "continuous", "--no_repeat_ngram_size", "3", "--output_dir", "x"], "--no_repeat_ngram_size 3"),
-        (["--endpoint", "http://127.0.0.1:9/v1", "--no_repeat_ngram_size", "3", "--output_dir", "x"], "cannot be told"),
+        (["--endpoint", "http://127.0.0.1:9/v1", "--no_repeat_ngram_size", "3", "--output_dir", "x"], "does not take"),
         (["--endpoint", "http://127.0.0.1:9/v1", "--backend", "continuous", "--output_dir", "x"], "does nothing with"),
         (["--temperature", "0.2", "--output_dir", "x"], "--temperature 0.2 has no effect without --do_sample"),
         (["--top_k", "0", "--output_dir", "x"], "--top_k 0 has no effect without --do_sample"),

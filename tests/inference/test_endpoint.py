@@ -21,12 +21,11 @@ from typing import Any
 
 import pytest
 
-from novelgpt.inference import endpoint_client
-from novelgpt.inference.endpoint_client import ServerAddress
+from novelgpt.inference import endpoint_client, endpoint_http
+from novelgpt.inference.endpoint_http import EndpointAddress
 from novelgpt.inference.endpoint_replies import InvalidReplyError, read_chat_reply, read_model_names
 from novelgpt.settings.errors import UserError
-from predict import endpoint
-from tests.predict.endpoint_servers import (
+from tests.inference.endpoint_servers import (
     Asked,
     Served,
     always,
@@ -43,7 +42,7 @@ from tests.warm_python import start_warm
 @pytest.fixture(autouse=True)
 def quick(monkeypatch: pytest.MonkeyPatch) -> None:
     """No pauses between tries but those that servers ask for."""
-    monkeypatch.setattr(endpoint_client, "FIRST_PAUSE", 0.0)
+    monkeypatch.setattr(endpoint_http, "FIRST_BACKOFF", 0.0)
     monkeypatch.delenv("OPENAI_API_KEY", raising=False)
 
 
@@ -233,9 +232,9 @@ def endless_headers(handler: BaseHTTPRequestHandler, asked: Asked, served: Serve
     ("recipe", "said", "tries"),
     [
         (endless(b"", b" " * 65536), "longer than", 1),
-        (endless(b'{"choices": [', b" "), "no whole reply within 0.5 seconds", 3),
-        (endless_headers, "no whole reply within 0.5 seconds", 3),
-        (silent, "no whole reply within 0.5 seconds", 3),
+        (endless(b'{"choices": [', b" "), "no complete reply within 0.5 seconds", 3),
+        (endless_headers, "no complete reply within 0.5 seconds", 3),
+        (silent, "no complete reply within 0.5 seconds", 3),
     ],
 )
 def test_replies_are_bounded_in_time_and_size(
@@ -283,7 +282,7 @@ def test_a_server_that_breaks_off_or_is_busy_is_asked_again(tmp_path: Path) -> N
 
 
 def test_no_server_makes_us_wait_for_long(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(endpoint_client, "LONGEST_PAUSE", 0.01)
+    monkeypatch.setattr(endpoint_http, "MAX_RETRY_AFTER", 0.01)
     pauses = ["99999999", "inf", "1e999", "Fri, 31 Dec 9999 23:59:59 GMT"]
 
     def recipe(handler: BaseHTTPRequestHandler, asked: Asked, served: Served) -> None:
@@ -300,7 +299,7 @@ def test_no_server_makes_us_wait_for_long(tmp_path: Path, monkeypatch: pytest.Mo
 def test_causes_of_further_tries_are_told_once_and_not_without_end(
     tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(endpoint_client, "LAST_PAUSE", 0.0)
+    monkeypatch.setattr(endpoint_http, "MAX_BACKOFF", 0.0)
     rows = write_rows(tmp_path, *(["雨停了。"] * 12))
     counted = itertools.count()
 
@@ -310,7 +309,7 @@ def test_causes_of_further_tries_are_told_once_and_not_without_end(
 
     with serving(recipe) as served:
         predict(served, rows, "--endpoint_concurrency", "1")
-    assert capsys.readouterr().out.count("busy, request") == endpoint.MOST_CAUSES
+    assert capsys.readouterr().out.count("busy, request") == endpoint_client.MAX_CAUSES
 
 
 def test_tries_are_bounded(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
@@ -339,7 +338,7 @@ def test_redirects_that_lose_the_question_or_go_round_are_refused(
     with serving(always("", status, Location="/v1/chat/completions")) as served:
         said = refused(served, write_rows(tmp_path, "雨停了。"), capsys)
         assert f"status {status}: redirects the request to {served.url}/chat/completions," in said
-        assert len(served.asked) <= 1 + 1 + endpoint_client.MOST_REDIRECTS
+        assert len(served.asked) <= 1 + 1 + endpoint_http.MAX_REDIRECTS
 
 
 def everything_in(folder: Path) -> bytes:
@@ -423,7 +422,7 @@ def test_secrets_are_masked_in_whatever_writing_a_server_says_them_back(
     ("variables", "said"),
     [
         ({"ALL_PROXY": "socks5://127.0.0.1:1"}, "socks"),
-        ({"HTTPS_PROXY": "ftp://hanako:password@127.0.0.1"}, "a proxy that is none"),
+        ({"HTTPS_PROXY": "ftp://hanako:password@127.0.0.1"}, "a proxy that is not"),
         ({"SSL_CERT_FILE": "/nowhere"}, "certificates"),
         ({"SSL_CERT_FILE": __file__}, "certificates"),
     ],
@@ -456,15 +455,15 @@ def test_the_remedy_follows_from_the_status(
     with serving(always("", status)) as served, pytest.raises(SystemExit):
         predict(served, write_rows(tmp_path, "雨停了。"))
     cause, fix = capsys.readouterr().err.splitlines()[-2:]
-    assert cause == f"error: the server refuses row r0 with status {status} and no word" and remedy in fix
+    assert cause == f"error: the server refuses row r0 with status {status} and no message" and remedy in fix
 
 
 @pytest.mark.parametrize(
     "url", ["localhost:8000/v1", "ftp://host/v1", "http://", "http://h:99999/v1", "http://h:x/", ""]
 )
 def test_what_is_no_url_is_said(url: str) -> None:
-    with pytest.raises(UserError, match="--endpoint is no URL"):
-        ServerAddress.parse(url, "")
+    with pytest.raises(UserError, match="--endpoint is not a URL"):
+        EndpointAddress.parse(url, "")
 
 
 @pytest.mark.parametrize(
@@ -563,7 +562,7 @@ def test_an_interrupt_within_a_request_ends_all_that_wait_for_it(caplog: pytest.
             await asyncio.sleep(0)
             closed.append(True)
 
-    with pytest.raises(KeyboardInterrupt), endpoint._loop() as loop:
+    with pytest.raises(KeyboardInterrupt), endpoint_client._event_loop() as loop:
         loop.create_task(ask_all())
         loop.run_until_complete(asyncio.sleep(60))
     gc.collect()
