@@ -1,4 +1,4 @@
-"""Conversation files to encoded rows, for supervised fine-tuning."""
+"""Conversation files to encoded rows, for supervised fine-tuning (SFT)."""
 
 from __future__ import annotations
 
@@ -10,16 +10,17 @@ from pathlib import Path
 from transformers import PreTrainedTokenizerBase
 
 from dataset.instructions import load_instructions
-from dataset.readers import Record, read_conversation_rows, read_unworded_rows, word_row
+from dataset.readers import Conversation, read_conversation, read_conversation_rows, read_source_rows
 from novelgpt.settings.arguments import ConversationArguments
 from novelgpt.settings.errors import UserError
 from novelgpt.settings.process import is_first_process
 from novelgpt.settings.terminal import counted, say
-from novelgpt.text.conversation import IGNORE_INDEX, EncodedRow, encode_conversation, record_answers
-from novelgpt.text.messages import Message, is_empty_answer
+from novelgpt.text.conversation import IGNORE_INDEX, EncodedRow, encode_conversation, most_answers_think
+from novelgpt.text.messages import is_empty_answer
 from novelgpt.text.origins import TracedRows
 from novelgpt.text.packing import PackedRows
 from novelgpt.text.statistics import TokenCounts, show_counts, show_row
+from novelgpt.text.templates import record_thinking
 
 SPLIT_SEED = 42
 
@@ -45,15 +46,37 @@ class EncodedRows(TracedRows):
 def read_conversations(
     data: ConversationArguments, tokenizer: PreTrainedTokenizerBase
 ) -> tuple[EncodedRows | PackedRows, EncodedRows | PackedRows]:
-    """Rows to train on and rows to evaluate on, packed if asked, with a table of what became of them.
+    """Training and validation rows, packed if asked, with a table of what became of them.
+
+    Training rows draw their wordings; validation rows take the first wording of their task. The tokenizer records
+    whether most answers of the training rows begin with a thought.
 
     Raises:
-        UserError: what `read_conversation_rows` raises, an over-long row under `refuse`, or no trainable token left.
+        UserError: what the readers raise, an over-long row under `refuse`, or no trainable token left.
     """
     if data.max_length < 2:
         raise UserError(f"--max_length {data.max_length} leaves no token to predict", "take at least 2")
-    train, valid = _read_rows(data)
-    record_answers((row["messages"] for row in train), tokenizer)
+    drawn = load_instructions(data.instruction_templates, data.instruction_seed)
+    fixed = drawn.fixed()
+    sources = [row for file in data.train_files for row in read_source_rows(Path(file))]
+    if data.valid_files:
+        train = [read_conversation(row, drawn) for row in sources]
+        valid = [row for file in data.valid_files for row in read_conversation_rows(Path(file), fixed)]
+    else:
+        order = list(range(len(sources)))
+        random.Random(SPLIT_SEED).shuffle(order)
+        count = math.ceil(len(sources) * data.valid_fraction)
+        held_out = set(order[:count])
+        # In the order of the files, so that an error names the first row that has it.
+        worded = [read_conversation(row, fixed if number in held_out else drawn) for number, row in enumerate(sources)]
+        train, valid = [worded[number] for number in order[count:]], [worded[number] for number in order[:count]]
+        if not train or not valid:
+            raise UserError(
+                f"{counted(len(sources), 'row')} cannot be split into training and validation "
+                f"with --valid_fraction {data.valid_fraction}",
+                "name --valid_files or bring more rows",
+            )
+    record_thinking(tokenizer, most_answers_think(row["messages"] for row in train))
     encoded = {}
     counts = {}
     for name, rows in (("train", train), ("valid", valid)):
@@ -71,14 +94,14 @@ def read_conversations(
         say(
             f"{counted(len(train_packs.rows), 'row')} in {counted(len(train_packs), 'pack')} of "
             f"{data.max_length:,} tokens, {train_packs.fill():.1%} full: "
-            f"{len(train_packs.rows) / len(train_packs):.1f} rows a pack",
+            f"{len(train_packs.rows) / len(train_packs):.1f} rows per pack",
             "",
         )
     return train_packs, valid_packs
 
 
 def _nothing_to_train(name: str, rows: int, counts: TokenCounts, max_length: int) -> UserError:
-    """Why no token of a data set is trained: its rows are cut before their answers, or hold none to train."""
+    """Why no token of a data set is trained: its rows are cut before their answers, or have none to train."""
     cause = f"no trainable token is left in the {counted(rows, f'{name} row')} within --max_length {max_length}"
     if any(note.startswith("rows above") for note in counts.notes):
         return UserError(cause, "raise --max_length, or bring rows with answers")
@@ -86,32 +109,8 @@ def _nothing_to_train(name: str, rows: int, counts: TokenCounts, max_length: int
     return UserError(f"{cause}: {noted}", "bring rows with answers to train on")
 
 
-def _read_rows(data: ConversationArguments) -> tuple[list[Record], list[Record]]:
-    """Rows to train on, each in a wording drawn for it, and rows to evaluate on, in the first wording of their task."""
-    drawn = load_instructions(data.instruction_templates, data.instruction_seed)
-    rows = [row for file in data.train_files for row in read_unworded_rows(Path(file))]
-    if data.valid_files:
-        train = [word_row(row, drawn) for row in rows]
-        return train, [row for file in data.valid_files for row in read_conversation_rows(Path(file), drawn.fixed())]
-    kept = math.ceil(len(rows) * data.valid_fraction)
-    if not 0 < kept < len(rows):
-        for row in rows:
-            word_row(row, drawn)  # what is wrong in a row is to be mended first
-        raise UserError(
-            f"{counted(len(rows), 'row')} cannot be split into training and evaluation "
-            f"with --valid_fraction {data.valid_fraction}",
-            "name --valid_files or bring more rows",
-        )
-    order = list(range(len(rows)))
-    random.Random(SPLIT_SEED).shuffle(order)
-    held_out = set(order[:kept])
-    # In the order of the files, so that what is wrong is told of the first row that has it.
-    worded = [word_row(row, drawn.fixed() if number in held_out else drawn) for number, row in enumerate(rows)]
-    return [worded[number] for number in order[kept:]], [worded[number] for number in order[:kept]]
-
-
 def encode_rows(
-    rows: list[Record], tokenizer: PreTrainedTokenizerBase, data: ConversationArguments
+    rows: Sequence[Conversation], tokenizer: PreTrainedTokenizerBase, data: ConversationArguments
 ) -> tuple[list[EncodedRow], TokenCounts]:
     """Rows of at most `max_length` tokens, each with something to train, and the count of what happened to the rest."""
     kept: list[EncodedRow] = []
@@ -122,64 +121,61 @@ def encode_rows(
             messages = messages[1:]
             counts.notes["answers before any question, left out"] += 1
         try:
-            pieces = encode_conversation(messages, tokenizer, row.get("tools", ()))
+            encoded = encode_conversation(messages, tokenizer, row.get("tools", ()))
         except UserError as error:
             raise UserError(f"{row['source']}: {error.cause}", error.remedy) from error
-        _note_untrained(messages, counts)
-        if not pieces:
+        for message in messages:
+            if message["role"] == "assistant" and not message.get("trained", True):
+                flagged = "answers that a flag keeps out of the loss"
+                counts.notes["empty answers, not trained" if is_empty_answer(message) else flagged] += 1
+        if not encoded:
             counts.notes["rows without an answer, left out"] += 1
         elif messages[-1]["role"] != "assistant":
             counts.notes["rows whose last messages have no answer, which were left out"] += 1
-        known = len(kept)
-        for piece in pieces:
-            counts.tokens_in += len(piece.input_ids)
-            if len(piece.input_ids) <= data.max_length:
-                _keep(piece, kept, counts)
-                continue
-            if data.overlong == "refuse":
-                raise UserError(
-                    f"{row['source']}: {len(piece.input_ids)} tokens, above --max_length {data.max_length}",
-                    "raise --max_length, or choose --overlong truncate or split",
-                )
-            counts.notes[f"rows above {data.max_length} tokens ({data.overlong})"] += 1
-            if data.overlong == "truncate":
-                counts.dropped += len(piece.input_ids) - data.max_length
-                _keep(EncodedRow(piece.input_ids[: data.max_length], piece.labels[: data.max_length]), kept, counts)
-            else:
-                _keep_split(piece, data.max_length, kept, counts)
-        for made in kept[known:]:
-            made.source = row["source"]
+        for whole in encoded:
+            counts.tokens_in += len(whole.input_ids)
+            # Each part with the number of tokens at its start that an earlier part has counted.
+            parts = [(whole, 0)]
+            if len(whole.input_ids) > data.max_length:
+                parts = _shorten(whole, row["source"], data, counts)
+            for part, repeated in parts:
+                trained = sum(label != IGNORE_INDEX for label in part.labels)
+                if trained == 0:
+                    counts.notes["rows without a trainable token, left out"] += 1
+                    counts.dropped += len(part.input_ids) - repeated
+                    continue
+                part.source = row["source"]
+                kept.append(part)
+                counts.rows += 1
+                counts.trained += trained
+                counts.context += len(part.input_ids) - repeated - trained
+                counts.lengths.append(len(part.input_ids))
     return kept, counts
 
 
-def _note_untrained(messages: list[Message], counts: TokenCounts) -> None:
-    for message in messages:
-        if message["role"] == "assistant" and not message.get("trained", True):
-            empty = is_empty_answer(message)
-            counts.notes["empty answers, not trained" if empty else "answers that a flag keeps out of the loss"] += 1
+def _shorten(
+    row: EncodedRow, source: str, data: ConversationArguments, counts: TokenCounts
+) -> list[tuple[EncodedRow, int]]:
+    """The parts of a row above `max_length` tokens, each with how many of its first tokens an earlier part holds.
 
-
-def _keep(row: EncodedRow, kept: list[EncodedRow], counts: TokenCounts, repeated: int = 0) -> None:
-    """Keep a row that has something to train; its first `repeated` tokens were counted before."""
-    trained = sum(label != IGNORE_INDEX for label in row.labels)
-    if trained == 0:
-        counts.notes["rows without a trainable token, left out"] += 1
-        counts.dropped += len(row.input_ids) - repeated
-        return
-    kept.append(row)
-    counts.rows += 1
-    counts.trained += trained
-    counts.context += len(row.input_ids) - repeated - trained
-    counts.lengths.append(len(row.input_ids))
-
-
-def _keep_split(row: EncodedRow, max_length: int, kept: list[EncodedRow], counts: TokenCounts) -> None:
-    """Cut a row into several; each but the first starts with half a row of what came before, untrained."""
-    context = max_length // 2
+    A row that is split starts each further part with half a row of what came before, untrained.
+    """
+    size, max_length = len(row.input_ids), data.max_length
+    if data.overlong == "refuse":
+        raise UserError(
+            f"{source}: {size} tokens, above --max_length {max_length}",
+            "raise --max_length, or choose --overlong truncate or split",
+        )
+    counts.notes[f"rows above {max_length} tokens ({data.overlong})"] += 1
+    if data.overlong == "truncate":
+        counts.dropped += size - max_length
+        return [(EncodedRow(row.input_ids[:max_length], row.labels[:max_length]), 0)]
+    parts = []
     end = 0
-    while end < len(row.input_ids):
-        begin = max(0, end - context)
-        stop = min(begin + max_length, len(row.input_ids))
-        labels = [IGNORE_INDEX] * (end - begin) + row.labels[end:stop]
-        _keep(EncodedRow(row.input_ids[begin:stop], labels), kept, counts, repeated=end - begin)
+    while end < size:
+        start = max(0, end - max_length // 2)
+        stop = min(start + max_length, size)
+        labels = [IGNORE_INDEX] * (end - start) + row.labels[end:stop]
+        parts.append((EncodedRow(row.input_ids[start:stop], labels), end - start))
         end = stop
+    return parts

@@ -14,12 +14,12 @@ from typing import Any
 
 from novelgpt.settings.errors import UserError
 from novelgpt.settings.parsed_files import read_yaml
+from novelgpt.text.messages import Message
 
 BUILT_IN = Path(__file__).with_name("instructions.yaml")
 PAPERS_TASK = "title_to_abstract"
 # Placeholders of questions that say how long the answer is.
 COMPUTED = ("characters", "characters_at_most")
-Message = dict[str, str]
 
 
 @dataclass(frozen=True)
@@ -54,7 +54,7 @@ class Wording:
         if answered:
             length = sum(len("".join(values[name].split())) for name in fields)
             values |= {"characters": str(rounded(length)), "characters_at_most": str(rounded_up(length))}
-        messages = [{"role": "system", "content": _fill(self.system, values)}] if self.system else []
+        messages: list[Message] = [{"role": "system", "content": _fill(self.system, values)}] if self.system else []
         messages.append({"role": "user", "content": _fill(self.user, values)})
         if answered:
             messages.append({"role": "assistant", "content": _fill(self.answers[answer], values)})

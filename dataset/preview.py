@@ -21,7 +21,8 @@ from dataset.conversation_rows.sources import find_splits
 from dataset.conversations import encode_rows
 from dataset.instructions import load_instructions
 from dataset.preview_page import Part, Shown, in_html, in_text
-from dataset.readers import messages_of, read_records, read_text_rows, read_unworded_rows, word_row
+from dataset.readers import messages_of, read_conversation, read_source_rows, read_text_rows
+from dataset.records import read_records
 from novelgpt.model.tokenizer import load_tokenizer
 from novelgpt.settings.arguments import ConversationArguments, ModelArguments
 from novelgpt.settings.atomic_files import atomic_write
@@ -111,9 +112,9 @@ def _conversations(words: Namespace, tokenizer: PreTrainedTokenizerBase) -> Iter
     instructions = load_instructions(words.instruction_templates, words.instruction_seed)
     if words.wording == "first":
         instructions = instructions.fixed()
-    found = (row for row in read_unworded_rows(words.file) if words.row in (None, row["id"]))
+    found = (row for row in read_source_rows(words.file) if words.row in (None, row.id))
     for row in islice(found, None if words.row else words.rows):
-        kept, counts = encode_rows([word_row(row, instructions)], tokenizer, data)
+        kept, counts = encode_rows([read_conversation(row, instructions)], tokenizer, data)
         parts = []
         for number, piece in enumerate(kept, start=1):
             border = f"piece {number} of {len(kept)}" if len(kept) > 1 else ""
@@ -123,7 +124,7 @@ def _conversations(words: Namespace, tokenizer: PreTrainedTokenizerBase) -> Iter
             are = "is" if counts.dropped == 1 else "are"
             what = "cut here" if kept else "left out"
             parts.append(Part(f"✂ {what}: {counted(counts.dropped, 'token')} {are} not trained on", []))
-        yield Shown(row["id"], row["source"], counts, parts)
+        yield Shown(row.id, row.source, counts, parts)
 
 
 def _blocks(words: Namespace, tokenizer: PreTrainedTokenizerBase) -> Iterator[Shown]:

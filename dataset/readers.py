@@ -4,24 +4,71 @@
 from __future__ import annotations
 
 import shlex
-from collections.abc import Iterator
+from collections.abc import Collection, Iterator
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple, TypedDict
 
 from dataset.decode import decode_text, read_bytes
-from dataset.instructions import Instructions
-from dataset.records import Record, read_records
-from dataset.row_fields import check_row_fields, is_absent, read_flag
-from dataset.row_shapes import TITLE_TO_ABSTRACT, fields_read, messages_of
-from dataset.tool_rows import read_tools
+from dataset.instructions import PAPERS_TASK, Instructions, load_instructions
+from dataset.records import Record, load_json, read_records
+from dataset.row_fields import (
+    ABSENT,
+    REFUSED_IN_MESSAGES,
+    REFUSED_IN_ROWS,
+    SPECIAL_FIELDS,
+    THOUGHTS,
+    merge_calls,
+    read_call_text,
+    read_calls,
+    read_flag,
+    read_thought,
+    read_tools,
+    refuse_fields,
+)
 from novelgpt.settings.errors import UserError
 from novelgpt.settings.remedies import pipeline_name, python_module, run_pipeline
-from novelgpt.text.messages import Message, answer_text, begins_with_thought, is_empty_answer
+from novelgpt.text.messages import EMPTY_CONTENT, THOUGHT, Message, begins_with_thought, full_answer, is_empty_answer
 
-__all__ = [
-    "TITLE_TO_ABSTRACT", "Message", "Record", "messages_of", "read_conversation_rows", "read_records",
-    "read_text_rows", "read_unworded_rows", "word_row",
-]  # fmt: skip
+TITLE_TO_ABSTRACT = "请根据下面的论文标题，写出这篇论文的摘要。\n标题：{title}"
+_ROLES = {
+    "system": "system", "user": "user", "human": "user", "assistant": "assistant", "gpt": "assistant",
+    "function_call": "assistant", "tool_call": "assistant", "observation": "tool", "tool": "tool",
+    "tool_response": "tool", "function": "tool",
+}  # fmt: skip
+_CALLS = ("function_call", "tool_call")
+# (field, key of the role, key of the content) of rows that are one list of messages.
+_LISTS = (("messages", "role", "content"), ("conversations", "from", "value"))
+_PAIRS = (("instruction", "output"), ("prompt", "completion"), ("prompt", "response"), ("query", "response"))
+# Fields of messages that templates may read as they are.
+_KEPT = ("name", "tool_call_id")
+
+
+class SourceRow(NamedTuple):
+    """A row of a file whose messages `read_conversation` makes.
+
+    Attributes:
+        id: the row's own, or one made of the file's name and the row's number.
+        fields: of the row; line ends inside texts are "\\n".
+        source: file and row, as errors name them.
+    """
+
+    id: str
+    fields: Record
+    source: str
+
+
+class _Conversation(TypedDict):
+    id: str
+    messages: list[Message]
+    source: str
+
+
+class Conversation(_Conversation, total=False):
+    """A conversation row; where the row says more than its messages, "tools" (as chat templates take them) and
+    "enable_thinking"."""
+
+    tools: list[Record]
+    enable_thinking: bool
 
 
 def read_text_rows(path: Path, text_column: str = "text") -> Iterator[Record]:
@@ -46,24 +93,22 @@ def read_text_rows(path: Path, text_column: str = "text") -> Iterator[Record]:
         yield {"text": _with_line_feeds(text), **extra, "source": where}
 
 
-def read_conversation_rows(path: Path, instructions: Instructions | None = None) -> Iterator[Record]:
-    """Conversation rows of a .jsonl, .json, .csv or .parquet file whose rows are in any accepted shape.
+def read_conversation_rows(path: Path, instructions: Instructions | None = None) -> Iterator[Conversation]:
+    """Conversation rows of a .jsonl, .json, .csv or .parquet file whose rows have any accepted shape.
 
     Args:
         path: of the file.
-        instructions: puts rows that name a task into words; by default, into the first wording of that task.
+        instructions: as for `read_conversation`.
 
     Raises:
-        UserError: missing or empty file, undecodable bytes, invalid JSON, a row of no known shape.
+        UserError: what `read_source_rows` and `read_conversation` raise.
     """
-    for row in read_unworded_rows(path):
-        yield word_row(row, instructions)
+    for row in read_source_rows(path):
+        yield read_conversation(row, instructions)
 
 
-def read_unworded_rows(path: Path) -> Iterator[Record]:
-    """{"id", "record", "source"} of each row: conversation rows whose messages `word_row` makes.
-
-    Line ends inside texts are made "\\n", as those of the file are. A row without an id gets one.
+def read_source_rows(path: Path) -> Iterator[SourceRow]:
+    """The rows of a .jsonl, .json, .csv or .parquet file, before any of them is read as a conversation.
 
     Raises:
         UserError: what `read_records` raises, or a file or folder of text, which is for pretraining.
@@ -74,37 +119,224 @@ def read_unworded_rows(path: Path) -> Iterator[Record]:
             f"pretrain on it: {run_pipeline('pretrain', f'--train_files {shlex.quote(str(path))}')}; or make "
             f"conversations of it: {python_module('dataset novels')}, then {python_module('dataset conversations')}",
         )
-    for index, (where, record) in enumerate(read_records(path)):
-        name = f"{path.stem}-{index}" if is_absent(record.get("id")) else str(record["id"])
-        yield {"id": name, "record": _with_line_feeds(record), "source": where}
+    for number, (where, record) in enumerate(read_records(path)):
+        if "\\r" in str(record):
+            record = _with_line_feeds(record)
+        name = f"{path.stem}-{number}" if record.get("id") in ABSENT else str(record["id"])
+        yield SourceRow(name, record, where)
 
 
-def word_row(row: Record, instructions: Instructions | None = None) -> Record:
-    """The conversation row of a row of `read_unworded_rows`.
+def read_conversation(row: SourceRow, instructions: Instructions | None = None) -> Conversation:
+    """The messages of a row, and what else it says.
 
-    Where the row says more than its messages: "tools", as chat templates take them, and "enable_thinking". Answers that
-    hold nothing, or that the row keeps out of the loss, are marked "trained": False.
+    Answers that say nothing, or that the row keeps out of the loss, have "trained": False.
+
+    Args:
+        row: in any accepted shape.
+        instructions: wordings of rows that name a task; by default, the first of the built-in ones.
 
     Raises:
         UserError: what `messages_of` raises, or a field that changes training and is not obeyed.
     """
-    record, where = row["record"], row["source"]
-    used = fields_read(record, where, instructions)
-    check_row_fields(record, where, used)
-    messages = messages_of(record, where, instructions)
-    flag = read_flag({name: value for name, value in record.items() if name not in used}, where)
-    left_out = flag is not None and not flag[1]
+    where = row.source
+    special = {name: row.fields[name] for name in SPECIAL_FIELDS.intersection(row.fields)}
+    if special:
+        for name in _fields_of_task(row.fields, where, instructions):  # texts like any other
+            special.pop(name, None)
+        refuse_fields(special, REFUSED_IN_ROWS, f"{where}: field ")
+    messages = messages_of(row.fields, where, instructions)
+    flag = read_flag(special, where) if special else None
+    untrained = flag is not None and not flag[1]
     for message in messages:
-        if message["role"] == "assistant" and (left_out or is_empty_answer(message)):
+        is_empty = EMPTY_CONTENT.fullmatch(message["content"]) is not None and is_empty_answer(message)
+        if message["role"] == "assistant" and (untrained or is_empty):
             message["trained"] = False
-    worded: Record = {"id": row["id"], "messages": messages, "source": where}
-    tools = read_tools({name: value for name, value in record.items() if name not in used}, where)
+    conversation: Conversation = {"id": row.id, "messages": messages, "source": where}
+    tools = read_tools(special, where) if special else []
     if tools:
-        worded["tools"] = tools
-    thinking = record.get("enable_thinking")
-    if not is_absent(thinking):
-        worded["enable_thinking"] = _checked_thinking(thinking, messages, where)
-    return worded
+        conversation["tools"] = tools
+    if special.get("enable_thinking") not in ABSENT:
+        conversation["enable_thinking"] = _checked_thinking(special["enable_thinking"], messages, where)
+    return conversation
+
+
+def messages_of(record: Record, where: str, instructions: Instructions | None = None) -> list[Message]:
+    """Messages of a row in Alpaca, ShareGPT, OpenAI, prompt/completion, task or title/abstract shape.
+
+    The last answer, where there is one, comes last: in every shape the answers are the messages of role "assistant".
+    Rows that name a task are worded by `instructions` (by default, by the first of the built-in wordings);
+    title/abstract rows that name none have one wording, unless `instructions` word them, too.
+
+    Raises:
+        UserError: no shape fits, a field is not a text, or a role or a task is unknown.
+    """
+    shape = next((shape for shape in _LISTS if shape[0] in record), None)
+    pair = next((pair for pair in _PAIRS if pair[0] in record and pair[1] in record), None)
+    if shape is not None:
+        _refuse_beside(record, ("history", *THOUGHTS), where, "beside a list of messages")
+        messages = _read_turns(record[shape[0]], *shape, where)
+    elif pair is not None:
+        messages = _read_history(record["history"], where) if record.get("history") else []
+        for field, role in zip(pair, ("user", "assistant"), strict=True):
+            value = record[field]
+            if isinstance(value, list) and field not in ("instruction", "output"):
+                if messages and field == pair[0]:
+                    raise UserError(f"{where}: field history stands beside a list of messages", f"put it into {field}")
+                messages += _read_turns(value, field, "role", "content", where)
+                continue
+            if not isinstance(value, str):
+                raise _not_a_text(value, where, field)
+            if field == "instruction" and record.get("input"):
+                if not isinstance(record["input"], str):
+                    raise _not_a_text(record["input"], where, "input")
+                value = "\n".join(filter(None, (value, record["input"])))
+            messages.append({"role": role, "content": value})
+        if not record.keys().isdisjoint(THOUGHTS):
+            thought = read_thought(record, where)
+            if thought and messages[-1]["role"] == "assistant":
+                messages[-1] = _with_thought(messages[-1], thought, where, pair[1])
+    else:
+        messages = _word_task(record, where, instructions)
+    if record.get("system") or messages[0]["role"] == "system":
+        task_fields = () if shape or pair else _fields_of_task(record, where, instructions)
+        messages = messages if "system" in task_fields else _with_system(record, where, messages)
+    return messages
+
+
+def _fields_of_task(record: Record, where: str, instructions: Instructions | None) -> Collection[str]:
+    """Fields that a row of a task, or of title and abstract, reads as texts, whatever they mean in other rows."""
+    is_list = any(shape[0] in record for shape in _LISTS)
+    if is_list or any(prompt in record and completion in record for prompt, completion in _PAIRS):
+        return ()
+    if record.get("task"):
+        question, answer = (instructions or load_instructions()).fields(record["task"], where)
+        return [*question, *answer]
+    return ("title", "abstract")
+
+
+def _word_task(record: Record, where: str, instructions: Instructions | None) -> list[Message]:
+    """Messages of a row that names a task, or that has title and abstract."""
+    fields = _fields_of_task(record, where, instructions)
+    _refuse_beside(record, {"history", *THOUGHTS}.difference(fields), where, "in a row of a task")
+    if record.get("task"):
+        return (instructions or load_instructions()).messages(record["task"], record, where)
+    if "title" not in record or "abstract" not in record:
+        raise UserError(
+            f"{where}: the row has the fields {', '.join(map(str, record)) or 'none'}, which make no known shape",
+            f"text is for pretraining: {pipeline_name('pretrain')}; {python_module('dataset conversations')} makes "
+            "conversations of it"
+            if isinstance(record.get("text"), str)
+            else "use messages, conversations, instruction+output, prompt+completion, title+abstract or a task",
+        )
+    if instructions is not None and instructions.words_papers:
+        return instructions.messages(PAPERS_TASK, record, where)
+    for field in ("title", "abstract"):
+        if not isinstance(record[field], str):
+            raise _not_a_text(record[field], where, field)
+    question = TITLE_TO_ABSTRACT.format(title=record["title"])
+    return [{"role": "user", "content": question}, {"role": "assistant", "content": record["abstract"]}]
+
+
+def _read_history(history: Any, where: str) -> list[Message]:
+    if isinstance(history, str):
+        history = load_json(history, f"{where} field history")  # a column of a .csv
+    if not isinstance(history, (list, tuple)):
+        raise UserError(f"{where}: field history is not a list of pairs", 'write [["question", "answer"], …]')
+    messages: list[Message] = []
+    for number, turn in enumerate(history):
+        if not (isinstance(turn, (list, tuple)) and len(turn) == 2 and all(isinstance(text, str) for text in turn)):
+            raise UserError(f"{where}: field history[{number}] is not a pair of texts", 'write ["question", "answer"]')
+        messages += [{"role": "user", "content": turn[0]}, {"role": "assistant", "content": turn[1]}]
+    return messages
+
+
+def _with_system(record: Record, where: str, messages: list[Message]) -> list[Message]:
+    """The messages with at most one system message before them, whether a field or messages hold it."""
+    systems = []
+    if record.get("system"):
+        if not isinstance(record["system"], str):
+            raise _not_a_text(record["system"], where, "system")
+        systems.append(record["system"])
+    start = 0
+    while start < len(messages) and messages[start]["role"] == "system":
+        systems.append(messages[start]["content"])
+        start += 1
+    if any(text.strip() != systems[0].strip() for text in systems):
+        raise UserError(
+            f"{where}: {'field system and ' if record.get('system') else ''}the first messages hold "
+            f"{len(systems)} system messages that differ",
+            "write one, with all that it is to say",
+        )
+    return [{"role": "system", "content": systems[0]}, *messages[start:]]
+
+
+def _read_turns(turns: Any, field: str, role_key: str, content_key: str, where: str) -> list[Message]:
+    """Messages of a list of turns."""
+    if isinstance(turns, str):
+        turns = load_json(turns, f"{where} field {field}")  # a column of a .csv
+    if not isinstance(turns, list) or not turns:
+        raise UserError(f"{where}: field {field} is not a list of messages", f"write [{{{role_key!r}: …}}, …]")
+    messages: list[Message] = []
+    called = set()
+    for number, turn in enumerate(turns):
+        name = f"{field}[{number}]"
+        if not isinstance(turn, dict):
+            raise UserError(f"{where}: field {name} is not a message", f"write {{{role_key!r}: …, {content_key!r}: …}}")
+        role = turn.get(role_key, turn.get("role"))
+        if not isinstance(role, str) or role not in _ROLES:
+            raise UserError(f"{where}: field {name}.{role_key} is {role!r}", f"use one of {', '.join(_ROLES)}")
+        key = content_key if content_key in turn else "content"
+        if role not in _CALLS and turn.keys() <= {role_key, "role", key}:
+            if not isinstance(turn.get(key), str):
+                raise _not_a_text(turn.get(key), where, f"{name}.{key}")
+            messages.append({"role": _ROLES[role], "content": turn[key]})
+            continue
+        messages.append(_read_special_turn(turn, role, key, where, name))
+        if role in _CALLS:
+            called.add(number)
+    return merge_calls(messages, called) if called else messages
+
+
+def _read_special_turn(turn: Record, role: str, key: str, where: str, name: str) -> Message:
+    """A message of a turn that says more than its role and its content."""
+    refuse_fields(turn, REFUSED_IN_MESSAGES, f"{where}: field {name}.")
+    is_answer = _ROLES[role] == "assistant"
+    calls = read_calls(turn, where, name)
+    if calls and not is_answer:
+        raise UserError(f"{where}: field {name} is a call of a tool by the role {role!r}", "let the assistant call")
+    content = turn.get(key)
+    if role in _CALLS and not calls:
+        calls, content = read_call_text(content, where, f"{name}.{key}"), ""
+    elif calls and content in ABSENT:
+        content = ""
+    elif not isinstance(content, str):
+        raise _not_a_text(content, where, f"{name}.{key}")
+    message: Message = {"role": _ROLES[role], "content": content}
+    for field in _KEPT:
+        if isinstance(turn.get(field), str):
+            message[field] = turn[field]  # type: ignore[literal-required]
+    if calls:
+        message["tool_calls"] = calls
+    flag = read_flag(turn, where, f"{name}.")
+    if flag is not None and flag[1] and not is_answer:
+        raise UserError(
+            f"{where}: field {name}.{flag[0]} asks to train what the role {role!r} says, and only answers are trained",
+            "leave it out, or set it to false",
+        )
+    if flag is not None and not flag[1] and is_answer:
+        message["trained"] = False
+    thought = read_thought(turn, where, f"{name}.")
+    if thought and not is_answer:
+        raise UserError(f"{where}: field {name} holds a thought of the role {role!r}", "let the assistant think")
+    return _with_thought(message, thought, where, f"{name}.{key}") if thought else message
+
+
+def _with_thought(message: Message, thought: str, where: str, name: str) -> Message:
+    if THOUGHT.fullmatch(message["content"]):
+        raise UserError(
+            f"{where}: field {name} begins with <think>, and {THOUGHTS[0]} holds a thought, too", "keep one of them"
+        )
+    return {**message, "reasoning_content": thought}
 
 
 def _checked_thinking(value: Any, messages: list[Message], where: str) -> bool:
@@ -113,7 +345,7 @@ def _checked_thinking(value: Any, messages: list[Message], where: str) -> bool:
     if thinking is None:
         raise UserError(f"{where}: field enable_thinking is {value!r}", "write true or false, or leave it out")
     for message in messages:
-        if message["role"] == "assistant" and begins_with_thought(answer_text(message)) != thinking:
+        if message["role"] == "assistant" and begins_with_thought(full_answer(message)) != thinking:
             raise UserError(
                 f"{where}: field enable_thinking is {value!r}, and the answer {message['content'][:20]!r} "
                 f"{'has no thought' if thinking else 'begins with one'}",
@@ -122,10 +354,23 @@ def _checked_thinking(value: Any, messages: list[Message], where: str) -> bool:
     return thinking
 
 
+def _refuse_beside(record: Record, fields: Collection[str], where: str, place: str) -> None:
+    for field in sorted(fields):
+        if record.get(field) not in ABSENT:
+            raise UserError(
+                f"{where}: field {field} is not read {place}", "put what it says into the messages, or leave it out"
+            )
+
+
+def _not_a_text(value: Any, where: str, name: str) -> UserError:
+    cause = f"{where}: field {name} is {'missing' if value is None else 'not a text'}"
+    return UserError(cause, "give it a text, or remove the row")
+
+
 def _with_line_feeds(value: Any) -> Any:
     """A value in whose texts every line ends in "\\n"."""
     if isinstance(value, str):
-        return value.replace("\r\n", "\n").replace("\r", "\n") if "\r" in value else value
+        return value.replace("\r\n", "\n").replace("\r", "\n")
     if isinstance(value, list):
         return [_with_line_feeds(item) for item in value]
     if isinstance(value, dict):

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 import re
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -18,7 +18,9 @@ from novelgpt.settings.errors import UserError
 Record = dict[str, Any]
 
 _DECODER = json.JSONDecoder()
-_BLANKS = re.compile(r"\s*")
+_NOT_BLANK = re.compile(r"\S")
+# May spell half of a character, which no tokenizer takes.
+_HALF_CHARACTER = re.compile(r"\\u[dD]")
 # Lists of mappings that belong to one row, whatever else it holds.
 _LISTS_OF_ROWS = {
     "messages", "conversations", "conversation", "tools", "functions", "prompt", "completion", "chosen", "rejected",
@@ -26,25 +28,39 @@ _LISTS_OF_ROWS = {
 }  # fmt: skip
 _FIELDS_OF_ROWS = _LISTS_OF_ROWS | {"instruction", "query", "response", "output", "title", "abstract", "text", "task"}
 _FIELDS_OF_ROWS |= {"text_prompt", "prediction", "predict"}
+_SUFFIXES = (".jsonl", ".json", ".csv", ".parquet")
 
 
 def read_records(path: Path) -> Iterator[tuple[str, Record]]:
     """("file:line" or "file row N", mapping) of each row of a .jsonl, .json, .csv or .parquet file.
 
-    JSON may stand a row a line, a row over several lines, in one list, or in one list under a name
+    JSON may hold one row per line, rows over several lines, one list of rows, or one list under a name
     ({"version": 1, "data": [...]}).
 
     Raises:
-        UserError: missing or empty file, undecodable bytes, invalid JSON or CSV, a row that is no mapping.
+        UserError: missing or empty file, undecodable bytes, invalid JSON or CSV, a row that is not a mapping.
     """
     suffix = path.suffix.lower()
-    readers: dict[str, Callable[[Path], Iterator[tuple[str, Any]]]] = {
-        ".jsonl": _json_lines, ".json": _json, ".csv": _csv, ".parquet": _parquet,
-    }  # fmt: skip
-    if suffix not in readers:
+    if suffix not in _SUFFIXES:
         raise UserError(f"{path}: no reader for {suffix or 'files without a suffix'}",
-                        f"convert it to one of {', '.join(readers)}")  # fmt: skip
-    for where, record in readers[suffix](path):
+                        f"convert it to one of {', '.join(_SUFFIXES)}")  # fmt: skip
+    rows: Iterator[tuple[str, Any]]
+    if suffix == ".parquet":
+        rows = _read_parquet(path)
+    elif suffix == ".csv":
+        rows = read_csv(decode_text(read_bytes(path), str(path)), str(path))
+    else:
+        text = decode_text(read_bytes(path), str(path))
+        lines = text.split("\n")
+        first = next(line for line in lines if line.strip())
+        try:
+            json.loads(first)
+            row_per_line = first.strip() != text.strip()
+        except (ValueError, RecursionError):
+            row_per_line = False
+        places = ((f"{path}:{number}", line) for number, line in enumerate(lines, start=1) if line.strip())
+        rows = ((place, load_json(line, place)) for place, line in places) if row_per_line else _json_values(text, path)
+    for where, record in rows:
         if not isinstance(record, dict):
             raise UserError(f"{where}: the row is a {type(record).__name__}, not a mapping of fields",
                             'write rows like {"field": "value"}')  # fmt: skip
@@ -55,70 +71,66 @@ def load_json(text: str, where: str) -> Any:
     """A JSON value.
 
     Raises:
-        UserError: invalid JSON, half a character, or what Python cannot hold; names `where` and the line.
+        UserError: invalid JSON, half a character, or a value that Python cannot hold; names `where` and the line.
     """
     try:
         value = json.loads(text)
-        if "\\ud" in text.lower():  # may spell half of a character, which no tokenizer takes
-            json.dumps(value, ensure_ascii=False).encode("utf-8")
-        return value
+    except (ValueError, RecursionError) as error:
+        line = f" line {error.lineno}" if isinstance(error, json.JSONDecodeError) and error.lineno > 1 else ""
+        raise _invalid_json(error, f"{where}{line}") from error
+    if _HALF_CHARACTER.search(text):
+        _refuse_half_characters(value, where)
+    return value
+
+
+def _invalid_json(error: ValueError | RecursionError, where: str) -> UserError:
+    if isinstance(error, json.JSONDecodeError):
+        return UserError(f"{where}: invalid JSON, column {error.colno}: {error.msg}",
+                         "correct that line, or write the file with json.dumps")  # fmt: skip
+    # A number of thousands of digits; lists in lists in lists.
+    return UserError(f"{where}: JSON that cannot be read: {error}", "write rows of fields and texts")
+
+
+def _refuse_half_characters(value: Any, where: str) -> None:
+    try:
+        json.dumps(value, ensure_ascii=False).encode("utf-8")
     except UnicodeEncodeError as error:
         raise UserError(f"{where}: a \\ud… escape spells half of a character (a lone surrogate)",
                         "remove it, or write both halves") from error  # fmt: skip
-    except json.JSONDecodeError as error:
-        line = f" line {error.lineno}" if error.lineno > 1 else ""
-        raise _invalid(f"{where}{line}", error) from error
-    except (ValueError, RecursionError) as error:  # a number of thousands of digits; lists in lists in lists
-        raise UserError(f"{where}: JSON that cannot be read: {error}", "write rows of fields and texts") from error
-
-
-def _json_lines(path: Path) -> Iterator[tuple[str, Any]]:
-    text = decode_text(read_bytes(path), str(path))
-    place = _after_blanks(text, 0)
-    first = text[place:].partition("\n")[0]
-    if not _is_json(first) or _after_blanks(text, place + len(first)) == len(text):
-        yield from _json_values(text, path)
-        return
-    for number, line in enumerate(text.split("\n"), start=1):
-        if line.strip():
-            yield f"{path}:{number}", load_json(line, f"{path}:{number}")
-
-
-def _json(path: Path) -> Iterator[tuple[str, Any]]:
-    text = decode_text(read_bytes(path), str(path))
-    if not text.lstrip().startswith("["):
-        # JSON lines under the name .json are common.
-        yield from _json_lines(path)
-        return
-    for index, record in enumerate(load_json(text, str(path))):
-        yield f"{path} row {index}", record
 
 
 def _json_values(text: str, path: Path) -> Iterator[tuple[str, Any]]:
-    """Values one after the other, each of which may go over several lines."""
-    begin, place, line = 0, _after_blanks(text, 0), 1
-    while place < len(text):
-        line += text.count("\n", begin, place)
-        begin = place
+    """Rows of JSON values one after the other, each of which may span several lines."""
+    end, line, is_only_value = 0, 1, True
+    found = _NOT_BLANK.search(text)
+    while found is not None:
+        line += text.count("\n", end, found.start())
+        where = f"{path}:{line}"
         try:
-            value, end = _DECODER.raw_decode(text, place)
-        except json.JSONDecodeError as error:
-            raise _invalid(f"{path}:{error.lineno}", error) from error
-        except (ValueError, RecursionError):
-            end = len(text)
-        value = load_json(text[place:end], f"{path}:{line}")
-        first, place = place, _after_blanks(text, end)
-        if place == len(text) and not text[:first].strip():
-            yield from _unwrapped(value, f"{path}:{line}", path)
+            value, stop = _DECODER.raw_decode(text, found.start())
+        except (ValueError, RecursionError) as error:
+            place = f"{path}:{error.lineno}" if isinstance(error, json.JSONDecodeError) else where
+            raise _invalid_json(error, place) from error
+        if _HALF_CHARACTER.search(text, found.start(), stop):
+            _refuse_half_characters(value, where)
+        line += text.count("\n", found.start(), stop)
+        end, found = stop, _NOT_BLANK.search(text, stop)
+        if is_only_value and found is None:
+            yield from _unwrap(value, where, path)
         else:
-            yield f"{path}:{line}", value
+            yield where, value
+        is_only_value = False
 
 
-def _unwrapped(value: Any, where: str, path: Path) -> Iterator[tuple[str, Any]]:
+def _unwrap(value: Any, where: str, path: Path) -> Iterator[tuple[str, Any]]:
     """The rows of a file's only value: itself, the items of a list, or those of the list under one of its names."""
     rows = value if isinstance(value, list) else None
     if isinstance(value, dict) and not _FIELDS_OF_ROWS & value.keys():
-        lists = {name: held for name, held in value.items() if isinstance(held, list) and _all_mappings(held)}
+        lists = {
+            name: held
+            for name, held in value.items()
+            if isinstance(held, list) and held and all(isinstance(row, dict) for row in held)
+        }
         if len(lists) > 1:
             raise UserError(
                 f"{path}: several lists of rows in one file: {', '.join(lists)}",
@@ -132,50 +144,21 @@ def _unwrapped(value: Any, where: str, path: Path) -> Iterator[tuple[str, Any]]:
         yield f"{path} row {index}", row
 
 
-def _after_blanks(text: str, place: int) -> int:
-    """Where what is no blank begins, from `place` on."""
-    blanks = _BLANKS.match(text, place)
-    assert blanks is not None
-    return blanks.end()
-
-
-def _all_mappings(values: list[Any]) -> bool:
-    return bool(values) and all(isinstance(value, dict) for value in values)
-
-
-def _is_json(text: str) -> bool:
-    try:
-        json.loads(text)
-    except (ValueError, RecursionError):
-        return False
-    return True
-
-
-def _invalid(where: str, error: json.JSONDecodeError) -> UserError:
-    return UserError(f"{where}: invalid JSON, column {error.colno}: {error.msg}",
-                     "mend that line, or write the file with json.dumps")  # fmt: skip
-
-
-def _csv(path: Path) -> Iterator[tuple[str, Any]]:
-    yield from read_csv(decode_text(read_bytes(path), str(path)), str(path))
-
-
-def _parquet(path: Path) -> Iterator[tuple[str, Any]]:
+def _read_parquet(path: Path) -> Iterator[tuple[str, Any]]:
     if not path.is_file() or not path.stat().st_size:
         read_bytes(path)  # raises, with the reason
     try:
-        rows = pyarrow.parquet.ParquetFile(path).iter_batches(batch_size=1024)
         index = 0
-        for batch in rows:
+        for batch in pyarrow.parquet.ParquetFile(path).iter_batches(batch_size=1024):
             for record in batch.to_pylist():
                 yield f"{path} row {index}", {name: _without_nulls(value) for name, value in record.items()}
                 index += 1
     except pyarrow.ArrowException as error:
-        raise UserError(f"{path} is no readable parquet file: {error}", "write the file again") from error
+        raise UserError(f"{path} is not a readable parquet file: {error}", "write the file again") from error
 
 
 def _without_nulls(value: Any) -> Any:
-    """A value without the fields that it has only because the format gives all rows of a column the same ones."""
+    """A value without the nested fields that it has only because the format gives all rows of a column the same."""
     if isinstance(value, list):
         return [_without_nulls(item) for item in value]
     if isinstance(value, dict):

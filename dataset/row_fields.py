@@ -1,115 +1,102 @@
-"""Fields of rows and of messages that change what is trained: obeyed, or refused by their name; never passed over.
+"""Fields of rows and messages that change what is trained: obeyed, or refused by name; never ignored.
 
 Other tools give such fields a meaning: flags that keep answers out of the loss (ms-swift's `loss`, OpenAI's `weight`,
-axolotl's `train`), preferences, media. A row that carries one would otherwise be trained as what it is not.
+axolotl's `train`), tools and their calls, preferences, media. Without this a row would be trained as something else.
 """
 
 from __future__ import annotations
 
-from collections.abc import Collection, Mapping
-from typing import Any, NamedTuple
+from collections.abc import Mapping
+from typing import Any
 
+from dataset.records import Record, load_json
 from novelgpt.settings.errors import UserError
+from novelgpt.text.messages import Message
 
+# Values of fields that say nothing: formats with columns have every field in every row.
+ABSENT: tuple[Any, ...] = (None, "", [], {})
 # Fields that say whether an answer is trained: true, false, 1 or 0.
 FLAGS = ("loss", "weight", "train", "training", "trainable", "loss_scale", "loss_weight")
 # Fields that hold what was thought before an answer, the standard name first.
 THOUGHTS = ("reasoning_content", "reasoning", "thinking")
 _TRUE, _FALSE = ("1", "1.0", "true"), ("0", "0.0", "false")
 
-
-class _Refused(NamedTuple):
-    """Why fields are refused, and what to do about them."""
-
-    names: tuple[str, ...]
-    cause: str
-    remedy: str
-
-
-_PREFERENCES = _Refused(
-    ("chosen", "rejected", "rejected_response", "rejected_messages", "kto_tag", "label", "margin"),
-    "belongs to rows of preferences or classes (DPO, KTO, reward models), which no pipeline here trains on",
-    "train on them with TRL, LLaMA-Factory (--stage dpo) or ms-swift (swift rlhf); to fine-tune on the good answers, "
-    "write those as messages and leave this field out",
-)
-_MEDIA = _Refused(
-    ("image", "images", "video", "videos", "audio", "audios", "objects"),
-    "names pictures, sound or places in them, and models here read text alone",
-    "leave these rows out, or the field where the texts say enough without it",
-)
-_MASKS = _Refused(
+# Names of fields that are refused -> (cause, remedy).
+_REFUSED: dict[tuple[str, ...], tuple[str, str]] = {
+    ("chosen", "rejected", "rejected_response", "rejected_messages", "kto_tag", "label", "margin"): (
+        "belongs to rows of preferences or classes (DPO, KTO, reward models), which no pipeline here trains on",
+        "train on them with TRL, LLaMA-Factory (--stage dpo) or ms-swift (swift rlhf); to fine-tune on the good "
+        "answers, write those as messages and leave this field out",
+    ),
+    ("image", "images", "video", "videos", "audio", "audios", "objects"): (
+        "names images, sound or regions in them, and the models here read text only",
+        "leave these rows out, or the field where the texts say enough without it",
+    ),
     (
         "mask", "masks", "loss_mask", "completion_mask", "assistant_masks", "train_detail", "training_detail",
         "input_ids", "attention_mask", "labels",
+    ): (
+        "says token by token or part by part what is trained, which is not read here",
+        'mark whole answers with "loss": false instead, or leave the field out',
     ),
-    "says token by token or part by part what is trained, which is not read here",
-    'mark whole answers with "loss": false instead, or leave the field out',
-)  # fmt: skip
-_CHANNEL = _Refused(
-    ("channel",),
-    "sorts the loss into channels, which is not done here",
-    "leave it out, or name it otherwise where it is only a note",
-)
-_OF_BOTH = (_PREFERENCES, _MEDIA, _MASKS, _CHANNEL)
-_OF_ROWS = (
-    *_OF_BOTH,
-    _Refused(("system_prompt", "system_message"), "is no field that is read", "name it system"),
-    _Refused(
-        ("documents",), "holds documents for the chat template, which are not put into prompts here",
+    ("channel",): (
+        "sorts the loss into channels, which is not done here",
+        "leave it out, or rename it where it is only a note",
+    ),
+}  # fmt: skip
+_REFUSED_IN_ROWS = _REFUSED | {
+    ("system_prompt", "system_message"): ("is not a field that is read", "name it system"),
+    ("documents",): (
+        "holds documents for the chat template, which are not put into prompts here",
         "write what they say into the question",
     ),
-    _Refused(
-        ("chat_template", "chat_template_kwargs"), "changes the chat template for one row, which is not done here",
+    ("chat_template", "chat_template_kwargs"): (
+        "changes the chat template for one row, which is not done here",
         "leave it out; a template for all rows is chat_template.jinja beside the weights",
     ),
-)  # fmt: skip
-_OF_MESSAGES = (
-    *_OF_BOTH,
-    _Refused(("tools", "functions"), "belongs to the row, not to a message", "write it beside the messages"),
-    _Refused(("refusal",), "holds a refusal, which is not read", "write it as content"),
-)
+}
+_REFUSED_IN_MESSAGES = _REFUSED | {
+    ("tools", "functions"): ("belongs to the row, not to a message", "write it beside the messages"),
+    ("refusal",): ("holds a refusal, which is not read", "write it as content"),
+}
+REFUSED_IN_ROWS = {name: reason for names, reason in _REFUSED_IN_ROWS.items() for name in names}
+REFUSED_IN_MESSAGES = {name: reason for names, reason in _REFUSED_IN_MESSAGES.items() for name in names}
+# Fields of rows that the ordinary row does not have.
+SPECIAL_FIELDS = frozenset(("tools", "functions", "enable_thinking", *FLAGS, *REFUSED_IN_ROWS))
 
 
-def check_row_fields(record: Mapping[str, Any], where: str, read: Collection[str]) -> None:
-    """Refuse a row with a field that would change its training and is not obeyed.
+def refuse_fields(fields: Mapping[str, Any], refused: Mapping[str, tuple[str, str]], place: str) -> None:
+    """Refuse a row or message with a field that would change its training and is not obeyed.
 
     Args:
-        record: the row.
-        where: file and line, for errors.
-        read: fields that this row's shape or task reads; they are texts like any other.
+        fields: of the row or message.
+        refused: names of fields that are refused there -> (cause, remedy).
+        place: file, line and what stands before the field's name, for errors.
 
     Raises:
         UserError: names the field, says what it is and what to do.
     """
-    _check(record, f"{where}: field ", _OF_ROWS, read)
-
-
-def check_message_fields(message: Mapping[str, Any], where: str, name: str) -> None:
-    """As `check_row_fields`, for the message called `name`."""
-    _check(message, f"{where}: field {name}.", _OF_MESSAGES, ())
-
-
-def is_absent(value: Any) -> bool:
-    """Whether a field says nothing: formats with columns have all fields in each row."""
-    return value is None or (isinstance(value, (str, list, dict)) and not value)
+    for name, (cause, remedy) in refused.items():
+        if fields.get(name) not in ABSENT:
+            raise UserError(f"{place}{name} {cause}", remedy)
 
 
 def read_flag(fields: Mapping[str, Any], where: str, prefix: str = "") -> tuple[str, bool] | None:
     """The flag of a row or message, with its name; None where it has none.
 
     Raises:
-        UserError: a weight between 0 and 1 or above, another kind of value, or two flags that disagree.
+        UserError: a weight other than 0 and 1, another kind of value, or two flags that disagree.
     """
     found: tuple[str, bool] | None = None
     for name in FLAGS:
         value = fields.get(name)
-        if is_absent(value):
+        if value in ABSENT:
             continue
         text = str(value).strip().lower()
         if isinstance(value, (list, dict)) or text not in (*_TRUE, *_FALSE):
             raise UserError(
                 f"{where}: field {prefix}{name} is {value!r}: an answer counts in the loss or not, not in part",
-                "write true or false (1 or 0), leave the field out, or name it otherwise where it is only a note",
+                "write true or false (1 or 0), leave the field out, or rename it where it is only a note",
             )
         flag = text in _TRUE
         if found is not None and found[1] != flag:
@@ -122,21 +109,111 @@ def read_thought(fields: Mapping[str, Any], where: str, prefix: str = "") -> str
     """What was thought before an answer, "" for nothing.
 
     Raises:
-        UserError: it is no text.
+        UserError: it is not a text.
     """
     for name in THOUGHTS:
         value = fields.get(name)
-        if is_absent(value):
+        if value in ABSENT:
             continue
         if not isinstance(value, str):
-            raise UserError(f"{where}: field {prefix}{name} is no text", "give it a text, or leave it out")
+            raise UserError(f"{where}: field {prefix}{name} is not a text", "give it a text, or leave it out")
         if value.strip():
             return value
     return ""
 
 
-def _check(fields: Mapping[str, Any], begin: str, kinds: Collection[_Refused], read: Collection[str]) -> None:
-    for kind in kinds:
-        for name in kind.names:
-            if name not in read and not is_absent(fields.get(name)):
-                raise UserError(f"{begin}{name} {kind.cause}", kind.remedy)
+def read_tools(record: Mapping[str, Any], where: str) -> list[Record]:
+    """The tools of a row, [] for none: {"type": "function", "function": {…}} each.
+
+    They are in `tools`, as a list or as JSON text (LLaMA-Factory, ms-swift), or in `functions` (OpenAI's first form).
+    A tool without the outer mapping gets it.
+
+    Raises:
+        UserError: not a list of tools with names; names the field.
+    """
+    tools: list[Record] = []
+    for field in ("tools", "functions"):
+        value = record.get(field)
+        if isinstance(value, str):
+            value = load_json(value, f"{where} field {field}") if value.strip() else None
+        if value in ABSENT:
+            continue
+        for number, tool in enumerate(value if isinstance(value, list) else [value]):
+            bare = tool.get("function") if isinstance(tool, dict) and "function" in tool else tool
+            if not isinstance(bare, dict) or not isinstance(bare.get("name"), str):
+                raise UserError(
+                    f"{where}: field {field}[{number}] is not a tool with a name",
+                    'write [{"type": "function", "function": {"name": …, "description": …, "parameters": …}}, …]',
+                )
+            tools.append(tool if "function" in tool else {"type": "function", "function": tool})
+    return tools
+
+
+def read_calls(message: Mapping[str, Any], where: str, name: str) -> list[Record]:
+    """The calls of a message in `tool_calls`, or in `function_call` (OpenAI's first form); [] for none.
+
+    Raises:
+        UserError: a call without a name, or arguments that are not a mapping; names the field.
+    """
+    calls: list[Record] = []
+    for field in ("tool_calls", "function_call"):
+        value = message.get(field)
+        if isinstance(value, str) and value.strip():
+            value = load_json(value, f"{where} field {name}.{field}")
+        if value in ABSENT:
+            continue
+        if field == "tool_calls" and not isinstance(value, list):
+            raise UserError(f"{where}: field {name}.{field} is not a list of calls", 'write [{"function": {…}}, …]')
+        for number, call in enumerate(value if isinstance(value, list) else [value]):
+            place = f"{name}.{field}[{number}]" if isinstance(value, list) else f"{name}.{field}"
+            calls.append(_read_call(call, where, place))
+    return calls
+
+
+def read_call_text(text: Any, where: str, name: str) -> list[Record]:
+    """The calls that the content of a `function_call` or `tool_call` turn holds as JSON: one, or a list.
+
+    Raises:
+        UserError: not JSON, or not a call; names the field.
+    """
+    value = load_json(text, f"{where}: field {name}") if isinstance(text, str) else text
+    calls = value if isinstance(value, list) else [value]
+    if not calls:
+        raise UserError(f"{where}: field {name} holds no call", 'write {"name": …, "arguments": {…}}')
+    return [_read_call(call, where, name) for call in calls]
+
+
+def _read_call(call: Any, where: str, place: str) -> Record:
+    """{"type", "function": {"name", "arguments": mapping}} and what else stands beside them, such as the id."""
+    outer = call if isinstance(call, dict) else {}
+    function = outer.get("function")
+    inner: Record = function if isinstance(function, dict) else outer
+    if not isinstance(inner.get("name"), str) or not inner["name"]:
+        raise UserError(f"{where}: field {place} is not a call of a tool", 'write {"name": …, "arguments": {…}}')
+    arguments = inner.get("arguments", inner.get("parameters"))
+    if isinstance(arguments, str):
+        arguments = load_json(arguments, f"{where}: field {place}.arguments") if arguments.strip() else {}
+    arguments = {} if arguments is None else arguments
+    if not isinstance(arguments, dict):
+        raise UserError(f"{where}: field {place}.arguments is not a mapping", 'write {"argument": value}, or its JSON')
+    others = {key: value for key, value in inner.items() if key not in ("arguments", "parameters")}
+    made = {**others, "arguments": arguments}
+    return {"type": "function", **(outer if inner is function else {}), "function": made}
+
+
+def merge_calls(messages: list[Message], called: set[int]) -> list[Message]:
+    """Messages in which each turn that was written as a call alone is part of the answer right before it.
+
+    Args:
+        messages: in order.
+        called: numbers of those that stand for calls alone, as ShareGPT's `function_call`.
+    """
+    merged: list[Message] = []
+    for number, message in enumerate(messages):
+        before = merged[-1] if merged and number in called else message
+        alike = before.get("trained", True) == message.get("trained", True)
+        if before is not message and before["role"] == "assistant" and alike:
+            merged[-1] = {**before, "tool_calls": [*before.get("tool_calls", []), *message["tool_calls"]]}
+        else:
+            merged.append(message)
+    return merged

@@ -11,14 +11,21 @@ from typing import Any
 from transformers import PreTrainedTokenizerBase
 
 from dataset.instructions import Instructions
-from dataset.readers import Message, read_unworded_rows, word_row
-from dataset.row_fields import is_absent
+from dataset.readers import SourceRow, read_conversation, read_source_rows
+from dataset.row_fields import ABSENT
 from novelgpt.inference.generation import Answer
 from novelgpt.settings.errors import UserError
 from novelgpt.text.conversation import IGNORE_INDEX, EncodedRow, encode_conversation, encode_prompt
 from novelgpt.text.encoding import encode, encode_document
-from novelgpt.text.messages import answer_text, begins_with_thought, is_empty_answer
-from novelgpt.text.thoughts import PROMPT_END, opens_thought, split_thought
+from novelgpt.text.messages import (
+    PROMPT_END,
+    Message,
+    begins_with_thought,
+    full_answer,
+    is_empty_answer,
+    opens_thought,
+    split_thought,
+)
 from predict.scoring_fields import Scoring, read_scoring
 
 
@@ -105,12 +112,12 @@ def read_prompt_rows(
     """
     rows: list[PromptRow] = []
     nameless: list[PromptRow] = []
-    for unworded in islice((row for file in files for row in read_unworded_rows(Path(file))), max_rows):
-        if "text_prompt" in unworded["record"]:
-            rows.append(_plain_row(unworded, tokenizer))
+    for source in islice((row for file in files for row in read_source_rows(Path(file))), max_rows):
+        if "text_prompt" in source.fields:
+            rows.append(_plain_row(source, tokenizer))
         else:
-            rows.append(_conversation_row(unworded, tokenizer, instructions))
-        if is_absent(unworded["record"].get("id")):
+            rows.append(_conversation_row(source, tokenizer, instructions))
+        if source.fields.get("id") in ABSENT:
             nameless.append(rows[-1])
     if not rows:
         raise UserError(f"no row in {', '.join(files)}", "name --data_files with rows to answer")
@@ -131,11 +138,13 @@ def _name_apart(nameless: Sequence[PromptRow], rows: Sequence[PromptRow]) -> Non
 
 
 def _conversation_row(
-    unworded: dict[str, Any], tokenizer: PreTrainedTokenizerBase | None, instructions: Instructions | None
+    source: SourceRow, tokenizer: PreTrainedTokenizerBase | None, instructions: Instructions | None
 ) -> PromptRow:
-    row = word_row(unworded, instructions)
+    row = read_conversation(source, instructions)
     # Whether an answer was trained is no matter here: the last one is what the model is to say.
-    messages = [{name: value for name, value in message.items() if name != "trained"} for message in row["messages"]]
+    messages = row["messages"]
+    for message in messages:
+        message.pop("trained", None)
     answered = messages[-1]["role"] == "assistant"
     if answered and is_empty_answer(messages[-1]):
         messages, answered = messages[:-1], False
@@ -149,8 +158,8 @@ def _conversation_row(
             "predict with --model, whose chat template takes tools, or leave these rows out",
         )
     prompt = messages[:-1] if answered else messages
-    made = PromptRow(row["id"], [], messages, "", read_scoring(unworded["record"], row["source"]), tools=tools)
-    made.reference = answer_text(messages[-1]) if answered else ""
+    made = PromptRow(row["id"], [], messages, "", read_scoring(source.fields, row["source"]), tools=tools)
+    made.reference = full_answer(messages[-1]) if answered else ""
     made.thinking = begins_with_thought(made.reference) if answered else row.get("enable_thinking")
     if tokenizer is not None:
         try:
@@ -170,18 +179,16 @@ def _calls_in_words(row: PromptRow, tokenizer: PreTrainedTokenizerBase) -> str:
     return str(tokenizer.decode(answer[:-1]))
 
 
-def _plain_row(unworded: dict[str, Any], tokenizer: PreTrainedTokenizerBase | None) -> PromptRow:
-    record, where = unworded["record"], unworded["source"]
+def _plain_row(source: SourceRow, tokenizer: PreTrainedTokenizerBase | None) -> PromptRow:
+    record, where = source.fields, source.source
     texts = record["text_prompt"], record.get("text_completion") or ""
     if not all(isinstance(text, str) for text in texts) or not texts[0]:
         raise UserError(
             f"{where}: text_prompt or text_completion is no text", "give the row a text to go on with, and what follows"
         )
     prompt, reference = texts
-    messages = [{"role": "user", "content": prompt}]
+    messages: list[Message] = [{"role": "user", "content": prompt}]
     if reference:
         messages.append({"role": "assistant", "content": reference})
     prompt_ids = encode_document(prompt, tokenizer) if tokenizer is not None else []
-    return PromptRow(
-        unworded["id"], prompt_ids, messages, reference, read_scoring(record, where), plain=True, opened=False
-    )
+    return PromptRow(source.id, prompt_ids, messages, reference, read_scoring(record, where), plain=True, opened=False)

@@ -20,7 +20,7 @@ from typing import Any
 from rich.table import Table
 
 from dataset.records import read_records
-from dataset.row_fields import is_absent
+from dataset.row_fields import ABSENT
 from novelgpt.scoring.conventions import CONVENTIONS
 from novelgpt.scoring.row_scores import RowScores, ScoredRow, score_rows
 from novelgpt.scoring.segmentation import segment
@@ -32,7 +32,7 @@ from novelgpt.settings.errors import UserError, exit_on_user_error
 from novelgpt.settings.paths import check_folder_can_be_made
 from novelgpt.settings.remedies import pip_install
 from novelgpt.settings.terminal import counted, say
-from novelgpt.text.thoughts import split_thought
+from novelgpt.text.messages import split_thought
 from predict.scoring_fields import Scoring, read_scoring, read_texts
 
 GROUPS_SHOWN = 4  # beside each other in the terminal
@@ -78,12 +78,12 @@ def read_predictions(path: Path, keep_thoughts: bool = False) -> list[Prediction
         UserError: what the readers raise, no row, or a row without its texts.
     """
     records = list(read_records(path))
-    taken = {str(record["id"]) for _, record in records if not is_absent(record.get("id"))}
+    taken = {str(record["id"]) for _, record in records if record.get("id") not in ABSENT}
     predictions = []
     for number, (where, record) in enumerate(records):
         scoring = read_scoring(record, where)
-        name = str(number) if is_absent(record.get("id")) else str(record["id"])
-        while is_absent(record.get("id")) and name in taken:
+        name = str(number) if record.get("id") in ABSENT else str(record["id"])
+        while record.get("id") in ABSENT and name in taken:
             name += "~"
         prediction, reference = read_texts(record, where)
         if not keep_thoughts:

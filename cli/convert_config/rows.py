@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import Any
 
 from cli.convert_config.conversion import Conversion
-from dataset.readers import word_row
+from dataset.readers import SourceRow, read_conversation
 from dataset.records import Record, read_records
 from novelgpt.settings.errors import UserError
 from novelgpt.settings.terminal import counted
@@ -128,8 +128,8 @@ def _reads_alike(record: Record, row: Record, where: str, text_column: str | Non
 
 
 def _worded(record: Record, where: str) -> Any:
-    worded = word_row({"id": "", "record": record, "source": where})
-    return worded["messages"], worded.get("tools")
+    conversation = read_conversation(SourceRow("", record, where))
+    return conversation["messages"], conversation.get("tools")
 
 
 def hold_out(conversion: Conversion, valid: Sequence[str], files_key: str, share_key: str) -> None:

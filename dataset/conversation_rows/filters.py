@@ -12,7 +12,8 @@ import rensa
 
 from dataset.conversation_rows.sources import Row, RowCandidate
 from dataset.instructions import Instructions
-from dataset.readers import Record, messages_of
+from dataset.readers import messages_of
+from dataset.records import Record
 
 # Reason -> what it means, as the closing table says it.
 REASONS = {

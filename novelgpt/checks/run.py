@@ -34,6 +34,7 @@ from novelgpt.settings.remedies import environment_program, pipeline_name, pytho
 from novelgpt.settings.runs import FinetuneRun, LoraRun, PretrainRun, TrainingRun
 from novelgpt.settings.terminal import counted, gigabytes
 from novelgpt.text.conversation import IGNORE_INDEX, encode_conversation
+from novelgpt.text.messages import Message
 from novelgpt.text.templates import template_record
 from novelgpt.training.run_choice import preview_run_folder
 
@@ -239,5 +240,5 @@ def check_checkpoints(plan: MemoryPlan | None, tokenizer: int) -> Iterator[Findi
 
 def _trained_tokens(tokenizer: PreTrainedTokenizerBase) -> list[int]:
     """Return the tokens that are trained of a question and its answer."""
-    messages = [{"role": "user", "content": QUESTION}, {"role": "assistant", "content": ANSWER}]
+    messages: list[Message] = [{"role": "user", "content": QUESTION}, {"role": "assistant", "content": ANSWER}]
     return [label for label in encode_conversation(messages, tokenizer)[0].labels if label != IGNORE_INDEX]

@@ -28,8 +28,9 @@ from novelgpt.settings.arguments import GenerationArguments
 from novelgpt.settings.errors import UserError
 from novelgpt.settings.run_record import pipeline_of
 from novelgpt.settings.terminal import counted
-from novelgpt.text.conversation import Message, encode_prompt
-from novelgpt.text.encoding import answer_text, document_begin_ids, document_end_id, encode_document
+from novelgpt.text.conversation import encode_prompt
+from novelgpt.text.encoding import decode_answer, document_begin_ids, document_end_id, encode_document
+from novelgpt.text.messages import Message
 from novelgpt.text.statistics import BROKEN
 from novelgpt.text.templates import template_record
 
@@ -160,7 +161,7 @@ class StreamedText(BaseStreamer):
             self.in_prompt = False
             return
         self.tokens += [token for token in value.flatten().tolist() if token not in self.ends]
-        if not answer_text(self.tokens[self.start :], self.tokenizer, self.ends).endswith(BROKEN):
+        if not decode_answer(self.tokens[self.start :], self.tokenizer, self.ends).endswith(BROKEN):
             self._decode()
             # "\r" stays with what follows: a line end of two characters is not split.
             self._emit(len(self.text.removesuffix("\r")))
@@ -171,8 +172,8 @@ class StreamedText(BaseStreamer):
         self._emit(len(self.text))
 
     def _decode(self) -> None:
-        known = answer_text(self.tokens[self.start : self.decoded], self.tokenizer, self.ends)
-        self.text += answer_text(self.tokens[self.start :], self.tokenizer, self.ends)[len(known) :]
+        known = decode_answer(self.tokens[self.start : self.decoded], self.tokenizer, self.ends)
+        self.text += decode_answer(self.tokens[self.start :], self.tokenizer, self.ends)[len(known) :]
         self.start, self.decoded = self.decoded, len(self.tokens)
 
     def _emit(self, end: int) -> None:

@@ -17,7 +17,7 @@ from novelgpt.settings.arguments import GenerationArguments
 from novelgpt.settings.errors import UserError
 from novelgpt.settings.terminal import counted
 from novelgpt.text.conversation import end_token_ids
-from novelgpt.text.encoding import answer_text
+from novelgpt.text.encoding import decode_answer
 
 
 @dataclass
@@ -213,5 +213,5 @@ def generation_config(generation: GenerationArguments, ends: list[int], pad: int
 def _answer(ids: list[int], ends: list[int], tokenizer: PreTrainedTokenizerBase) -> Answer:
     end = next((position for position, token in enumerate(ids) if token in ends), None)
     kept = ids if end is None else ids[:end]
-    text = answer_text(kept, tokenizer, ends)
+    text = decode_answer(kept, tokenizer, ends)
     return Answer(text, "length" if end is None else "stop", len(kept) + (end is not None))

@@ -29,6 +29,7 @@ from novelgpt.settings.remedies import pipeline_name
 from novelgpt.settings.run_record import pipeline_of
 from novelgpt.settings.terminal import say
 from novelgpt.text.conversation import IGNORE_INDEX, encode_conversation, encode_prompt
+from novelgpt.text.messages import Message
 
 
 def attach_lora(
@@ -224,7 +225,7 @@ def _rows_to_train(
 
 def _template_tokens(tokenizer: PreTrainedTokenizerBase) -> tuple[int, set[int]]:
     """The token that ends an answer in the chat template, and all special tokens that the template writes."""
-    question = [{"role": "user", "content": "问"}]
+    question: list[Message] = [{"role": "user", "content": "问"}]
     row = encode_conversation([*question, {"role": "assistant", "content": "答"}], tokenizer)[0]
     end = [label for label in row.labels if label != IGNORE_INDEX][-1]
     written = {*row.input_ids, *encode_prompt(question, tokenizer)}

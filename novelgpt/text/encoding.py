@@ -6,6 +6,9 @@ from collections.abc import Collection, Iterable
 
 from transformers import PreTrainedTokenizerBase
 
+# Options of a tokenizer for the tokens of a text alone: nothing added before or after, whatever its length.
+AS_IT_IS = {"add_special_tokens": False, "verbose": False}
+
 
 def document_begin_ids(tokenizer: PreTrainedTokenizerBase) -> list[int]:
     """The tokens that a model has seen before each text: Llama's and Gemma's begin token; none for Qwen and Baichuan.
@@ -15,8 +18,8 @@ def document_begin_ids(tokenizer: PreTrainedTokenizerBase) -> list[int]:
     probe = "字"
     whole = list(tokenizer(probe, add_special_tokens=True, verbose=False)["input_ids"])
     text = encode(probe, tokenizer)
-    places = (place for place in range(len(whole)) if whole[place : place + len(text)] == text)
-    return whole[: next(places, 0)]
+    starts = (start for start in range(len(whole)) if whole[start : start + len(text)] == text)
+    return whole[: next(starts, 0)]
 
 
 def encode_document(text: str, tokenizer: PreTrainedTokenizerBase) -> list[int]:
@@ -25,20 +28,19 @@ def encode_document(text: str, tokenizer: PreTrainedTokenizerBase) -> list[int]:
 
 
 def encode(text: str, tokenizer: PreTrainedTokenizerBase) -> list[int]:
-    """Tokens of a piece of text, with nothing added before or after, whatever its length."""
-    return list(tokenizer(text, add_special_tokens=False, verbose=False)["input_ids"])
+    """Tokens of a segment of text, with nothing added before or after, whatever its length."""
+    return list(tokenizer(text, **AS_IT_IS)["input_ids"])
 
 
 def document_end_id(tokenizer: PreTrainedTokenizerBase) -> int:
     """The token between documents in pretraining: <|endoftext|> for the Qwen family, else the end token."""
-    end_of_text = tokenizer.get_vocab().get("<|endoftext|>")
-    return int(tokenizer.eos_token_id) if end_of_text is None else int(end_of_text)
+    return int(tokenizer.get_vocab().get("<|endoftext|>", tokenizer.eos_token_id))
 
 
-def answer_text(tokens: Iterable[int], tokenizer: PreTrainedTokenizerBase, ends: Collection[int] = ()) -> str:
-    """The text of an answer's tokens, without those that end or pad one.
+def decode_answer(tokens: Iterable[int], tokenizer: PreTrainedTokenizerBase, ends: Collection[int] = ()) -> str:
+    """The text of an answer's tokens, without those that end or pad it.
 
-    Special tokens otherwise stay: marks that a user added to the vocabulary are part of what the model was taught.
+    Other special tokens stay: those that a user added to the vocabulary are part of what the model was taught.
 
     Args:
         tokens: ids.

@@ -1,34 +1,106 @@
-"""Messages of conversations, and what is told from one alone, without a tokenizer."""
+"""Messages of a conversation, and the thoughts in its answers (<think>…</think>), as text."""
 
 from __future__ import annotations
 
 import re
-from typing import Any
+from typing import Any, TypedDict
 
-Message = dict[str, Any]
-"""{"role", "content"}, both texts. An answer may have "reasoning_content" (text), "tool_calls" (a list, each
-{"type", "function": {"name", "arguments": mapping}}) and "trained": False, where it is read and not trained; the
-result of a tool may have "name" and "tool_call_id"."""
 
-# An answer that begins with a thought, as Qwen3 and its kin write them: (thought, answer proper).
+class _Speech(TypedDict):
+    role: str
+    content: str
+
+
+class Message(_Speech, total=False):
+    """One message.
+
+    An answer may have `reasoning_content` (the thought before it), `tool_calls` (each {"type", "function": {"name",
+    "arguments": mapping}}) and `trained`: False, which keeps it out of the loss. The result of a tool may have `name`
+    and `tool_call_id`.
+    """
+
+    reasoning_content: str
+    tool_calls: list[dict[str, Any]]
+    name: str
+    tool_call_id: str
+    trained: bool
+
+
+# An answer that begins with a thought: (thought, answer proper).
 THOUGHT = re.compile(r"\s*<think>(.*?)</think>(.*)", re.DOTALL)
+# The start of an answer whose thought holds more than line feeds.
+OWN_THOUGHT = re.compile(r"\s*<think>\n*(?!\n|</think>).*?</think>", re.DOTALL)
+# Content of an answer that says nothing: whitespace, around an empty thought or not.
+EMPTY_CONTENT = re.compile(r"\s*(?:<think>\s*</think>\s*)?")
+# Number of tokens at the end of a prompt that always hold an opening <think> tag with the whitespace around it.
+PROMPT_END = 16
+_TAG = re.compile(r"</?think>")
+_OPENED = re.compile(r"<think>\s*\Z")
 
 
-def answer_text(message: Message) -> str:
-    """What an answer says, its thought in front where the message holds that apart; its calls are no part of it."""
+def full_answer(message: Message) -> str:
+    """An answer with its thought in front where the message holds that in its own field; without its calls."""
     thought, content = message.get("reasoning_content"), str(message["content"] or "")
     return f"<think>\n{thought}\n</think>\n\n{content}" if thought else content
 
 
 def begins_with_thought(answer: str) -> bool:
-    """Whether an answer begins with a thought of its own; an empty one is none."""
-    thought = THOUGHT.fullmatch(answer)
-    return thought is not None and bool(thought[1].strip("\n"))
+    """Whether an answer begins with a thought of its own; an empty one does not count."""
+    return OWN_THOUGHT.match(answer) is not None
 
 
 def is_empty_answer(message: Message) -> bool:
-    """Whether an answer says nothing and calls nothing, so that its end token alone would be trained."""
-    answer = answer_text(message)
-    thought = THOUGHT.fullmatch(answer)
-    said = answer if thought is None else thought[1] + thought[2]
-    return not said.strip() and not message.get("tool_calls")
+    """Whether an answer says, thinks and calls nothing, so that its end token alone would be trained."""
+    says_more = message.get("tool_calls") or message.get("reasoning_content")
+    return not says_more and EMPTY_CONTENT.fullmatch(message["content"] or "") is not None
+
+
+def opens_thought(prompt: str) -> bool:
+    """Whether a prompt ends in an opening <think> tag, so that the answer starts inside a thought."""
+    return _OPENED.search(prompt) is not None
+
+
+def split_thought(text: str, opened: bool | None) -> tuple[str, str]:
+    """Split what a model wrote into (thought, answer), without the tags and the whitespace around them.
+
+    Only thoughts at the start count; tags further on are part of the answer. A thought ends at the tag that closes its
+    opening one; where the tags inside are unbalanced, at the last closing tag. A thought that is never closed is
+    everything, and the answer is empty. An answer without a thought is returned unchanged.
+
+    Args:
+        text: what the model wrote.
+        opened: whether the prompt opens a thought (`opens_thought`); None where the prompt is unknown: then a text
+            that closes more thoughts than it opens started inside one.
+
+    >>> split_thought("<think>想</think>答", False)
+    ('想', '答')
+    >>> split_thought("标签 <think> 是什么？", False)
+    ('', '标签 <think> 是什么？')
+    """
+    thoughts: list[str] = []
+    while True:
+        opening = re.match(r"\s*<think>", text)
+        if opening is not None:
+            text = text[opening.end() :]
+        elif not (_closes_more(text) if opened is None else opened):
+            return "\n".join(filter(None, thoughts)), text
+        depth, last = 1, None
+        for tag in _TAG.finditer(text):
+            depth += 1 if tag[0] == "<think>" else -1
+            last = last if tag[0] == "<think>" else tag
+            if depth == 0:
+                break
+        thought, text = (text, "") if last is None else (text[: last.start()], text[last.end() :])
+        thoughts.append(thought.strip())
+        text = text.lstrip("\r\n")  # other whitespace may indent a paragraph
+        opened = False
+
+
+def _closes_more(text: str) -> bool:
+    """Whether a thought is closed that was not opened within the text."""
+    depth = 0
+    for tag in _TAG.finditer(text):
+        depth += 1 if tag[0] == "<think>" else -1
+        if depth < 0:
+            return True
+    return False

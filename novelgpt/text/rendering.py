@@ -1,4 +1,4 @@
-"""A conversation as its chat template renders it, with nothing lost on the way and no mark where a text spells one."""
+"""A conversation as its chat template renders it: nothing is lost, and every special token is the template's own."""
 
 from __future__ import annotations
 
@@ -6,38 +6,41 @@ import copy
 import itertools
 import json
 import re
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from typing import Any
 
 from transformers import PreTrainedTokenizerBase
 
 from novelgpt.settings.errors import UserError
-from novelgpt.text.encoding import encode
-from novelgpt.text.marks import encode_ordinary, mark_pattern, mark_texts
-from novelgpt.text.messages import Message
-from novelgpt.text.template_bounds import render_template
+from novelgpt.text import template_bounds
+from novelgpt.text.encoding import AS_IT_IS
+from novelgpt.text.messages import Message, full_answer
+from novelgpt.text.special_tokens import encode_literally, special_tokens
 
 # Fields of messages that a template may read.
 _READ = ("role", "content", "reasoning_content", "tool_calls", "tool_call_id", "name")
-# Of these planes no character has a meaning: they stand for marks while a template renders a text that spells them.
+# Characters of a plane without meanings: they replace special tokens that a text spells while a template renders it.
 _STAND_INS = range(0xF0000, 0xFFFFE)
 _PROBE = "novelgpt"
 
 
 class RenderedConversation:
-    """A conversation, its tools, and the text and tokens that its chat template makes of it.
+    """A conversation, its tools, and the text and tokens that its chat template makes of them.
 
-    While the template renders, each mark that a text of the conversation spells is a stand-in of one character, which
-    `tokens` takes for the mark's letters. So a mark in a text that was rendered is always the template's own.
+    While the template renders, each special token that a text of the conversation spells is replaced by one character,
+    its stand-in, which `tokens` encodes as the letters of that token. So a special token in rendered text is always the
+    template's own.
 
     Args:
-        messages: of the conversation; what no template reads is taken out.
+        messages: of the conversation; fields that no template reads are left out.
         tokenizer: whose template is used.
         tools: that the assistant may call, as templates take them.
 
     Attributes:
         messages: as they are rendered, with stand-ins.
         trained: of each message, whether it is trained if it is an answer.
+        answers: number of each answer -> its text, thought included.
+        instructions: numbers of the system and tool messages, which the template must write (`refuse_lost_texts`).
 
     Raises:
         UserError: the template fails on the messages, or leaves out the tools or a call.
@@ -47,68 +50,115 @@ class RenderedConversation:
         self, messages: Sequence[Message], tokenizer: PreTrainedTokenizerBase, tools: Sequence[dict[str, Any]] = ()
     ) -> None:
         self.tokenizer = tokenizer
-        self.trained = [bool(message.get("trained", True)) for message in messages]
-        self._spelled: dict[int, str] = {}
-        read = [{name: message[name] for name in _READ if name in message} for message in messages]
-        self._find_marks([read, list(tools)])
-        self.messages: list[Message] = self._hidden(read)
-        self._tools: list[dict[str, Any]] | None = self._hidden(list(tools)) or None
+        self.special = special_tokens(tokenizer)
+        self.trained = [message.get("trained", True) for message in messages]
+        self.messages: list[Any] = [{name: dict(one)[name] for name in _READ if name in one} for one in messages]
+        self._tools = list(tools)
         self._calls = [
             (number, place)
             for number, message in enumerate(self.messages)
             for place in range(len(message.get("tool_calls", ())))
         ]
+        self._spelled: dict[int, str] = {}
+        texts = [text for message in self.messages for text in message.values() if isinstance(text, str)]
+        if self._tools or self._calls:
+            texts = list(_texts([self.messages, self._tools]))
+        if any(token in text for token in self.special.texts for text in texts):
+            self._hide_spelled(texts)
+        self.answers = {
+            number: full_answer(message) if message.get("reasoning_content") else message["content"] or ""
+            for number, message in enumerate(self.messages)
+            if message["role"] == "assistant"
+        }
+        self.instructions = [
+            number
+            for number, message in enumerate(self.messages)
+            if message["role"] in ("system", "tool") and message["content"].strip()
+        ]
         if self._calls:
             self._settle_calls()
-        if self._tools and self._renders_alike(self.messages, self.messages, None):
+        if self._tools and self._renders_alike(self.messages, self.messages, with_tools=False):
             raise UserError(
                 "field tools: the chat template has no place for a list of tools",
                 "take a model whose template has one (Qwen2.5, Qwen3), or leave out tools and the rows that call them",
             )
 
-    def render(self, count: int, thinking: bool, add_generation_prompt: bool) -> str:
-        """The text of the first `count` messages.
+    def render(
+        self,
+        messages: Sequence[Any],
+        thinking: bool = False,
+        add_generation_prompt: bool = False,
+        with_tools: bool = True,
+    ) -> str:
+        """The text of `messages`, which are those of the conversation or variants of them.
 
         Args:
-            count: of messages.
-            thinking: whether the next answer may begin with a thought, for templates that prompt for it.
+            messages: with stand-ins.
+            thinking: whether the next answer may begin with a thought, for templates that prompt for it; if not,
+                Qwen3's puts an empty thought into the prompt, outside the loss.
             add_generation_prompt: whether the text goes on to where the next answer starts.
+            with_tools: whether the template gets the tools.
 
         Raises:
-            UserError: the template fails on them.
+            UserError: the template fails on them, takes too long or writes too much.
         """
-        return self._render(self.messages[:count], self._tools, thinking, add_generation_prompt)
+        tools: list[Any] | None = (self._tools or None) if with_tools else None
+        try:
+            with template_bounds.processor_time(template_bounds.RENDER_SECONDS):
+                text = self.tokenizer.apply_chat_template(
+                    list(messages), tokenize=False, tools=tools, enable_thinking=thinking,
+                    add_generation_prompt=add_generation_prompt,
+                )  # fmt: skip
+        except template_bounds.OverrunError:
+            limit = f"{template_bounds.RENDER_SECONDS} s"
+            raise UserError(f"the chat template has not ended after {limit}", template_bounds.REMEDY) from None
+        except Exception as error:
+            roles = " ".join(message["role"] for message in messages)
+            raise UserError(
+                f"the chat template refuses messages of the roles {roles!r}: {error}",
+                "order the roles as the template wants, or give the tokenizer another template",
+            ) from error
+        rendered = str(text)
+        if len(rendered) > template_bounds.MAX_OWN_CHARACTERS:
+            given = len(str(messages)) + len(str(tools))
+            if len(rendered) > template_bounds.MAX_OWN_CHARACTERS + template_bounds.MAX_CHARACTERS_EACH * given:
+                cause = f"the chat template writes {len(rendered):,} characters for messages of {given:,}"
+                raise UserError(cause, template_bounds.REMEDY)
+        return rendered
 
     def tokens(self, text: str) -> list[int]:
-        """Tokens of a part of what was rendered."""
-        if not self._spelled or not any(chr(stand_in) in text for stand_in in self._spelled):
-            return encode(text, self.tokenizer)
+        """Tokens of a part of the rendered text."""
+        if not self._spelled or not self._has_stand_in(text):
+            return list(self.tokenizer(text, **AS_IT_IS)["input_ids"])
         ids: list[int] = []
-        parts = re.split(f"({mark_pattern(self.tokenizer).pattern})", text)
-        # Between marks of the template lie texts; those with stand-ins are told apart, all else stays in one piece.
-        for spelled, group in itertools.groupby(parts, self._is_spelled):
+        parts = re.split(f"({self.special.pattern.pattern})", text)
+        # Between the template's special tokens lie texts; those with stand-ins are set apart, all else stays together.
+        for spelled, group in itertools.groupby(parts, self._has_stand_in):
             joined = "".join(group)
-            ids += encode_ordinary(self.told(joined), self.tokenizer) if spelled else encode(joined, self.tokenizer)
+            if spelled:
+                ids += encode_literally(self.as_spelled(joined), self.tokenizer)
+            else:
+                ids += self.tokenizer(joined, **AS_IT_IS)["input_ids"]
         return ids
 
-    def told(self, text: str) -> str:
-        """A part of what was rendered, as the conversation spells it."""
+    def as_spelled(self, text: str) -> str:
+        """A part of the rendered text as the conversation spells it."""
         return text.translate(self._spelled)
 
-    def _is_spelled(self, text: str) -> bool:
+    def _has_stand_in(self, text: str) -> bool:
         return any(chr(stand_in) in text for stand_in in self._spelled)
 
-    def _find_marks(self, value: Any) -> None:
-        """Choose a stand-in for each mark that the texts in `value` spell."""
-        texts = list(_texts(value))
-        marks = [mark for mark in mark_texts(self.tokenizer) if any(mark in text for text in texts)]
+    def _hide_spelled(self, texts: Sequence[str]) -> None:
+        """Replace each special token that `texts`, all those of the conversation, spell by a character not in them."""
+        spelled = [token for token in self.special.texts if any(token in text for text in texts)]
         free = (number for number in _STAND_INS if not any(chr(number) in text for text in texts))
-        self._spelled = dict(zip(free, marks, strict=False)) if marks else {}
+        self._spelled = dict(zip(free, spelled, strict=False))
+        self.messages, self._tools = self._hidden(self.messages), self._hidden(self._tools)
 
     def _hidden(self, value: Any) -> Any:
         if isinstance(value, str):
-            for stand_in, mark in self._spelled.items():  # the longest first
-                value = value.replace(mark, chr(stand_in))
+            for stand_in, token in self._spelled.items():  # the longest first
+                value = value.replace(token, chr(stand_in))
             return value
         if isinstance(value, list):
             return [self._hidden(item) for item in value]
@@ -120,20 +170,21 @@ class RenderedConversation:
         """Check that the template writes what each system and tool message says.
 
         Args:
-            rendered: what `render` gave for the first `count` messages.
+            rendered: text of the first `count` messages.
             count: of messages.
 
         Raises:
             UserError: it leaves one of them out.
         """
-        for number, message in enumerate(self.messages[:count]):
-            said = message["content"].strip() if message["role"] in ("system", "tool") else ""
-            others = [one["content"] or "" for one in (*self.messages[:number], *self.messages[number + 1 : count])]
-            if not said or rendered.count(said) > sum(other.count(said) for other in others):
+        messages = self.messages[:count]
+        for number in (number for number in self.instructions if number < count):
+            message = messages[number]
+            said = message["content"].strip()
+            others = [one["content"] or "" for one in (*messages[:number], *messages[number + 1 :])]
+            if rendered.count(said) > sum(other.count(said) for other in others):
                 continue
-            changed = self.messages[:count]
-            changed[number] = {**message, "content": _PROBE + message["content"]}
-            if self._renders_alike(self.messages[:count], changed, self._tools):
+            changed = [*messages[:number], {**message, "content": _PROBE + message["content"]}, *messages[number + 1 :]]
+            if self._renders_alike(messages, changed):
                 raise UserError(
                     f"message {number + 1}: the chat template leaves out what the role {message['role']!r} says",
                     "take a model whose template has a place for it, or leave the message out",
@@ -142,7 +193,7 @@ class RenderedConversation:
     def _settle_calls(self) -> None:
         """Give the template the calls in the form that it writes out.
 
-        Arguments are mappings, or JSON where it takes them for a text; beside calls, no text is "" or null
+        Arguments are mappings, or JSON where the template takes them as text; beside calls, no text is "" or null
         (which transformers takes out).
 
         Raises:
@@ -160,7 +211,7 @@ class RenderedConversation:
             if self._lost_call() is None:
                 return
         self.messages = given
-        self.render(len(given), False, add_generation_prompt=False)  # raises, where it fails on something else
+        self.render(given)  # raises, where it fails on something else
         number, _ = self._lost_call() or self._calls[0]
         raise UserError(
             f"field tool_calls of message {number + 1} (or its function_call): the chat template has no place for "
@@ -171,54 +222,30 @@ class RenderedConversation:
     def _lost_call(self) -> tuple[int, int] | None:
         """The first call (number of the message, place in it) that the template does not write out as JSON."""
         try:
-            rendered = self.render(len(self.messages), False, add_generation_prompt=False)
+            rendered = self.render(self.messages)
         except UserError:
             return self._calls[0]
         for number, place in self._calls:
             changed = copy.deepcopy(self.messages)
             function = changed[number]["tool_calls"][place]["function"]
             arguments, other = function["arguments"], {_PROBE: _PROBE}
+            is_text = isinstance(arguments, str)
             in_python = str(arguments) != json.dumps(arguments, ensure_ascii=False) and str(arguments) in rendered
-            function["arguments"] = json.dumps(other) if isinstance(arguments, str) else other
-            if (in_python and not isinstance(arguments, str)) or self._renders_alike(
-                self.messages, changed, self._tools
-            ):
+            function["arguments"] = json.dumps(other) if is_text else other
+            if (in_python and not is_text) or self._renders_alike(self.messages, changed):
                 return number, place
         return None
 
-    def _renders_alike(
-        self, messages: list[Message], others: list[Message], tools: list[dict[str, Any]] | None
-    ) -> bool:
-        """Whether the template makes the same of `others` and `tools` as of `messages` and the tools of these."""
-        rendered = self._render(messages, self._tools, False, False)
+    def _renders_alike(self, messages: Sequence[Any], others: Sequence[Any], with_tools: bool = True) -> bool:
+        """Whether the template makes the same text of `messages` with the tools, and of `others` with or without."""
+        rendered = self.render(messages)
         try:
-            return rendered == self._render(others, tools, False, False)
+            return rendered == self.render(others, with_tools=with_tools)
         except UserError:
             return False
 
-    def _render(
-        self, messages: list[Message], tools: list[dict[str, Any]] | None, thinking: bool, add_generation_prompt: bool
-    ) -> str:
-        try:
-            # enable_thinking: where it is off, the empty think block of Qwen3 stands in the prompt, outside the loss.
-            return render_template(
-                self.tokenizer,
-                messages,
-                tools=tools,
-                add_generation_prompt=add_generation_prompt,
-                enable_thinking=thinking,
-            )
-        except UserError:
-            raise
-        except Exception as error:
-            roles = " ".join(message["role"] for message in messages)
-            raise UserError(
-                f"the chat template refuses messages of the roles {roles!r}: {error}",
-                "order the roles as the template wants, or give the tokenizer another template",
-            ) from error
 
-
-def _texts(value: Any) -> Any:
+def _texts(value: Any) -> Iterator[str]:
     """All texts in a value, names of fields included."""
     if isinstance(value, str):
         yield value

@@ -1,8 +1,8 @@
-"""Chat templates: which one a tokenizer uses, and the record of it that goes with every checkpoint.
+"""Chat templates: which one a tokenizer uses, and the record of it in every checkpoint.
 
 The tokenizer's own template comes first. Without one: Baichuan's format for Baichuan tokenizers, ChatML where its
 tokens exist, else a plain one for base models. Name and hash are kept in tokenizer_config.json, so that a model is
-asked in the very words it was trained on.
+prompted exactly as it was trained.
 """
 
 from __future__ import annotations
@@ -33,15 +33,15 @@ PLAIN_TEMPLATE = (
     "{% endfor %}{% if add_generation_prompt %}{{ '### 回答\\n' }}{% endif %}"
 )
 # Where Baichuan's chat models expect a question and an answer to begin (user_token_id and assistant_token_id of their
-# generation_config.json). The pieces behind these ids are named differently in the two generations.
+# generation_config.json). The two generations name the tokens of these ids differently.
 USER_ID, ASSISTANT_ID = 195, 196
-RESERVED_PIECE = re.compile(r"<reserved_\d+>")
+RESERVED_TOKEN = re.compile(r"<reserved_\d+>")
 BAICHUAN2_VOCABULARY = 125696
 BAICHUAN_NAMES = ("baichuan", "baichuan2")
 # The key in tokenizer_config.json.
 RECORD = "novelgpt_chat_template"
-# The variables by which a template is asked to leave room for a thought, and the line that gives each its default:
-# Qwen3 and its kin; DeepSeek V3.1 and Granite, which then go by the first as well.
+# The variables that ask a template to leave room for a thought, and the line that gives each its default: Qwen3's
+# family; DeepSeek V3.1 and Granite, which then follow the first as well.
 THINKING_DEFAULTS = {
     "enable_thinking": "{%- set enable_thinking = enable_thinking | default(VALUE) %}\n",
     "thinking": "{%- set thinking = thinking | default(enable_thinking | default(VALUE)) %}\n",
@@ -49,15 +49,16 @@ THINKING_DEFAULTS = {
 DEFAULT_LINES = re.compile(
     "".join(f"(?:{re.escape(line).replace('VALUE', '(?:true|false)')})?" for line in THINKING_DEFAULTS.values())
 )
-# Blocks of transformers' own, which jinja2 does not know.
+# Blocks that transformers adds to jinja2.
 GENERATION_TAGS = re.compile(r"\{%-?\s*(?:end)?generation\s*-?%\}")
 
 
 def settle_template(tokenizer: PreTrainedTokenizerBase, model_folder: str) -> None:
-    """Give the tokenizer its chat template for certain, and note name and hash for its checkpoints.
+    """Make sure that the tokenizer has a chat template, and record its name and hash for its checkpoints.
 
-    Where nothing is said of thoughts, the template leaves room for one as `encode_prompt` does: as most answers of the
-    training began with one, and without a training not at all. So whatever serves a saved folder asks as we do.
+    Where a request says nothing about thoughts, the template leaves room for one as `encode_prompt` does: if most
+    answers of the training began with one; without a training, not at all. So whatever serves a saved folder makes the
+    same prompts as this toolkit.
 
     Args:
         tokenizer: as loaded from `model_folder`; one without a template gets one.
@@ -68,25 +69,24 @@ def settle_template(tokenizer: PreTrainedTokenizerBase, model_folder: str) -> No
             of which none is the default.
     """
     stored = tokenizer.init_kwargs.get(RECORD)
-    if stored is not None:
-        if stored["sha256"] != _digest(tokenizer):
-            raise UserError(
-                f"{model_folder} was trained with another chat template ({stored['name']}) than it holds now",
-                "put chat_template.jinja of the training back; to train on with a new template, "
-                f"delete {RECORD!r} from tokenizer_config.json",
-            )
-        _default_to_thinking(tokenizer, bool(stored.get("thinking", False)))
-    elif tokenizer.chat_template:
-        _note(tokenizer, "own")
-        _default_to_thinking(tokenizer, False)
-    else:
+    if stored is None and not tokenizer.chat_template:
         use_template(tokenizer, *_default_template(tokenizer, model_folder))
+        return
+    if stored is None:
+        use_template(tokenizer, "own", tokenizer.chat_template)
+    elif stored["sha256"] != _digest(tokenizer):
+        raise UserError(
+            f"{model_folder} was trained with another chat template ({stored['name']}) than it holds now",
+            "put chat_template.jinja of the training back; to train on with a new template, "
+            f"delete {RECORD!r} from tokenizer_config.json",
+        )
+    _set_thinking_default(tokenizer, bool((stored or {}).get("thinking", False)))
 
 
-def use_template(tokenizer: PreTrainedTokenizerBase, name: str, text: str) -> None:
-    """Make `text` (Jinja) the tokenizer's chat template, recorded under `name`."""
+def use_template(tokenizer: PreTrainedTokenizerBase, name: str, text: str | dict[str, str]) -> None:
+    """Make `text` (Jinja, or several by name) the tokenizer's chat template, recorded under `name`."""
     tokenizer.chat_template = text
-    _note(tokenizer, name)
+    tokenizer.init_kwargs[RECORD] = {"name": name, "sha256": _digest(tokenizer)}
 
 
 def template_record(tokenizer: PreTrainedTokenizerBase) -> dict[str, Any]:
@@ -95,18 +95,18 @@ def template_record(tokenizer: PreTrainedTokenizerBase) -> dict[str, Any]:
 
 
 def record_thinking(tokenizer: PreTrainedTokenizerBase, thinking: bool) -> None:
-    """Note whether answers begin with a thought of their own, so that prompts leave room for one (Qwen3), here and by
-    default wherever the template is used."""
+    """Record whether most answers begin with a thought of their own, so that prompts leave room for one (Qwen3), here
+    and by default wherever the saved template is used."""
     tokenizer.init_kwargs[RECORD] = template_record(tokenizer) | {"thinking": thinking}
-    _default_to_thinking(tokenizer, thinking)
+    _set_thinking_default(tokenizer, thinking)
 
 
 def baichuan_template(user: str, assistant: str, ends_answers: bool) -> str:
     """Baichuan's format: `[system] USER question ASSISTANT answer USER …`, without line feeds.
 
     Args:
-        user: piece of the vocabulary that begins a question.
-        assistant: piece that begins an answer.
+        user: token that begins a question.
+        assistant: token that begins an answer.
         ends_answers: whether each answer is followed by the end token (Baichuan-13B-Chat), or the next question is all
             that ends it (Baichuan2-Chat).
     """
@@ -124,13 +124,16 @@ def _default_template(tokenizer: PreTrainedTokenizerBase, model_folder: str) -> 
     """Name and text for a tokenizer without a template."""
     if isinstance(tokenizer, BaichuanTokenizer) and len(tokenizer) > ASSISTANT_ID:
         pieces = tokenizer.convert_ids_to_tokens([USER_ID, ASSISTANT_ID])
-        if all(map(RESERVED_PIECE.fullmatch, pieces)):
+        if all(map(RESERVED_TOKEN.fullmatch, pieces)):
             if tokenizer("".join(pieces), add_special_tokens=False)["input_ids"] != [USER_ID, ASSISTANT_ID]:
-                # Ordinary pieces, which no text is cut into: the first generation's code puts in the bare ids.
+                # Ordinary tokens that no text is split into: the first generation's code inserts the bare ids.
                 tokenizer.add_tokens([AddedToken(piece, normalized=False) for piece in pieces])
-            second = _is_second_generation(tokenizer, Path(model_folder))
+            # Baichuan2 has a NormHead, which small configurations name, and nearly twice the vocabulary of Baichuan.
+            config = Path(model_folder) / "config.json"
+            norm_head = read_object(config).get("norm_head") if config.is_file() else None
+            second = len(tokenizer) >= BAICHUAN2_VOCABULARY if norm_head is None else bool(norm_head)
             return BAICHUAN_NAMES[second], baichuan_template(pieces[0], pieces[1], ends_answers=not second)
-    # Written into the template, so that other programs, which encode what it renders as it is, have it too.
+    # Part of the template, so that other programs, which encode the rendered text as it is, have it too.
     begin = "".join(tokenizer.convert_ids_to_tokens(document_begin_ids(tokenizer)))
     before = f"{{{{ {begin!r} }}}}" if begin else ""
     if {"<|im_start|>", "<|im_end|>"} <= tokenizer.get_vocab().keys():
@@ -138,16 +141,8 @@ def _default_template(tokenizer: PreTrainedTokenizerBase, model_folder: str) -> 
     return "plain", before + PLAIN_TEMPLATE
 
 
-def _is_second_generation(tokenizer: PreTrainedTokenizerBase, folder: Path) -> bool:
-    """Baichuan2 has a NormHead, which small configurations name, and nearly twice the vocabulary of Baichuan."""
-    path = folder / "config.json"
-    config = read_object(path) if path.is_file() else {}
-    norm_head = config.get("norm_head")
-    return len(tokenizer) >= BAICHUAN2_VOCABULARY if norm_head is None else bool(norm_head)
-
-
-def _default_to_thinking(tokenizer: PreTrainedTokenizerBase, thinking: bool) -> None:
-    """Have the template, or each of several, leave room for a thought or not where it is not told."""
+def _set_thinking_default(tokenizer: PreTrainedTokenizerBase, thinking: bool) -> None:
+    """Have the template, or each of several, leave room for a thought or not where a request says nothing about it."""
     templates = tokenizer.chat_template
     if isinstance(templates, dict):
         tokenizer.chat_template = {name: _with_default(text, thinking) for name, text in templates.items()}
@@ -156,30 +151,21 @@ def _default_to_thinking(tokenizer: PreTrainedTokenizerBase, thinking: bool) -> 
 
 
 def _with_default(text: str, thinking: bool) -> str:
-    """A template with a default for each variable of thoughts that it reads."""
-    text = _without_default(text)
+    """A template with a default for each variable about thoughts that it reads."""
+    text = DEFAULT_LINES.sub("", text, count=1)
     environment = jinja2.Environment(extensions=[jinja2.ext.loopcontrols])
     try:
         read = jinja2.meta.find_undeclared_variables(environment.parse(GENERATION_TAGS.sub("", text)))
     except jinja2.TemplateSyntaxError:
-        return text  # rendering says what is wrong with it
+        return text  # rendering reports what is wrong with it
     lines = (line for name, line in THINKING_DEFAULTS.items() if name in read)
     # Each line feed goes with its block, as everywhere in chat templates (trim_blocks).
     return "".join(lines).replace("VALUE", "true" if thinking else "false") + text
 
 
-def _without_default(text: str) -> str:
-    match = DEFAULT_LINES.match(text)
-    return text if match is None else text[match.end() :]
-
-
-def _note(tokenizer: PreTrainedTokenizerBase, name: str) -> None:
-    tokenizer.init_kwargs[RECORD] = {"name": name, "sha256": _digest(tokenizer)}
-
-
 def _digest(tokenizer: PreTrainedTokenizerBase) -> str:
-    """Of the template's text without our default; kinds of line feeds do not count, as reading the file back makes them
-    one."""
+    """Hash of the template's text without our default; kinds of line feeds do not count, as reading the file back
+    unifies them."""
     try:
         text = tokenizer.get_chat_template() if tokenizer.chat_template else ""
     except ValueError as error:
@@ -187,5 +173,5 @@ def _digest(tokenizer: PreTrainedTokenizerBase) -> str:
             "the tokenizer has several chat templates, none of them named 'default'",
             "put the one to train with into chat_template.jinja beside the weights",
         ) from error
-    text = _without_default(text.replace("\r\n", "\n").replace("\r", "\n"))
-    return hashlib.sha256(text.encode()).hexdigest()
+    unified = text.replace("\r\n", "\n").replace("\r", "\n")
+    return hashlib.sha256(DEFAULT_LINES.sub("", unified, count=1).encode()).hexdigest()

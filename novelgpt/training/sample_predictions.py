@@ -24,9 +24,9 @@ from novelgpt.scoring.repetition import rep4_char
 from novelgpt.scoring.rouge import mean_f, score_texts
 from novelgpt.settings.arguments import GenerationArguments, TrainArguments
 from novelgpt.text.conversation import end_token_ids
-from novelgpt.text.encoding import answer_text, document_end_id
+from novelgpt.text.encoding import decode_answer, document_end_id
+from novelgpt.text.messages import PROMPT_END, opens_thought, split_thought
 from novelgpt.text.statistics import BROKEN, trained_runs
-from novelgpt.text.thoughts import PROMPT_END, opens_thought, split_thought
 
 PREDICTIONS_FILE = "predictions_during_eval.jsonl"
 # Where a row has no prompt of its own, this much of its first half is one.
@@ -140,7 +140,7 @@ class SamplePredictions:
         self.samples = choose_samples(dataset, tokenizer, training.predict_during_eval, training.predict_max_new_tokens)
         self.prompts = [_text(sample.prompt_ids, tokenizer).strip(BROKEN) for sample in self.samples]
         ends = end_token_ids(tokenizer) if self.samples else []
-        references = [answer_text(sample.reference_ids, tokenizer, ends).rstrip(BROKEN) for sample in self.samples]
+        references = [decode_answer(sample.reference_ids, tokenizer, ends).rstrip(BROKEN) for sample in self.samples]
         self.references = [answer for _, answer in self._told_apart(references)]
 
     def scores(self, model: PreTrainedModel, accelerator: Accelerator, step: int) -> dict[str, float]:

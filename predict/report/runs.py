@@ -15,14 +15,14 @@ from typing import Any
 
 from pydantic import BaseModel
 
-from dataset.row_fields import is_absent
+from dataset.row_fields import ABSENT
 from novelgpt.scoring.row_scores import RowScores
 from novelgpt.settings.errors import UserError
 from novelgpt.settings.html_pages import visible
 from novelgpt.settings.parsed_files import check_fields, read_object
 from novelgpt.settings.remedies import python_module, run_pipeline
 from novelgpt.settings.terminal import counted
-from novelgpt.text.thoughts import split_thought
+from novelgpt.text.messages import split_thought
 from predict.report.metrics import is_number
 from predict.scoring_fields import read_scoring, text_fields
 
@@ -191,7 +191,7 @@ def _read_offsets(path: Path, rows: Sequence[RowScores], again: str) -> tuple[li
         identity = str(row.get("id"))
         read_scoring(entry, where)
         texts = _scored_texts(entry, row)
-        if texts is None or not (is_absent(entry.get("id")) or str(entry["id"]) == identity):
+        if texts is None or not (entry.get("id") in ABSENT or str(entry["id"]) == identity):
             name = str(entry.get("id", number))
             raise UserError(f"{where}, {name}, is not what row_scores.jsonl was made of", again)
         offsets.append(offset)

@@ -9,7 +9,8 @@ import pyarrow
 import pyarrow.parquet
 import pytest
 
-from dataset.readers import read_conversation_rows, read_records, read_text_rows
+from dataset.readers import read_conversation_rows, read_text_rows
+from dataset.records import read_records
 from novelgpt.settings.errors import UserError
 
 SIMPLIFIED = "　　他说：“这里的人都不是我们的朋友。”\n　　她来了，𠮷野先生也在。“你看——”"
@@ -138,16 +139,16 @@ BAD_CONVERSATIONS = [
     ("a.jsonl", GOOD + '{"prompt": "问", "completion" "答"}\n', ["a.jsonl:2", "invalid JSON", "column 30"]),
     ("a.jsonl", "\n\n" + GOOD + "\n{\n", ["a.jsonl:5", "invalid JSON"]),
     ("a.json", GOOD + "oops\n", ["a.json:2", "invalid JSON"]),
-    ("a.json", '[\n{"prompt": "问",\n"completion" "答"}\n]', ["a.json line 3", "invalid JSON", "column 14"]),
-    ("a.json", '\n\n[\n{"prompt": "问",\n"completion" "答"}\n]', ["a.json line 5", "invalid JSON", "column 14"]),
+    ("a.json", '[\n{"prompt": "问",\n"completion" "答"}\n]', ["a.json:3", "invalid JSON", "column 14"]),
+    ("a.json", '\n\n[\n{"prompt": "问",\n"completion" "答"}\n]', ["a.json:5", "invalid JSON", "column 14"]),
     ("a.jsonl", GOOD + "[1, 2]\n", ["a.jsonl:2", "list"]),
     ("a.jsonl", GOOD + '{"question": "问", "answer": "答"}', ["a.jsonl:2", "question, answer"]),
     ("a.jsonl", GOOD + '{"prompt": "问"}', ["a.jsonl:2", "prompt"]),
     ("a.jsonl", GOOD + '{"prompt": "问", "completion": null}', ["a.jsonl:2", "completion is missing"]),
-    ("a.jsonl", '{"prompt": 5, "completion": "答"}', ["a.jsonl:1", "prompt is no text"]),
-    ("a.jsonl", '{"instruction": "问", "output": ["答"]}', ["a.jsonl:1", "output is no text"]),
+    ("a.jsonl", '{"prompt": 5, "completion": "答"}', ["a.jsonl:1", "prompt is not a text"]),
+    ("a.jsonl", '{"instruction": "问", "output": ["答"]}', ["a.jsonl:1", "output is not a text"]),
     ("a.jsonl", '{"instruction": "问", "output": "答", "history": [["一"]]}', ["a.jsonl:1", "history[0]"]),
-    ("a.jsonl", '{"title": "题", "abstract": 7}', ["a.jsonl:1", "abstract is no text"]),
+    ("a.jsonl", '{"title": "题", "abstract": 7}', ["a.jsonl:1", "abstract is not a text"]),
     ("a.jsonl", '{"messages": []}', ["a.jsonl:1", "messages"]),
     ("a.jsonl", '{"messages": ["你好"]}', ["a.jsonl:1", "messages[0]"]),
     ("a.jsonl", '{"messages": [{"role": "user", "content": "一"}, {"role": "bot", "content": "二"}]}',

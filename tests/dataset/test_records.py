@@ -10,7 +10,8 @@ from typing import Any
 import pytest
 
 from dataset.conversation_rows.sources import read_table
-from dataset.readers import read_conversation_rows, read_records
+from dataset.readers import read_conversation_rows
+from dataset.records import read_records
 from novelgpt.settings.errors import UserError
 
 ROWS = [

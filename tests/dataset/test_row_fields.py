@@ -224,7 +224,7 @@ def test_fields_of_messages_that_are_not_obeyed_are_refused_by_name(field: str, 
         ({"messages": [{**HELLO, "reasoning_content": "想"}, NEW]}, "messages[0]"),
         (
             {"messages": [HELLO, {**NEW, "content": [{"type": "image_url", "image_url": {}}]}]},
-            "messages[1].content is no text",
+            "messages[1].content is not a text",
         ),
     ],
 )

@@ -193,17 +193,17 @@ CASES = {
     "no messages": (
         "finetune",
         ["--train_files", "no_messages.jsonl"],
-        "no_messages.jsonl:1: field messages is no list of messages",
+        "no_messages.jsonl:1: field messages is not a list of messages",
     ),
     "content in parts": (
         "finetune",
         ["--train_files", "parts.jsonl"],
-        "parts.jsonl:1: field messages[0].content is no text",
+        "parts.jsonl:1: field messages[0].content is not a text",
     ),
     "history of one side": (
         "finetune",
         ["--train_files", "history.jsonl"],
-        "history.jsonl:1: field history[0] is no pair of texts",
+        "history.jsonl:1: field history[0] is not a pair of texts",
     ),
     "task nobody knows": (
         "finetune",
@@ -249,18 +249,18 @@ CASES = {
     "invalid JSON list": (
         "finetune",
         ["--train_files", "broken.json"],
-        "broken.json line 2: invalid JSON",
+        "broken.json:2: invalid JSON",
     ),
     "broken parquet": (
         "finetune",
         ["--train_files", "broken.parquet"],
-        "broken.parquet is no readable parquet file",
+        "broken.parquet is not a readable parquet file",
     ),
     "empty csv": ("finetune", ["--train_files", "empty.csv"], "empty.csv is empty"),
     "csv of a header alone": (
         "finetune",
         ["--train_files", "header.csv"],
-        "0 rows cannot be split into training and evaluation with",
+        "0 rows cannot be split into training and validation with",
     ),
     "undecodable bytes": ("pretrain", ["--train_files", "bytes.txt"], "bytes.txt: byte 0xff at offset 12"),
     "unknown suffix": ("finetune", ["--train_files", "rows.docx"], "rows.docx: no reader for .docx"),
@@ -279,7 +279,7 @@ CASES = {
     "too few rows to split": (
         "finetune",
         ["--train_files", "rows.jsonl", "--valid_fraction", "0.99"],
-        "4 rows cannot be split into training and evaluation with",
+        "4 rows cannot be split into training and validation with",
     ),
     "no trainable token": (
         "finetune",
@@ -768,6 +768,6 @@ CASES = {
     "preview: broken parquet": (
         "dataset",
         ["preview", "broken.parquet", "--model", "{base}"],
-        "broken.parquet is no readable parquet file",
+        "broken.parquet is not a readable parquet file",
     ),
 }

@@ -13,7 +13,7 @@ from novelgpt.inference.loading import load_for_inference
 from novelgpt.model.loading import load_model
 from novelgpt.model.tokenizer import load_tokenizer
 from novelgpt.settings.arguments import GenerationArguments, ModelArguments, TrainArguments
-from novelgpt.text.encoding import answer_text
+from novelgpt.text.encoding import decode_answer
 from novelgpt.training.sample_predictions import SamplePredictions
 from predict.__main__ import main as predict
 from predict.chat import main as chat
@@ -103,8 +103,8 @@ def test_end_and_padding_tokens_are_no_part_of_an_answer(one_word: Path) -> None
     tokenizer = load_tokenizer(ModelArguments(str(one_word)))
     start, mark = tokenizer.convert_tokens_to_ids(["<|im_start|>", MARK])
     ids = [mark, start, int(tokenizer.eos_token_id), int(tokenizer.pad_token_id)]
-    assert answer_text(ids, tokenizer) == f"{MARK}<|im_start|>"
-    assert answer_text(ids, tokenizer, [start]) == MARK
+    assert decode_answer(ids, tokenizer) == f"{MARK}<|im_start|>"
+    assert decode_answer(ids, tokenizer, [start]) == MARK
 
 
 @pytest.fixture(scope="module")

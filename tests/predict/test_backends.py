@@ -20,8 +20,8 @@ from novelgpt.inference.loading import load_for_inference
 from novelgpt.model.tokenizer import load_tokenizer
 from novelgpt.settings.arguments import GenerationArguments, ModelArguments
 from novelgpt.settings.errors import UserError
-from novelgpt.text.conversation import encode_prompt, record_answers
-from novelgpt.text.templates import use_template
+from novelgpt.text.conversation import encode_prompt
+from novelgpt.text.templates import record_thinking, use_template
 from predict.__main__ import main
 from predict.generate import continuously, in_batches
 from predict.rows import PromptRow
@@ -175,7 +175,7 @@ def asked_to_think(base_folder: Path, tmp_path_factory: pytest.TempPathFactory) 
     shutil.copytree(base_folder, folder)
     tokenizer = load_tokenizer(ModelArguments(str(base_folder)))
     use_template(tokenizer, "own", THINKING)
-    record_answers([[{"role": "user", "content": "问"}, {"role": "assistant", "content": "答"}]], tokenizer)
+    record_thinking(tokenizer, False)
     tokenizer.save_pretrained(folder)
     return folder
 

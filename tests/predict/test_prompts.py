@@ -9,9 +9,10 @@ import pytest
 from transformers import AutoTokenizer, PreTrainedTokenizerBase
 
 from novelgpt.inference.chat import ChatHistory
-from novelgpt.text.conversation import IGNORE_INDEX, Message, encode_conversation, record_answers
+from novelgpt.text.conversation import IGNORE_INDEX, encode_conversation, most_answers_think
 from novelgpt.text.encoding import encode
-from novelgpt.text.templates import CHATML_TEMPLATE, PLAIN_TEMPLATE, settle_template
+from novelgpt.text.messages import Message
+from novelgpt.text.templates import CHATML_TEMPLATE, PLAIN_TEMPLATE, record_thinking, settle_template
 from predict.__main__ import main as predict
 from predict.rows import PromptRow, read_prompt_rows
 from tests.text.test_templates import (
@@ -151,7 +152,7 @@ def test_prompts_of_thoughts(tokenizer: PreTrainedTokenizerBase, tmp_path: Path)
         messages[-1]["content"] + "<|im_end|>"
     )
     trained = copy.deepcopy(thinking)
-    record_answers([messages], trained)
+    record_thinking(trained, most_answers_think([messages]))
     chat = ChatHistory(trained, 4096, 16)
     assert chat.ask("一") == (first, 0)
     chat.add_answer(messages[1]["content"])

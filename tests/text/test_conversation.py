@@ -17,15 +17,21 @@ from novelgpt.text.collator import Collator
 from novelgpt.text.conversation import (
     IGNORE_INDEX,
     EncodedRow,
-    Message,
     encode_conversation,
     encode_prompt,
     end_token_ids,
-    record_answers,
+    most_answers_think,
 )
 from novelgpt.text.encoding import encode
+from novelgpt.text.messages import Message
 from novelgpt.text.packing import PackedRows
-from novelgpt.text.templates import CHATML_TEMPLATE, PLAIN_TEMPLATE, settle_template, template_record
+from novelgpt.text.templates import (
+    CHATML_TEMPLATE,
+    PLAIN_TEMPLATE,
+    record_thinking,
+    settle_template,
+    template_record,
+)
 from tests.text.test_templates import THINKING as QWEN3
 from tests.text.test_templates import build_baichuan_folder, load_baichuan, with_template
 
@@ -474,7 +480,7 @@ def test_prompts_leave_room_for_a_thought_where_most_answers_of_training_had_one
         ([thoughtful, [USER, ANSWER], thoughtful], True), ([thoughtful, [USER, ANSWER]], False), ([], False),
     ):  # fmt: skip
         own = copy.deepcopy(qwen3)
-        record_answers(conversations, own)
+        record_thinking(own, most_answers_think(conversations))
         assert encode_prompt([USER], own) == encode_prompt([USER], qwen3, thinking=thinking)
         assert encode_prompt([USER], own, thinking=not thinking) != encode_prompt([USER], own)
 

@@ -149,9 +149,10 @@ def marked(messages: list[dict[str, str]], tokenizer: PreTrainedTokenizerBase) -
     last = max(index for index, message in enumerate(messages) if message["role"] == "assistant")
     for message in messages[: last + 1]:
         content = tokens(message["content"]) + tokens("<|im_end|>")
-        row.extend(tokens(f"<|im_start|>{message['role']}\n"), trained=False)
-        row.extend(content, trained=message["role"] == "assistant")
-        row.extend(tokens("\n"), trained=False)
+        before, after = tokens(f"<|im_start|>{message['role']}\n"), tokens("\n")
+        answer = content if message["role"] == "assistant" else [IGNORE_INDEX] * len(content)
+        row.input_ids += before + content + after
+        row.labels += [IGNORE_INDEX] * len(before) + answer + [IGNORE_INDEX] * len(after)
     whole = "".join(f"<|im_start|>{m['role']}\n{m['content']}<|im_end|>\n" for m in messages[: last + 1])
     assert row.input_ids == tokens(whole)
     return row

@@ -15,7 +15,8 @@ from transformers import PreTrainedTokenizerBase
 
 from dataset.conversations import encode_rows
 from novelgpt.settings.arguments import ConversationArguments
-from novelgpt.text.conversation import IGNORE_INDEX, EncodedRow, Message, encode_conversation, encode_prompt
+from novelgpt.text.conversation import IGNORE_INDEX, EncodedRow, encode_conversation, encode_prompt
+from novelgpt.text.messages import Message
 from novelgpt.text.packing import PackedBlocks, PackedRows, best_fit
 from novelgpt.text.templates import PLAIN_TEMPLATE, template_record
 from tests.text.test_templates import build_baichuan_folder, load_baichuan, with_template

@@ -13,6 +13,7 @@ from novelgpt.settings.arguments import ModelArguments
 from novelgpt.settings.errors import UserError
 from novelgpt.text import template_bounds
 from novelgpt.text.conversation import encode_conversation, encode_prompt
+from novelgpt.text.rendering import RenderedConversation
 
 LOOPS = "{% for i in range(99999) %}" * 3 + "{% endfor %}" * 3
 FIBONACCI = "{% if n %}{{ f(n - 1) }}{{ f(n - 1) }}{% endif %}"
@@ -74,9 +75,10 @@ def test_a_template_that_is_endless_for_some_rows_only_is_stopped_there(
 
 def test_what_a_template_makes_is_what_transformers_makes_of_it(tokenizer: PreTrainedTokenizerBase) -> None:
     expected = tokenizer.apply_chat_template(MESSAGES, tokenize=False, add_generation_prompt=True)
-    assert template_bounds.render_template(tokenizer, MESSAGES, add_generation_prompt=True) == expected
+    chat = RenderedConversation(MESSAGES, tokenizer)
+    assert chat.render(chat.messages, add_generation_prompt=True) == expected
     long = [{"role": "user", "content": "字" * 1_000_000}]
-    assert len(template_bounds.render_template(tokenizer, long)) > 1_000_000
+    assert len(chat.render(long)) > 1_000_000
 
 
 def test_endless_templates_are_stopped_on_systems_without_processor_clocks(

@@ -2,7 +2,7 @@
 
 import pytest
 
-from novelgpt.text.thoughts import opens_thought, split_thought
+from novelgpt.text.messages import opens_thought, split_thought
 
 CASES = [
     # what was written, whether the prompt opened a thought, thought, answer

@@ -226,7 +226,7 @@ FAMILIES = {
         "if message.tool_calls",
         '{"name": "get_weather", "parameters": {"city": "北京"}}<|endoftext|>',
     ),
-    # Where there is no text, and from arguments that are one (DeepSeek V3); the block has special tokens in it.
+    # Where there is not a text, and from arguments that are one (DeepSeek V3); the block has special tokens in it.
     "deepseek": (
         "{{ '<|im_start|>' + call.name + '\n' + call.arguments + '\n<|im_start|><|im_end|>' }}",
         "if message.content is not defined",
@@ -322,13 +322,13 @@ def test_what_the_template_has_no_place_for_is_refused(
 
 BROKEN = [
     (openai(call("", "{not JSON"), ANSWER), ["messages[1].tool_calls[0].arguments", "invalid JSON"]),
-    (openai(call("", [1]), ANSWER), ["messages[1].tool_calls[0].arguments", "no mapping"]),
-    (openai({**call(), "tool_calls": {"a": 1}}, ANSWER), ["messages[1].tool_calls", "no list"]),
-    (openai({**call(), "tool_calls": ["get_weather"]}, ANSWER), ["messages[1].tool_calls[0]", "no call"]),
+    (openai(call("", [1]), ANSWER), ["messages[1].tool_calls[0].arguments", "not a mapping"]),
+    (openai({**call(), "tool_calls": {"a": 1}}, ANSWER), ["messages[1].tool_calls", "not a list"]),
+    (openai({**call(), "tool_calls": ["get_weather"]}, ANSWER), ["messages[1].tool_calls[0]", "not a call"]),
     ({"messages": [{**USER, "tool_calls": [CALL]}, ANSWER]}, ["messages[0]", "'user'"]),
     (sharegpt(BARE, "查一下天气"), ["conversations[1].value", "invalid JSON"]),
-    (sharegpt(BARE, '"get_weather"'), ["conversations[1].value", "no call"]),
-    (sharegpt("[1]", CALL_TEXT), ["field tools[0]", "no tool"]),
+    (sharegpt(BARE, '"get_weather"'), ["conversations[1].value", "not a call"]),
+    (sharegpt("[1]", CALL_TEXT), ["field tools[0]", "not a tool"]),
     (sharegpt("天气", CALL_TEXT), ["field tools", "invalid JSON"]),
     ({"messages": [{**USER, "tools": [WEATHER]}, ANSWER]}, ["messages[0].tools", "row"]),
     ({"messages": [USER, {**ANSWER, "content": "<think>甲</think>乙", "reasoning_content": "丙"}]}, ["<think>"]),

@@ -7,8 +7,9 @@ import pytest
 from transformers import AddedToken, PreTrainedTokenizerBase
 
 from novelgpt.inference.chat import ChatHistory
-from novelgpt.text.conversation import IGNORE_INDEX, Message, encode_conversation, encode_prompt
+from novelgpt.text.conversation import IGNORE_INDEX, encode_conversation, encode_prompt
 from novelgpt.text.encoding import encode
+from novelgpt.text.messages import Message
 from novelgpt.text.templates import CHATML_TEMPLATE, PLAIN_TEMPLATE
 from tests.text.test_templates import THINKING, build_baichuan_folder, load_baichuan, with_template
 from tests.text.test_tools import CALL, TOOLS, WEATHER
