@@ -40,12 +40,12 @@ from transformers import PreTrainedTokenizerBase
 
 from dataset.corpus import read_corpus
 from dataset.decode import decode_text
-from dataset.tokens_command import TokenRun
+from dataset.tokens_command import Tokenization
 from novelgpt.model.embedded_base import build_embedded_base
 from novelgpt.model.tokenizer import load_tokenizer
 from novelgpt.settings.arguments import CorpusArguments, ModelArguments
 from novelgpt.settings.paths import SAMPLES
-from novelgpt.text.pieces import DocumentCutter, PieceEncoder
+from novelgpt.text.chunks import ChunkEncoder, DocumentCutter
 from novelgpt.text.token_files import KIND, MANIFEST, SHARDS, STARTS, TOKENS, VERSION, describe_tokenizer
 from novelgpt.training.throughput import peak_memory
 
@@ -57,7 +57,7 @@ SHARD_TOKENS, DOCUMENT_TOKENS = 20_000_000, 100_000
 SPEED_TARGET, START_TARGET, MEMORY_TARGET = 0.9, 30, 1.1
 
 
-WITHOUT_NUMBERS = "pieces, without the numbers"
+WITHOUT_NUMBERS = "chunks, without the numbers"
 
 
 def write_books(folder: Path, megabytes: float, fresh: bool = False) -> list[Path]:
@@ -93,13 +93,13 @@ def write_books(folder: Path, megabytes: float, fresh: bool = False) -> list[Pat
     return paths
 
 
-def make_run(out: Path, tokenizer: PreTrainedTokenizerBase) -> TokenRun:
+def make_run(out: Path, tokenizer: PreTrainedTokenizerBase) -> Tokenization:
     """The command behind its command line, into a new folder."""
     (out / SHARDS).mkdir(parents=True)
-    return TokenRun(out, tokenizer, "model", "text", quiet=True)
+    return Tokenization(out, tokenizer, "model", "text", quiet=True)
 
 
-def run_command(run: TokenRun, paths: list[Path]) -> int:
+def run_command(run: Tokenization, paths: list[Path]) -> int:
     """The number of tokens."""
     manifest = run.run([str(path) for path in paths])
     return int(manifest["splits"]["train"]["tokens"])
@@ -109,29 +109,29 @@ def library_ways(texts: list[str], tokenizer: PreTrainedTokenizerBase) -> dict[s
     """Ways to have the library alone encode texts that are in memory: each gives the number of tokens."""
     backend = tokenizer.backend_tokenizer
 
-    def encode(pieces: list[str], numbers: bool = True) -> int:
+    def encode(chunks: list[str], numbers: bool = True) -> int:
         count = 0
         batch: list[str] = []
         characters = 0
-        for number, piece in enumerate(pieces, start=1):
-            batch.append(piece)
-            characters += len(piece)
-            if characters >= LIBRARY_BATCH or number == len(pieces):
+        for number, chunk in enumerate(chunks, start=1):
+            batch.append(chunk)
+            characters += len(chunk)
+            if characters >= LIBRARY_BATCH or number == len(chunks):
                 encoded = backend.encode_batch_fast(batch, add_special_tokens=False)
                 count += sum(len(one.ids) if numbers else len(one) for one in encoded)
                 batch, characters = [], 0
         return count
 
-    pieces: list[str] = []
+    chunks: list[str] = []
     for text in texts:
-        cutter = DocumentCutter(in_pieces=True)
-        pieces += [piece.text for piece in [*cutter.add(text, ""), *cutter.end()]]
+        row = {"text": text, "source": ""}
+        chunks += [chunk.text for chunk in DocumentCutter(in_chunks=True).cut([row], whole_files=True)]
     lines = [f"{line}\n" for text in texts for line in text.split("\n")]
     return {
         "lines": lambda: encode(lines),
-        "pieces": lambda: encode(pieces),
+        "chunks": lambda: encode(chunks),
         "books": lambda: encode(texts),
-        WITHOUT_NUMBERS: lambda: encode(pieces, numbers=False),
+        WITHOUT_NUMBERS: lambda: encode(chunks, numbers=False),
     }
 
 
@@ -161,7 +161,7 @@ def study_speed(model: Path, paths: list[Path], console: Console) -> list[dict[s
 def write_tokens(folder: Path, tokens: int, model: Path) -> None:
     """A prepared folder of random tokens."""
     tokenizer = load_tokenizer(ModelArguments(str(model)))
-    described = describe_tokenizer(PieceEncoder(tokenizer), str(model))
+    described = describe_tokenizer(ChunkEncoder(tokenizer), str(model))
     draw = numpy.random.default_rng(0)
     shards = []
     for begin in range(0, tokens, SHARD_TOKENS):

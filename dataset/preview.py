@@ -32,7 +32,7 @@ from novelgpt.settings.errors import UserError, exit_on_user_error
 from novelgpt.settings.paths import TINY, from_home
 from novelgpt.settings.terminal import counted, say
 from novelgpt.text.encoding import document_end_id, encode_document
-from novelgpt.text.packing import PackedBlocks
+from novelgpt.text.packing import PackedBlocks, TokenizedText
 from novelgpt.text.statistics import TokenCounts, row_spans, show_counts
 
 
@@ -131,14 +131,14 @@ def _blocks(words: Namespace, tokenizer: PreTrainedTokenizerBase) -> Iterator[Sh
     """The first blocks of a text, borders of documents marked."""
     end = document_end_id(tokenizer)
     names: list[str] = []
-    documents: list[numpy.ndarray] = []
+    documents: list[TokenizedText] = []
     wanted = words.rows * (words.max_length - 1) + 1
     for name, text in _documents(words):
         # A character is a token as a rule and hardly ever four: what no block shows is not tokenised.
         ids = encode_document(text[: 4 * wanted], tokenizer)
-        documents.append(numpy.array([*ids, end], dtype=numpy.int32))
+        documents.append(TokenizedText(numpy.array([*ids, end], numpy.int32)))
         names.append(name)
-        wanted -= len(documents[-1])
+        wanted -= len(ids) + 1
         if wanted <= 0:
             break
     if not documents:

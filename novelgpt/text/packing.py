@@ -3,55 +3,107 @@
 from __future__ import annotations
 
 import bisect
+import copy
 from collections.abc import Sequence
+from pathlib import Path
+from typing import Any, NamedTuple
 
 import numpy
 import torch
 
 from novelgpt.text.conversation import IGNORE_INDEX, EncodedRow
-from novelgpt.text.origins import TracedRows, names_across, unique
+from novelgpt.text.origins import SavedOrigins, TokenOrigins, TracedRows, unique
 from novelgpt.text.statistics import TokenCounts
-from novelgpt.text.token_files import TokenArray, TokenText
+
+
+class TokenizedText(NamedTuple):
+    """Documents end to end.
+
+    Attributes:
+        tokens: of all documents, in memory or mapped.
+        starts: [documents] int64, where each starts in `tokens`; by default, one document starts at the first.
+        origins: of the tokens, where known.
+    """
+
+    tokens: numpy.ndarray
+    starts: numpy.ndarray = numpy.zeros(1, numpy.int64)
+    origins: TokenOrigins | SavedOrigins | None = None
+
+
+class TokenArray:
+    """Arrays end to end, as one; of mapped files, only what is asked for is read. Processes get them by file name."""
+
+    def __init__(self, parts: Sequence[numpy.ndarray]) -> None:
+        self.parts = [part for part in parts if len(part)]
+        self.ends = numpy.cumsum([len(part) for part in self.parts], dtype=numpy.int64)
+
+    def __getitem__(self, places: slice) -> numpy.ndarray:
+        """Tokens [as many as there are] of a slice without a step."""
+        begin, end, _ = places.indices(int(self.ends[-1]) if self.parts else 0)
+        first, last = numpy.searchsorted(self.ends, [begin, max(begin, end - 1)], side="right").tolist()
+        taken = [numpy.zeros(0, numpy.uint16)]
+        for part, stop in zip(self.parts[first : last + 1], self.ends[first : last + 1].tolist(), strict=True):
+            start = stop - len(part)
+            taken.append(part[max(0, begin - start) : max(0, end - start)])
+        return taken[1] if len(taken) == 2 else numpy.concatenate(taken)
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        return _make_array, ([
+            (part.filename, part.dtype.str) if isinstance(part, numpy.memmap) else part for part in self.parts
+        ],)  # fmt: skip
+
+
+def _make_array(parts: list[Any]) -> TokenArray:
+    return TokenArray([map_tokens(*part) if isinstance(part, tuple) else part for part in parts])
+
+
+def map_tokens(path: Path, dtype: str) -> numpy.ndarray:
+    """Tokens in a file, of which only what is asked for is read."""
+    if not path.stat().st_size:
+        return numpy.zeros(0, dtype)  # an empty file cannot be mapped
+    return numpy.memmap(path, dtype=dtype, mode="r")
 
 
 class PackedBlocks(TracedRows):
-    """Blocks of `max_length` tokens cut from documents laid end to end. No token is lost.
+    """Blocks of `max_length` tokens cut from documents laid end to end. No token is lost, and none is read before use.
 
     Neighbouring blocks share one token, untrained in the later one, so that every token but the first of each document
-    is predicted exactly once. Positions restart at each document, by which attention keeps documents apart.
+    is predicted exactly once. Positions restart at each document; attention tells documents apart by them.
 
     Args:
-        documents: token arrays, each with its end token.
+        texts: laid end to end, each document with its end token.
         max_length: tokens per block, at least 2.
         mixed: whether a block may hold several documents. If not, each document is cut on its own, its last block is
             shorter, and blocks have no "position_ids".
+
+    Attributes:
+        starts: [documents] int64, where documents start in the tokens.
+        spans: [blocks, 2] int64, where blocks begin and end in the tokens.
     """
 
-    def __init__(self, documents: list[numpy.ndarray], max_length: int, mixed: bool = True) -> None:
-        lengths = [len(document) for document in documents]
-        tokens = numpy.concatenate([numpy.asarray(document, dtype=numpy.int32) for document in documents])
-        self._lay_out(TokenText(TokenArray([tokens]), numpy.cumsum([0, *lengths])[:-1]), max_length, mixed)
-
-    @classmethod
-    def of_text(cls, text: TokenText, max_length: int, mixed: bool = True) -> PackedBlocks:
-        """Blocks of documents that lie end to end already; no token is read before its block is."""
-        blocks = cls.__new__(cls)
-        blocks._lay_out(text, max_length, mixed)
-        return blocks
-
-    def _lay_out(self, text: TokenText, max_length: int, mixed: bool) -> None:
-        self.tokens, self.starts, self.parts = text
+    def __init__(self, texts: Sequence[TokenizedText], max_length: int, mixed: bool = True) -> None:
         self.mixed = mixed
-        borders = numpy.array([0]) if mixed else self.starts
-        self.spans = _spans(borders, numpy.append(borders[1:], len(self.tokens)), max_length)
+        self.tokens = TokenArray([text.tokens for text in texts])
+        ends = numpy.cumsum([len(text.tokens) for text in texts], dtype=numpy.int64)
+        begins = [0, *ends[:-1].tolist()]
+        self.starts = numpy.concatenate([text.starts + begin for text, begin in zip(texts, begins, strict=True)])
+        self._parts = list(zip(begins, ends.tolist(), [text.origins for text in texts], strict=True))
+        # What is cut into blocks: the whole text, or each document.
+        first = numpy.zeros(1, numpy.int64) if mixed else self.starts
+        last = numpy.append(first[1:], ends[-1])
+        step = max_length - 1
+        counts = numpy.maximum(1, -(-(last - first - 1) // step))  # blocks of each
+        numbers = numpy.arange(counts.sum()) - numpy.repeat(numpy.cumsum(counts) - counts, counts)
+        block_begins = numpy.repeat(first, counts) + numbers * step
+        block_ends = numpy.minimum(block_begins + max_length, numpy.repeat(last, counts))
+        self.spans = numpy.stack([block_begins, block_ends], axis=1)
 
     def __len__(self) -> int:
         return len(self.spans)
 
     def subset(self, blocks: range | numpy.ndarray) -> PackedBlocks:
-        """The same text, of which only these blocks are seen; they are numbered upwards."""
-        part = PackedBlocks.__new__(PackedBlocks)
-        part.tokens, part.starts, part.parts, part.mixed = self.tokens, self.starts, self.parts, self.mixed
+        """These blocks of the same text, renumbered from 0."""
+        part = copy.copy(self)
         part.spans = self.spans[numpy.asarray(blocks, dtype=numpy.int64)]
         return part
 
@@ -63,7 +115,7 @@ class PackedBlocks(TracedRows):
         document_starts = torch.from_numpy(self.starts[low:high] - begin)
         labels = ids.clone()
         labels[0] = IGNORE_INDEX
-        labels[document_starts] = IGNORE_INDEX  # nothing before a document tells its first token
+        labels[document_starts] = IGNORE_INDEX  # nothing precedes a document that could predict its first token
         row = {"input_ids": ids, "labels": labels}
         if self.mixed:
             positions = torch.arange(len(ids))
@@ -73,9 +125,15 @@ class PackedBlocks(TracedRows):
         return row
 
     def origins(self, index: int, begin: int = 0, end: int | None = None) -> list[str]:
-        """Rows and lines, as exactly as the text was encoded: in pieces of about 4,000 characters."""
+        """Rows and lines, as exactly as the text was encoded: in chunks of about 4,000 characters."""
         first, stop = self.spans[index].tolist()
-        return names_across(self.parts, first + begin, stop if end is None else min(first + end, stop))
+        low, high = first + begin, stop if end is None else min(first + end, stop)
+        return unique(
+            name
+            for part_begin, part_end, origins in self._parts
+            if origins is not None and max(low, part_begin) < min(high, part_end)
+            for name in origins.names(max(low, part_begin) - part_begin, min(high, part_end) - part_begin)
+        )
 
     def counts(self) -> TokenCounts:
         """Tokens of the text that these blocks span; the first of each document, and of all, has no prediction."""
@@ -91,15 +149,6 @@ class PackedBlocks(TracedRows):
             context=context,
             lengths=(ends - begins).tolist(),
         )
-
-
-def _spans(begins: numpy.ndarray, ends: numpy.ndarray, max_length: int) -> numpy.ndarray:
-    """[pieces, 2]: each [begin, end) cut into pieces of max_length that share one token with the piece before."""
-    step = max_length - 1
-    counts = numpy.maximum(1, -(-(ends - begins - 1) // step))
-    before = numpy.repeat(numpy.cumsum(counts) - counts, counts)
-    starts = numpy.repeat(begins, counts) + (numpy.arange(len(before)) - before) * step
-    return numpy.stack([starts, numpy.minimum(starts + max_length, numpy.repeat(ends, counts))], axis=1)
 
 
 class PackedRows(TracedRows):

@@ -1,7 +1,7 @@
 """Tokens on disk, mapped into memory: training starts at once, and the processes of a host share one copy.
 
 A folder holds manifest.json and shards/NAME/ with `tokens` (flat, little-endian unsigned integers), `starts.npy`
-(int64, where documents begin in them) and `origins.jsonl` (the rows that they were made of). The manifest names the
+(int64, where documents start in them) and `origins.jsonl` (the rows that they were made of). The manifest names the
 shards of each split in order, and the tokenizer.
 """
 
@@ -9,9 +9,8 @@ from __future__ import annotations
 
 import hashlib
 import json
-from collections.abc import Iterable, Sequence
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any
 
 import numpy
 from pydantic import BaseModel, ConfigDict, Field, ValidationError
@@ -19,20 +18,25 @@ from transformers import PreTrainedTokenizerBase
 
 from novelgpt.settings.errors import UserError
 from novelgpt.settings.remedies import python_module
+from novelgpt.text.chunks import ChunkEncoder, encode_texts
 from novelgpt.text.encoding import document_begin_ids, document_end_id
-from novelgpt.text.origins import SavedMarks, TokenOrigins
-from novelgpt.text.pieces import PieceEncoder, encode_texts
+from novelgpt.text.origins import SavedOrigins
+from novelgpt.text.packing import TokenizedText, map_tokens
 
 KIND, VERSION = "novelgpt tokens", 1
 MANIFEST, SHARDS, TOKENS, STARTS, ORIGINS = "manifest.json", "shards", "tokens", "starts.npy", "origins.jsonl"
-# Of the vocabulary, about so many tokens go into the text that tokenizers are told apart by.
-_TRIED = 20_000
+# About so many tokens of the vocabulary go into the text that distinguishes tokenizers.
+_PROBED = 20_000
 _PROBE = "第一回　甄士隐梦幻识通灵\n\n　　“你好！”他说：《红楼梦》共120回。\n\t  It's 3.14 — don't 😀\r\n繁體，龘𠮷……"
 
 
-class _Shard(BaseModel):
+class _Fields(BaseModel):
+    """The fields of manifest.json that are read; there may be more."""
+
     model_config = ConfigDict(strict=True, extra="allow")
 
+
+class _Shard(_Fields):
     name: str = Field(pattern=r"^\w+$")
     tokens: int = Field(ge=0)
     documents: int = Field(ge=0)
@@ -40,112 +44,43 @@ class _Shard(BaseModel):
     file: str = ""
 
 
-class _Split(BaseModel):
-    model_config = ConfigDict(strict=True, extra="allow")
-
+class _Split(_Fields):
     shards: list[_Shard]
 
 
-class _Tokenizer(BaseModel):
-    model_config = ConfigDict(strict=True, extra="allow")
-
+class _Tokenizer(_Fields):
     model: str
     sha256: str
     vocabulary: int
     dtype: str = Field(pattern=r"^[<|]u[1248]$")
 
 
-class _Manifest(BaseModel):
-    """What a folder of tokens is asked for; more may be there."""
-
-    model_config = ConfigDict(strict=True, extra="allow")
-
+class _Manifest(_Fields):
     tokenizer: _Tokenizer
     splits: dict[str, _Split]
 
 
-class TokenArray:
-    """Arrays end to end, as one; of mapped files, only what is asked for is read. Processes get them by file name."""
-
-    def __init__(self, parts: Sequence[numpy.ndarray]) -> None:
-        self.parts = [part for part in parts if len(part)]
-        self.ends = numpy.cumsum([0, *map(len, self.parts)])[1:]
-
-    def __len__(self) -> int:
-        return int(self.ends[-1]) if self.parts else 0
-
-    def __getitem__(self, places: slice) -> numpy.ndarray:
-        """Tokens [as many as there are] of a slice without a step."""
-        begin, end, _ = places.indices(len(self))
-        first, last = numpy.searchsorted(self.ends, [begin, max(begin, end - 1)], side="right").tolist()
-        taken = []
-        for part, stop in zip(self.parts[first : last + 1], self.ends[first : last + 1].tolist(), strict=True):
-            start = stop - len(part)
-            taken.append(part[max(0, begin - start) : max(0, end - start)])
-        return taken[0] if len(taken) == 1 else numpy.concatenate([*taken, numpy.zeros(0, numpy.uint16)])
-
-    def __reduce__(self) -> tuple[Any, ...]:
-        return _make_array, ([
-            (part.filename, part.dtype.str) if isinstance(part, numpy.memmap) else part for part in self.parts
-        ],)  # fmt: skip
-
-
-def _make_array(parts: list[Any]) -> TokenArray:
-    return TokenArray([_map(*part) if isinstance(part, tuple) else part for part in parts])
-
-
-def _map(path: Path, dtype: str) -> numpy.ndarray:
-    if not path.stat().st_size:
-        return numpy.zeros(0, dtype)  # nothing can be mapped
-    return numpy.memmap(path, dtype=dtype, mode="r")
-
-
-class TokenText(NamedTuple):
-    """Documents end to end: their tokens, and [documents] int64, where each begins in them.
-
-    `origins` tell where the tokens came from, in parts of so many tokens each; there may be none.
-    """
-
-    tokens: TokenArray
-    starts: numpy.ndarray
-    origins: Sequence[tuple[int, TokenOrigins]] = ()
-
-
-def join_texts(texts: Iterable[TokenText]) -> TokenText:
-    """Texts end to end."""
-    parts: list[numpy.ndarray] = []
-    starts = [numpy.zeros(0, numpy.int64)]
-    origins: list[tuple[int, TokenOrigins]] = []
-    count = 0
-    for text in texts:
-        parts += text.tokens.parts
-        starts.append(text.starts + count)
-        origins += text.origins
-        count += len(text.tokens)
-    return TokenText(TokenArray(parts), numpy.concatenate(starts), origins)
-
-
 def tokenizer_digest(tokenizer: PreTrainedTokenizerBase) -> str:
-    """Hexadecimal sha256 of what decides the tokens of a text: the vocabulary, what begins and ends documents, what it
-    merges.
+    """Hexadecimal sha256 of what determines the tokens of a text: the vocabulary, the merges, and the tokens that start
+    and end documents.
 
-    The last by encoding a text made of the vocabulary, so that saving a tokenizer, loading it in another version of its
-    library, and giving it another chat template change nothing.
+    Merges are probed by encoding a text made of the vocabulary, so that saving a tokenizer, loading it in another
+    version of its library or changing its chat template does not change the digest.
     """
     vocabulary = sorted((index, token) for token, index in tokenizer.get_vocab().items())
-    tried = [index for index, _ in vocabulary[:: max(1, len(vocabulary) // _TRIED)]]
+    probed = [index for index, _ in vocabulary[:: max(1, len(vocabulary) // _PROBED)]]
     texts = [
-        str(tokenizer.decode(tried[begin : begin + 500], clean_up_tokenization_spaces=False))
-        for begin in range(0, len(tried), 500)
+        str(tokenizer.decode(probed[begin : begin + 500], clean_up_tokenization_spaces=False))
+        for begin in range(0, len(probed), 500)
     ]
     what = [vocabulary, document_end_id(tokenizer), encode_texts([_PROBE, *texts], tokenizer)]
-    if begin := document_begin_ids(tokenizer):
-        what.append(begin)  # else the digest is that of folders made before begin tokens were put in
+    if begin_ids := document_begin_ids(tokenizer):
+        what.append(begin_ids)  # only then, so that folders made before begin tokens existed keep their digest
     return hashlib.sha256(json.dumps(what).encode()).hexdigest()
 
 
 def read_token_manifest(folder: Path) -> dict[str, Any] | None:
-    """manifest.json of a folder of tokens; None where the folder is something else that is prepared.
+    """manifest.json of a folder of tokens; None for a prepared folder of another kind.
 
     Raises:
         UserError: there is no readable manifest.
@@ -173,8 +108,8 @@ def read_token_manifest(folder: Path) -> dict[str, Any] | None:
         raise UserError(f"{path} cannot be read: {where}: {first['msg']}", "prepare the folder again") from error
 
 
-def describe_tokenizer(encoder: PieceEncoder, model: str) -> dict[str, Any]:
-    """What the manifest keeps of a tokenizer: where it came from, and what tells it from others."""
+def describe_tokenizer(encoder: ChunkEncoder, model: str) -> dict[str, Any]:
+    """The manifest's entry for a tokenizer: where it came from, and what identifies it."""
     return {
         "model": model,
         "sha256": tokenizer_digest(encoder.tokenizer),
@@ -184,11 +119,13 @@ def describe_tokenizer(encoder: PieceEncoder, model: str) -> dict[str, Any]:
     }
 
 
-def open_tokens(folder: Path, manifest: dict[str, Any], split: str, tokenizer: PreTrainedTokenizerBase) -> TokenText:
-    """A split of a folder of tokens. No token is read.
+def open_tokens(
+    folder: Path, manifest: dict[str, Any], split: str, tokenizer: PreTrainedTokenizerBase
+) -> list[TokenizedText]:
+    """The shards of a split, in order. No token is read.
 
     Raises:
-        UserError: the tokens are another tokenizer's, or a file is missing or cut short.
+        UserError: the tokens are another tokenizer's, or a file is missing or truncated.
     """
     made_with = manifest["tokenizer"]
     if made_with["sha256"] != (digest := tokenizer_digest(tokenizer)):
@@ -197,22 +134,19 @@ def open_tokens(folder: Path, manifest: dict[str, Any], split: str, tokenizer: P
             f"{made_with['sha256'][:12]}), and the model has another one ({len(tokenizer)} tokens, {digest[:12]})",
             f"train {made_with['model']}, or run `{python_module('dataset tokens')}` with the --model that you train",
         )
-    return join_texts(_open_shard(folder, shard, made_with["dtype"]) for shard in manifest["splits"][split]["shards"])
-
-
-def _open_shard(folder: Path, shard: dict[str, Any], dtype: str) -> TokenText:
-    path = folder / SHARDS / shard["name"]
-    try:
-        starts = numpy.load(path / STARTS, allow_pickle=False)
-        complete = (path / TOKENS).stat().st_size == shard["tokens"] * numpy.dtype(dtype).itemsize
-    except (OSError, ValueError, EOFError):
-        complete = False
-    if not complete or len(starts) != shard["documents"]:
-        raise UserError(
-            f"{path} is damaged or missing", f"run the same `{python_module('dataset tokens')}` again: it mends that"
-        )
-    # Folders of older versions do not know what their shards were made of.
-    made_from = shard.get("file") or f"{path}"
-    return TokenText(
-        TokenArray([_map(path / TOKENS, dtype)]), starts, [(shard["tokens"], SavedMarks(path / ORIGINS, made_from))]
-    )
+    shards = []
+    for shard in manifest["splits"][split]["shards"]:
+        path = folder / SHARDS / shard["name"]
+        try:
+            starts = numpy.load(path / STARTS, allow_pickle=False)
+            size = (path / TOKENS).stat().st_size
+        except (OSError, ValueError, EOFError):
+            starts, size = numpy.zeros(0), -1
+        if size != shard["tokens"] * numpy.dtype(made_with["dtype"]).itemsize or len(starts) != shard["documents"]:
+            raise UserError(
+                f"{path} is damaged or missing", f"run the same `{python_module('dataset tokens')}` again to repair it"
+            )
+        # Folders of older versions do not record what their shards were made of.
+        origins = SavedOrigins(path / ORIGINS, shard.get("file") or str(path))
+        shards.append(TokenizedText(map_tokens(path / TOKENS, made_with["dtype"]), starts, origins))
+    return shards

@@ -20,7 +20,7 @@ from dataset.corpus import read_corpus
 from dataset.decode import decode_text, read_bytes
 from novelgpt.settings.arguments import ConversationArguments, CorpusArguments
 from novelgpt.text.conversation import IGNORE_INDEX, EncodedRow
-from novelgpt.text.packing import PackedBlocks, PackedRows, best_fit
+from novelgpt.text.packing import PackedBlocks, PackedRows, TokenizedText, best_fit
 from novelgpt.text.statistics import TokenCounts
 
 NOVELS = Path(__file__).resolve().parents[3] / "shared" / "data" / "novels"
@@ -297,7 +297,7 @@ def test_documents_cut_on_their_own_share_no_block() -> None:
         sizes = [draw.choice([1, 2, 3, draw.randint(1, 40)]) for _ in range(draw.randint(1, 8))]
         documents = [numpy.array([draw.randint(1, 900) for _ in range(size)]) for size in sizes]
         for max_length in (2, 3, 8, 100):
-            blocks = PackedBlocks(documents, max_length, mixed=False)
+            blocks = PackedBlocks([*map(TokenizedText, documents)], max_length, mixed=False)
             items = [blocks[index] for index in range(len(blocks))]
             assert all(set(item) == {"input_ids", "labels"} for item in items)
             remaining = list(items)

@@ -16,7 +16,7 @@ from novelgpt.settings.errors import UserError
 from novelgpt.text.collator import Collator
 from novelgpt.text.conversation import IGNORE_INDEX
 from novelgpt.text.encoding import document_end_id, encode
-from novelgpt.text.packing import PackedBlocks
+from novelgpt.text.packing import PackedBlocks, TokenizedText
 from tests.rounding import assert_close
 
 END = 0
@@ -46,7 +46,7 @@ def test_every_token_is_trained_once_but_the_first_of_each_document() -> None:
         for max_length in (2, 3, 5, 16, len(stream), len(stream) + 7):
             if max_length < 2:
                 continue
-            blocks = PackedBlocks(documents, max_length)
+            blocks = PackedBlocks([*map(TokenizedText, documents)], max_length)
             assert unrolled(blocks, "input_ids") == stream
             assert unrolled(blocks, "labels") == expected_labels(documents)
             sizes = [len(blocks[index]["input_ids"]) for index in range(len(blocks))]
@@ -61,7 +61,7 @@ def test_positions_restart_at_each_document_and_each_block() -> None:
     for _ in range(100):
         documents = random_documents(draw)
         for max_length in (2, 4, 11, 40):
-            blocks = PackedBlocks(documents, max_length)
+            blocks = PackedBlocks([*map(TokenizedText, documents)], max_length)
             for index in range(len(blocks)):
                 block = blocks[index]
                 wanted: list[int] = []
@@ -72,7 +72,7 @@ def test_positions_restart_at_each_document_and_each_block() -> None:
 
 def test_end_tokens_stand_at_document_ends_only() -> None:
     documents = random_documents(random.Random(5))
-    stream = unrolled(PackedBlocks(documents, 6), "input_ids")
+    stream = unrolled(PackedBlocks([*map(TokenizedText, documents)], 6), "input_ids")
     ends = numpy.cumsum([len(document) for document in documents]) - 1
     assert [index for index, token in enumerate(stream) if token == END] == ends.tolist()
 
@@ -83,7 +83,7 @@ def test_counts_of_all_blocks_and_of_parts() -> None:
         documents = random_documents(draw)
         total = sum(map(len, documents))
         for max_length in (2, 3, 9, 33):
-            blocks = PackedBlocks(documents, max_length)
+            blocks = PackedBlocks([*map(TokenizedText, documents)], max_length)
             border = draw.randint(0, len(blocks))
             middle = draw.randint(border, len(blocks))
             cuts = [range(border), range(border, middle), range(middle, len(blocks))]
@@ -102,7 +102,7 @@ def test_counts_of_all_blocks_and_of_parts() -> None:
 
 
 def test_parts_hold_the_blocks_of_the_whole() -> None:
-    blocks = PackedBlocks(random_documents(random.Random(4)), 5)
+    blocks = PackedBlocks([*map(TokenizedText, random_documents(random.Random(4)))], 5)
     part = blocks.subset(range(1, len(blocks)))
     assert len(part) == len(blocks) - 1
     for index in range(len(part)):
@@ -188,8 +188,8 @@ def test_documents_do_not_see_each_other(model: PreTrainedModel, training: bool)
     model.train(training)
     draw = numpy.random.default_rng(0)
     first, other, second = (numpy.append(draw.integers(3, 999, size), END) for size in (12, 12, 15))
-    packed = PackedBlocks([first, second], 40)[0]
-    replaced = PackedBlocks([other, second], 40)[0]
+    packed = PackedBlocks([TokenizedText(first), TokenizedText(second)], 40)[0]
+    replaced = PackedBlocks([TokenizedText(other), TokenizedText(second)], 40)[0]
     border = len(first)
     kept, changed = logits(model, [packed])[0, border:], logits(model, [replaced])[0, border:]
     assert_close(kept, changed)
@@ -202,7 +202,7 @@ def test_documents_in_padded_batches_are_as_alone(model: PreTrainedModel) -> Non
     model.train()
     draw = numpy.random.default_rng(1)
     documents = [numpy.append(draw.integers(3, 999, size), END) for size in (9, 0, 4, 30, 1, 17, 2, 6)]
-    blocks = PackedBlocks(documents, 23)
+    blocks = PackedBlocks([*map(TokenizedText, documents)], 23)
     rows = [blocks[index] for index in range(len(blocks))]
     assert len({len(row["input_ids"]) for row in rows}) == 2  # the last is shorter
     outputs = logits(model, rows)

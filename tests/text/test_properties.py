@@ -17,7 +17,7 @@ from dataset.conversations import encode_rows
 from novelgpt.settings.arguments import ConversationArguments
 from novelgpt.text.conversation import IGNORE_INDEX, EncodedRow, encode_conversation, encode_prompt
 from novelgpt.text.messages import Message
-from novelgpt.text.packing import PackedBlocks, PackedRows, best_fit
+from novelgpt.text.packing import PackedBlocks, PackedRows, TokenizedText, best_fit
 from novelgpt.text.templates import PLAIN_TEMPLATE, template_record
 from tests.text.test_templates import build_baichuan_folder, load_baichuan, with_template
 
@@ -230,7 +230,7 @@ def test_packed_rows_are_whole_and_apart(rows: list[list[tuple[int, bool]]], max
     max_length=draw.integers(2, 24),
 )
 def test_mixed_blocks_give_back_the_text(documents: list[list[int]], max_length: int) -> None:
-    blocks = PackedBlocks([numpy.array(document) for document in documents], max_length)
+    blocks = PackedBlocks([TokenizedText(numpy.array(document)) for document in documents], max_length)
     items = [blocks[number] for number in range(len(blocks))]
     text = items[0]["input_ids"].tolist()
     labels = items[0]["labels"].tolist()
@@ -258,7 +258,7 @@ def test_mixed_blocks_give_back_the_text(documents: list[list[int]], max_length:
     max_length=draw.integers(2, 24),
 )
 def test_unmixed_blocks_hold_one_document_each(documents: list[list[int]], max_length: int) -> None:
-    blocks = PackedBlocks([numpy.array(document) for document in documents], max_length, mixed=False)
+    blocks = PackedBlocks([TokenizedText(numpy.array(document)) for document in documents], max_length, mixed=False)
     items = [blocks[number] for number in range(len(blocks))]
     remaining = iter(items)
     for document in documents:

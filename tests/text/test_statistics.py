@@ -11,7 +11,7 @@ from novelgpt.model.tokenizer import load_tokenizer
 from novelgpt.settings.arguments import ModelArguments
 from novelgpt.text.conversation import IGNORE_INDEX, encode_conversation
 from novelgpt.text.encoding import document_end_id, encode
-from novelgpt.text.packing import PackedBlocks
+from novelgpt.text.packing import PackedBlocks, TokenizedText
 from novelgpt.text.statistics import trained_characters, trained_runs
 
 SHARED = Path(__file__).resolve().parents[3] / "shared" / "tokenizers"
@@ -59,14 +59,14 @@ def test_characters_of_blocks_are_those_of_the_text(any_tokenizer: PreTrainedTok
     documents = [numpy.array([*encode(text, any_tokenizer), end]) for text in texts]
     untrained = sum(len(str(any_tokenizer.decode(document[:1].tolist()))) for document in documents)
     for max_length in (2, 3, 4, 5, 7, 16, 1000):
-        blocks = PackedBlocks(documents, max_length)
+        blocks = PackedBlocks([*map(TokenizedText, documents)], max_length)
         assert trained_characters(blocks, any_tokenizer) == sum(map(len, texts)) - untrained
 
 
 def test_a_text_that_begins_inside_a_token_run_of_one_character(tokenizer: PreTrainedTokenizerBase) -> None:
     ids = encode("😀龘", tokenizer)
     assert len(ids) == 7  # a byte each
-    blocks = PackedBlocks([numpy.array(ids)], 2)  # every border falls inside a character but one
+    blocks = PackedBlocks([TokenizedText(numpy.array(ids))], 2)  # every border falls inside a character but one
     assert trained_characters(blocks, tokenizer) == 1  # 龘; 😀 begins in the first token, which nothing tells
 
 

@@ -1,4 +1,4 @@
-"""Pieces of documents have the tokens of the whole, and mapped arrays give the blocks of arrays in memory."""
+"""Chunks of documents have the tokens of the whole, and mapped arrays give the blocks of arrays in memory."""
 
 import pickle
 import random
@@ -15,14 +15,15 @@ from transformers import AutoTokenizer, PreTrainedTokenizerBase, PreTrainedToken
 
 from novelgpt.model.tokenizer import load_tokenizer
 from novelgpt.settings.arguments import ModelArguments
+from novelgpt.text.chunks import CHUNK, Chunk, ChunkEncoder, DocumentCutter, chunks_are_exact, token_type
 from novelgpt.text.encoding import document_end_id, encode
-from novelgpt.text.packing import PackedBlocks
-from novelgpt.text.pieces import PIECE, DocumentCutter, PieceEncoder, cuts_are_exact, token_type
-from novelgpt.text.token_files import TokenArray, TokenText, join_texts, tokenizer_digest
+from novelgpt.text.origins import TokenOrigins
+from novelgpt.text.packing import PackedBlocks, TokenArray, TokenizedText
+from novelgpt.text.token_files import tokenizer_digest
 from tests.model.original_checkpoints import write_original_baichuan
 
 SHARED = Path(__file__).resolve().parents[3] / "shared"
-# Little text: without a cut inside of pieces of thousands of characters, nothing would be tried.
+# Little text: without a cut inside of chunks of thousands of characters, nothing would be tried.
 NOVELS = ["hulanhezhuan.daocaoren.utf8.txt", "nahan.gutenberg.utf8.txt", "xiaohong_quanji.xstt.utf8bom.txt"]
 ODD = [
     "",
@@ -51,15 +52,18 @@ def any_tokenizer(
     return load_tokenizer(ModelArguments(str(folder)))
 
 
+def cut(cutter: DocumentCutter, texts: list[tuple[str, str]]) -> list[Chunk]:
+    """Chunks of rows, given as (text, book), that nothing follows."""
+    names = {"chapter": "", "title": "", "source": ""}
+    return list(cutter.cut([{"text": text, "book": book} | names for text, book in texts], last=True))
+
+
 def tokens_of(texts: list[tuple[str, str]], tokenizer: PreTrainedTokenizerBase) -> tuple[list[int], list[int]]:
-    """Tokens, and where documents begin, of (text, book)."""
-    encoder = PieceEncoder(tokenizer)
-    cutter = DocumentCutter(encoder.in_pieces)
-    pieces = [piece for text, book in texts for piece in cutter.add(text, book)] + list(cutter.end())
-    batches = list(encoder.encode(pieces))
-    counts = numpy.cumsum([0, *(len(tokens) for tokens, _ in batches)])
-    starts = [begin + int(count) for count, (_, begins) in zip(counts, batches, strict=False) for begin in begins]
-    return [token for tokens, _ in batches for token in tokens.tolist()], starts
+    """Tokens, and where documents start, of (text, book)."""
+    encoder = ChunkEncoder(tokenizer)
+    chunks = cut(DocumentCutter(encoder.in_chunks), texts)
+    batches = list(encoder.encode(chunks, TokenOrigins().add))
+    return [token for tokens, _ in batches for token in tokens.tolist()], [at for _, starts in batches for at in starts]
 
 
 def assert_as_whole(documents: list[list[str]], tokenizer: PreTrainedTokenizerBase) -> None:
@@ -76,8 +80,8 @@ def assert_as_whole(documents: list[list[str]], tokenizer: PreTrainedTokenizerBa
     assert starts == numpy.cumsum([0, *lengths])[:-1].tolist()
 
 
-def test_pieces_of_real_novels_have_the_tokens_of_the_whole(any_tokenizer: PreTrainedTokenizerBase) -> None:
-    assert cuts_are_exact(any_tokenizer)
+def test_chunks_of_real_novels_have_the_tokens_of_the_whole(any_tokenizer: PreTrainedTokenizerBase) -> None:
+    assert chunks_are_exact(any_tokenizer)
     folder = SHARED / "data" / "novels"
     if not folder.is_dir():
         pytest.skip("the real novels are not beside the checkout")
@@ -87,7 +91,7 @@ def test_pieces_of_real_novels_have_the_tokens_of_the_whole(any_tokenizer: PreTr
         assert_as_whole([[text], [text[:cut], text[cut : 2 * cut], text[2 * cut :]]], any_tokenizer)
 
 
-def test_pieces_of_odd_texts_have_the_tokens_of_the_whole(any_tokenizer: PreTrainedTokenizerBase) -> None:
+def test_chunks_of_odd_texts_have_the_tokens_of_the_whole(any_tokenizer: PreTrainedTokenizerBase) -> None:
     draw = random.Random(1)
     parts = [*ODD, "。", "”\n", "\n\n", "\n　　", " \n", "\r\n", "\n ", "1", "ab", "—", "\t", "　", "<s>"]
     for _ in range(8):
@@ -98,18 +102,17 @@ def test_pieces_of_odd_texts_have_the_tokens_of_the_whole(any_tokenizer: PreTrai
 @settings(max_examples=60, deadline=None)
 @given(st.lists(st.text(st.sampled_from("字。”a1 　\n\r\t-…\x0b\u0301é"), max_size=40), min_size=1, max_size=4))
 def test_any_cut_is_exact(tokenizer: PreTrainedTokenizerBase, texts: list[str]) -> None:
-    repeated = [text * (PIECE // 10 + 1) for text in texts]
+    repeated = [text * (CHUNK // 10 + 1) for text in texts]
     assert_as_whole([repeated], tokenizer)
 
 
-def test_pieces_are_the_text_and_no_longer_than_their_line_asks_for() -> None:
+def test_chunks_are_the_text_and_no_longer_than_their_line_asks_for() -> None:
     lines = [f"　　第{number}行，" + "字" * (number % 50) for number in range(2_000)]
-    cutter = DocumentCutter(True)
-    pieces = [*cutter.add("\n".join(lines), "书"), *cutter.add("\n".join(lines), "书"), *cutter.end()]
-    assert "".join(piece.text for piece in pieces) == "\n".join(lines) + "\n\n" + "\n".join(lines)
-    assert [piece.begins for piece in pieces] == [True] + [False] * (len(pieces) - 1)
-    assert [piece.ends for piece in pieces] == [False] * (len(pieces) - 1) + [True]
-    assert len(pieces) > 10 and max(len(piece.text) for piece in pieces) < PIECE + 70
+    chunks = cut(DocumentCutter(True), [("\n".join(lines), "书")] * 2)
+    assert "".join(chunk.text for chunk in chunks) == "\n".join(lines) + "\n\n" + "\n".join(lines)
+    assert [chunk.starts_document for chunk in chunks] == [True] + [False] * (len(chunks) - 1)
+    assert [chunk.ends_document for chunk in chunks] == [False] * (len(chunks) - 1) + [True]
+    assert len(chunks) > 10 and max(len(chunk.text) for chunk in chunks) < CHUNK + 70
 
 
 def test_a_tokenizer_that_marks_the_start_of_texts_gets_whole_documents() -> None:
@@ -118,8 +121,8 @@ def test_a_tokenizer_that_marks_the_start_of_texts_gets_whole_documents() -> Non
     model.normalizer = normalizers.Sequence([normalizers.Prepend("▁"), normalizers.Replace(" ", "▁")])
     tokenizer = PreTrainedTokenizerFast(tokenizer_object=model, eos_token="</s>")
     assert encode("你", tokenizer) == [letters["▁"], letters["你"]]
-    assert not cuts_are_exact(tokenizer)
-    assert_as_whole([["你好。\n" * PIECE, "字\n" * PIECE], ["你"]], tokenizer)
+    assert not chunks_are_exact(tokenizer)
+    assert_as_whole([["你好。\n" * CHUNK, "字\n" * CHUNK], ["你"]], tokenizer)
 
 
 def test_limits_in_the_file_of_a_tokenizer_cut_nothing(base_folder: Path, tmp_path: Path) -> None:
@@ -165,7 +168,7 @@ def test_slices_of_parts_are_those_of_the_whole(tmp_path: Path) -> None:
             if len(part):
                 mapped.append(numpy.memmap(tmp_path / f"{number}-{place}", dtype=numpy.uint16, mode="r"))
         for array in (TokenArray(parts), TokenArray(mapped), pickle.loads(pickle.dumps(TokenArray(mapped)))):
-            assert len(array) == len(whole)
+            assert array[0 : len(whole) + 1].tolist() == whole.tolist()
             for _ in range(20):
                 begin, end = draw.randint(0, len(whole)), draw.randint(0, len(whole) + 3)
                 assert array[begin:end].tolist() == whole[begin:end].tolist()
@@ -183,13 +186,16 @@ def test_blocks_of_parts_are_those_of_documents() -> None:
         documents = [numpy.array([draw.randint(1, 900) for _ in range(draw.choice([1, 2, 9, 33]))]) for _ in range(9)]
         borders = sorted(draw.choices(range(10), k=3))
         texts = [
-            TokenText(TokenArray(part), numpy.cumsum([0, *map(len, part)])[:-1].astype(numpy.int64))
+            TokenizedText(
+                numpy.concatenate([numpy.zeros(0, numpy.int64), *part]),
+                numpy.cumsum([0, *map(len, part)])[:-1].astype(numpy.int64),
+            )
             for part in (documents[a:b] for a, b in zip([0, *borders], [*borders, 9], strict=True))
         ]
         for max_length in (2, 5, 40):
             for mixed in (True, False):
-                wanted = PackedBlocks(documents, max_length, mixed)
-                blocks = PackedBlocks.of_text(join_texts(texts), max_length, mixed)
+                wanted = PackedBlocks([*map(TokenizedText, documents)], max_length, mixed)
+                blocks = PackedBlocks(texts, max_length, mixed)
                 assert len(blocks) == len(wanted) and blocks.counts() == wanted.counts()
                 for index in range(len(blocks)):
                     row, wanted_row = blocks[index], wanted[index]
@@ -201,9 +207,9 @@ def test_billions_of_tokens_are_not_read_to_be_counted(tmp_path: Path) -> None:
     tokens = 3_000_000_000
     with (tmp_path / "tokens").open("wb") as file:
         file.truncate(2 * tokens)  # takes no room on the disk
-    array = TokenArray([numpy.memmap(tmp_path / "tokens", dtype=numpy.uint16, mode="r")])
+    array = numpy.memmap(tmp_path / "tokens", dtype=numpy.uint16, mode="r")
     starts = numpy.arange(0, tokens, 1_000_000)
-    blocks = PackedBlocks.of_text(TokenText(array, starts), 2048)
+    blocks = PackedBlocks([TokenizedText(array, starts)], 2048)
     assert len(blocks) == -(-(tokens - 1) // 2047)
     counts = blocks.counts()
     assert (counts.tokens_in, counts.context) == (tokens, len(starts))

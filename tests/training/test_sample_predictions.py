@@ -22,7 +22,7 @@ from novelgpt.scoring.rouge import mean_f, score_texts
 from novelgpt.settings.arguments import GenerationArguments, ModelArguments, TrainArguments
 from novelgpt.text.conversation import encode_conversation, encode_prompt
 from novelgpt.text.encoding import document_end_id, encode
-from novelgpt.text.packing import PackedBlocks
+from novelgpt.text.packing import PackedBlocks, TokenizedText
 from novelgpt.training.sample_predictions import (
     MOST_PROMPT_TOKENS,
     PREDICTIONS_FILE,
@@ -129,7 +129,7 @@ def test_thoughts_before_answers_are_not_scored(tokenizer: PreTrainedTokenizerBa
 def test_text_is_asked_to_go_on_after_its_first_half(tokenizer: PreTrainedTokenizerBase) -> None:
     ids = [*encode(NOVEL.read_text(encoding="utf-8")[:3000], tokenizer), document_end_id(tokenizer)]
     for max_length in (64, 2 * MOST_PROMPT_TOKENS, 1024):
-        blocks = PackedBlocks([numpy.array(ids)], max_length)
+        blocks = PackedBlocks([TokenizedText(numpy.array(ids))], max_length)
         samples = choose_samples(blocks, tokenizer, len(blocks), 40)
         rows = [blocks[index]["input_ids"].tolist() for index in range(len(blocks))]
         for block, sample in zip(rows, samples, strict=True):
@@ -153,7 +153,7 @@ def test_a_prompt_ends_in_a_whole_character(tokenizer: PreTrainedTokenizerBase) 
 def test_the_longest_document_of_a_block_is_taken(tokenizer: PreTrainedTokenizerBase) -> None:
     end = document_end_id(tokenizer)
     texts = ["短。", "这一篇比较长，所以选它。", "也短。"]
-    blocks = PackedBlocks([numpy.array([*encode(text, tokenizer), end]) for text in texts], 100)
+    blocks = PackedBlocks([TokenizedText(numpy.array([*encode(text, tokenizer), end])) for text in texts], 100)
     (sample,) = choose_samples(blocks, tokenizer, 1, 99)
     assert sample.prompt_ids + sample.reference_ids == [*encode(texts[1], tokenizer), end]
 
@@ -228,7 +228,7 @@ def test_texts_and_answers_stop_at_the_end_of_a_document(
     torch.nn.init.zeros_(only_ends.weight)
     only_ends.bias.data = torch.nn.functional.one_hot(torch.tensor(end), model.config.vocab_size).float()
     model.set_output_embeddings(only_ends)
-    text = PackedBlocks([numpy.array([*encode("山上有座庙，庙里有个老和尚。", tokenizer), end])], 100)
+    text = PackedBlocks([TokenizedText(numpy.array([*encode("山上有座庙，庙里有个老和尚。", tokenizer), end]))], 100)
     for rows in (text, encoded(tokenizer)):
         predictions(rows, tokenizer, tmp_path, 1).scores(model, Accelerator(cpu=True), 0)
         assert lines(tmp_path)[-1]["finish_reason"] == "stop"
