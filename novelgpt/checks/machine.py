@@ -22,42 +22,38 @@ TRUE_VALUES = {"1", "on", "yes", "true"}
 
 
 def check_port() -> Iterator[Finding]:
-    """Check that ranks can rendezvous at MASTER_PORT, by default at the port that hostfiles use."""
+    """Check that ranks can connect at MASTER_PORT, by default at the port that hostfiles use."""
     named = os.environ.get("MASTER_PORT")
     try:
         port = DEFAULT_PORT if named is None else int(named)
         with socket.socket(socket.AF_INET, socket.SOCK_STREAM) as listener:
             listener.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
             listener.bind(("", port))
-    except (ValueError, OverflowError):
-        yield Finding(
-            "port",
-            "problem",
-            f"MASTER_PORT={named} is not a port",
-            "unset it, or set it to a number above 1024",
-        )
-    except OSError as error:
-        free = f"MASTER_PORT={_free_port()}"
-        text = f"port {port} cannot be used: {error.strerror}"
-        if named is None:
-            text += "; it is the default for several hosts"
-            yield Finding("port", "note", text, f"with HOSTFILE, set another one on all hosts: export {free}")
-        else:
-            yield Finding("port", "problem", text, f"export {free}")
-    else:
         yield Finding("port", "ok", f"port {port} is free for processes to connect")
+    except (ValueError, OverflowError):
+        remedy = "unset it, or set it to a number above 1024"
+        yield Finding("port", "problem", f"MASTER_PORT={named} is not a port", remedy)
+    except OSError as error:
+        text = f"port {port} cannot be used: {error.strerror}"
+        with socket.socket(socket.AF_INET, socket.SOCK_STREAM) as listener:
+            listener.bind(("", 0))
+            remedy = f"export MASTER_PORT={listener.getsockname()[1]}"
+        if named is None:
+            note = f"{text}; it is the default for several hosts"
+            yield Finding("port", "note", note, f"with HOSTFILE, set another one on all hosts: {remedy}")
+        else:
+            yield Finding("port", "problem", text, remedy)
 
 
 def check_disk_space(output: Path) -> Iterator[Finding]:
     """Check that the folder of runs is writable and has room."""
     folder = existing_folder(output)
+    free = shutil.disk_usage(folder).free
+    text = f"{gigabytes(free)} free for {output}"
     if not os.access(folder, os.W_OK):
         remedy = "name a folder you can write to: --output_dir FOLDER"
         yield Finding("disk", "problem", f"nothing can be written into {folder}", remedy)
-        return
-    free = shutil.disk_usage(folder).free
-    text = f"{gigabytes(free)} free for {output}"
-    if free < MIN_FREE_BYTES:
+    elif free < MIN_FREE_BYTES:
         yield Finding("disk", "problem", text, "make room, or name a folder on another disk: --output_dir FOLDER")
     elif free < USUAL_FREE_BYTES:
         remedy = "with --model, this command estimates its checkpoints; --save_total_limit 1 keeps fewer"
@@ -90,19 +86,21 @@ def check_open_files() -> Iterator[Finding]:
         return
     soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
     if 0 <= soft < MIN_OPEN_FILES:
-        wanted = MIN_OPEN_FILES if hard < 0 else min(hard, 65536)
-        text = (
-            f"a process may hold {counted(soft, 'file')} open; large folders of shards and many workers may need more"
-        )
-        yield Finding("open files", "note", text, f"ulimit -n {wanted}")
+        text = f"{counted(soft, 'file')} open; large folders of shards and many workers may need more"
+        remedy = f"ulimit -n {MIN_OPEN_FILES if hard < 0 else min(hard, 65536)}"
+        yield Finding("open files", "note", f"a process may hold {text}", remedy)
     else:
         yield Finding("open files", "ok", f"a process may hold {'any number of' if soft < 0 else soft} files open")
 
 
 def check_switches(environment: dict[str, str]) -> Iterator[Finding]:
     """Report what the environment sets for the model hub and for telemetry. Secrets are not shown."""
-    offline = [name for name in ("HF_HUB_OFFLINE", "TRANSFORMERS_OFFLINE") if _is_on(environment.get(name))]
-    parts = [f"offline ({', '.join(offline)})" if offline else "downloads allowed"]
+
+    def switched_on(*names: str) -> str:
+        return ", ".join(name for name in names if environment.get(name, "").strip().lower() in TRUE_VALUES)
+
+    offline = switched_on("HF_HUB_OFFLINE", "TRANSFORMERS_OFFLINE")
+    parts = [f"offline ({offline})" if offline else "downloads allowed"]
     if "HF_ENDPOINT" in environment:
         parts.append(f"mirror {urlsplit(environment['HF_ENDPOINT']).hostname or 'with an invalid address'}")
     if default_hub(environment) == "modelscope":
@@ -110,19 +108,11 @@ def check_switches(environment: dict[str, str]) -> Iterator[Finding]:
     if "HF_TOKEN" in environment:
         parts.append("a token is set")
     yield Finding("hub", "ok", "; ".join(parts))
-    quiet = [name for name in ("HF_HUB_DISABLE_TELEMETRY", "DO_NOT_TRACK") if _is_on(environment.get(name))]
-    if quiet or offline:
-        yield Finding("telemetry", "ok", f"off ({', '.join(quiet or offline)})")
-    else:
-        text = "this toolkit reports nothing; the hub's client names package versions when it downloads"
-        yield Finding("telemetry", "ok", f"{text} (HF_HUB_DISABLE_TELEMETRY=1 stops that)")
-
-
-def _is_on(value: str | None) -> bool:
-    return (value or "").strip().lower() in TRUE_VALUES
-
-
-def _free_port() -> int:
-    with socket.socket(socket.AF_INET, socket.SOCK_STREAM) as listener:
-        listener.bind(("", 0))
-        return int(listener.getsockname()[1])
+    quiet = switched_on("HF_HUB_DISABLE_TELEMETRY", "DO_NOT_TRACK") or offline
+    text = (
+        f"off ({quiet})"
+        if quiet
+        else "this toolkit reports nothing; the hub's client names package versions when it downloads "
+        "(HF_HUB_DISABLE_TELEMETRY=1 stops that)"
+    )
+    yield Finding("telemetry", "ok", text)
