@@ -15,7 +15,7 @@ import torch
 
 from novelgpt.budget.memory import compute_dtype
 from novelgpt.budget.memory_plan import available_memory
-from novelgpt.checks.findings import Finding, Mark
+from novelgpt.checks.findings import Finding, Mark, first_case
 from novelgpt.settings.arguments import TrainArguments
 from novelgpt.settings.remedies import pip_install
 from novelgpt.settings.terminal import counted, gigabytes
@@ -34,10 +34,7 @@ def check_host() -> Iterator[Finding]:
     free = available_memory(torch.device("cpu"))
     cores = counted(os.cpu_count() or 1, "core")
     text = f"{cores}, torch uses {torch.get_num_threads()}, {gigabytes(free)} of memory free"
-    if free < 2e9:
-        yield Finding("host", "note", text, "close other programs: even the small base takes about 1 GB")
-    else:
-        yield Finding("host", "ok", text)
+    yield first_case("host", text, (free < 2e9, "note", text, "close other programs: even the small base takes 1 GB"))
 
 
 def check_gpus() -> Iterator[Finding]:
@@ -59,7 +56,7 @@ def check_gpus() -> Iterator[Finding]:
         yield Finding("gpu", "problem", text, "install torch from https://pytorch.org/get-started, with CUDA")
     elif driver[0] < _numbers(torch.version.cuda)[0]:
         built = f"torch {torch.__version__} is built for {torch.version.cuda}"
-        text = f"the driver supports CUDA up to {_version(driver)}, {built}"
+        text = f"the driver supports CUDA up to {driver[0]}.{driver[1]}, {built}"
         yield Finding("gpu", "problem", text, "update the NVIDIA driver, or install a torch built for an older CUDA")
     else:
         yield Finding("gpu", "problem", "there is a driver, but torch sees no GPU", "check the output of nvidia-smi")
@@ -73,39 +70,31 @@ def check_precision(training: TrainArguments | None = None) -> Iterator[Finding]
     Args:
         training: of the run; None without a run.
     """
-    asked = None if training is None or training.device.type != "cpu" else compute_dtype(training)
+    cpu, fp32 = torch.device("cpu"), torch.float32
+    asked = compute_dtype(training) if training is not None and training.device.type == "cpu" else None
     if asked is not None:
-        yield _compare_with_fp32(asked)
+        name = {torch.bfloat16: "bf16", torch.float16: "fp16"}[asked]
+        half, full = matmul_ceiling(cpu, asked), matmul_ceiling(cpu, fp32)
+        text = f"in {name} this CPU multiplies matrices at {half / 1e9:,.1f} GFLOP/s, in fp32 at {full / 1e9:,.1f}"
+        slow = half < NEARLY_AS_FAST * full
+        note = f"{text}: it has no fast instructions for {name}"
+        yield first_case("precision", text, (slow, "note", note, "--precision fp32"))
         return
-    dtype = compute_dtype(TrainArguments(output_dir="unused")) or torch.float32
-    name = str(dtype).removeprefix("torch.")
-    gpu = torch.cuda.is_available()
-    if dtype == torch.bfloat16 and torch.version.hip is None and torch.cuda.get_device_capability() < BF16_CAPABILITY:
-        text = f"--precision auto selects {name}, which this GPU only emulates, slowly"
-        yield Finding("precision", "note", text, "--precision fp16")
+    dtype = compute_dtype(TrainArguments(output_dir="unused")) or fp32
+    text = f"--precision auto selects {str(dtype).removeprefix('torch.')}"
+    if torch.cuda.is_available():
+        bf16 = dtype == torch.bfloat16 and torch.version.hip is None
+        emulated = bf16 and torch.cuda.get_device_capability() < BF16_CAPABILITY
+        slow_text = f"{text}, which this GPU only emulates, slowly"
+        yield first_case("precision", text, (emulated, "note", slow_text, "--precision fp16"))
     else:
-        yield Finding("precision", "ok", f"--precision auto selects {name}{'' if gpu else ', as on all CPUs'}")
-
-
-def _compare_with_fp32(dtype: torch.dtype) -> Finding:
-    """Measure whether this CPU multiplies in a 16-bit dtype about as fast as in fp32."""
-    device = torch.device("cpu")
-    half, full = matmul_ceiling(device, dtype), matmul_ceiling(device, torch.float32)
-    name = {torch.bfloat16: "bf16", torch.float16: "fp16"}[dtype]
-    figures = f"in {name} this CPU multiplies matrices at {half / 1e9:,.1f} GFLOP/s, in fp32 at {full / 1e9:,.1f}"
-    if half >= NEARLY_AS_FAST * full:
-        return Finding("precision", "ok", figures)
-    return Finding("precision", "note", f"{figures}: it has no fast instructions for {name}", "--precision fp32")
+        yield Finding("precision", "ok", f"{text}, as on all CPUs")
 
 
 def check_toolchain() -> Iterator[Finding]:
     """Check nvcc, ninja and a C++ compiler, with which DeepSpeed builds its own operators."""
-    serious: Mark = "problem" if torch.cuda.is_available() and torch.version.cuda is not None else "note"
-    nvcc = find_nvcc()
-    lacking = [name for name in ("g++",) if shutil.which(os.environ.get("CXX", name)) is None]
-    if shutil.which("ninja") is None and importlib.util.find_spec("ninja") is None:
-        lacking.append("ninja")
-    home = os.environ.get("CUDA_HOME")
+    built, home, nvcc = torch.version.cuda, os.environ.get("CUDA_HOME"), find_nvcc()
+    serious: Mark = "problem" if torch.cuda.is_available() and built is not None else "note"
     if home is not None and not (Path(home) / "bin" / "nvcc").is_file():
         text = f"CUDA_HOME={home} holds no bin/nvcc"
         yield Finding("compilers", serious, text, "export CUDA_HOME=/usr/local/cuda, or wherever bin/nvcc is")
@@ -113,16 +102,18 @@ def check_toolchain() -> Iterator[Finding]:
         text = "there is no nvcc, which DeepSpeed needs to compile its own operators"
         remedy = "install the CUDA toolkit of torch's version and export CUDA_HOME; ZERO=0 trains without DeepSpeed"
         yield Finding("compilers", serious, text, remedy)
+    lacking = ["g++"] if shutil.which(os.environ.get("CXX", "g++")) is None else []
+    lacking += ["ninja"] if shutil.which("ninja") is None and importlib.util.find_spec("ninja") is None else []
     if lacking:
         remedy = f"apt-get install g++ ninja-build, or {pip_install('ninja')}"
         yield Finding("compilers", serious, f"missing for DeepSpeed's operators: {', '.join(lacking)}", remedy)
     release = None if nvcc is None else nvcc_release(nvcc)
-    if release is not None and torch.version.cuda is not None and release[0] != _numbers(torch.version.cuda)[0]:
-        text = f"nvcc is of CUDA {_version(release)}, torch is built for {torch.version.cuda}: DeepSpeed refuses this"
-        yield Finding("compilers", serious, text, f"export CUDA_HOME of a CUDA {torch.version.cuda} toolkit")
+    version = "" if release is None else f" of CUDA {release[0]}.{release[1]}"
+    if release is not None and built is not None and release[0] != _numbers(built)[0]:
+        text = f"nvcc is{version}, torch is built for {built}: DeepSpeed refuses this"
+        yield Finding("compilers", serious, text, f"export CUDA_HOME of a CUDA {built} toolkit")
     elif nvcc is not None and not lacking:
-        of = "" if release is None else f" of CUDA {_version(release)}"
-        yield Finding("compilers", "ok", f"{nvcc}{of}, g++ and ninja")
+        yield Finding("compilers", "ok", f"{nvcc}{version}, g++ and ninja")
 
 
 def find_nvcc() -> Path | None:
@@ -157,7 +148,6 @@ def driver_cuda() -> tuple[int, int] | None:
 
 def _check_gpu(index: int) -> Finding:
     """Report name, capability and memory of a GPU, and whether this torch has code for it."""
-    name = f"gpu {index}"
     major, minor = torch.cuda.get_device_capability(index)
     free, total = torch.cuda.mem_get_info(index)
     formats = "bf16" if (major, minor) >= BF16_CAPABILITY or torch.version.hip else "no bf16"
@@ -171,19 +161,16 @@ def _check_gpu(index: int) -> Finding:
         (int(number[:-1]), int(number[-1])) <= (major, minor) and (kind == "compute" or int(number[:-1]) == major)
         for kind, number in kinds
     ]
-    if kinds and not any(served):
-        remedy = "install a torch built for this GPU from https://pytorch.org/get-started, or use another GPU"
-        return Finding(name, "problem", f"{text}: torch {torch.__version__} has no code for it", remedy)
-    if free < FREE_SHARE * total:
-        remedy = "see which with nvidia-smi; --auto_batch uses what fits"
-        return Finding(name, "note", f"{text}: other processes use the rest", remedy)
-    return Finding(name, "ok", text)
+    old = f"{text}: torch {torch.__version__} has no code for it"
+    url = "https://pytorch.org/get-started"
+    used = f"{text}: other processes use the rest"
+    return first_case(
+        f"gpu {index}", text,
+        (bool(kinds) and not any(served), "problem", old, f"install a torch built for it from {url}, or use another"),
+        (free < FREE_SHARE * total, "note", used, "see which with nvidia-smi; --auto_batch uses what fits"),
+    )  # fmt: skip
 
 
 def _numbers(version: str) -> tuple[int, int]:
     major, minor = version.split(".")[:2]
     return int(major), int(minor)
-
-
-def _version(numbers: tuple[int, int]) -> str:
-    return ".".join(map(str, numbers))

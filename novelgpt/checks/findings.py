@@ -45,6 +45,20 @@ class Finding:
 Check = Callable[[], Iterable[Finding]]
 
 
+def first_case(check: str, ok: str, *cases: tuple[bool, Mark, str, str]) -> Finding:
+    """Return the first case that holds as a finding, or an "ok".
+
+    Args:
+        check: what was checked.
+        ok: text of the finding where no case holds.
+        cases: (whether it holds, mark, text, remedy).
+    """
+    for holds, mark, text, remedy in cases:
+        if holds:
+            return Finding(check, mark, text, remedy)
+    return Finding(check, "ok", ok)
+
+
 def attempt(name: str, call: Callable[[], Value], failure: Mark = "problem") -> tuple[Value | None, list[Finding]]:
     """Return what `call` returns; or None, and what it raises as a finding. Only an interrupt is raised.
 

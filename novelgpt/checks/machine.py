@@ -9,7 +9,7 @@ from collections.abc import Iterator
 from pathlib import Path
 from urllib.parse import urlsplit
 
-from novelgpt.checks.findings import Finding
+from novelgpt.checks.findings import Finding, first_case
 from novelgpt.settings.paths import HUB_VARIABLE, default_hub, existing_folder
 from novelgpt.settings.terminal import GIGABYTE, counted, gigabytes
 
@@ -39,8 +39,8 @@ def check_port() -> Iterator[Finding]:
             listener.bind(("", 0))
             remedy = f"export MASTER_PORT={listener.getsockname()[1]}"
         if named is None:
-            note = f"{text}; it is the default for several hosts"
-            yield Finding("port", "note", note, f"with HOSTFILE, set another one on all hosts: {remedy}")
+            text += "; it is the default for several hosts"
+            yield Finding("port", "note", text, f"with HOSTFILE, set another one on all hosts: {remedy}")
         else:
             yield Finding("port", "problem", text, remedy)
 
@@ -50,16 +50,14 @@ def check_disk_space(output: Path) -> Iterator[Finding]:
     folder = existing_folder(output)
     free = shutil.disk_usage(folder).free
     text = f"{gigabytes(free)} free for {output}"
-    if not os.access(folder, os.W_OK):
-        remedy = "name a folder you can write to: --output_dir FOLDER"
-        yield Finding("disk", "problem", f"nothing can be written into {folder}", remedy)
-    elif free < MIN_FREE_BYTES:
-        yield Finding("disk", "problem", text, "make room, or name a folder on another disk: --output_dir FOLDER")
-    elif free < USUAL_FREE_BYTES:
-        remedy = "with --model, this command estimates its checkpoints; --save_total_limit 1 keeps fewer"
-        yield Finding("disk", "note", text, remedy)
-    else:
-        yield Finding("disk", "ok", text)
+    remedy = "name a folder you can write to: --output_dir FOLDER"
+    estimate = "with --model, this command estimates its checkpoints; --save_total_limit 1 keeps fewer"
+    yield first_case(
+        "disk", text,
+        (not os.access(folder, os.W_OK), "problem", f"nothing can be written into {folder}", remedy),
+        (free < MIN_FREE_BYTES, "problem", text, "make room, or name a folder on another disk: --output_dir FOLDER"),
+        (free < USUAL_FREE_BYTES, "note", text, estimate),
+    )  # fmt: skip
 
 
 def check_shared_memory(folder: Path = Path("/dev/shm")) -> Iterator[Finding]:
@@ -70,11 +68,9 @@ def check_shared_memory(folder: Path = Path("/dev/shm")) -> Iterator[Finding]:
         return
     usage = shutil.disk_usage(folder)
     text = f"{gigabytes(usage.free)} free of {gigabytes(usage.total)} in {folder}"
-    if usage.free < MIN_SHARED_MEMORY:
-        remedy = "docker run --shm-size=8g …; elsewhere: mount -o remount,size=8G /dev/shm"
-        yield Finding("shared memory", "note", f"{text}: several GPUs may not start", remedy)
-    else:
-        yield Finding("shared memory", "ok", text)
+    remedy = "docker run --shm-size=8g …; elsewhere: mount -o remount,size=8G /dev/shm"
+    low = usage.free < MIN_SHARED_MEMORY
+    yield first_case("shared memory", text, (low, "note", f"{text}: several GPUs may not start", remedy))
 
 
 def check_open_files() -> Iterator[Finding]:
@@ -85,12 +81,10 @@ def check_open_files() -> Iterator[Finding]:
         yield Finding("open files", "ok", "this system sets no limit")
         return
     soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
-    if 0 <= soft < MIN_OPEN_FILES:
-        text = f"{counted(soft, 'file')} open; large folders of shards and many workers may need more"
-        remedy = f"ulimit -n {MIN_OPEN_FILES if hard < 0 else min(hard, 65536)}"
-        yield Finding("open files", "note", f"a process may hold {text}", remedy)
-    else:
-        yield Finding("open files", "ok", f"a process may hold {'any number of' if soft < 0 else soft} files open")
+    text = f"a process may hold {'any number of files' if soft < 0 else counted(soft, 'file')} open"
+    few = f"{text}; large folders of shards and many workers may need more"
+    remedy = f"ulimit -n {MIN_OPEN_FILES if hard < 0 else min(hard, 65536)}"
+    yield first_case("open files", text, (0 <= soft < MIN_OPEN_FILES, "note", few, remedy))
 
 
 def check_switches(environment: dict[str, str]) -> Iterator[Finding]:

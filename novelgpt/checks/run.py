@@ -18,7 +18,7 @@ from transformers.utils import GENERATION_CONFIG_NAME
 
 from novelgpt.budget.disk import bytes_in, describe, forecast_disk, lack_of_room
 from novelgpt.budget.memory_plan import FULL_SHARE, MemoryPlan, plan_memory
-from novelgpt.checks.findings import Finding
+from novelgpt.checks.findings import Finding, first_case
 from novelgpt.checks.launch import check_before_launch
 from novelgpt.model.cached import cached_folder
 from novelgpt.model.embedded_base import ensure_embedded_base
@@ -95,11 +95,10 @@ def check_settings(run: TrainingRun) -> Iterator[Finding]:
     )
     names = [*run.data.train_files, *run.data.valid_files]
     sizes = {name: Path(name).stat().st_size for name in names if Path(name).is_file()}
-    empty = [name for name, size in sizes.items() if size == 0]
-    if empty:
-        yield Finding("data", "problem", f"empty: {', '.join(empty)}", "name files that hold rows: --train_files FILE")
-    else:
-        yield Finding("data", "ok", f"{counted(len(names), 'path')}, {sum(sizes.values()) / 1e6:.1f} MB in files")
+    empty = ", ".join(name for name, size in sizes.items() if size == 0)
+    text = f"{counted(len(names), 'path')}, {sum(sizes.values()) / 1e6:.1f} MB in files"
+    remedy = "name files that hold rows: --train_files FILE"
+    yield first_case("data", text, (bool(empty), "problem", f"empty: {empty}", remedy))
 
 
 def check_files(run: TrainingRun) -> Iterator[Finding]:
@@ -117,15 +116,13 @@ def check_files(run: TrainingRun) -> Iterator[Finding]:
 def check_vocabulary(run: TrainingRun, tokenizer: PreTrainedTokenizerBase) -> Iterator[Finding]:
     """Check that each token has a row in the embedding."""
     rows = read_config(run.model).get_text_config().vocab_size
-    highest = max(tokenizer.get_vocab().values())
-    if highest >= rows:
-        beyond = sum(index >= rows for index in tokenizer.get_vocab().values())
-        lacks = f"{'has' if beyond == 1 else 'have'} no row in the embedding of {rows}"
-        text = f"{counted(beyond, 'token')} of {len(tokenizer)} {lacks}, as token {highest}"
-        yield Finding("vocabulary", "problem", text, "put the tokenizer that belongs to the model beside its weights")
-    else:
-        text = f"{counted(len(tokenizer), 'token')}, {counted(rows, 'row')} in the embedding"
-        yield Finding("vocabulary", "ok", text)
+    ids = tokenizer.get_vocab().values()
+    beyond = sum(index >= rows for index in ids)
+    text = f"{counted(len(tokenizer), 'token')}, {counted(rows, 'row')} in the embedding"
+    lacks = f"{'has' if beyond == 1 else 'have'} no row in the embedding of {rows}"
+    problem = f"{counted(beyond, 'token')} of {len(tokenizer)} {lacks}, as token {max(ids)}"
+    remedy = "put the tokenizer that belongs to the model beside its weights"
+    yield first_case("vocabulary", text, (beyond > 0, "problem", problem, remedy))
 
 
 def check_ends(run: TrainingRun, tokenizer: PreTrainedTokenizerBase) -> Iterator[Finding]:
@@ -142,14 +139,11 @@ def check_ends(run: TrainingRun, tokenizer: PreTrainedTokenizerBase) -> Iterator
         known |= set(named) if isinstance(named, (list, tuple)) else set() if named is None else {named}
     last = _trained_tokens(tokenizer)[-1]
     token = tokenizer.convert_ids_to_tokens(last)
-    if last in known:
-        yield Finding("end of answers", "ok", f"{token}, known to the base")
-    elif isinstance(run, LoraRun):
-        text = f"answers end with {token}, with which the base has never ended one"
-        remedy = "--train_special_tokens auto, the default, trains its row; or use a chat model as base"
-        yield Finding("end of answers", "note", text, remedy)
-    else:
-        yield Finding("end of answers", "ok", f"{token}, which the base learns in training")
+    learned = f"{token}, {'known to the base' if last in known else 'which the base learns in training'}"
+    unknown = f"answers end with {token}, with which the base has never ended one"
+    remedy = "--train_special_tokens auto, the default, trains its row; or use a chat model as base"
+    lacking = isinstance(run, LoraRun) and last not in known
+    yield first_case("end of answers", learned, (lacking, "note", unknown, remedy))
 
 
 def check_template(run: TrainingRun, tokenizer: PreTrainedTokenizerBase) -> Iterator[Finding]:
@@ -160,14 +154,13 @@ def check_template(run: TrainingRun, tokenizer: PreTrainedTokenizerBase) -> Iter
     record = template_record(tokenizer)
     trained = tokenizer.decode(_trained_tokens(tokenizer))
     text = f"{record['name']}, sha256 {record['sha256'][:12]}; it trains {trained!r} of a sample"
-    if ANSWER not in trained:
-        remedy = "put the model's own chat_template.jinja beside its weights"
-        yield Finding("chat template", "problem", f"{text}, which is not the answer", remedy)
-    elif record["name"] == "plain":
-        remedy = "right for base models; for a chat model, put its chat_template.jinja beside its weights"
-        yield Finding("chat template", "note", f"the tokenizer has none, so: {text}", remedy)
-    else:
-        yield Finding("chat template", "ok", text)
+    own = "put the model's own chat_template.jinja beside its weights"
+    plain = "right for base models; for a chat model, put its chat_template.jinja beside its weights"
+    yield first_case(
+        "chat template", text,
+        (ANSWER not in trained, "problem", f"{text}, which is not the answer", own),
+        (record["name"] == "plain", "note", f"the tokenizer has none, so: {text}", plain),
+    )  # fmt: skip
 
 
 def adapt(run: TrainingRun, model: PreTrainedModel) -> nn.Module:
@@ -204,14 +197,15 @@ def check_memory(plan: MemoryPlan) -> Iterator[Finding]:
         f"{training.per_device_train_batch_size} x {run.data.max_length} tokens, "
         f"activations {'recomputed' if training.activation_checkpointing else 'kept'}"
     )
-    if estimate.total <= FULL_SHARE * plan.capacity:
-        yield Finding("memory", "ok", text)
-    elif torch.cuda.device_count() > 1:
-        yield Finding("memory", "note", f"{text}; one GPU alone is too small", "ZERO=3, with OFFLOAD=1 where needed")
-    else:
-        remedy = "--per_device_train_batch_size 1, a shorter --max_length, --activation_checkpointing"
-        remedy += ", --qlora on a GPU" if isinstance(run, LoraRun) else f", or {pipeline_name('finetune_lora')}"
-        yield Finding("memory", "problem", f"{text}: this will not fit", f"{remedy}, or a smaller model")
+    full = estimate.total > FULL_SHARE * plan.capacity
+    remedy = "--per_device_train_batch_size 1, a shorter --max_length, --activation_checkpointing"
+    remedy += ", --qlora on a GPU" if isinstance(run, LoraRun) else f", or {pipeline_name('finetune_lora')}"
+    several = full and torch.cuda.device_count() > 1
+    yield first_case(
+        "memory", text,
+        (several, "note", f"{text}; one GPU alone is too small", "ZERO=3, with OFFLOAD=1 where needed"),
+        (full, "problem", f"{text}: this will not fit", f"{remedy}, or a smaller model"),
+    )  # fmt: skip
 
 
 def check_checkpoints(plan: MemoryPlan | None, tokenizer: int) -> Iterator[Finding]:
@@ -232,10 +226,8 @@ def check_checkpoints(plan: MemoryPlan | None, tokenizer: int) -> Iterator[Findi
     problem = lack_of_room(forecast, held, free, folder)
     if problem is not None:
         yield Finding("checkpoints", "problem", problem.cause, problem.remedy)
-    elif forecast.most is None:
-        yield Finding("checkpoints", "note", text, "--save_total_limit 2")
     else:
-        yield Finding("checkpoints", "ok", text)
+        yield first_case("checkpoints", text, (forecast.most is None, "note", text, "--save_total_limit 2"))
 
 
 def _trained_tokens(tokenizer: PreTrainedTokenizerBase) -> list[int]:

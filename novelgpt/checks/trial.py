@@ -26,7 +26,7 @@ from novelgpt.budget.auto_batch import cuda_peak
 from novelgpt.budget.memory import checkpointing_options, compute_dtype, optimizer_bytes
 from novelgpt.budget.memory_plan import MemoryPlan
 from novelgpt.budget.simulated_model import changes_logits, worst_batch
-from novelgpt.checks.findings import Finding, run_check
+from novelgpt.checks.findings import Finding, first_case, run_check
 from novelgpt.checks.first_step import check_forward, check_gradients
 from novelgpt.checks.run import adapt, base_dtype, parse_run
 from novelgpt.model.loading import load_model
@@ -121,11 +121,9 @@ def try_longest_batch(run: TrainingRun) -> Iterator[Finding]:
         f"{shape} on this {device.type}: forward, backward and evaluation pass in {time.perf_counter() - begin:.0f} s, "
         f"{gigabytes(peak)} with {gigabytes(states)} of optimizer to come"
     )
-    has = torch.cuda.get_device_properties(device).total_memory if device.type == "cuda" else None
-    if has is not None and peak + states > has:
-        yield Finding(NAME, "problem", f"{text}: more than the GPU has", "--auto_batch, or --activation_checkpointing")
-    else:
-        yield Finding(NAME, "ok", text)
+    has = torch.cuda.get_device_properties(device).total_memory if device.type == "cuda" else float("inf")
+    remedy = "--auto_batch, or --activation_checkpointing"
+    yield first_case(NAME, text, (peak + states > has, "problem", f"{text}: more than the GPU has", remedy))
 
 
 def _train(

@@ -9,7 +9,7 @@ from importlib import metadata
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from novelgpt.checks.findings import Finding
+from novelgpt.checks.findings import Finding, first_case
 from novelgpt.settings.paths import ROOT
 from novelgpt.settings.remedies import install_for, install_requirements, pip_install
 
@@ -26,13 +26,12 @@ def check_python() -> Iterator[Finding]:
     """Check that the interpreter is supported."""
     found = f"Python {sys.version.split()[0]} ({sys.executable})"
     oldest, newest = (".".join(map(str, numbers)) for numbers in PYTHONS)
-    if sys.version_info[:2] < PYTHONS[0]:
-        yield Finding("python", "problem", f"{found} is too old", install_for(newest))
-    elif sys.version_info[:2] > PYTHONS[1]:
-        remedy = f"where something fails: {install_for(newest)}"
-        yield Finding("python", "note", f"{found} is newer than tested ({oldest} to {newest})", remedy)
-    else:
-        yield Finding("python", "ok", found)
+    untested = f"{found} is newer than tested ({oldest} to {newest})"
+    yield first_case(
+        "python", found,
+        (sys.version_info[:2] < PYTHONS[0], "problem", f"{found} is too old", install_for(newest)),
+        (sys.version_info[:2] > PYTHONS[1], "note", untested, f"where something fails: {install_for(newest)}"),
+    )  # fmt: skip
 
 
 def check_packages(requirements: Path = REQUIREMENTS) -> Iterator[Finding]:
