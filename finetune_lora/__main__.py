@@ -7,8 +7,8 @@ from functools import partial
 from transformers import set_seed
 
 from dataset.conversations import read_conversations
+from novelgpt.checks.arguments import check_arguments
 from novelgpt.checks.before_training import check, preflight
-from novelgpt.checks.launch import check_before_launch
 from novelgpt.model.loading import frozen_dtype, load_model
 from novelgpt.model.lora import attach_lora
 from novelgpt.model.tokenizer import load_tokenizer
@@ -25,7 +25,7 @@ from novelgpt.training.run_folder import claim_run_folder
 def main(argv: list[str] | None = None) -> None:
     """Run the pipeline."""
     run = parse_arguments(LoraRun, argv)
-    check_before_launch(run)
+    check_arguments(run)
     with claim_run_folder(run) as folder:
         tokenizer = load_tokenizer(run.model)
         preflight(run, tokenizer)

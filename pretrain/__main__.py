@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 from dataset.corpus import read_corpus
+from novelgpt.checks.arguments import check_arguments
 from novelgpt.checks.before_training import check, preflight
-from novelgpt.checks.launch import check_before_launch
 from novelgpt.model.loading import load_model
 from novelgpt.model.tokenizer import load_tokenizer
 from novelgpt.settings.errors import exit_on_user_error
@@ -20,7 +20,7 @@ from novelgpt.training.run_folder import claim_run_folder
 def main(argv: list[str] | None = None) -> None:
     """Run the pipeline."""
     run = parse_arguments(PretrainRun, argv)
-    check_before_launch(run)
+    check_arguments(run)
     with claim_run_folder(run) as folder:
         tokenizer = load_tokenizer(run.model)
         preflight(run, tokenizer)

@@ -1,6 +1,6 @@
 """Checks before training, each as early as its inputs exist, so that no problem is found after hours of preparation.
 
-`check_before_launch` (checks/launch.py) needs the command line alone and runs before the folder is claimed; `preflight`
+`check_arguments` (checks/arguments.py) needs the command line alone and runs before the folder is claimed; `preflight`
 needs the tokenizer and runs before rows are read and tokenised; `check` needs the rows and runs before weights are
 loaded. What needs the weights is handed to training in the plan.
 """

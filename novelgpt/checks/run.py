@@ -18,8 +18,8 @@ from transformers.utils import GENERATION_CONFIG_NAME
 
 from novelgpt.budget.disk import bytes_in, describe, forecast_disk, lack_of_room
 from novelgpt.budget.memory_plan import FULL_SHARE, MemoryPlan, plan_memory
+from novelgpt.checks.arguments import check_arguments
 from novelgpt.checks.findings import Finding, first_case
-from novelgpt.checks.launch import check_before_launch
 from novelgpt.model.cached import cached_folder
 from novelgpt.model.embedded_base import ensure_embedded_base
 from novelgpt.model.hub import looks_like_path, runs_own_code
@@ -84,7 +84,7 @@ def settle_folder(run: TrainingRun) -> TrainingRun:
     Raises:
         UserError: the run would be refused.
     """
-    check_before_launch(run)
+    check_arguments(run)
     return preview_run_folder(run)
 
 

@@ -193,7 +193,7 @@ def test_all_engines_come_to_the_same_weights(zero: int, base_folder: Path, tmp_
 def check_refusal(engine: str, folder: Path, *words: str, warm: bool = True, start: Sequence[str] = ()) -> None:
     with Started(engine, *words, log=folder / f"{engine}.log", warm=warm, start=start) as run:
         assert run.ends() == REFUSED[engine]
-        assert run.text().count("error: none.jsonl is no file\n  fix: check the path") == 1, run.text()[-3000:]
+        assert run.text().count("error: none.jsonl does not exist\n  fix: check the path") == 1, run.text()[-3000:]
         assert "finetune/__main__.py" not in run.text()
 
 

@@ -60,7 +60,7 @@ TRIED = {
     "smoothing above all": (["--label_smoothing_factor", "5"], "--label_smoothing_factor 5.0 is too large"),
     "noise of no size": (["--neftune_noise_alpha", "nan"], "--neftune_noise_alpha nan is not a number"),
     "DeepSpeed without a launcher": (["--deepspeed", '{"zero_optimization": {"stage": 2}}'], "needs a launcher"),
-    "sharing with nobody": (["--fsdp", "full_shard"], "--fsdp shares a model among processes, and there is one"),
+    "sharing with nobody": (["--fsdp", "full_shard"], "--fsdp shards a model across processes, and there is one"),
     "momentum of no optimizer": (["--optim", "sgd", "--optim_args", "momentum=-1"], "Invalid momentum value"),
 }
 PACKAGES = {

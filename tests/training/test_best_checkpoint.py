@@ -17,7 +17,7 @@ from transformers import AutoModelForCausalLM, TrainerState
 
 from finetune.__main__ import main as finetune
 from finetune_lora.__main__ import main as finetune_lora
-from novelgpt.checks.launch import check_before_launch
+from novelgpt.checks.arguments import check_arguments
 from novelgpt.model.tokenizer import load_tokenizer
 from novelgpt.settings.arguments import ConversationArguments, ModelArguments, TrainArguments
 from novelgpt.settings.errors import UserError
@@ -292,6 +292,6 @@ def test_a_figure_that_evaluations_do_not_give_is_refused(
     training = TrainArguments(output_dir=str(tmp_path / "run"), use_cpu=True, metric_for_best_model=figure)
     data = ConversationArguments(train_files=[str(files[0])])
     with pytest.raises(UserError) as error:
-        check_before_launch(FinetuneRun(ModelArguments(str(base)), data, training))
+        check_arguments(FinetuneRun(ModelArguments(str(base)), data, training))
     assert remedy in error.value.remedy
     assert not (tmp_path / "run").exists()

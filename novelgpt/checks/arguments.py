@@ -1,0 +1,181 @@
+"""Checks of a run's arguments, before anything is loaded and before the run has a folder."""
+
+from __future__ import annotations
+
+import importlib.util
+import math
+import os
+import re
+from pathlib import Path
+
+import torch
+from torch.utils.checkpoint import checkpoint
+from transformers import Trainer, get_scheduler
+from transformers.trainer_utils import SchedulerType
+from transformers.training_args import OptimizerNames, ParallelMode
+
+from novelgpt.budget.memory import checkpointing_options
+from novelgpt.model.hub import locate
+from novelgpt.model.loading import adapter_base, longest_row, read_config
+from novelgpt.model.pickles import check_no_pickles
+from novelgpt.settings.arguments import ANSWER_FIGURES, EVALUATION_FIGURES, TrainArguments, check_ranges
+from novelgpt.settings.errors import UserError
+from novelgpt.settings.paths import EMBEDDED_BASE, TINY
+from novelgpt.settings.process import is_first_process
+from novelgpt.settings.remedies import pip_install, python_module
+from novelgpt.settings.runs import TrainingRun
+from novelgpt.settings.terminal import say
+
+MAX_STEPS = 1e12
+# Variables that launchers set and DeepSpeed reads.
+LAUNCHER_VARIABLES = ("RANK", "LOCAL_RANK", "WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT")
+# What libraries raise on a value that they cannot take.
+REFUSALS = (TypeError, ValueError, KeyError, AssertionError, NotImplementedError)
+RANGES: dict[str, tuple[float, float]] = {
+    "max_eval_share": (0, 1e6),
+    "predict_during_eval": (0, 1e6),
+    "predict_max_new_tokens": (1, 1e6),
+    "stop_check": (0, 1e6),
+    "stop_check_max_new_tokens": (1, 1e6),
+    "router_aux_loss_coef": (0, 1e3),
+    "per_device_train_batch_size": (1, 1e6),
+    "per_device_eval_batch_size": (1, 1e6),
+    "gradient_accumulation_steps": (1, 1e6),
+    "learning_rate": (0, 1),
+    "num_train_epochs": (0, 1e6),
+    "weight_decay": (0, 1),
+    "max_grad_norm": (0, math.inf),
+    "label_smoothing_factor": (0, 1),
+    "neftune_noise_alpha": (0, 1e6),
+    "warmup_steps": (0, MAX_STEPS),
+    "save_total_limit": (0, 1e6),
+    "dataloader_num_workers": (0, 1024),
+    "seed": (0, 2**32 - 1),
+}
+
+
+def check_arguments(run: TrainingRun) -> None:
+    """Check that files exist, that values are in range, and that options fit each other and the model.
+
+    Raises:
+        UserError: names the first option that does not.
+    """
+    for name in (*run.data.train_files, *run.data.valid_files):
+        if not os.path.exists(name):  # noqa: PTH110 - Path.exists raises for names that are too long
+            raise UserError(
+                f"{name or repr(name)} does not exist", "check the path; relative ones start at the current folder"
+            )
+    if not 0 < run.data.valid_fraction < 1:
+        raise UserError(f"--valid_fraction {run.data.valid_fraction} is not a share", "use a number between 0 and 1")
+    _check_numbers(run.training)
+    _check_best(run.training)
+    _check_processes(run.training)
+    _check_optimizer(run.training)
+    if run.model.model == str(EMBEDDED_BASE) and is_first_process():
+        say(f"training the small base ({TINY}), with the settings of {run.pipeline}/configs/{TINY}.yaml")
+    if adapter_base(run.model.model) is not None:
+        raise UserError(
+            f"{run.model.model} is an adapter, not a base",
+            f"merge it first: {python_module('finetune_lora.merge ADAPTER OUTPUT')}, then train on OUTPUT",
+        )
+    check_no_pickles(Path(locate(run.model)), run.model.allow_pickles)
+    longest = longest_row(read_config(run.model))
+    if longest is not None and run.data.max_length > longest:
+        raise UserError(
+            f"--max_length {run.data.max_length} exceeds the {longest} positions of {run.model.model}",
+            f"use --max_length {longest} or less; a model with extended positions says so in its config.json",
+        )
+
+
+def _check_numbers(training: TrainArguments) -> None:
+    """Check that each number is in range; NaN never is."""
+    check_ranges(training, RANGES)
+    if training.max_steps != -1:
+        check_ranges(training, {"max_steps": (1, MAX_STEPS)})
+    elif not training.num_train_epochs > 0:
+        raise UserError(f"--num_train_epochs {training.num_train_epochs} is too small", "use more than 0")
+    intervals = {"logging": training.logging_strategy, "eval": training.eval_strategy, "save": training.save_strategy}
+    for name, strategy in intervals.items():
+        every = vars(training)[f"{name}_steps"]
+        if strategy == "steps" and every is not None and not 0 < every < math.inf:
+            raise UserError(f"--{name}_steps {every} is not an interval", "use a number of steps, or a share below 1")
+
+
+def _check_best(training: TrainArguments) -> None:
+    """Check that evaluations produce the metric that selects the best checkpoint."""
+    if training.metric_for_best_model is None:
+        return
+    figure = training.metric_for_best_model.removeprefix("eval_")
+    if figure in ANSWER_FIGURES and not training.predict_during_eval:
+        raise UserError(
+            f"--metric_for_best_model {figure} is a metric of answers, and evaluations generate none",
+            "set how many rows they answer: --predict_during_eval ROWS",
+        )
+    if figure not in EVALUATION_FIGURES | ANSWER_FIGURES:
+        raise UserError(
+            f"--metric_for_best_model {figure} is not a metric of evaluations",
+            f"use one of {', '.join(EVALUATION_FIGURES | ANSWER_FIGURES)}",
+        )
+    if training.load_best_model_at_end and training.save_only_model and training.deepspeed:
+        raise UserError(
+            "--save_only_model and --load_best_model_at_end cannot be combined under DeepSpeed",
+            "leave one of the two out",
+        )
+
+
+def _check_processes(training: TrainArguments) -> None:
+    """Check that a sharded model has several processes, and that DeepSpeed has the variables by which it connects."""
+    if training.deepspeed and not importlib.util.find_spec("mpi4py"):  # with which it would ask mpirun
+        missing = [name for name in LAUNCHER_VARIABLES if name not in os.environ]
+        if missing:
+            raise UserError(
+                f"--deepspeed needs a launcher, even for one process: {missing[0]} is not set",
+                "ZERO=2 before the script, or before the command novelgpt, starts one",
+            )
+    if training.fsdp and training.parallel_mode != ParallelMode.DISTRIBUTED:
+        raise UserError(
+            "--fsdp shards a model across processes, and there is one", "NPROC=2 before the command, or more"
+        )
+
+
+def _check_optimizer(training: TrainArguments) -> None:
+    """Probe the optimizer, its schedule and the checkpointing of activations on a single weight."""
+    optimizer, schedule = _probe_optimizer(training), training.lr_scheduler_kwargs
+    try:
+        get_scheduler(
+            training.lr_scheduler_type, optimizer, num_warmup_steps=10, num_training_steps=100,
+            scheduler_specific_kwargs=schedule if isinstance(schedule, dict) else {},
+        )  # fmt: skip
+    except REFUSALS as error:
+        name = SchedulerType(training.lr_scheduler_type).value
+        raise UserError(
+            f"--lr_scheduler_type {name} with {schedule or 'no'} --lr_scheduler_kwargs: {_first_line(error)}",
+            "name what the schedule takes, as in --lr_scheduler_kwargs '{\"min_lr_rate\": 0.1}', or use another one",
+        ) from error
+    options = checkpointing_options(training)["activation_checkpointing_kwargs"] or {}
+    try:
+        checkpoint(torch.neg, torch.ones(1, requires_grad=True), **({"use_reentrant": False} | options))
+    except REFUSALS as error:
+        raise UserError(
+            f"--activation_checkpointing_kwargs {options}: {_first_line(error)}",
+            "use arguments of torch.utils.checkpoint.checkpoint, such as use_reentrant, or leave it out",
+        ) from error
+
+
+def _probe_optimizer(training: TrainArguments) -> torch.optim.Optimizer:
+    """Make the optimizer; a plain one in place of one that is not torch's and needs the model or a GPU."""
+    weight = torch.nn.Parameter(torch.zeros(1))
+    plain = torch.optim.SGD([weight], lr=1.0)
+    try:
+        made, options = Trainer.get_optimizer_cls_and_kwargs(training, None)
+        return made([weight], **options) if made.__module__.startswith("torch.optim") else plain
+    except (*REFUSALS, ImportError) as error:
+        if "need to pass a" in str(error):  # the model, which the optimizer looks through
+            return plain
+        named = re.search(r"pip install (?:-U )?([\w\[\]+:/.-]+)", str(error))
+        remedy = pip_install(named[1].rstrip(".")) if named else "correct it, or use another --optim"
+        raise UserError(f"--optim {OptimizerNames(training.optim).value}: {_first_line(error)}", remedy) from error
+
+
+def _first_line(error: Exception) -> str:
+    return (str(error).strip().splitlines() or [type(error).__name__])[0]
