@@ -285,7 +285,7 @@ def test_what_is_better_follows_from_the_figure(figure: str, better: bool, tmp_p
     assert opposite.greater_is_better != better
 
 
-@pytest.mark.parametrize(("figure", "remedy"), [("accuracy", "take one of loss"), ("rouge-l", "--predict_during_eval")])
+@pytest.mark.parametrize(("figure", "remedy"), [("accuracy", "use one of loss"), ("rouge-l", "--predict_during_eval")])
 def test_a_figure_that_evaluations_do_not_give_is_refused(
     figure: str, remedy: str, base: Path, files: tuple[Path, Path], tmp_path: Path
 ) -> None:
