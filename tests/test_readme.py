@@ -103,7 +103,8 @@ def known_options(command: list[str]) -> set[str] | None:
         folder = module[1].replace(".", "/")
         for path in (f"{folder}.py", f"{folder}/__main__.py"):
             if (ROOT / path).is_file():
-                return options_in_source(path)
+                passed_on = options_of(LoraRun) if path == "novelgpt/doctor.py" else set()
+                return options_in_source(path) | passed_on
     return None
 
 
