@@ -1,4 +1,4 @@
-"""What a run shows and writes while it goes on: the progress bar, metrics.jsonl, loss.png. Rank 0 alone does."""
+"""What rank 0 of a run shows and writes during training: the progress bar, metrics.jsonl, loss.png, TensorBoard."""
 
 from __future__ import annotations
 
@@ -29,19 +29,19 @@ PLOT_SHARE = 0.02
 
 
 @contextmanager
-def dispensable(told: set[str], what: str) -> Iterator[None]:
-    """What fails to be written within is told once, and training goes on: a full disk ends it where weights are saved.
+def tolerate_write_errors(what: str, reported: set[str]) -> Iterator[None]:
+    """Report once that `what` cannot be written, and continue training: a full disk ends it where weights are saved.
 
     Args:
-        told: what was told already.
-        what: is written.
+        what: is written within.
+        reported: what has been reported already.
     """
     try:
         yield
     except OSError as error:
-        if what not in told:
-            told.add(what)
-            say_above_bars(f"{what} cannot be written any more ({error.strerror or error}); training goes on")
+        if what not in reported:
+            reported.add(what)
+            say_above_bars(f"{what} cannot be written any more ({error.strerror or error}); training continues")
 
 
 class RunRecorder(TrainerCallback):
@@ -50,16 +50,15 @@ class RunRecorder(TrainerCallback):
     def __init__(self, folder: Path) -> None:
         self.folder = folder
         self.history: list[dict[str, Any]] = []
-        self.trained = False  # a step at least
         self.next_plot = 0.0
-        self.told: set[str] = set()
+        self.reported: set[str] = set()
 
     def on_train_begin(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **_: Any) -> None:
-        """Go on from the entries of the checkpoint; what was written after it is written again."""
+        """Keep the entries up to the checkpoint; later ones are written again."""
         this_attempt().reach(state.global_step)
         if state.is_world_process_zero and state.global_step:
             self.history = [dict(entry) for entry in state.log_history]
-            with dispensable(self.told, "metrics.jsonl"):
+            with tolerate_write_errors("metrics.jsonl", self.reported):
                 atomic_write(self.folder / "metrics.jsonl", "".join(map(_line, self.history)))
 
     def on_log(
@@ -80,29 +79,33 @@ class RunRecorder(TrainerCallback):
             self.draw()
 
     def on_step_end(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **_: Any) -> None:
-        """From here on there is something to keep."""
-        self.trained = True
+        """Note how far this attempt has come."""
         this_attempt().reach(state.global_step)
 
     def write(self, entry: dict[str, Any]) -> None:
-        """Append a line to metrics.jsonl. A number that is not finite is null there: JSON has no word for it."""
+        """Append a line to metrics.jsonl. A number that is not finite is null there, as JSON has none."""
         with (
-            dispensable(self.told, "metrics.jsonl"),
+            tolerate_write_errors("metrics.jsonl", self.reported),
             (self.folder / "metrics.jsonl").open("a", encoding="utf-8") as file,
         ):
             file.write(_line(entry))
 
     def draw(self) -> None:
         """Redraw loss.png now."""
-        begin = time.monotonic()
-        with dispensable(self.told, "loss.png"):
+        start = time.monotonic()
+        with tolerate_write_errors("loss.png", self.reported):
             complete = draw_losses(self.history, self.folder / "loss.png")
-            if not complete and INSTALL_REMEDY not in self.told:
-                self.told.add(INSTALL_REMEDY)
+            if not complete and INSTALL_REMEDY not in self.reported:
+                self.reported.add(INSTALL_REMEDY)
                 say_above_bars(f"no font has all letters of loss.png's title, which shows codes; {INSTALL_REMEDY}")
         now = time.monotonic()
         # The first drawings come at step 1, whatever they cost: loading the plotting library is most of it.
-        self.next_plot = 0.0 if self.history[-1]["step"] <= 1 else now + (now - begin) / PLOT_SHARE
+        self.next_plot = 0.0 if self.history[-1]["step"] <= 1 else now + (now - start) / PLOT_SHARE
+
+    def close(self) -> None:
+        """Draw the last entries."""
+        if self.history:
+            self.draw()
 
 
 def _line(entry: dict[str, Any]) -> str:
@@ -110,33 +113,33 @@ def _line(entry: dict[str, Any]) -> str:
 
 
 class Curves(TensorBoardCallback):
-    """TensorBoard events by a writer of the caller, who closes it by `close`."""
+    """TensorBoard events of a writer of the first process, until `close`; nothing on the others, which have none."""
 
-    def __init__(self, writer: SummaryWriter) -> None:
+    def __init__(self, writer: SummaryWriter | None) -> None:
         super().__init__(writer)
-        self.writer = writer
-        self.told: set[str] = set()
+        self.reported: set[str] = set()
         self._hook = threading.excepthook
         threading.excepthook = self._on_error_in_thread
 
     def on_train_begin(self, *arguments: Any, **keywords: Any) -> None:
         """Write the settings."""
-        with dispensable(self.told, "TensorBoard's events"):
+        with tolerate_write_errors("TensorBoard's events", self.reported):
             super().on_train_begin(*arguments, **keywords)
 
     def on_log(self, *arguments: Any, **keywords: Any) -> None:
-        """Write the figures. The writer's thread hands on its errors at a later call."""
-        with dispensable(self.told, "TensorBoard's events"):
+        """Write the figures. Errors of the writer's thread surface at a later call."""
+        with tolerate_write_errors("TensorBoard's events", self.reported):
             super().on_log(*arguments, **keywords)
 
     def close(self) -> None:
         """Write what is left."""
-        with dispensable(self.told, "TensorBoard's events"):
-            self.writer.close()
+        if self.tb_writer is not None:
+            with tolerate_write_errors("TensorBoard's events", self.reported):
+                self.tb_writer.close()
         threading.excepthook = self._hook
 
     def _on_error_in_thread(self, arguments: Any) -> None:
-        """Errors of the writer's thread come again at the next call, where they are told in one line."""
+        """Stay silent on errors of the writer's thread: they surface at the next call, which reports them."""
         if type(arguments.thread).__module__ != event_file_writer.__name__:
             self._hook(arguments)
 
@@ -145,7 +148,7 @@ class Curves(TensorBoardCallback):
 
 
 class Progress(ProgressCallback):
-    """The stock bar with time left, and one line of figures a log entry; lines only where no terminal shows a bar."""
+    """The stock bar with time left, and one line of figures per log entry."""
 
     def on_log(
         self,
@@ -183,19 +186,19 @@ class Progress(ProgressCallback):
         say_above_bars(line)
 
     def on_prediction_step(self, *arguments: Any, **keywords: Any) -> None:
-        """The stock bar, which says what it is of."""
+        """Label the stock bar."""
         super().on_prediction_step(*arguments, **keywords)
         if self.prediction_bar is not None:
             self.prediction_bar.set_description("evaluation", refresh=False)
 
 
 class ProgressLines(Progress):
-    """The same lines without a bar, for logs and pipes; of a long evaluation, lines on how far it has come."""
+    """The same lines without a bar, for logs and pipes; during a long evaluation, lines on its progress."""
 
     def __init__(self) -> None:
         super().__init__()
-        self.batches = 0  # of the evaluation that goes on
-        self.began = self.next_line = 0.0
+        self.batches = 0  # of the current evaluation
+        self.started = self.next_line = 0.0
 
     def on_train_begin(self, *arguments: Any, **keywords: Any) -> None:
         """No bar."""
@@ -211,19 +214,19 @@ class ProgressLines(Progress):
         eval_dataloader: Any = None,
         **_: Any,
     ) -> None:
-        """A line now and then."""
+        """Print the progress from time to time."""
         now = time.monotonic()
         if not self.batches:
-            self.began, self.next_line = now, now + SECONDS_BETWEEN_LINES
+            self.started, self.next_line = now, now + SECONDS_BETWEEN_LINES
         self.batches += 1
         total = len(eval_dataloader)
         if state.is_world_process_zero and now >= self.next_line and self.batches < total:
-            left = (now - self.began) / self.batches * (total - self.batches)
+            left = (now - self.started) / self.batches * (total - self.batches)
             say_above_bars(f"evaluating: {self.batches:,} of {total:,} batches, {timedelta(seconds=round(left))} left")
             self.next_line = now + SECONDS_BETWEEN_LINES
 
     def on_evaluate(self, *arguments: Any, **keywords: Any) -> None:
-        """The next evaluation begins anew."""
+        """Start the count of the next evaluation."""
         self.batches = 0
 
     def on_train_end(self, *arguments: Any, **keywords: Any) -> None:

@@ -45,7 +45,6 @@ class RunFolder:
         path: absolute.
         checkpoint: that the run resumes from; None for a fresh start.
         stop: has listened for signals since before the folder was made.
-        trained: whether there was a step, so that there is something to keep.
         record: what run.json holds, on the first process, once the run has started.
     """
 
@@ -53,7 +52,6 @@ class RunFolder:
     path: Path
     checkpoint: Path | None
     stop: StopOnSignal
-    trained: bool = False
     record: dict[str, Any] = field(default_factory=dict)
     _choice: Choice | None = None  # on the first process
     _data: list[DataSource] = field(default_factory=list)
@@ -96,7 +94,7 @@ class RunFolder:
         if self._choice is None:
             return
         if error is not None and self.record:
-            if not (self._choice.resumed is not None or self.trained or checkpoints(self.path)):
+            if not (self._choice.resumed is not None or self.stop.trained or checkpoints(self.path)):
                 empty(self.path)  # before the first step: what is there looks like a run
             elif isinstance(error, Stopped):
                 try:

@@ -49,6 +49,7 @@ class StopOnSignal(TrainerCallback):
     """
 
     def __init__(self) -> None:
+        self.trained = False  # a step at least
         self._noted = 0
         self._at_once = False
         self._step: int | None = None  # None until the first step starts
@@ -103,6 +104,7 @@ class StopOnSignal(TrainerCallback):
 
     def on_step_end(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **_: Any) -> None:
         """Request a checkpoint and the end of training; skip the evaluation of this step."""
+        self.trained = True
         if self.wanted():
             control.should_save = True
             control.should_evaluate = False

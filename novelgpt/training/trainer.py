@@ -1,4 +1,4 @@
-"""The stock Trainer with the chunked loss, evaluation in flat memory, guards, and throughput and memory in its logs.
+"""The stock Trainer with the chunked loss, evaluation in constant memory, guards, and throughput in its logs.
 
 With `num_items_in_batch` from the Trainer, the loss is the token mean over the whole optimizer step, micro-batches and
 ranks together.
@@ -11,7 +11,6 @@ import math
 import time
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import AbstractContextManager, contextmanager, nullcontext
-from functools import partial
 from pathlib import Path
 from typing import Any, cast
 
@@ -22,13 +21,8 @@ from accelerate.utils import DistributedType
 from peft import PeftModel
 from torch import nn
 from transformers import (
-    EvalPrediction,
     GenerationConfig,
     PreTrainedModel,
-    TrainerCallback,
-    TrainerControl,
-    TrainerState,
-    TrainingArguments,
 )
 
 from novelgpt.model.forward_checks import head_is_last
@@ -52,7 +46,7 @@ from novelgpt.training.throughput import Throughput
 
 
 class NovelTrainer(CheckpointTrainer):
-    """Trainer whose metrics are token-weighted and whose evaluation keeps three numbers a row."""
+    """Trainer whose metrics are token-weighted and whose evaluation keeps three numbers per row."""
 
     def __init__(
         self,
@@ -65,15 +59,23 @@ class NovelTrainer(CheckpointTrainer):
         watch_gradients: Callable[[nn.Module], AbstractContextManager[Any]] = nullcontext,
         **arguments: Any,
     ) -> None:
-        """Evaluations also answer `samples`, and divide by the `characters` of the rows for bits per character.
+        """The stock arguments, and those of this trainer.
 
-        Those that `evaluations` says are to come are a part of the time left.
-
-        `note` takes what is found out about single steps, as entries of metrics.jsonl. `probes` run before training,
-        the first backward pass within `watch_gradients` (see `TrainingPlan`).
+        Args:
+            samples: answered at each evaluation.
+            characters: of the evaluation rows, for bits per character.
+            evaluations: the schedule, which adds those to come to the time left.
+            note: takes entries of metrics.jsonl about single steps, such as skipped ones.
+            probes: run before training (see `TrainingPlan`).
+            watch_gradients: the context of the first backward pass (see `TrainingPlan`).
+            arguments: of `CheckpointTrainer`.
         """
         self.rows = NumberedRows(arguments.pop("train_dataset"))
-        super().__init__(**arguments, train_dataset=self.rows, compute_metrics=partial(_metrics, characters=characters))
+        super().__init__(
+            **arguments,
+            train_dataset=self.rows,
+            compute_metrics=lambda prediction: summarise(numpy.asarray(prediction.predictions), characters),
+        )
         self.samples = samples
         self.evaluations = evaluations
         self._last_evaluation: float | None = None  # its seconds
@@ -89,52 +91,63 @@ class NovelTrainer(CheckpointTrainer):
         if isinstance(self.data_collator, Collator):
             self.data_collator.mask_packs = self.balance is not None
         line = explain_balance(base, self.balance)
-        if line is not None and self.is_world_process_zero():
+        if line and self.is_world_process_zero():
             say(line)
         self.model_accepts_loss_kwargs = True  # the loss is divided by num_items_in_batch, whatever the architecture
-        self.watch = self._step_watch(note)
-        # Sums since the last entry, before the step that is going on.
+
+        def keep(entry: dict[str, Any]) -> None:
+            self.state.log_history.append(entry)
+            if note is not None:
+                note(entry)
+
+        self.monitor = StepMonitor(
+            cast(nn.Module, self.model),
+            self.rows,
+            recompute=self._document_losses,
+            gather=self.accelerator.gather,
+            skip=cast(TrainArguments, self.args).on_non_finite == "skip",
+            note=keep,
+        )
+        # Sums since the last log entry, before the current step.
         self._loss_before, self._aux_before = torch.zeros(()), torch.zeros(())
         self.throughput: Throughput | None = None  # from the first step on
         self._first_step = 0
         self.probes = probes
         self._watch_gradients = watch_gradients  # of the first backward pass
-        self.add_callback(_BeforeTraining(self.run_probes))
 
-    def run_probes(self) -> None:
-        """Check the model, set up for training, on micro-batches of the rows that the probes choose.
+    def _prepare_for_training(self, *arguments: Any, **keywords: Any) -> Any:
+        """The stock preparation; then each probe checks the model, set up for training, on its micro-batch.
 
         Raises:
             UserError: what they find.
         """
+        prepared = super()._prepare_for_training(*arguments, **keywords)
         training = cast(TrainArguments, self.args)
         for probe in self.probes:
             rows = [self.rows.rows[index] for index in probe.rows(training)]
             if rows:
                 batch = self._prepare_inputs(self.data_collator(rows))
                 probe.run(cast(nn.Module, self.model), batch, training, self.accelerator.autocast)
+        return prepared
 
     def training_step(
         self, model: nn.Module, inputs: dict[str, Any], num_items_in_batch: torch.Tensor | int | None = None
     ) -> torch.Tensor:
-        """The stock step; counts what it trains on, and the first one has to reach every trained tensor."""
+        """The stock step of a micro-batch; counts its tokens, and watches the first one's gradients."""
         if self.throughput is None:
             dtype = torch.bfloat16 if self.args.bf16 else torch.float16 if self.args.fp16 else torch.float32
             self._first_step = self.state.global_step
             self.throughput = Throughput(base_model(self.model), self.args.device, dtype)
-        if self.watch.begin(inputs, inputs.pop(NUMBERS)):
+        if self.monitor.start(inputs, inputs.pop(NUMBERS)):
             self._loss_before, self._aux_before = self._tr_loss.clone(), self._aux_sum.clone()
         self.throughput.count(inputs)
         self._aux_loss = None
         watch, self._watch_gradients = self._watch_gradients, nullcontext
         with watch(cast(nn.Module, self.model)):
             loss = super().training_step(model, inputs, num_items_in_batch)
-        return self._cross_entropy(loss)
-
-    def _cross_entropy(self, loss: torch.Tensor) -> torch.Tensor:
-        """What is logged as the loss of a micro-batch, without the balancing loss of routers, an entry of its own."""
         if self.balance is None or self._aux_loss is None:
             return loss
+        # The balancing loss of routers is logged as a figure of its own.
         self._aux_sum = self._aux_sum.to(loss.device) + self._aux_loss
         processes = self.accelerator.num_processes if self.args.average_tokens_across_devices else 1
         return loss - self.balance.coefficient * processes * self._aux_loss
@@ -146,35 +159,35 @@ class NovelTrainer(CheckpointTrainer):
         return_outputs: bool = False,
         num_items_in_batch: torch.Tensor | int | None = None,
     ) -> Any:
-        """The stock loss of a micro-batch, made NaN where the optimizer is to leave out the step (see StepMonitor)."""
+        """The stock loss of a micro-batch, NaN where the optimizer is to skip the step (see StepMonitor)."""
         loss, outputs = super().compute_loss(model, inputs, True, num_items_in_batch)
         self._aux_loss = outputs.aux_loss if isinstance(outputs, TokenLoss) else None  # not with label smoothing
-        loss = self.watch.see_loss(loss, last=self.accelerator.sync_gradients)
+        loss = self.monitor.see_loss(loss, last=self.accelerator.sync_gradients)
         return (loss, outputs) if return_outputs else loss
 
     def _get_grad_norm(
         self, model: nn.Module, grad_norm: torch.Tensor | float | None = None
     ) -> torch.Tensor | float | None:
         """The stock norm, once the step is judged: the last moment before the optimizer steps, except under DeepSpeed,
-        where it has just stepped or, on gradients that are not finite, has not.
+        where it has just stepped or, on gradients that are not finite, skipped the step.
         """
         norm: torch.Tensor | float | None = super()._get_grad_norm(model, grad_norm)
         deepspeed = self.accelerator.distributed_type == DistributedType.DEEPSPEED
         done = self.accelerator.optimizer_step_was_skipped if deepspeed else None
-        left_out = self.watch.judge(self.state.global_step + 1, norm, self._loss_scale(), done)
+        skipped = self.monitor.judge(self.state.global_step + 1, norm, self._loss_scale(), done)
         if not deepspeed:
-            cast(AcceleratedOptimizer, self.optimizer)._is_overflow = left_out  # the schedule stands still where it is
-        if left_out:
+            cast(AcceleratedOptimizer, self.optimizer)._is_overflow = skipped  # the schedule does not advance then
+        if skipped:
             self._tr_loss.copy_(self._loss_before)
             self._aux_sum = self._aux_before
             if self.accelerator.scaler is not None:
-                self.accelerator.scaler.update()  # or it would take the next step's gradients for these
-            # The optimizer then does nothing, as in the midst of a step; the Trainer clears the gradients.
+                self.accelerator.scaler.update()  # or it would mistake the next step's gradients for these
+            # The optimizer then does nothing, as within a step; the Trainer clears the gradients.
             self.accelerator.gradient_state._set_sync_gradients(False)
         return norm
 
     def _loss_scale(self) -> float | None:
-        """By which losses in fp16 are multiplied; None in other formats."""
+        """The factor of losses in fp16; None in other number formats."""
         if not self.args.fp16:
             return None
         if self.accelerator.scaler is not None:
@@ -185,14 +198,14 @@ class NovelTrainer(CheckpointTrainer):
         model = cast(nn.Module, self.model)
         found = document_losses(model, batches, self._prepare_inputs, self.accelerator.autocast)
         if self.accelerator.distributed_type == DistributedType.DEEPSPEED:
-            # ZeRO-3 has begun to gather weights for a backward pass that does not come, and would not save them so.
+            # ZeRO-3 has started to gather weights for a backward pass that does not follow, and could not save them.
             self.accelerator.deepspeed_engine_wrapped.engine.empty_partition_cache()
         return found
 
     def _means(self, loss: float) -> dict[str, float]:
-        """The mean losses of the steps since the last entry, as if of those that were trained; and how many were not.
+        """Mean losses of the trained steps since the last entry, and the number of steps skipped so far.
 
-        From the history alone, which a run that is gone on with has as well.
+        Computed from the history alone, which a resumed run has as well.
         """
         since = list(itertools.takewhile(lambda entry: "loss" not in entry, reversed(self.state.log_history)))
         last = self.state.log_history[-len(since) - 1] if len(since) < len(self.state.log_history) else {}
@@ -208,22 +221,6 @@ class NovelTrainer(CheckpointTrainer):
             self._aux_sum = torch.zeros(())
         return means
 
-    def _step_watch(self, note: Callable[[dict[str, Any]], None] | None) -> StepMonitor:
-        def keep(entry: dict[str, Any]) -> None:
-            self.state.log_history.append(entry)
-            if note is not None:
-                note(entry)
-
-        model = cast(nn.Module, self.model)
-        return StepMonitor(
-            model,
-            self.rows,
-            look_again=self._document_losses,
-            gather=self.accelerator.gather,
-            skip=cast(TrainArguments, self.args).on_non_finite == "skip",
-            note=keep,
-        )
-
     def prediction_step(
         self,
         model: nn.Module,
@@ -231,7 +228,7 @@ class NovelTrainer(CheckpointTrainer):
         prediction_loss_only: bool,
         ignore_keys: list[str] | None = None,
     ) -> tuple[None, torch.Tensor, torch.Tensor]:
-        """[rows, 3] sums in place of logits, so that memory does not grow with the evaluation set."""
+        """Return [rows, 3] sums in place of logits, so that memory does not grow with the evaluation set."""
         inputs = self._prepare_inputs(inputs)
         with torch.no_grad(), self.compute_loss_context_manager():
             outputs = model(**inputs)
@@ -242,9 +239,9 @@ class NovelTrainer(CheckpointTrainer):
         """The stock evaluation; its time does not count in the training throughput.
 
         Raises:
-            Stopped: a signal came; the step is saved.
+            Stopped: a signal arrived; the step is saved.
         """
-        begin = time.perf_counter()
+        start = time.perf_counter()
         try:
             return super().evaluate(*arguments, **keywords)
         except EvaluationStopped:
@@ -255,20 +252,25 @@ class NovelTrainer(CheckpointTrainer):
             self.control = self.callback_handler.on_save(self.args, self.state, self.control)
             raise AssertionError("the callback that stopped the evaluation did not end the run") from None
         finally:
-            self._last_evaluation = time.perf_counter() - begin
+            self._last_evaluation = time.perf_counter() - start
             if self.throughput is not None:
                 self.throughput.outside += self._last_evaluation
                 self._evaluated += self._last_evaluation
 
     @contextmanager
     def at_saved_step(self) -> Iterator[None]:
-        """After training: what is logged within belongs to the step whose weights the model has, the last or the best.
+        """After training: log what follows with the step whose weights the model has, the last or the best.
 
-        That of the best is logged itself then, as "saved_step".
+        The step of the best is logged itself, as "saved_step".
         """
         last = self.state.global_step, self.state.epoch
-        if self.args.load_best_model_at_end:
-            self._tell_saved_step()
+        if self.args.load_best_model_at_end and self.is_world_process_zero():
+            figure = self.args.metric_for_best_model
+            say_above_bars(
+                f"no checkpoint has a finite {figure}: the weights of the last step, {last[0]}, are saved"
+                if self.saved_step is None
+                else f"the weights of step {self.saved_step} are saved, whose {figure} is the best of all checkpoints"
+            )
         if self.saved_step is not None:
             self.state.global_step = self.saved_step
             history = self.state.log_history
@@ -279,22 +281,13 @@ class NovelTrainer(CheckpointTrainer):
         self.state.global_step, self.state.epoch = last
 
     def evaluate_saved(self) -> None:
-        """Evaluate the weights that the model has at the end, unless those of this very step are evaluated already."""
+        """Evaluate the weights that the model has at the end, unless those of this step are evaluated already."""
         step, history = self.state.global_step, self.state.log_history
         if self.reloaded or not any(_is_evaluation_of(entry, step) for entry in history):
             self.evaluate()
 
-    def _tell_saved_step(self) -> None:
-        figure, step = str(self.args.metric_for_best_model), self.state.global_step
-        if self.saved_step is None:
-            text = f"no checkpoint has a finite {figure}: the weights of the last step, {step}, are saved"
-        else:
-            text = f"the weights of step {self.saved_step} are saved, whose {figure} is the best of all checkpoints"
-        if self.is_world_process_zero():
-            say_above_bars(text)
-
     def save_model(self, output_dir: str | None = None, _internal_call: bool = False) -> None:
-        """Beside the weights of an adapter, its end tokens; full weights bring theirs."""
+        """The stock saving; end tokens are saved beside an adapter too, as beside full weights."""
         super().save_model(output_dir, _internal_call)
         ends = base_model(self.model).generation_config
         if isinstance(self.model, PeftModel) and self.args.should_save and isinstance(ends, GenerationConfig):
@@ -302,20 +295,20 @@ class NovelTrainer(CheckpointTrainer):
 
     def log(self, logs: dict[str, float], start_time: float | None = None) -> None:
         """Add speeds, peak memory and the time left to the entries of training."""
-        if "train_loss" in logs:  # the stock one is of the steps since the run was last started
+        if "train_loss" in logs:  # the stock one covers the steps since the run was last started
             logs["train_loss"] = self._total_loss_scalar / max(self.state.global_step, 1)
         if "loss" in logs and self.throughput is not None:
             logs |= self._means(logs["loss"])
             logs |= self.throughput.read(lambda sums: self.accelerator.reduce(sums, "sum"), self.args.world_size)
             logs["seconds_left"] = round(self._seconds_left(logs["seconds"], logs["tokens_per_second"]), 1)
         if "eval_loss" in logs and self.samples is not None:
-            # Here and not in the evaluation loop: its rows a second are then those of the loss.
+            # Not in the evaluation loop, whose rows per second are those of the loss alone.
             model = cast(PreTrainedModel, self.model)  # or the same with an adapter
             logs |= self.samples.scores(model, self.accelerator, self.state.global_step)
         super().log(logs, start_time)
 
     def _seconds_left(self, since_first_step: float, tokens_per_second: float) -> float:
-        """To the end of the last step and of the evaluations to come."""
+        """Seconds to the end of the last step and of the evaluations to come."""
         step = self.state.global_step
         of_steps = (since_first_step - self._evaluated) / (step - self._first_step) * (self.state.max_steps - step)
         if self.evaluations is None:
@@ -323,20 +316,5 @@ class NovelTrainer(CheckpointTrainer):
         return of_steps + self.evaluations.seconds_left(step, self._last_evaluation, tokens_per_second)
 
 
-class _BeforeTraining(TrainerCallback):
-    """Calls `check` once the model is set up for training, before anything is evaluated or trained."""
-
-    def __init__(self, check: Callable[[], None]) -> None:
-        self.check = check
-
-    def on_train_begin(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **_: Any) -> None:
-        """Check."""
-        self.check()
-
-
 def _is_evaluation_of(entry: dict[str, Any], step: int) -> bool:
     return "eval_loss" in entry and entry["step"] == step
-
-
-def _metrics(prediction: EvalPrediction, characters: int | None) -> dict[str, float]:
-    return summarise(numpy.asarray(prediction.predictions), characters)

@@ -157,7 +157,7 @@ def test_a_disk_that_is_full_at_the_very_end_keeps_the_weights(
         finetune_lora([*words, "--output_dir", str(own)])
     told = capsys.readouterr().err
     assert end.value.code == 2 and "No space left on device; the trained weights are saved in" in told
-    assert "fix: make room there; the same command goes on from checkpoint-2" in told
+    assert "fix: make room there; the same command resumes from checkpoint-2" in told
     assert (own / weights).read_bytes() == (adapter / weights).read_bytes()
     assert json.loads((own / "run.json").read_text(encoding="utf-8"))["status"] == "running"
     assert not list(own.glob("*.unfinished")) and not (own / ALL_RESULTS).exists()

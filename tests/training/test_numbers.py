@@ -247,4 +247,4 @@ def test_a_spike_is_noted_once_with_its_row(
     assert spike["step"] == 25 and spike["spike"] == pytest.approx(losses[24], rel=1e-5)
     assert spike["median"] == pytest.approx(statistics.median(losses[:24]), rel=1e-5) and losses[24] > losses[23] + 1
     assert spike["rows"] == [f"{rows}:50", f"{rows}:49"] and spike["row_losses"][0] > spike["row_losses"][1] + 1
-    assert capsys.readouterr().out.count("leaps above its median") == 1
+    assert capsys.readouterr().out.count("spikes above its median") == 1
