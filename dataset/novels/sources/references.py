@@ -1,4 +1,4 @@
-"""HTML character references in raw text (&#20320; &#x4f60; &hellip;), which sites leave behind, decoded once."""
+"""Decodes HTML character references that sites leave in raw text (&#20320; &#x4f60; &hellip;), once."""
 
 from __future__ import annotations
 
@@ -12,10 +12,10 @@ _REFERENCE = re.compile(
 
 
 def decode_references(text: str) -> str:
-    """The text with each numeric and named reference as the character that it means.
+    """The text with each numeric and named reference replaced by its character.
 
-    What comes out is not decoded again: "&amp;#39;" gives "&#39;". References to line ends give blanks, as in HTML;
-    those to control characters, halves of characters and unknown names stay as they are.
+    The result is not decoded again: "&amp;#39;" gives "&#39;". References to line ends give blanks, as in HTML; those
+    to control characters, lone surrogates and unknown names are kept.
 
     >>> decode_references("&#x4f60;&#22909;&hellip; &amp;lt; &nosuch;")
     '你好… &lt; &nosuch;'
@@ -27,13 +27,10 @@ def _decoded(found: re.Match[str]) -> str:
     if found["name"]:
         character = html5.get(f"{found['name']};")
     else:
-        number = int(found["decimal"]) if found["decimal"] else int(found["hexadecimal"], 16)
+        number = int(found["decimal"] or found["hexadecimal"], 10 if found["decimal"] else 16)
         character = chr(number) if number < 0x110000 and not 0xD800 <= number < 0xE000 else None
     if character in ("\n", "\r", "\t"):
         return " "
-    return found[0] if character is None or (len(character) == 1 and not _is_text(character)) else character
-
-
-def _is_text(character: str) -> bool:
-    code = ord(character)
-    return code >= 0xA0 or 0x20 <= code < 0x7F
+    if character is None or (len(character) == 1 and not (" " <= character < "\x7f" or character >= "\xa0")):
+        return found[0]
+    return character

@@ -1,4 +1,4 @@
-"""Folders and archives with one file a chapter: which files are one book, in which order, and the book they make."""
+"""Folders and archives with one file per chapter: which files are one book, in which order, and that book."""
 
 from __future__ import annotations
 
@@ -12,21 +12,20 @@ from typing import NamedTuple
 
 from dataset.decode import decode_tolerant, read_bytes
 from dataset.mending import BadBytes
-from dataset.novels.chapters.headings import HeadingCandidate, find_candidates
+from dataset.novels.chapters.headings import HeadingCandidate, first_heading
 from dataset.novels.chapters.numerals import DIGITS, to_number
 from dataset.novels.records import HostileFileError, RawBook, Section
 from dataset.novels.sources.references import decode_references
 from novelgpt.settings.errors import UserError
 
-LEAST_FILES = 3
-MOST_MISSING = 0.5
-"""Of the files there are: how many numbers between the first and the last one may be missing."""
-MOST_TWICE = 0.2
-"""Of the files: how many may have a number that another one has (1.txt, 01.txt)."""
-LONGEST_CHAPTER, USUAL_CHAPTER = 200_000, 60_000
-"""Bytes of the longest file, and of the usual one, that may be a chapter that does not say so."""
-LOOKED_AT = 4096
-"""Bytes at the beginning of a file, for its heading."""
+MIN_FILES = 3
+MAX_MISSING, MAX_TWICE = 0.5, 0.2
+"""Relative to the number of files: numbers between the first and the last one that may be missing, and files that may
+have a number that another one has (1.txt, 01.txt)."""
+MAX_CHAPTER, MEDIAN_CHAPTER = 200_000, 60_000
+"""Max bytes of the longest file, and of the median one, if no file has a chapter heading."""
+PREVIEW_BYTES = 4096
+"""Bytes at the beginning of a file that are read to find its heading."""
 _STEM = re.compile(
     r"(?P<before>.*?)(?P<number>[0-9０-９]{1,6}"
     r"|(?:(?<=第)|(?<!.)(?=[零〇○一二三四五六七八九十百千两]+$))[零〇○一二三四五六七八九十百千两]{1,7})(?P<after>\D*)"
@@ -41,10 +40,10 @@ _JOINTS = " \t\u3000_-—.．、:：()（）[]【】第章回节節话話卷"
 
 
 class Series(NamedTuple):
-    """The files of a book, one a chapter.
+    """The files of a book, one per chapter.
 
     Attributes:
-        name: of the book: that of the folder, or what stands before the number in all names.
+        name: of the book: that of the folder, or the text before the number in all names.
         members: paths relative to the folder of raw files, or in the archive, in the order of their numbers.
     """
 
@@ -53,12 +52,12 @@ class Series(NamedTuple):
 
     @property
     def source(self) -> str:
-        """As a record names it: the first file, and the name of the last."""
+        """The source of the book in its record: the first file, and the name of the last."""
         return f"{self.members[0]}…{self.members[-1].rpartition('/')[2]}"
 
 
 class _NumberedFile(NamedTuple):
-    """A file whose name has a number: words before and behind it."""
+    """A file whose name has a number, with the text before and after it."""
 
     path: PurePath
     before: str
@@ -67,35 +66,35 @@ class _NumberedFile(NamedTuple):
 
 
 class FilePreview(NamedTuple):
-    """What is looked at of a file before it is read: its first bytes, and how many it has."""
+    """The beginning of a file, and its size in bytes."""
 
-    begin: bytes
+    head: bytes
     size: int
 
 
-def glance_at(path: PurePath) -> FilePreview:
-    """Of a file on disk; nothing of one that cannot be read, which is told where it is read."""
+def preview(path: PurePath) -> FilePreview:
+    """Preview a file on disk; empty for one that cannot be read, which is reported when it is read."""
     try:
         with Path(path).open("rb") as file:
-            return FilePreview(file.read(LOOKED_AT), Path(path).stat().st_size)
+            return FilePreview(file.read(PREVIEW_BYTES), Path(path).stat().st_size)
     except OSError:
         return FilePreview(b"", 0)
 
 
 def find_series(
-    files: Iterable[PurePath], folder: PurePath, name: str, look: Callable[[PurePath], FilePreview] = glance_at
+    files: Iterable[PurePath], folder: PurePath, name: str, preview: Callable[[PurePath], FilePreview] = preview
 ) -> list[Series]:
-    """The books among the .txt files below `folder` that have a file a chapter.
+    """The books among the .txt files below `folder` that have one file per chapter.
 
-    Their names differ by numbers that hardly leave one out. Where the files begin with numbered headings, these count
-    upwards from file to file: novels, which count from 1 each, are books of their own, however their files are
-    numbered. Where they have no headings, no file is longer than a chapter can be.
+    Their names differ by numbers with few gaps. Where the files begin with numbered headings, these increase from file
+    to file: novels, each of which counts from 1, are books of their own, however their files are numbered. Where they
+    have no headings, no file is longer than a chapter can be.
 
     Args:
         files: on disk or in an archive.
-        folder: above them.
+        folder: that contains them.
         name: of a book whose files lie in `folder` itself.
-        look: at a file that may be a chapter.
+        preview: reads the beginning of a file that may be a chapter.
     """
     groups: dict[tuple[PurePath, str], list[_NumberedFile]] = {}
     for path in files:
@@ -104,9 +103,11 @@ def find_series(
     books: dict[tuple[PurePath, str], list[tuple[int, list[_NumberedFile]]]] = {}
     for (parent, before), parts in sorted(groups.items()):
         parts.sort(key=lambda part: (part.number, part.path.name))
-        if _is_counted(parts) and _are_chapters(parts, look):
-            place, volume = _volume(parent, before) if parent != folder else (parent, _volume_number(before))
-            key = (place, before if volume is None else "")
+        if _are_chapters(parts, preview):
+            # The volume is named by the folder, or in the file names before the number: 第一卷/1.txt, 1-1.txt.
+            in_folder = None if before or parent == folder else _volume_number(parent.name, bare=False)
+            volume = _volume_number(before) if in_folder is None else in_folder
+            key = (parent if in_folder is None else parent.parent, before if volume is None else "")
             books.setdefault(key, []).append((volume or 0, parts))
     found = []
     for (parent, before), volumes in sorted(books.items()):
@@ -116,17 +117,8 @@ def find_series(
     return found
 
 
-def _volume(parent: PurePath, before: str) -> tuple[PurePath, int | None]:
-    """The folder of the book that files of a volume belong to, and the volume's number; None where it is none.
-
-    The volume is named by the folder of the files, or in their names before the number: 第一卷/1.txt, 1-1.txt.
-    """
-    number = None if before else _volume_number(parent.name, bare=False)
-    return (parent, _volume_number(before)) if number is None else (parent.parent, number)
-
-
 def _volume_number(name: str, bare: bool = True) -> int | None:
-    """The number that a volume's name says; with `bare` a number alone is one."""
+    """The number in a volume's name, None if there is none; with `bare` a number alone is a volume."""
     if bare and name.isdecimal():
         return int(name)
     found = _VOLUME.fullmatch(name.strip())
@@ -136,9 +128,9 @@ def _volume_number(name: str, bare: bool = True) -> int | None:
 
 
 def read_series(series: Series, folder: Path) -> RawBook:
-    """The book of a series: its texts end to end, or, where they have no headings, a section a file.
+    """The book of a series: its texts concatenated, or, where they have no headings, one section per file.
 
-    A file that cannot be read or decoded costs its own text alone, and is named in the findings.
+    A file that cannot be read or decoded costs only its own text, and is named in the findings.
 
     Raises:
         UserError: none of the files can be used.
@@ -154,14 +146,17 @@ def read_series(series: Series, folder: Path) -> RawBook:
 
 
 def join_series(series: Series, source: str, read: Callable[[str], bytes]) -> RawBook:
-    """As `read_series`, of files that `read` gives the bytes of.
+    """As `read_series`, with a function that reads the files.
 
     Args:
         series: of the book.
         source: of the book.
         read: bytes of a member; raises UserError where it cannot be read.
     """
-    texts, encodings, bad, members, lost = [], [], list[BadBytes](), [], list[str]()
+    texts: dict[str, str] = {}
+    encodings: list[str] = []
+    bad: list[BadBytes] = []
+    lost: list[str] = []
     for member in series.members:
         try:
             text, encoding, more = decode_tolerant(read(member), member)
@@ -170,17 +165,17 @@ def join_series(series: Series, source: str, read: Callable[[str], bytes]) -> Ra
                 raise
             lost.append(f"a chapter is lost: {error.cause}")
             continue
-        members.append(member)
-        texts.append(decode_references(text))
+        texts[member] = decode_references(text)
         encodings.append(encoding)
         bad += more
-    names = [member.rpartition("/")[2] for member in members]
+    names = [member.rpartition("/")[2] for member in texts]
     finding = f"made of {len(names)} files, one a chapter, in the order of their numbers: {names[0]} to {names[-1]}"
     encoding = Counter(encodings).most_common(1)[0][0]
-    if 2 * sum(_first_heading(text) is not None for text in texts) >= len(texts):
-        return RawBook(series.name, source, "\n\n".join(texts), encoding, tuple(bad), findings=(finding, *lost))
+    if 2 * sum(_first_heading(text) is not None for text in texts.values()) >= len(texts):
+        text = "\n\n".join(texts.values())
+        return RawBook(series.name, source, text, encoding, tuple(bad), findings=(finding, *lost))
     sections = []
-    for member, text in zip(members, texts, strict=True):
+    for member, text in texts.items():
         part = _part(Path(member))
         sections.append(Section(part.title if part else "", text.strip("\n")))
     return RawBook(series.name, source, "", encoding, tuple(bad), tuple(sections), (finding, *lost))
@@ -190,48 +185,36 @@ def _part(path: PurePath) -> _NumberedFile | None:
     found = _STEM.fullmatch(path.stem)
     if found is None:
         return None
-    number = found["number"]
-    value = int(number) if number.isdecimal() else to_number(number)
+    value = to_number(found["number"])
     before = found["before"].strip(_JOINTS)
     return (
         None if value is None else _NumberedFile(path, before, value, " ".join(found["after"].strip(_JOINTS).split()))
     )
 
 
-def _is_counted(parts: Sequence[_NumberedFile]) -> bool:
-    numbers = [part.number for part in parts]
-    missing = numbers[-1] - numbers[0] + 1 - len(set(numbers))
-    twice = len(numbers) - len(set(numbers))
-    return (
-        len(numbers) - twice >= LEAST_FILES
-        and twice <= MOST_TWICE * len(numbers)
-        and missing <= MOST_MISSING * len(numbers)
-    )
-
-
-def _are_chapters(parts: Sequence[_NumberedFile], look: Callable[[PurePath], FilePreview]) -> bool:
-    """Whether files that are numbered without gaps are the chapters of one book."""
-    glances = [look(part.path) for part in parts]
-    headings = [_first_heading(_decoded(glance.begin)) for glance in glances]
-    numbers = [
-        (part.number, heading.number)
-        for part, heading in zip(parts, headings, strict=True)
-        if heading is not None and heading.number is not None
-    ]
+def _are_chapters(parts: Sequence[_NumberedFile], preview: Callable[[PurePath], FilePreview]) -> bool:
+    """Whether files are the chapters of one book: their numbers have few gaps, and their headings increase."""
+    distinct = len({part.number for part in parts})
+    twice = len(parts) - distinct
+    missing = parts[-1].number - parts[0].number + 1 - distinct
+    if distinct < MIN_FILES or twice > MAX_TWICE * len(parts) or missing > MAX_MISSING * len(parts):
+        return False
+    sizes: list[int] = []
+    numbers: list[tuple[int, int]] = []
+    for part in parts:
+        head, size = preview(part.path)
+        sizes.append(size)
+        try:
+            heading = _first_heading(decode_tolerant(head, "").text)
+        except UserError:
+            continue  # its damage is reported when it is read
+        if heading is not None and heading.number is not None:
+            numbers.append((part.number, heading.number))
     if 2 * len(numbers) >= len(parts):
         return all(first[1] < second[1] or first[0] == second[0] for first, second in pairwise(numbers))
-    sizes = [glance.size for glance in glances]
-    return not numbers and max(sizes) <= LONGEST_CHAPTER and median(sizes) <= USUAL_CHAPTER
-
-
-def _decoded(begin: bytes) -> str:
-    try:
-        return decode_tolerant(begin, "").text
-    except UserError:
-        return ""  # what is wrong with it is told where it is read
+    return not numbers and max(sizes) <= MAX_CHAPTER and median(sizes) <= MEDIAN_CHAPTER
 
 
 def _first_heading(text: str) -> HeadingCandidate | None:
     """The heading among the first lines of a text."""
-    lines = [line for line in text.split("\n")[:40] if line.strip()][:5]
-    return next((candidate for candidate in find_candidates(lines) if candidate.shaped), None)
+    return first_heading([line for line in text.split("\n")[:40] if line.strip()][:5])

@@ -1,12 +1,13 @@
-"""Files that people keep novels in -> books, decoded: .txt, .txt.gz, .zip of .txt, .epub, .jsonl.
+"""Files of novels -> decoded books: .txt, .txt.gz, .zip of .txt, .epub, .jsonl.
 
-Nothing is written to disk, and nothing is unpacked beyond what a novel can be: an archive cannot fill the memory.
+Nothing is written to disk, and nothing is unpacked beyond the size of a novel: an archive cannot exhaust the memory.
 """
 
 from __future__ import annotations
 
 import codecs
 import gzip
+import itertools
 import json
 import os
 import re
@@ -20,14 +21,14 @@ from dataset.decode import decode_tolerant, likeliest_encoding, read_bytes
 from dataset.novels.records import HostileFileError, RawBook, Section
 from dataset.novels.sources.epub import read_epub
 from dataset.novels.sources.references import decode_references
-from dataset.novels.sources.series import LOOKED_AT, FilePreview, Series, find_series, join_series
+from dataset.novels.sources.series import PREVIEW_BYTES, FilePreview, Series, find_series, join_series
 from novelgpt.settings.errors import UserError
 
 SUFFIXES = (".txt", ".gz", ".zip", ".epub", ".jsonl")
 # Memory holds a member of an archive, a line of a .jsonl file, and the rows of one book as a whole.
-MOST_BYTES = 512 * 2**20
-# An archive may not unpack to more than so many times its own size, once that is more than FREE_BYTES.
-MOST_RATIO, FREE_BYTES = 200, 64 * 2**20
+MAX_BYTES = 512 * 2**20
+# An archive may not unpack to more than this many times its own size, once that is more than FREE_BYTES.
+MAX_RATIO, FREE_BYTES = 200, 64 * 2**20
 _LONE_SURROGATE = re.compile("[\ud800-\udfff]")
 _Stream: TypeAlias = IO[bytes] | gzip.GzipFile
 
@@ -41,7 +42,7 @@ class LeftOut(NamedTuple):
 
 
 class Listing(NamedTuple):
-    """What is in a folder of raw files, both sorted by relative path."""
+    """The content of a folder of raw files, both sorted by relative path."""
 
     files: list[Path]
     left_out: list[LeftOut]
@@ -50,13 +51,13 @@ class Listing(NamedTuple):
 def list_folder(folder: Path) -> Listing:
     """All files below `folder`: those that `read_books` can read, and the others with the reason.
 
-    Links are not followed: what they point to is either read where it is, or is no part of the folder.
+    Links are not followed: their target is either read where it is, or is not part of the folder.
 
     Raises:
         UserError: no such folder, or nothing in it that can be read.
     """
     if not folder.is_dir():
-        what = "is no folder" if folder.exists() else "does not exist"
+        what = "is not a folder" if folder.exists() else "does not exist"
         raise UserError(f"{folder} {what}", "name the folder that holds the novels")
     files: list[Path] = []
     left_out: list[LeftOut] = []
@@ -78,22 +79,13 @@ def list_folder(folder: Path) -> Listing:
     return Listing(sorted(files, key=lambda path: path.relative_to(folder).as_posix()), sorted(left_out))
 
 
-def list_sources(folder: Path) -> list[Path]:
-    """The files below `folder` that `read_books` can read, sorted by relative path; see `list_folder` for the others.
-
-    Raises:
-        UserError: as list_folder.
-    """
-    return list_folder(folder).files
-
-
 def read_books(path: Path, folder: Path, left_out: Callable[[LeftOut], None] | None = None) -> Iterator[RawBook]:
     """The books of a file, one at a time.
 
     Args:
         path: the file, below `folder`.
-        left_out: is told of members of a .zip that are not read, with the reason. Without it a .txt member that cannot
-            be used is an error, as it is for a file of its own; members of other kinds are passed over.
+        left_out: is called for members of a .zip that are not read, with the reason. Without it a .txt member that
+            cannot be used is an error, as it is for a file of its own; members of other kinds are skipped.
 
     Raises:
         UserError: missing, empty, damaged or encrypted file; undecodable bytes; invalid JSON, with the line; an
@@ -172,17 +164,17 @@ def _archive(path: Path, source: str) -> zipfile.ZipFile:
 
 
 class _Meter:
-    """Reads what is packed, and stops where it grows beyond all measure.
+    """Reads packed data, and stops if it grows out of proportion.
 
     Args:
         size: of the packed file, in bytes.
         source: to name in errors.
-        packed: whether the ratio counts.
+        packed: whether the ratio is limited.
     """
 
     def __init__(self, size: int, source: str, packed: bool = True) -> None:
         self._source = source
-        self._left = max(FREE_BYTES, MOST_RATIO * size) if packed else None
+        self._left = max(FREE_BYTES, MAX_RATIO * size) if packed else None
 
     def member(self, archive: zipfile.ZipFile, name: str) -> bytes:
         """The bytes of a member; a UserError if missing, encrypted, damaged, packed in an unknown way, or too large."""
@@ -206,16 +198,16 @@ class _Meter:
         Raises:
             UserError: damaged, or too many.
         """
-        pieces: list[bytes] = []
+        chunks: list[bytes] = []
         size = 0
         try:
-            while piece := stream.read(2**20):
-                pieces.append(piece)
-                size += len(piece)
-                self._count(len(piece), size, source or self._source)
+            while chunk := stream.read(2**20):
+                chunks.append(chunk)
+                size += len(chunk)
+                self._count(len(chunk), size, source or self._source)
         except (zlib.error, EOFError, gzip.BadGzipFile) as error:
             raise _damaged(source or self._source, error) from error
-        return b"".join(pieces)
+        return b"".join(chunks)
 
     def lines(self, stream: _Stream) -> Iterator[bytes]:
         """Lines of `stream` with their ends.
@@ -224,7 +216,7 @@ class _Meter:
             UserError: damaged, too many bytes, or a line that is too long.
         """
         try:
-            while line := stream.readline(MOST_BYTES + 1):
+            while line := stream.readline(MAX_BYTES + 1):
                 self._count(len(line), len(line), self._source)
                 yield line
         except (zlib.error, EOFError, gzip.BadGzipFile) as error:
@@ -233,11 +225,11 @@ class _Meter:
     def _count(self, more: int, size: int, source: str) -> None:
         if self._left is not None:
             self._left -= more
-        if size > MOST_BYTES or (self._left is not None and self._left < 0):
+        if size > MAX_BYTES or (self._left is not None and self._left < 0):
             raise HostileFileError(
                 f"{source} unpacks to more than "
-                + (f"{MOST_BYTES >> 20} MiB" if size > MOST_BYTES else f"{MOST_RATIO} times its size"),
-                "leave it out, or unpack it by hand where it is what it should be",
+                + (f"{MAX_BYTES >> 20} MiB" if size > MAX_BYTES else f"{MAX_RATIO} times its size"),
+                "leave it out, or unpack it by hand if you trust it",
             )
 
 
@@ -255,13 +247,13 @@ def _read_zip(path: Path, source: str, left_out: Callable[[LeftOut], None] | Non
                     inside = f"{source}!{series.source}"
                     yield join_series(series, inside, lambda member: meter.member(archive, stored_as[member]))
                 continue
-            member, place = f"{source}!{name}", PurePosixPath(name)
-            if any(map(_is_hidden, place.parts)) or place.suffix.lower() != ".txt":
+            member, inner = f"{source}!{name}", PurePosixPath(name)
+            if any(map(_is_hidden, inner.parts)) or inner.suffix.lower() != ".txt":
                 if left_out is not None:
                     left_out(LeftOut(member, "only .txt is read in a .zip, and nothing hidden"))
                 continue
             try:
-                book = _decoded(meter.member(archive, stored), member, place.stem)
+                book = _decoded(meter.member(archive, stored), member, inner.stem)
             except UserError as error:
                 if left_out is None or isinstance(error, HostileFileError):
                     raise
@@ -274,33 +266,34 @@ def _read_zip(path: Path, source: str, left_out: Callable[[LeftOut], None] | Non
 
 
 def _series_in(archive: zipfile.ZipFile, stored_as: dict[str, str], stem: str) -> dict[str, Series]:
-    """The books of an archive that have a file a chapter, by each of their members.
+    """The books of an archive that have one file per chapter, by each of their members.
 
     Args:
-        archive: that is looked into.
-        stored_as: the name by which each of its files is found, by the name that was meant.
+        archive: to search.
+        stored_as: the name by which each of its files is stored, by the name that was meant.
         stem: of the archive's name.
     """
 
-    def look(place: PurePath) -> FilePreview:
-        info = archive.getinfo(stored_as[str(place)])
+    def preview(path: PurePath) -> FilePreview:
+        info = archive.getinfo(stored_as[str(path)])
         try:
             with archive.open(info) as stream:
-                return FilePreview(stream.read(LOOKED_AT), info.file_size)
+                return FilePreview(stream.read(PREVIEW_BYTES), info.file_size)
         except (zipfile.BadZipFile, zlib.error, EOFError, NotImplementedError, RuntimeError, OSError):
-            return FilePreview(b"", 0)  # told where it is read
+            return FilePreview(b"", 0)  # reported when it is read
 
-    # Names that are no plain paths, as those that lead out of the archive, are no chapters.
+    # Names that are not plain paths, such as those that lead out of the archive, are not chapters.
     plain = [PurePosixPath(name) for name in stored_as if str(PurePosixPath(name)) == name]
-    usable = [place for place in plain if not any(part == ".." or _is_hidden(part) for part in place.parts)]
-    found = find_series(usable, PurePosixPath(), stem, look)
+    usable = [path for path in plain if not any(part == ".." or _is_hidden(part) for part in path.parts)]
+    found = find_series(usable, PurePosixPath(), stem, preview)
     return {member: series for series in found for member in series.members}
 
 
 def _member_names(archive: zipfile.ZipFile) -> dict[str, str]:
-    """For each file in `archive` the name by which it is found, and the name that was meant.
+    """For each file in `archive` the name by which it is stored, and the name that was meant.
 
-    Without a flag for UTF-8, names are in the code page of whoever packed them, and zipfile reads them as cp437.
+    Without a flag for UTF-8, names are in the code page of the machine that packed them, and zipfile reads them as
+    cp437.
     """
     names = {info.filename: info.filename for info in archive.infolist() if not info.is_dir()}
     old = [info.filename for info in archive.infolist() if not info.flag_bits & 0x800 and not info.filename.isascii()]
@@ -313,10 +306,36 @@ def _member_names(archive: zipfile.ZipFile) -> dict[str, str]:
 def _read_rows(lines: Iterator[bytes], source: str, stem: str) -> Iterator[RawBook]:
     """Books of JSON rows {"text", "book", "chapter", "title"}, all but the text optional.
 
-    Neighbouring rows of one book become one book with sections. A row that names neither book, chapter nor title is a
-    book of its own, called after the file and the line.
+    Adjacent rows of one book become one book with sections. A row that names neither book, chapter nor title is a book
+    of its own, called after the file and the line.
     """
-    book: _RowsOfBook | None = None
+    is_empty = True
+    for name, rows in itertools.groupby(_rows(lines, source, stem), key=lambda row: row.book):
+        is_empty = False
+        first, sections, size = next(rows), list[Section](), 0
+        for row in itertools.chain([first], rows):
+            sections.append(row.section)
+            size += len(row.section.text)
+            if size > MAX_BYTES:
+                raise UserError(f"{first.source}: the rows of {name!r} are too many for one book", "split the book")
+        if len(sections) == 1 and not sections[0].title:
+            yield RawBook(name, first.source, sections[0].text, first.encoding)
+        else:
+            yield RawBook(name, first.source, "", first.encoding, sections=tuple(sections))
+    if is_empty:
+        raise UserError(f"{source} is empty", "name a file with content, or leave this one out")
+
+
+class _Row(NamedTuple):
+    """A row of a .jsonl file, and the name of its book."""
+
+    book: str
+    source: str
+    encoding: str
+    section: Section
+
+
+def _rows(lines: Iterator[bytes], source: str, stem: str) -> Iterator[_Row]:
     encoding = ""
     for number, raw in enumerate(lines, start=1):
         if number == 1 and raw.startswith(codecs.BOM_UTF8):
@@ -326,20 +345,15 @@ def _read_rows(lines: Iterator[bytes], source: str, stem: str) -> Iterator[RawBo
         encoding = encoding or likeliest_encoding(raw)
         if raw[:2] in (codecs.BOM_UTF16_LE, codecs.BOM_UTF16_BE) or encoding.startswith("utf-16"):
             raise UserError(f"{source} is in UTF-16", "save it as UTF-8")
-        row = _row(raw, encoding.removesuffix("-sig"), f"{source}:{number}")
-        alone = not (row["book"] or row["chapter"] or row["title"])
-        name = f"{stem}-{number}" if alone else _clean_name(row["book"], stem)
-        if book is None or book.name != name:
-            if book is not None:
-                yield book.finished()
-            book = _RowsOfBook(name, f"{source}:{number}", encoding)
-        book.add(row)
-    if book is None:
-        raise UserError(f"{source} is empty", "name a file with content, or leave this one out")
-    yield book.finished()
+        where = f"{source}:{number}"
+        text, book, chapter, title = _row_fields(raw, encoding.removesuffix("-sig"), where)
+        name = _clean_name(book, stem) if book or chapter or title else f"{stem}-{number}"
+        heading = title if title.startswith(chapter) else chapter if chapter.endswith(title) else f"{chapter} {title}"
+        yield _Row(name, where, encoding, Section(heading, text))
 
 
-def _row(raw: bytes, encoding: str, where: str) -> dict[str, str]:
+def _row_fields(raw: bytes, encoding: str, where: str) -> tuple[str, str, str, str]:
+    """Text, book, chapter and title of a row."""
     try:
         record: Any = json.loads(raw.decode(encoding))
     except UnicodeDecodeError as error:
@@ -348,36 +362,12 @@ def _row(raw: bytes, encoding: str, where: str) -> dict[str, str]:
             "save the file as UTF-8",
         ) from error
     except (ValueError, RecursionError) as error:
-        raise UserError(f"{where}: invalid JSON: {error}", "write one JSON object a line") from error
+        raise UserError(f"{where}: invalid JSON: {error}", "write one JSON object per line") from error
     if not isinstance(record, dict) or not isinstance(record.get("text"), str) or not record["text"].strip():
         raise UserError(f"{where}: no text in field 'text'", 'write rows like {"text": "…", "book": "…"}')
     if _LONE_SURROGATE.search(record["text"]):
         raise UserError(f"{where}: the text holds half a character (\\ud800 to \\udfff)", "write the row anew")
     text = decode_references(record["text"].replace("\r\n", "\n").replace("\r", "\n"))
-    extra = {key: record.get(key) for key in ("book", "chapter", "title")}
-    return {"text": text, **{key: "" if value is None else str(value).strip() for key, value in extra.items()}}
-
-
-class _RowsOfBook:
-    """The rows of one book, until the next one begins."""
-
-    def __init__(self, name: str, source: str, encoding: str) -> None:
-        self.name = name
-        self._source = source
-        self._encoding = encoding
-        self._sections: list[Section] = []
-        self._size = 0
-
-    def add(self, row: dict[str, str]) -> None:
-        chapter, title = row["chapter"], row["title"]
-        heading = title if title.startswith(chapter) else chapter if chapter.endswith(title) else f"{chapter} {title}"
-        self._sections.append(Section(heading, row["text"]))
-        self._size += len(row["text"])
-        if self._size > MOST_BYTES:
-            raise UserError(f"{self._source}: the rows of {self.name!r} are too many for one book", "split the book")
-
-    def finished(self) -> RawBook:
-        sections = self._sections
-        if len(sections) == 1 and not sections[0].title:
-            return RawBook(self.name, self._source, sections[0].text, self._encoding)
-        return RawBook(self.name, self._source, "", self._encoding, sections=tuple(sections))
+    extra = (record.get(key) for key in ("book", "chapter", "title"))
+    book, chapter, title = ("" if value is None else str(value).strip() for value in extra)
+    return text, book, chapter, title
