@@ -37,42 +37,41 @@ EXAMPLE_CHARACTERS = 300
 
 @dataclass
 class Tally:
-    """What became of the candidates of one split: read == kept + sum(dropped.values())."""
+    """Counts of one split: read == kept + sum(dropped.values())."""
 
     read: int = 0
     kept: int = 0
     dropped: Counter[str] = field(default_factory=Counter)
-    question_lengths: list[int] = field(default_factory=list)
-    answer_lengths: list[int] = field(default_factory=list)
+    lengths: dict[str, list[int]] = field(default_factory=lambda: {"question": [], "answer": []})
     example: Row | None = None
 
 
 @exit_on_user_error
 def main(argv: list[str] | None = None) -> None:
-    """Build the rows that the command line asks for."""
-    words = _parse(argv)
-    output: Path = words.output
+    """Write the rows of the tasks that the command line names."""
+    args = _parse(argv)
+    output: Path = args.output
     if output.suffix != ".jsonl":
         raise UserError(f"{output} does not end in .jsonl", "name the output last, ending in .jsonl")
-    sources = [*words.inputs, *words.exclude]
+    sources = [*args.inputs, *args.exclude]
     if any(path.exists() and path.resolve() == output.resolve() for path in sources):
         raise UserError(f"{output} is read and written", "name another output")
-    instructions = load_instructions(words.instruction_templates, seed=words.instruction_seed)
-    for task in words.task:
+    instructions = load_instructions(args.instruction_templates, seed=args.instruction_seed)
+    for task in args.task:
         instructions.wordings(task, "--task")
-    measure = _token_counter(words.model) if words.model else len
+    measure = _token_counter(args.model) if args.model else len
     limits = Limits(
-        (words.question_min, words.question_max), (words.answer_min, words.answer_max), words.max_characters,
-        words.chinese_share, words.near_duplicates, words.drop_leaks,
+        (args.question_min, args.question_max), (args.answer_min, args.answer_max), args.max_characters,
+        args.chinese_share, args.near_duplicates, args.drop_leaks,
     )  # fmt: skip
     filters = {split: RowFilter(limits, instructions, measure) for split in ("held_out", "train")}
-    for path in words.exclude:
+    for path in args.exclude:
         for row_filter in filters.values():
-            row_filter.exclude(read_table(path, words.columns), words.task)
-    tallies = _write(words, instructions, filters)
-    _show(tallies, instructions, "tokens" if words.model else "characters")
-    for split, label in (("train", "rows    "), ("held_out", "held out"), ("rejected", "left out")):
-        path = output if split == "train" else _beside(output, split)
+            row_filter.exclude(read_table(path, args.columns), args.task)
+    tallies = _write(args, instructions, filters)
+    _show(tallies, instructions, "tokens" if args.model else "characters")
+    for name, label in (("train", "rows    "), ("held_out", "held out"), ("rejected", "left out")):
+        path = _output_paths(output)[name]
         if path.is_file():
             say(f"  {label}   {path}")
 
@@ -86,41 +85,41 @@ def _parse(argv: list[str] | None) -> Namespace:
     tasks = ", ".join(load_instructions().tasks)
     parser.add_argument("--task", nargs="+", required=True, help=f"one or more of: {tasks}, or your own")
     parser.add_argument("--columns", nargs="+", default=[], help="names of the columns, in order, of .tsv and .csv "
-                        "files without a line of names; _ leaves one out")  # fmt: skip
-    parser.add_argument("--exclude", nargs="+", type=Path, default=[], help="files whose rows must not come out, "
+                        "files without a header; _ leaves one out")  # fmt: skip
+    parser.add_argument("--exclude", nargs="+", type=Path, default=[], help="files whose rows are excluded, "
                         "such as those of the evaluation")  # fmt: skip
     parser.add_argument("--max_characters", type=int, default=8000, help="of question and answer in the longest "
                         "wording; context is cut to fit [default: 8000]")  # fmt: skip
-    parser.add_argument("--previous_chapters", type=int, default=1, help="next_chapter: chapters of context at most "
+    parser.add_argument("--previous_chapters", type=int, default=1, help="next_chapter: max chapters of context "
                         "[default: 1]")  # fmt: skip
-    parser.add_argument("--opening_characters", type=int, default=300, help="continue_text: least length of the text "
+    parser.add_argument("--opening_characters", type=int, default=300, help="continue_text: min length of the text "
                         "before the answer [default: 300]")  # fmt: skip
-    parser.add_argument("--question_min", type=int, default=2, help="least length of a question, without its wording")
-    parser.add_argument("--question_max", type=int, help="greatest length of a question [default: any]")
-    parser.add_argument("--answer_min", type=int, default=2, help="least length of an answer")
-    parser.add_argument("--answer_max", type=int, help="greatest length of an answer [default: any]")
+    parser.add_argument("--question_min", type=int, default=2, help="min length of a question, without its wording")
+    parser.add_argument("--question_max", type=int, help="max length of a question [default: no limit]")
+    parser.add_argument("--answer_min", type=int, default=2, help="min length of an answer")
+    parser.add_argument("--answer_max", type=int, help="max length of an answer [default: no limit]")
     parser.add_argument("--model", help="folder or hub name: measure the four lengths in its tokens")
-    parser.add_argument("--chinese_share", type=float, default=0.3, help="least share of Chinese characters among the "
+    parser.add_argument("--chinese_share", type=float, default=0.3, help="min share of Chinese characters among the "
                         "letters [default: 0.3]")  # fmt: skip
-    parser.add_argument("--near_duplicates", type=float, default=0.8, help="similarity from which rows repeat each "
-                        "other; 0 is off [default: 0.8]")  # fmt: skip
-    parser.add_argument("--drop_leaks", action="store_true", help="drop rows whose question holds the answer")
+    parser.add_argument("--near_duplicates", type=float, default=0.8, help="similarity from which rows are "
+                        "duplicates; 0 is off [default: 0.8]")  # fmt: skip
+    parser.add_argument("--drop_leaks", action="store_true", help="drop rows whose question contains the answer")
     parser.add_argument(
         "--instruction_templates", nargs="+", type=from_home, default=[], help="YAML files of wordings, as in training"
     )
     parser.add_argument("--instruction_seed", type=int, default=42, help="of the wording of the example that is shown")
-    words = parser.parse_args(argv)
+    args = parser.parse_args(argv)
     for name, least in (("max_characters", 1), ("previous_chapters", 1), ("opening_characters", 1)):
-        if vars(words)[name] < least:
-            raise UserError(f"--{name} {vars(words)[name]} is too small", f"take at least {least}")
+        if vars(args)[name] < least:
+            raise UserError(f"--{name} {vars(args)[name]} is too small", f"take at least {least}")
     for name in ("chinese_share", "near_duplicates"):
-        if not 0 <= vars(words)[name] <= 1:
-            raise UserError(f"--{name} {vars(words)[name]} is no share", "take a number from 0 to 1")
-    return words
+        if not 0 <= vars(args)[name] <= 1:
+            raise UserError(f"--{name} {vars(args)[name]} is no share", "take a number from 0 to 1")
+    return args
 
 
 def _token_counter(model: str) -> Callable[[str], int]:
-    # The model libraries take seconds to load, and are needed for this alone.
+    # The model libraries take seconds to load, and are needed only here.
     from novelgpt.model.tokenizer import load_tokenizer
     from novelgpt.settings.arguments import ModelArguments
     from novelgpt.text.encoding import encode
@@ -129,24 +128,29 @@ def _token_counter(model: str) -> Callable[[str], int]:
     return lambda text: len(encode(text, tokenizer))
 
 
-def _write(words: Namespace, instructions: Instructions, filters: dict[str, RowFilter]) -> dict[str, Tally]:
+def _output_paths(output: Path) -> dict[str, Path]:
+    beside = {name: output.with_name(f"{output.stem}.{name}.jsonl") for name in ("rejected", "held_out")}
+    return beside | {"train": output}
+
+
+def _write(args: Namespace, instructions: Instructions, filters: dict[str, RowFilter]) -> dict[str, Tally]:
     """Write the three files, which appear under their names when all are complete.
 
     Raises:
         UserError: another run writes them, they cannot be written, or no row is left.
     """
-    splits = [find_splits(path) for path in words.inputs]
-    cut = ChunkLimits(words.max_characters, words.previous_chapters, words.opening_characters)
-    paths = {"train": words.output} | {name: _beside(words.output, name) for name in ("held_out", "rejected")}
+    splits = [find_splits(path) for path in args.inputs]
+    limits = ChunkLimits(args.max_characters, args.previous_chapters, args.opening_characters)
+    paths = _output_paths(args.output)
     partial = {name: path.with_name(path.name + ".partial") for name, path in paths.items()}
     tallies = {"held_out": Tally(), "train": Tally()}
-    names: Counter[str] = Counter()
+    ids: Counter[str] = Counter()
     try:
-        handle, _ = make_and_lock(words.output.absolute().parent, partial["train"].name)
+        handle, _ = make_and_lock(args.output.absolute().parent, partial["train"].name)
     except BlockingIOError as error:
-        raise UserError(f"another run writes {words.output}", "wait for its end, or name another output") from error
+        raise UserError(f"another run writes {args.output}", "wait for its end, or name another output") from error
     except OSError as error:
-        raise UserError(f"{words.output}: {error.strerror}", "name an output that can be written") from error
+        raise UserError(f"{args.output}: {error.strerror}", "name an output that can be written") from error
     try:
         with ExitStack() as stack:
             files = {
@@ -155,22 +159,24 @@ def _write(words: Namespace, instructions: Instructions, filters: dict[str, RowF
             }
             for split, tally in tallies.items():
                 shards = [path for found in splits for path in found[split]]
-                for task in words.task:
-                    candidates = read_candidates(shards, task, instructions, cut, words.columns)
-                    for row in _keep(candidates, filters[split], tally, files["rejected"], names):
-                        _write_line(files[split], row)
+                for task in args.task:
+                    candidates = read_candidates(shards, task, instructions, limits, args.columns)
+                    for row in _keep(candidates, filters[split], tally, files["rejected"], ids):
+                        files[split].write(json.dumps(row, ensure_ascii=False) + "\n")
                         if split == "held_out":
-                            # What is evaluated on is not trained on, whatever book it stands in.
+                            # Rows for evaluation are not trained on, whatever book contains them.
                             filters["train"].exclude([(row["source"], row)], [task])
         if not sum(tally.kept for tally in tallies.values()):
-            raise UserError(f"no row is left: {_reasons(tallies) or 'nothing was read'}", "loosen what drops most")
-        for name in ("rejected", "held_out", "train"):
+            dropped = sum((tally.dropped for tally in tallies.values()), Counter[str]())
+            reasons = ", ".join(f"{number:,} {REASONS[reason]}" for reason, number in dropped.most_common())
+            raise UserError(f"no row is left: {reasons or 'nothing was read'}", "loosen what drops most")
+        for name, path in paths.items():
             if name != "rejected" and not tallies[name].kept:
-                paths[name].unlink(missing_ok=True)
+                path.unlink(missing_ok=True)
             else:
-                partial[name].replace(paths[name])
+                partial[name].replace(path)
     except OSError as error:
-        raise UserError(f"{words.output}: {error.strerror}", "name an output that can be written") from error
+        raise UserError(f"{args.output}: {error.strerror}", "name an output that can be written") from error
     finally:
         for path in partial.values():
             path.unlink(missing_ok=True)
@@ -179,60 +185,47 @@ def _write(words: Namespace, instructions: Instructions, filters: dict[str, RowF
 
 
 def _keep(
-    candidates: Iterable[RowCandidate], row_filter: RowFilter, tally: Tally, rejected: TextIO, names: Counter[str]
+    candidates: Iterable[RowCandidate], row_filter: RowFilter, tally: Tally, rejected: TextIO, ids: Counter[str]
 ) -> Iterator[Row]:
     """The rows that pass; the others are counted and written to `rejected`."""
     for candidate in candidates:
         row = candidate.row
-        names[row["id"]] += 1
-        if names[row["id"]] > 1:
-            row["id"] += f"~{names[row['id']]}"
+        ids[row["id"]] += 1
+        if ids[row["id"]] > 1:
+            row["id"] += f"~{ids[row['id']]}"
         tally.read += 1
         reason, detail = row_filter.judge(candidate)
         if reason:
             tally.dropped[reason] += 1
-            _write_line(rejected, {"reason": reason, "detail": detail, "row": row})
+            rejected.write(json.dumps({"reason": reason, "detail": detail, "row": row}, ensure_ascii=False) + "\n")
             continue
         tally.kept += 1
-        question, answer = row_filter.sides(row)
-        tally.question_lengths.append(row_filter.measure(question))
-        tally.answer_lengths.append(row_filter.measure(answer))
+        for side, text in zip(("question", "answer"), row_filter.sides(row), strict=True):
+            tally.lengths[side].append(row_filter.measure(text))
         tally.example = tally.example or row
         yield row
 
 
-def _write_line(file: TextIO, value: object) -> None:
-    file.write(json.dumps(value, ensure_ascii=False) + "\n")
-
-
-def _beside(output: Path, name: str) -> Path:
-    return output.with_name(f"{output.stem}.{name}.jsonl")
-
-
-def _reasons(tallies: dict[str, Tally]) -> str:
-    dropped = sum((tally.dropped for tally in tallies.values()), Counter[str]())
-    return ", ".join(f"{number:,} {REASONS[reason]}" for reason, number in dropped.most_common())
-
-
 def _show(tallies: dict[str, Tally], instructions: Instructions, unit: str) -> None:
-    """The closing table, a column a split, and one row in words."""
+    """The closing table, one column per split, and one row in its wording."""
     console = make_console()
     shown = {name: tally for name, tally in tallies.items() if tally.read}
-    table = Table(title="Conversations 对话数据", title_justify="left")
-    table.add_column("")
+    table = Table("", title="Conversations 对话数据", title_justify="left")
     for name in shown:
         table.add_column(name, justify="right")
-    columns = list(shown.values())
-    table.add_row("candidates 候选", *(f"{tally.read:,}" for tally in columns))
-    table.add_row(Text("kept 保留", style="green"), *(f"{tally.kept:,}" for tally in columns))
+    table.add_row("candidates 候选", *(f"{tally.read:,}" for tally in shown.values()))
+    table.add_row(Text("kept 保留", style="green"), *(f"{tally.kept:,}" for tally in shown.values()))
     for reason, text in REASONS.items():
-        if any(tally.dropped[reason] for tally in columns):
-            table.add_row(f"  {text} ({reason})", *(f"{tally.dropped[reason]:,}" for tally in columns))
+        if any(tally.dropped[reason] for tally in shown.values()):
+            table.add_row(f"  {text} ({reason})", *(f"{tally.dropped[reason]:,}" for tally in shown.values()))
     for side in ("question", "answer"):
-        lengths = [vars(tally)[f"{side}_lengths"] for tally in columns]
-        table.add_row(f"{unit} of {side}: 10 % / half / 90 % / most", *map(_quantiles, lengths))
+        cells = []
+        for tally in shown.values():
+            quantiles: Iterable[float] = numpy.quantile(tally.lengths[side], (0.1, 0.5, 0.9, 1.0)) if tally.kept else []
+            cells.append(" / ".join(f"{value:.0f}" for value in quantiles) or "-")
+        table.add_row(f"{unit} of {side}: p10 / median / p90 / max", *cells)
     console.print(table)
-    example = next((tally.example for tally in reversed(columns) if tally.example), None)
+    example = next((tally.example for tally in reversed(shown.values()) if tally.example), None)
     if example is not None:
         say(f"One row, in a wording of {BUILT_IN.name} or yours, drawn anew by each seed:")
         for message in instructions.messages(example["task"], example, example["source"]):
@@ -241,10 +234,6 @@ def _show(tallies: dict[str, Tally], instructions: Instructions, unit: str) -> N
                 text = f"{text[: EXAMPLE_CHARACTERS // 2]} … {text[-EXAMPLE_CHARACTERS // 2 :]}"
             style = "green" if message["role"] == "assistant" else "dim"
             console.print(Text.assemble((message["role"], "bold"), " ", (visible(text), style)))
-
-
-def _quantiles(lengths: list[int]) -> str:
-    return " / ".join(f"{value:.0f}" for value in numpy.quantile(lengths, (0.1, 0.5, 0.9, 1.0))) if lengths else "-"
 
 
 if __name__ == "__main__":

@@ -1,4 +1,4 @@
-"""Which rows are kept: lengths, repeats, leaks, language, rows of the evaluation. Each refusal has a reason."""
+"""Which rows are kept: lengths, duplicates, leaks, language, excluded rows. Each dropped row has a reason."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ from dataset.instructions import Instructions
 from dataset.readers import messages_of
 from dataset.records import Record
 
-# Reason -> what it means, as the closing table says it.
+# Reason -> its description in the closing table.
 REASONS = {
     "first_chapter": "first chapter of its book, nothing before it",
     "gap_in_chapters": "the chapter before it is missing",
@@ -37,29 +37,29 @@ REASONS = {
 }
 SHINGLE = 5
 PERMUTATIONS = 128
-BANDS = 32  # of 4: pairs alike by 0.6 are looked at in 99 of 100 cases, by 0.8 always
+BANDS = 32  # of 4: pairs with similarity 0.6 are compared in 99 of 100 cases, with 0.8 always
 _CHINESE = re.compile("[\u3400-\u4dbf\u4e00-\u9fff\uf900-\ufaff\U00020000-\U000323af]")
 _LETTER = re.compile(r"[^\W\d_]")
-# Neighbouring rows of this task share text by their nature: the answer of one is in the question of the next.
+# Adjacent rows of this task share text by design: the answer of one is in the question of the next.
 _ANSWER_ALONE = "next_chapter"
 
 
 @dataclass(frozen=True)
 class Limits:
-    """What a row must keep to.
+    """Limits of a row.
 
     Attributes:
-        question: least and most length of the question's fields; None for no limit.
+        question: min and max length of the question's fields; None for no limit.
         answer: the same of the answer's fields.
-        most_characters: of all messages together, in the longest wording.
-        chinese_share: least share of Chinese among the letters of question and answer, in [0, 1].
-        near_duplicates: similarity of 5-character pieces (Jaccard) from which rows repeat each other; 0 for off.
-        drop_leaks: whether rows are dropped whose question holds the answer.
+        max_characters: of all messages together, in the longest wording.
+        chinese_share: min share of Chinese among the letters of question and answer, in [0, 1].
+        near_duplicates: similarity of 5-character shingles (Jaccard) from which rows are duplicates; 0 for off.
+        drop_leaks: whether rows are dropped whose question contains the answer.
     """
 
     question: tuple[int, int | None]
     answer: tuple[int, int | None]
-    most_characters: int
+    max_characters: int
     chinese_share: float
     near_duplicates: float
     drop_leaks: bool
@@ -69,7 +69,7 @@ class RowFilter:
     """Judges rows one after the other, and remembers those it keeps.
 
     Args:
-        limits: what rows must keep to.
+        limits: of a row.
         instructions: wordings of the tasks.
         measure: length of a text, in characters or tokens.
     """
@@ -83,12 +83,12 @@ class RowFilter:
         self._near: defaultdict[str, _NearIndex] = defaultdict(lambda: _NearIndex(limits.near_duplicates))
 
     def sides(self, row: Row) -> tuple[str, str]:
-        """Question and answer of a row: the texts of their fields, without the wording around them."""
+        """Question and answer of a row: the texts of their fields, without the wording."""
         question, answer = self.instructions.fields(row["task"], row["source"])
         return "\n".join(row[name] for name in question), "\n".join(row[name] for name in answer)
 
     def exclude(self, records: Iterable[tuple[str, Record]], tasks: Iterable[str]) -> None:
-        """Keep rows out that have a question or an answer in common with `records`, or nearly are one of them."""
+        """Exclude rows that have a question or an answer in common with `records`, or are near-duplicates of them."""
         for where, record in records:
             for task in tasks:
                 question, answer = self.instructions.fields(task, where)
@@ -101,38 +101,34 @@ class RowFilter:
                 self._near[task].add(_compared(task, texts), where)
 
     def judge(self, candidate: RowCandidate) -> tuple[str, str]:
-        """("", "") for a row to keep, else the reason and a detail."""
+        """("", "") for a row to keep, which is remembered; else the reason to drop it and a detail."""
         row = candidate.row
-        empty = [name for side in self.instructions.fields(row["task"], row["source"]) for name in side
-                 if not row.get(name)]  # fmt: skip
         if candidate.reason:
             return candidate.reason, candidate.detail
-        if empty:
+        sides = self.instructions.fields(row["task"], row["source"])
+        if empty := [name for side in sides for name in side if not row.get(name)]:
             return "empty", ", ".join(empty)
         question, answer = self.sides(row)
-        return self._judge_alone(row, question, answer) or self._judge_among(row, question, answer) or ("", "")
-
-    def _judge_alone(self, row: Row, question: str, answer: str) -> tuple[str, str] | None:
-        for name, text, (least, most) in (
+        for name, text, (shortest, longest) in (
             ("question", question, self.limits.question), ("answer", answer, self.limits.answer),
         ):  # fmt: skip
             length = self.measure(text)
-            if length < least:
+            if length < shortest:
                 return f"{name}_too_short", str(length)
-            if most is not None and length > most:
+            if longest is not None and length > longest:
                 return f"{name}_too_long", str(length)
         whole = self.instructions.most_characters(row["task"], row, row["source"])
-        if whole > self.limits.most_characters:
+        if whole > self.limits.max_characters:
             return "row_too_long", str(whole)
         if self.limits.drop_leaks and _key(answer) in _key(question):
             return "answer_in_question", ""
         share = chinese_share(question + answer)
         if share < self.limits.chinese_share:
             return "not_chinese", f"{share:.2f}"
-        return None
+        return self._find_duplicate(row, question, answer)
 
-    def _judge_among(self, row: Row, question: str, answer: str) -> tuple[str, str] | None:
-        """The same, by what else there is; the row is remembered if it passes."""
+    def _find_duplicate(self, row: Row, question: str, answer: str) -> tuple[str, str]:
+        """As `judge`, by comparison with excluded and earlier rows."""
         task = row["task"]
         keys = {"question": (task, "question", _key(question)), "answer": (task, "answer", _key(answer))}
         for _, _, key in keys.values():
@@ -142,10 +138,9 @@ class RowFilter:
             if full in self._seen:
                 return f"duplicate_{name}", self._seen[full]
         near = self._near[task].add(_compared(task, [question, answer]), "", row["id"])
-        if near is not None:
-            return near
-        self._seen |= dict.fromkeys(keys.values(), row["id"])
-        return None
+        if near is None:
+            self._seen |= dict.fromkeys(keys.values(), row["id"])
+        return near or ("", "")
 
 
 def chinese_share(text: str) -> float:
@@ -159,10 +154,10 @@ def chinese_share(text: str) -> float:
 
 
 class _NearIndex:
-    """MinHash signatures of texts, found again by their bands.
+    """MinHash signatures of texts, looked up by their bands.
 
     Args:
-        threshold: from which estimated similarity a text is near another; 0 finds none.
+        threshold: min estimated similarity of near-duplicates; 0 finds none.
     """
 
     def __init__(self, threshold: float) -> None:
@@ -171,7 +166,7 @@ class _NearIndex:
         self._entries: list[tuple[rensa.RMinHash, tuple[str, str]]] = []
 
     def add(self, text: str, excluded_at: str, name: str = "") -> tuple[str, str] | None:
-        """Remember a text, unless it is near one that is there: then the reason and what it is near to."""
+        """Add a text, unless it is a near-duplicate of one in the index: then return the reason and that one's name."""
         if not self.threshold:
             return None
         key = _key(text)
@@ -188,10 +183,10 @@ class _NearIndex:
 
 
 def _compared(task: str, texts: list[str]) -> str:
-    """Of question and answer, the one by which near repeats are found: the longer one, as a rule."""
+    """Of question and answer, the one by which near-duplicates are found: usually the longer one."""
     return texts[-1] if task == _ANSWER_ALONE else max(texts, key=len)
 
 
 def _key(text: str) -> str:
-    """What texts are compared by: width of characters and blanks do not count."""
+    """The normalised form by which texts are compared: without blanks, and without differences in width."""
     return "".join(unicodedata.normalize("NFKC", text).split())

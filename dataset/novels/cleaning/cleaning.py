@@ -1,4 +1,4 @@
-"""Takes advertisements, notices and authors' notes out of the text of novels, by the rules of rules.yaml."""
+"""Removes advertisements, notices and authors' notes from the text of novels, by the rules of rules.yaml."""
 
 from __future__ import annotations
 
@@ -7,7 +7,7 @@ import hashlib
 import itertools
 import json
 import re
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, fields
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -19,7 +19,7 @@ from dataset.novels.cleaning.rules import Rule, read_rules
 from dataset.novels.normalized import SENTENCE_ENDS, NormalizedCopy, WordSearch, character_codes, folding_table
 from dataset.novels.records import Line, Removed
 
-_DECIDING = {field.name for field in fields(Rule)} - {"about", "removes", "keeps"}
+_EFFECTIVE = {field.name for field in fields(Rule)} - {"about", "removes", "keeps"}
 _EDGE_LINES = 40
 _FRONT_CHARACTERS = 600
 _LINES_BELOW_HEADING, _LINES_ABOVE_HEADING = 4, 12
@@ -29,14 +29,14 @@ _LONGEST_WITH_TAIL = 140
 _LABEL_LIKE = re.compile(
     r"(?i)^.{0,40}?(?:chapter|[第章回卷部篇编編册冊0-9０-９一二三四五六七八九十序子外声聲记記言曲局语語跋录錄])"
 )
-"""Of these characters each heading has one in front."""
+"""Every heading has one of these characters near its beginning."""
 _OPENERS, _CLOSERS = "（([【［｛{〔<＜《〈", "）)]】］｝}〕>＞》〉”’」』"
 _QUOTES = "\"'＂＇|｜"
-"""Signs that open and close alike: around a part, they go with it."""
-_GOES_ON = ("，", "、", "：", "；")
-"""Behind a part these say that it is a piece of a sentence."""
+"""Signs that open and close alike: around a part, they are removed with it."""
+_CONTINUES = ("，", "、", "：", "；")
+"""After a part these show that it is a fragment of a sentence."""
 _KEPT_BARE = frozenset("“”‘’「」『』…—！？")
-"""A line of punctuation that has one of these may be somebody's silence or surprise: never junk."""
+"""A line of punctuation with one of these may be a character's silence or surprise, and is kept."""
 _HEADING = re.compile(
     r"[\s　]*(?:正文|VIP|[上中下]卷)?[\s　]*"
     r"(?:第[\s　]*[零〇一二三四五六七八九十百千万两0-9０-９—－―ー]{1,7}[\s　]*[章回节節卷集部篇]"
@@ -45,31 +45,37 @@ _HEADING = re.compile(
 
 
 class Cleaned(NamedTuple):
-    """A text without what the rules take out."""
+    """A text without what the rules remove."""
 
     lines: list[Line]
     """All lines in order, indents kept; "" where nothing is left. A line broken in two gives two with one number."""
     removed: list[Removed]
-    """By line. With `lines` it has every character of the text that is not white space, once."""
+    """By line. Together with `lines` it has every character of the text that is not white space, once."""
 
 
 @dataclass(frozen=True)
 class Rules:
-    """Rules in the order in which they are tried.
+    """Rules in the order in which they are applied.
 
     Attributes:
         rules: blocks before lines before parts, else as in the files.
-        digest: hex sha256 of what the rules say, examples and explanations left out.
-        search: finds where words stand that rules ask for, in a text as it is and in its normalised copy.
-        asking: the same words one by one, each with the places in `rules` of the rules that ask for it.
-        always: places of the rules that ask for no word.
+        digest: hex sha256 of the rules, without examples and explanations.
+        search: finds the words that rules require, in a text as it is and in its normalised copy.
+        requiring: the same words one by one, each with the indices in `rules` of the rules that require it.
+        always: indices of the rules that require no word.
+        markup: indices of the rules for tags and the like: parts of the text as it is.
+        text: indices of the others.
+        anywhere: indices of the rules whose part need not follow a sentence; they apply to headings, too.
     """
 
     rules: tuple[Rule, ...]
     digest: str
     search: tuple[WordSearch, WordSearch]
-    asking: tuple[dict[str, set[int]], dict[str, set[int]]]
+    requiring: tuple[dict[str, set[int]], dict[str, set[int]]]
     always: frozenset[int]
+    markup: frozenset[int]
+    text: frozenset[int]
+    anywhere: frozenset[int]
 
 
 def load_rules(extra: Sequence[Path] = ()) -> Rules:
@@ -79,33 +85,36 @@ def load_rules(extra: Sequence[Path] = ()) -> Rules:
         UserError: a file that cannot be read, an unknown key, a pattern that is wrong or too slow; names file and rule.
     """
     rules = read_rules(extra)
-    said = [{key: value for key, value in vars(rule).items() if key in _DECIDING} for rule in rules]
-    asking: tuple[dict[str, set[int]], dict[str, set[int]]] = ({}, {})
-    for place, rule in enumerate(rules):
+    keys = [{key: value for key, value in vars(rule).items() if key in _EFFECTIVE} for rule in rules]
+    requiring: tuple[dict[str, set[int]], dict[str, set[int]]] = ({}, {})
+    for index, rule in enumerate(rules):
         for word in rule.contains:
-            asking[rule.normalized].setdefault(word, set()).add(place)
+            requiring[rule.normalized].setdefault(word, set()).add(index)
+    markup = frozenset(i for i, rule in enumerate(rules) if rule.where == "part" and not rule.normalized)
     return Rules(
         rules=rules,
-        digest=hashlib.sha256(json.dumps(said, ensure_ascii=False).encode("utf-8")).hexdigest(),
-        search=(WordSearch(list(asking[False])), WordSearch(list(asking[True]))),
-        asking=asking,
-        always=frozenset(place for place, rule in enumerate(rules) if not rule.contains),
+        digest=hashlib.sha256(json.dumps(keys, ensure_ascii=False).encode("utf-8")).hexdigest(),
+        search=(WordSearch(list(requiring[False])), WordSearch(list(requiring[True]))),
+        requiring=requiring,
+        always=frozenset(index for index, rule in enumerate(rules) if not rule.contains),
+        markup=markup,
+        text=frozenset(range(len(rules))) - markup,
+        anywhere=frozenset(index for index, rule in enumerate(rules) if rule.after == "anything"),
     )
 
 
 def clean(text: str, rules: Rules) -> Cleaned:
-    """Take out what the rules name; nothing else changes but blanks at the ends of lines.
+    """Remove what the rules match; nothing else changes but blanks at the ends of lines.
 
-    Every character of `text` that is no white space is in one of the lines, or in one of what was removed, in order;
-    only what a rule puts in place of what it takes (`becomes`: the character that an entity such as "&ldquo;" means)
-    is there besides.
+    Every character of `text` that is not white space is in one of the lines or of the removed parts, in order; the only
+    additions are what rules insert in place of removed text (`becomes`: the character of an entity such as "&ldquo;").
 
     Args:
         text: line ends "\\n".
         rules: from `load_rules`.
     """
     texts = list(map(str.rstrip, text.split("\n")))
-    left: dict[int, str] = {}  # by index of the line, where something was taken
+    left: dict[int, str] = {}  # by index of the line, where something was removed
     removed: list[Removed] = []
     blocked = -1
     for index in _suspicious(text, len(texts), rules):
@@ -132,7 +141,7 @@ def clean(text: str, rules: Rules) -> Cleaned:
 
 
 def to_simplified(text: str) -> str:
-    """Traditional characters as simplified ones, by OpenCC's t2s (characters and phrases); others stay as they are.
+    """Convert traditional characters to simplified ones by OpenCC's t2s (characters and phrases).
 
     Where one simplified character stands for several traditional ones their difference is lost; where a traditional
     character is a simplified one too, OpenCC decides by phrases (乾 in 乾隆 and 著 in 名著 stay).
@@ -142,23 +151,20 @@ def to_simplified(text: str) -> str:
 
 @functools.cache
 def _converter() -> Any:
-    import opencc  # on request only: it loads its dictionaries
+    import opencc  # only on request: it loads its dictionaries
 
     return opencc.OpenCC("t2s")
 
 
-# ---- which lines to look at
-
-
 def _suspicious(text: str, count: int, rules: Rules) -> Iterator[int]:
-    """Indices, in order, of the lines that have a word some rule asks for."""
+    """Indices, in order, of the lines that contain a word that some rule requires."""
     if rules.always:
         return iter(range(count))
     plain, folded = rules.search
     table = folding_table()
     found: list[np.ndarray] = []
     lines_before, begin = 0, 0
-    while begin < len(text):  # in pieces, so that memory stays flat; they end at line ends, as no word has one
+    while begin < len(text):  # in blocks of lines, so that memory is bounded; no word contains a line end
         end = text.find("\n", begin + (1 << 20)) + 1 or len(text)
         codes = character_codes(text[begin:end])
         line_ends = np.flatnonzero(codes == 10)
@@ -170,138 +176,121 @@ def _suspicious(text: str, count: int, rules: Rules) -> Iterator[int]:
     return iter(np.unique(np.concatenate(found)).tolist() if found else ())
 
 
-# ---- what a rule takes
-
-
 def _clean_line(rules: Rules, texts: list[str], index: int) -> tuple[str, list[tuple[str, str]]]:
-    """What is left of a line, and (rule, part) of what is taken. Tags go first: they can break a line in two."""
+    """What is left of a line, and (rule, part) of what is removed. Tags go first: they can break a line in two."""
     taken: list[tuple[str, str]] = []
-    pieces = [texts[index]]
+    segments = [texts[index]]
     for markup in (True, False):
-        for number, piece in enumerate(pieces):
-            if not markup and _is_heading(piece):
-                piece, parts = _clean_heading(rules, texts, index, piece)
+        for number, segment in enumerate(segments):
+            if not markup and _is_heading(segment):
+                segment, parts = _clean_heading(rules, texts, index, segment)
                 taken += parts
-                pieces[number] = _clean_piece(rules, texts, index, piece, taken, lambda rule: rule.after == "anything")
+                applied = rules.anywhere
             else:
-                is_of_pass = functools.partial(_is_markup, markup)
-                pieces[number] = _clean_piece(rules, texts, index, piece, taken, is_of_pass)
-        pieces = "\n".join(pieces).split("\n")
-    return "\n".join(pieces).rstrip(), taken
+                applied = rules.markup if markup else rules.text
+            segments[number] = _clean_segment(rules, texts, index, segment, taken, applied)
+        segments = "\n".join(segments).split("\n")
+    return "\n".join(segments).rstrip(), taken
 
 
-def _is_markup(markup: bool, rule: Rule) -> bool:
-    return markup == (rule.where == "part" and not rule.normalized)
-
-
-def _clean_piece(
+def _clean_segment(
     rules: Rules,
     texts: list[str],
     index: int,
-    piece: str,
+    segment: str,
     taken: list[tuple[str, str]],
-    tried: Callable[[Rule], bool],
+    applied: frozenset[int],
 ) -> str:
-    """What the rules that are `tried` leave of a piece of a line; what they take goes to `taken`."""
-    copy = NormalizedCopy.of(piece)
-    for place in sorted(_asked(rules, copy)):
-        rule = rules.rules[place]
-        if rule.where != "block" and piece and tried(rule):
-            copy = copy if copy.line is piece else NormalizedCopy.of(piece)
-            piece, parts = _apply(rule, piece, copy, texts, index)
+    """What the applied rules leave of a segment of a line; what they remove is added to `taken`."""
+    copy = NormalizedCopy.of(segment)
+    words = zip(rules.search, rules.requiring, (copy.line, copy.text), strict=True)
+    required = [requiring[word] for search, requiring, text in words for word in search.within(text)]
+    for number in sorted(applied.intersection(rules.always.union(*required))):
+        rule = rules.rules[number]
+        if rule.where != "block" and segment:
+            copy = copy if copy.line is segment else NormalizedCopy.of(segment)
+            segment, parts = _apply(rule, segment, copy, texts, index)
             taken += [(rule.name, part) for part in parts]
-    return piece
+    return segment
 
 
 def _is_heading(line: str) -> bool:
-    """Whether a line is a heading, with or without something in brackets behind it."""
+    """Whether a line is a heading, with or without something in brackets after it."""
     if len(line.strip()) > _LONGEST_WITH_TAIL or not _LABEL_LIKE.search(line):
         return False
     bracketed = re.search(_BRACKETED, line)
     front = line[: bracketed.start()] if bracketed else line
-    fronts = (front, line) if front.strip() else (line,)
-    found = [one for text in fronts for one in find_candidates([text])]
+    found = [one for text in (front, line) if text.strip() for one in find_candidates([text])]
     if any(one.shaped or one.doubtful for one in found):
         return True
     return front is not line and any(one.shaped and one.title for one in find_numbered_lines([front]))
 
 
 def _clean_heading(rules: Rules, texts: list[str], index: int, line: str) -> tuple[str, list[tuple[str, str]]]:
-    """A heading without what stands behind it, in brackets or behind a blank, and is nothing but junk."""
+    """A heading without the text after it, in brackets or after a blank, if that is nothing but junk."""
     for match in _TAIL.finditer(line):
         head, tail = line[: match.start()], line[match.start() :]
         if not head.strip() or not (_is_heading(head) or find_numbered_lines([head])):
             continue
         parts: list[tuple[str, str]] = []
-        if not _clean_piece(rules, texts, index, tail, parts, lambda rule: True).strip():
+        if not _clean_segment(rules, texts, index, tail, parts, rules.text | rules.markup).strip():
             return head, parts
     return line, []
 
 
-def _asked(rules: Rules, copy: NormalizedCopy) -> set[int]:
-    """Places of the rules that ask for a word which the line has, or for none."""
-    texts = (copy.line, copy.text)
-    asked = zip(rules.search, rules.asking, texts, strict=True)
-    found = [asking[word] for search, asking, text in asked for word in search.within(text)]
-    return set(rules.always).union(*found)
-
-
 def _apply(rule: Rule, line: str, copy: NormalizedCopy, texts: list[str], index: int) -> tuple[str, list[str]]:
-    """What a rule of lines or parts leaves of the line, and the parts it takes."""
-    bare = line.strip()
+    """What a rule for lines or parts leaves of the line, and the parts that it removes."""
     if rule.where == "part":
         return _take_parts(rule, line, copy) if _is_near(rule, texts, index) else (line, [])
-    if len(bare) > rule.longest or not rule.search.fullmatch(copy.text if rule.normalized else bare):
-        return line, []
-    if (rule.refuse and rule.refuse.search(line)) or not _is_near(rule, texts, index):
-        return line, []
-    return ("", [bare]) if rule.suits(bare, copy.text if rule.normalized else bare) else (line, [])
+    bare = line.strip()
+    seen = copy.text if rule.normalized else bare
+    matches = (
+        len(bare) <= rule.longest
+        and rule.search.fullmatch(seen)
+        and not (rule.refuse and rule.refuse.search(line))
+        and _is_near(rule, texts, index)
+        and rule.suits(bare, seen)
+    )
+    return ("", [bare]) if matches else (line, [])
 
 
 def _take_parts(rule: Rule, line: str, copy: NormalizedCopy) -> tuple[str, list[str]]:
     parts: list[str] = []
-    pieces: list[str] = []
+    kept = ""
     done = 0
     for begin, end in _spans(rule, line, copy):
         part = line[begin:end]
-        if begin < done or len(part) > rule.longest or (rule.refuse and rule.refuse.search(part)):
-            continue
-        pieces += [line[done:begin], rule.becomes]
-        parts.append(part.strip())
-        done = end
-    if not parts:
-        return line, []
-    kept = "".join([*pieces, line[done:]])
-    if rule.normalized and not any(map(str.isalnum, kept)) and not _KEPT_BARE.intersection(kept):
+        if begin >= done and len(part) <= rule.longest and not (rule.refuse and rule.refuse.search(part)):
+            kept += line[done:begin] + rule.becomes
+            parts.append(part.strip())
+            done = end
+    kept += line[done:]
+    if parts and rule.normalized and not any(map(str.isalnum, kept)) and not _KEPT_BARE.intersection(kept):
         return "", [line.strip()]  # the rest is the advertisement's own punctuation
     return kept, parts
 
 
 def _spans(rule: Rule, line: str, copy: NormalizedCopy) -> Iterator[tuple[int, int]]:
-    """Where in the line the pattern of a rule of parts fits."""
+    """Spans of the line that the pattern of a rule for parts matches."""
     if not rule.normalized:
         yield from (match.span() for match in rule.search.finditer(line) if match.group())
         return
     anywhere = rule.after == "anything"
-    if anywhere:
-        matches: Iterator[re.Match[str] | None] = rule.search.finditer(copy.text)
-    else:
-        matches = _latest(rule, copy)
-    for match in matches:
-        if match and match.group():
+    for match in rule.search.finditer(copy.text) if anywhere else _latest(rule, copy):
+        if match.group():
             begin, end = int(copy.places[match.start()]), int(copy.places[match.end() - 1]) + 1
-            if not rule.suits(line[begin:end], match.group()) or line[end : end + 1] in _GOES_ON:
+            if not rule.suits(line[begin:end], match.group()) or line[end : end + 1] in _CONTINUES:
                 continue
             begin, end = _widen(line, begin, end)
-            if _is_balanced(line[begin:end]) and (
-                anywhere or (_ends_sentence(line[:begin]) and _is_closed(line[:begin]))
-            ):
+            # "" ends a sentence, too: nothing precedes the part.
+            after_sentence = line[:begin][-80:].rstrip()[-1:] in SENTENCE_ENDS and _is_closed(line[:begin])
+            if _is_balanced(line[begin:end]) and (anywhere or after_sentence):
                 yield begin, end
 
 
 def _latest(rule: Rule, copy: NormalizedCopy) -> Iterator[re.Match[str]]:
-    """What the pattern fits from the beginnings of sentences on, without sentences in front that have none of the
-    rule's words: a pattern that begins with any characters would take these along.
+    """Matches of the pattern at the beginnings of sentences, without leading sentences that have none of the rule's
+    words: a pattern that begins with any characters would include these.
     """
     starts = copy.starts_before(rule.contains, rule.longest)
     found = [match for match in (rule.search.match(copy.text, start) for start in starts) if match and match.group()]
@@ -313,7 +302,7 @@ def _latest(rule: Rule, copy: NormalizedCopy) -> Iterator[re.Match[str]]:
 
 
 def _widen(line: str, begin: int, end: int) -> tuple[int, int]:
-    """Take along the brackets around a match, and punctuation behind it that ends the line."""
+    """Extend a match to the brackets around it, and to punctuation after it that ends the line."""
     while begin and (line[begin - 1].isspace() or line[begin - 1] in _OPENERS):
         begin -= 1
     rest = line[end:]
@@ -328,11 +317,6 @@ def _widen(line: str, begin: int, end: int) -> tuple[int, int]:
     return begin, end
 
 
-def _ends_sentence(front: str) -> bool:
-    last = front[-80:].rstrip()[-1:]
-    return last in SENTENCE_ENDS  # "" too: nothing stands in front
-
-
 def _is_balanced(part: str) -> bool:
     """Whether the part closes no quotation mark that it does not open."""
     depth = 0
@@ -344,7 +328,7 @@ def _is_balanced(part: str) -> bool:
 
 
 def _is_closed(front: str) -> bool:
-    """Whether no quotation is open at the end of this, so that what follows is nobody's speech."""
+    """Whether no quotation is open at the end of this text, so that what follows is not direct speech."""
     return front.rfind("“") <= front.rfind("”") and front.rfind("「") <= front.rfind("」")
 
 
@@ -363,12 +347,11 @@ def _is_near(rule: Rule, texts: list[str], index: int) -> bool:
 
 
 def _block(rules: Rules, texts: list[str], index: int) -> tuple[Rule | None, int]:
-    """The rule of blocks of which one begins with this line and has an end, and the index of the block's last line."""
+    """The rule for blocks one of which starts with this line and has an end, and the index of the block's last line."""
     line = texts[index].strip()
     for rule in rules.rules:
-        if rule.where != "block" or not any(word in line for word in rule.contains):
-            continue
-        if not rule.search.fullmatch(line) or not _is_near(rule, texts, index):
+        starts = rule.where == "block" and any(word in line for word in rule.contains) and rule.search.fullmatch(line)
+        if not starts or not _is_near(rule, texts, index):
             continue
         lines = 1
         for number in range(index + 1, len(texts)):

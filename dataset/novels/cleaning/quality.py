@@ -1,4 +1,4 @@
-"""Tells Chinese text from what is none: other languages, wrongly decoded files, scrambled ones."""
+"""Recognises text that is not Chinese prose: other languages, wrongly decoded files, scrambled ones."""
 
 from __future__ import annotations
 
@@ -12,9 +12,9 @@ from dataset.novels.normalized import character_codes
 WINDOW = 20
 """Characters of the windows whose repetition is counted."""
 FEWEST_CHARACTERS = 100
-"""Chinese characters below which a file is no book."""
+"""Min Chinese characters of a book."""
 
-# Thresholds, between what real novels have (classical and modern, both scripts, poems in them) and what is worthless.
+# Thresholds between values of real novels (classical and modern, both scripts, with poems) and of unusable text.
 _LOWEST_CHINESE = 0.5
 """Of the letters. Novels: 0.99; GB18030 read as Korean 0.4 to 0.46, as UTF-16 0.1, other languages 0."""
 _LOWEST_FREQUENT = 0.25
@@ -26,11 +26,11 @@ _HIGHEST_DAMAGE = 0.01
 _HIGHEST_PAIRS = 0.98
 """Novels: 0.64 to 0.80, pages of 4,000 characters up to 0.94; shuffled characters 0.995 to 1.01."""
 _FEWEST_FOR_PAIRS = 2_000
-"""Chinese characters below which `pairs` says too little."""
+"""Min Chinese characters for the share of pairs to be reliable."""
 _SAMPLE = 1 << 15
-"""Chinese characters of which `pairs` is measured."""
-_MOST_WINDOWS = 1 << 16
-"""Windows that are compared at most, so that memory stays flat: of longer texts, those with certain hashes."""
+"""Chinese characters from which the share of pairs is measured."""
+_MAX_WINDOWS = 1 << 16
+"""Max windows that are compared, so that memory is bounded: of longer texts, those with certain hashes."""
 
 # Characters that every Chinese book is full of, modern and classical, both scripts.
 _FREQUENT = (
@@ -52,40 +52,21 @@ _TRADITIONAL_ONLY = (
     "這個們來時會對過學還發當無開經頭動兩長樣現將與進實點聲話兒問機給間業門東聽氣關並內軍產萬電體別處總場師書員華報馬張難數應"
     "親覺許題統請愛讓認論義國說為麼沒歲爺媽豈嬌誰罷嗎剛飯帶語訴邊見車風戰計記務條戰號錢銀鐵鐘陽陰難雙義烏樂買賣雲龍鳳蘭興"
 )  # fmt: skip
-# What wrong decoding leaves behind: U+FFFD turned into GBK, memory that was never written, UTF-8 read as Latin-1.
+# Traces of wrong decoding: U+FFFD turned into GBK, uninitialised memory, UTF-8 read as Latin-1.
 _DAMAGE = ("锟斤拷", "烫烫烫", "屯屯屯", "锘锘锘", "葺葺", "ï¿½", "Ã", "â€", "\ufffd")
 
 
 class Quality(NamedTuple):
-    """What `judge` found."""
+    """The result of `judge`."""
 
     chinese_share: float
-    """Of the characters that are no white space, in [0, 1]."""
+    """Of the characters that are not white space, in [0, 1]."""
     repetition: float
     """Share of the text's windows of 20 characters that it has more than once, in [0, 1]; estimated in long texts."""
     script: str
     """"simplified", "traditional" or "none"."""
     refused: str
-    """Why this is no text to train on, in one line; "" if it is."""
-
-
-class Statistics(NamedTuple):
-    """Figures by which a text is judged; each share is in [0, 1]."""
-
-    characters: int
-    """Chinese ones."""
-    chinese: float
-    """Share of the characters that are no white space."""
-    letters: float
-    """Share of Chinese characters among all that are no blanks, punctuation or signs."""
-    frequent: float
-    """Share of the Chinese characters that every book is full of, among all Chinese ones."""
-    strange: float
-    """Share of characters that Chinese books hardly have: rare Chinese ones, other scripts, private use, control."""
-    damage: float
-    """Share of the characters in marks of wrong decoding such as 锟斤拷."""
-    pairs: float
-    """Different pairs of neighbours, over those of the same characters shuffled: below 1 where they form words."""
+    """Why the text is unusable for training, in one line; "" if it is usable."""
 
 
 def judge(text: str) -> Quality:
@@ -93,48 +74,44 @@ def judge(text: str) -> Quality:
     codes = character_codes(text)
     codes = codes[_classes()[codes] != _BLANK]
     counts = np.bincount(codes, minlength=0x10000)
-    figures = measure(text, codes, counts)
-    return Quality(figures.chinese, _repetition(codes), _script(counts), _refuse(figures, len(codes)))
-
-
-def measure(text: str, codes: np.ndarray, counts: np.ndarray) -> Statistics:
-    """The figures of a text.
-
-    Args:
-        text: the text.
-        codes: (characters without white space,) uint16, as `character_codes` gives them.
-        counts: (0x10000,) of each code.
-    """
     by_class = np.bincount(_classes(), weights=counts, minlength=_RARE + 1)
-    chinese = int(by_class[[_FREQUENT_HAN, _COMMON, _RARE]].sum())
-    marks = sum(text.count(mark) * len(mark) for mark in _DAMAGE)
-    return Statistics(
-        characters=chinese,
-        chinese=chinese / max(len(codes), 1),
-        letters=chinese / max(float(by_class[_LETTER:].sum()), 1.0),
-        frequent=float(by_class[_FREQUENT_HAN]) / max(chinese, 1),
-        strange=float(by_class[_STRANGE] + by_class[_RARE]) / max(len(codes), 1),
-        damage=marks / max(len(codes), 1),
-        pairs=_pairs(codes),
+    size = max(len(codes), 1)
+    characters = int(by_class[[_FREQUENT_HAN, _COMMON, _RARE]].sum())
+    # Of all characters but blanks, punctuation and signs, the share of Chinese ones.
+    letters = characters / max(float(by_class[_LETTER:].sum()), 1.0)
+    # Of the Chinese characters, the share of those that every book is full of.
+    frequent = float(by_class[_FREQUENT_HAN]) / max(characters, 1)
+    # Characters that Chinese books hardly have: rare Chinese ones, other scripts, private use, control.
+    strange = float(by_class[_STRANGE] + by_class[_RARE]) / size
+    damage = sum(text.count(mark) * len(mark) for mark in _DAMAGE) / size
+    pairs = _pairs(codes)
+    too_few = characters < FEWEST_CHARACTERS and len(codes) < 2 * FEWEST_CHARACTERS
+    reasons = (
+        (too_few, f"too short: {characters} Chinese characters, fewer than {FEWEST_CHARACTERS}"),
+        (
+            letters < _LOWEST_CHINESE,
+            f"mostly not Chinese, or wrongly decoded: {letters:.0%} of its letters are Chinese characters",
+        ),
+        (damage > _HIGHEST_DAMAGE, f"wrongly decoded: {damage:.0%} of it are marks such as 锟斤拷"),
+        (
+            strange > _HIGHEST_STRANGE,
+            f"scrambled or wrongly decoded: {strange:.0%} of its characters are hardly found in Chinese books",
+        ),
+        (
+            frequent < _LOWEST_FREQUENT,
+            f"scrambled or wrongly decoded: only {frequent:.0%} frequent Chinese characters",
+        ),
+        (
+            pairs > _HIGHEST_PAIRS and characters >= _FEWEST_FOR_PAIRS,
+            f"scrambled: its characters form no words ({pairs:.0%} of the pairs that chance would give)",
+        ),
     )
-
-
-def _refuse(figures: Statistics, characters: int) -> str:
-    if figures.characters < FEWEST_CHARACTERS and characters < 2 * FEWEST_CHARACTERS:
-        return f"too short: {figures.characters} Chinese characters, fewer than {FEWEST_CHARACTERS}"
-    if figures.letters < _LOWEST_CHINESE:
-        return f"mostly not Chinese, or wrongly decoded: {figures.letters:.0%} of its letters are Chinese characters"
-    if figures.damage > _HIGHEST_DAMAGE:
-        return f"wrongly decoded: {figures.damage:.0%} of it are marks such as 锟斤拷"
-    if figures.strange > _HIGHEST_STRANGE:
-        return (
-            f"scrambled or wrongly decoded: {figures.strange:.0%} of its characters are hardly found in Chinese books"
-        )
-    if figures.frequent < _LOWEST_FREQUENT:
-        return f"scrambled or wrongly decoded: only {figures.frequent:.0%} frequent Chinese characters"
-    if figures.pairs > _HIGHEST_PAIRS and figures.characters >= _FEWEST_FOR_PAIRS:
-        return f"scrambled: its characters form no words ({figures.pairs:.0%} of the pairs that chance would give)"
-    return ""
+    refused = next((reason for applies, reason in reasons if applies), "")
+    simplified, traditional = (
+        int(counts[character_codes(only)].sum()) for only in (_SIMPLIFIED_ONLY, _TRADITIONAL_ONLY)
+    )
+    script = "simplified" if simplified > traditional else "traditional" if simplified < traditional else "none"
+    return Quality(characters / size, _repetition(codes), script, refused)
 
 
 _BLANK, _MARK, _LETTER, _STRANGE, _FREQUENT_HAN, _COMMON, _RARE = range(7)
@@ -147,12 +124,12 @@ _USUAL_RANGES = (
 
 @functools.cache
 def _classes() -> np.ndarray:
-    """(0x10000,) uint8: what kind of character each is."""
+    """(0x10000,) uint8: the class of each character."""
     classes = np.full(0x10000, _STRANGE, np.uint8)
     for first, last in _USUAL_RANGES:
         classes[first : last + 1] = [_LETTER if chr(code).isalnum() else _MARK for code in range(first, last + 1)]
     classes[0x3400:0xA000] = classes[0xF900:0xFB00] = _RARE
-    # The characters in use are those that the character sets of both scripts list first.
+    # The common characters are those that the character sets of both scripts list first.
     simplified = bytes(byte for row in range(0xB0, 0xD8) for cell in range(0xA1, 0xFF) for byte in (row, cell))
     cells = (*range(0x40, 0x7F), *range(0xA1, 0xFF))
     traditional = bytes(byte for row in range(0xA4, 0xC7) for cell in cells for byte in (row, cell))
@@ -165,42 +142,30 @@ def _classes() -> np.ndarray:
 
 
 def _pairs(codes: np.ndarray) -> float:
-    """Different pairs of neighbouring Chinese characters, over those of the same characters shuffled."""
+    """Distinct pairs of adjacent Chinese characters, relative to those of the same characters shuffled."""
     sample = codes[: 2 * _SAMPLE]
     sample = sample[_classes()[sample] >= _FREQUENT_HAN][:_SAMPLE].astype(np.uint32)
     if len(sample) < 2:
         return 1.0
     shuffled = np.random.default_rng(0).permutation(sample)
-    different, by_chance = (len(np.unique(some[:-1] << 16 | some[1:])) for some in (sample, shuffled))
-    return different / by_chance
-
-
-def _script(counts: np.ndarray) -> str:
-    simplified = int(counts[character_codes(_SIMPLIFIED_ONLY)].sum())
-    traditional = int(counts[character_codes(_TRADITIONAL_ONLY)].sum())
-    if simplified == traditional:
-        return "none"
-    return "simplified" if simplified > traditional else "traditional"
+    distinct, by_chance = (len(np.unique(some[:-1] << 16 | some[1:])) for some in (sample, shuffled))
+    return distinct / by_chance
 
 
 def _repetition(codes: np.ndarray) -> float:
     """Share of the windows of 20 characters, by their hashes, that occur more than once."""
     windows = max(len(codes) - WINDOW + 1, 0)
-    shift = (windows // _MOST_WINDOWS).bit_length()
+    shift = (windows // _MAX_WINDOWS).bit_length()
     # Windows are chosen by their hash, so that all occurrences of one are chosen or none.
     chosen = [
         hashes[hashes >> np.uint64(64 - shift) == 0] if shift else hashes
         for begin in range(0, windows, 1 << 18)
         for hashes in [_window_hashes(codes[begin : begin + (1 << 18) + WINDOW - 1])]
     ]
-    if not chosen:
-        return 0.0
-    together = np.sort(np.concatenate(chosen))
-    if not len(together):
-        return 0.0
+    together = np.sort(np.concatenate([np.zeros(0, np.uint64), *chosen]))
     equal = together[1:] == together[:-1]
     repeated = np.concatenate([equal, [False]]) | np.concatenate([[False], equal])
-    return float(repeated.mean())
+    return float(repeated.mean()) if len(together) else 0.0
 
 
 def _window_hashes(codes: np.ndarray) -> np.ndarray:

@@ -1,17 +1,18 @@
-"""Reads the rules of cleaning: the project's own and those of the user's files, strictly."""
+"""The rules of cleaning: the project's own and those of the user's files, read and checked strictly."""
 
 from __future__ import annotations
 
 import functools
 import re
 import time
-from collections.abc import Sequence
+import unicodedata
+from collections import Counter
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, fields
 from pathlib import Path
 from typing import Any
 
-from dataset.novels.cleaning.disguises import WRITTEN
-from dataset.novels.normalized import fold
+from dataset.novels.normalized import NormalizedCopy, fold
 from novelgpt.settings.errors import UserError
 from novelgpt.settings.parsed_files import read_yaml
 
@@ -21,6 +22,105 @@ _ORDER = ("block", "line", "part")
 _NEAR = ("anywhere", "edges", "front", "chapter_edges")
 _AFTER = ("sentence", "anything")
 _HOSTILE_LENGTH, _HOSTILE_SECONDS = 16_384, 0.2
+
+DOMAINS = "com|net|org|info|xyz|top|vip|site|club|biz|name|pro|cc|cn|co|la|me|tv|so|io|us|tw|hk|im|in|pw|ws"
+_DOMAIN = re.compile(rf"(?=({DOMAINS}))")
+_NAME = re.compile(r"[a-z0-9]+$")
+_MARKED = re.compile(r"https?|www|wap")
+_BEHIND_DOMAIN = re.compile(r"t{0,2}xt")
+_DOTS = frozenset(".．")
+"""Between the names of "m.abc.com"."""
+_SCHEME = re.compile(r"[:：]\s*[/／]\s*[/／]")
+_MAIL = re.compile("[@＠]")
+_ORDINARY = frozenset("，。！？、；：,.!?;:…—-“”‘’\"'「」『』（）()《》〈〉【】[]·~～ \u3000\t")
+_IN_ADDRESSES = frozenset("./:-_?=&%#+~．／：－＿。· \u3000")
+
+
+def is_address(part: str) -> bool:
+    """Whether the part contains a web address: a name, a dot or the like, a domain; English words do not count.
+
+    "www.abc.com", "w w w . a b c . n e t", "ａｂｃ。ｃｏｍ" do; "Welcome", "it. Me too", "a@abc.com" do not.
+    """
+    copy = NormalizedCopy.of(part)
+    if _MAIL.search(part):
+        return False
+    latin = next((place for place, character in enumerate(copy.text) if character.isascii()), len(copy.text))
+    marked = _MARKED.match(copy.text, latin) is not None
+    if marked and _SCHEME.search(part):
+        return True
+    return any(_ends_address(copy, *match.span(1), marked) for match in _DOMAIN.finditer(copy.text))
+
+
+def _ends_address(copy: NormalizedCopy, begin: int, end: int, marked: bool) -> bool:
+    """Whether copy.text[begin:end] is the domain of an address, by the characters between the letters in the line."""
+    name = _NAME.search(copy.text, 0, begin)
+    if name is None or len(name[0]) < 2:
+        return False
+    before, behind = _gap(copy, begin), _gap(copy, end)
+    if not before.strip():
+        return False
+    letter_behind = end < len(copy.text) and copy.text[end].isascii()
+    if letter_behind and not behind.strip():
+        spelled = all(_gap(copy, place) for place in range(begin + 1, end))
+        if not (marked and (_BEHIND_DOMAIN.match(copy.text, end) or (spelled and not behind))):
+            return False
+    if marked:
+        return True
+    inside = [_gap(copy, place) for place in range(name.start() + 1, begin)]
+    if not any(inside) or (before in _DOTS and all(gap in _DOTS for gap in inside if gap)):
+        return not any(map(str.isspace, before))
+    # Letters set apart, "a b c . n e t": another separator must stand before the domain.
+    return all(inside) and before.strip() not in {gap.strip() for gap in inside}
+
+
+def _gap(copy: NormalizedCopy, place: int) -> str:
+    """The text in the line before the character at `place` of the copy, without marks over letters."""
+    if not 0 < place < len(copy.text):
+        return ""
+    between = _raw_gap(copy, place)
+    return "".join(character for character in between if unicodedata.category(character) not in ("Mn", "Cf"))
+
+
+def is_disguised(part: str) -> bool:
+    """Whether the part is an address in unusual letters, to deceive filters: "wＷw.ａbc.ｃoＭ"."""
+    if not is_address(part):
+        return False
+    copy = NormalizedCopy.of(part)
+    letters = [
+        copy.line[place]
+        for place, character in zip(copy.places.tolist(), copy.text, strict=True)
+        if character.isascii()
+    ]
+    narrow = [character for character in letters if not "！" <= character <= "～"]
+    if 0 < len(narrow) < len(letters) or not all(map(str.isascii, narrow)):
+        return True
+    plain = unicodedata.normalize("NFKC", part)
+    words = re.findall(rf"(?i)www|(?:{DOMAINS})(?![a-z])", plain)
+    if any(word not in (word.lower(), word.upper(), word.capitalize()) for word in words):
+        return True
+    inside = [_raw_gap(copy, place) for place in range(1, len(copy.text)) if copy.text[place - 1 : place + 1].isascii()]
+    return any(character not in _IN_ADDRESSES for gap in inside for character in gap)
+
+
+def _raw_gap(copy: NormalizedCopy, place: int) -> str:
+    return copy.line[int(copy.places[place - 1]) + 1 : int(copy.places[place])]
+
+
+def is_scattered(part: str) -> bool:
+    """Whether marks without a function stand between most characters: "最⊥新⊥小⊥说"."""
+    copy = NormalizedCopy.of(part)
+    gaps = [_raw_gap(copy, place) for place in range(1, len(copy.text))]
+    marked = sum(any(character not in _ORDINARY for character in gap) for gap in gaps)
+    return marked >= 3 and 2 * marked >= len(gaps)
+
+
+WRITTEN: dict[str, Callable[[str], bool]] = {
+    "anyhow": lambda part: True,
+    "address": is_address,
+    "disguised": is_disguised,
+    "scattered": is_scattered,
+}
+"""Tests of a matched part that a rule may require, by their names in rules.yaml."""
 
 
 @dataclass(frozen=True)
@@ -48,7 +148,7 @@ class Rule:
 
     @functools.cached_property
     def search(self) -> re.Pattern[str]:
-        """The pattern, compiled. In one for the normalised copy, which has no blanks, blanks mean nothing."""
+        """The pattern, compiled. In one for the normalised copy, which has no blanks, blanks are ignored."""
         return re.compile(self.pattern, re.VERBOSE if self.normalized else 0)
 
     @functools.cached_property
@@ -62,16 +162,14 @@ class Rule:
         return re.compile(self.words, re.VERBOSE)
 
     def suits(self, part: str, normalized: str) -> bool:
-        """Whether a part that the pattern fits is written as the rule asks, and has its words.
+        """Whether a part that the pattern matches is written as the rule requires, and contains its words.
 
         Args:
-            part: as it stands in the line.
-            normalized: as the pattern sees it.
+            part: of the line.
+            normalized: the same as the pattern sees it.
         """
-        if not WRITTEN[self.written](part):
-            return False
         said = sum(len(match[0]) for match in self.counted.finditer(normalized)) if self.words else 0
-        return 100 * said >= self.share * len(normalized)
+        return WRITTEN[self.written](part) and 100 * said >= self.share * len(normalized)
 
     @functools.cached_property
     def last(self) -> re.Pattern[str]:
@@ -90,9 +188,7 @@ def read_rules(extra: Sequence[Path] = ()) -> tuple[Rule, ...]:
         for entry, place in _entries(path):
             if "disabled" in entry:
                 if set(entry) != {"name", "disabled"} or entry["disabled"] is not True or entry["name"] not in known:
-                    raise UserError(
-                        f"{place} cannot be switched off", "write {name: NAME OF A KNOWN RULE, disabled: true}"
-                    )
+                    raise UserError(f"{place} cannot be disabled", "write {name: NAME OF A KNOWN RULE, disabled: true}")
                 del known[entry["name"]]
             else:
                 rule = _make_rule(entry, place)
@@ -107,17 +203,16 @@ def _built_in() -> tuple[Rule, ...]:
 
 
 def _entries(path: Path) -> list[tuple[dict[str, Any], str]]:
-    """The rows of a file, each with the words that name it in an error."""
+    """The rows of a file, each with its description for errors."""
     remedy = "write it in UTF-8, as dataset/novels/cleaning/rules.yaml"
     content = read_yaml(path, "name an existing file with --rules", remedy)
     rows = content.get("rules") if isinstance(content, dict) and set(content) == {"rules"} else None
     if not isinstance(rows, list) or not all(isinstance(row, dict) for row in rows):
         raise UserError(f"{path}: no list of rules", 'begin it with "rules:" and write below: "- name: …", one a rule')
     entries = [(row, f"{path}: rule {row.get('name', '?')!r}") for row in rows]
-    places = [place for _, place in entries]
-    for place in places:
-        if places.count(place) > 1:
-            raise UserError(f"{place} stands there twice", "give each rule a name of its own")
+    for place, count in Counter(place for _, place in entries).items():
+        if count > 1:
+            raise UserError(f"{place} is defined twice", "give each rule a name of its own")
     return entries
 
 
@@ -147,18 +242,28 @@ def _make_rule(entry: dict[str, Any], place: str) -> Rule:
     for key, value, allowed in choices:
         if value not in allowed:
             raise UserError(f"{place}: {key} is {value!r}", f"take one of {', '.join(allowed)}")
-    if not all(isinstance(word, str) and word for word in rule.contains):
-        raise UserError(f"{place}: contains is {list(rule.contains)!r}", "write a list of words there")
-    if bool(rule.words) != bool(rule.share) or (rule.where == "block" and (rule.words or rule.written != "anyhow")):
-        raise UserError(f"{place}: words and share go together, and not with blocks", "give it both or none")
+    words = [word for word in rule.contains if isinstance(word, str) and word]
     block = rule.where == "block"
-    if block != bool(rule.until) or (block and (rule.normalized or not rule.contains)):
-        raise UserError(f"{place}: a block, and only a block, has until", "give it contains and until, not normalized")
-    if rule.normalized and any("".join(map(fold, word)) != word for word in rule.contains):
-        raise UserError(
-            f"{place}: the normalised copy never contains one of {', '.join(rule.contains)}",
+    for wrong, cause, remedy in (
+        (len(words) < len(rule.contains), f"contains is {list(rule.contains)!r}", "write a list of words there"),
+        (
+            bool(rule.words) != bool(rule.share) or (block and (rule.words or rule.written != "anyhow")),
+            "words and share go together, and not with blocks",
+            "give it both or none",
+        ),
+        (
+            block != bool(rule.until) or (block and (rule.normalized or not rule.contains)),
+            "a block, and only a block, has until",
+            "give it contains and until, not normalized",
+        ),
+        (
+            rule.normalized and any("".join(map(fold, word)) != word for word in words),
+            f"the normalised copy never contains one of {', '.join(words)}",
             "write them in lower case, half width, simplified, without blanks and punctuation",
-        )
+        ),
+    ):
+        if wrong:
+            raise UserError(f"{place}: {cause}", remedy)
     try:
         _ = rule.search, rule.refuse, rule.last, rule.counted
     except re.error as error:
@@ -167,10 +272,10 @@ def _make_rule(entry: dict[str, Any], place: str) -> Rule:
 
 
 def refuse_slow(rule: Rule, place: str) -> None:
-    """Try the patterns on hostile lines that grow, as one that goes wrong is noticed before it takes long.
+    """Run the patterns on hostile lines of growing length, so that a slow one is noticed before it takes long.
 
     Raises:
-        UserError: a line of some length takes longer than any sound pattern would.
+        UserError: a line takes longer than with any well-written pattern.
     """
     examples = [example if isinstance(example, str) else example[0] for example in rule.removes]
     letters = set(re.sub(r"\\.|[][(){}?*+|^$.]", "", rule.pattern + rule.unless + rule.until))
@@ -188,7 +293,7 @@ def refuse_slow(rule: Rule, place: str) -> None:
 
 
 def _use(rule: Rule, line: str) -> None:
-    """Try the rule's patterns on a line as cleaning does."""
+    """Run the rule's patterns on a line as cleaning does."""
     if rule.where == "block":
         rule.search.fullmatch(line)
         rule.last.fullmatch(line)
@@ -198,10 +303,8 @@ def _use(rule: Rule, line: str) -> None:
         for start in range(0, len(line), 50):
             rule.search.match(line, start)
     else:
-        for _ in rule.search.finditer(line):
-            pass
+        list(rule.search.finditer(line))
     if rule.refuse:
         rule.refuse.search(line[-rule.longest :])
     if rule.words:
-        for _ in rule.counted.finditer(line[-rule.longest :]):
-            pass
+        list(rule.counted.finditer(line[-rule.longest :]))

@@ -599,7 +599,7 @@ def test_a_rule_without_words_is_tried_on_every_line(tmp_path):
         ("{name: x}", "no pattern"),
         ("{name: x, pattern: a}\n- {name: x, pattern: b}", "twice"),
         ("{name: x, pattern: a, pattern: b}", "twice"),
-        ("{name: unknown, disabled: true}", "switched off"),
+        ("{name: unknown, disabled: true}", "cannot be disabled"),
         ("{name: x, pattern: a, normalized: true, contains: ['W.W']}", "never contains"),
         ("{name: x, where: block, contains: [a], pattern: a}", "until"),
         ("just words", "no list of rules"),
