@@ -1,4 +1,4 @@
-"""A book's lines to chapters: headings found, tables of contents and blurbs taken out, what is odd said."""
+"""Divides a book's lines into chapters: finds headings, removes tables of contents and blurbs, reports findings."""
 
 from __future__ import annotations
 
@@ -8,38 +8,38 @@ from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field
 from itertools import pairwise
 
-from dataset.novels.chapters.front_matter import first_line_of_prologue
+from dataset.novels.chapters.contents import first_line_of_prologue
 from dataset.novels.chapters.heading_choice import Choice, choose_headings
 from dataset.novels.chapters.headings import LONGEST_HEADING, HeadingCandidate
-from dataset.novels.chapters.numbering import describe_numbering
 from dataset.novels.chapters.paragraphs import fits_width, join_lines, parts_of_about, wrap_width
 from dataset.novels.records import ChapterText, Line, Removed
 from novelgpt.settings.terminal import counted
 
 PART_CHARACTERS = 5_000
 """Length of the parts of a book without headings."""
-MOST_NAMED = 20
-"""Headings named in one finding."""
+MAX_NAMED, MAX_FINDINGS = 20, 50
+"""Headings named in one finding, and findings about the numbering of a book."""
 
 _SECTION = re.compile(r"[（(]?[0-9０-９一二三四五六七八九十]{1,4}[)）]?[、.．]?")
 _NO_TITLE = re.compile(r".*[。，；：”」』,:;].*|[“「『—].*|.{26,}")
 _PROSE = re.compile(r"[。；]|[，,].*[。！？!?…”」』]|[，,][^，,]*[，,]")
-"""What titles do not have: the end of a sentence, or several of its parts."""
+"""Not found in titles: the end of a sentence, or several clauses."""
+_PART_OF_TITLE = re.compile(r"[（(]?[上中下一二三四五六七八九十0-9]{1,2}[)）]?$")
 _LONGEST_WORD = 20
 _PROSE_BEGINS = ("话说", "話說", "却说", "卻說", "且说", "且說", "诗曰", "詩曰", "词曰", "詞曰")
 
 
 @dataclass(frozen=True)
 class ChapterSplit:
-    """A book in chapters.
+    """A book divided into chapters.
 
-    Every character of the book that is no white space is in one of them or in one of `removed`, in order.
+    Every character of the book that is not white space is in one of them or in one of `removed`, in order.
 
     Attributes:
         chapters: in order.
         removed: rules "table_of_contents", "front_matter", "volume_heading" (it is in `ChapterText.volume`),
             "heading_prefix" (正文, the name of the book), "heading_decoration" (【】, ===), "repeated_heading".
-        findings: sentences about numbering, gaps, and what was decided.
+        findings: sentences about the numbering, its gaps, and decisions.
     """
 
     chapters: list[ChapterText]
@@ -51,14 +51,14 @@ def split_chapters(lines: Sequence[Line], part_characters: int = PART_CHARACTERS
     """The chapters of a book, from its lines with their indents.
 
     A book without headings is cut at paragraph ends into parts of about `part_characters` characters. Long prose
-    before the first heading is kept as a chapter without heading (`front_matter.first_line_of_prologue`).
+    before the first heading is kept as a chapter without heading (`contents.first_line_of_prologue`).
     """
     texts = [text for _, text in lines]
     choice = choose_headings(texts)
     book = _Book(lines, texts, choice)
     book.remove(sorted(choice.contents), "table_of_contents")
     if choice.kind == "none":
-        book.add_parts(range(len(texts)))
+        book.add_text(range(len(texts)))
     else:
         book.add_chapters()
     chapters = book.chapters(part_characters)
@@ -66,7 +66,7 @@ def split_chapters(lines: Sequence[Line], part_characters: int = PART_CHARACTERS
         book.findings.append(f"no headings: cut at paragraph ends into {counted(len(chapters), 'part')}")
     volumes = {one.index for one in choice.volumes}
     numbered = [one for one in book.headings if one.number is not None and one.index not in volumes]
-    book.findings += describe_numbering(numbered, sorted(volumes))
+    book.findings += _describe_numbering(numbered, sorted(volumes))
     if choice.kind == "titles":
         book.findings.append("the headings have no numbers: told by their indent, or by the table of contents")
     if choice.entries:
@@ -87,7 +87,7 @@ class _Draft:
 
 
 class _Book:
-    """A book while it is taken to pieces."""
+    """A book while it is divided."""
 
     def __init__(self, lines: Sequence[Line], texts: Sequence[str], choice: Choice):
         self.lines, self.texts, self.choice = lines, texts, choice
@@ -98,26 +98,28 @@ class _Book:
         self._gone: set[int] = set()
 
     def remove(self, indices: Iterable[int], rule: str) -> None:
-        """Take whole lines out; blank ones need no word."""
+        """Remove whole lines; blank ones are not recorded."""
         for index in indices:
             self._gone.add(index)
             if self.texts[index].strip():
-                self._remove_piece(index, rule, self.texts[index])
+                self.removed.append(Removed(self.lines[index].number, rule, self.texts[index]))
 
-    def _remove_piece(self, index: int, rule: str, piece: str) -> None:
-        self.removed.append(Removed(self.lines[index].number, rule, piece))
-
-    def add_parts(self, indices: Iterable[int]) -> None:
-        """Lines under no heading."""
+    def add_text(self, indices: Iterable[int]) -> None:
+        """Add lines under no heading."""
         body = [self.texts[index] for index in indices if index not in self._gone]
         if any(text.strip() for text in body):
             self._drafts.append(_Draft(body=body))
 
     def add_chapters(self) -> None:
-        """All chapters, from heading to heading, and what stands before the first."""
+        """Add all chapters, from heading to heading, and the text before the first."""
         chosen = sorted(self.choice.chapters + self.choice.volumes, key=lambda one: one.index)
         headings = self.headings = self._without_repeats(chosen)
-        self._add_front(headings[0].index)
+        front = [index for index in range(headings[0].index) if index not in self._gone]
+        prologue = first_line_of_prologue([self.texts[index] for index in front])
+        self.remove(front[:prologue], "front_matter")
+        self.add_text(front[prologue:])
+        if front[prologue:]:
+            self.findings.append("prose before the first heading is kept as a chapter without heading")
         volumes = {one.index for one in self.choice.volumes}
         titles = self._titles_below([one for one in headings if one.index not in volumes])
         segments = _usual_segments(headings)
@@ -136,23 +138,17 @@ class _Book:
                 draft.number = None
                 self._drafts.append(draft)
             else:
-                self._remove_piece(one.index, "volume_heading", draft.heading)
+                self.removed.append(Removed(self.lines[one.index].number, "volume_heading", draft.heading))
         if empty:
-            self.findings.append(f"{counted(len(empty), 'chapter')} without text: {'; '.join(empty[:MOST_NAMED])}")
-
-    def _add_front(self, end: int) -> None:
-        front = [index for index in range(end) if index not in self._gone]
-        border = first_line_of_prologue([self.texts[index] for index in front])
-        self.remove(front[:border], "front_matter")
-        self.add_parts(front[border:])
-        if front[border:]:
-            self.findings.append("prose before the first heading is kept as a chapter without heading")
+            self.findings.append(f"{counted(len(empty), 'chapter')} without text: {'; '.join(empty[:MAX_NAMED])}")
 
     def _without_repeats(self, headings: Sequence[HeadingCandidate]) -> list[HeadingCandidate]:
-        """Of two headings of one number without text between them, one that says no more than the other goes."""
+        """Of two headings with one number and no text between them, remove the one that says no more."""
         kept: list[HeadingCandidate] = []
         for one in headings:
-            if kept and kept[-1].number == one.number is not None and not self._has_text(kept[-1].index + 1, one.index):
+            between = range(kept[-1].index + 1, one.index) if kept else ()
+            has_text = any(self.texts[index].strip() and index not in self._gone for index in between)
+            if kept and kept[-1].number == one.number is not None and not has_text:
                 if kept[-1].says(one):
                     self.remove([one.index], "repeated_heading")
                     continue
@@ -160,9 +156,6 @@ class _Book:
                     self.remove([kept.pop().index], "repeated_heading")
             kept.append(one)
         return kept
-
-    def _has_text(self, begin: int, end: int) -> bool:
-        return any(self.texts[index].strip() and index not in self._gone for index in range(begin, end))
 
     def _titles_below(self, headings: Sequence[HeadingCandidate]) -> dict[int, int]:
         """Line of the heading -> line of its title, in books that write 第一章 and the title on two lines."""
@@ -181,43 +174,43 @@ class _Book:
         return titles if len(titles) >= 0.8 * len(bare) else {}
 
     def _draft(self, one: HeadingCandidate, end: int, title_line: int | None, segments: tuple[int, int]) -> _Draft:
-        """A chapter without its volume; takes the pieces of its heading's line that are no heading out."""
-        for rule, piece in one.cut:
-            self._remove_piece(one.index, rule, piece)
+        """A chapter without its volume; removes the parts of its heading's line that do not belong to the heading."""
+        self.removed += [Removed(self.lines[one.index].number, rule, part) for rule, part in one.cut]
         title, prose = _cut_title(one, segments)
         heading = one.label + one.joint if not title else f"{one.label}{one.joint or ' '}{title}".strip()
-        begin = one.index + 1
+        start = one.index + 1
         if title_line is not None:
             title = " ".join(self.texts[title_line].split())
             heading = f"{heading} {title}"
-            begin = title_line + 1
-        indices = [index for index in range(begin, end) if index not in self._gone]
+            start = title_line + 1
+        indices = [index for index in range(start, end) if index not in self._gone]
         if not prose:
             indices = self._without_repeated_heading(indices, one, heading, title)
         body = [self.texts[index] for index in indices]
         if prose:
-            body = _put_before(prose, body)
+            # The prose continues on the next line if it stops in the middle of a sentence.
+            first = next((place for place, text in enumerate(body) if text.strip()), None)
+            if first is None or prose[-1] in "。！？…”」』":
+                body = [prose, *body]
+            else:
+                body = [prose + body[first].lstrip(), *body[first + 1 :]]
         return _Draft(heading, one.label, title, one.number, "", body)
 
     def _without_repeated_heading(
         self, indices: Sequence[int], one: HeadingCandidate, heading: str, title: str
     ) -> list[int]:
-        """The lines below a heading, less those at their beginning that say the heading or its title again."""
+        """The lines below a heading, without leading ones that repeat the heading or its title."""
         for place, index in enumerate(indices):
             text = _plain(self.texts[index])
-            if not text:
-                continue
-            if (
-                text.removeprefix("正文") != _plain(heading)
-                and text != _plain(title)
-                and not one.says_line(self.texts[index].strip())
-            ):
+            repeats = text.removeprefix("正文") == _plain(heading) or text == _plain(title)
+            if text and not repeats and not one.says_line(self.texts[index].strip()):
                 return list(indices[place:])
-            self.remove([index], "repeated_heading")
+            if text:
+                self.remove([index], "repeated_heading")
         return []
 
     def chapters(self, part_characters: int) -> list[ChapterText]:
-        """The chapters put together: lines to paragraphs, text under no heading to parts."""
+        """The finished chapters: lines joined to paragraphs, text under no heading cut into parts."""
         widths = [wrap_width(draft.body) for draft in self._drafts]
         known = Counter(width for width in widths if width)
         usual = known.most_common(1)[0][0] if known.total() * 2 > len(widths) else None
@@ -242,7 +235,7 @@ class _Book:
 
 
 def _usual_segments(headings: Sequence[HeadingCandidate]) -> tuple[int, int]:
-    """How many words, between blanks, most titles have, and the length that hardly any exceeds."""
+    """The number of words, between blanks, of most titles, and the length that hardly any exceeds."""
     titles = [" ".join(_words_of_title(one)) for one in headings if one.title]
     titles = [title for title in titles if title and len(title) <= LONGEST_HEADING]
     if len(titles) < 5:
@@ -253,7 +246,7 @@ def _usual_segments(headings: Sequence[HeadingCandidate]) -> tuple[int, int]:
 
 
 def _words_of_title(one: HeadingCandidate) -> list[str]:
-    """The words behind the label up to the first that reads as prose; all of them, where the line is but a heading."""
+    """The words after the label up to the first that reads as prose; all of them, if the line is only a heading."""
     words = one.title.split(" ")
     if one.fits_shape and not _PROSE.search(one.title):
         return words
@@ -264,7 +257,7 @@ def _words_of_title(one: HeadingCandidate) -> list[str]:
 
 
 def _cut_title(one: HeadingCandidate, segments: tuple[int, int]) -> tuple[str, str]:
-    """Title, and the prose that the line has behind it: "撕扇子作千金一笑 因麒麟伏白首双星 话说袭人见了…"."""
+    """Title, and the prose after it on the line: "撕扇子作千金一笑 因麒麟伏白首双星 话说袭人见了…"."""
     usual, longest = segments
     words = one.title.split(" ")
     if usual and len(words) > usual and (len(one.title) > longest or words[usual].startswith(_PROSE_BEGINS)):
@@ -276,13 +269,34 @@ def _cut_title(one: HeadingCandidate, segments: tuple[int, int]) -> tuple[str, s
     return (title, " ".join(words[count:])) if len(words) > count and title else ("", one.title)
 
 
-def _put_before(prose: str, body: list[str]) -> list[str]:
-    """The prose of a heading's line above the rest: on the same line, where it stops in the middle of a sentence."""
-    first = next((place for place, text in enumerate(body) if text.strip()), None)
-    if first is None or prose[-1] in "。！？…”」』":
-        return [prose, *body]
-    return [prose + body[first].lstrip(), *body[first + 1 :]]
-
-
 def _plain(text: str) -> str:
     return "".join(text.split())
+
+
+def _describe_numbering(headings: Sequence[HeadingCandidate], volumes: Sequence[int]) -> list[str]:
+    """Gaps, repeats and steps back, as "chapter 20 is missing between 19 and 21".
+
+    Args:
+        headings: numbered ones, in order.
+        volumes: line indices of the headings of volumes, in order; numbers may restart after each.
+    """
+    found = [f"the numbering begins at {one.first}" for one in headings[:1] if one.first > 1]
+    for before, after in pairwise(headings):
+        last, number = before.last, after.first
+        new_volume = after.volume != before.volume or any(before.index < index < after.index for index in volumes)
+        if number == last + 1 or (new_volume and number <= 1):
+            continue
+        if number == last:
+            if not (_PART_OF_TITLE.search(before.title) and _PART_OF_TITLE.search(after.title)):
+                found.append(f"chapter {number} comes twice in a row")
+        elif number > last + 2:
+            found.append(f"chapters {last + 1} to {number - 1} are missing between {last} and {number}")
+        elif number == last + 2:
+            found.append(f"chapter {last + 1} is missing between {last} and {number}")
+        elif number <= 1:
+            found.append(f"the numbering begins anew at {number} after {last}")
+        else:
+            found.append(f"the numbering goes back from {last} to {number}")
+    if len(found) > MAX_FINDINGS:
+        found[MAX_FINDINGS:] = [f"the numbering is irregular at {len(found) - MAX_FINDINGS} more places"]
+    return found

@@ -1,11 +1,10 @@
-"""Tables of contents: runs of headings with no text between them, which come again later in the book."""
+"""Tables of contents, which are runs of headings without text between them that come again later, and front matter."""
 
 from __future__ import annotations
 
 import re
 from collections import Counter, defaultdict
 from collections.abc import Iterator, Mapping, Sequence
-from itertools import repeat
 
 from dataset.novels.chapters.headings import HeadingCandidate
 
@@ -16,12 +15,24 @@ _LONGEST_BETWEEN = 40
 _VOLUMES = frozenset(("卷", "部", "部分", "集", "编", "編", "册", "冊", "篇"))
 _Key = tuple[str, str | int]
 _AGAIN, _AGAIN_BELOW_TITLE = 0.7, 0.5
-"""Share of the entries that must come again, also where 目录 stands above them; the others are chapters that the book
-lacks, or misprints."""
+"""Share of the entries that must come again, and the same below 目录; the others are missing chapters, or misprints."""
+
+
+PROLOGUE_CHARACTERS = 300
+"""Min length of prose before the first heading that is kept as a prologue; shorter is a blurb."""
+BLURB_CHARACTERS = 1_500
+"""The same below a line such as 内容简介."""
+_BLURB = re.compile(
+    r"\W*(?:内容|內容|作品|作者|故事|小[说說]|本?[书書]籍?|[图圖][书書])?(?:[简簡]介|提要|介[绍紹]|文案|[导導][读讀])(?:\W.{0,20})?"
+)
+_ABOUT = re.compile(
+    r"\W*(?:[书書]名|作者|作品|[类類][别別型]|分[类類]|字[数數]|[状狀][态態]|[标標][签籤]|主角|[关關][键鍵]字|出版社?|ISBN"
+    r"|[来來]源|更新|[声聲]明|版[权權])\s*(?:[：:；/].{0,60})?|.*(?:https?:|www\.).*|\W+|\W*正文\W*|\W*《[^》]*》.{0,20}|.{0,20}[著撰]\W*"
+)
 
 
 def find_contents(texts: Sequence[str], candidates: Sequence[HeadingCandidate]) -> tuple[set[int], int]:
-    """Indices of the lines that make up tables of contents, and how many of them name a chapter."""
+    """Indices of the lines of tables of contents, and how many of them name a chapter."""
     usable = [one for one in candidates if one.shaped or (one.several and one.fits_shape and not one.prefix)]
     later = defaultdict(list)
     for place, one in enumerate(usable):
@@ -29,8 +40,8 @@ def find_contents(texts: Sequence[str], candidates: Sequence[HeadingCandidate]) 
     lines: set[int] = set()
     entries = 0
     for first, last in _runs(texts, usable):
-        if last > first and later[_key(usable[last])][-1] == last and not _goes_on(texts, usable, last):
-            last -= 1  # the first chapter, right below
+        if last > first and later[_key(usable[last])][-1] == last and not _belongs_to_run(texts, usable, last):
+            last -= 1  # the heading of the first chapter, right below
         titled = _title_above(texts, usable[first].index)
         if last - first + 1 < (2 if titled is not None else 3) or not _comes_again(
             usable, first, last, later, _AGAIN if titled is None else _AGAIN_BELOW_TITLE
@@ -48,14 +59,14 @@ def find_contents(texts: Sequence[str], candidates: Sequence[HeadingCandidate]) 
     return lines, entries
 
 
-def _goes_on(texts: Sequence[str], usable: Sequence[HeadingCandidate], last: int) -> bool:
-    """Whether the last entry of a run is one like those before it, though the book lacks its chapter."""
+def _belongs_to_run(texts: Sequence[str], usable: Sequence[HeadingCandidate], last: int) -> bool:
+    """Whether the last entry of a run belongs to it, although the book lacks its chapter."""
     if last + 1 == len(usable):
         return False
     one, before, following = usable[last], usable[last - 1], usable[last + 1]
     if _is_empty(texts, one.index + 1, following.index):
         return True
-    # A blurb or the like below: the entries are numbered on, and behind them the numbers begin anew.
+    # A blurb or the like below: the numbers continue to this entry, and restart after it.
     numbered = one.number is not None and before.number is not None
     return numbered and one.unit == before.unit and one.first == before.last + 1 > following.first > 0
 
@@ -65,7 +76,7 @@ def _key(one: HeadingCandidate) -> _Key:
 
 
 def _runs(texts: Sequence[str], usable: Sequence[HeadingCandidate]) -> Iterator[tuple[int, int]]:
-    """First and last place of each run of headings without text between them, cut where an entry comes again."""
+    """First and last position of each run of headings without text between them, cut where an entry comes again."""
     first, volume = 0, 0
     seen: set[object] = set()
     for place, one in enumerate(usable):
@@ -90,15 +101,15 @@ def _is_empty(texts: Sequence[str], begin: int, end: int) -> bool:
         return False
     between = [text for text in map(str.strip, texts[begin:end]) if text and not _PAGE.fullmatch(text)]
     between = [text for text in between if not _TITLE.fullmatch(text)]
-    if len(between) > 1:
-        return False
-    return all(len(text) <= _LONGEST_BETWEEN and text[-1] not in "。！？”」…：" for text in between)
+    return len(between) <= 1 and all(
+        len(text) <= _LONGEST_BETWEEN and text[-1] not in "。！？”」…：" for text in between
+    )
 
 
 def _comes_again(
     usable: Sequence[HeadingCandidate], first: int, last: int, later: Mapping[_Key, Sequence[int]], share: float
 ) -> bool:
-    """Whether most entries of a run are headings again behind it, most of them with the same title."""
+    """Whether most entries of a run are headings again after it, most of them with the same title."""
     again, titled, same = 0, 0, 0
     run = usable[first : last + 1]
     run = [one for one in run if one.unit not in _VOLUMES] or run
@@ -108,13 +119,9 @@ def _comes_again(
         titles = [usable[place].title for place in places if usable[place].title]
         if one.title and titles:
             titled += 1
-            same += any(map(_begin_alike, titles, repeat(one.title)))
+            mine = _plain(one.title)
+            same += any(mine.startswith(title[:4]) or title.startswith(mine[:4]) for title in map(_plain, titles))
     return again >= share * len(run) and same >= 0.5 * titled
-
-
-def _begin_alike(title: str, other: str) -> bool:
-    title, other = _plain(title), _plain(other)
-    return title.startswith(other[:4]) or other.startswith(title[:4])
 
 
 def _plain(title: str) -> str:
@@ -125,15 +132,13 @@ def _title_above(texts: Sequence[str], index: int) -> int | None:
     """Line of the word 目录 right above a table of contents."""
     for above in range(index - 1, max(-1, index - 12), -1):
         text = texts[above].strip()
-        if _TITLE.fullmatch(text):
-            return above
         if text:
-            return None
+            return above if _TITLE.fullmatch(text) else None
     return None
 
 
 def _contents_without_labels(texts: Sequence[str], candidates: Sequence[HeadingCandidate]) -> tuple[set[int], int]:
-    """A table of contents that gives titles only: the lines below 目录 that come again, alone or behind a label."""
+    """A table of contents with titles only: the lines below 目录 that come again, alone or after a label."""
     for title, text in enumerate(texts[:200]):
         if not _TITLE.fullmatch(text.strip()):
             continue
@@ -150,3 +155,31 @@ def _contents_without_labels(texts: Sequence[str], candidates: Sequence[HeadingC
         if entries >= 3:
             return lines, entries
     return set(), 0
+
+
+def first_line_of_prologue(texts: Sequence[str]) -> int:
+    """Index of the prologue's first line among the lines before the first heading; their number if there is none.
+
+    Lines about the book (作者：…, 书名, rules, web addresses) and titles are never part of it. The rest is a prologue
+    if it is prose of at least 300 characters; below a line such as 内容简介, of at least 1,500. Such a line within a
+    prologue does not end it.
+    """
+    start, least = 0, PROLOGUE_CHARACTERS
+    for index, text in enumerate(texts):
+        stripped = text.strip()
+        if _BLURB.fullmatch(stripped):
+            if _is_prose(texts[start:index], least):
+                break  # a line of the prologue itself: the text above it is not front matter
+            start, least = index + 1, BLURB_CHARACTERS
+        elif not stripped or _ABOUT.fullmatch(stripped):
+            start = index + 1 if least == PROLOGUE_CHARACTERS and start == index else start
+    while start < len(texts) and (not texts[start].strip() or _ABOUT.fullmatch(texts[start].strip())):
+        start += 1
+    return start if _is_prose(texts[start:], least) else len(texts)
+
+
+def _is_prose(texts: Sequence[str], least: int) -> bool:
+    """Whether the lines are prose of at least so many characters."""
+    length = sum(len("".join(text.split())) for text in texts)
+    sentences = sum(text.count("。") + text.count("！") + text.count("？") for text in texts)
+    return length >= least and sentences >= 3

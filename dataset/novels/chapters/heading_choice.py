@@ -1,4 +1,4 @@
-"""Which of the lines that may be headings are: by what most of them share, and by their numbers."""
+"""Chooses the headings among the candidates: by the features that most of them share, and by their numbers."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ _SHALLOW = ("部", "部分", "卷", "编", "集", "册", "篇", "幕", "折")
 _SENTENCE_MARKS = frozenset("。！？!?…”」』")
 _NAME = re.compile(r"[\w《》·]{1,16}")
 _LATE = 0.25
-"""A numbering that begins behind this share of the book is one story's own, if other titles divide the whole book."""
+"""A numbering that begins after this share of the book belongs to one story, if other titles divide the whole book."""
 
 
 @dataclass
@@ -30,7 +30,7 @@ class Choice:
         chapters: headings of chapters, in order; 楔子, 番外 and the like among them.
         volumes: lines that are headings of volumes only.
         contents: line indices of tables of contents.
-        entries: lines of those that name a chapter.
+        entries: number of lines of those that name a chapter.
         kind: "numbered", "titles" (without numbers) or "none".
     """
 
@@ -44,12 +44,17 @@ class Choice:
 def choose_headings(texts: Sequence[str]) -> Choice:
     """The headings among the lines of a book.
 
-    A line is a heading by its shape (short, no sentence, a label at its beginning) and by what most such lines of this
-    book share: unit, indent, blanks behind the label, length, punctuation. A line that differs is one only where its
-    number fills a gap; a line whose number breaks the sequence is prose if it differs in anything.
+    A line is a heading by its shape (short, not a sentence, a label at its beginning) and by the features that most
+    such lines of this book share: unit, indent, blanks after the label, length, punctuation. A line that differs is one
+    only where its number fills a gap; a line whose number breaks the sequence is prose if it differs in any feature.
     """
     candidates = find_candidates(texts)
-    _adopt_prefixes(candidates)
+    # A prefix that the book repeats, such as its name, does not make a line less of a heading.
+    fitting = [one for one in candidates if one.number is not None and one.fits_shape]
+    prefixes = Counter(one.prefix for one in fitting)
+    for candidate in candidates:
+        if candidate.prefix and prefixes[candidate.prefix] >= max(3, 0.3 * len(fitting)):
+            candidate.cut_prefix()
     choice = Choice()
     choice.contents, choice.entries = find_contents(texts, candidates)
     candidates = [candidate for candidate in candidates if candidate.index not in choice.contents]
@@ -57,7 +62,8 @@ def choose_headings(texts: Sequence[str]) -> Choice:
     chapters = _numbered(texts, candidates, unit) if unit else []
     if not chapters:
         chapters = _numbered_lines(texts, candidates, choice)
-    if not chapters or _share_before(texts, chapters[0].index) > _LATE:
+    before = _characters(texts[: chapters[0].index]) / max(1, _characters(texts)) if chapters else 1.0
+    if before > _LATE:
         titles = _outdented_titles(texts)
         if not chapters and not titles:
             titles = _titles_in_contents(texts, choice.contents)
@@ -76,28 +82,18 @@ def choose_headings(texts: Sequence[str]) -> Choice:
     return choice
 
 
-def _adopt_prefixes(candidates: Iterable[HeadingCandidate]) -> None:
-    """Words before the label that the book repeats, such as its name, make a line no less a heading."""
-    fitting = [one for one in candidates if one.number is not None and one.fits_shape]
-    prefixes = Counter(one.prefix for one in fitting)
-    for candidate in candidates:
-        if candidate.prefix and prefixes[candidate.prefix] >= max(3, 0.3 * len(fitting)):
-            candidate.cut_prefix()
-
-
 def _steps(numbers: Sequence[int]) -> int:
-    """How many of them follow the one before, or begin anew."""
+    """How many of them follow the one before, or restart the numbering."""
     return sum(after == before + 1 or after in (0, 1) for before, after in pairwise((0, *numbers)))
 
 
 def _chapter_unit(candidates: Iterable[HeadingCandidate]) -> str:
     """The unit of chapters; "" if none is likely."""
-    numbers = defaultdict(list)
-    for candidate in candidates:
-        if candidate.number is not None and candidate.shaped:
-            numbers[unit_of(candidate)].append(candidate.number)
+    numbers = _numbers_by_unit(one for one in candidates if one.shaped)
     if not numbers:
-        return _unit_of_long_lines(candidates)
+        # Headings that all have their chapter's text after them on the line.
+        numbers = _numbers_by_unit(one for one in candidates if not one.prefix and _may_fill(one))
+        return next((unit for unit, found in numbers.items() if _steps(found) >= max(3, 0.8 * len(found))), "")
     steps = {unit: _steps(found) for unit, found in numbers.items()}
     units = [unit for unit in steps if unit in _DEEP]
     deep = max(units, key=lambda unit: (steps[unit], len(numbers[unit])), default="")
@@ -109,45 +105,48 @@ def _chapter_unit(candidates: Iterable[HeadingCandidate]) -> str:
             deep = "节"
     units = [unit for unit in steps if unit in _SHALLOW]
     shallow = max(units, key=lambda unit: (steps[unit], _SHALLOW.index(unit)), default="")
-    if not deep or (shallow and steps[shallow] >= 3 * max(1, steps[deep])):
-        return shallow
-    return deep
+    return shallow if not deep or (shallow and steps[shallow] >= 3 * max(1, steps[deep])) else deep
 
 
-def _unit_of_long_lines(candidates: Iterable[HeadingCandidate]) -> str:
-    """The unit of headings that all have their chapter's text behind them on the line."""
-    numbers = defaultdict(list)
-    for candidate in candidates:
-        if candidate.number is not None and not candidate.prefix and _may_fill(candidate):
-            numbers[unit_of(candidate)].append(candidate.number)
-    return next((unit for unit, found in numbers.items() if _steps(found) >= max(3, 0.8 * len(found))), "")
+def _numbers_by_unit(candidates: Iterable[HeadingCandidate]) -> dict[str, list[int]]:
+    numbers: dict[str, list[int]] = {}
+    for one in candidates:
+        if one.number is not None:
+            numbers.setdefault(unit_of(one), []).append(one.number)
+    return numbers
 
 
 def _may_fill(candidate: HeadingCandidate) -> bool:
-    """Whether a line that is no heading by its shape may be one because its number is missing."""
+    """Whether a line that is not a heading by its shape may be one because its number is missing."""
     named = not candidate.prefix or (candidate.fits_shape and _NAME.fullmatch(candidate.prefix))
     return bool(candidate.separated and named) and not (candidate.several or candidate.joint or candidate.ended)
 
 
 def _numbered(texts: Sequence[str], candidates: Iterable[HeadingCandidate], unit: str) -> list[HeadingCandidate]:
-    """Numbered headings of a unit, false ones left out, and what fills the gaps between them."""
+    """Numbered headings of a unit, without false ones, and with those that fill the gaps between them."""
     numbered = [candidate for candidate in candidates if candidate.number is not None]
-    own = [candidate for candidate in numbered if unit_of(candidate) == unit and candidate.shaped]
+    of_unit = [one for one in numbered if unit_of(one) == unit]
+    own = [one for one in of_unit if one.shaped]
     if not own:
-        own = [one for one in numbered if unit_of(one) == unit and not one.prefix and _may_fill(one)]
+        own = [one for one in of_unit if not one.prefix and _may_fill(one)]
     else:
-        own = _with_text_behind(own, [one for one in numbered if unit_of(one) == unit])
+        # Headings that are none by their shape because text follows them, if most are like that.
+        behind = [one for one in of_unit if not (one.shaped or one.prefix or one.doubtful) and _may_fill(one)]
+        together = sorted([*own, *behind], key=lambda one: one.index)
+        if len(behind) >= max(2, len(own)) and _steps([one.first for one in together]) >= 0.8 * len(together):
+            own = together
     differences = _differences(texts, own)
     kept = [one for one in own if differences(one) <= 1]
     kept = [one for place, one in enumerate(kept) if not differences(one) or not _breaks(kept, place)]
     if len(kept) <= 2:
         kept = _few(texts, kept)
     taken = {one.index for one in kept}
-    others = [one for one in numbered if unit_of(one) in _DEEP | {unit, "节"} and one.index not in taken]
-    others = [one for one in others if _may_fill(one)]
+    units = _DEEP | {unit, "节"}
+    others = [one for one in numbered if unit_of(one) in units and one.index not in taken and _may_fill(one)]
     if sum(not one.separated for one in kept) >= 0.9 * len(kept) and len(kept) > 1:
-        goes_on = [one for one in numbered if one.doubtful and unit_of(one) == unit and not differences(one)]
-        others = sorted([*others, *_as_indented(kept, goes_on)], key=lambda one: one.index)
+        columns = {_columns(one.indent) for one in kept}
+        others += [one for one in of_unit if one.doubtful and not differences(one) and _columns(one.indent) in columns]
+        others.sort(key=lambda one: one.index)
     apart = any(one.doubtful for one in others) and _stand_apart(texts, kept)
 
     def alike(one: HeadingCandidate) -> bool:
@@ -156,23 +155,8 @@ def _numbered(texts: Sequence[str], candidates: Iterable[HeadingCandidate], unit
     return _fill_gaps(kept, others, alike)
 
 
-def _with_text_behind(shaped: list[HeadingCandidate], numbered: Iterable[HeadingCandidate]) -> list[HeadingCandidate]:
-    """`shaped`, and the headings that are none by their shape as text stands behind them, if most are like that."""
-    behind = [one for one in numbered if not (one.shaped or one.prefix or one.doubtful) and _may_fill(one)]
-    together = sorted([*shaped, *behind], key=lambda one: one.index)
-    if len(behind) < max(2, len(shaped)) or _steps([one.first for one in together]) < 0.8 * len(together):
-        return shaped
-    return together
-
-
-def _as_indented(kept: Sequence[HeadingCandidate], others: Iterable[HeadingCandidate]) -> list[HeadingCandidate]:
-    """Those of `others` that begin in a column where headings do."""
-    columns = {_columns(one.indent) for one in kept}
-    return [one for one in others if _columns(one.indent) in columns]
-
-
 def _stand_apart(texts: Sequence[str], kept: Sequence[HeadingCandidate]) -> bool:
-    """Whether an indent like that of the headings tells them from other lines."""
+    """Whether the indent of the headings distinguishes them from other lines."""
     columns = {_columns(one.indent) for one in kept}
     lines = [text for text in texts if text and not text.isspace()]
     alike = sum(_columns(text[: len(text) - len(text.lstrip())]) in columns for text in lines)
@@ -180,7 +164,7 @@ def _stand_apart(texts: Sequence[str], kept: Sequence[HeadingCandidate]) -> bool
 
 
 def _differences(texts: Sequence[str], own: Sequence[HeadingCandidate]) -> Callable[[HeadingCandidate], int]:
-    """Counts in how many ways a heading differs from what nearly all of `own` share."""
+    """Counts the features in which a heading differs from nearly all of `own`."""
     if len(own) < 5:
         return lambda candidate: 0
 
@@ -204,7 +188,7 @@ def _differences(texts: Sequence[str], own: Sequence[HeadingCandidate]) -> Calla
 
 
 def _breaks(headings: Sequence[HeadingCandidate], place: int) -> bool:
-    """Whether the numbers around this heading go on without it, or its own goes back."""
+    """Whether the numbers around this heading continue without it, or its own goes back."""
     before = headings[place - 1].last if place else 0
     number = headings[place].first
     after = headings[place + 1].first if place + 1 < len(headings) else None
@@ -214,7 +198,7 @@ def _breaks(headings: Sequence[HeadingCandidate], place: int) -> bool:
 
 
 def _few(texts: Sequence[str], headings: Sequence[HeadingCandidate]) -> list[HeadingCandidate]:
-    """One or two headings are no habit: they must begin a numbering or the text, and stand apart from their titles."""
+    """One or two headings are not a pattern: they must begin a numbering or the text, and have a separate title."""
     kept: list[HeadingCandidate] = []
     for one in headings:
         begins = one.first <= 1 or not any(text.strip() for text in texts[: one.index])
@@ -227,7 +211,7 @@ def _few(texts: Sequence[str], headings: Sequence[HeadingCandidate]) -> list[Hea
 def _fill_gaps(
     kept: list[HeadingCandidate], others: Sequence[HeadingCandidate], alike: Callable[[HeadingCandidate], bool]
 ) -> list[HeadingCandidate]:
-    """`kept`, and those of `others` whose numbers are the ones missing between two of them.
+    """`kept`, and those of `others` whose numbers are missing between two of them.
 
     One that looks `alike` may also be the first of several that are missing.
     """
@@ -246,7 +230,7 @@ def _fill_gaps(
 
 
 def _reaches(one: HeadingCandidate, after: HeadingCandidate, others: Sequence[HeadingCandidate]) -> bool:
-    """Whether `one`, and `others` between it and the heading `after`, are all the numbers that are missing there."""
+    """Whether `one`, and `others` between it and the heading `after`, have all the numbers that are missing there."""
     last = one.last
     for other in others[bisect_left(others, one.index + 1, key=lambda candidate: candidate.index) :]:
         if last + 1 >= after.first or other.index >= after.index:
@@ -261,14 +245,17 @@ def _volumes(
 ) -> list[HeadingCandidate]:
     """Headings of volumes: larger units, soon followed by a chapter."""
     units = {unit_of(chapter) for chapter in chapters}
-    larger = [one for one in rest if unit_of(one) in _SHALLOW and unit_of(one) not in units and one.separated]
-    if "节" in units:
-        larger += [one for one in rest if unit_of(one) in ("章", "回") and one.separated]
+    larger = {unit for unit in _SHALLOW if unit not in units} | ({"章", "回"} if "节" in units else set())
     starts = [chapter.index for chapter in chapters]
     volumes = []
-    for one in sorted(larger, key=lambda volume: volume.index):
-        place = bisect_left(starts, one.index)
-        if place < len(starts) and _characters(texts[one.index + 1 : starts[place]]) <= 2_000:
+    for one in rest:
+        following = bisect_left(starts, one.index)
+        if (
+            unit_of(one) in larger
+            and one.separated
+            and following < len(starts)
+            and _characters(texts[one.index + 1 : starts[following]]) <= 2_000
+        ):
             volumes.append(one)
     return volumes
 
@@ -276,7 +263,7 @@ def _volumes(
 def _numbered_lines(
     texts: Sequence[str], candidates: Sequence[HeadingCandidate], choice: Choice
 ) -> list[HeadingCandidate]:
-    """Headings such as "12. 雪", "001 雪", "三、雪", "7": a numbering through the whole book, or each volume."""
+    """Headings such as "12. 雪", "001 雪", "三、雪", "7": numbered through the whole book, or each volume."""
     groups = defaultdict(list)
     for candidate in find_numbered_lines(texts):
         if candidate.index not in choice.contents and candidate.shaped and len(candidate.heading) <= 40:
@@ -295,27 +282,27 @@ def _numbered_lines(
 
 
 def _chain(group: Iterable[HeadingCandidate], volumes: Sequence[int]) -> list[HeadingCandidate]:
-    """Headings from 0 or 1 on, each with the number that follows, or at most two further."""
+    """Headings from 0 or 1 on, each number at most three above the one before; 1 again in each volume."""
     chain: list[HeadingCandidate] = []
     for one in group:
-        if not chain:
-            follows = one.first <= 1
-        else:
-            follows = 1 <= one.first - chain[-1].first <= 3
-            follows = follows or (one.first == 1 and any(chain[-1].index < index < one.index for index in volumes))
-        if follows:
+        if (
+            1 <= one.first - chain[-1].first <= 3
+            or (one.first == 1 and any(chain[-1].index < index < one.index for index in volumes))
+            if chain
+            else one.first <= 1
+        ):
             chain.append(one)
     return chain
 
 
 def _hold_text(texts: Sequence[str], chain: Sequence[HeadingCandidate], least: int = 200) -> bool:
-    """Whether most of these lines have a chapter's text below them, as the points of a list have not."""
-    borders = [*(one.index for one in chain), len(texts)]
-    return median(_characters(texts[start:end]) for start, end in pairwise(borders)) >= least
+    """Whether most of these lines have a chapter's text below them, unlike the items of a list."""
+    boundaries = [*(one.index for one in chain), len(texts)]
+    return median(_characters(texts[start:end]) for start, end in pairwise(boundaries)) >= least
 
 
 def _outdented_titles(texts: Sequence[str]) -> list[HeadingCandidate]:
-    """Titles without a number, in a book where every other line is indented and they are not."""
+    """Titles without a number, in a book where only they are not indented."""
     lines = [(index, text) for index, text in enumerate(texts) if text and not text.isspace()]
     out = [(index, text.strip()) for index, text in lines if _columns(text[: len(text) - len(text.lstrip())]) < 2]
     if not 3 <= len(out) <= 0.05 * len(lines):
@@ -329,14 +316,13 @@ def _outdented_titles(texts: Sequence[str]) -> list[HeadingCandidate]:
 
 
 def _titles_in_contents(texts: Sequence[str], contents: Iterable[int]) -> list[HeadingCandidate]:
-    """The lines that a table of contents without labels names, where they come again."""
+    """The lines listed in a table of contents without labels, where they come again."""
     names = {" ".join(texts[index].split()): index for index in contents if texts[index].strip()}
-    last = max(names.values(), default=-1)
-    titles = {}
-    for index in range(last + 1, len(texts)):
+    titles: dict[str, HeadingCandidate] = {}
+    for index in range(max(names.values(), default=-1) + 1, len(texts)):
         name = " ".join(texts[index].split())
-        if name in names and name not in titles:
-            titles[name] = _title(index, name)
+        if name in names:
+            titles.setdefault(name, _title(index, name))
     found = list(titles.values())
     return found if len(found) >= max(3, 0.8 * (len(names) - 1)) and _hold_text(texts, found) else []
 
@@ -347,11 +333,6 @@ def _title(index: int, title: str) -> HeadingCandidate:
         separated=True, prefix="", volume="", shaped=True, several=False, ended=False, doubtful=False,
         fits_shape=True, cut=(),
     )  # fmt: skip
-
-
-def _share_before(texts: Sequence[str], index: int) -> float:
-    """Share of the text that stands before a line."""
-    return _characters(texts[:index]) / max(1, _characters(texts))
 
 
 def _characters(texts: Sequence[str]) -> int:

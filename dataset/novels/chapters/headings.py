@@ -1,10 +1,10 @@
-"""Lines that may be headings: found in a whole book by two searches, then taken to pieces."""
+"""Lines that may be headings: found in a whole book by two searches, then parsed."""
 
 from __future__ import annotations
 
 import re
 from bisect import bisect_right
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from itertools import accumulate
 
@@ -36,7 +36,7 @@ _OPENERS = "【[［〔〖「『《〈<(（"
 _CLOSERS = "】]］〕〗」』》〉>)）"
 _SYMBOLS = "=＝*＊#＃—_~～·•●◆◇■□★☆※▲△-"
 _DECORATION = rf"[{re.escape(_OPENERS + _SYMBOLS)}]"
-# A newline first: the search then looks at the beginnings of lines only.
+# A newline first, so that the search visits only the beginnings of lines.
 _LINE_START = re.compile(
     rf"\n(?:{_B}|{_DECORATION}){{0,40}}"
     rf"(?:(?P<special>{_SPECIAL})|(?P<volume>{_NAMED_VOLUME})|(?P<english>{_ENGLISH})"
@@ -57,9 +57,9 @@ _VOLUME_PREFIX = re.compile(
 _ENDED = re.compile(r"[（(]?(?:完|终|終|[结結]束|本章完)[）)]?[。！]?")
 _SIDES = {"上": 1, "中": 2, "下": 3}
 _SIMPLIFIED = {"節": "节", "話": "话", "冊": "册", "編": "编"}
-_GOES_ON = "的中里裡是也就才时時"
+_CONTINUES = "的中里裡是也就才时時"
 LONGEST_HEADING = 60
-"""Characters of a heading line; a longer one is one with prose behind it, or is prose."""
+"""Characters of a heading line; a longer one is a heading followed by prose, or is prose."""
 
 
 @dataclass(slots=True)
@@ -69,21 +69,21 @@ class HeadingCandidate:
     Attributes:
         index: of its line in the book, from 0.
         indent: the blanks before it.
-        unit: "章", "回", …; "序" for all that has no number (楔子, 番外, …); "1." for numbers without a unit.
-        number: first number of the label; None where it has none.
-        last: last number of the label: 20 for 第19-20章; 0 where it has none.
+        unit: "章", "回", …; "序" for those without a number (楔子, 番外, …); "1." for numbers without a unit.
+        number: first number of the label; None if it has none.
+        last: last number of the label: 20 for 第19-20章; 0 if it has none.
         label: as written, without blanks.
-        title: what follows it, blanks made regular.
+        title: the text after it, blanks normalised.
         joint: punctuation between label and title: "：" in 第一章：雪; "" for blanks.
         separated: blanks or punctuation follow the label, or the end of the line.
-        prefix: words before the label that are no known prefix; the line is a heading if they are the book's name.
+        prefix: words before the label that are not a known prefix; the line is a heading if they are the book's name.
         volume: the volume named before the label on the same line: "第一卷 风雪".
-        fits_shape: the line from the label on is short and no sentence.
-        shaped: looks like a heading by itself: it fits, and nothing else stands before the label.
+        fits_shape: the line from the label on is short and not a sentence.
+        shaped: looks like a heading by itself: it fits, and nothing else precedes the label.
         several: has two labels of a unit, as lines in tables of contents do.
         ended: says that a chapter ends: 第一章完.
-        doubtful: the words go on behind the label without a blank, as prose does: 第十一回里城囚西伯侯, 第二回合.
-        cut: pieces of the line that do not belong to the heading, with the rule that says so.
+        doubtful: text follows the label without a blank, as in prose: 第十一回里城囚西伯侯, 第二回合.
+        cut: (rule, part) of parts of the line that do not belong to the heading.
     """
 
     index: int
@@ -106,56 +106,68 @@ class HeadingCandidate:
 
     @property
     def first(self) -> int:
-        """The first number of the label; 0 where it has none."""
+        """The first number of the label; 0 if it has none."""
         return self.number or 0
 
     def cut_prefix(self) -> None:
-        """Take the words before the label for the book's name: no part of the heading."""
+        """Treat the words before the label as the book's name: not part of the heading."""
         self.prefix = ""
         self.shaped = self.fits_shape and not self.several and not self.doubtful
 
     def says(self, other: HeadingCandidate) -> bool:
-        """Whether this heading has all that `other` has: the number, in any digits, and the words of its title."""
-        if (self.number, self.last) != (other.number, other.last):
-            return False
-        mine, its = folded(self.title), folded(other.title)
-        return its in mine if unit_of(self) == unit_of(other) else bool(its) and its == mine
+        """Whether this heading includes `other`: its number, in any digits, and the words of its title."""
+        mine, its = NormalizedCopy.of(self.title).text, NormalizedCopy.of(other.title).text
+        same_title = its in mine if unit_of(self) == unit_of(other) else bool(its) and its == mine
+        return (self.number, self.last) == (other.number, other.last) and same_title
 
     def says_line(self, line: str) -> bool:
-        """Whether a line is this heading again: its number, in any digits, with the same title or without one."""
+        """Whether a line repeats this heading: its number, in any digits, with the same title or without one."""
         if self.number is None or len(line) > LONGEST_HEADING:
             return False
         labelled = [one for one in find_candidates([line]) if one.number is not None and not one.several]
-        if any(self.says(one) and (one.title or not one.prefix) for one in labelled):
-            return True
-        return bool(self.title) and any(self.says(one) and one.title for one in find_numbered_lines([line]))
+        return any(self.says(one) and (one.title or not one.prefix) for one in labelled) or (
+            bool(self.title) and any(self.says(one) and one.title for one in find_numbered_lines([line]))
+        )
 
     @property
     def heading(self) -> str:
         """The heading as a line of its chapter."""
-        if not self.title:
-            return self.label + self.joint
-        return f"{self.label}{self.joint or ' '}{self.title}"
+        return f"{self.label}{self.joint or ' '}{self.title}" if self.title else self.label + self.joint
 
 
 def unit_of(candidate: HeadingCandidate) -> str:
-    """Its unit, traditional and simplified as one."""
+    """Its unit, in simplified characters."""
     return _SIMPLIFIED.get(candidate.unit, candidate.unit)
-
-
-def folded(text: str) -> str:
-    """Only what punctuation, blanks, half and full width and the common traditional characters do not change."""
-    return NormalizedCopy.of(text).text
 
 
 def find_candidates(texts: Sequence[str]) -> list[HeadingCandidate]:
     """Lines with a label such as 第一章, 卷二, Chapter 3 or 楔子 near their beginning, in order."""
-    return list(_candidates(texts))
+    joined, starts = _join(texts)
+    labels: dict[int, list[re.Match[str]]] = {}
+    for match in _LABEL.finditer(joined):
+        index = bisect_right(starts, match.start()) - 1
+        before = joined[starts[index] : match.start()]
+        if _WORD.match(joined, match.start("unit")) and (index in labels or before.strip()):
+            continue
+        if index in labels or (len(before) <= LONGEST_HEADING and "，" not in before and "。" not in before):
+            labels.setdefault(index, []).append(match)
+    others = {}
+    for match in _LINE_START.finditer(joined):
+        index = bisect_right(starts, match.start() + 1) - 1
+        if index not in labels or match["special"] is None:
+            others[index] = match
+    found = (
+        _parse_labelled(index, texts[index], starts[index], labels[index])
+        if index in labels
+        else _parse_unlabelled(index, texts[index], starts[index], others[index])
+        for index in sorted(labels.keys() | others.keys())
+    )
+    return [one for one in found if one is not None]
 
 
 def first_heading(texts: Sequence[str]) -> HeadingCandidate | None:
     """The first line that looks like a heading by itself."""
-    return next((one for one in _candidates(texts) if one.shaped), None)
+    return next((one for one in find_candidates(texts) if one.shaped), None)
 
 
 def find_numbered_lines(texts: Sequence[str]) -> list[HeadingCandidate]:
@@ -175,44 +187,19 @@ def find_numbered_lines(texts: Sequence[str]) -> list[HeadingCandidate]:
         if number is None or line[end : end + 1].isdecimal() or bracketed != bool(match["open"]):
             continue
         kind = match["open"] + ("1" if match["number"].isdecimal() else "一") + match["close"]
-        candidate = _take_apart(index, line, begin, end, kind, number)
+        candidate = _parse(index, line, begin, end, kind, number)
         candidate.shaped = candidate.shaped and candidate.title[-1:] not in tuple("。！？…”")
         found.append(candidate)
     return found
 
 
-def _candidates(texts: Sequence[str]) -> Iterator[HeadingCandidate]:
-    joined, starts = _join(texts)
-    labels: dict[int, list[re.Match[str]]] = {}
-    for match in _LABEL.finditer(joined):
-        index = bisect_right(starts, match.start()) - 1
-        before = joined[starts[index] : match.start()]
-        if _WORD.match(joined, match.start("unit")) and (index in labels or before.strip()):
-            continue
-        if index in labels or (len(before) <= LONGEST_HEADING and "，" not in before and "。" not in before):
-            labels.setdefault(index, []).append(match)
-    others = {}
-    for match in _LINE_START.finditer(joined):
-        index = bisect_right(starts, match.start() + 1) - 1
-        if index not in labels or match["special"] is None:
-            others[index] = match
-    for index in sorted(labels.keys() | others.keys()):
-        line, start = texts[index], starts[index]
-        if index in labels:
-            candidate = _labelled(index, line, start, labels[index])
-        else:
-            candidate = _begun(index, line, start, others[index])
-        if candidate is not None:
-            yield candidate
-
-
 def _join(texts: Sequence[str]) -> tuple[str, list[int]]:
-    """One string in which every line follows a "\\n", and where each line begins in it."""
+    """One string in which every line follows a "\\n", and the offset of each line in it."""
     lengths = map(len, texts)
     return "\n" + "\n".join(texts), list(accumulate(lengths, lambda start, length: start + length + 1, initial=1))
 
 
-def _labelled(index: int, line: str, start: int, matches: list[re.Match[str]]) -> HeadingCandidate | None:
+def _parse_labelled(index: int, line: str, start: int, matches: list[re.Match[str]]) -> HeadingCandidate | None:
     """A line with 第N章 or the like in it."""
     match, several, outer = matches[0], False, ""
     for later in matches[1:]:
@@ -226,14 +213,13 @@ def _labelled(index: int, line: str, start: int, matches: list[re.Match[str]]) -
     if numbers is None:
         return None
     begin, end = match.start() - start, match.end() - start
-    candidate = _take_apart(index, line, begin, end, match["unit"], numbers[0], outer)
-    candidate.last = numbers[1]
-    candidate.several = several
+    candidate = _parse(index, line, begin, end, match["unit"], numbers[0], outer)
+    candidate.last, candidate.several = numbers[1], several
     candidate.shaped = candidate.shaped and not several
     return candidate
 
 
-def _begun(index: int, line: str, start: int, match: re.Match[str]) -> HeadingCandidate | None:
+def _parse_unlabelled(index: int, line: str, start: int, match: re.Match[str]) -> HeadingCandidate | None:
     """A line that begins with 楔子, 卷二, 上卷, Chapter 3, or 十二章."""
     kind = str(match.lastgroup)
     begin, end = match.start(kind) - start, match.end(kind) - start
@@ -242,35 +228,34 @@ def _begun(index: int, line: str, start: int, match: re.Match[str]) -> HeadingCa
     if kind == "special":
         part = re.match(rf"{_B}?[（(]?[{DIGITS}上中下]{{1,4}}[)）]?(?=[\s:：、]|$)", line[end:])
         end += part.end() if part else 0
-        candidate = _take_apart(index, line, begin, end, "序", None)
+        candidate = _parse(index, line, begin, end, "序", None)
         free = candidate.separated or label.endswith("首回") or (label[:2] == "番外" and candidate.title[:1] == "之")
         candidate.shaped = candidate.shaped and free and len(candidate.title) <= 30
         return candidate
     if kind == "volume":
         side = _SIDES.get(label[0])
         number = side if side else (to_numbers(re.sub(r"[卷之第\s]", "", label)) or (None,))[0]
-        candidate = _take_apart(index, line, begin, end, label[-1] if side else "卷", number)
+        candidate = _parse(index, line, begin, end, label[-1] if side else "卷", number)
         candidate.shaped = candidate.shaped and candidate.separated
         return candidate
     numbers = to_numbers(re.sub(r"(?i)chapter|[章回]", "", label).strip())
     if numbers is None:
         return None
-    number = numbers[0]
-    candidate = _take_apart(index, line, begin, end, "chapter" if kind == "english" else label[-1], number)
+    candidate = _parse(index, line, begin, end, "chapter" if kind == "english" else label[-1], numbers[0])
     candidate.shaped = candidate.shaped and kind == "english"
     return candidate
 
 
-def _take_apart(
+def _parse(
     index: int, line: str, begin: int, end: int, unit: str, number: int | None, outer: str = ""
 ) -> HeadingCandidate:
-    """The parts of `line` around its label, which is `line[begin:end]`."""
+    """Parse `line` around its label, which is `line[begin:end]`."""
     indent = line[: len(line) - len(line.lstrip())]
     cut: list[tuple[str, str]] = []
     words, after = line[len(indent) : begin], line[end:].rstrip()
     opened = re.match(rf"(?:{_DECORATION}|\s)*", words)[0]  # type: ignore[index]
     if any(_CLOSERS[_OPENERS.index(mark)] in words for mark in opened if mark in _OPENERS):
-        opened = ""  # "《雪》第一章": the marks are the words' own
+        opened = ""  # "《雪》第一章": the marks belong to the words
     words = words[len(opened) :].rstrip()
     if opened.strip():
         cut.append(("heading_decoration", opened.strip()))
@@ -297,33 +282,30 @@ def _take_apart(
         and title[-1:] not in tuple("，、；：,;:（(“「『《")
         and title[:1] not in tuple("，。、；！？”」』》）)]】")
         and not ended
-        and (separated or not words or title[0] not in _GOES_ON)
+        and (separated or not words or title[0] not in _CONTINUES)
     )
-    goes_on = not separated and (title[0] in _GOES_ON or _WORD.match(line, max(begin, end - len(unit))) is not None)
+    label = line[begin:end]
+    blank = " " if label[:1].isascii() and label[:1].isalpha() else ""  # 第　一　回 is 第一回; Chapter 3 stays
+    goes_on = not separated and (title[0] in _CONTINUES or _WORD.match(line, max(begin, end - len(unit))) is not None)
     return HeadingCandidate(
-        index=index, indent=indent, unit=unit, number=number, last=number or 0, label=_regular(line[begin:end]),
+        index=index, indent=indent, unit=unit, number=number, last=number or 0, label=blank.join(label.split()),
         title=title, joint="".join(separator.split()), separated=separated, prefix=words, volume=volume,
         fits_shape=fits, shaped=fits and not words and not goes_on, several=False, ended=ended,
         doubtful=fits and not words and goes_on, cut=tuple(cut),
     )  # fmt: skip
 
 
-def _regular(label: str) -> str:
-    """Without blanks: "第　一　回" is 第一回; "Chapter 3" keeps its own."""
-    return (" " if label[:1].isascii() and label[:1].isalpha() else "").join(label.split())
-
-
 def _close(opened: str, after: str) -> tuple[list[tuple[str, str]], str]:
-    """Take off what closes `opened`: "】" for "【", behind the label or at the end of the line; "===" for "==="."""
+    """Remove what closes `opened`: "】" for "【", after the label or at the end of the line; "===" for "==="."""
     closed = []
     for mark in dict.fromkeys("".join(opened.split())):
-        place = _OPENERS.find(mark)
-        closer = _CLOSERS[place] if place >= 0 else mark
-        if place >= 0 and after[:1] == closer:
+        is_bracket = mark in _OPENERS
+        closer = _CLOSERS[_OPENERS.index(mark)] if is_bracket else mark
+        if is_bracket and after[:1] == closer:
             closed.append(("heading_decoration", closer))
             after = after[1:]
         elif after.endswith(closer):
-            rest = after[:-1] if place >= 0 else after.rstrip(closer)
+            rest = after[:-1] if is_bracket else after.rstrip(closer)
             closed.append(("heading_decoration", after[len(rest) :]))
             after = rest.rstrip()
     return closed, after
