@@ -1,7 +1,7 @@
-"""Answers to the rows as they come, three ways behind one signature; and the loss of the references.
+"""Answers to rows as they come, three ways behind one signature; and the loss of the references.
 
 Each way takes the rows and the numbers of those to answer, batch by batch, and yields {number: answer} as soon as some
-are there. The third, a server, is in endpoint.py.
+are ready.
 """
 
 from __future__ import annotations
@@ -12,6 +12,7 @@ import numpy
 import torch
 from transformers import PreTrainedModel, PreTrainedTokenizerBase, set_seed
 
+from novelgpt.inference.endpoint_client import EndpointClient, EndpointRequest
 from novelgpt.inference.generation import Answer, answer_batch, answer_continuously, answer_end_ids
 from novelgpt.model.forward_checks import head_is_last
 from novelgpt.model.loss import attach_chunked_loss
@@ -21,13 +22,13 @@ from novelgpt.text.collator import Collator
 from predict.rows import PromptRow
 
 AnswerRows = Callable[[Sequence[PromptRow], Sequence[Sequence[int]]], Iterator[dict[int, Answer]]]
-"""(all rows, batches of numbers of the rows to answer) -> answers by number, as they come."""
+"""(all rows, batches of row numbers to answer) -> answers by number, as they come."""
 
 
 def in_batches(
     model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, generation: GenerationArguments
 ) -> AnswerRows:
-    """Answer batch by batch. Where answers are drawn, each batch has a seed of its own, to be made again alike."""
+    """Answer batch by batch. Each batch has its own seed, so that sampled answers can be reproduced."""
     ends = answer_end_ids(model, tokenizer)
 
     def answer(rows: Sequence[PromptRow], batches: Sequence[Sequence[int]]) -> Iterator[dict[int, Answer]]:
@@ -57,13 +58,29 @@ def continuously(
     return answer
 
 
+def through_endpoint(client: EndpointClient, concurrency: int) -> AnswerRows:
+    """Answer by a server, `concurrency` requests at once. The seed of a row depends only on its number."""
+
+    def answer(rows: Sequence[PromptRow], batches: Sequence[Sequence[int]]) -> Iterator[dict[int, Answer]]:
+        numbers = [number for batch in batches for number in batch]
+        requests = []
+        for number in numbers:
+            row = rows[number]
+            question = row.prompt if row.plain else row.asked
+            requests.append(EndpointRequest(f"row {row.id}", question, number, row.thinking))
+        for index, one in client.answers(requests, concurrency):
+            yield {numbers[index]: one}
+
+    return answer
+
+
 def reference_sums(
     model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, rows: Sequence[PromptRow], batch_size: int
 ) -> numpy.ndarray:
-    """[rows, 3] sums of each row's reference under the model, as `row_sums` gives them; 0 where it has none."""
+    """[rows, 3] sums of each row's reference under the model, as `row_sums` returns them; 0 where it has none."""
     encoded = [(number, row.encoded_reference(tokenizer)) for number, row in enumerate(rows)]
     present = [(number, row) for number, row in encoded if row is not None]
-    # The longest first: what does not fit into memory fails at once, and little is padded.
+    # Longest first: what does not fit into memory fails at once, and little is padded.
     present.sort(key=lambda pair: -len(pair[1].input_ids))
     collate = Collator(int(tokenizer.pad_token_id))
     attach_chunked_loss(model, head_is_last(model))

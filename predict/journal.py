@@ -1,4 +1,4 @@
-"""Answers on disk as they come, so that a killed prediction goes on where it was: no row twice, none missing."""
+"""Answers on disk as they come, so that a killed prediction resumes: no row is answered twice, none is missing."""
 
 from __future__ import annotations
 
@@ -20,12 +20,12 @@ from novelgpt.settings.locks import make_and_lock, unlock
 
 
 def unwritten(place: Path, error: OSError) -> UserError:
-    """The error of results, or answers, that cannot be written; the answers before them are kept."""
+    """The error of results or answers that cannot be written; earlier answers are kept."""
     cause = f"{error.filename or place} cannot be written: {error.strerror or error}"
-    return UserError(cause, "make room there; the same command goes on from the answers that are kept")
+    return UserError(cause, "make room there; the same command resumes from the answers that are kept")
 
 
-class _Entry(BaseModel):
+class _JournalLine(BaseModel):
     """A line of the journal."""
 
     model_config = ConfigDict(strict=True, extra="forbid")
@@ -39,22 +39,22 @@ class _Entry(BaseModel):
 
 
 class Journal:
-    """The answers of one prediction: a file a process in `predictions.partial`, a line an answer.
+    """The answers of one prediction in `predictions.partial`: one file per process, one line per answer.
 
-    The first line of each file says which prediction it belongs to. Files of another prediction are no part of this
-    one, and go when it ends; a line that a kill cut off is written again, and a row whose line holds no answer (as
-    earlier versions took from servers) is asked again.
+    The first line of each file identifies the prediction. Files of another prediction are ignored, and removed at the
+    end. A line that a kill truncated is written again, and a row whose line has no answer (earlier versions wrote such
+    lines for servers) is asked again.
 
     Args:
         folder: of the results.
-        prediction: what the answers depend on, as one text: model, rows, settings.
+        prediction: a text that identifies all that the answers depend on: model, rows, settings.
         process: number of this process.
 
     Attributes:
-        answers: by number of the row, those of all processes, as they were when this one began, and its own.
+        answers: by row number, those of all processes when this one started, and its own.
 
     Raises:
-        UserError: another prediction is writing here, or nothing can be written.
+        UserError: another prediction is writing here, or the folder cannot be written.
     """
 
     def __init__(self, folder: Path, prediction: str, process: int = 0) -> None:
@@ -62,7 +62,7 @@ class Journal:
         self.answers: dict[int, Answer] = {}
         own = self.folder / f"{process}.jsonl"
         try:
-            # Not what another prediction, which ends in this moment, removes.
+            # Also while another prediction, which is just ending, removes the folder.
             self._handle, _ = make_and_lock(self.folder, own.name)
         except BlockingIOError as error:
             raise UserError(f"another prediction writes into {folder}", "wait for it, or name --output_dir") from error
@@ -77,10 +77,10 @@ class Journal:
             self._append([json.dumps({"prediction": prediction})])
 
     def add(self, answers: Mapping[int, Answer]) -> None:
-        """Write answers, by number of the row; when this returns, they are on the disk.
+        """Write answers by row number; when this returns, they are on the disk.
 
         Raises:
-            UserError: they cannot be written; those before them are.
+            UserError: they cannot be written; earlier ones are.
         """
         self.answers.update(answers)
         self._append(
@@ -92,41 +92,35 @@ class Journal:
         shutil.rmtree(self.folder, ignore_errors=True)
 
     def _append(self, lines: list[str]) -> None:
-        # Half a character (a lone surrogate) is possible in what a model writes, and no UTF-8.
+        # A model may write a lone surrogate, which has no UTF-8.
         try:
             self.file.write("".join(line + "\n" for line in lines).encode("utf-8", errors="replace"))
             self.file.flush()
             os.fsync(self.file.fileno())
         except OSError as error:
-            with contextlib.suppress(OSError):  # what is buffered would be written once more
+            with contextlib.suppress(OSError):  # the buffer would be written again
                 self.file.close()
             raise unwritten(self.folder, error) from error
 
     def _read(self, path: Path, prediction: str) -> int:
-        """Take the answers of a file of this prediction; how many of its bytes are complete lines of it."""
+        """Read the answers of a file of this prediction; returns how many of its bytes are complete lines."""
         data = path.read_bytes()
-        lines = data[: data.rfind(b"\n") + 1].splitlines(keepends=True)
-        complete = 0
-        for place, line in enumerate(lines):
+        first, *lines = data[: data.rfind(b"\n") + 1].splitlines(keepends=True) or [b""]
+        if first != json.dumps({"prediction": prediction}).encode() + b"\n":
+            return 0
+        complete = len(first)
+        for line in lines:
             try:
                 entry = json.loads(line)
-                if place == 0:
-                    if entry != {"prediction": prediction}:
-                        return 0
-                else:
-                    self._take(entry)
             except (ValueError, RecursionError):
-                break  # a disk that lost power may hold anything behind the last line that was synced
+                break  # after a power loss, anything may follow the last synced line
             complete += len(line)
+            with contextlib.suppress(ValidationError):
+                valid = _JournalLine.model_validate(entry)
+                # An earlier version took null for an answer, and lost the thought beside it.
+                if valid.text or valid.completion_tokens <= 1 or "reasoning" in valid.model_fields_set:
+                    self.answers[valid.row] = Answer(**valid.model_dump(exclude={"row"}))
         return complete
-
-    def _take(self, entry: object) -> None:
-        """Take the answer of a line, if it is one."""
-        with contextlib.suppress(ValidationError):
-            valid = _Entry.model_validate(entry)
-            if not valid.text and valid.completion_tokens > 1 and "reasoning" not in valid.model_fields_set:
-                return  # an earlier version took null for an answer, and lost the thought beside it
-            self.answers[valid.row] = Answer(**valid.model_dump(exclude={"row"}))
 
     def __enter__(self) -> Journal:
         return self

@@ -1,10 +1,10 @@
-"""Files to prompts and references."""
+"""Reads the rows to answer: prompts, and references where there are any."""
 
 from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from itertools import islice
+from itertools import chain, count, islice
 from pathlib import Path
 from typing import Any
 
@@ -26,7 +26,7 @@ from novelgpt.text.messages import (
     opens_thought,
     split_thought,
 )
-from predict.scoring_fields import Scoring, read_scoring
+from predict.predictions import ScoringFields, read_scoring
 
 
 @dataclass
@@ -35,14 +35,13 @@ class PromptRow:
 
     Attributes:
         id: of the row.
-        prompt_ids: tokens of the prompt, the same as in training.
+        prompt_ids: tokens of the prompt, the same as in training; [] for a server.
         messages: prompt and, where the row has one, reference answer.
-        reference: the true last answer; "" where the row has none.
-        scoring: what the row says of its scores.
-        plain: whether the prompt is raw text that the model goes on with, as in pretraining, without the marks of a
-            conversation.
-        thinking: whether the prompt shall leave room for a thought; None where no reference says so, and the default of
-            the template decides.
+        reference: the correct last answer; "" where the row has none.
+        scoring: how the row wants to be scored.
+        plain: whether the prompt is raw text to continue, as in pretraining, without a chat template.
+        thinking: whether the prompt leaves room for a thought; None where no reference decides it, and the template's
+            default applies.
         opened: whether the prompt ends within a thought; None where it has no tokens here.
         tools: that the assistant may call, as chat templates take them.
     """
@@ -51,47 +50,48 @@ class PromptRow:
     prompt_ids: list[int]
     messages: list[Message]
     reference: str
-    scoring: Scoring = Scoring()
+    scoring: ScoringFields = ScoringFields()
     plain: bool = False
     thinking: bool | None = None
     opened: bool | None = None
     tools: Sequence[dict[str, Any]] = ()
 
     @property
-    def prompt(self) -> str:
-        """The texts of the messages that ask."""
-        return "\n".join(message["content"] for message in self.asked())
-
     def asked(self) -> list[Message]:
         """The messages before the reference."""
         return self.messages[:-1] if self.reference else self.messages
 
-    def told_apart(self, answer: Answer) -> tuple[str, str]:
-        """(thought, answer proper) of what a model or a server answers; raw text has no thought."""
+    @property
+    def prompt(self) -> str:
+        """The texts of the messages before the reference."""
+        return "\n".join(message["content"] for message in self.asked)
+
+    def split_answer(self, answer: Answer) -> tuple[str, str]:
+        """(thought, answer without it) of a model's or a server's answer; raw text has no thought."""
         if self.plain:
             return answer.reasoning, answer.text
-        # Some gateways set the thought apart and leave it in the text as well.
+        # Some gateways return the thought separately and leave it in the text as well.
         thought, text = split_thought(answer.text, False if answer.reasoning else self.opened)
         return answer.reasoning or thought, text
 
-    def reference_told_apart(self) -> tuple[str, str]:
-        """(thought, answer proper) of the reference."""
+    def split_reference(self) -> tuple[str, str]:
+        """(thought, answer without it) of the reference."""
         return ("", self.reference) if self.plain else split_thought(self.reference, False)
 
     def encoded_reference(self, tokenizer: PreTrainedTokenizerBase) -> EncodedRow | None:
-        """Prompt and reference as a training row, in which the last answer alone is labelled; None without one.
+        """Prompt and reference as a training row with labels on the last answer only; None without a reference.
 
-        The labels at the ends of earlier answers lie before the reference, so that none of them is left, whichever way
-        the template ends answers. The reference of a plain row is labelled without an end token, as the text goes on.
+        Labels before the reference, at the ends of earlier answers, are removed. The reference of a plain row has no
+        end token, as the text goes on.
         """
         if not self.reference:
             return None
+        length = len(self.prompt_ids)
         if self.plain:
             ids = encode(self.reference, tokenizer)
-            return EncodedRow(self.prompt_ids + ids, [IGNORE_INDEX] * len(self.prompt_ids) + ids)
+            return EncodedRow(self.prompt_ids + ids, [IGNORE_INDEX] * length + ids)
         row = encode_conversation(self.messages, tokenizer, self.tools)[-1]
-        border = len(self.prompt_ids)
-        return EncodedRow(row.input_ids, [IGNORE_INDEX] * border + row.labels[border:])
+        return EncodedRow(row.input_ids, [IGNORE_INDEX] * length + row.labels[length:])
 
 
 def read_prompt_rows(
@@ -102,46 +102,39 @@ def read_prompt_rows(
 ) -> list[PromptRow]:
     """The rows of all files; a conversation asks for its last answer.
 
-    Prompts leave room for a thought where the reference begins with one, as in training; rows without a reference go by
-    what most answers of the training did. Rows that name a task are worded by `instructions`, by default by the first
-    of the built-in wordings. Rows {"text_prompt", "text_completion"} are raw text to go on with. Without a tokenizer (a
+    Prompts leave room for a thought where the reference starts with one, as in training; rows without a reference
+    follow the majority of the training's answers. Rows that name a task are worded by `instructions`, by default by the
+    first built-in wording. Rows {"text_prompt", "text_completion"} are raw text to continue. Without a tokenizer (a
     server has its own), prompts have no tokens.
 
     Raises:
         UserError: what the readers raise, or no row at all.
     """
     rows: list[PromptRow] = []
-    nameless: list[PromptRow] = []
+    unnamed: list[PromptRow] = []
     for source in islice((row for file in files for row in read_source_rows(Path(file))), max_rows):
         if "text_prompt" in source.fields:
             rows.append(_plain_row(source, tokenizer))
         else:
             rows.append(_conversation_row(source, tokenizer, instructions))
         if source.fields.get("id") in ABSENT:
-            nameless.append(rows[-1])
+            unnamed.append(rows[-1])
     if not rows:
         raise UserError(f"no row in {', '.join(files)}", "name --data_files with rows to answer")
-    _name_apart(nameless, rows)
-    return rows
-
-
-def _name_apart(nameless: Sequence[PromptRow], rows: Sequence[PromptRow]) -> None:
-    """Give the rows that brought no id one that no other row has."""
-    made = {id(row) for row in nameless}
+    made = set(map(id, unnamed))
     taken = {row.id for row in rows if id(row) not in made}
-    for row in nameless:
-        name, number = row.id, 1
-        while row.id in taken:
-            number += 1
-            row.id = f"{name}~{number}"
+    for row in unnamed:
+        names = chain([row.id], map(f"{row.id}~{{}}".format, count(2)))
+        row.id = next(name for name in names if name not in taken)
         taken.add(row.id)
+    return rows
 
 
 def _conversation_row(
     source: SourceRow, tokenizer: PreTrainedTokenizerBase | None, instructions: Instructions | None
 ) -> PromptRow:
     row = read_conversation(source, instructions)
-    # Whether an answer was trained is no matter here: the last one is what the model is to say.
+    # Whether an answer is trained does not matter: the last one is asked for.
     messages = row["messages"]
     for message in messages:
         message.pop("trained", None)
@@ -151,44 +144,76 @@ def _conversation_row(
     if not messages:
         raise UserError(f"{row['source']}: the row asks nothing", "give it a question, or leave it out")
     tools = row.get("tools", [])
-    called = next((message for message in messages if message.get("tool_calls")), None)
-    if tokenizer is None and (tools or called):
+    if tokenizer is None and (tools or any(message.get("tool_calls") for message in messages)):
         raise UserError(
             f"{row['source']}: field {'tools' if tools else 'tool_calls'} is not sent to a server",
             "predict with --model, whose chat template takes tools, or leave these rows out",
         )
-    prompt = messages[:-1] if answered else messages
-    made = PromptRow(row["id"], [], messages, "", read_scoring(source.fields, row["source"]), tools=tools)
-    made.reference = full_answer(messages[-1]) if answered else ""
-    made.thinking = begins_with_thought(made.reference) if answered else row.get("enable_thinking")
+    scoring = read_scoring(source.fields, row["source"])
+    reference = full_answer(messages[-1]) if answered else ""
+    thinking = begins_with_thought(reference) if answered else row.get("enable_thinking")
+    made = PromptRow(row["id"], [], messages, reference, scoring, thinking=thinking, tools=tools)
     if tokenizer is not None:
         try:
-            made.prompt_ids = encode_prompt(prompt, tokenizer, made.thinking, tools)
+            made.prompt_ids = encode_prompt(messages[:-1] if answered else messages, tokenizer, thinking, tools)
             if answered and messages[-1].get("tool_calls"):
-                made.reference = _calls_in_words(made, tokenizer)
+                # The calls as the template writes them, without the end token.
+                encoded = encode_conversation(messages, tokenizer, tools)[-1]
+                answer = [label for label in encoded.labels[len(made.prompt_ids) :] if label != IGNORE_INDEX]
+                made.reference = str(tokenizer.decode(answer[:-1]))
         except UserError as error:
             raise UserError(f"{row['source']}: {error.cause}", error.remedy) from error
         made.opened = opens_thought(str(tokenizer.decode(made.prompt_ids[-PROMPT_END:])))
     return made
 
 
-def _calls_in_words(row: PromptRow, tokenizer: PreTrainedTokenizerBase) -> str:
-    """The last answer with its calls as the template writes them, without the end token."""
-    encoded = encode_conversation(row.messages, tokenizer, row.tools)[-1]
-    answer = [label for label in encoded.labels[len(row.prompt_ids) :] if label != IGNORE_INDEX]
-    return str(tokenizer.decode(answer[:-1]))
-
-
 def _plain_row(source: SourceRow, tokenizer: PreTrainedTokenizerBase | None) -> PromptRow:
     record, where = source.fields, source.source
-    texts = record["text_prompt"], record.get("text_completion") or ""
-    if not all(isinstance(text, str) for text in texts) or not texts[0]:
+    prompt, reference = record["text_prompt"], record.get("text_completion") or ""
+    if not isinstance(prompt, str) or not isinstance(reference, str) or not prompt:
         raise UserError(
-            f"{where}: text_prompt or text_completion is no text", "give the row a text to go on with, and what follows"
+            f"{where}: text_prompt or text_completion is not text", "give the row a text to continue, and what follows"
         )
-    prompt, reference = texts
     messages: list[Message] = [{"role": "user", "content": prompt}]
     if reference:
         messages.append({"role": "assistant", "content": reference})
     prompt_ids = encode_document(prompt, tokenizer) if tokenizer is not None else []
-    return PromptRow(source.id, prompt_ids, messages, reference, read_scoring(record, where), plain=True, opened=False)
+    scoring = read_scoring(record, where)
+    return PromptRow(source.id, prompt_ids, messages, reference, scoring, plain=True, opened=False)
+
+
+def check_lengths(
+    rows: Sequence[PromptRow], tokenizer: PreTrainedTokenizerBase, positions: int | None, max_new_tokens: int
+) -> None:
+    """Refuse rows beyond the model's positions: there some models fail, others write nonsense.
+
+    Args:
+        rows: with the tokens of their prompts.
+        tokenizer: of the model.
+        positions: of the model; None for no limit.
+        max_new_tokens: of the longest answer.
+
+    Raises:
+        UserError: names the first such row, and the limit.
+    """
+    if positions is None:
+        return
+    beyond = [row for row in rows if len(row.prompt_ids) + max_new_tokens > positions]
+    if beyond:
+        others = f", and so have {len(beyond) - 1} others" if len(beyond) > 1 else ""
+        room = positions - max(len(row.prompt_ids) for row in beyond)
+        shorter = f"--max_new_tokens {room} leaves room for all; or " if room > 0 else ""
+        raise UserError(
+            f"row {beyond[0].id}: its prompt of {len(beyond[0].prompt_ids)} tokens has no room for an answer of "
+            f"{max_new_tokens} within the {positions} positions of the model{others}",
+            f"{shorter}shorten the prompts or leave those rows out; a model whose positions were extended says so in "
+            "its config.json",
+        )
+    for row in rows:
+        reference = row.encoded_reference(tokenizer)
+        if reference is not None and len(reference.input_ids) > positions:
+            raise UserError(
+                f"row {row.id}: prompt and reference take {len(reference.input_ids)} tokens, more than the "
+                f"{positions} positions of the model, so the reference has no loss",
+                "shorten the reference or leave the row out",
+            )

@@ -105,6 +105,11 @@ def reference_scores(sums: Sequence[float]) -> RowScores:
     return {NATS: nats, TOKENS: tokens, TOKENS_RIGHT: right, **means}
 
 
+def reference_name(name: str) -> str:
+    """The name under which a score of predictions is kept for the references."""
+    return f"reference_{name.removeprefix('prediction_')}"
+
+
 def definitions() -> dict[str, str]:
     """Name -> what exactly it is, for every score of the whole; means over rows unless they say otherwise."""
     repetition = {name: text for name, text in TEXT_DEFINITIONS.items() if name.startswith(("distinct", "rep"))}

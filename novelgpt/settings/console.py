@@ -7,6 +7,7 @@ from typing import Any
 
 from rich.console import Console, ConsoleOptions, RenderableType
 from rich.segment import Segment
+from rich.table import Table
 from rich.text import Text
 
 from novelgpt.settings.terminal import visible
@@ -33,3 +34,17 @@ def make_console(**options: Any) -> VisibleConsole:
             as `rich.text.Text`.
     """
     return VisibleConsole(markup=False, emoji=False, highlight=False, **options)
+
+
+def number_table(title: str, *headings: str, labels: int = 1) -> Table:
+    """An empty table with a title above its left corner.
+
+    Args:
+        title: of the table.
+        headings: of the columns.
+        labels: number of left-aligned columns before the right-aligned ones.
+    """
+    table = Table(title=title, title_justify="left")
+    for number, heading in enumerate(headings):
+        table.add_column(heading, justify="left" if number < labels else "right")
+    return table

@@ -7,6 +7,8 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, TypeGuard
 
+from novelgpt.scoring.summary import reference_name
+
 GROUPS = {
     "overlap": ("Similarity to the reference", "与参考答案的相似度"),
     "answers": ("Short answers", "简短回答"),
@@ -88,7 +90,7 @@ def metrics_of(scores: Sequence[Mapping[str, Any]]) -> dict[str, Metric]:
 
 def reference_value(name: str, scores: Mapping[str, Any]) -> float | None:
     """The references' value of a score of predictions; None where they have none."""
-    value = scores.get(f"reference_{name.removeprefix('prediction_')}")
+    value = scores.get(reference_name(name))
     return float(value) if is_number(value) else None
 
 

@@ -23,8 +23,8 @@ from novelgpt.settings.parsed_files import check_fields, read_object
 from novelgpt.settings.remedies import python_module, run_pipeline
 from novelgpt.settings.terminal import counted
 from novelgpt.text.messages import split_thought
+from predict.predictions import read_scoring, text_fields
 from predict.report.metrics import is_number
-from predict.scoring_fields import read_scoring, text_fields
 
 MAX_RUNS = 6
 # Names of prediction files: here, and in LLaMA-Factory.

@@ -161,7 +161,7 @@ def test_empty_answers_are_left_out_and_counted(
     assert counts.notes == {"empty answers, not trained": 4, "rows without a trainable token, left out": 2}
     asked = read_prompt_rows([str(file)], tokenizer, None)
     assert [row.reference for row in asked] == ["", "", NEW["content"], ""]
-    assert asked[0].asked() == left_out[0][:1] and asked[0].prompt_ids == encode_prompt(left_out[0][:1], tokenizer)
+    assert asked[0].asked == left_out[0][:1] and asked[0].prompt_ids == encode_prompt(left_out[0][:1], tokenizer)
 
 
 # Fields and values that no pipeline here obeys, in a row.

@@ -518,7 +518,7 @@ CASES = {
     "predict: nothing to go on with": (
         "predict",
         ["--data_files", "plain.jsonl"],
-        "plain.jsonl:1: text_prompt or text_completion is no text",
+        "plain.jsonl:1: text_prompt or text_completion is not text",
     ),
     "predict: unknown flag": ("predict", ["--max_tokens", "3"], "unknown option '--max_tokens'"),
     "predict: missing model": ("predict", ["--model", "./nowhere"], "model folder ./nowhere does not exist"),
@@ -551,7 +551,7 @@ CASES = {
     "predict: server without a folder": (
         "predict",
         ["--endpoint", "http://127.0.0.1:9/v1", "--output_dir", ""],
-        "--endpoint has no folder that predictions could be written beside",
+        "--endpoint has no model folder to write predictions beside",
     ),
     "predict: no server": (
         "predict",
@@ -575,7 +575,7 @@ CASES = {
     "score: text that is a number": (
         "predict.score",
         ["number.jsonl"],
-        "number.jsonl:1: field prediction is missing or no text",
+        "number.jsonl:1: field prediction is missing or not text",
     ),
     "score: metric nobody knows": ("predict.score", ["metric.jsonl"], "metric.jsonl:1: no metric 'f2'"),
     "score: length that is a text": ("predict.score", ["cut.jsonl"], "cut.jsonl:1: field scored_characters is 'ten'"),

@@ -160,7 +160,7 @@ def test_endings_and_thoughts(tmp_path: Path, capsys: pytest.CaptureFixture[str]
         assert line["stopped"] == float(reason == "stop")
         assert line["rouge-1"] == pytest.approx(float(prediction.strip("　") == "答"))
     printed = capsys.readouterr().out
-    assert "2 of 24 answers are a thought alone" in printed and "1 of 24 answers ended with 'tool_calls'" in printed
+    assert "2 of 24 answers are only a thought" in printed and "1 of 24 answers ended with 'tool_calls'" in printed
 
 
 def test_thoughts_of_references_are_not_scored(tmp_path: Path) -> None:

@@ -5,8 +5,8 @@ import random
 from pathlib import Path
 
 from novelgpt.scoring.summary import reference_scores
-from predict.score import score_predictions, scored_prediction, write_scores
-from predict.scoring_fields import Scoring
+from predict.predictions import Prediction, ScoringFields
+from predict.score import score_predictions, write_scores
 
 ROOT = Path(__file__).resolve().parents[2]
 
@@ -27,7 +27,7 @@ def predict_folder(
     share: float = 0.3,
     *,
     losses: bool = True,
-    scoring: dict[int, Scoring] | None = None,
+    scoring: dict[int, ScoringFields] | None = None,
     predictions: dict[int, str] | None = None,
 ) -> Path:
     """A prediction folder as `python -m predict` writes it: every fourth answer ends in a loop."""
@@ -38,10 +38,10 @@ def predict_folder(
         looped = number % 4 == 1
         text = (predictions or {}).get(number, text + text[-9:] * 12 * looped)
         reason = "length" if looped else "stop"
-        how = (scoring or {}).get(number, Scoring())
+        how = (scoring or {}).get(number, ScoringFields())
         entry = {"id": name, "prompt": prompt, "reference": reference, "prediction": text, "finish_reason": reason}
         entries.append(entry | {"prompt_tokens": len(prompt), "completion_tokens": len(text)} | how.fields())
-        scored.append(scored_prediction(name, text, reference, how, reason))
+        scored.append(Prediction(name, text, reference, how, reason))
         if losses and reference:
             tokens = max(1, len(reference) // 2)
             sums[number] = reference_scores([tokens * chance.uniform(1.5, 4.0), tokens, tokens // 3])
@@ -67,7 +67,7 @@ def write_losses(run: Path, steps: int) -> None:
 
 def three_runs(root: Path) -> list[Path]:
     """Three run folders: two models, and a server that knows no loss; all answer the same rows."""
-    groups = {number: Scoring(score_group=str(500 * (1 + number % 2))) for number in range(24)}
+    groups = {number: ScoringFields(score_group=str(500 * (1 + number % 2))) for number in range(24)}
     predict_folder(root / "full" / "predict", papers(), 0.2, scoring=groups)
     predict_folder(root / "小说_lora" / "predict", papers(), 0.4, scoring=groups)
     predict_folder(root / "server" / "predict", papers(), 0.6, losses=False, scoring=groups)

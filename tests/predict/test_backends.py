@@ -200,7 +200,7 @@ def test_a_server_asks_in_the_prompts_of_training(
     ("words", "message"),
     [
         (["--endpoint", "http://127.0.0.1:9/v1", "--output_dir", "x"], "no list of models from http://127.0.0.1:9/v1"),
-        (["--endpoint", "http://127.0.0.1:9/v1"], "no folder that predictions could be written beside"),
+        (["--endpoint", "http://127.0.0.1:9/v1"], "no model folder to write predictions beside"),
         (["--endpoint", "http://127.0.0.1:9/v1", "--output_dir", "x", "--num_beams", "2"], "--num_beams"),
         (["--backend", "continuous", "--num_beams", "2", "--output_dir", "x"], "continuous batching has neither beams"),
         (["--backend", "continuous", "--repetition_penalty", "1.2", "--output_dir", "x"], "--repetition_penalty 1.2"),

@@ -72,7 +72,7 @@ def test_a_full_disk_keeps_the_answers_before_it(tmp_path: Path) -> None:
             journal.add({0: ANSWERS[0]})
     finally:
         resource.setrlimit(resource.RLIMIT_FSIZE, before)
-    assert "goes on from the answers that are kept" in refusal.value.remedy
+    assert "resumes from the answers that are kept" in refusal.value.remedy
     with Journal(tmp_path, "one") as again:
         assert again.answers == {3: ANSWERS[3]}
         again.add({0: ANSWERS[0], 7: ANSWERS[7]})

@@ -13,10 +13,10 @@ import pytest
 
 from novelgpt.scoring.summary import compare_rows
 from novelgpt.settings.errors import UserError
+from predict.predictions import ScoringFields
 from predict.report.__main__ import main
 from predict.report.runs import read_runs
 from predict.score import main as score
-from predict.scoring_fields import Scoring
 from tests.predict.scored_runs import noised, papers, predict_folder, three_runs
 
 HOSTILE = '<script>alert(1)</script><img src="https://example.org/x.png" onerror="alert(2)">"\'&'
@@ -211,7 +211,7 @@ def test_rows_in_another_order_are_compared_row_by_row(runs: list[Path], tmp_pat
 
 
 def test_only_what_is_scored_of_a_prediction_is_shown(tmp_path: Path) -> None:
-    scoring = {0: Scoring(scored_characters=10)}
+    scoring = {0: ScoringFields(scored_characters=10)}
     folder = predict_folder(tmp_path / "predict", papers()[:1], scoring=scoring, predictions={0: "甲" * 10 + "乙" * 99})
     main([str(folder)])
     page = (folder / "report.html").read_text(encoding="utf-8")

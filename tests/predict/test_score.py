@@ -106,7 +106,7 @@ def test_the_better_of_two_is_found_and_equal_ones_are_not_told_apart(tmp_path: 
         (lambda made: [*made[:-1], made[-1] | {"id": "other"}], "r39 is in the first only"),
         (lambda made: [*made[:-1], made[-1] | {"reference": "另一个"}], "row r39 has two references"),
         (lambda made: [*made[:-1], made[-1] | {"metrics": ["f2"]}], "no metric 'f2'"),
-        (lambda made: [*made[:-1], made[-1] | {"metrics": "exact_match"}], "field metrics is no list of texts"),
+        (lambda made: [*made[:-1], made[-1] | {"metrics": "exact_match"}], "field metrics is not a list of texts"),
     ],
 )
 def test_files_that_do_not_fit_are_refused(
@@ -173,5 +173,5 @@ def test_a_row_without_its_texts_names_the_field(
     with pytest.raises(SystemExit) as ended:
         main([str(write(tmp_path / "predictions.jsonl", [row]))])
     told = capsys.readouterr().err
-    assert ended.value.code == 2 and f"predictions.jsonl:1: field {field} is missing or no text" in told
+    assert ended.value.code == 2 and f"predictions.jsonl:1: field {field} is missing or not text" in told
     assert "predict and label" in told and "response and labels" in told

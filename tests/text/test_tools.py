@@ -352,6 +352,6 @@ def test_prediction_asks_with_the_tools_and_has_the_calls_as_reference(
     file = str(tmp_path / "rows.jsonl")
     (asked,) = read_prompt_rows([file], chat, None)
     assert asked.prompt_ids == encode_prompt([USER], chat, tools=[WEATHER]) and asked.reference == BLOCK
-    assert asked.asked() == [USER] and asked.encoded_reference(chat) == rows[0]
+    assert asked.asked == [USER] and asked.encoded_reference(chat) == rows[0]
     with pytest.raises(UserError, match="field tools"):
         read_prompt_rows([file], None, None)

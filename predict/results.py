@@ -1,0 +1,150 @@
+"""The results of a prediction: predictions.jsonl, scores.json, a first look on the terminal, the model card."""
+
+from __future__ import annotations
+
+import json
+from collections import Counter
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy
+
+from novelgpt.inference.generation import Answer
+from novelgpt.model.card import SCORES, code, read_card, table, write_card
+from novelgpt.scoring.summary import reference_scores
+from novelgpt.settings.atomic_files import atomic_write, hash_file
+from novelgpt.settings.terminal import counted, say
+from predict.predictions import Prediction
+from predict.rows import PromptRow
+from predict.score import score_predictions, write_scores
+
+SHOWN_ANSWERS = 2
+SHOWN_CHARACTERS = 160
+CARD_COLUMNS = ["rows of", "rows", "rouge-1", "rouge-2", "rouge-l", "bleu4_char", "rep4_char", "perplexity", "stopped"]
+CARD_NOTE = "By `predict`, whose scores.json has all scores with their definitions, intervals and settings."
+
+
+@dataclass
+class AnsweredRow:
+    """A row and its answer, thoughts separated from the texts of both sides.
+
+    Attributes:
+        row: the question.
+        answer: to it.
+        thought: of the answer; "" for none.
+        text: the answer without it.
+        reference_thought: of the reference.
+        reference: the reference without it.
+    """
+
+    row: PromptRow
+    answer: Answer
+
+    def __post_init__(self) -> None:
+        self.thought, self.text = self.row.split_answer(self.answer)
+        self.reference_thought, self.reference = self.row.split_reference()
+
+
+def write_results(
+    answered: Sequence[AnsweredRow], sums: numpy.ndarray, settings: Mapping[str, Any], known: int, folder: Path
+) -> dict[str, Any]:
+    """Write predictions.jsonl and the scores, and print the first answers.
+
+    Args:
+        answered: the rows.
+        sums: [rows, 3] of each reference under the model, as `row_sums` returns them; 0 for none.
+        settings: further entries of scores.json; "seconds" is the time of all but `known` answers.
+        known: number of answers from earlier, interrupted predictions.
+        folder: of both files.
+
+    Returns:
+        The content of scores.json.
+    """
+    atomic_write(folder / "predictions.jsonl", "".join(_line(one) + "\n" for one in answered))
+    for one in answered[:SHOWN_ANSWERS]:
+        _show(one)
+    predictions = [
+        Prediction(one.row.id, one.text, one.reference, one.row.scoring, one.answer.finish_reason) for one in answered
+    ]
+    of_the_model = {number: reference_scores(row) for number, row in enumerate(sums.tolist()) if row[1]}
+    answers = [one.answer for one in answered]
+    # The time of answers made before an interrupt is unknown, and some servers do not count tokens.
+    if not known and all(answer.completion_tokens or not answer.text for answer in answers):
+        tokens = sum(answer.completion_tokens for answer in answers)
+        settings = {**settings, "tokens_per_second": tokens / settings["seconds"]}
+    return write_scores(score_predictions(predictions, of_the_model), folder / "scores.json", settings)
+
+
+def _line(one: AnsweredRow) -> str:
+    line: dict[str, Any] = {
+        "id": one.row.id,
+        "prompt": one.row.prompt,
+        "reference": one.reference,
+        "prediction": one.text,
+        "finish_reason": one.answer.finish_reason,
+        "prompt_tokens": one.answer.prompt_tokens or len(one.row.prompt_ids),
+        "completion_tokens": one.answer.completion_tokens,
+    }
+    thoughts = {"reasoning": one.thought, "reference_reasoning": one.reference_thought}
+    line |= {name: value for name, value in thoughts.items() if value}
+    return json.dumps(line | one.row.scoring.fields(), ensure_ascii=False)
+
+
+def _show(one: AnsweredRow) -> None:
+    """Print an answer below the end of its prompt and the start of its reference."""
+
+    def start(text: str) -> str:
+        return text[:SHOWN_CHARACTERS].replace("\n", "⏎") + "…" * (len(text) > SHOWN_CHARACTERS)
+
+    prompt = one.row.prompt
+    end = "…" * (len(prompt) > SHOWN_CHARACTERS) + prompt[-SHOWN_CHARACTERS:].replace("\n", "⏎")
+    say(
+        f"row {one.row.id}",
+        f"  prompt        {end}",
+        *([f"  reference     {start(one.reference)}"] if one.reference else []),
+        f"  prediction    {start(one.text)}  ({one.answer.finish_reason}, "
+        f"{counted(one.answer.completion_tokens, 'token')})",
+    )
+
+
+def say_endings(answered: Sequence[AnsweredRow]) -> None:
+    """Say how many answers are only a thought, or ended neither by themselves nor at --max_new_tokens."""
+    if thoughts := sum(bool(one.thought) and not one.text for one in answered):
+        say(
+            f"{thoughts} of {len(answered)} answers are only a thought, and count as empty: raise --max_new_tokens; a "
+            "server that takes whole answers for thoughts needs no reasoning parser"
+        )
+    reasons = Counter(one.answer.finish_reason for one in answered)
+    for reason in sorted(reasons.keys() - {"stop", "length"}):
+        say(f"{reasons[reason]} of {len(answered)} answers ended with {reason!r}, according to the server")
+
+
+def add_scores_to_card(folder: Path, data_files: Sequence[str], scores: Mapping[str, Any]) -> None:
+    """Add a line to the scores of a model's card, replacing an earlier one for the same rows.
+
+    Nothing happens if the folder has no card, or one that was edited, or if rows came through a pipe, which cannot be
+    read again to name them.
+
+    Args:
+        folder: of the model.
+        data_files: whose rows were answered.
+        scores: content of scores.json.
+    """
+    card = read_card(folder)
+    if card is None or not all(Path(file).is_file() for file in data_files):
+        return
+    hashes = [(Path(file).name, hash_file(Path(file))[0]) for file in data_files]
+    names = ", ".join(f"{code(name)} sha256 {code(digest[:16])}" for name, digest in hashes)
+    cells = [f"{scores[name]:.4f}" if name in scores else "" for name in CARD_COLUMNS[2:]]
+    *head, line = table(CARD_COLUMNS, [[names, str(scores["rows"]), *cells]]).splitlines()
+    rows = line.split(" | ")[:2]
+    others = [row for row in card.sections.get(SCORES, "").splitlines()[4:] if row.split(" | ")[:2] != rows]
+    card.sections[SCORES] = "\n".join([CARD_NOTE, "", *head, *others, line])
+    if "rouge-l" in scores:
+        card.metadata["metrics"] = sorted({*card.metadata.get("metrics", []), "rouge"})
+    try:
+        write_card(folder, card)
+    except OSError as error:
+        say(f"the card of {folder} does not get the scores: {error.strerror or error}", style="yellow")
