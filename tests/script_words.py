@@ -40,5 +40,5 @@ def words_of(folder: Path, script: str, *words: str, **variables: str) -> list[s
     handed = taken.read_text(encoding="utf-8").split("\0")[:-1]
     if "novelgpt.launch.start" in handed:
         pipeline, *further = handed[handed.index("novelgpt.launch.start") + 1 :]
-        handed = plan_start(pipeline, further, environment, gpus=0).words
+        handed = plan_start(pipeline, further, environment, gpus=0).args
     return handed[len(handed) - handed[::-1].index("-m") :]

@@ -1,4 +1,4 @@
-"""The processes of this host: how they start, what becomes of them, how they end."""
+"""The processes of this host: how they start, fail and end."""
 
 from __future__ import annotations
 
@@ -13,18 +13,19 @@ from pathlib import Path
 from types import TracebackType
 
 from novelgpt.settings.given_ranks import LAUNCHED, stop_with_parent
+from novelgpt.settings.terminal import say, say_text
 
 TAIL_BYTES = 6000
 
 
 @dataclass(frozen=True)
-class Block:
-    """Which ranks a host has.
+class RankBlock:
+    """The ranks of a host.
 
     Attributes:
-        first_rank: number of its first.
+        first_rank: number of its first one.
         processes: how many it has.
-        world_size: how many there are on all hosts.
+        world_size: ranks of all hosts.
         address: of the first host, where the ranks meet.
         port: there.
         interface: network interface towards the other hosts; None on a single host, or where it is not known.
@@ -40,7 +41,7 @@ class Block:
     grouped: bool = True
 
     def environment(self, local_rank: int) -> dict[str, str]:
-        """What torch.distributed, accelerate and DeepSpeed read.
+        """Return the variables that torch.distributed, accelerate and DeepSpeed read.
 
         DeepSpeed's own launcher sets LOCAL_SIZE besides. On a CPU, each rank then takes 66 MB of shared memory for sums
         that only inference uses, and leaves it behind in /dev/shm when it ends.
@@ -61,7 +62,7 @@ class Block:
 
 @dataclass(frozen=True)
 class Failure:
-    """A rank, or a whole host, that ended as it should not.
+    """A rank, or a host, that has failed.
 
     Attributes:
         who: "rank 1 (node2)".
@@ -81,14 +82,12 @@ class Failure:
         return self.status if self.status > 0 else 128 - self.status
 
     def weight(self) -> int:
-        """The cause weighs least: where a rank is killed or refuses its settings, others fail for lack of it."""
-        if self.status < 0:
-            return 0
-        return 1 if self.status == 2 else 2
+        """Order failures, the cause first: where one rank is killed or refuses its settings, the others fail, too."""
+        return 0 if self.status < 0 else 1 if self.status == 2 else 2
 
     def explain(self) -> tuple[str, str]:
-        """Cause and remedy, a line each."""
-        again = "the same command goes on from the newest checkpoint"
+        """Return cause and remedy, one line each."""
+        again = "the same command resumes from the newest checkpoint"
         if self.status == -signal.SIGKILL:
             return (
                 f"{self.who} was killed by SIGKILL",
@@ -108,23 +107,30 @@ class Failure:
         return f"{self.who} ended with exit status {self.status}", f"mend what the lines above say; {again}"
 
 
+def show_tail(failure: Failure) -> None:
+    """Show what a rank printed last, where that is not on the terminal."""
+    if failure.tail:
+        say(f"--- {failure.who} printed last:", stderr=True)
+        say_text(f"{failure.tail}\n---", stderr=True)
+
+
 class Ranks:
     """The running processes of this host. Leaving the context kills what is left of them.
 
-    Rank 0 prints on the terminal. The others print into files under `logs`, so that nothing is said twice; the end of
+    Rank 0 prints on the terminal. The others print into files under `logs`, so that nothing is shown twice; the end of
     such a file is shown where its rank fails.
     """
 
     def __init__(
         self,
-        block: Block,
-        words: Sequence[str],
+        block: RankBlock,
+        args: Sequence[str],
         environment: Mapping[str, str],
         host: str,
         logs: Path,
         of_first: Mapping[str, str],
     ) -> None:
-        """Start them; rank 0 has the variables `of_first` as well."""
+        """Start them; rank 0 gets the variables `of_first` as well."""
         self.host = host
         self.first_rank = block.first_rank
         self.logs = [logs / f"rank-{block.first_rank + local}.log" for local in range(block.processes)]
@@ -135,7 +141,7 @@ class Ranks:
             variables = further | dict(environment) | block.environment(local)
             first = block.first_rank + local == 0
             variables |= of_first if first else {}
-            self.processes.append(_start(words, variables, None if first else self.logs[local]))
+            self.processes.append(_start(args, variables, None if first else self.logs[local]))
 
     def __enter__(self) -> Ranks:
         return self
@@ -146,11 +152,11 @@ class Ranks:
         self.kill()
 
     def running(self) -> bool:
-        """Whether one of them still runs."""
+        """Whether one of them is still running."""
         return any(process.poll() is None for process in self.processes)
 
     def newly_ended(self) -> list[Failure]:
-        """Those that ended since the last call, but for those that ended well."""
+        """Return those that have failed since the last call."""
         found = []
         for local, process in enumerate(self.processes):
             status = process.poll()
@@ -165,13 +171,13 @@ class Ranks:
         return found
 
     def send(self, number: int) -> None:
-        """Hand a signal on."""
+        """Forward a signal."""
         for process in self.processes:
             if process.poll() is None:
                 process.send_signal(number)
 
     def kill(self) -> None:
-        """End them at once, with the processes that they started."""
+        """Kill them, with the processes that they started."""
         for process in self.processes:
             if process.poll() is None:
                 _kill_session(process.pid)
@@ -179,11 +185,11 @@ class Ranks:
             process.wait()
 
 
-def _start(words: Sequence[str], environment: Mapping[str, str], log: Path | None) -> subprocess.Popen[bytes]:
-    command = [sys.executable, "-u", "-m", *words]
+def _start(args: Sequence[str], environment: Mapping[str, str], log: Path | None) -> subprocess.Popen[bytes]:
+    command = [sys.executable, "-u", "-m", *args]
     output = None if log is None else log.open("wb")
     try:
-        # A session of its own: Ctrl-C in the terminal reaches the launcher alone, which hands it on once.
+        # A session of its own: Ctrl-C in the terminal reaches the launcher alone, which forwards it once.
         return subprocess.Popen(
             command, env=dict(environment), stdin=subprocess.DEVNULL, stdout=output,
             stderr=None if output is None else subprocess.STDOUT, start_new_session=True,
@@ -203,5 +209,5 @@ def _tail(path: Path) -> str:
     with path.open("rb") as file:
         file.seek(max(0, path.stat().st_size - TAIL_BYTES))
         lines = file.read().decode("utf-8", "replace").split("\n")
-    # Of a progress bar, which returns to the begin of its line, what stood there last.
+    # Of a progress bar, which returns to the start of its line, the last state.
     return "\n".join(line.rstrip("\r").rpartition("\r")[2] for line in lines).strip()

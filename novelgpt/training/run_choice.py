@@ -87,8 +87,8 @@ def choose(run: TrainingRun, data: Callable[[], list[DataSource]], take: Callabl
         UserError: the folder that the user named holds another run, or none of its checkpoints is intact.
     """
     attempt = this_attempt()
-    if attempt.told.folder is not None:  # of the previous start, by the same launcher
-        run = with_training(run, output_dir=attempt.told.folder, overwrite_output_dir=False, resume=None)
+    if attempt.record.folder is not None:  # of the previous start, by the same launcher
+        run = with_training(run, output_dir=attempt.record.folder, overwrite_output_dir=False, resume=None)
     named = run.training.resume_from_checkpoint
     if str(named).lower() in ("true", "false"):
         run, named = with_training(run, resume=str(named).lower() == "true"), None
@@ -112,7 +112,7 @@ def choose(run: TrainingRun, data: Callable[[], list[DataSource]], take: Callabl
             where = error.filename or training.output_dir or OUTPUT
             raise UserError(f"{where} cannot be read: {error.strerror}", "choose another --output_dir") from error
         # A previous start may have got further; checkpoints beyond what it reached are older than the run.
-        further = attempt.told.folder and checkpoint is not None and step_of(checkpoint) <= attempt.told.reached
+        further = attempt.record.folder and checkpoint is not None and step_of(checkpoint) <= attempt.record.reached
         if named and not further:
             checkpoint = _named_checkpoint(candidate, Path(named))
         if training.resume and checkpoint is None:

@@ -83,7 +83,7 @@ def test_a_script_and_its_command_start_the_same(name: str, tmp_path: Path) -> N
     module = COMMANDS[name].module
     assert words_of(tmp_path, SCRIPTS[module], "--seed", "1", MODEL="m") == [module, "--model", "m", "--seed", "1"]
     done = typed(name, "--seed", "1", folder=tmp_path, NPROC="none")
-    assert (done.returncode, done.stderr.splitlines()[0]) == (2, "error: NPROC=none is no number of processes")
+    assert (done.returncode, done.stderr.splitlines()[0]) == (2, "error: NPROC=none is not a number of processes")
 
 
 @pytest.mark.parametrize(

@@ -74,7 +74,7 @@ def test_a_fault_of_the_data_is_not_tried_three_times(runs: Runs, tmp_path: Path
     command, folder = runs.commands["lora"], tmp_path / "run"
     status, printed = launch(command, folder, tmp_path / "log", {"0": [4, 2, 2]})
     assert status == 137, printed[-4000:]
-    assert "not started again: the same fault as before, after step 3: it would come again\n" in printed
+    assert "not restarted: the same fault as before, after step 3: it would recur\n" in printed
     described = json.loads((folder / "run.json").read_text(encoding="utf-8"))
     assert len(described["restarts"]) == 1
     assert (described["gave_up"]["step"], described["gave_up"]["signal"]) == (3, "SIGKILL")

@@ -16,10 +16,9 @@ from pathlib import Path
 
 import pytest
 
-from novelgpt.launch.door import Door
-from novelgpt.launch.frames import Fault, Link
+from novelgpt.launch.first_host import Listener
 from novelgpt.launch.hosts import local_addresses
-from novelgpt.launch.messages import Welcome
+from novelgpt.launch.messages import Link, LinkFault, Welcome
 from novelgpt.launch.secret import GivenSecret
 from novelgpt.settings.errors import UserError
 from tests.hostile_launchers import HELLO, NESTED, Wire, flood, hostile, join, silent
@@ -171,7 +170,7 @@ def answer(listener: socket.socket, greet: Callable[[bytes], bytes]) -> None:
 IMPOSTORS: dict[str, Callable[[bytes], bytes]] = {
     "has another secret": lambda greeting: greeting,
     "runs another version": lambda greeting: greeting[:8] + struct.pack("!H", 4) + greeting[10:],
-    "is no launcher": lambda greeting: b"HTTP/1.1 400 Bad Request\r\n\r\n",
+    "is not a launcher": lambda greeting: b"HTTP/1.1 400 Bad Request\r\n\r\n",
 }
 
 
@@ -187,7 +186,7 @@ def test_what_does_not_know_the_secret_is_no_first_host(why: str, tmp_path: Path
 def test_several_hosts_without_a_secret_are_refused(tmp_path: Path) -> None:
     status, _, errors = launch(tmp_path, WORK, *on_two_hosts(free_port(), 0, 1), SECRET_FILE="")
     assert status == 2
-    assert errors.splitlines()[0] == "error: several hosts need a secret, by which they know each other"
+    assert errors.splitlines()[0] == "error: several hosts need a secret, by which they authenticate each other"
     command = errors.partition("(")[2].partition(")")[0]
     (tmp_path / "secret").unlink()
     subprocess.run(["bash", "-c", f"({command})"], cwd=tmp_path, check=True)
@@ -249,7 +248,7 @@ def test_on_all_interfaces_it_listens_for_hosts_of_both_kinds_of_addresses() -> 
     if not local_addresses("::"):
         pytest.skip("there is no IPv6 here")
     port = free_port()
-    with contextlib.closing(Door("nowhere.invalid", port, SECRET)) as door:
+    with contextlib.closing(Listener("nowhere.invalid", port, SECRET)) as door:
         for name in ("127.0.0.1", "::1"):
             with socket.create_connection((name, port)) as connection:
                 while not select.select([connection], [], [], 0)[0]:
@@ -258,14 +257,14 @@ def test_on_all_interfaces_it_listens_for_hosts_of_both_kinds_of_addresses() -> 
 
 
 def test_the_first_host_waits_for_nobody_who_does_not_read(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("novelgpt.launch.frames.SEND_SECONDS", PATIENCE)
+    monkeypatch.setattr("novelgpt.launch.messages.SEND_SECONDS", PATIENCE)
     ends = socket.socketpair()
     first, member = (Link(end, SECRET, first=end is ends[0]) for end in ends)
     while not (first.greeted and member.greeted):
         assert first.receive() == member.receive() == []
     while first.fault is None:
         first.send(Welcome())
-    assert first.fault is Fault.GONE
+    assert first.fault is LinkFault.GONE
     first.close()
     told = member.receive()
     while member.fault is None:

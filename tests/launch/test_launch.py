@@ -16,7 +16,7 @@ from pathlib import Path
 import psutil
 import pytest
 
-from novelgpt.launch.hosts import Place, first_host, read_hostfile, slurm_place
+from novelgpt.launch.hosts import HostPlan, first_host, read_hostfile, slurm_plan
 from novelgpt.settings.errors import UserError
 from tests.launched import OF_LAUNCHERS, PATIENCE, ROOT
 
@@ -237,13 +237,13 @@ def test_first_host_of_a_slurm_list() -> None:
 def test_a_slurm_task_becomes_the_launcher_of_its_host() -> None:
     task = {"SLURM_STEP_NUM_NODES": "2", "SLURM_STEP_NUM_TASKS": "2", "SLURM_PROCID": "1", "SLURM_JOB_ID": "4711"}
     task |= {"SLURM_STEP_NODELIST": "gpu[03-04]", "SLURM_STEP_ID": "0"}
-    place = slurm_place(task, 8)
+    place = slurm_plan(task, 8)
     assert (place.host, place.hosts, place.processes, place.address) == (1, 2, 8, "gpu03")
-    assert slurm_place(task | {"SLURM_PROCID": "0"}, 8).port == place.port
+    assert slurm_plan(task | {"SLURM_PROCID": "0"}, 8).port == place.port
     with pytest.raises(UserError, match="8 Slurm tasks on 2 hosts"):
-        slurm_place(task | {"SLURM_STEP_NUM_TASKS": "8"}, 1)
-    with pytest.raises(UserError, match="no step of a Slurm job"):
-        slurm_place({}, 1)
+        slurm_plan(task | {"SLURM_STEP_NUM_TASKS": "8"}, 1)
+    with pytest.raises(UserError, match="not a step of a Slurm job"):
+        slurm_plan({}, 1)
 
 
 @pytest.mark.parametrize(
@@ -258,13 +258,13 @@ def test_a_line_of_a_hostfile_that_is_none_is_named(line: str, tmp_path: Path) -
 
 def test_more_processes_than_a_host_has_use_for_are_refused_before_any_starts() -> None:
     with pytest.raises(UserError, match="1000000 processes on one host are too many"):
-        Place(0, 1, 1_000_000, "127.0.0.1", 20000)
+        HostPlan(0, 1, 1_000_000, "127.0.0.1", 20000)
 
 
 def test_the_only_host_of_a_hostfile_is_this_one(tmp_path: Path) -> None:
     (tmp_path / "hosts").write_text("user@192.0.2.1 slots=1\n", encoding="utf-8")
     status, output, errors = launch(tmp_path, "print('trained')", "--hostfile", "hosts")
     assert (status, output) == (2, "")
-    assert "begins with user@192.0.2.1, which is not this host\n  fix: " in errors
+    assert "starts with user@192.0.2.1, which is not this host\n  fix: " in errors
     (tmp_path / "hosts").write_text(f"{socket.gethostname()} slots=1\n", encoding="utf-8")
     assert launch(tmp_path, "print('trained')", "--hostfile", "hosts")[:2] == (0, "trained\n")

@@ -79,7 +79,7 @@ def test_examples_for_platforms_are_yaml_that_starts_a_pipeline(page: str) -> No
         pipeline = COMMANDS[command].module
         given = {entry["name"]: entry.get("value", "") for entry in container["env"]}
         operator = {"WORLD_SIZE": "2", "RANK": "1", "MASTER_ADDR": "novelgpt-master-0", "MASTER_PORT": "23456"}
-        started = plan_start(pipeline, words, operator | given, gpus=8).words
+        started = plan_start(pipeline, words, operator | given, gpus=8).args
         assert started[:4] == ["-m", "novelgpt.launch", "--processes", "8"]
         assert " --hosts 2 --host 1 finetune --deepspeed_by_default " in " ".join(started)
         assert "zero2.json" in " ".join(started)

@@ -47,7 +47,7 @@ def starts(folder: Path) -> int:
 def test_a_killed_rank_starts_all_again_until_they_end_well(tmp_path: Path) -> None:
     """Each start goes on in the folder that the first one has begun, and is told of those before it."""
     script = COUNT + (
-        "json.dump([attempt.told.folder, attempt.told.reached], open(f'told-{start}-{rank}', 'w'))\n"
+        "json.dump([attempt.record.folder, attempt.record.reached], open(f'told-{start}-{rank}', 'w'))\n"
         "if rank == 0: attempt.begin(Path('run').absolute(), None); attempt.reach(10 + start)\n"
         "Path('run', f'checkpoint-{start + 9}').mkdir(parents=True, exist_ok=True)\n"
         "if rank == 0: json.dump(attempt.restarts(None), open('restarts', 'w'))\n"
@@ -81,21 +81,21 @@ def test_a_killed_rank_starts_all_again_until_they_end_well(tmp_path: Path) -> N
         ("if rank == 1: die(-signal.SIGTERM)", 143, f"rank 1 ({THIS}) was killed by SIGTERM"),
         ("if rank == 0: attempt.reach(3); open(f'told-{start}', 'w')\n"
          "if rank == 1: wait_for(f'told-{start}'); die(-9)", 137,
-         "not started again: the same fault as before, after step 3"),
+         "not restarted: the same fault as before, after step 3"),
         pytest.param(
-            "if rank == 1: die(7)", 7, "not started again: the same fault as before, before training began",
+            "if rank == 1: die(7)", 7, "not restarted: the same fault as before, before training began",
             marks=pytest.mark.long,
         ),
         pytest.param(
             "if rank == 0: attempt.reach(start); open(f'told-{start}', 'w')\n"
             "if rank == 1: wait_for(f'told-{start}'); die(7)", 7,
-            "not started again: 1 restart made, and none is left", marks=pytest.mark.long,
+            "not restarted: 1 restart made, and none is left", marks=pytest.mark.long,
         ),
     ],
     ids=["an error of use", "a rank that stops", "SIGTERM", "the same step", "before the first step", "too often"],
 )  # fmt: skip
 def test_what_is_not_started_again(ending: str, status: int, words: str, tmp_path: Path) -> None:
-    repeats = "not started again" in words
+    repeats = "not restarted" in words
     most = "1" if "none is left" in words else "3"
     script = f"{COUNT}{ending}{LACK}"
     ended, _, errors = launch(tmp_path, script, "--processes", "2", "--max_restarts", most)
@@ -128,7 +128,7 @@ def test_a_signal_between_two_starts_ends_the_run(number: signal.Signals, tmp_pa
         process.send_signal(number)
         assert process.wait(timeout=60) == 128 + number
         assert process.stderr.read() == (
-            f"stopped by {number.name} between two starts; the same command goes on from there\n"
+            f"stopped by {number.name} between two starts; the same command resumes from there\n"
         )
     assert starts(tmp_path) == 2
 
@@ -163,21 +163,21 @@ def test_a_single_process_heals_without_being_a_rank(tmp_path: Path) -> None:
 def test_what_is_no_number_of_restarts_is_refused(number: str, tmp_path: Path) -> None:
     status, _, errors = launch(tmp_path, COUNT, f"--max_restarts={number}")
     assert (status, len(errors.splitlines())) == (2, 2)
-    assert f"{number!r} is no number of restarts" in errors
+    assert f"{number!r} is not a number of restarts" in errors
     assert starts(tmp_path) == 0
 
 
 def test_the_script_refuses_what_is_no_number_of_restarts(tmp_path: Path) -> None:
     with Launched("pretrain", log=tmp_path / "log", variables={"MAX_RESTARTS": "two"}) as run:
         assert run.ends() == 2
-        assert run.text().startswith("error: MAX_RESTARTS=two is no number of restarts\n  fix: ")
+        assert run.text().startswith("error: MAX_RESTARTS=two is not a number of restarts\n  fix: ")
 
 
 def test_what_is_started_with_restarts() -> None:
     """A single process has a launcher then, as has the only process of one of several hosts; a rank has one already."""
     heals, meeting = {"MAX_RESTARTS": "3"}, {"MASTER_ADDR": "10.0.0.1", "MASTER_PORT": "29500"}
     launch = ["-m", "novelgpt.launch"]
-    assert plan_start("pretrain", ["--x"], heals, 0).words == [
+    assert plan_start("pretrain", ["--x"], heals, 0).args == [
         *launch,
         "--single",
         "--max_restarts",
@@ -185,11 +185,11 @@ def test_what_is_started_with_restarts() -> None:
         "pretrain",
         "--x",
     ]
-    assert plan_start("pretrain", [], heals | {"NPROC": "2"}, 0).words[:6] == [*launch, "--processes", "2", *HEALS[2:]]
+    assert plan_start("pretrain", [], heals | {"NPROC": "2"}, 0).args[:6] == [*launch, "--processes", "2", *HEALS[2:]]
     operator = meeting | {"RANK": "1", "WORLD_SIZE": "2"}
-    assert plan_start("pretrain", [], operator, 0).words[:2] == ["-m", "pretrain"]
-    assert plan_start("pretrain", [], heals | operator, 0).words[:6] == [*launch, "--processes", "1", *HEALS[2:]]
-    assert plan_start("pretrain", [], {"MAX_RESTARTS": "0"}, 0).words == ["-m", "pretrain"]
+    assert plan_start("pretrain", [], operator, 0).args[:2] == ["-m", "pretrain"]
+    assert plan_start("pretrain", [], heals | operator, 0).args[:6] == [*launch, "--processes", "1", *HEALS[2:]]
+    assert plan_start("pretrain", [], {"MAX_RESTARTS": "0"}, 0).args == ["-m", "pretrain"]
     with pytest.raises(UserError, match="has no effect: this rank was started by something else"):
         plan_start("pretrain", [], heals | operator | {"LOCAL_RANK": "0"}, 0)
 

@@ -97,7 +97,7 @@ def test_what_is_started(case: str) -> None:
     given, gpus, before, options, processes, further = TABLE[case]
     words = ["--learning_rate", "1e-4"]
     start = plan_start("finetune", words, given, gpus)
-    assert start.words == [*before, "finetune", *options, *words]
+    assert start.args == [*before, "finetune", *options, *words]
     assert start.variables == process_defaults(given, processes, gpus) | further
 
 
@@ -110,13 +110,13 @@ def test_threads_and_devices_that_the_user_has_settled_stay() -> None:
 
 def test_prediction_has_whole_weights_on_each_device() -> None:
     variables = {"NPROC": "2", "ZERO": "3", "OFFLOAD": "1", "MODEL": "m"}
-    assert plan_start("predict", ["--base"], variables, 0).words == [*LAUNCH, "2", "predict", "--model", "m", "--base"]
+    assert plan_start("predict", ["--base"], variables, 0).args == [*LAUNCH, "2", "predict", "--model", "m", "--base"]
 
 
 @pytest.mark.parametrize("word", ["--help", "-h", "--help_all"])
 def test_help_goes_through_whatever_the_variables_say(word: str) -> None:
     variables = A_RANK | {"NPROC": "many", "ZERO": "9", "MODEL": "m"}
-    assert plan_start("pretrain", ["--model", "x", word], variables, 2).words == [
+    assert plan_start("pretrain", ["--model", "x", word], variables, 2).args == [
         "-m",
         "pretrain",
         "--model",
@@ -128,22 +128,22 @@ def test_help_goes_through_whatever_the_variables_say(word: str) -> None:
 @pytest.mark.parametrize(
     ("variables", "cause"),
     [
-        ({"NPROC": "0"}, "NPROC=0 is no number of processes"),
-        ({"NPROC": "two"}, "NPROC=two is no number of processes"),
-        ({"NPROC": "10000"}, "NPROC=10000 is no number of processes"),
-        ({"NPROC": "9" * 5000}, "is no number of processes"),
-        ({"NPROC": "²"}, "NPROC=² is no number of processes"),
-        ({"NPROC_PER_NODE": "auto"}, "NPROC_PER_NODE=auto is no number of processes"),
-        ({"HOSTS": "-1"}, "HOSTS=-1 is no number of hosts"),
-        ({"NNODES": "2:4"}, "NNODES=2:4 is no number of hosts"),
-        ({"HOSTS": "2", "HOST": "first"}, "HOST=first is no number that a host has"),
+        ({"NPROC": "0"}, "NPROC=0 is not a number of processes"),
+        ({"NPROC": "two"}, "NPROC=two is not a number of processes"),
+        ({"NPROC": "10000"}, "NPROC=10000 is not a number of processes"),
+        ({"NPROC": "9" * 5000}, "is not a number of processes"),
+        ({"NPROC": "²"}, "NPROC=² is not a number of processes"),
+        ({"NPROC_PER_NODE": "auto"}, "NPROC_PER_NODE=auto is not a number of processes"),
+        ({"HOSTS": "-1"}, "HOSTS=-1 is not a number of hosts"),
+        ({"NNODES": "2:4"}, "NNODES=2:4 is not a number of hosts"),
+        ({"HOSTS": "2", "HOST": "first"}, "HOST=first is not a number of a host"),
         ({"NPROC": "2", "NPROC_PER_NODE": "4"}, "NPROC=2 and NPROC_PER_NODE=4 are two names of one number, and differ"),
         ({"HOSTS": "2", "NNODES": "4"}, "HOSTS=2 and NNODES=4 are two names of one number, and differ"),
         ({"HOSTS": "2", "HOST": "0", "NODE_RANK": "1"}, "HOST=0 and NODE_RANK=1 are two names of one number"),
-        ({"ZERO": "4"}, "ZERO=4 is no stage"),
+        ({"ZERO": "4"}, "ZERO=4 is not a stage"),
         ({"ZERO": "1", "OFFLOAD": "1"}, "OFFLOAD=1 has nothing to move at ZERO=1"),
         ({"OFFLOAD": "1"}, "OFFLOAD=1 needs DeepSpeed"),
-        ({"RANK": "1", "WORLD_SIZE": "2"}, "this is one of 2 hosts, and MASTER_ADDR is not set"),
+        ({"RANK": "1", "WORLD_SIZE": "2"}, "this is one of 2 hosts, but MASTER_ADDR is not set"),
     ],
 )
 def test_variables_that_cannot_be_are_named(variables: dict[str, str], cause: str) -> None:
@@ -155,15 +155,15 @@ def test_variables_that_cannot_be_are_named(variables: dict[str, str], cause: st
 @pytest.mark.parametrize(
     ("variables", "cause"),
     [
-        ({"NPROC": "3"}, "3 processes are asked for, and 2 GPUs in sight"),
-        (ALONE | MEETING | {"NPROC": "2"}, "2 processes are asked for, and RANK and WORLD_SIZE=1 say that this is the"),
+        ({"NPROC": "3"}, "3 processes are requested, and 2 GPUs visible"),
+        (ALONE | MEETING | {"NPROC": "2"}, "2 processes are requested, but by RANK and WORLD_SIZE=1 this is the only"),
     ],
 )
 def test_processes_that_there_cannot_be_are_refused(variables: dict[str, str], cause: str) -> None:
     with pytest.raises(UserError) as refusal:
         plan_start("finetune", [], variables, 2)
     assert cause in refusal.value.cause
-    assert plan_start("finetune", [], {"HOSTFILE": "hosts", "NPROC": "3"}, 2).words  # whose slots count
+    assert plan_start("finetune", [], {"HOSTFILE": "hosts", "NPROC": "3"}, 2).args  # whose slots count
 
 
 @pytest.mark.parametrize("pipeline", ["", "fine", "os"])
