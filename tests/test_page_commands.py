@@ -51,7 +51,7 @@ def parse(module: str, words: list[str]) -> None:
     """
     if module == "novelgpt.launch":
         options = importlib.import_module("novelgpt.launch.__main__")._parser()
-        module, *words = CommandParser.parse_known_args(options, words)[0].words
+        module, *words = CommandParser.parse_known_args(options, words)[0].args
     if module in PIPELINES:
         parse_arguments(typing.cast(Any, PIPELINES[module]), without_deepspeed(words))
     elif module == "novelgpt.doctor":
