@@ -23,13 +23,13 @@ from transformers.integrations import is_deepspeed_zero3_enabled
 
 from novelgpt.model.adapter_bases import extend_vocabulary
 from novelgpt.model.attention import PACKED_ATTENTION
-from novelgpt.model.folder_checks import ADAPTER_CONFIG, AdapterSettings, check_model_folder
+from novelgpt.model.folder_checks import ADAPTER_CONFIG, check_model_folder
 from novelgpt.model.hub import locate, runs_own_code
 from novelgpt.model.pickles import SAFE_SUFFIX, check_no_pickles
 from novelgpt.model.weight_files import stored_tensors, weight_files
 from novelgpt.settings.arguments import ModelArguments
 from novelgpt.settings.errors import UserError, reason_of
-from novelgpt.settings.parsed_files import check_fields, read_object
+from novelgpt.settings.parsed_files import read_object
 from novelgpt.settings.remedies import pip_install, python_module
 from novelgpt.settings.terminal import counted, gigabytes
 
@@ -241,7 +241,7 @@ def adapter_base(folder: str) -> str | None:
     if not config.is_file():
         return None
     check_model_folder(Path(folder))
-    base = check_fields(AdapterSettings, read_object(config), str(config)).base_model_name_or_path
+    base: str | None = read_object(config).get("base_model_name_or_path")
     if base is None:
         raise UserError(f"{config} names no base: base_model_name_or_path", "copy the adapter's folder again")
     return base
