@@ -1,15 +1,15 @@
-"""The configuration of Baichuan and Baichuan2, which says what the original one leaves to be guessed."""
+"""The configuration of Baichuan and Baichuan2, with the settings that the original leaves implicit."""
 
 from typing import Any, Literal
 
 from huggingface_hub.dataclasses import strict
 from transformers import PreTrainedConfig
 
-# By these the original checkpoints differ, whose config.json names neither positions nor head.
+# How to tell the original checkpoints apart, whose config.json names neither positions nor head.
 FIRST_ARCHITECTURE = "BaiChuanForCausalLM"
 ROPE_WIDTH = 4096
 NORM_HEAD_VOCABULARY = 125696
-# Positions of all four models, for a config.json that says nothing.
+# Positions of all four models, for a config.json without them.
 POSITIONS = 4096
 
 
@@ -18,13 +18,13 @@ class BaichuanConfig(PreTrainedConfig):
     """Sizes and kinds of a Baichuan model; the defaults are Baichuan2-7B's.
 
     Attributes:
-        max_position_embeddings: tokens that the model was trained on; where there is none (0), `model_max_length`, as
-            the 13B files call it.
+        max_position_embeddings: tokens of the longest training rows; if 0, `model_max_length`, its name in the 13B
+            files.
         position_embedding: "rope" or "alibi"; None infers it from the sizes, which fails for tiny models.
         norm_head: whether logits are divided by the norms of the head's rows; None infers it from the vocabulary,
             which fails once that was resized. Both are saved.
         rope_theta: base of the rotary frequencies.
-        z_loss_weight: of the mean squared largest logit in the training loss that the model itself computes.
+        z_loss_weight: of the mean squared max logit in the training loss that the model itself computes.
     """
 
     model_type = "baichuan"
@@ -50,11 +50,11 @@ class BaichuanConfig(PreTrainedConfig):
     z_loss_weight: float | int = 0.0
 
     def __post_init__(self, **others: Any) -> None:
-        """Settle what the file leaves open.
+        """Infer what the file leaves open.
 
         Args:
-            others: keys of the file that are no fields. Those of remote code are dropped: a saved `auto_map` would
-                point at files that are not there, and the 13B files switch checkpointing on by a tuple that is true.
+            others: keys of the file that are not fields. Those of remote code are dropped: a saved `auto_map` would
+                point at missing files, and the 13B files enable checkpointing through a tuple, which is truthy.
         """
         for name in ("auto_map", "gradient_checkpointing"):
             others.pop(name, None)

@@ -1,6 +1,6 @@
 """Baichuan and Baichuan2, 7B and 13B, as one model: rotary or ALiBi positions, a plain or a normalised head.
 
-Tensors have the names of the published checkpoints. One forward serves training and evaluation alike.
+Tensors have the names of the published checkpoints. Training and evaluation share one forward.
 """
 
 from __future__ import annotations
@@ -12,11 +12,11 @@ import torch
 from torch import nn
 from torch.nn import functional
 from transformers import Cache, DynamicCache, GenerationMixin, PreTrainedModel, initialization
-from transformers.activations import ACT2FN
 from transformers.masking_utils import create_causal_mask
 from transformers.modeling_layers import GradientCheckpointingLayer
 from transformers.modeling_outputs import BaseModelOutputWithPast, CausalLMOutputWithPast
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS, slice_logits_to_keep
+from transformers.models.qwen2.modeling_qwen2 import Qwen2MLP, Qwen2RMSNorm
 from transformers.utils import can_return_tuple
 from transformers.utils.generic import merge_with_config_defaults
 from transformers.utils.output_capturing import capture_outputs
@@ -25,42 +25,12 @@ from novelgpt.model.attention import PACKED_ATTENTION
 from novelgpt.model.baichuan.configuration import BaichuanConfig
 from novelgpt.model.baichuan.positions import alibi_mask, alibi_slopes, rotary_factors, rotate
 
-# Row norms of a head are at least this, so that rows of zeros have zeros for logits.
+# Lower bound of row norms, so that rows of zeros give logits of zero.
 SMALLEST_NORM = 1e-12
 
 
-class BaichuanRMSNorm(nn.Module):
-    """x / sqrt(mean(x²) + eps), made in fp32, times a weight (arXiv:1910.07467)."""
-
-    def __init__(self, width: int, eps: float) -> None:
-        super().__init__()
-        self.weight = nn.Parameter(torch.ones(width))
-        self.eps = eps
-
-    def forward(self, states: torch.Tensor) -> torch.Tensor:
-        """[..., width] -> the same."""
-        exact = states.float()
-        exact = exact * torch.rsqrt(exact.square().mean(-1, keepdim=True) + self.eps)
-        return self.weight * exact.to(states.dtype)
-
-
-class BaichuanMLP(nn.Module):
-    """down(silu(gate(x)) * up(x)), without biases."""
-
-    def __init__(self, config: BaichuanConfig) -> None:
-        super().__init__()
-        self.gate_proj = nn.Linear(config.hidden_size, config.intermediate_size, bias=False)
-        self.up_proj = nn.Linear(config.hidden_size, config.intermediate_size, bias=False)
-        self.down_proj = nn.Linear(config.intermediate_size, config.hidden_size, bias=False)
-        self.act_fn = ACT2FN[config.hidden_act]
-
-    def forward(self, states: torch.Tensor) -> torch.Tensor:
-        """[..., hidden_size] -> the same."""
-        return self.down_proj(self.act_fn(self.gate_proj(states)) * self.up_proj(states))
-
-
 class BaichuanAttention(nn.Module):
-    """Attention whose queries, keys and values are made by one matrix, as in the checkpoints."""
+    """Attention with one projection for queries, keys and values, as in the checkpoints."""
 
     def __init__(self, config: BaichuanConfig, layer_idx: int) -> None:
         super().__init__()
@@ -84,14 +54,14 @@ class BaichuanAttention(nn.Module):
         """Attend over [rows, tokens, hidden_size].
 
         Args:
-            states: what attends.
-            attention_mask: as the attention in use wants it, with ALiBi's biases unless `options` hold the slopes.
-            rotation: cosines and sines of rotary positions.
-            past_key_values: keys and values of earlier tokens, which get those of `states`.
-            options: for the attention in use, such as the borders of packed documents.
+            states: hidden states.
+            attention_mask: for the attention kernel in use, with ALiBi biases unless `options` hold the slopes.
+            rotation: cosines and sines of the rotary positions.
+            past_key_values: keys and values of earlier tokens; those of `states` are appended.
+            options: for the attention kernel, such as the boundaries of packed documents.
 
         Returns:
-            The same shape, and the weights if the attention in use tells them.
+            The same shape, and the attention weights if the kernel returns them.
         """
         shape = states.shape[:-1]
         packed = self.W_pack(states).view(*shape, 3, -1, self.head_dim)
@@ -115,10 +85,10 @@ def eager_attention_forward(
     dropout: float = 0.0,
     **options: Any,
 ) -> tuple[torch.Tensor, torch.Tensor]:
-    """Attention written out: the definition that the kernels are held to.
+    """Reference implementation of attention, against which the kernels are tested.
 
-    Scores are made in fp32, twice the memory and on GPUs several times the time of bf16: bf16 keeps three digits, too
-    few for the sum of a product and a bias in the hundreds.
+    Scores are computed in fp32, at twice the memory and on GPUs several times the time of bf16: the three digits of
+    bf16 are too few for the sum of a product and a bias in the hundreds.
     """
     with torch.autocast(query.device.type, enabled=False):
         scores = torch.matmul(query.float(), key.float().transpose(2, 3)) * scaling
@@ -130,14 +100,14 @@ def eager_attention_forward(
 
 
 class BaichuanLayer(GradientCheckpointingLayer):
-    """Attention and MLP, each on normalised states and added to them."""
+    """Attention and MLP with pre-normalisation and residual connections."""
 
     def __init__(self, config: BaichuanConfig, layer_idx: int) -> None:
         super().__init__()
         self.self_attn = BaichuanAttention(config, layer_idx)
-        self.mlp = BaichuanMLP(config)
-        self.input_layernorm = BaichuanRMSNorm(config.hidden_size, config.rms_norm_eps)
-        self.post_attention_layernorm = BaichuanRMSNorm(config.hidden_size, config.rms_norm_eps)
+        self.mlp = Qwen2MLP(config)  # type: ignore[arg-type]
+        self.input_layernorm = Qwen2RMSNorm(config.hidden_size, config.rms_norm_eps)
+        self.post_attention_layernorm = Qwen2RMSNorm(config.hidden_size, config.rms_norm_eps)
 
     def forward(self, states: torch.Tensor, **options: Any) -> torch.Tensor:
         """[rows, tokens, hidden_size] -> the same; options are those of BaichuanAttention."""
@@ -147,9 +117,9 @@ class BaichuanLayer(GradientCheckpointingLayer):
 
 
 class NormHead(nn.Linear):
-    """h · W_v / ||W_v||: each row of the vocabulary counts by its direction only, so no logit is beyond ||h||.
+    """h · W_v / ||W_v||: each row of the vocabulary only contributes its direction, so no logit exceeds ||h||.
 
-    A function of its weight and nothing else, in training and evaluation: nothing is kept, nothing is overwritten.
+    A pure function of its weight, in training and evaluation: nothing is cached or overwritten.
     """
 
     def __init__(self, in_features: int, out_features: int, **options: Any) -> None:
@@ -166,7 +136,7 @@ class NormHead(nn.Linear):
 
 
 class BaichuanPreTrainedModel(PreTrainedModel):
-    """What transformers reads about the models, and how weights begin."""
+    """Capabilities for transformers, and weight initialisation."""
 
     config: BaichuanConfig
     config_class = BaichuanConfig
@@ -182,11 +152,11 @@ class BaichuanPreTrainedModel(PreTrainedModel):
 
     def __init__(self, config: BaichuanConfig) -> None:
         if config.position_embedding == "alibi":
-            self._supports_flash_attn = False  # that package has biases of its own, which nothing here has tried
+            self._supports_flash_attn = False  # untested: that package has its own implementation of the biases
         super().__init__(config)
 
     def _init_weights(self, module: nn.Module) -> None:
-        """Touches `module`'s own weights only, unless they were loaded."""
+        """Initialises the module's own weights, unless they were loaded."""
         if isinstance(module, NormHead):
             initialization.kaiming_uniform_(module.weight, a=math.sqrt(5))
         else:
@@ -200,7 +170,7 @@ class BaichuanModel(BaichuanPreTrainedModel):
         super().__init__(config)
         self.embed_tokens = nn.Embedding(config.vocab_size, config.hidden_size, config.pad_token_id)
         self.layers = nn.ModuleList(BaichuanLayer(config, index) for index in range(config.num_hidden_layers))
-        self.norm = BaichuanRMSNorm(config.hidden_size, config.rms_norm_eps)
+        self.norm = Qwen2RMSNorm(config.hidden_size, config.rms_norm_eps)
         self.gradient_checkpointing = False
         self.post_init()
 
@@ -216,7 +186,7 @@ class BaichuanModel(BaichuanPreTrainedModel):
         use_cache: bool | None = None,
         **options: Any,
     ) -> BaseModelOutputWithPast:
-        """States of the last layer, [rows, tokens, hidden_size], normalised. Arguments are transformers' usual ones."""
+        """Normalised states of the last layer, [rows, tokens, hidden_size]. Arguments are transformers' usual ones."""
         if (input_ids is None) == (inputs_embeds is None):
             raise ValueError("give either input_ids or inputs_embeds")
         states = self.embed_tokens(input_ids) if inputs_embeds is None else inputs_embeds
@@ -251,16 +221,16 @@ class BaichuanModel(BaichuanPreTrainedModel):
         return BaseModelOutputWithPast(last_hidden_state=self.norm(states), past_key_values=past_key_values)
 
     def _biases_in_mask(self) -> bool:
-        """Whether ALiBi goes by the mask: all attentions take one, only the toolkit's own takes slopes."""
+        """Whether ALiBi is part of the mask: every kernel takes one, only the toolkit's own takes slopes."""
         return self.config.position_embedding == "alibi" and self.config._attn_implementation != PACKED_ATTENTION
 
     def _biased(
         self, mask: torch.Tensor | None, slopes: torch.Tensor, places: torch.Tensor, states: torch.Tensor
     ) -> torch.Tensor:
-        """The mask with biases, one for all layers, by places in the row: padding and position_ids change nothing.
+        """The mask with biases for all layers, by places in the row, whatever the padding and position_ids.
 
-        It takes 4 bytes for each head, query and key. Kernels on CUDA want it in the number format of the queries:
-        biases rounded to bf16 are within 0.4 % of themselves, which moves less than 0.1 % of the attention.
+        It takes 4 bytes per head, query and key. CUDA kernels need it in the dtype of the queries: rounding to bf16
+        changes biases by at most 0.4 %, which moves less than 0.1 % of the attention.
         """
         if mask is None:
             raise ValueError(f"ALiBi's biases need a mask, which {self.config._attn_implementation} does not take")
@@ -279,8 +249,8 @@ class BaichuanForCausalLM(BaichuanPreTrainedModel, GenerationMixin):
         super().__init__(config)
         self.model = BaichuanModel(config)
         self.vocab_size = config.vocab_size
-        head = NormHead if config.norm_head else _plain_head
-        self.lm_head = head(config.hidden_size, config.vocab_size)
+        sizes = config.hidden_size, config.vocab_size
+        self.lm_head = NormHead(*sizes) if config.norm_head else nn.Linear(*sizes, bias=False)
         self.post_init()
 
     @can_return_tuple
@@ -298,7 +268,7 @@ class BaichuanForCausalLM(BaichuanPreTrainedModel, GenerationMixin):
     ) -> CausalLMOutputWithPast:
         """Logits, [rows, tokens, vocab_size]; with labels the mean cross-entropy in nats.
 
-        In training, a `z_loss_weight` above 0 adds its part; the loss of evaluation is the cross-entropy alone.
+        In training, a `z_loss_weight` above 0 adds the z-loss; the evaluation loss is the cross-entropy alone.
         """
         outputs = self.model(
             input_ids=input_ids,
@@ -324,7 +294,7 @@ class BaichuanForCausalLM(BaichuanPreTrainedModel, GenerationMixin):
         )
 
     def _get_resized_lm_head(self, old_lm_head: nn.Linear, *sizes: Any, **options: Any) -> nn.Linear:
-        """A NormHead stays one; transformers would put a plain layer in its place, with the same weights."""
+        """Keeps a NormHead; transformers would replace it by a plain layer with the same weights."""
         resized = super()._get_resized_lm_head(old_lm_head, *sizes, **options)
         if not isinstance(old_lm_head, NormHead) or isinstance(resized, NormHead):
             return resized
@@ -333,16 +303,12 @@ class BaichuanForCausalLM(BaichuanPreTrainedModel, GenerationMixin):
         return head
 
 
-def _plain_head(in_features: int, out_features: int) -> nn.Linear:
-    return nn.Linear(in_features, out_features, bias=False)
-
-
 def _z_loss(
     logits: torch.Tensor, labels: torch.Tensor, num_items_in_batch: torch.Tensor | int | None
 ) -> torch.Tensor:  # fmt: skip
-    """Mean squared largest logit of all positions that predict, trained or not, as in the original.
+    """Mean squared max logit of all positions that predict a token, trained or not, as in the original.
 
-    Where the number of items of a whole step is told, it is the sum of the trained ones over that number, which adds up
+    With the number of items of a whole step, it is the sum over trained positions divided by that number, which adds up
     over micro-batches.
     """
     squares = logits[:, :-1].float().amax(-1).square()

@@ -1,4 +1,4 @@
-"""How Baichuan tells places in a row: rotary positions in the 7B models, ALiBi in the 13B ones."""
+"""Position encodings of Baichuan: rotary in the 7B models, ALiBi in the 13B ones."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from novelgpt.model.baichuan.configuration import BaichuanConfig
 def rotary_factors(config: BaichuanConfig, position_ids: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
     """Cosines and sines of rotary positions (arXiv:2104.09864), [rows, 1, tokens, head_dim / 2] fp32.
 
-    Made anew each time: there is no tensor beside the weights that loading on the meta device could leave empty.
+    Recomputed each time: a buffer beside the weights could be left empty by loading on the meta device.
     """
     size = config.hidden_size // config.num_attention_heads
     steps = torch.arange(0, size, 2, dtype=torch.float32, device=position_ids.device) / size
@@ -21,14 +21,14 @@ def rotary_factors(config: BaichuanConfig, position_ids: torch.Tensor) -> tuple[
 
 
 def rotate(states: torch.Tensor, cosines: torch.Tensor, sines: torch.Tensor) -> torch.Tensor:
-    """Turn [rows, heads, tokens, head_dim], in fp32: dimension i together with dimension i + head_dim / 2."""
+    """Rotate [rows, heads, tokens, head_dim] in fp32: dimension i together with dimension i + head_dim / 2."""
     first, second = states.float().chunk(2, -1)
     turned = torch.cat([first * cosines - second * sines, second * cosines + first * sines], -1)
     return turned.to(states.dtype)
 
 
 def alibi_slopes(heads: int) -> torch.Tensor:
-    """What a key's score falls by for each token of distance, by head: [heads] fp32 (arXiv:2108.12409).
+    """How much the score of a key falls per token of distance: [heads] fp32 (arXiv:2108.12409).
 
     A power of two p of heads has 2^(-8 (i + 1) / p); of the heads beyond the largest such p, the j-th has
     2^(-4 (2 j + 1) / p).
@@ -40,12 +40,12 @@ def alibi_slopes(heads: int) -> torch.Tensor:
 
 
 def alibi_mask(slopes: torch.Tensor, places: torch.Tensor, mask: torch.Tensor) -> torch.Tensor:
-    """[rows, heads, tokens, keys] fp32: what is added to scores, slope * (j - i) where a key is seen.
+    """[rows, heads, tokens, keys] fp32, added to scores: slope * (j - i) for visible keys.
 
     Args:
         slopes: [heads].
         places: [tokens] of the queries; keys are counted from 0.
-        mask: [rows, 1, tokens, keys], whether a key is seen, or what is added to its score.
+        mask: [rows, 1, tokens, keys], whether a key is visible, or what is added to its score.
     """
     if mask.dtype == torch.bool:
         mask = torch.zeros(mask.shape, device=mask.device).masked_fill(~mask, torch.finfo(torch.float32).min)
