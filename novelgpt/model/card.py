@@ -1,8 +1,8 @@
-"""README.md beside weights: a model card as the Hugging Face hub reads it, which the toolkit writes and users may edit.
+"""Model cards: README.md beside weights, as the Hugging Face hub reads it; the toolkit writes it, users may edit it.
 
-A card ends with a comment that holds the hash of all before it. One whose hash is not right was edited, and one without
-the comment is another's: neither is ever written over. Whatever comes from outside stands in code spans, of which
-nothing can break out: no name begins a line, a heading, a link or a block of metadata.
+A card ends with a comment that holds the hash of everything before it. If the hash does not match, a user has edited
+it; without the comment, it is not the toolkit's. Neither is ever overwritten. Text from outside is put into code spans,
+so that no name can start a line, a heading, a link or a metadata block.
 """
 
 from __future__ import annotations
@@ -28,18 +28,42 @@ from novelgpt.settings.paths import EMBEDDED_BASE, TINY
 from novelgpt.settings.terminal import one_line
 
 CARD = "README.md"
-MOST_CHARACTERS = 300
-# A card takes some kilobytes; what is larger is not the toolkit's.
-MOST_BYTES = 1_000_000
-# Of metadata of other origin, so that reading it takes no time.
-MOST_METADATA = 20_000
-# Known to transformers by this toolkit alone.
+MAX_CHARACTERS = 300
+# Cards take some kilobytes; larger files are not the toolkit's.
+MAX_BYTES = 1_000_000
+# Of metadata from elsewhere, which YAML may take long to parse.
+MAX_METADATA = 20_000
+# Only known to transformers through this toolkit.
 OWN_ARCHITECTURES = ("baichuan", "qwen")
 SCORES = "Scores"
 _COMMENT = "novelgpt card, sha256 {}: edit what you like, and it stays as you left it"
-_MARK = re.compile(rf"\n<!-- {_COMMENT.format('([0-9a-f]{64})')} -->\n")
+_SIGNATURE = re.compile(rf"\n<!-- {_COMMENT.format('([0-9a-f]{64})')} -->\n")
 _METADATA = re.compile(r"---\n(.*?)\n---\n", re.DOTALL)
 _LICENSE = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]{0,60}")
+
+
+_REGISTER = "import novelgpt.model  # makes the architecture known; from a checkout of NovelGPT\n\n"
+_TEMPLATE = """messages = [{"role": "user", "content": "你好"}]
+prompt = tokenizer.apply_chat_template(messages, add_generation_prompt=True, tokenize=False)
+"""
+_USE = """```python
+import torch
+{peft}from transformers import AutoModelForCausalLM, AutoTokenizer
+
+{register}folder = "."  # this folder, or its name on the hub
+tokenizer = AutoTokenizer.from_pretrained(folder)
+{load}
+{template}inputs = tokenizer({prompt}, add_special_tokens=False, return_tensors="pt")
+with torch.inference_mode():
+    answer = model.generate(**inputs, max_new_tokens=256)
+print(tokenizer.decode(answer[0, inputs["input_ids"].shape[1] :], skip_special_tokens=True))
+```
+
+With NovelGPT, answers to rows and their scores:
+
+```bash
+novelgpt predict --model path/to/this/folder --data_files my_test.jsonl
+```"""
 
 
 @dataclass
@@ -47,9 +71,9 @@ class Card:
     """A model card.
 
     Attributes:
-        metadata: of its head, plain values.
-        title: Markdown in a line.
-        sections: Markdown by heading; "" is what stands below the title. No line of them begins with "## ".
+        metadata: front matter, plain values.
+        title: one line of Markdown.
+        sections: Markdown by heading; "" is the text below the title. No line of them starts with "## ".
     """
 
     metadata: dict[str, Any]
@@ -57,7 +81,7 @@ class Card:
     sections: dict[str, str] = field(default_factory=dict)
 
     def text(self) -> str:
-        """The whole file."""
+        """The content of the file."""
         head = yaml.safe_dump(self.metadata, allow_unicode=True, sort_keys=False, width=1000)
         parts = [f"---\n{head}---\n\n# {self.title}\n"]
         parts += [f"\n## {name}\n\n{body}\n" if name else f"\n{body}\n" for name, body in self.sections.items()]
@@ -67,37 +91,38 @@ class Card:
 
 
 def read_card(folder: Path) -> Card | None:
-    """The card of a folder, where the toolkit wrote it and nobody has changed it since; else None."""
-    path = folder / CARD
-    try:
-        if not path.is_file() or path.stat().st_size > MOST_BYTES:
-            return None
-        text = path.read_bytes().decode()
-    except (OSError, UnicodeDecodeError):
+    """Read the card of a folder; None unless the toolkit wrote it and nobody has changed it since."""
+    text = _read(folder)
+    signature = _SIGNATURE.search(text)
+    if signature is None or signature.end() != len(text):
         return None
-    mark = _MARK.search(text)
-    if mark is None or mark.end() != len(text):
-        return None
-    text = text[: mark.start()]
+    text = text[: signature.start()]
     head = _METADATA.match(text)
-    if head is None or hashlib.sha256(text.encode()).hexdigest() != mark[1]:
+    if head is None or hashlib.sha256(text.encode()).hexdigest() != signature[1]:
         return None
     title, *parts = text[head.end() :].split("\n## ")
     name, _, lead = title.strip("\n").removeprefix("# ").partition("\n")
-    sections = {"": lead.strip("\n")} | {
-        heading: body.strip("\n") for heading, _, body in (part.partition("\n") for part in parts)
-    }
-    return Card(yaml.safe_load(head[1]), name, sections)
+    bodies = {heading: body.strip("\n") for heading, _, body in (part.partition("\n") for part in parts)}
+    return Card(yaml.safe_load(head[1]), name, {"": lead.strip("\n")} | bodies)
+
+
+def _read(folder: Path) -> str:
+    """README.md of a folder; "" if it is missing, too large or not text."""
+    path = folder / CARD
+    try:
+        return path.read_bytes().decode() if path.is_file() and path.stat().st_size <= MAX_BYTES else ""
+    except (OSError, UnicodeDecodeError):
+        return ""
 
 
 def may_write_card(folder: Path) -> bool:
-    """Whether a folder has no README.md, or one that the toolkit wrote and nobody has changed; it makes no links."""
+    """Whether a folder has no README.md, or an unchanged one of the toolkit, which is never a link."""
     path = folder / CARD
     return not path.is_symlink() and (not path.exists() or read_card(folder) is not None)
 
 
 def write_card(folder: Path, card: Card) -> bool:
-    """Write the card of a folder, whole; False where it has a README.md of someone else's, which stays.
+    """Write the card of a folder; return False if it has a README.md of someone else, which is kept.
 
     Raises:
         OSError: it cannot be written.
@@ -109,27 +134,27 @@ def write_card(folder: Path, card: Card) -> bool:
 
 
 def code(text: object) -> str:
-    """A code span in a line.
+    """Format text as an inline code span.
 
     >>> code("a`b")
     '``a`b``'
     """
     shown = one_line(str(text)).replace("\t", " ").strip() or "(empty)"
-    if len(shown) > MOST_CHARACTERS:
-        shown = shown[:MOST_CHARACTERS] + " …"
+    if len(shown) > MAX_CHARACTERS:
+        shown = shown[:MAX_CHARACTERS] + " …"
     fence = "`" * (1 + max((len(run) for run in re.findall("`+", shown)), default=0))
     pad = " " if shown.startswith("`") or shown.endswith("`") else ""
     return f"{fence}{pad}{shown}{pad}{fence}"
 
 
 def table(header: Sequence[str], rows: Iterable[Sequence[str]]) -> str:
-    """A table of Markdown. Within it, a bar would end a cell, in code spans too."""
+    """Format a Markdown table. A bar ends a cell even within a code span, so it is escaped."""
     lines = [[cell.replace("|", r"\|") for cell in line] for line in (header, ["---"] * len(header), *rows)]
     return "\n".join(f"| {' | '.join(line)} |" for line in lines)
 
 
 def hub_name(model: str) -> str | None:
-    """A model's name as the hub has it; None of folders."""
+    """The name of a model on the hub; None for a folder."""
     try:
         validate_repo_id(model)
     except HFValidationError:
@@ -138,18 +163,18 @@ def hub_name(model: str) -> str | None:
 
 
 def shown_name(model: str) -> str:
-    """How a card names a model: no path of the machine that it lay on."""
+    """The name of a model in a card, without paths of this machine."""
     return TINY if model == str(EMBEDDED_BASE) else hub_name(model) or Path(model).name
 
 
 def base_metadata(base: str, relation: str, hub: str | None = None) -> dict[str, Any]:
-    """What the head of a card says of the base, as far as it is known: its name on the hub, and its license.
+    """Front matter about the base: its name on the hub and its license, if they are known.
 
     Args:
-        base: folder or hub name. Of a folder, its own card may name the model that it was made of, which is a base of
-            full weights, too, but none that an adapter can be put on.
+        base: folder or hub name. The card of a folder may name the model it was made from; that is also the base of
+            full weights, but not of an adapter.
         relation: finetune or adapter.
-        hub: where names are looked up; those of another hub stand for nothing on Hugging Face's.
+        hub: where names are looked up; names of another hub mean nothing on Hugging Face's.
     """
     named = {} if hub_name(base) else _metadata_of(Path(base))
     name = hub_name(base) if hub != "modelscope" else None
@@ -164,62 +189,51 @@ def base_metadata(base: str, relation: str, hub: str | None = None) -> dict[str,
 
 
 def base_identity(base: str, folder: Path) -> str:
-    """A line about the base of the adapter or model in `folder`: its name, and the hash of its weights if known."""
+    """One line about the base of the adapter or model in `folder`: its name, and the hash of its weights if known."""
     line = f"Base: {code(shown_name(base))}"
     try:
-        print_ = read_object(folder / BASE_RECORD).get("fingerprint") if (folder / BASE_RECORD).is_file() else None
-    except UserError:
-        print_ = None
-    return line + (f", fingerprint of its weights {code(print_)}" if isinstance(print_, str) else "")
+        fingerprint = read_object(folder / BASE_RECORD).get("fingerprint")
+    except UserError:  # missing or damaged
+        return line
+    return line + (f", fingerprint of its weights {code(fingerprint)}" if isinstance(fingerprint, str) else "")
 
 
 def use_section(adapter: bool, base: str, architecture: str, chat: bool) -> str:
-    """How to load the weights, in Python and by the toolkit.
+    """How to load the weights in Python, and how to use them with the toolkit.
 
     Args:
         adapter: whether the folder holds an adapter.
-        base: its base, or what was trained.
+        base: its base, or the model that was trained.
         architecture: model_type of its configuration.
-        chat: whether it answers, or goes on with a text.
+        chat: whether it answers, or continues a text.
     """
-    name = json.dumps(hub_name(base) or "path/to/the/base")
-    lines = ["import torch"]
-    lines += ["from peft import PeftModel"] if adapter else []
-    lines += ["from transformers import AutoModelForCausalLM, AutoTokenizer", ""]
-    if architecture in OWN_ARCHITECTURES:
-        lines += ["import novelgpt.model  # makes the architecture known; from a checkout of NovelGPT", ""]
-    lines += ['folder = "."  # this folder, or its name on the hub']
-    lines += ["tokenizer = AutoTokenizer.from_pretrained(folder)"]
     if adapter:
-        lines += [f'base = AutoModelForCausalLM.from_pretrained({name}, dtype="auto")']
-        lines += ["model = PeftModel.from_pretrained(base, folder)"]
+        name = json.dumps(hub_name(base) or "path/to/the/base")
+        load = f'base = AutoModelForCausalLM.from_pretrained({name}, dtype="auto")\n'
+        load += "model = PeftModel.from_pretrained(base, folder)"
     else:
-        lines += ['model = AutoModelForCausalLM.from_pretrained(folder, dtype="auto")']
-    prompt = '"第一章"'
-    if chat:
-        prompt = "prompt"
-        lines += ['messages = [{"role": "user", "content": "你好"}]']
-        lines += ["prompt = tokenizer.apply_chat_template(messages, add_generation_prompt=True, tokenize=False)"]
-    lines += [f'inputs = tokenizer({prompt}, add_special_tokens=False, return_tensors="pt")']
-    lines += ["with torch.inference_mode():", "    answer = model.generate(**inputs, max_new_tokens=256)"]
-    lines += ['print(tokenizer.decode(answer[0, inputs["input_ids"].shape[1] :], skip_special_tokens=True))']
-    python = "\n".join(lines)
-    command = "novelgpt predict --model path/to/this/folder --data_files my_test.jsonl"
-    return f"```python\n{python}\n```\n\nWith NovelGPT, answers to rows and their scores:\n\n```bash\n{command}\n```"
+        load = 'model = AutoModelForCausalLM.from_pretrained(folder, dtype="auto")'
+    return _USE.format(
+        peft="from peft import PeftModel\n" if adapter else "",
+        register=_REGISTER if architecture in OWN_ARCHITECTURES else "",
+        load=load,
+        template=_TEMPLATE if chat else "",
+        prompt="prompt" if chat else '"第一章"',
+    )
 
 
 def write_derived_card(folder: Path, name: str, source: str, made: str, base: str, architecture: str) -> None:
-    """Write the card of full weights that were made of other weights: merged or converted.
+    """Write the card of full weights that were merged or converted from other weights.
 
-    What the source's card says of its training holds for them, too; scores are taken anew.
+    The training sections of the source's card are kept; scores are not.
 
     Args:
-        folder: that holds them.
-        name: that it will have.
-        source: folder or hub name of what they were made of.
-        made: what was done, Markdown in a sentence.
-        base: what the source was trained on; of what no card tells the training, the source itself.
-        architecture: model_type of what was made.
+        folder: of the new weights.
+        name: its final name.
+        source: folder or hub name of the weights they were made from.
+        made: what was done, one sentence of Markdown.
+        base: what the source was trained on; without a card of the training, the source itself.
+        architecture: model_type of the new weights.
 
     Raises:
         OSError: it cannot be written.
@@ -239,13 +253,12 @@ def write_derived_card(folder: Path, name: str, source: str, made: str, base: st
 
 
 def _metadata_of(folder: Path) -> dict[str, Any]:
-    """What the head of a folder's README.md says, whoever wrote it; {} where there is none that can be read."""
+    """Front matter of a folder's README.md, whoever wrote it; {} if there is none."""
+    head = _METADATA.match(_read(folder).replace("\r\n", "\n"))
+    if head is None or len(head[1]) > MAX_METADATA:
+        return {}
     try:
-        path = folder / CARD
-        if not path.is_file() or path.stat().st_size > MOST_BYTES:
-            return {}
-        head = _METADATA.match(path.read_text(encoding="utf-8"))
-        found = yaml.safe_load(head[1]) if head and len(head[1]) <= MOST_METADATA else None
-    except (OSError, ValueError, RecursionError, yaml.YAMLError):
+        found = yaml.safe_load(head[1])
+    except (ValueError, RecursionError, yaml.YAMLError):
         return {}
     return found if isinstance(found, dict) else {}
