@@ -1,8 +1,8 @@
-"""A full checkpoint on disk that computes what the model it was made from computed; shared by merging and exporting.
+"""Full checkpoints that compute the same as the model they were made from; used by merging and exporting.
 
-Three steps lie between the two: making the new weights (in fp32), rounding them to the type they are stored in, and
-writing and reading the files. The first and the last must change nothing beyond fp32 noise, and are held to a
-tolerance. What rounding costs is a property of the type, and is told apart from them.
+Three steps lie between the two: making the new weights (in fp32), rounding them to the stored type, and writing and
+reading the files. The first and the last must not change anything beyond fp32 noise, and are held to a tolerance. The
+error of rounding depends on the type, and is reported separately.
 """
 
 from __future__ import annotations
@@ -41,19 +41,14 @@ from novelgpt.text.templates import RECORD, template_record
 PROMPTS = ("你好", "请写一段关于海的文字。", "论文标题：基于深度学习的图像去噪方法", "第一章 雨夜")
 ANSWER_TOKENS = 16
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16}
-# For the parsers of the commands that write checkpoints.
-DTYPE_CHOICES = ("auto", *DTYPES)
-DTYPE_HELP = "type of the stored weights; auto: that of the weights they are made from [default: auto]"
-TOLERANCE_HELP = "largest difference of a logit, not counting what rounding to the stored type costs"
-SHARD_HELP = "largest weight file [default: 5GB]"
 PICKLES_HELP = "read weights from pickles (.bin) where there are no safetensors; tensors only"
-# Rounding that moves logits by more than this share of what an adapter moves them by is worth a warning.
+# A rounding error above this share of the adapter's own effect on the logits deserves a warning.
 NOTABLE_SHARE = 0.1
 
 
 @dataclass
 class Outputs:
-    """What a model makes of PROMPTS.
+    """What a model computes for PROMPTS.
 
     prompts: token ids; logits: [tokens, vocabulary] of each prompt, fp32; answers: greedy tokens after each.
     """
@@ -64,11 +59,11 @@ class Outputs:
 
 
 @dataclass
-class Written:
-    """A checkpoint that was written and not read again yet.
+class StoredCheckpoint:
+    """A checkpoint that was written and is not verified yet.
 
-    expected: outputs of what it was made from; logits: of the weights as stored; making, rounding: largest differences
-    of a logit by making the weights and by rounding them; dtype: of the stored weights.
+    expected: outputs of the model it was made from; logits: of the weights as stored; making, rounding: max difference
+    of a logit from making the weights and from rounding them; dtype: of the stored weights.
     """
 
     expected: Outputs
@@ -78,28 +73,23 @@ class Written:
     dtype: torch.dtype
 
 
-def read_export_words(program: str, description: str, architecture: str, argv: list[str] | None) -> argparse.Namespace:
-    """The command line of an export: `checkpoint`, `output`, and what is asked of the files."""
-    parser = CommandParser(prog=program, description=description)
+def add_checkpoint_options(parser: argparse.ArgumentParser) -> None:
+    """Add the options of the commands that write checkpoints."""
     parser.add_argument(
-        "checkpoint", type=from_home, help="folder or hub name of a full checkpoint; merge adapters first"
-    )
-    parser.add_argument("output", type=Path, help=f"new folder for the {architecture}")
-    parser.add_argument("--tolerance", type=float, default=1e-3, help=f"{TOLERANCE_HELP} [default: 0.001]")
-    parser.add_argument("--dtype", choices=DTYPE_CHOICES, default="auto", help=DTYPE_HELP)
-    parser.add_argument("--max_shard_size", default="5GB", help=SHARD_HELP)
+        "--tolerance", type=float, default=1e-3,
+        help="max difference of a logit, not counting the rounding to the stored type [default: 0.001]",
+    )  # fmt: skip
+    parser.add_argument(
+        "--dtype", choices=("auto", *DTYPES), default="auto",
+        help="type of the stored weights; auto: that of the weights they are made from [default: auto]",
+    )  # fmt: skip
+    parser.add_argument("--max_shard_size", default="5GB", help="max size of a weight file [default: 5GB]")
     parser.add_argument("--allow_pickles", action="store_true", help=PICKLES_HELP)
-    return parser.parse_args(argv)
-
-
-def chosen_dtype(name: str, source: Path) -> torch.dtype:
-    """Of --dtype; for "auto", the type in which the weights of the folder `source` are stored."""
-    return stored_dtype(source) if name == "auto" else DTYPES[name]
 
 
 @torch.inference_mode()
 def outputs_of(model: torch.nn.Module, tokenizer: PreTrainedTokenizerBase, ends: list[int]) -> Outputs:
-    """Logits and greedy answers of a model in evaluation mode; adapters too.
+    """Compute logits and greedy answers of a model, with or without an adapter, in evaluation mode.
 
     Args:
         model: one that generates.
@@ -122,16 +112,16 @@ def outputs_of(model: torch.nn.Module, tokenizer: PreTrainedTokenizerBase, ends:
 
 @torch.inference_mode()
 def logits_of(model: torch.nn.Module, prompts: list[list[int]]) -> list[torch.Tensor]:
-    """[tokens, vocabulary] of each prompt, fp32."""
+    """Compute [tokens, vocabulary] of each prompt, fp32."""
     return [model(input_ids=torch.tensor([prompt])).logits[0].float() for prompt in prompts]
 
 
-def largest_difference(left: list[torch.Tensor], right: list[torch.Tensor]) -> float:
-    """Between logits of the same prompts; infinite where they hold no numbers or differ in shape."""
+def max_difference(left: list[torch.Tensor], right: list[torch.Tensor]) -> float:
+    """Of logits of the same prompts; infinite if they contain NaN or differ in shape."""
     if any(a.shape != b.shape for a, b in zip(left, right, strict=True)):
         return float("inf")
-    difference = max(float((a - b).abs().max()) for a, b in zip(left, right, strict=True))
-    return difference if difference == difference else float("inf")
+    differences = torch.stack([(a - b).abs().max() for a, b in zip(left, right, strict=True)])
+    return float("inf") if differences.isnan().any() else float(differences.max())
 
 
 def write_checkpoint(
@@ -140,25 +130,26 @@ def write_checkpoint(
     tokenizer: PreTrainedTokenizerBase,
     folder: Path,
     options: argparse.Namespace,
-    dtype: torch.dtype,
+    source: Path,
     architectures: list[str] | None = None,
-) -> Written:
-    """Save a model, in fp32 so far, with its tokenizer and every token that ends an answer.
+) -> StoredCheckpoint:
+    """Save a model with its tokenizer and every token that ends an answer.
 
     Args:
-        made: the model; its weights are rounded here, so it is of no further use.
-        expected: outputs of what it was made from.
+        made: the model, in fp32; its weights are rounded in place, so it is of no further use.
+        expected: outputs of the model it was made from.
         tokenizer: to be saved with it.
         folder: an empty one.
-        options: `tolerance` and `max_shard_size` of the command line.
-        dtype: of the stored weights.
-        architectures: names for config.json; None for the model's own class.
+        options: `tolerance`, `dtype` and `max_shard_size` of the command line.
+        source: folder of the weights it was made from, whose type is stored by `--dtype auto`.
+        architectures: names for config.json, by which other tools choose their class; None for the model's own class.
 
     Raises:
-        UserError: `made` computes something else than expected, or the disk is full.
+        UserError: `made` does not compute what is expected, or the disk is full.
     """
+    dtype = stored_dtype(source) if options.dtype == "auto" else DTYPES[options.dtype]
     logits = logits_of(made, expected.prompts)
-    making = largest_difference(expected.logits, logits)
+    making = max_difference(expected.logits, logits)
     _hold(making, options.tolerance, "the weights as they would be stored, before any rounding,")
     rounding = 0.0
     if dtype != torch.float32:
@@ -166,99 +157,138 @@ def write_checkpoint(
             for parameter in made.parameters():
                 parameter.copy_(parameter.to(dtype))
         exact, logits = logits, logits_of(made, expected.prompts)
-        rounding = largest_difference(exact, logits)
+        rounding = max_difference(exact, logits)
     made.generation_config = GenerationConfig(
         eos_token_id=answer_end_ids(made, tokenizer), pad_token_id=tokenizer.pad_token_id
     )
     made.config.use_cache = True  # off in models that are trained
     made.to(dtype)  # type: ignore[arg-type]
-    _check_space(made, folder)
+    needed = sum(parameter.numel() * parameter.element_size() for parameter in made.parameters())
+    free = shutil.disk_usage(folder).free
+    if needed > free:
+        raise UserError(
+            f"the checkpoint needs {needed / 1e9:.1f} GB, and {free / 1e9:.1f} GB are free on its disk",
+            "free some space, or name a folder on another disk",
+        )
     made.save_pretrained(folder, max_shard_size=options.max_shard_size)
     tokenizer.save_pretrained(folder)
     make_portable(folder)
     follow_umask(folder)
     if architectures is not None:
-        _name_architectures(folder, architectures)
-    return Written(expected, logits, making, rounding, dtype)
+        config = read_object(folder / "config.json") | {"architectures": architectures}
+        (folder / "config.json").write_text(json.dumps(config, indent=2) + "\n", encoding="utf-8")
+    return StoredCheckpoint(expected, logits, making, rounding, dtype)
 
 
 def compare_reloaded(
-    written: Written, model: ModelArguments, names: tuple[str, str], tolerance: float, effect: float | None = None
+    stored: StoredCheckpoint,
+    model: ModelArguments,
+    names: tuple[str, str],
+    tolerance: float,
+    effect: float | None = None,
 ) -> None:
-    """Load the checkpoint as anyone would, show its answers beside those expected, and the differences of the logits.
+    """Load the checkpoint like a user, and show its answers beside those expected, and the differences of the logits.
 
     Args:
-        written: what is known of it.
-        model: where it lies.
-        names: of what it was made from, and of itself.
-        tolerance: largest difference of a logit.
-        effect: by how much the adapter that was merged moves a logit; None where there was none.
+        stored: what is known of it.
+        model: where it is.
+        names: of the model it was made from, and of itself.
+        tolerance: max difference of a logit.
+        effect: by how much the merged adapter moves a logit; None without one.
 
     Raises:
-        UserError: it does not compute what it was made from.
+        UserError: it does not compute the same as the model it was made from.
     """
     tokenizer = load_tokenizer(model)
     loaded = load_model(model, tokenizer).eval()
-    found = outputs_of(loaded, tokenizer, answer_end_ids(loaded, tokenizer))
-    if found.prompts != written.expected.prompts:
+    expected, found = stored.expected, outputs_of(loaded, tokenizer, answer_end_ids(loaded, tokenizer))
+    if found.prompts != expected.prompts:
         raise UserError(
             "the saved tokenizer makes other prompts than the one it was saved from",
             "check the tokenizer's files beside the weights for settings of other versions",
         )
-    storing = largest_difference(written.logits, found.logits)
-    total = largest_difference(written.expected.logits, found.logits)
-    _print_answers(tokenizer, names, written.expected, found)
+    storing = max_difference(stored.logits, found.logits)
+    total = max_difference(expected.logits, found.logits)
+    table = Table(*(Column(name, overflow="fold") for name in ("prompt", *names, "token for token")))
+    for prompt, left, right in zip(PROMPTS, expected.answers, found.answers, strict=True):
+        common = len(os.path.commonprefix([left, right]))
+        # With end tokens, which are part of the comparison, and in one line.
+        shown = [str(tokenizer.decode(answer)).replace("\n", "⏎") for answer in (left, right)]
+        table.add_row(prompt, *shown, "equal" if left == right else f"{common} equal, then different")
+    make_console().print(table)
     say(f"largest difference of a logit, {names[0]} against {names[1]} as loaded from its files: {total:.1e}")
-    if written.dtype != torch.float32:
-        _print_rounding(written, effect)
-    _hold(max(written.making, storing), tolerance, f"the {names[1]} model's logits")
-    if written.rounding == 0:
-        _hold(total, tolerance, f"the {names[1]} model's logits")
-
-
-def read_full_config(model: ModelArguments) -> PreTrainedConfig:
-    """The configuration of a full checkpoint.
-
-    Raises:
-        UserError: it is an adapter, or what `read_config` raises.
-    """
-    if adapter_base(model.model) is not None:
-        raise UserError(
-            f"{model.model} is an adapter",
-            f"merge it first: {python_module('finetune_lora.merge ADAPTER OUTPUT')}, then take OUTPUT",
-        )
-    return read_config(model)
+    if stored.dtype != torch.float32:
+        name = str(stored.dtype).removeprefix("torch.")
+        say(f"  of which rounding to {name} makes {stored.rounding:.1e}, all else {stored.making:.1e}")
+        if effect:
+            share = stored.rounding / effect
+            say(f"  the adapter itself moves a logit by up to {effect:.1e}; rounding by {share:.1%} of that")
+            if share > NOTABLE_SHARE:
+                print_notes([f"{name} is coarse for this adapter: --dtype float32 keeps all of it, in more space"])
+    # Without rounding, the sum of both steps is held to the tolerance as well.
+    exact = total if stored.rounding == 0 else 0.0
+    _hold(max(stored.making, storing, exact), tolerance, f"the {names[1]} model's logits")
 
 
 def export_checkpoint(
-    words: argparse.Namespace,
+    program: str,
+    name: str,
+    argv: list[str] | None,
+    check: Callable[[PreTrainedConfig, str], None],
     convert: Callable[[PreTrainedModel], PreTrainedModel],
     convert_tokenizer: Callable[[PreTrainedTokenizerBase], PreTrainedTokenizerBase],
-    name: str,
-) -> None:
-    """Write the checkpoint of the command line as another architecture, and compare the two.
+) -> PreTrainedConfig:
+    """Write the checkpoint that a command line names as another architecture, and compare the two.
 
     Args:
-        words: `checkpoint`, `output`, `tolerance`, `dtype` and `max_shard_size` of the command line.
+        program: module of the command.
+        name: of the new architecture.
+        argv: of the command line.
+        check: raises a UserError for a configuration, named by the second argument, that cannot be converted.
         convert: the model, in fp32 and evaluation mode, -> the same function as another class. May use up its argument.
         convert_tokenizer: the tokenizer -> one of the same ids.
-        name: of the new architecture, to be shown.
+
+    Returns:
+        The configuration of the original.
 
     Raises:
         UserError: the two do not compute the same, or something cannot be read or written.
     """
-    source = ModelArguments(words.checkpoint, "sdpa", allow_pickles=words.allow_pickles)
-    with new_output_folder(words.output) as unfinished:
-        written = _write_converted(words, source, convert, convert_tokenizer, unfinished)
-        compare_reloaded(written, ModelArguments(str(unfinished), "sdpa"), ("original", name), words.tolerance)
+    parser = CommandParser(prog=f"python -m {program}", description=f"Exports a checkpoint as a {name}.")
+    parser.add_argument(
+        "checkpoint", type=from_home, help="folder or hub name of a full checkpoint; merge adapters first"
+    )
+    parser.add_argument("output", type=Path, help=f"new folder for the {name}")
+    add_checkpoint_options(parser)
+    args = parser.parse_args(argv)
+    source = ModelArguments(args.checkpoint, "sdpa", allow_pickles=args.allow_pickles)
+    if adapter_base(source.model) is not None:
+        raise UserError(
+            f"{source.model} is an adapter",
+            f"merge it first: {python_module('finetune_lora.merge ADAPTER OUTPUT')}, then take OUTPUT",
+        )
+    config = read_config(source)
+    check(config, args.checkpoint)
+    with new_output_folder(args.output) as folder:
+        tokenizer = load_tokenizer(source)
+        loaded = load_model(source, tokenizer).eval()
+        expected = outputs_of(loaded, tokenizer, answer_end_ids(loaded, tokenizer))
+        converted = convert(loaded)
+        stored = write_checkpoint(
+            converted, expected, convert_tokenizer(tokenizer), folder, args, base_folder(source.model)
+        )
+        del loaded, converted  # only one model is in memory at a time
+        exported = ModelArguments(str(folder), "sdpa")
+        compare_reloaded(stored, exported, ("original", name), args.tolerance)
         made = f"{code(shown_name(source.model))}, converted to {name} without further training."
-        exported = read_config(ModelArguments(str(unfinished), "sdpa")).model_type
-        write_derived_card(unfinished, words.output.name, source.model, made, source.model, exported)
-    say(f"exported to {words.output}")
+        model_type = read_config(exported).model_type
+        write_derived_card(folder, args.output.name, source.model, made, source.model, model_type)
+    say(f"exported to {args.output}")
+    return config
 
 
 def with_settings(tokenizer: PreTrainedTokenizerBase, like: PreTrainedTokenizerBase) -> PreTrainedTokenizerBase:
-    """A tokenizer of the same ids as `like`, given its chat template with the record, and its longest row."""
+    """Give a tokenizer of the same ids the chat template, its record and the max length of another one."""
     tokenizer.clean_up_tokenization_spaces = False
     tokenizer.model_max_length = like.model_max_length
     tokenizer.chat_template = like.chat_template
@@ -266,28 +296,12 @@ def with_settings(tokenizer: PreTrainedTokenizerBase, like: PreTrainedTokenizerB
     return tokenizer
 
 
-def _write_converted(
-    words: argparse.Namespace,
-    source: ModelArguments,
-    convert: Callable[[PreTrainedModel], PreTrainedModel],
-    convert_tokenizer: Callable[[PreTrainedTokenizerBase], PreTrainedTokenizerBase],
-    folder: Path,
-) -> Written:
-    """Write the converted checkpoint. No model is left in memory."""
-    tokenizer = load_tokenizer(source)
-    loaded = load_model(source, tokenizer).eval()
-    expected = outputs_of(loaded, tokenizer, answer_end_ids(loaded, tokenizer))
-    converted = convert_tokenizer(tokenizer)
-    dtype = chosen_dtype(words.dtype, base_folder(source.model))
-    return write_checkpoint(convert(loaded), expected, converted, folder, words, dtype)
-
-
 def vllm_notes(config: PreTrainedConfig) -> list[str]:
-    """What hinders vLLM from loading a checkpoint of this configuration, by the rules in vLLM's own loaders.
+    """What prevents vLLM from loading a checkpoint of this configuration, according to vLLM's own loaders.
 
-    vLLM 0.23 is the last release that knows Baichuan (removed in vllm-project/vllm pull request 46362) and Qwen v1
-    (45131). It takes RoPE for the name BaiChuanForCausalLM or a width of 4096, and normalises the head of a vocabulary
-    of 125696, whatever the configuration says.
+    vLLM 0.23 is the last release with Baichuan (removed in vllm-project/vllm pull request 46362) and Qwen v1 (45131).
+    It uses RoPE for the name BaiChuanForCausalLM or a width of 4096, and normalises the head for a vocabulary of
+    125696, whatever the configuration says.
     """
     if config.model_type == "qwen":
         way_out = f"{python_module('novelgpt.export.qwen2')} makes a Qwen2 of it"
@@ -309,57 +323,14 @@ def vllm_notes(config: PreTrainedConfig) -> list[str]:
 
 
 def print_notes(notes: list[str]) -> None:
-    """Limits of what was written, in yellow."""
+    """Print limits of what was written, in yellow."""
     for note in notes:
         say(note, style="yellow")
 
 
 def _hold(difference: float, tolerance: float, what: str) -> None:
-    if not difference <= tolerance:
+    if difference > tolerance:
         raise UserError(
             f"{what} differ by {difference:.2e} from those of what it was made from, above {tolerance:.0e}",
             "raise --tolerance if that is small enough for you; else please report it with the versions in use",
         )
-
-
-def _check_space(model: PreTrainedModel, folder: Path) -> None:
-    needed = sum(parameter.numel() * parameter.element_size() for parameter in model.parameters())
-    free = shutil.disk_usage(folder).free
-    if needed > free:
-        raise UserError(
-            f"the checkpoint needs {needed / 1e9:.1f} GB, and {free / 1e9:.1f} GB are free where it shall lie",
-            "free some space, or name a folder on another disk",
-        )
-
-
-def _name_architectures(folder: Path, architectures: list[str]) -> None:
-    """As in the checkpoint it was made from: other tools choose their class by this name."""
-    path = folder / "config.json"
-    config = read_object(path)
-    path.write_text(json.dumps(config | {"architectures": architectures}, indent=2) + "\n", encoding="utf-8")
-
-
-def _print_answers(
-    tokenizer: PreTrainedTokenizerBase, names: tuple[str, str], expected: Outputs, found: Outputs
-) -> None:
-    table = Table(*(Column(name, overflow="fold") for name in ("prompt", *names, "token for token")))
-    for prompt, left, right in zip(PROMPTS, expected.answers, found.answers, strict=True):
-        common = len(os.path.commonprefix([left, right]))
-        same = "equal" if left == right else f"{common} equal, then different"
-        table.add_row(prompt, *(_shown(tokenizer, answer) for answer in (left, right)), same)
-    make_console().print(table)
-
-
-def _shown(tokenizer: PreTrainedTokenizerBase, answer: list[int]) -> str:
-    """With end tokens, which are part of what is compared, and in one line."""
-    return str(tokenizer.decode(answer, skip_special_tokens=False)).replace("\n", "⏎")
-
-
-def _print_rounding(written: Written, effect: float | None) -> None:
-    name = str(written.dtype).removeprefix("torch.")
-    say(f"  of which rounding to {name} makes {written.rounding:.1e}, all else {written.making:.1e}")
-    if effect:
-        share = written.rounding / effect
-        say(f"  the adapter itself moves a logit by up to {effect:.1e}; rounding by {share:.1%} of that")
-        if share > NOTABLE_SHARE:
-            print_notes([f"{name} is coarse for this adapter: --dtype float32 keeps all of it, in more space"])

@@ -1,4 +1,4 @@
-"""A Qwen v1 as the Qwen2 that computes the same, which transformers and vLLM load without code for Qwen v1.
+"""Export of a Qwen v1 as the equivalent Qwen2, which transformers and vLLM load without code for Qwen v1.
 
     python -m novelgpt.export.qwen2 CHECKPOINT OUTPUT
 
@@ -7,40 +7,28 @@ LoRA adapters of the Qwen v1 fit the weights, but not their new names: merge the
 
 from __future__ import annotations
 
-from typing import cast
+from transformers import PreTrainedConfig, PreTrainedTokenizerBase, PreTrainedTokenizerFast
 
-from transformers import PreTrainedModel, PreTrainedTokenizerBase, PreTrainedTokenizerFast
-
-from novelgpt.export.full_checkpoint import (
-    export_checkpoint,
-    read_export_words,
-    read_full_config,
-    with_settings,
-)
+from novelgpt.export.full_checkpoint import export_checkpoint, with_settings
 from novelgpt.model.qwen1.configuration import QWenConfig
-from novelgpt.model.qwen1.modeling import QWenLMHeadModel, as_qwen2
+from novelgpt.model.qwen1.modeling import as_qwen2
 from novelgpt.model.qwen1.tokenization import QWenTokenizer
-from novelgpt.settings.arguments import ModelArguments
 from novelgpt.settings.errors import UserError, exit_on_user_error
 
 
 @exit_on_user_error
 def main(argv: list[str] | None = None) -> None:
     """Export the checkpoint that the command line names."""
-    program = "python -m novelgpt.export.qwen2"
-    words = read_export_words(program, "A Qwen v1 as a Qwen2.", "Qwen2", argv)
-    config = read_full_config(ModelArguments(words.checkpoint, "sdpa"))
+    export_checkpoint("novelgpt.export.qwen2", "Qwen2", argv, _check_is_qwen1, as_qwen2, _portable_tokenizer)
+
+
+def _check_is_qwen1(config: PreTrainedConfig, name: str) -> None:
     if not isinstance(config, QWenConfig):
-        raise UserError(f"{words.checkpoint} is a {config.model_type}, no Qwen v1", "later Qwens need no export")
-    export_checkpoint(words, _convert, _portable_tokenizer, "Qwen2")
-
-
-def _convert(model: PreTrainedModel) -> PreTrainedModel:
-    return as_qwen2(cast(QWenLMHeadModel, model))
+        raise UserError(f"{name} is a {config.model_type}, not a Qwen v1", "later Qwens need no export")
 
 
 def _portable_tokenizer(tokenizer: PreTrainedTokenizerBase) -> PreTrainedTokenizerBase:
-    """The same under a class that loads without this toolkit."""
+    """The same tokenizer as a class that loads without this toolkit."""
     if not isinstance(tokenizer, QWenTokenizer):
         return tokenizer
     settings = tokenizer.special_tokens_map

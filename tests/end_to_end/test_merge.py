@@ -230,8 +230,8 @@ def test_files_that_hold_something_else_are_found_whatever_rounding_costs(base_f
     tokenizer = load_tokenizer(source)
     model = load_model(source, tokenizer).eval()
     expected = outputs_of(model, tokenizer, end_token_ids(tokenizer))
-    options = Namespace(tolerance=1e-4, max_shard_size="5GB")
-    written = write_checkpoint(model, expected, tokenizer, tmp_path, options, torch.bfloat16)
+    options = Namespace(tolerance=1e-4, max_shard_size="5GB", dtype="bfloat16")
+    written = write_checkpoint(model, expected, tokenizer, tmp_path, options, base_folder)
     compare_reloaded(written, folder, ("original", "copy"), options.tolerance)
     assert written.rounding > 10 * options.tolerance
 

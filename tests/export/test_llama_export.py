@@ -118,7 +118,7 @@ def test_what_has_no_llama_is_refused(
     with pytest.raises(SystemExit) as stopped:
         export([str(source), str(tmp_path / "llama")])
     assert stopped.value.code == 2
-    message = {"13B": "ALiBi", "adapter": "is an adapter", "another model": "no Baichuan"}[kind]
+    message = {"13B": "ALiBi", "adapter": "is an adapter", "another model": "not a Baichuan"}[kind]
     assert message in capsys.readouterr().err
     assert not (tmp_path / "llama").exists()
 

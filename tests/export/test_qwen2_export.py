@@ -44,5 +44,5 @@ def test_another_model_is_refused(base_folder: Path, tmp_path: Path, capsys: pyt
     with pytest.raises(SystemExit) as stopped:
         export([str(base_folder), str(tmp_path / "qwen2")])
     assert stopped.value.code == 2
-    assert "no Qwen v1" in capsys.readouterr().err
+    assert "not a Qwen v1" in capsys.readouterr().err
     assert not (tmp_path / "qwen2").exists()

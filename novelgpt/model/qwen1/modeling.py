@@ -13,7 +13,7 @@ from typing import Any
 
 import torch
 from torch import nn
-from transformers import Qwen2Config, Qwen2ForCausalLM, Qwen2Model
+from transformers import PreTrainedModel, Qwen2Config, Qwen2ForCausalLM, Qwen2Model
 from transformers.core_model_loading import Chunk, WeightConverter, WeightRenaming, apply_renamings
 from transformers.models.qwen2.modeling_qwen2 import Qwen2MLP
 
@@ -102,11 +102,12 @@ def with_module_names(state_dict: Mapping[str, torch.Tensor]) -> dict[str, torch
     return renamed
 
 
-def as_qwen2(model: QWenLMHeadModel) -> Qwen2ForCausalLM:
-    """The same function as a Qwen2, which transformers and vLLM load without code of their own for Qwen v1.
+def as_qwen2(model: PreTrainedModel) -> Qwen2ForCausalLM:
+    """Convert to the equivalent Qwen2, which transformers and vLLM load without code for Qwen v1.
 
     The two share their tensors.
     """
+    assert isinstance(model, QWenLMHeadModel)
     config = model.config
     settings = Qwen2Config(
         vocab_size=config.vocab_size,
