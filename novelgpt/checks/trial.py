@@ -12,15 +12,12 @@ import os
 import subprocess
 import sys
 import time
-from collections.abc import Callable, Iterator, Sequence
-from contextlib import AbstractContextManager
+from collections.abc import Iterator, Sequence
 from dataclasses import asdict
 from functools import partial
 
 import psutil
 import torch
-from torch import nn
-from transformers import PreTrainedTokenizerBase
 
 from novelgpt.budget.auto_batch import cuda_peak
 from novelgpt.budget.memory import checkpointing_options, compute_dtype, optimizer_bytes
@@ -30,7 +27,6 @@ from novelgpt.checks.findings import Finding, first_case, run_check
 from novelgpt.checks.first_step import check_forward, check_gradients
 from novelgpt.checks.run import adapt, base_dtype, parse_run
 from novelgpt.model.loading import load_model
-from novelgpt.model.lora import base_model
 from novelgpt.model.loss import attach_chunked_loss
 from novelgpt.model.tokenizer import load_tokenizer
 from novelgpt.settings.paths import ROOT
@@ -95,21 +91,35 @@ def try_longest_batch(run: TrainingRun) -> Iterator[Finding]:
     qlora = isinstance(run, LoraRun) and run.lora.qlora
     base = load_model(run.model, tokenizer, base_dtype(run), qlora)
     model = adapt(run, base).to(device)
-    yield Finding(
-        "model", "ok", f"{type(base).__name__} loaded in {time.perf_counter() - begin:.0f} s, no weight missing"
-    )
-    base = base_model(model)
+    loaded = f"{type(base).__name__} loaded in {time.perf_counter() - begin:.0f} s, no weight missing"
+    yield Finding("model", "ok", loaded)
     if training.activation_checkpointing:
         base.activation_checkpointing_enable(**checkpointing_options(training))
     attach_chunked_loss(base, not changes_logits(base.config))
     dtype = compute_dtype(training)
     autocast = partial(torch.autocast, device.type, dtype=dtype, enabled=dtype is not None)
-    rows, tokens = training.per_device_train_batch_size, run.data.max_length
-    batch = _filled(worst_batch(rows, tokens, run.data.packing, device), tokenizer)
-    shape = f"{rows} x {counted(tokens, 'token')}"
+    tokens = run.data.max_length
+    batch = worst_batch(training.per_device_train_batch_size, tokens, run.data.packing, device)
+    ids = torch.tensor(encode(TEXT, tokenizer), device=device)
+    size = batch["input_ids"].numel()
+    batch["input_ids"] = ids.repeat(size // len(ids) + 1)[:size].reshape(batch["input_ids"].shape)
+    batch["labels"] = batch["input_ids"].clone()
+
+    def train() -> None:
+        model.train()
+        with check_gradients(model):
+            with autocast():
+                loss = model(**batch, num_items_in_batch=size).loss
+            loss.backward()
+
+    shape = f"{training.per_device_train_batch_size} x {counted(tokens, 'token')}"
     begin = time.perf_counter()
     try:
-        peak = (cuda_peak if device.type == "cuda" else _host_peak)(partial(_train, model, batch, autocast))
+        if device.type == "cuda":
+            peak, has = cuda_peak(train), torch.cuda.get_device_properties(device).total_memory
+        else:
+            train()
+            peak, has = psutil.Process().memory_info().rss, sys.maxsize  # what it holds, gradients included
         model.zero_grad()
         check_forward(model, batch, dtype or base_dtype(run), autocast)
     except torch.OutOfMemoryError:
@@ -121,34 +131,8 @@ def try_longest_batch(run: TrainingRun) -> Iterator[Finding]:
         f"{shape} on this {device.type}: forward, backward and evaluation pass in {time.perf_counter() - begin:.0f} s, "
         f"{gigabytes(peak)} with {gigabytes(states)} of optimizer to come"
     )
-    has = torch.cuda.get_device_properties(device).total_memory if device.type == "cuda" else float("inf")
     remedy = "--auto_batch, or --activation_checkpointing"
     yield first_case(NAME, text, (peak + states > has, "problem", f"{text}: more than the GPU has", remedy))
-
-
-def _train(
-    model: nn.Module, batch: dict[str, torch.Tensor], autocast: Callable[[], AbstractContextManager[object]]
-) -> None:
-    """Run a batch forward and backward, and check that each trained tensor gets a gradient."""
-    model.train()
-    with check_gradients(model):
-        with autocast():
-            loss = model(**batch, num_items_in_batch=batch["labels"].numel()).loss
-        loss.backward()
-
-
-def _filled(batch: dict[str, torch.Tensor], tokenizer: PreTrainedTokenizerBase) -> dict[str, torch.Tensor]:
-    """Return the batch filled with the tokens of a text, repeated."""
-    ids = torch.tensor(encode(TEXT, tokenizer), device=batch["input_ids"].device)
-    filled = ids.repeat(batch["input_ids"].numel() // len(ids) + 1)[: batch["input_ids"].numel()]
-    batch["input_ids"] = filled.reshape(batch["input_ids"].shape)
-    return batch | {"labels": batch["input_ids"].clone()}
-
-
-def _host_peak(run: Callable[[], None]) -> int:
-    """Return the bytes that the process holds after a step, gradients included."""
-    run()
-    return int(psutil.Process().memory_info().rss)
 
 
 def main(argv: Sequence[str] | None = None) -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import functools
 import os
 import re
@@ -30,6 +31,12 @@ MAX_FOLDERS = 10_000
 NAME = re.compile(r"checkpoint-[0-9]+")
 
 
+Take = Callable[[Path], Claim]
+"""Claims a folder, or only peeks at it; raises BlockingIOError where another process holds it."""
+Record = Callable[[], dict[str, Any]]
+"""Returns what run.json would hold; hashes the data when it is first called."""
+
+
 @dataclass(frozen=True)
 class Choice:
     """What a run starts from.
@@ -38,37 +45,17 @@ class Choice:
         run: with its folder and checkpoint settled.
         claim: of the folder.
         checkpoint: to resume from; None for a fresh start.
-        before: run.json of the run that the folder holds; None where it holds none.
+        resumed: run.json of the run that is resumed in its own folder; None for a fresh one.
     """
 
     run: TrainingRun
     claim: Claim
     checkpoint: Path | None
-    before: dict[str, Any] | None
-
-    @property
-    def resumed(self) -> dict[str, Any] | None:
-        """run.json of the run that is resumed in its own folder; None for a fresh one."""
-        return None if self.checkpoint is None else self.before
+    resumed: dict[str, Any] | None
 
 
 _Found = tuple[Claim, Path | None, dict[str, Any] | None]
-"""The fields of a choice that belong to a folder."""
-
-
-@dataclass(frozen=True)
-class _Candidate:
-    """A run that needs a folder.
-
-    Attributes:
-        run: as its command line says.
-        take: claims a folder, or only peeks at it; raises BlockingIOError where another process holds it.
-        record: returns what run.json would hold. Its data are hashed when this is first called.
-    """
-
-    run: TrainingRun
-    take: Callable[[Path], Claim]
-    record: Callable[[], dict[str, Any]]
+"""The folder, the checkpoint to resume from, and run.json of the run that is there."""
 
 
 def preview_run_folder(run: TrainingRun) -> TrainingRun:
@@ -80,7 +67,7 @@ def preview_run_folder(run: TrainingRun) -> TrainingRun:
     return choose(run, lambda: identify_data(run), peek).run
 
 
-def choose(run: TrainingRun, data: Callable[[], list[DataSource]], take: Callable[[Path], Claim]) -> Choice:
+def choose(run: TrainingRun, data: Callable[[], list[DataSource]], take: Take) -> Choice:
     """Choose a folder and claim it with `take`; decisions are made while it is held.
 
     Raises:
@@ -102,25 +89,26 @@ def choose(run: TrainingRun, data: Callable[[], list[DataSource]], take: Callabl
             on_error.callback(claim.release, unused=True)
             return claim
 
-        candidate = _Candidate(run, take_and_register, functools.cache(lambda: describe_run(run, data())))
+        record = functools.cache(lambda: describe_run(run, data()))
         try:
             if training.output_dir is None:
-                claim, checkpoint, before = _choose_unnamed(candidate, resumable=not named)
+                claim, checkpoint, before = _choose_unnamed(run, record, take_and_register, resumable=not named)
             else:
-                claim, checkpoint, before = _choose_named(candidate, training.output_dir)
+                claim, checkpoint, before = _choose_named(run, record, take_and_register, training.output_dir)
         except OSError as error:
             where = error.filename or training.output_dir or OUTPUT
             raise UserError(f"{where} cannot be read: {error.strerror}", "choose another --output_dir") from error
         # A previous start may have got further; checkpoints beyond what it reached are older than the run.
         further = attempt.record.folder and checkpoint is not None and step_of(checkpoint) <= attempt.record.reached
         if named and not further:
-            checkpoint = _named_checkpoint(candidate, Path(named))
+            checkpoint = _named_checkpoint(record, Path(named))
         if training.resume and checkpoint is None:
             raise UserError(f"{claim.folder} holds no checkpoint to resume from", "start without --resume")
         on_error.pop_all()
     if checkpoint is not None:
         say(f"resuming from {checkpoint}")
-    return Choice(settle(run, claim.folder, checkpoint), claim, checkpoint, before)
+    resumed = None if checkpoint is None else before
+    return Choice(settle(run, claim.folder, checkpoint), claim, checkpoint, resumed)
 
 
 def settle(run: TrainingRun, folder: Path, checkpoint: Path | None) -> TrainingRun:
@@ -149,70 +137,66 @@ def newest_intact_checkpoint(folder: Path) -> Path | None:
     return None
 
 
-def _take_patiently(take: Callable[[Path], Claim], folder: Path) -> Claim:
+def _take_patiently(take: Take, folder: Path) -> Claim:
     """Claim a folder whose holder may be about to exit: rank 0 of a launcher that was killed and has come back."""
+    with contextlib.suppress(BlockingIOError):
+        return take(folder)
+    say(f"{folder} is held by another process; waiting up to {RELEASE_SECONDS:.0f} s for it to exit")
     deadline = time.monotonic() + RELEASE_SECONDS
-    announced = False
-    while True:
-        try:
-            return take(folder)
-        except BlockingIOError:
-            if time.monotonic() > deadline:
-                raise
-        if not announced:
-            say(f"{folder} is held by another process; waiting up to {RELEASE_SECONDS:.0f} s for it to exit")
-            announced = True
+    while time.monotonic() < deadline:
         time.sleep(0.2)
+        with contextlib.suppress(BlockingIOError):
+            return take(folder)
+    return take(folder)
 
 
-def _choose_unnamed(candidate: _Candidate, resumable: bool) -> _Found:
+def _choose_unnamed(run: TrainingRun, record: Record, take: Take, resumable: bool) -> _Found:
     """Choose the next free folder, unless the last one holds the same run, unfinished, with a checkpoint."""
-    name = candidate.run.pipeline
-    folders = [OUTPUT / name, *(OUTPUT / f"{name}-{number}" for number in range(2, MAX_FOLDERS))]
+    folders = [OUTPUT / run.pipeline, *(OUTPUT / f"{run.pipeline}-{number}" for number in range(2, MAX_FOLDERS))]
     free = next(number for number, folder in enumerate(folders) if is_vacant(folder))
-    if free and candidate.run.training.resume is not False and resumable:
-        last = _resume_unnamed(candidate, folders[free - 1])
+    if free and run.training.resume is not False and resumable:
+        last = _resume_unnamed(record, take, folders[free - 1])
         if last is not None:
             return last
     for folder in folders[free:]:
         if not is_vacant(folder):
             continue
         try:
-            claim = candidate.take(folder)
+            claim = take(folder)
         except BlockingIOError:
             continue  # another run, started at the same time, has just taken it
         if is_vacant(folder):
             return claim, None, None
         claim.release(unused=True)
-    raise UserError(f"{OUTPUT} holds {MAX_FOLDERS} runs of {name}", "name --output_dir")
+    raise UserError(f"{OUTPUT} holds {MAX_FOLDERS} runs of {run.pipeline}", "name --output_dir")
 
 
-def _resume_unnamed(candidate: _Candidate, folder: Path) -> _Found | None:
+def _resume_unnamed(record: Record, take: Take, folder: Path) -> _Found | None:
     """Claim a folder that nobody named; None unless it holds an unfinished run of these settings with a checkpoint."""
     try:
-        if _unfinished_same(candidate, folder) is None:
+        if _unfinished_same(record, folder) is None:
             return None
-        claim = candidate.take(folder)
+        claim = take(folder)
     except (BlockingIOError, UserError):
         return None  # it is in use, or its run.json is damaged: nobody asked for that one
-    before = _unfinished_same(candidate, folder)
+    before = _unfinished_same(record, folder)
     checkpoint = newest_intact_checkpoint(folder) if before is not None else None
     if before is not None and checkpoint is not None:
-        check_same_run(folder, before, candidate.record(), checkpoint)
+        check_same_run(folder, before, record(), checkpoint)
         return claim, checkpoint, before
     claim.release(unused=True)
     return None
 
 
-def _unfinished_same(candidate: _Candidate, folder: Path) -> dict[str, Any] | None:
+def _unfinished_same(record: Record, folder: Path) -> dict[str, Any] | None:
     before = read_run_record(folder)
-    if before is None or before.get("status") == "finished" or changes(before, candidate.record()):
+    if before is None or before.get("status") == "finished" or changes(before, record()):
         return None
     return before
 
 
-def _choose_named(candidate: _Candidate, named: str) -> _Found:
-    run, folder = candidate.run, Path(named).absolute()
+def _choose_named(run: TrainingRun, record: Record, take: Take, named: str) -> _Found:
+    folder = Path(named).absolute()
     check_folder_can_be_made(Path(os.path.realpath(folder)), f"--output_dir {named}")
     if run.training.overwrite_output_dir:
         # What the run reads, what an adapter needs later, and what is in use must not be deleted with the old run.
@@ -225,7 +209,7 @@ def _choose_named(candidate: _Candidate, named: str) -> _Found:
     if not is_locked(folder / LOCK):
         _read_replaceable(run, folder, named)  # so that what is refused is not even locked
     try:
-        claim = candidate.take(folder)
+        claim = take(folder)
     except BlockingIOError as error:
         raise UserError(
             f"another process trains into {folder}", "wait until it exits, or choose another folder"
@@ -233,9 +217,9 @@ def _choose_named(candidate: _Candidate, named: str) -> _Found:
     before = _read_replaceable(run, folder, named)
     if before is None or run.training.overwrite_output_dir:
         return claim, None, before
-    check_same_run(folder, before, candidate.record(), None)  # before checkpoints are hashed
+    check_same_run(folder, before, record(), None)  # before checkpoints are hashed
     checkpoint = newest_intact_checkpoint(folder)
-    check_same_run(folder, before, candidate.record(), checkpoint)
+    check_same_run(folder, before, record(), checkpoint)
     return claim, checkpoint, before
 
 
@@ -260,7 +244,7 @@ def _read_replaceable(run: TrainingRun, folder: Path, named: str) -> dict[str, A
     return before
 
 
-def _named_checkpoint(candidate: _Candidate, checkpoint: Path) -> Path:
+def _named_checkpoint(record: Record, checkpoint: Path) -> Path:
     """Resolve and check what --resume_from_checkpoint names."""
     if not checkpoint.is_dir():
         raise UserError(
@@ -277,7 +261,7 @@ def _named_checkpoint(candidate: _Candidate, checkpoint: Path) -> Path:
         )
     before = read_run_record(checkpoint.parent)
     if before is not None:
-        check_same_run(checkpoint.parent, before, candidate.record(), checkpoint)
+        check_same_run(checkpoint.parent, before, record(), checkpoint)
     else:
         note = f"{checkpoint.parent} holds no run.json: whether data and settings are the same as before is unknown"
         say(note, style="yellow")
