@@ -93,7 +93,7 @@ def read_corpus(data: CorpusArguments, tokenizer: PreTrainedTokenizerBase) -> tu
             counts.dropped = counts.tokens_in - counts.trained - counts.context
             counts.notes[f"of {len(whole):,} held-out blocks are evaluated on (--max_valid_tokens)"] = len(valid)
         show_counts({"train": train.counts(), "valid": counts})
-        show_row(train[0]["input_ids"].tolist(), train[0]["labels"].tolist(), tokenizer, most_tokens=120)
+        show_row(train[0]["input_ids"].tolist(), train[0]["labels"].tolist(), tokenizer, max_tokens=120)
     return train, valid
 
 

@@ -1,12 +1,13 @@
-"""Bytes of a text file to characters, for the encodings that Chinese text comes in.
+"""Decode text files in the encodings that Chinese text comes in.
 
-`likeliest_encoding` tells the encoding from samples; `decode_text` then takes no bad byte, `decode_tolerant` takes a
-few, leaves them out and says where they were.
+`likeliest_encoding` detects the encoding from samples. `decode_text` accepts no invalid byte; `decode_tolerant` accepts
+a few, leaves them out and reports where they were.
 """
 
 from __future__ import annotations
 
 import codecs
+import contextlib
 import re
 from collections.abc import Iterator, Sequence
 from pathlib import Path
@@ -15,45 +16,45 @@ from typing import NamedTuple
 from dataset.mending import BadBytes, log_probability, mend
 from novelgpt.settings.errors import UserError
 
-_MARKS = (
+_BYTE_ORDER_MARKS = (
     (codecs.BOM_UTF8, "utf-8-sig"),
     (codecs.BOM_UTF16_LE, "utf-16-le"),
     (codecs.BOM_UTF16_BE, "utf-16-be"),
 )
 _NARROW = ("utf-8", "gb18030", "big5hkscs")
 _UNMARKED = (*_NARROW, "utf-16-le", "utf-16-be")
-# Natural logarithm of how likely an encoding is before a byte is read: settles texts of a few characters only.
+# Natural logarithm of the prior probability of each encoding; it only decides texts of a few characters.
 _PRIOR = {"utf-8": 2.0, "gb18030": 1.0, "big5hkscs": 0.0, "utf-16-le": -9.0, "utf-16-be": -10.0}
-_WINDOW, _WINDOWS = 512, 5
+_WINDOW, _WINDOWS = 512, 5  # bytes and number of samples
 _HIGH_BYTES = bytes(range(128, 256))
 _NON_ASCII = re.compile(rb"[\x80-\xff]")
 _LETTER = re.compile(rb"[A-Za-z]")
 _CONTROL_BYTE = re.compile(rb"[\x00-\x08\x0e-\x19\x1c-\x1f\x7f]")
 _CONTROL = re.compile(_CONTROL_BYTE.pattern.decode())
-_RUN = re.compile(rb"(.{1,16}?)\1{23,}", re.DOTALL)
-# Blanks, digits and signs behind one another are likelier than each among hanzi, as a logarithm: else many of them
-# would pass for UTF-16. There two of them are one character, and hardly one of those is in use.
-_SIGNS = re.compile(r"[\t\n\r -@]{2,}")
-_IN_SIGNS = 2.4
-# A character of two bytes, the second one ASCII, that stands alone between two of ASCII: in Latin-1 or damaged English.
-_ALONE = re.compile(rb"[\t\n\r -~][\x81-\xfe][\x40-\x7e](?=[\t\n\r -~])")
-_RARE, _ALONE_AND_RARE = -12.0, -12.0
+_REPEATED = re.compile(rb"(.{1,16}?)\1{23,}", re.DOTALL)
+# Spaces, digits and punctuation are likelier after one another than among hanzi, by this logarithm each: else many of
+# them would pass for UTF-16, in which two of them are one character, and hardly one that is in use.
+_PUNCTUATION = re.compile(r"[\t\n\r -@]{2,}")
+_PUNCTUATION_BONUS = 2.4
+# A two-byte character whose second byte is ASCII, alone between ASCII characters: found in Latin-1 or damaged English.
+_ISOLATED = re.compile(rb"[\t\n\r -~][\x81-\xfe][\x40-\x7e](?=[\t\n\r -~])")
+_RARE, _RARE_PENALTY = -12.0, -12.0  # log-probability of a character, and of an isolated one being rare
 _SURELY_UTF_8 = 24
-"""So many bytes that are not ASCII are never valid UTF-8 by chance: in GB18030, once in 10^17 texts."""
-_TELLING = 256
-"""In so many bytes of UTF-16 there are control characters of ASCII: one in nine hanzi has one, "\\n" has one."""
-_NEVER_INSIDE = re.compile(rb"[\x00-\x2f]")
-"""Such a byte is a character of its own in UTF-8, GB18030 and Big5: reading can start anew behind it."""
-_BLOCK, _LONGEST_BLOCK = 16_384, 262_144
+"""So many non-ASCII bytes are never valid UTF-8 by chance: in GB18030, once in 10^17 texts."""
+_ENOUGH_FOR_UTF_16 = 256
+"""So many bytes of UTF-16 include ASCII control characters: one in nine hanzi has one, "\\n" has one."""
+_BOUNDARY_BYTE = re.compile(rb"[\x00-\x2f]")
+"""A byte that is always a whole character in UTF-8, GB18030 and Big5, so decoding can resynchronise after it."""
+_BLOCK, _LONGEST_BLOCK = 16_384, 262_144  # bytes
 
 
 class Decoded(NamedTuple):
     """A decoded file.
 
     Attributes:
-        text: line ends are "\\n"; no NUL and no byte-order mark, also where files with marks were joined.
+        text: with "\n" line ends; no NUL and no byte-order mark, even inside concatenated files.
         encoding: "utf-8", "utf-8-sig", "utf-16-le", "utf-16-be", "gb18030" or "big5hkscs".
-        bad_bytes: what is left out of `text`, in order, neighbours joined: bytes that fit no character, and NUL.
+        bad_bytes: what is left out of `text`, in order, neighbours merged: invalid bytes and NUL.
     """
 
     text: str
@@ -62,53 +63,56 @@ class Decoded(NamedTuple):
 
 
 def decode_text(data: bytes, source: str) -> str:
-    """Characters of `data` with line ends made "\\n": UTF-8 or UTF-16 by their mark, UTF-8, GB18030 or Big5-HKSCS.
+    """Decode `data` strictly, with "\n" line ends: UTF-8 or UTF-16 by byte-order mark, else UTF-8, GB18030, Big5-HKSCS.
 
     Nothing is ever replaced: bytes that fit no encoding are an error.
 
     Raises:
-        UserError: no encoding fits; names the offset of the first bad byte.
+        UserError: no encoding fits; names the offset of the first invalid byte.
     """
-    mark, encoding = _mark_of(data)
+    mark, encoding = next((known for known in _BYTE_ORDER_MARKS if data.startswith(known[0])), (b"", "utf-8"))
+    body = memoryview(data)[len(mark) :]
     try:
-        text = _strict(data, len(mark), len(data), encoding)
+        text = str(body, encoding.removesuffix("-sig"))
     except UnicodeDecodeError:
-        # The one that reads best was meant, even where it fails: damaged UTF-8 can pass for GB18030.
+        # The most plausible encoding was meant, even where it fails: damaged UTF-8 can pass for GB18030.
         # Strict GBK and Big5 fail on most real files of these names; their supersets do not.
         tried = (encoding,) if mark else _NARROW
         encoding = encoding if mark else likeliest_encoding(data, tried)
         try:
-            text = _strict(data, len(mark), len(data), encoding)
+            text = str(body, encoding.removesuffix("-sig"))
         except UnicodeDecodeError as error:
             raise _no_fit(data, source, len(mark) + error.start, tried, encoding) from None
     if not text.strip():
         raise UserError(f"{source} is empty", "name a file with content, or leave this one out")
-    return _with_line_feeds(text)
+    return text.replace("\r\n", "\n").replace("\r", "\n")
 
 
 def decode_tolerant(data: bytes, source: str) -> Decoded:
-    """Characters of `data`, all but a few bytes: what fits no character is left out and named, never replaced.
+    """Decode `data`, leaving out and reporting a few invalid bytes; they are never replaced.
 
-    As `decode_text`, and UTF-16 without a mark. Bytes that decode strictly are never touched. Bad bytes may be a
-    thousandth of the file; in a short file up to 8, as two damaged characters have at most, and an eighth of it. NUL is
-    a bad byte too; NULs at the end, which a full disk or a broken download leaves, count as one.
-    Where a byte is lost, all double bytes behind it would pair up wrongly: there the likeliest reading is taken.
+    As `decode_text`, and UTF-16 without a byte-order mark. Bytes that decode strictly are never touched. Up to a
+    thousandth of the file may be invalid; in a short file up to 8 bytes, as many as two damaged characters have, and an
+    eighth of it. NUL counts as invalid; NULs at the end, which a full disk or a broken download leaves, count as one.
+    After a lost byte, all double bytes would pair up wrongly: there the likeliest reading is used.
 
     Raises:
-        UserError: empty, no text, or more bad bytes than that; names the offset of the first one.
+        UserError: empty, not text, or more invalid bytes than that; names the offset of the first one.
     """
-    mark, encoding = _mark_of(data)
+    mark, encoding = next((known for known in _BYTE_ORDER_MARKS if data.startswith(known[0])), (b"", ""))
     if not mark:
         encoding = likeliest_encoding(data)
         _refuse_binary(data, source, encoding)
-    end = _end_of_text(data, len(mark), encoding)
+    start, end = len(mark), max(len(mark), len(data.rstrip(b"\0")))
+    if encoding.startswith("utf-16") and end < len(data):
+        end += (end - start) % 2  # the second byte of the last character
     bad: list[BadBytes] = []
     try:
-        text = _strict(data, len(mark), end, encoding)
+        text = str(memoryview(data)[start:end], encoding.removesuffix("-sig"))
     except UnicodeDecodeError:
-        text = _around_bad_bytes(data, len(mark), end, encoding, source, bad)
+        text = _around_bad_bytes(data, start, end, encoding, source, bad)
     if "\0" in text:
-        bad = sorted(bad + _nuls(data, len(mark), end, encoding, text.count("\0"), source))
+        bad = sorted(bad + _nuls(data, start, end, encoding, text.count("\0"), source))
         text = text.replace("\0", "")
         _refuse_too_many(data, source, encoding, bad[0].offset, sum(len(run.data) for run in bad))
     if end < len(data):
@@ -117,26 +121,34 @@ def decode_tolerant(data: bytes, source: str) -> Decoded:
     if not text or text.isspace():
         what = "holds nothing but NUL bytes" if bad else "is empty"
         raise UserError(f"{source} {what}", "name a file with content, or leave this one out")
-    return Decoded(_with_line_feeds(text), encoding, tuple(_join(bad)))
+    merged: list[BadBytes] = []
+    for run in bad:
+        if merged and merged[-1].offset + len(merged[-1].data) == run.offset:
+            run = BadBytes(merged[-1].offset, merged.pop().data + run.data)
+        merged.append(run)
+    return Decoded(text.replace("\r\n", "\n").replace("\r", "\n"), encoding, tuple(merged))
 
 
 def likeliest_encoding(data: bytes, candidates: Sequence[str] = _UNMARKED) -> str:
-    """The encoding, of `candidates`, in which samples of `data` are the most likely Chinese (or plain) text.
+    """The candidate in which samples of `data` are the most likely Chinese (or plain) text.
 
     The strictest comes first: what is valid UTF-8 from end to end is UTF-8, unless it is so short that this may be
-    chance, and no text in UTF-16 is. Else all candidates read the same bytes, so the probabilities of what they read
-    can be compared. Long runs and NULs at the end say nothing.
+    chance, and no text in UTF-16 is. Otherwise all candidates decode the same bytes, so the probabilities of their
+    texts can be compared. Long repetitions and NULs at the end carry no information.
     """
-    data = _without_padding(data)
-    if "utf-8" in candidates and _is_valid_utf_8(data):
-        if len(data) - len(data.translate(None, _HIGH_BYTES)) >= _SURELY_UTF_8:
-            return "utf-8"
-        if not _CONTROL_BYTE.search(data):
-            if data.isascii():
+    stripped = data.rstrip(b"\0")
+    data = stripped + data[len(stripped) : len(stripped) + len(stripped) % 2]  # the last character of UTF-16
+    if "utf-8" in candidates:
+        with contextlib.suppress(UnicodeDecodeError):
+            data.decode("utf-8")
+            if len(data) - len(data.translate(None, _HIGH_BYTES)) >= _SURELY_UTF_8:
                 return "utf-8"
-            candidates = [encoding for encoding in candidates if encoding in _NARROW]
-    sampled = b"".join(_RUN.sub(_shorten, sample) for sample in _samples(data, "utf-8"))
-    if len(sampled) >= _TELLING and not _CONTROL_BYTE.search(sampled):
+            if not _CONTROL_BYTE.search(data):
+                if data.isascii():
+                    return "utf-8"
+                candidates = [encoding for encoding in candidates if encoding in _NARROW]
+    sampled = b"".join(_REPEATED.sub(_shorten, sample) for sample in _samples(data, "utf-8"))
+    if len(sampled) >= _ENOUGH_FOR_UTF_16 and not _CONTROL_BYTE.search(sampled):
         candidates = [encoding for encoding in candidates if encoding in _NARROW] or candidates
     return max(candidates, key=lambda encoding: _likelihood(data, encoding))
 
@@ -156,42 +168,16 @@ def read_bytes(path: Path) -> bytes:
     return data
 
 
-def _without_padding(data: bytes) -> bytes:
-    """`data` without the NULs at its end, all but the half of a last character in UTF-16."""
-    text = data.rstrip(b"\0")
-    return text + data[len(text) : len(text) + len(text) % 2]
-
-
-def _is_valid_utf_8(data: bytes) -> bool:
-    try:
-        data.decode("utf-8")
-    except UnicodeDecodeError:
-        return False
-    return True
-
-
-def _mark_of(data: bytes) -> tuple[bytes, str]:
-    return next(((mark, encoding) for mark, encoding in _MARKS if data.startswith(mark)), (b"", "utf-8"))
-
-
-def _strict(data: bytes, start: int, end: int, encoding: str) -> str:
-    return str(memoryview(data)[start:end], encoding.removesuffix("-sig"))
-
-
-def _with_line_feeds(text: str) -> str:
-    return text.replace("\r\n", "\n").replace("\r", "\n")
-
-
 def _no_fit(data: bytes, source: str, offset: int, tried: Sequence[str], encoding: str, more: str = "") -> UserError:
     return UserError(
         f"{source}: byte {data[offset]:#04x} at offset {offset} fits no encoding "
         f"(tried {', '.join(tried)}; {encoding} reads best){more}",
-        "mend or remove that byte, or save the file as UTF-8",
+        "fix or remove that byte, or save the file as UTF-8",
     )
 
 
 def _samples(data: bytes, encoding: str) -> Iterator[bytes]:
-    """Stretches of `data` that begin with a character: from the first byte that is not ASCII, and from later places."""
+    """Windows of `data` that start at a character: at the first non-ASCII byte, and spread over the rest."""
     if len(data) <= _WINDOW * _WINDOWS:
         yield data
         return
@@ -200,10 +186,10 @@ def _samples(data: bytes, encoding: str) -> Iterator[bytes]:
     for index in range(_WINDOWS):
         at = begin + (len(data) - begin - _WINDOW) * index // _WINDOWS
         if index:
-            anew = _NEVER_INSIDE.search(data, at, at + _BLOCK)
-            if anew is None:
+            boundary = _BOUNDARY_BYTE.search(data, at, at + _BLOCK)
+            if boundary is None:
                 continue
-            at = anew.end()
+            at = boundary.end()
         if encoding not in _NARROW:
             at -= at % 2
         yield data[at : at + _WINDOW]
@@ -214,7 +200,7 @@ def _likelihood(data: bytes, encoding: str) -> float:
     total, sampled = 0.0, 0
     valid, high, letters = encoding == "utf-8", 0, 0
     for sample in _samples(data, encoding):
-        sample = _RUN.sub(_shorten, sample)
+        sample = _REPEATED.sub(_shorten, sample)
         total += _log_probability(sample, encoding)
         sampled += len(sample)
         if valid:
@@ -222,31 +208,31 @@ def _likelihood(data: bytes, encoding: str) -> float:
             high += len(sample) - len(sample.translate(None, _HIGH_BYTES))
             letters += len(_LETTER.findall(sample))
     if valid:
-        # Bytes of another encoding are seldom valid UTF-8; text in Latin letters has few others, and they say little.
+        # Other encodings are seldom valid UTF-8. Text in Latin letters has few non-ASCII bytes, which say little.
         total += high * (10.0 if letters >= high else 1.0)
     return total * min(1.0, len(data) / max(1, sampled)) + _PRIOR[encoding]
 
 
 def _log_probability(sample: bytes, encoding: str) -> float:
-    """Logarithm of the probability of what a sample reads, what stands next to each other considered."""
+    """Log-probability of a decoded sample, taking neighbouring characters into account."""
     text = sample.decode(encoding, "replace")
     value = log_probability(text)
     if encoding in _NARROW:
-        value += _IN_SIGNS * sum(match.end() - match.start() - 1 for match in _SIGNS.finditer(text))
+        value += _PUNCTUATION_BONUS * sum(match.end() - match.start() - 1 for match in _PUNCTUATION.finditer(text))
     if encoding in ("gb18030", "big5hkscs"):
-        alone = (match[0][1:].decode(encoding, "ignore") for match in _ALONE.finditer(b"\n" + sample))
-        value += _ALONE_AND_RARE * sum(log_probability(character) < _RARE for character in alone)
+        isolated = (match[0][1:].decode(encoding, "ignore") for match in _ISOLATED.finditer(b"\n" + sample))
+        value += _RARE_PENALTY * sum(log_probability(character) < _RARE for character in isolated)
     return value
 
 
 def _shorten(run: re.Match[bytes]) -> bytes:
-    """A long run, which says nothing about the encoding, by as many bytes as keep all characters in step."""
-    step = 12 * len(run[1])  # characters have 1 to 4 bytes
+    """Shorten a long repetition, which says nothing about the encoding, without breaking its characters."""
+    step = 12 * len(run[1])  # a multiple of every length of a character, 1 to 4 bytes
     return run[0][: step + len(run[0]) % step]
 
 
 def _refuse_binary(data: bytes, source: str, encoding: str) -> None:
-    """Raise where samples are no text: control characters, or nothing but characters that hardly occur."""
+    """Raise a UserError where samples are not text: control characters, or only characters that hardly occur."""
     text = "".join(sample.decode(encoding, "replace") for sample in _samples(data, encoding)).rstrip("\0")
     controls = len(_CONTROL.findall(text))
     mean = log_probability(text) / max(1, len(text))
@@ -261,24 +247,16 @@ def _refuse_binary(data: bytes, source: str, encoding: str) -> None:
     else:
         return
     raise UserError(
-        f"{source} is no text: {reason} (tried {', '.join(_UNMARKED)}; {encoding} reads best)",
+        f"{source} is not text: {reason} (tried {', '.join(_UNMARKED)}; {encoding} reads best)",
         "leave this file out, or save it as UTF-8 text",
     )
 
 
 def _refuse_too_many(data: bytes, source: str, encoding: str, first: int, count: int) -> None:
     if count > max(len(data) // 1000, min(8, len(data) // 8)):
-        marked = _mark_of(data)[0]
+        marked = any(data.startswith(mark) for mark, _ in _BYTE_ORDER_MARKS)
         tried = (encoding,) if marked else _UNMARKED
         raise _no_fit(data, source, first, tried, encoding, f", and {count - 1} or more after it")
-
-
-def _end_of_text(data: bytes, start: int, encoding: str) -> int:
-    """Where the NULs at the end begin."""
-    end = max(start, len(data.rstrip(b"\0")))
-    if encoding.startswith("utf-16") and end < len(data):
-        end += (end - start) % 2  # half of the last character
-    return end
 
 
 def _nuls(data: bytes, start: int, end: int, encoding: str, count: int, source: str) -> list[BadBytes]:
@@ -290,40 +268,34 @@ def _nuls(data: bytes, start: int, end: int, encoding: str, count: int, source: 
     return nuls
 
 
-def _join(bad: Sequence[BadBytes]) -> list[BadBytes]:
-    joined: list[BadBytes] = []
-    for run in bad:
-        if joined and joined[-1].offset + len(joined[-1].data) == run.offset:
-            joined[-1] = BadBytes(joined[-1].offset, joined[-1].data + run.data)
-        else:
-            joined.append(run)
-    return joined
-
-
 def _around_bad_bytes(data: bytes, start: int, end: int, encoding: str, source: str, bad: list[BadBytes]) -> str:
-    """The text without its bad bytes, which go to `bad`; in blocks, so that time is linear in the size."""
+    """The text without its invalid bytes, which are added to `bad`; in blocks, so that time is linear in the size."""
     codec = encoding.removesuffix("-sig")
     texts: list[str] = []
     position, count = start, 0
     while position < end:
-        stop = _block_end(data, position, end, codec)
+        stop = position + _BLOCK
+        if not codec.startswith("utf-16"):
+            boundary = _BOUNDARY_BYTE.search(data, stop, position + _LONGEST_BLOCK)
+            stop = boundary.end() if boundary else position + _LONGEST_BLOCK
+        stop = min(end, stop)
         try:
-            texts.append(_strict(data, position, stop, codec))
+            texts.append(data[position:stop].decode(codec))
             position = stop
             continue
         except UnicodeDecodeError as error:
-            first, behind = position + error.start, position + error.end
+            first, after = position + error.start, position + error.end
         if stop < end and stop - first < 4 and first > position:  # the block may have cut a character
-            texts.append(_strict(data, position, first, codec))
+            texts.append(data[position:first].decode(codec))
             position = first
             continue
         if codec == "utf-8":
-            texts.append(_strict(data, position, first, codec))
-            runs = [BadBytes(first, data[first:behind])]
-            position = behind
+            texts.append(data[position:first].decode(codec))
+            runs = [BadBytes(first, data[first:after])]
+            position = after
         else:
             low, high, fixed = _damaged(data, position, first, end, codec)
-            texts.append(_strict(data, position, low, codec))
+            texts.append(data[position:low].decode(codec))
             reading = mend(data[low:high], codec, fixed, high == end)
             texts.append(reading.text)
             runs = [BadBytes(low + run.offset, run.data) for run in reading.bad_bytes]
@@ -334,20 +306,13 @@ def _around_bad_bytes(data: bytes, start: int, end: int, encoding: str, source: 
     return "".join(texts)
 
 
-def _block_end(data: bytes, position: int, end: int, codec: str) -> int:
-    if codec.startswith("utf-16"):
-        return min(end, position + _BLOCK)
-    anew = _NEVER_INSIDE.search(data, position + _BLOCK, position + _LONGEST_BLOCK)
-    return min(end, anew.end() if anew else position + _LONGEST_BLOCK)
-
-
 def _damaged(data: bytes, position: int, first: int, end: int, codec: str) -> tuple[int, int, bool]:
-    """Where the stretch around the error at `first` begins and ends, and whether a character is sure to end there."""
+    """Bounds of the bytes to re-read around the error at `first`, and whether a character surely ends with them."""
     if codec.startswith("utf-16"):
         low = max(position, first - 512)
         high = min(end, first + 512)
         return low - (low - position) % 2, high, high == end
     low = max(position, *(data.rfind(byte, position, first) + 1 for byte in (b"\n", b"\r", b" ", b"\0")))
-    anew = _NEVER_INSIDE.search(data, first + 1, first + 512)
-    high = anew.start() if anew else min(end, first + 512)
-    return low, high, anew is not None or high == end
+    boundary = _BOUNDARY_BYTE.search(data, first + 1, first + 512)
+    high = boundary.start() if boundary else min(end, first + 512)
+    return low, high, boundary is not None or high == end

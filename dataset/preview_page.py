@@ -6,7 +6,7 @@ from dataclasses import dataclass
 from html import escape
 
 from novelgpt.settings.terminal import counted, visible
-from novelgpt.text.statistics import Span, TokenCounts
+from novelgpt.text.statistics import TokenCounts, TokenSpan
 
 GREEN, BOLD_GREEN, DIM, BOLD, YELLOW, RESET = "\x1b[32m", "\x1b[1;32m", "\x1b[2m", "\x1b[1m", "\x1b[33m", "\x1b[0m"
 TRAINED_OPEN, TRAINED_CLOSE = "⟦", "⟧"
@@ -34,7 +34,7 @@ class Part:
     """A piece of a row: what is said at its border ("" for nothing), and its tokens."""
 
     border: str
-    spans: list[Span]
+    spans: list[TokenSpan]
 
 
 @dataclass(frozen=True)
@@ -106,7 +106,7 @@ def _html(text: str) -> str:
     return escape(visible(text), quote=True)
 
 
-def _span(span: Span, borders: bool) -> str:
+def _span(span: TokenSpan, borders: bool) -> str:
     kinds = ["trained" if span.trained else "context"]
     kinds += ["special"] if span.special else []
     kinds += ["token"] if borders else []

@@ -1,4 +1,4 @@
-"""What became of the text: counts of rows and tokens, and one row with its trained tokens coloured."""
+"""Token counts of the data, and rows printed with their trained tokens in colour."""
 
 from __future__ import annotations
 
@@ -22,11 +22,11 @@ from novelgpt.settings.terminal import one_line, visible
 from novelgpt.text.conversation import IGNORE_INDEX
 from novelgpt.text.encoding import encode
 
-# How a decoder shows bytes that are no whole character.
+# How a decoder renders bytes that are not a whole character.
 BROKEN = "\ufffd"
-# Tokens in which any character that has begun is complete, and some more.
-LOOKED_AHEAD = 16
-# How a token of one byte is written by tokenizers whose other tokens are text.
+# So many tokens complete any character that has started, with some to spare.
+LOOKAHEAD = 16
+# How SentencePiece writes a token of one byte.
 BYTE_TOKEN = re.compile(r"<0x([0-9A-F]{2})>")
 
 
@@ -36,12 +36,12 @@ class TokenCounts:
 
     Attributes:
         rows: rows (conversations or blocks) that training sees.
-        tokens_in: tokens of the source text, markers of the template and end tokens included.
+        tokens_in: tokens of the source text, including those of the template and end tokens.
         trained: tokens with a label.
         context: tokens that are read and not trained: prompts, and the first token of each document.
         dropped: tokens that training never sees.
-        lengths: tokens of each row.
-        notes: what happened to rows, by description.
+        lengths: tokens per row.
+        notes: number of rows affected, by description.
     """
 
     rows: int = 0
@@ -54,30 +54,25 @@ class TokenCounts:
 
 
 def show_counts(counts: dict[str, TokenCounts], console: VisibleConsole | None = None) -> None:
-    """Print the table of counts, a column a data set."""
+    """Print the table of counts, one column per data set."""
     console = console or make_console()
-    table = Table(title="Data", title_justify="left")
-    table.add_column("")
+    table = Table("", title="Data", title_justify="left")
     for name in counts:
         table.add_column(name, justify="right")
     columns = list(counts.values())
+    table.add_row("rows", *(f"{c.rows:,}" for c in columns))
+    table.add_row("tokens in", *(f"{c.tokens_in:,}" for c in columns))
     for label, values in (
-        ("rows", [c.rows for c in columns]),
-        ("tokens in", [c.tokens_in for c in columns]),
         ("tokens trained", [c.trained for c in columns]),
         ("tokens of context", [c.context for c in columns]),
         ("tokens dropped", [c.dropped for c in columns]),
     ):
-        share = label.startswith("tokens ") and label != "tokens in"
-        table.add_row(label, *(
-            f"{value:,}" + (f" ({value / max(1, c.tokens_in):.1%})" if share else "")
-            for value, c in zip(values, columns, strict=True)
-        ))  # fmt: skip
-    quantiles = [
+        shares = (f"{value:,} ({value / max(1, c.tokens_in):.1%})" for value, c in zip(values, columns, strict=True))
+        table.add_row(label, *shares)
+    table.add_row("tokens per row: p10 / median / p90 / max", *(
         " / ".join(f"{q:.0f}" for q in numpy.quantile(c.lengths, (0.1, 0.5, 0.9, 1.0))) if c.lengths else "-"
         for c in columns
-    ]
-    table.add_row("tokens a row: 10 % / half / 90 % / most", *quantiles)
+    ))  # fmt: skip
     console.print(table)
     for name, count in counts.items():
         for note, number in count.notes.items():
@@ -85,26 +80,25 @@ def show_counts(counts: dict[str, TokenCounts], console: VisibleConsole | None =
 
 
 def show_row(
-    input_ids: list[int], labels: list[int], tokenizer: PreTrainedTokenizerBase, most_tokens: int = 400,
-    console: VisibleConsole | None = None,
-) -> None:  # fmt: skip
+    input_ids: list[int], labels: list[int], tokenizer: PreTrainedTokenizerBase, max_tokens: int = 400
+) -> None:
     """Print one row, trained tokens green, the others dim."""
-    console = console or make_console()
+    console = make_console()
     text = Text()
-    for span in row_spans(input_ids, labels, tokenizer, most_tokens):
+    for span in row_spans(input_ids, labels, tokenizer, max_tokens):
         text.append(visible(span.text), style="green" if span.trained else "dim")
-    if len(input_ids) > most_tokens:
-        text.append(f" … ({len(input_ids) - most_tokens:,} more tokens)", style="dim italic")
+    if len(input_ids) > max_tokens:
+        text.append(f" … ({len(input_ids) - max_tokens:,} more tokens)", style="dim italic")
     console.print(Text.assemble("One row (", ("trained", "green"), ", ", ("context", "dim"), "):"))
     console.print(text)
     console.print()
 
 
-class Span(NamedTuple):
+class TokenSpan(NamedTuple):
     """Neighbouring tokens of a row that are alike.
 
-    text: what they say; trained: whether they have labels; special: whether they are marks of the template;
-    begin: the first of them.
+    text: their text; trained: whether they have labels; special: whether they are special tokens; begin: index of the
+    first of them.
     """
 
     text: str
@@ -117,32 +111,32 @@ def row_spans(
     input_ids: Sequence[int],
     labels: Sequence[int],
     tokenizer: PreTrainedTokenizerBase,
-    most_tokens: int | None = None,
+    max_tokens: int | None = None,
     by_token: bool = False,
-) -> Iterator[Span]:
-    """A row in text, cut where tokens begin or cease to be trained or special; at every token with `by_token`.
+) -> Iterator[TokenSpan]:
+    """Decode a row in spans, cut where tokens start or cease to be trained or special; at every token with `by_token`.
 
     The texts of the trained spans, joined, are the decoded labels. A character whose bytes lie in several tokens is in
     the span of the last of them, as a rule.
     """
     # Where the two differ, the label is what is learnt (see EncodedRow).
-    told = [token if label == IGNORE_INDEX else label for token, label in zip(input_ids, labels, strict=True)]
-    marks = {number for number, token in tokenizer.added_tokens_decoder.items() if token.special}
-    kinds = [(label != IGNORE_INDEX, token in marks) for token, label in zip(told, labels, strict=True)]
-    count = len(told) if most_tokens is None else min(most_tokens, len(told))
-    # Decoded from a border before, as a text may lose a blank at its beginning; never from within a character.
-    window, border, begin, shown = 0, 0, 0, ""
+    shown = [token if label == IGNORE_INDEX else label for token, label in zip(input_ids, labels, strict=True)]
+    special = {number for number, token in tokenizer.added_tokens_decoder.items() if token.special}
+    kinds = [(label != IGNORE_INDEX, token in special) for token, label in zip(shown, labels, strict=True)]
+    count = len(shown) if max_tokens is None else min(max_tokens, len(shown))
+    # Decodes from an earlier boundary, as a text may lose a space at its start; never from within a character.
+    window, boundary, begin, decoded_before = 0, 0, 0, ""
     for end in range(1, count + 1):
         if end < count and not by_token and kinds[end] == kinds[begin]:
             continue
-        stable = decoded = str(tokenizer.decode(told[window:end]))
-        if decoded.endswith(BROKEN):  # a part of a character, or this very one: what follows tells
-            stable = os.path.commonprefix([decoded, str(tokenizer.decode(told[window : end + LOOKED_AHEAD]))])
-        yield Span(stable[len(shown) :], *kinds[begin], begin)
-        shown = max(shown, stable, key=len)
+        stable = decoded = str(tokenizer.decode(shown[window:end]))
+        if decoded.endswith(BROKEN):  # part of a character, or U+FFFD itself: the next tokens decide
+            stable = os.path.commonprefix([decoded, str(tokenizer.decode(shown[window : end + LOOKAHEAD]))])
+        yield TokenSpan(stable[len(decoded_before) :], *kinds[begin], begin)
+        decoded_before = max(decoded_before, stable, key=len)
         if not decoded.endswith(BROKEN):
-            window, border = border, end
-            shown = str(tokenizer.decode(told[window:end]))
+            window, boundary = boundary, end
+            decoded_before = str(tokenizer.decode(shown[window:end]))
         begin = end
 
 
@@ -153,56 +147,41 @@ def trained_runs(labels: Sequence[int] | numpy.ndarray) -> list[tuple[int, int]]
     [(1, 3), (4, 5)]
     """
     trained = numpy.pad(numpy.asarray(labels) != IGNORE_INDEX, 1)
-    borders = numpy.flatnonzero(trained[1:] != trained[:-1]).tolist()
-    return list(zip(borders[::2], borders[1::2], strict=True))
+    boundaries = numpy.flatnonzero(trained[1:] != trained[:-1]).tolist()
+    return list(zip(boundaries[::2], boundaries[1::2], strict=True))
 
 
 def trained_characters(dataset: Dataset[Any], tokenizer: PreTrainedTokenizerBase) -> int:
-    """How many characters the trained tokens of all rows stand for; special tokens stand for none.
+    """Number of characters in the trained tokens of all rows; special tokens have none.
 
-    A character whose bytes lie in several tokens counts where it begins, so that blocks cut anywhere from a text count
-    each of its characters once. (Older SentencePiece tokenizers put a blank before each text; it counts.)
+    A character whose bytes lie in several tokens counts where it starts, so that blocks cut anywhere from a text count
+    each of its characters once. (Older SentencePiece tokenizers put a space before each text; it counts.)
 
     Args:
         dataset: rows with "labels", [tokens], as a list or on the CPU.
-        tokenizer: what made the rows, byte-level or SentencePiece.
+        tokenizer: that made the rows, byte-level or SentencePiece.
     """
-    begun = _characters_begun(tokenizer)
-    characters = 0
-    for index in range(len(dataset)):  # type: ignore[arg-type]
-        labels = numpy.asarray(dataset[index]["labels"])
-        characters += int(begun[labels[labels != IGNORE_INDEX]].sum())
-    return characters
-
-
-def _characters_begun(tokenizer: PreTrainedTokenizerBase) -> numpy.ndarray:
-    """[vocabulary] int64: how many characters begin in each token."""
-    vocabulary, added = tokenizer.get_vocab(), tokenizer.added_tokens_decoder
-    byte_letters = _byte_letters()
+    # Byte-level tokenizers write a byte as itself where it is printable, else as the next letter (as GPT-2 does).
+    printable, others = pre_tokenizers.ByteLevel.alphabet(), itertools.count(256)
+    byte_letters = [chr(byte) if chr(byte) in printable else chr(next(others)) for byte in range(256)]
     probe = "字é"
     byte_level = "".join(tokenizer.convert_ids_to_tokens(encode(probe, tokenizer))) == "".join(
         byte_letters[byte] for byte in probe.encode()
     )
-    first_letters = {letter for byte, letter in enumerate(byte_letters) if _begins(byte)}
-    begun = numpy.zeros(max(vocabulary.values()) + 1, dtype=numpy.int64)
+    starts_character = [byte & 0b1100_0000 != 0b1000_0000 for byte in range(256)]  # of UTF-8
+    first_letters = {letter for letter, starts in zip(byte_letters, starts_character, strict=True) if starts}
+    vocabulary, added = tokenizer.get_vocab(), tokenizer.added_tokens_decoder
+    started = numpy.zeros(max(vocabulary.values()) + 1, dtype=numpy.int64)  # characters that start in each token
     for token, number in vocabulary.items():
         if number in added:
-            begun[number] = 0 if added[number].special else len(added[number].content)
+            started[number] = 0 if added[number].special else len(added[number].content)
         elif byte_level:
-            begun[number] = sum(letter in first_letters for letter in token)
+            started[number] = sum(letter in first_letters for letter in token)
         else:
             byte_token = BYTE_TOKEN.fullmatch(token)
-            begun[number] = _begins(int(byte_token[1], 16)) if byte_token else len(token)
-    return begun
-
-
-def _byte_letters() -> list[str]:
-    """How byte-level tokenizers write each byte (GPT-2's way): as itself where printable, else as the next letter."""
-    printable = pre_tokenizers.ByteLevel.alphabet()
-    others = itertools.count(256)
-    return [chr(byte) if chr(byte) in printable else chr(next(others)) for byte in range(256)]
-
-
-def _begins(byte: int) -> bool:
-    """Whether a byte of UTF-8 is the first of a character."""
-    return byte & 0b1100_0000 != 0b1000_0000
+            started[number] = starts_character[int(byte_token[1], 16)] if byte_token else len(token)
+    characters = 0
+    for index in range(len(dataset)):  # type: ignore[arg-type]
+        labels = numpy.asarray(dataset[index]["labels"])
+        characters += int(started[labels[labels != IGNORE_INDEX]].sum())
+    return characters
