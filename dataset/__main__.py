@@ -1,45 +1,39 @@
-"""Data before training: python -m dataset novels | tokens | conversations | preview … (`--help` for each)."""
+"""Prepare data for training: python -m dataset novels | tokens | conversations | preview … (`--help` for each)."""
 
 from __future__ import annotations
 
+import importlib
 import sys
 
-from novelgpt.settings import commands
+from novelgpt.settings.commands import COMMANDS
 from novelgpt.settings.errors import UserError, exit_on_user_error
 from novelgpt.settings.remedies import python_module
 from novelgpt.settings.signals import importing
 from novelgpt.settings.terminal import say
 
-COMMANDS = {
-    command.module.removeprefix("dataset "): command.text
-    for command in commands.COMMANDS.values()
-    if command.module.startswith("dataset ")
+MODULES = {
+    "novels": "dataset.novels.command",
+    "tokens": "dataset.tokens_command",
+    "conversations": "dataset.conversation_rows.command",
+    "preview": "dataset.preview",
 }
 
 
 @exit_on_user_error
 def main(argv: list[str] | None = None) -> None:
-    """Hand the words behind the first to the command it names."""
-    words = list(sys.argv[1:] if argv is None else argv)
-    if words[:1] in ([], ["--help"], ["-h"]):
-        width = max(map(len, COMMANDS))
+    """Run the command that the first argument names, with the other arguments."""
+    args = list(sys.argv[1:] if argv is None else argv)
+    if args[:1] in ([], ["--help"], ["-h"]):
+        width = max(map(len, MODULES))
+        texts = {command.module: command.text for command in COMMANDS.values()}
         say(python_module("dataset COMMAND …"), "")
-        say(*(f"  {name:<{width}}  {text}" for name, text in COMMANDS.items()))
+        say(*(f"  {name:<{width}}  {texts[f'dataset {name}']}" for name in MODULES))
         return
-    command, *rest = words
-    # Imported when called for: a command that needs no model library starts without it.
-    with importing():
-        if command == "novels":
-            from dataset.novels.command import main as run
-        elif command == "tokens":
-            from dataset.tokens_command import main as run
-        elif command == "conversations":
-            from dataset.conversation_rows.command import main as run
-        elif command == "preview":
-            from dataset.preview import main as run
-        else:
-            raise UserError(f"no command {command!r}", f"take one of {', '.join(COMMANDS)}")
-    run(rest)
+    if args[0] not in MODULES:
+        raise UserError(f"no command {args[0]!r}", f"choose one of {', '.join(MODULES)}")
+    with importing():  # only when needed: `novels` starts without the model libraries
+        module = importlib.import_module(MODULES[args[0]])
+    module.main(args[1:])
 
 
 if __name__ == "__main__":

@@ -1,4 +1,4 @@
-"""Rows of tokens as text for a terminal, and as a page."""
+"""Previews of rows as terminal text and as an HTML page."""
 
 from __future__ import annotations
 
@@ -30,30 +30,30 @@ h1 { font-size: 1.4rem; } h2 { font-size: 1rem; margin: 2.5rem 0 .25rem; }
 
 
 @dataclass(frozen=True)
-class Part:
-    """A piece of a row: what is said at its border ("" for nothing), and its tokens."""
+class PreviewPart:
+    """A part of a row: its heading ("" for none), and its tokens."""
 
-    border: str
+    heading: str
     spans: list[TokenSpan]
 
 
 @dataclass(frozen=True)
-class Shown:
-    """One row. name: its id; source: file and line; counts: of its tokens; parts: in order."""
+class RowPreview:
+    """A row. name: its id; source: file and line; counts: of its tokens; parts: in order."""
 
     name: str
     source: str
     counts: TokenCounts
-    parts: list[Part]
+    parts: list[PreviewPart]
 
 
-def in_text(shown: Shown, coloured: bool, borders: bool) -> str:
-    """A row for a terminal: trained tokens green and the others dim, or, without colour, trained ones in ⟦ ⟧."""
+def preview_text(shown: RowPreview, coloured: bool, borders: bool) -> str:
+    """A row for a terminal: trained tokens green and the others dim or, without colour, trained tokens in ⟦ ⟧."""
     lines = [_paint(f"{visible(shown.name)}   {visible(shown.source)}", BOLD, coloured), describe(shown.counts)]
     lines += [_paint(f"  {number:,} {visible(note)}", YELLOW, coloured) for note, number in shown.counts.notes.items()]
     for part in shown.parts:
-        if part.border:
-            lines.append(_paint(f"──── {visible(part.border)} ────", YELLOW, coloured))
+        if part.heading:
+            lines.append(_paint(f"──── {visible(part.heading)} ────", YELLOW, coloured))
         if not part.spans:
             continue
         text, trained = "", False
@@ -67,17 +67,17 @@ def in_text(shown: Shown, coloured: bool, borders: bool) -> str:
     return "\n".join(lines) + "\n"
 
 
-def in_html(rows: list[Shown], title: str, total: TokenCounts, borders: bool) -> str:
-    """All rows as one page that needs no other file."""
+def preview_html(rows: list[RowPreview], title: str, total: TokenCounts, borders: bool) -> str:
+    """All rows as one self-contained page."""
     sections = []
     for shown in rows:
         noted = shown.counts.notes.items()
         notes = "".join(f'<div class="note">{number:,} {_html(note)}</div>' for note, number in noted)
         parts = []
         for part in shown.parts:
-            border = f'<div class="border">{_html(part.border)}</div>' if part.border else ""
+            heading = f'<div class="border">{_html(part.heading)}</div>' if part.heading else ""
             text = "".join(_span(span, borders) for span in part.spans)
-            parts.append(border + (f'<div class="row" lang="zh">{text}</div>' if text else ""))
+            parts.append(heading + (f'<div class="row" lang="zh">{text}</div>' if text else ""))
         sections.append(
             f'<section><h2>{_html(shown.name)}</h2><div class="about">{_html(shown.source)}<br>'
             f"{describe(shown.counts)}</div>{notes}{''.join(parts)}</section>"
@@ -93,7 +93,7 @@ def in_html(rows: list[Shown], title: str, total: TokenCounts, borders: bool) ->
 
 
 def describe(counts: TokenCounts) -> str:
-    """The counts of a row in a line."""
+    """Token counts in one line."""
     parts = f"{counts.trained:,} trained, {counts.context:,} context, {counts.dropped:,} dropped"
     return f"{counted(counts.tokens_in, 'token')}: {parts}"
 

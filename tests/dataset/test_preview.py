@@ -175,7 +175,7 @@ def test_cuts_are_marked_and_counted(
         assert f"✂ cut here: {len(whole.input_ids) - 40} tokens are not trained on" in shown
         assert trained == tokenizer.decode([label for label in whole.labels[:40] if label != IGNORE_INDEX])
     else:
-        assert "cut here" not in shown and "piece 2 of " in shown
+        assert "cut here" not in shown and "part 2 of " in shown
         assert trained == messages[1]["content"] + "<|im_end|>"
 
 
@@ -206,7 +206,7 @@ def test_text_is_shown_in_blocks_with_the_borders_of_documents(
         shown = show(capsys, source, "--model", base_folder, "--max_length", 64, "--rows", 2)
         first, second = shown.split("block 2")
         assert first.index("document 1 begins: 甲") < first.index("document 2 begins: 乙")
-        assert "document 2 goes on: 乙" in second and "丙" not in shown
+        assert "document 2 continues: 乙" in second and "丙" not in shown
         plain = re.sub("[⟦⟧]", "", first)
         assert f"{rows[0]['text']}\n\n{rows[1]['text']}<|endoftext|>" in plain
         assert "64 tokens: 62 trained, 2 context, 0 dropped" in first
