@@ -5,18 +5,19 @@ from __future__ import annotations
 import math
 import random
 from collections.abc import Sequence
+from dataclasses import dataclass
 from pathlib import Path
 
 from transformers import PreTrainedTokenizerBase
 
 from dataset.instructions import load_instructions
-from dataset.readers import Conversation, read_conversation, read_conversation_rows, read_source_rows
+from dataset.readers import Conversation, read_conversation, read_source_rows
 from novelgpt.settings.arguments import ConversationArguments
 from novelgpt.settings.errors import UserError
 from novelgpt.settings.process import is_first_process
 from novelgpt.settings.terminal import counted, say
-from novelgpt.text.conversation import IGNORE_INDEX, EncodedRow, encode_conversation, most_answers_think
-from novelgpt.text.messages import is_empty_answer
+from novelgpt.text.conversation import IGNORE_INDEX, EncodedRow, encode_conversation
+from novelgpt.text.messages import OWN_THOUGHT, is_empty_answer
 from novelgpt.text.origins import TracedRows
 from novelgpt.text.packing import PackedRows
 from novelgpt.text.statistics import TokenCounts, show_counts, show_row
@@ -25,11 +26,11 @@ from novelgpt.text.templates import record_thinking
 SPLIT_SEED = 42
 
 
+@dataclass(eq=False)
 class EncodedRows(TracedRows):
     """Encoded conversations, in memory."""
 
-    def __init__(self, rows: Sequence[EncodedRow]) -> None:
-        self.rows = rows
+    rows: Sequence[EncodedRow]
 
     def __len__(self) -> int:
         return len(self.rows)
@@ -61,7 +62,7 @@ def read_conversations(
     sources = [row for file in data.train_files for row in read_source_rows(Path(file))]
     if data.valid_files:
         train = [read_conversation(row, drawn) for row in sources]
-        valid = [row for file in data.valid_files for row in read_conversation_rows(Path(file), fixed)]
+        valid = [read_conversation(row, fixed) for file in data.valid_files for row in read_source_rows(Path(file))]
     else:
         order = list(range(len(sources)))
         random.Random(SPLIT_SEED).shuffle(order)
@@ -76,7 +77,9 @@ def read_conversations(
                 f"with --valid_fraction {data.valid_fraction}",
                 "name --valid_files or bring more rows",
             )
-    record_thinking(tokenizer, most_answers_think(row["messages"] for row in train))
+    answers = [message for row in train for message in row["messages"] if message["role"] == "assistant"]
+    thoughts = sum(1 for one in answers if one.get("reasoning_content") or OWN_THOUGHT.match(one["content"]))
+    record_thinking(tokenizer, 2 * thoughts > len(answers))
     encoded = {}
     counts = {}
     for name, rows in (("train", train), ("valid", valid)):

@@ -9,14 +9,14 @@ from collections.abc import Iterator, Sequence
 from novelgpt.settings.errors import UserError
 from novelgpt.settings.terminal import counted
 
-# A line in RFC 4180: cells without a quotation mark, or in quotation marks, each one inside doubled.
+# A row in RFC 4180: cells without a quotation mark, or in quotation marks, each one inside doubled.
 _CELL = r'(?:"[^"]*(?:""[^"]*)*"|[^",]*)'
-_LINE = re.compile(rf"{_CELL}(?:,{_CELL})*\n?")
+_ROW = re.compile(rf"{_CELL}(?:,{_CELL})*\n?")
 _QUOTES = "put the cell into quotation marks and double those inside it, or save the file again from a spreadsheet"
 
 
 def read_csv(text: str, path: str, columns: Sequence[str] = ()) -> Iterator[tuple[str, dict[str, str]]]:
-    """("file:line", fields) of each row that is not blank; the line is that on which the row begins.
+    """("file:line", fields) of each row that is not blank; the line is the row's first.
 
     Args:
         text: of the file; its line ends are "\\n".
@@ -28,10 +28,7 @@ def read_csv(text: str, path: str, columns: Sequence[str] = ()) -> Iterator[tupl
             that is not closed, or a name that two columns have.
     """
     names = list(columns)
-    for line, cells in _lines(text, path):
-        if not "".join(cells).strip():
-            continue
-        where = f"{path}:{line}"
+    for where, cells in _read_cells(text, path):
         if not names:
             names = cells
             twice = next((name for name in names if name and names.count(name) > 1), None)
@@ -40,43 +37,38 @@ def read_csv(text: str, path: str, columns: Sequence[str] = ()) -> Iterator[tupl
             continue
         if len(cells) != len(names):
             lacking = f": {names[len(cells)]} is missing" if len(cells) < len(names) else ""
-            told = f"{counted(len(cells), 'cell')} for {counted(len(names), 'column')} ({', '.join(names)})"
+            found = f"{counted(len(cells), 'cell')} for {counted(len(names), 'column')} ({', '.join(names)})"
             raise UserError(
-                f"{where}: {told}{lacking}",
+                f"{where}: {found}{lacking}",
                 "put cells with commas into quotation marks, and write every column, as ,, where it is empty",
             )
-        unnamed = next((cell for name, cell in zip(names, cells, strict=True) if not name and cell.strip()), None)
+        pairs = list(zip(names, cells, strict=True))
+        unnamed = next((cell for name, cell in pairs if not name and cell.strip()), None)
         if unnamed is not None:
             raise UserError(f"{where}: the cell {unnamed[:20]!r} stands in a column without a name",
                             "name the column in the first line")  # fmt: skip
-        yield where, {name: cell for name, cell in zip(names, cells, strict=True) if name}
+        yield where, {name: cell for name, cell in pairs if name}
 
 
-def _lines(text: str, path: str) -> Iterator[tuple[int, list[str]]]:
-    """Number of the first line of each row, and its cells."""
+def _read_cells(text: str, path: str) -> Iterator[tuple[str, list[str]]]:
+    """("file:line", cells) of each row that is not blank."""
     csv.field_size_limit(2**31 - 1)  # a cell may hold a whole book; the default ends at 128 KiB
-    read: list[str] = []
-
-    def lines() -> Iterator[str]:
-        for line in text.split("\n"):
-            read.append(line)
-            yield line + "\n"
-
-    reader = csv.reader(lines(), strict=True)
-    begin = 1
+    lines = text.split("\n")
+    reader = csv.reader((line + "\n" for line in lines), strict=True)
     while True:
+        start = reader.line_num
+        where = f"{path}:{start + 1}"
         try:
             cells = next(reader, None)
         except csv.Error as error:
-            end = reader.line_num
-            lines_told = f"{path}:{begin}" if end == begin else f"{path}:{begin} to line {end}"
+            until = "" if reader.line_num == start + 1 else f" to line {reader.line_num}"
             raise UserError(
-                f"{lines_told}: a quotation mark inside a cell, or one that is not closed", _QUOTES
+                f"{where}{until}: a quotation mark inside a cell, or one that is not closed", _QUOTES
             ) from error
         if cells is None:
             return
-        if any('"' in line for line in read) and not _LINE.fullmatch("\n".join(read)):
-            raise UserError(f"{path}:{begin}: a quotation mark inside a cell", _QUOTES)
-        yield begin, cells
-        begin = reader.line_num + 1
-        read.clear()
+        row = "\n".join(lines[start : reader.line_num])
+        if '"' in row and not _ROW.fullmatch(row):
+            raise UserError(f"{where}: a quotation mark inside a cell", _QUOTES)
+        if "".join(cells).strip():
+            yield where, cells

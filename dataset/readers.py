@@ -27,7 +27,15 @@ from dataset.row_fields import (
 )
 from novelgpt.settings.errors import UserError
 from novelgpt.settings.remedies import pipeline_name, python_module, run_pipeline
-from novelgpt.text.messages import EMPTY_CONTENT, THOUGHT, Message, begins_with_thought, full_answer, is_empty_answer
+from novelgpt.text.messages import (
+    EMPTY_CONTENT,
+    THOUGHT,
+    Message,
+    begins_with_thought,
+    full_answer,
+    is_empty_answer,
+    map_texts,
+)
 
 TITLE_TO_ABSTRACT = "请根据下面的论文标题，写出这篇论文的摘要。\n标题：{title}"
 _ROLES = {
@@ -121,7 +129,7 @@ def read_source_rows(path: Path) -> Iterator[SourceRow]:
         )
     for number, (where, record) in enumerate(read_records(path)):
         if "\\r" in str(record):
-            record = _with_line_feeds(record)
+            record = map_texts(record, _with_line_feeds)
         name = f"{path.stem}-{number}" if record.get("id") in ABSENT else str(record["id"])
         yield SourceRow(name, record, where)
 
@@ -367,12 +375,5 @@ def _not_a_text(value: Any, where: str, name: str) -> UserError:
     return UserError(cause, "give it a text, or remove the row")
 
 
-def _with_line_feeds(value: Any) -> Any:
-    """A value in whose texts every line ends in "\\n"."""
-    if isinstance(value, str):
-        return value.replace("\r\n", "\n").replace("\r", "\n")
-    if isinstance(value, list):
-        return [_with_line_feeds(item) for item in value]
-    if isinstance(value, dict):
-        return {_with_line_feeds(name): _with_line_feeds(item) for name, item in value.items()}
-    return value
+def _with_line_feeds(text: str) -> str:
+    return text.replace("\r\n", "\n").replace("\r", "\n")

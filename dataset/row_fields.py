@@ -133,13 +133,8 @@ def read_tools(record: Mapping[str, Any], where: str) -> list[Record]:
     """
     tools: list[Record] = []
     for field in ("tools", "functions"):
-        value = record.get(field)
-        if isinstance(value, str):
-            value = load_json(value, f"{where} field {field}") if value.strip() else None
-        if value in ABSENT:
-            continue
-        for number, tool in enumerate(value if isinstance(value, list) else [value]):
-            bare = tool.get("function") if isinstance(tool, dict) and "function" in tool else tool
+        for number, tool in enumerate(_read_items(record.get(field), f"{where} field {field}")):
+            bare = tool.get("function", tool) if isinstance(tool, dict) else tool
             if not isinstance(bare, dict) or not isinstance(bare.get("name"), str):
                 raise UserError(
                     f"{where}: field {field}[{number}] is not a tool with a name",
@@ -155,19 +150,15 @@ def read_calls(message: Mapping[str, Any], where: str, name: str) -> list[Record
     Raises:
         UserError: a call without a name, or arguments that are not a mapping; names the field.
     """
-    calls: list[Record] = []
-    for field in ("tool_calls", "function_call"):
-        value = message.get(field)
-        if isinstance(value, str) and value.strip():
-            value = load_json(value, f"{where} field {name}.{field}")
-        if value in ABSENT:
-            continue
-        if field == "tool_calls" and not isinstance(value, list):
-            raise UserError(f"{where}: field {name}.{field} is not a list of calls", 'write [{"function": {…}}, …]')
-        for number, call in enumerate(value if isinstance(value, list) else [value]):
-            place = f"{name}.{field}[{number}]" if isinstance(value, list) else f"{name}.{field}"
-            calls.append(_read_call(call, where, place))
-    return calls
+    calls = message.get("tool_calls")
+    if isinstance(calls, dict):
+        raise UserError(f"{where}: field {name}.tool_calls is not a list of calls", 'write [{"function": {…}}, …]')
+    items = enumerate(_read_items(calls, f"{where} field {name}.tool_calls"))
+    call = _read_items(message.get("function_call"), f"{where} field {name}.function_call")
+    return [
+        *(_read_call(item, where, f"{name}.tool_calls[{number}]") for number, item in items),
+        *(_read_call(item, where, f"{name}.function_call") for item in call),
+    ]
 
 
 def read_call_text(text: Any, where: str, name: str) -> list[Record]:
@@ -176,11 +167,19 @@ def read_call_text(text: Any, where: str, name: str) -> list[Record]:
     Raises:
         UserError: not JSON, or not a call; names the field.
     """
-    value = load_json(text, f"{where}: field {name}") if isinstance(text, str) else text
-    calls = value if isinstance(value, list) else [value]
+    calls = [_read_call(call, where, name) for call in _read_items(text, f"{where}: field {name}")]
     if not calls:
         raise UserError(f"{where}: field {name} holds no call", 'write {"name": …, "arguments": {…}}')
-    return [_read_call(call, where, name) for call in calls]
+    return calls
+
+
+def _read_items(value: Any, place: str) -> list[Any]:
+    """The items of a field that is a list, or one item, or either as JSON text."""
+    if isinstance(value, str) and value.strip():
+        value = load_json(value, place)
+    if value in ABSENT or (isinstance(value, str) and not value.strip()):
+        return []
+    return value if isinstance(value, list) else [value]
 
 
 def _read_call(call: Any, where: str, place: str) -> Record:

@@ -8,7 +8,7 @@ training) or is to be generated (in prediction), and the mask never depends on s
 from __future__ import annotations
 
 import re
-from collections.abc import Iterable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -120,13 +120,6 @@ def end_token_ids(tokenizer: PreTrainedTokenizerBase) -> list[int]:
     if template_record(tokenizer)["name"] in BAICHUAN_NAMES:
         ends.add(USER_ID)
     return sorted(ends)
-
-
-def most_answers_think(conversations: Iterable[Sequence[Message]]) -> bool:
-    """Whether more than half of all answers begin with a thought, for which prompts then leave room by default."""
-    answers = [message for messages in conversations for message in messages if message["role"] == "assistant"]
-    thoughts = sum(1 for one in answers if one.get("reasoning_content") or OWN_THOUGHT.match(one["content"]))
-    return 2 * thoughts > len(answers)
 
 
 def _encode_turns(

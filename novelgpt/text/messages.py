@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import re
+from collections.abc import Callable
 from typing import Any, TypedDict
 
 
@@ -36,6 +37,17 @@ EMPTY_CONTENT = re.compile(r"\s*(?:<think>\s*</think>\s*)?")
 PROMPT_END = 16
 _TAG = re.compile(r"</?think>")
 _OPENED = re.compile(r"<think>\s*\Z")
+
+
+def map_texts(value: Any, change: Callable[[str], Any]) -> Any:
+    """A value of JSON in which `change` has replaced every text, names of fields included."""
+    if isinstance(value, str):
+        return change(value)
+    if isinstance(value, list):
+        return [map_texts(item, change) for item in value]
+    if isinstance(value, dict):
+        return {change(name): map_texts(item, change) for name, item in value.items()}
+    return value
 
 
 def full_answer(message: Message) -> str:

@@ -3,10 +3,11 @@
 from __future__ import annotations
 
 import copy
+import functools
 import itertools
 import json
 import re
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from typing import Any
 
 from transformers import PreTrainedTokenizerBase
@@ -14,7 +15,7 @@ from transformers import PreTrainedTokenizerBase
 from novelgpt.settings.errors import UserError
 from novelgpt.text import template_bounds
 from novelgpt.text.encoding import AS_IT_IS
-from novelgpt.text.messages import Message, full_answer
+from novelgpt.text.messages import Message, full_answer, map_texts
 from novelgpt.text.special_tokens import encode_literally, special_tokens
 
 # Fields of messages that a template may read.
@@ -62,7 +63,7 @@ class RenderedConversation:
         self._spelled: dict[int, str] = {}
         texts = [text for message in self.messages for text in message.values() if isinstance(text, str)]
         if self._tools or self._calls:
-            texts = list(_texts([self.messages, self._tools]))
+            map_texts([self.messages, self._tools], texts.append)
         if any(token in text for token in self.special.texts for text in texts):
             self._hide_spelled(texts)
         self.answers = {
@@ -153,18 +154,10 @@ class RenderedConversation:
         spelled = [token for token in self.special.texts if any(token in text for text in texts)]
         free = (number for number in _STAND_INS if not any(chr(number) in text for text in texts))
         self._spelled = dict(zip(free, spelled, strict=False))
-        self.messages, self._tools = self._hidden(self.messages), self._hidden(self._tools)
-
-    def _hidden(self, value: Any) -> Any:
-        if isinstance(value, str):
-            for stand_in, token in self._spelled.items():  # the longest first
-                value = value.replace(token, chr(stand_in))
-            return value
-        if isinstance(value, list):
-            return [self._hidden(item) for item in value]
-        if isinstance(value, dict):
-            return {self._hidden(name): self._hidden(item) for name, item in value.items()}
-        return value
+        stand_ins = {token: chr(number) for number, token in self._spelled.items()}
+        pattern = re.compile("|".join(map(re.escape, stand_ins)))  # the longest first
+        hide = functools.partial(pattern.sub, lambda match: stand_ins[match[0]])
+        self.messages, self._tools = map_texts([self.messages, self._tools], hide)
 
     def refuse_lost_texts(self, rendered: str, count: int) -> None:
         """Check that the template writes what each system and tool message says.
@@ -243,13 +236,3 @@ class RenderedConversation:
             return rendered == self.render(others, with_tools=with_tools)
         except UserError:
             return False
-
-
-def _texts(value: Any) -> Iterator[str]:
-    """All texts in a value, names of fields included."""
-    if isinstance(value, str):
-        yield value
-    elif isinstance(value, dict):
-        yield from itertools.chain.from_iterable(map(_texts, itertools.chain(value, value.values())))
-    elif isinstance(value, list):
-        yield from itertools.chain.from_iterable(map(_texts, value))

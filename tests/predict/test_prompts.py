@@ -9,7 +9,7 @@ import pytest
 from transformers import AutoTokenizer, PreTrainedTokenizerBase
 
 from novelgpt.inference.chat import ChatHistory
-from novelgpt.text.conversation import IGNORE_INDEX, encode_conversation, most_answers_think
+from novelgpt.text.conversation import IGNORE_INDEX, encode_conversation
 from novelgpt.text.encoding import encode
 from novelgpt.text.messages import Message
 from novelgpt.text.templates import CHATML_TEMPLATE, PLAIN_TEMPLATE, record_thinking, settle_template
@@ -152,7 +152,7 @@ def test_prompts_of_thoughts(tokenizer: PreTrainedTokenizerBase, tmp_path: Path)
         messages[-1]["content"] + "<|im_end|>"
     )
     trained = copy.deepcopy(thinking)
-    record_thinking(trained, most_answers_think([messages]))
+    record_thinking(trained, True)
     chat = ChatHistory(trained, 4096, 16)
     assert chat.ask("一") == (first, 0)
     chat.add_answer(messages[1]["content"])

@@ -1,6 +1,7 @@
 """Of every turn, decode(trained labels) == answer + end token, and the tokens before == the prompt of prediction."""
 
 import copy
+import json
 import random
 from pathlib import Path
 from typing import Any
@@ -9,7 +10,7 @@ import pytest
 import torch
 from transformers import AutoTokenizer, PreTrainedTokenizerBase
 
-from dataset.conversations import encode_rows
+from dataset.conversations import encode_rows, read_conversations
 from dataset.readers import TITLE_TO_ABSTRACT, messages_of
 from novelgpt.settings.arguments import ConversationArguments
 from novelgpt.settings.errors import UserError
@@ -20,7 +21,6 @@ from novelgpt.text.conversation import (
     encode_conversation,
     encode_prompt,
     end_token_ids,
-    most_answers_think,
 )
 from novelgpt.text.encoding import encode
 from novelgpt.text.messages import Message
@@ -28,7 +28,6 @@ from novelgpt.text.packing import PackedRows
 from novelgpt.text.templates import (
     CHATML_TEMPLATE,
     PLAIN_TEMPLATE,
-    record_thinking,
     settle_template,
     template_record,
 )
@@ -473,14 +472,18 @@ def test_a_template_that_always_opens_a_thought(tokenizer: PreTrainedTokenizerBa
 
 
 def test_prompts_leave_room_for_a_thought_where_most_answers_of_training_had_one(
-    qwen3: PreTrainedTokenizerBase,
+    qwen3: PreTrainedTokenizerBase, tmp_path: Path
 ) -> None:
     thoughtful = [USER, {"role": "assistant", "content": THOUGHT}]
     for conversations, thinking in (
-        ([thoughtful, [USER, ANSWER], thoughtful], True), ([thoughtful, [USER, ANSWER]], False), ([], False),
+        ([thoughtful, [USER, ANSWER], thoughtful], True), ([thoughtful, [USER, ANSWER]], False),
+        ([[USER, ANSWER]], False),
     ):  # fmt: skip
         own = copy.deepcopy(qwen3)
-        record_thinking(own, most_answers_think(conversations))
+        file = tmp_path / "rows.jsonl"
+        rows = [json.dumps({"messages": messages}, ensure_ascii=False) for messages in conversations]
+        file.write_text("\n".join(rows), encoding="utf-8")
+        read_conversations(ConversationArguments([str(file)], [str(file)]), own)
         assert encode_prompt([USER], own) == encode_prompt([USER], qwen3, thinking=thinking)
         assert encode_prompt([USER], own, thinking=not thinking) != encode_prompt([USER], own)
 
