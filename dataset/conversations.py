@@ -159,10 +159,7 @@ def encode_rows(
 def _shorten(
     row: EncodedRow, source: str, data: ConversationArguments, counts: TokenCounts
 ) -> list[tuple[EncodedRow, int]]:
-    """The parts of a row above `max_length` tokens, each with how many of its first tokens an earlier part holds.
-
-    A row that is split starts each further part with half a row of what came before, untrained.
-    """
+    """The parts of a row above `max_length` tokens, each with how many of its first tokens an earlier part holds."""
     size, max_length = len(row.input_ids), data.max_length
     if data.overlong == "refuse":
         raise UserError(
@@ -173,12 +170,11 @@ def _shorten(
     if data.overlong == "truncate":
         counts.dropped += size - max_length
         return [(EncodedRow(row.input_ids[:max_length], row.labels[:max_length]), 0)]
+    # A row that is split starts each further part with half a row of what came before, untrained.
+    context = max_length // 2
     parts = []
-    end = 0
-    while end < size:
-        start = max(0, end - max_length // 2)
-        stop = min(start + max_length, size)
-        labels = [IGNORE_INDEX] * (end - start) + row.labels[end:stop]
-        parts.append((EncodedRow(row.input_ids[start:stop], labels), end - start))
-        end = stop
+    for start in range(0, size - context, max_length - context):
+        repeated, stop = context if start else 0, start + max_length
+        labels = [IGNORE_INDEX] * repeated + row.labels[start + repeated : stop]
+        parts.append((EncodedRow(row.input_ids[start:stop], labels), repeated))
     return parts

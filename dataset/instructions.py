@@ -54,11 +54,9 @@ class Wording:
         if answered:
             length = sum(len("".join(values[name].split())) for name in fields)
             values |= {"characters": str(rounded(length)), "characters_at_most": str(rounded_up(length))}
-        messages: list[Message] = [{"role": "system", "content": _fill(self.system, values)}] if self.system else []
-        messages.append({"role": "user", "content": _fill(self.user, values)})
-        if answered:
-            messages.append({"role": "assistant", "content": _fill(self.answers[answer], values)})
-        return messages
+        turns = {"system": self.system, "user": self.user, "assistant": self.answers[answer] if answered else ""}
+        said = {role: pattern.format_map(values) for role, pattern in turns.items() if pattern or role == "user"}
+        return [{"role": role, "content": content} for role, content in said.items()]
 
 
 @dataclass(frozen=True)
@@ -105,7 +103,8 @@ class Instructions:
         texts = {name: record[name] for name in sorted(question | answer)}
         if self.seed is None:
             return wordings[0].messages(texts)
-        number = self._draw(task, str(record.get("id") or "") or texts)
+        key = json.dumps([self.seed, task, str(record.get("id") or "") or texts], ensure_ascii=False).encode("utf-8")
+        number = int.from_bytes(hashlib.blake2b(key, digest_size=8).digest(), "big")
         wording = wordings[number % len(wordings)]
         return wording.messages(texts, number // len(wordings) % len(wording.answers))
 
@@ -135,10 +134,6 @@ class Instructions:
             for wording in self.wordings(task, where)
             for answer in range(len(wording.answers))
         )
-
-    def _draw(self, task: str, row: str | Mapping[str, str]) -> int:
-        key = json.dumps([self.seed, task, row], ensure_ascii=False).encode("utf-8")
-        return int.from_bytes(hashlib.blake2b(key, digest_size=8).digest(), "big")
 
 
 def load_instructions(files: Sequence[str] = (), seed: int | None = None) -> Instructions:
@@ -260,9 +255,3 @@ def _pattern(text: Any, where: str, computed: bool = False) -> str:
 @functools.lru_cache(maxsize=4096)
 def _placeholders(pattern: str) -> frozenset[str]:
     return frozenset(name for _, name, _, _ in string.Formatter().parse(pattern) if name is not None)
-
-
-def _fill(pattern: str, values: Mapping[str, str]) -> str:
-    return "".join(
-        text + (values[name] if name is not None else "") for text, name, _, _ in string.Formatter().parse(pattern)
-    )

@@ -3,6 +3,7 @@
 
 from __future__ import annotations
 
+import itertools
 import shlex
 from collections.abc import Collection, Iterator
 from pathlib import Path
@@ -260,22 +261,18 @@ def _read_history(history: Any, where: str) -> list[Message]:
 
 def _with_system(record: Record, where: str, messages: list[Message]) -> list[Message]:
     """The messages with at most one system message before them, whether a field or messages hold it."""
-    systems = []
-    if record.get("system"):
-        if not isinstance(record["system"], str):
-            raise _not_a_text(record["system"], where, "system")
-        systems.append(record["system"])
-    start = 0
-    while start < len(messages) and messages[start]["role"] == "system":
-        systems.append(messages[start]["content"])
-        start += 1
+    given = record.get("system") or None
+    if not isinstance(given, (str, type(None))):
+        raise _not_a_text(given, where, "system")
+    leading = list(itertools.takewhile(lambda message: message["role"] == "system", messages))
+    systems = [*([given] if given else []), *(message["content"] for message in leading)]
     if any(text.strip() != systems[0].strip() for text in systems):
         raise UserError(
-            f"{where}: {'field system and ' if record.get('system') else ''}the first messages hold "
+            f"{where}: {'field system and ' if given else ''}the first messages hold "
             f"{len(systems)} system messages that differ",
             "write one, with all that it is to say",
         )
-    return [{"role": "system", "content": systems[0]}, *messages[start:]]
+    return [{"role": "system", "content": systems[0]}, *messages[len(leading) :]]
 
 
 def _read_turns(turns: Any, field: str, role_key: str, content_key: str, where: str) -> list[Message]:

@@ -2,18 +2,19 @@
 
 from __future__ import annotations
 
+import csv
 import json
 import re
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
 import pyarrow
 import pyarrow.parquet
 
-from dataset.csv_rows import read_csv
 from dataset.decode import decode_text, read_bytes
 from novelgpt.settings.errors import UserError
+from novelgpt.settings.terminal import counted
 
 Record = dict[str, Any]
 
@@ -28,6 +29,10 @@ _LISTS_OF_ROWS = {
 }  # fmt: skip
 _FIELDS_OF_ROWS = _LISTS_OF_ROWS | {"instruction", "query", "response", "output", "title", "abstract", "text", "task"}
 _FIELDS_OF_ROWS |= {"text_prompt", "prediction", "predict"}
+# A row in RFC 4180: cells without a quotation mark, or in quotation marks, each one inside doubled.
+_CELL = r'(?:"[^"]*(?:""[^"]*)*"|[^",]*)'
+_ROW = re.compile(rf"{_CELL}(?:,{_CELL})*\n?")
+_QUOTES = "put the cell into quotation marks and double those inside it, or save the file again from a spreadsheet"
 _SUFFIXES = (".jsonl", ".json", ".csv", ".parquet")
 
 
@@ -144,15 +149,72 @@ def _unwrap(value: Any, where: str, path: Path) -> Iterator[tuple[str, Any]]:
         yield f"{path} row {index}", row
 
 
+def read_csv(text: str, path: str, columns: Sequence[str] = ()) -> Iterator[tuple[str, dict[str, str]]]:
+    """("file:line", fields) of each row that is not blank; the line is the row's first.
+
+    Args:
+        text: of the file; its line ends are "\\n".
+        path: of the file, for errors.
+        columns: names of the columns of a file whose first line is a row; by default, the first line names them.
+
+    Raises:
+        UserError: a line with another number of cells than there are columns, a quotation mark inside a cell, a cell
+            that is not closed, or a name that two columns have.
+    """
+    names = list(columns)
+    for where, cells in _read_cells(text, path):
+        if not names:
+            names = cells
+            twice = next((name for name in names if name and names.count(name) > 1), None)
+            if twice is not None:
+                raise UserError(f"{where}: two columns have the name {twice!r}", "give each column a name of its own")
+            continue
+        if len(cells) != len(names):
+            lacking = f": {names[len(cells)]} is missing" if len(cells) < len(names) else ""
+            found = f"{counted(len(cells), 'cell')} for {counted(len(names), 'column')} ({', '.join(names)})"
+            raise UserError(
+                f"{where}: {found}{lacking}",
+                "put cells with commas into quotation marks, and write every column, as ,, where it is empty",
+            )
+        pairs = list(zip(names, cells, strict=True))
+        unnamed = next((cell for name, cell in pairs if not name and cell.strip()), None)
+        if unnamed is not None:
+            raise UserError(f"{where}: the cell {unnamed[:20]!r} stands in a column without a name",
+                            "name the column in the first line")  # fmt: skip
+        yield where, {name: cell for name, cell in pairs if name}
+
+
+def _read_cells(text: str, path: str) -> Iterator[tuple[str, list[str]]]:
+    """("file:line", cells) of each row that is not blank."""
+    csv.field_size_limit(2**31 - 1)  # a cell may hold a whole book; the default ends at 128 KiB
+    lines = text.split("\n")
+    reader = csv.reader((line + "\n" for line in lines), strict=True)
+    while True:
+        start = reader.line_num
+        where = f"{path}:{start + 1}"
+        try:
+            cells = next(reader, None)
+        except csv.Error as error:
+            until = "" if reader.line_num == start + 1 else f" to line {reader.line_num}"
+            raise UserError(
+                f"{where}{until}: a quotation mark inside a cell, or one that is not closed", _QUOTES
+            ) from error
+        if cells is None:
+            return
+        row = "\n".join(lines[start : reader.line_num])
+        if '"' in row and not _ROW.fullmatch(row):
+            raise UserError(f"{where}: a quotation mark inside a cell", _QUOTES)
+        if "".join(cells).strip():
+            yield where, cells
+
+
 def _read_parquet(path: Path) -> Iterator[tuple[str, Any]]:
     if not path.is_file() or not path.stat().st_size:
         read_bytes(path)  # raises, with the reason
     try:
-        index = 0
-        for batch in pyarrow.parquet.ParquetFile(path).iter_batches(batch_size=1024):
-            for record in batch.to_pylist():
-                yield f"{path} row {index}", {name: _without_nulls(value) for name, value in record.items()}
-                index += 1
+        batches = pyarrow.parquet.ParquetFile(path).iter_batches(batch_size=1024)
+        for number, record in enumerate(record for batch in batches for record in batch.to_pylist()):
+            yield f"{path} row {number}", {name: _without_nulls(value) for name, value in record.items()}
     except pyarrow.ArrowException as error:
         raise UserError(f"{path} is not a readable parquet file: {error}", "write the file again") from error
 

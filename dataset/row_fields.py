@@ -87,22 +87,22 @@ def read_flag(fields: Mapping[str, Any], where: str, prefix: str = "") -> tuple[
     Raises:
         UserError: a weight other than 0 and 1, another kind of value, or two flags that disagree.
     """
-    found: tuple[str, bool] | None = None
+    flags: dict[str, bool] = {}
     for name in FLAGS:
         value = fields.get(name)
         if value in ABSENT:
             continue
         text = str(value).strip().lower()
-        if isinstance(value, (list, dict)) or text not in (*_TRUE, *_FALSE):
+        if text not in (*_TRUE, *_FALSE):
             raise UserError(
                 f"{where}: field {prefix}{name} is {value!r}: an answer counts in the loss or not, not in part",
                 "write true or false (1 or 0), leave the field out, or rename it where it is only a note",
             )
-        flag = text in _TRUE
-        if found is not None and found[1] != flag:
-            raise UserError(f"{where}: fields {prefix}{found[0]} and {prefix}{name} disagree", "leave one of them out")
-        found = found or (name, flag)
-    return found
+        flags[name] = text in _TRUE
+        first = next(iter(flags))
+        if flags[name] != flags[first]:
+            raise UserError(f"{where}: fields {prefix}{first} and {prefix}{name} disagree", "leave one of them out")
+    return next(iter(flags.items()), None)
 
 
 def read_thought(fields: Mapping[str, Any], where: str, prefix: str = "") -> str:
@@ -111,15 +111,11 @@ def read_thought(fields: Mapping[str, Any], where: str, prefix: str = "") -> str
     Raises:
         UserError: it is not a text.
     """
-    for name in THOUGHTS:
-        value = fields.get(name)
-        if value in ABSENT:
-            continue
-        if not isinstance(value, str):
+    thoughts = {name: fields[name] for name in THOUGHTS if fields.get(name) not in ABSENT}
+    for name, thought in thoughts.items():
+        if not isinstance(thought, str):
             raise UserError(f"{where}: field {prefix}{name} is not a text", "give it a text, or leave it out")
-        if value.strip():
-            return value
-    return ""
+    return next((thought for thought in thoughts.values() if thought.strip()), "")
 
 
 def read_tools(record: Mapping[str, Any], where: str) -> list[Record]:

@@ -8,12 +8,11 @@ from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
-from dataset.csv_rows import read_csv
 from dataset.decode import decode_text, read_bytes
 from dataset.instructions import Instructions
 from dataset.novels.chapters.headings import LONGEST_HEADING
 from dataset.novels.chapters.numerals import to_number
-from dataset.records import Record, read_records
+from dataset.records import Record, read_csv, read_records
 from novelgpt.settings.errors import UserError
 from novelgpt.settings.remedies import python_module
 from novelgpt.settings.terminal import counted

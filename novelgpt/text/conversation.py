@@ -234,7 +234,7 @@ def _calls_as_rendered(chat: RenderedConversation, turn: int, rest: str) -> str 
 
 
 def _changed_answer(chat: RenderedConversation, turn: int) -> UserError:
-    answer = chat.as_spelled(chat.answers[turn][:20])
+    answer = chat.answers[turn][:20].translate(chat.spelled)
     if chat.messages[turn].get("reasoning_content"):
         return UserError(
             f"field reasoning_content: the chat template has no place for the thought before the answer {answer!r}…",

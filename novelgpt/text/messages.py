@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import re
 from collections.abc import Callable
 from typing import Any, TypedDict
@@ -92,27 +93,21 @@ def split_thought(text: str, opened: bool | None) -> tuple[str, str]:
     thoughts: list[str] = []
     while True:
         opening = re.match(r"\s*<think>", text)
-        if opening is not None:
-            text = text[opening.end() :]
-        elif not (_closes_more(text) if opened is None else opened):
+        if opened is None:
+            opened = any(depth < 0 for _, depth in _tag_depths(text))
+        if opening is None and not opened:
             return "\n".join(filter(None, thoughts)), text
-        depth, last = 1, None
-        for tag in _TAG.finditer(text):
-            depth += 1 if tag[0] == "<think>" else -1
-            last = last if tag[0] == "<think>" else tag
-            if depth == 0:
-                break
-        thought, text = (text, "") if last is None else (text[: last.start()], text[last.end() :])
+        text = text if opening is None else text[opening.end() :]
+        tags = _tag_depths(text)
+        last = next((tag for tag, _ in reversed(tags) if tag[0] == "</think>"), None)
+        closing = next((tag for tag, depth in tags if depth < 0), last)
+        thought, text = (text, "") if closing is None else (text[: closing.start()], text[closing.end() :])
         thoughts.append(thought.strip())
         text = text.lstrip("\r\n")  # other whitespace may indent a paragraph
         opened = False
 
 
-def _closes_more(text: str) -> bool:
-    """Whether a thought is closed that was not opened within the text."""
-    depth = 0
-    for tag in _TAG.finditer(text):
-        depth += 1 if tag[0] == "<think>" else -1
-        if depth < 0:
-            return True
-    return False
+def _tag_depths(text: str) -> list[tuple[re.Match[str], int]]:
+    """Each tag of a thought in a text, with the number of thoughts that are open after it."""
+    tags = list(_TAG.finditer(text))
+    return list(zip(tags, itertools.accumulate(1 if tag[0] == "<think>" else -1 for tag in tags), strict=True))

@@ -14,7 +14,7 @@ from transformers import PreTrainedTokenizerBase
 
 from novelgpt.settings.errors import UserError
 from novelgpt.text import template_bounds
-from novelgpt.text.encoding import AS_IT_IS
+from novelgpt.text.encoding import AS_IT_IS, encode
 from novelgpt.text.messages import Message, full_answer, map_texts
 from novelgpt.text.special_tokens import encode_literally, special_tokens
 
@@ -40,6 +40,7 @@ class RenderedConversation:
     Attributes:
         messages: as they are rendered, with stand-ins.
         trained: of each message, whether it is trained if it is an answer.
+        spelled: code of each stand-in -> the special token that it replaces.
         answers: number of each answer -> its text, thought included.
         instructions: numbers of the system and tool messages, which the template must write (`refuse_lost_texts`).
 
@@ -60,7 +61,7 @@ class RenderedConversation:
             for number, message in enumerate(self.messages)
             for place in range(len(message.get("tool_calls", ())))
         ]
-        self._spelled: dict[int, str] = {}
+        self.spelled: dict[int, str] = {}
         texts = [text for message in self.messages for text in message.values() if isinstance(text, str)]
         if self._tools or self._calls:
             map_texts([self.messages, self._tools], texts.append)
@@ -129,32 +130,22 @@ class RenderedConversation:
 
     def tokens(self, text: str) -> list[int]:
         """Tokens of a part of the rendered text."""
-        if not self._spelled or not self._has_stand_in(text):
+        if not any(chr(stand_in) in text for stand_in in self.spelled):
             return list(self.tokenizer(text, **AS_IT_IS)["input_ids"])
         ids: list[int] = []
         parts = re.split(f"({self.special.pattern.pattern})", text)
         # Between the template's special tokens lie texts; those with stand-ins are set apart, all else stays together.
-        for spelled, group in itertools.groupby(parts, self._has_stand_in):
-            joined = "".join(group)
-            if spelled:
-                ids += encode_literally(self.as_spelled(joined), self.tokenizer)
-            else:
-                ids += self.tokenizer(joined, **AS_IT_IS)["input_ids"]
+        for spells, group in itertools.groupby(parts, lambda part: any(chr(code) in part for code in self.spelled)):
+            joined = "".join(group).translate(self.spelled)
+            ids += (encode_literally if spells else encode)(joined, self.tokenizer)
         return ids
-
-    def as_spelled(self, text: str) -> str:
-        """A part of the rendered text as the conversation spells it."""
-        return text.translate(self._spelled)
-
-    def _has_stand_in(self, text: str) -> bool:
-        return any(chr(stand_in) in text for stand_in in self._spelled)
 
     def _hide_spelled(self, texts: Sequence[str]) -> None:
         """Replace each special token that `texts`, all those of the conversation, spell by a character not in them."""
         spelled = [token for token in self.special.texts if any(token in text for text in texts)]
         free = (number for number in _STAND_INS if not any(chr(number) in text for text in texts))
-        self._spelled = dict(zip(free, spelled, strict=False))
-        stand_ins = {token: chr(number) for number, token in self._spelled.items()}
+        self.spelled = dict(zip(free, spelled, strict=False))
+        stand_ins = {token: chr(number) for number, token in self.spelled.items()}
         pattern = re.compile("|".join(map(re.escape, stand_ins)))  # the longest first
         hide = functools.partial(pattern.sub, lambda match: stand_ins[match[0]])
         self.messages, self._tools = map_texts([self.messages, self._tools], hide)

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import contextlib
 import ctypes
+import itertools
 import os
 import select
 import signal
@@ -102,20 +103,19 @@ def _ends(tokenizer: PreTrainedTokenizerBase) -> bool:
 
 def _within_bounds(tokenizer: PreTrainedTokenizerBase) -> bool:
     """Whether all trials end, with texts of a sensible length."""
-    for messages in TRIALS:
-        for thinking in (False, True):
-            question = messages[-1]["role"] == "user"
-            try:
-                with processor_time(TRIAL_SECONDS):
-                    text = tokenizer.apply_chat_template(
-                        messages, tokenize=False, add_generation_prompt=question, enable_thinking=thinking
-                    )
-            except (OverrunError, MemoryError, RecursionError):
-                return False
-            except Exception:  # what a template refuses has nothing to do with bounds
-                continue
-            if len(text) > MAX_OWN_CHARACTERS:
-                return False
+    for messages, thinking in itertools.product(TRIALS, (False, True)):
+        asks = messages[-1]["role"] == "user"
+        try:
+            with processor_time(TRIAL_SECONDS):
+                text = tokenizer.apply_chat_template(
+                    messages, tokenize=False, add_generation_prompt=asks, enable_thinking=thinking
+                )
+        except (OverrunError, MemoryError, RecursionError):
+            return False
+        except Exception:  # what a template refuses has nothing to do with bounds
+            continue
+        if len(text) > MAX_OWN_CHARACTERS:
+            return False
     return True
 
 
