@@ -17,7 +17,6 @@ from transformers.trainer import TRAINER_STATE_NAME
 
 from novelgpt.settings.atomic_files import atomic_write
 from novelgpt.settings.run_record import only_json
-from novelgpt.training.checkpoints.best import without_places
 
 TRAIN_RESULTS, EVAL_RESULTS, ALL_RESULTS = "train_results.json", "eval_results.json", "all_results.json"
 RESULT_FILES = (TRAIN_RESULTS, EVAL_RESULTS, ALL_RESULTS, TRAINER_STATE_NAME)
@@ -43,7 +42,9 @@ def write_result_files(
     figures = {TRAIN_RESULTS: training, EVAL_RESULTS: evaluation, ALL_RESULTS: evaluation | training}
     for name, content in figures.items():
         atomic_write(folder / name, json.dumps(only_json(content), indent=4, sort_keys=True) + "\n")
-    content = only_json(dataclasses.asdict(without_places(state)))
+    # This file may leave the machine: the best checkpoint is named, and lies beside the file.
+    best = state.best_model_checkpoint and Path(state.best_model_checkpoint).name
+    content = only_json(dataclasses.asdict(dataclasses.replace(state, best_model_checkpoint=best)))
     atomic_write(folder / TRAINER_STATE_NAME, json.dumps(content, indent=2, sort_keys=True) + "\n")
 
 

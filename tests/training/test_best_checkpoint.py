@@ -24,8 +24,7 @@ from novelgpt.settings.errors import UserError
 from novelgpt.settings.runs import FinetuneRun
 from novelgpt.text.conversation import IGNORE_INDEX, encode_conversation
 from novelgpt.training import throughput
-from novelgpt.training.checkpoints.best import best_checkpoint
-from novelgpt.training.checkpoints.folders import checkpoints, damage, step_of
+from novelgpt.training.checkpoints.folders import best_checkpoint, checkpoints, damage, step_of
 from novelgpt.training.result_files import RESULT_FILES
 from novelgpt.training.trainer import NovelTrainer
 from tests.faults.runs import write_base, write_rows

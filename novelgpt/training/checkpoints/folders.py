@@ -1,15 +1,18 @@
-"""Checkpoint folders: filled under another name, listed with hashes, renamed when whole, deleted when outdated."""
+"""Checkpoint folders: filled under another name, hashed, renamed when complete, ranked, deleted when outdated."""
 
 from __future__ import annotations
 
 import json
+import math
 import re
 import shutil
+from collections.abc import Iterable
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
 from pydantic import BaseModel
+from transformers import TrainingArguments
 from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR
 
 from novelgpt.model.card import CARD
@@ -23,12 +26,12 @@ HASHING_THREADS = 8
 
 
 def checkpoint_folder(run_folder: Path, step: int) -> Path:
-    """Where the checkpoint of a step lies once it is whole."""
+    """The folder of the checkpoint of a step, once it is complete."""
     return run_folder / f"{PREFIX_CHECKPOINT_DIR}-{step}"
 
 
 def unfinished_folder(folder: Path) -> Path:
-    """Where a folder is filled: beside it, on the same disk, so that the last step is a renaming."""
+    """Where a folder is filled: beside it, on the same disk, so that it only has to be renamed."""
     return folder.with_name(folder.name + UNFINISHED)
 
 
@@ -44,8 +47,29 @@ def step_of(folder: Path) -> int:
     return int(folder.name.rpartition("-")[2])
 
 
+def best_checkpoint(folders: Iterable[Path], history: list[dict[str, Any]], training: TrainingArguments) -> Path | None:
+    """The checkpoint whose step has the best finite figure, the earlier of two equal ones; None where none has one.
+
+    An evaluation between two checkpoints does not count, as its weights are lost.
+
+    Args:
+        folders: of checkpoints.
+        history: log entries with "step", those of evaluations with the figure.
+        training: `metric_for_best_model` names the figure, `greater_is_better` says what is best.
+    """
+    name = f"eval_{str(training.metric_for_best_model).removeprefix('eval_')}"
+    sign = -1.0 if training.greater_is_better else 1.0
+    figures = {entry["step"]: entry[name] for entry in history if name in entry}
+    ranked = [
+        (sign * figures[step_of(folder)], step_of(folder), folder)
+        for folder in folders
+        if math.isfinite(figures.get(step_of(folder), math.nan))
+    ]
+    return min(ranked)[2] if ranked else None
+
+
 def describe_files(folder: Path, names: list[str]) -> dict[str, dict[str, Any]]:
-    """{name: {"bytes", "sha256"}} of files, which are on the disk when this returns."""
+    """{name: {"bytes", "sha256"}} of files, which are synced to the disk when this returns."""
 
     def describe(name: str) -> dict[str, Any]:
         path = folder / name
@@ -58,13 +82,13 @@ def describe_files(folder: Path, names: list[str]) -> dict[str, dict[str, Any]]:
 
 
 def files_in(folder: Path) -> list[str]:
-    """Names of all files in a folder and below, but its manifest and its card, which people may edit."""
+    """Names of all files in a folder and below, except its manifest and its card, which people may edit."""
     paths = sorted(path for path in folder.rglob("*") if path.is_file())
     return [str(path.relative_to(folder)) for path in paths if path.name not in (MANIFEST, CARD)]
 
 
 def finish(folder: Path, files: dict[str, dict[str, Any]], step: int) -> None:
-    """Write the manifest of a folder that is filled, and give it its name.
+    """Write the manifest of a filled folder, and give it its name.
 
     Raises:
         OSError: the disk is full, for example.
@@ -75,7 +99,7 @@ def finish(folder: Path, files: dict[str, dict[str, Any]], step: int) -> None:
     sync(path)
     sync(unfinished)
     replaced = unfinished_folder(folder.with_name(f"{folder.name}.replaced"))
-    if folder.exists():  # the same step, written before the run went on from an older one
+    if folder.exists():  # the same step, written before the run resumed from an older one
         folder.replace(replaced)
     unfinished.replace(folder)
     sync(folder.parent)
@@ -91,7 +115,7 @@ class _Manifest(BaseModel):
 
 
 def damage(folder: Path) -> str | None:
-    """What is wrong with a checkpoint, None where every file is what the manifest says."""
+    """What is wrong with a checkpoint, None where every file matches the manifest."""
     if not (folder / MANIFEST).exists():
         return f"it has no {MANIFEST}"
     try:
@@ -120,7 +144,7 @@ def delete_old(run_folder: Path, newest: Path, best: str | None, limit: int | No
 
     Args:
         run_folder: of the run.
-        newest: just written, and whole.
+        newest: just written, and complete.
         best: folder of the best one so far.
         limit: how many to keep; None or 0 for all.
     """
@@ -128,6 +152,6 @@ def delete_old(run_folder: Path, newest: Path, best: str | None, limit: int | No
     others = [folder for folder in checkpoints(run_folder) if folder.name not in kept]
     if limit:
         for folder in others[max(0, limit - len(kept)) :]:
-            folder.replace(unfinished_folder(folder))  # or a kill would leave what looks like a damaged checkpoint
+            folder.replace(unfinished_folder(folder))  # a kill would else leave what looks like a damaged checkpoint
     for folder in run_folder.glob(f"{PREFIX_CHECKPOINT_DIR}-*{UNFINISHED}"):
         shutil.rmtree(folder, ignore_errors=True)

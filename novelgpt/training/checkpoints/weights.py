@@ -1,10 +1,11 @@
-"""The weights in a checkpoint's safetensors: found by the names of the model's, looked at before they are trusted."""
+"""The weights in a checkpoint's safetensors: read by the names that the model has for them, and verified."""
 
 from __future__ import annotations
 
 import copy
 import math
 import warnings
+from collections.abc import Callable
 from contextlib import ExitStack
 from pathlib import Path
 from typing import Any
@@ -20,10 +21,11 @@ from transformers.utils import SAFE_WEIGHTS_INDEX_NAME, SAFE_WEIGHTS_NAME
 
 from novelgpt.model.folder_checks import read_index
 from novelgpt.settings.errors import UserError
+from novelgpt.settings.process import is_first_process
 
-# Names that a message lists.
-MOST_NAMES = 3
-# Values that are looked at together.
+# Names listed in a message.
+MAX_NAMES = 3
+# Values checked at once.
 SLICE_ELEMENTS = 1 << 26
 
 
@@ -32,41 +34,36 @@ class StoredWeights:
 
     def __init__(self, folder: Path, stack: ExitStack) -> None:
         self.folder = folder
-        self._files: dict[str, Any] = {}
+        self.files: dict[str, Any] = {}  # by the names in them
         for path in weight_paths(folder):
             file = stack.enter_context(safe_open(path, "pt"))
-            self._files |= dict.fromkeys(file.keys(), file)
-
-    @property
-    def names(self) -> set[str]:
-        """As they stand in the files."""
-        return set(self._files)
+            self.files |= dict.fromkeys(file.keys(), file)
 
     def shape(self, stored: str) -> list[int]:
-        """Of a tensor, by its name in the files."""
-        return self._files[stored].get_slice(stored).get_shape()  # type: ignore[no-any-return]
+        """Shape of a tensor, by its name in the files."""
+        return self.files[stored].get_slice(stored).get_shape()  # type: ignore[no-any-return]
 
     def finite(self, stored: str) -> bool:
-        """Whether all values of a tensor are, by its name in the files."""
+        """Whether all values of a tensor are finite, by its name in the files."""
         shape = self.shape(stored)
-        piece = self._files[stored].get_slice(stored)
-        rows = max(1, SLICE_ELEMENTS // max(1, math.prod(shape[1:])))
         if not shape:
-            return bool(torch.isfinite(self._files[stored].get_tensor(stored)).all())
-        return all(bool(torch.isfinite(piece[row : row + rows]).all()) for row in range(0, shape[0], rows))
+            return bool(torch.isfinite(self.files[stored].get_tensor(stored)).all())
+        values = self.files[stored].get_slice(stored)
+        rows = max(1, SLICE_ELEMENTS // max(1, math.prod(shape[1:])))
+        return all(bool(torch.isfinite(values[row : row + rows]).all()) for row in range(0, shape[0], rows))
 
     def tensor(self, name: str) -> torch.Tensor:
-        """By the model's name of it; adapters are stored without the name that peft gives them within the model.
+        """Read a tensor by the model's name for it; adapters are stored without the name that peft gives them.
 
         Raises:
             UserError: there is none.
         """
         for stored in (name, name.replace(".default.", "."), name.removesuffix(".default")):
-            if stored in self._files:
-                return self._files[stored].get_tensor(stored)  # type: ignore[no-any-return]
+            if stored in self.files:
+                return self.files[stored].get_tensor(stored)  # type: ignore[no-any-return]
         raise UserError(
             f"{self.folder} holds no weights named {name}",
-            "go on with as many processes and the ZeRO stage that the checkpoint was written with",
+            "resume with as many processes and the ZeRO stage that the checkpoint was written with",
         )
 
 
@@ -82,11 +79,11 @@ def weight_paths(folder: Path) -> list[Path]:
 
 
 def load_weights(folder: Path, model: PreTrainedModel) -> None:
-    """Give a model in memory the weights of a folder that `save_pretrained` has filled; every one of them, or none.
+    """Load the weights of a folder written by `save_pretrained` into a model in memory; all of them, or none.
 
     Args:
         folder: of a checkpoint.
-        model: of the same architecture; its weights are not in parts (ZeRO-3).
+        model: of the same architecture; its weights are not sharded (ZeRO-3).
 
     Raises:
         UserError: the folder lacks some of them.
@@ -94,8 +91,8 @@ def load_weights(folder: Path, model: PreTrainedModel) -> None:
     tensors = model.state_dict()
     with ExitStack() as stack:
         stored = StoredWeights(folder, stack)
-        found = [name for name in tensors if name in stored.names]
-        filled = {tensors[name].data_ptr() for name in found}  # tied weights lie there once, under any of their names
+        found = [name for name in tensors if name in stored.files]
+        filled = {tensors[name].data_ptr() for name in found}  # tied weights are stored once, under any of their names
         if all(tensor.data_ptr() in filled for tensor in tensors.values()):
             for name in found:
                 tensors[name].copy_(stored.tensor(name))
@@ -108,9 +105,20 @@ def load_weights(folder: Path, model: PreTrainedModel) -> None:
     if report["missing_keys"]:
         raise UserError(
             f"{folder} lacks {len(report['missing_keys'])} weights: {_listed(list(report['missing_keys']))}",
-            "go on from another checkpoint",
+            "resume from another checkpoint",
         )
     model.load_state_dict(loaded.state_dict())
+
+
+def gather_and_set(model: nn.Module, stored: Callable[[str], torch.Tensor]) -> None:
+    """Set the trained weights of a model that ZeRO-3 shards, which `stored` reads by name. All processes call this."""
+    from deepspeed.runtime.zero import GatheredParameters
+
+    for name, weight in model.named_parameters():
+        if weight.requires_grad:
+            with GatheredParameters([weight], modifier_rank=0), torch.no_grad():
+                if is_first_process():
+                    weight.copy_(stored(name).view(weight.shape))
 
 
 def expected_weights(model: nn.Module) -> dict[str, int]:
@@ -120,14 +128,15 @@ def expected_weights(model: nn.Module) -> dict[str, int]:
     """
     if isinstance(model, PeftModel):
         with warnings.catch_warnings():
-            # The names alone are taken, so that weights in parts (ZeRO-3) are as good as whole ones.
+            # Only the names are used, so that sharded weights (ZeRO-3) will do.
             warnings.filterwarnings("ignore", message=r"Adapter .* have invalid shape", category=PeftWarning)
             return dict.fromkeys(get_peft_model_state_dict(model), 0)
-    return {name: _elements(weight) for name, weight in model.named_parameters()}
+    # Under ZeRO-3, which shards weights, ds_numel is the number of elements.
+    return {name: int(vars(weight).get("ds_numel", weight.numel())) for name, weight in model.named_parameters()}
 
 
 def check_weights(folder: Path, expected: dict[str, int], moved: bool) -> None:
-    """Open what was just written and look at every value.
+    """Read back what was just written and check every value.
 
     Args:
         folder: of the checkpoint, or of final weights.
@@ -137,7 +146,7 @@ def check_weights(folder: Path, expected: dict[str, int], moved: bool) -> None:
     Raises:
         UserError: nothing there, tensors missing or empty, values that are not finite, an adapter that does nothing.
     """
-    remedy = "nothing older was deleted: see what is said of the run above, and go on from the checkpoint before"
+    remedy = "nothing older was deleted: see the messages above, and resume from the checkpoint before"
     with ExitStack() as stack:
         try:
             stored = StoredWeights(folder, stack)
@@ -149,7 +158,7 @@ def check_weights(folder: Path, expected: dict[str, int], moved: bool) -> None:
 
 
 def _problem(stored: StoredWeights, expected: dict[str, int], moved: bool) -> str | None:
-    names = stored.names
+    names = stored.files
     if not names:
         return (
             "are empty: no tensor was written. Under ZeRO-3 the DeepSpeed settings need "
@@ -163,19 +172,14 @@ def _problem(stored: StoredWeights, expected: dict[str, int], moved: bool) -> st
     total = sum(math.prod(stored.shape(name)) for name in names)
     if missing and (not sum(expected.values()) or total < sum(expected.values())):
         return f"lack {len(missing)} of {len(expected)} tensors: {_listed(missing)}"
-    strange = [name for name in names if not stored.finite(name)]
-    if strange:
-        return f"hold values that are not finite: {_listed(strange)}"
-    halves = [name for name in names if "lora_B" in name or "lora_embedding_B" in name]
-    if moved and halves and not any(bool(stored.tensor(name).any()) for name in halves):
+    not_finite = [name for name in names if not stored.finite(name)]
+    if not_finite:
+        return f"hold values that are not finite: {_listed(not_finite)}"
+    matrices = [name for name in names if "lora_B" in name or "lora_embedding_B" in name]
+    if moved and matrices and not any(bool(stored.tensor(name).any()) for name in matrices):
         return "are those of an adapter that does nothing: every lora_B is zero after steps that should have moved it"
     return None
 
 
-def _elements(weight: Any) -> int:
-    """Of a whole weight, which ZeRO-3 holds in parts."""
-    return int(weight.ds_numel) if "ds_id" in vars(weight) else weight.numel()
-
-
 def _listed(names: list[str]) -> str:
-    return ", ".join(sorted(names)[:MOST_NAMES]) + (", …" if len(names) > MOST_NAMES else "")
+    return ", ".join(sorted(names)[:MAX_NAMES]) + (", …" if len(names) > MAX_NAMES else "")
