@@ -10,8 +10,8 @@ from torch.nn.utils.rnn import pad_sequence
 
 from novelgpt.text.conversation import IGNORE_INDEX
 
-# A row's number among the training rows, where it has one, and those of a batch; the model does not get them.
-NUMBER, NUMBERS = "number", "numbers"
+# Names of a numbered row: the row itself, and its number among the training rows; and the numbers of a batch.
+ROW, NUMBER, NUMBERS = "row", "number", "numbers"
 # [rows, tokens] bool: what is not padding, in packed rows.
 TOKEN_MASK = "token_mask"
 
@@ -29,9 +29,9 @@ class Collator:
     each) or, where rows hold several, "position_ids", which restart at each document and at the padding, with the
     boundaries that attention must not cross, named as in transformers: "cu_seq_lens_q" and "cu_seq_lens_k",
     [documents + 1] int32, where documents start in the rows laid end to end, then the number of all tokens;
-    "max_length_q" and "max_length_k", tokens of the longest. Where rows carry a "number", "numbers" lists them, to be
-    removed before the model gets the batch. With `mask_packs`, packed rows also have a "token_mask", [rows, tokens]
-    bool, for the statistics of routers; attention does not need it.
+    "max_length_q" and "max_length_k", tokens of the longest. Of rows that are {"row", "number"}, "numbers" lists the
+    numbers, to be removed before the model gets the batch. With `mask_packs`, packed rows also have a "token_mask",
+    [rows, tokens] bool, for the statistics of routers; attention does not need it.
     """
 
     pad_token_id: int
@@ -39,6 +39,8 @@ class Collator:
 
     def __call__(self, rows: list[dict[str, Any]]) -> dict[str, Any]:
         """Collate rows of {"input_ids", "labels"} and, where they are packed, "position_ids"."""
+        numbers = [row[NUMBER] for row in rows if ROW in row]
+        rows = [row.get(ROW, row) for row in rows]
         batch: dict[str, Any] = {
             name: pad_sequence(
                 [torch.as_tensor(row[name], dtype=torch.int64) for row in rows], batch_first=True, padding_value=padding
@@ -48,8 +50,8 @@ class Collator:
         lengths = torch.tensor([len(row["input_ids"]) for row in rows])
         longest = batch["input_ids"].shape[1]
         mask = torch.arange(longest) < lengths[:, None]
-        if all(NUMBER in row for row in rows):
-            batch[NUMBERS] = [row[NUMBER] for row in rows]
+        if numbers:
+            batch[NUMBERS] = numbers
         if not all("position_ids" in row for row in rows):
             return batch | {"attention_mask": mask.to(torch.int64)}
         if self.mask_packs:

@@ -16,12 +16,13 @@ from typing import Any
 import torch
 from accelerate.utils import gather_object
 from torch import nn
+from torch.utils.data import Dataset
 
 from novelgpt.settings.errors import UserError
 from novelgpt.settings.process import is_first_process
 from novelgpt.settings.terminal import say_above_bars
 from novelgpt.text.origins import unique
-from novelgpt.training.row_losses import DocumentLoss, MicroBatch, NumberedRows, name_losses, name_rows
+from novelgpt.training.row_losses import DocumentLoss, MicroBatch, name_losses, name_rows
 
 # Consecutive skipped steps that end the run even with --on_non_finite skip.
 MAX_SKIPS = 10
@@ -54,7 +55,7 @@ class StepMonitor:
     def __init__(
         self,
         model: nn.Module,
-        rows: NumberedRows,
+        rows: Dataset[Any],
         recompute: Callable[[list[MicroBatch]], list[DocumentLoss]],
         gather: Callable[[torch.Tensor], torch.Tensor],
         skip: bool,

@@ -1,4 +1,4 @@
-"""Which rows of an optimizer step its loss comes from, told by computing them once more."""
+"""The rows that the loss of an optimizer step comes from, found by computing their losses once more."""
 
 from __future__ import annotations
 
@@ -13,40 +13,20 @@ import torch
 from torch import nn
 from torch.utils.data import Dataset
 
-from novelgpt.text.collator import NUMBER
 from novelgpt.text.conversation import IGNORE_INDEX
 from novelgpt.text.origins import TracedRows, unique
 from novelgpt.training.sample_predictions import preserve_mode_and_rng
 
 
-class NumberedRows(Dataset[dict[str, Any]]):
-    """Training rows that carry their number, by which their origins are found again."""
-
-    def __init__(self, rows: Any) -> None:
-        self.rows = rows
-
-    def __len__(self) -> int:
-        return len(self.rows)
-
-    def __getitem__(self, index: int) -> dict[str, Any]:
-        """The row and its number."""
-        return {**self.rows[index], NUMBER: index}
-
-    def names(self, number: int, begin: int = 0, end: int | None = None) -> list[str]:
-        """Files and rows of tokens [begin, end) of a row; its number where nothing else is known."""
-        known = self.rows.origins(number, begin, end) if isinstance(self.rows, TracedRows) else []
-        return known or [f"row {number} of the training data"]
-
-
 @dataclass
 class MicroBatch:
-    """What one forward pass of a step got.
+    """The inputs and figures of one forward pass of a step.
 
     Attributes:
         inputs: of the model.
         numbers: of its rows.
         loss: [] its share of the step's loss, on the device.
-        gradient: [] norm of the gradient of the tensor that is watched, on the device; None where it got none.
+        gradient: [] norm of the gradient of the watched tensor, on the device; None where it has none.
     """
 
     inputs: dict[str, Any]
@@ -62,12 +42,12 @@ class DocumentLoss:
     Attributes:
         number: of the row.
         loss: mean over its trained tokens, nats.
-        begin, end: the tokens that lead to that loss; where it is not finite, the first one from which it is not.
+        start, end: the tokens that the loss is computed from; where it is not finite, the first such token.
     """
 
     number: int
     loss: float
-    begin: int
+    start: int
     end: int
 
 
@@ -77,15 +57,15 @@ def document_losses(
     prepare: Callable[[dict[str, Any]], dict[str, Any]],
     autocast: Callable[[], AbstractContextManager[Any]],
 ) -> list[DocumentLoss]:
-    """Losses of all documents with a trained token, by one more forward pass of each micro-batch, without dropout.
+    """Losses of all documents with a trained token, from one more forward pass of each micro-batch, without dropout.
 
-    Under ZeRO-3 all processes must take part. Random states, modes and gradients stay what they were.
+    Under ZeRO-3 all processes must take part. Random states, modes and gradients do not change.
 
     Args:
         model: the bare one, which returns `token_losses` for labelled rows.
         batches: of this process.
         prepare: puts inputs on the model's device.
-        autocast: what passes run under.
+        autocast: the context of each pass.
     """
     found: list[DocumentLoss] = []
     with preserve_mode_and_rng(model), torch.no_grad():
@@ -93,35 +73,35 @@ def document_losses(
             inputs = prepare(batch.inputs)
             with autocast():
                 losses = model(**inputs).token_losses.double().cpu().numpy()
-            found += _by_document(inputs, batch.numbers, losses)
+            labels = inputs["labels"].cpu().numpy()
+            rows, places = numpy.nonzero(labels[:, 1:] != IGNORE_INDEX)
+            documents = numpy.zeros_like(labels)
+            if "position_ids" in inputs:
+                documents = numpy.cumsum(inputs["position_ids"].cpu().numpy() == 0, axis=1)
+            keys = rows * (labels.shape[1] + 1) + documents[rows, places]
+            boundaries = numpy.flatnonzero(numpy.diff(keys)) + 1  # tokens are sorted by row and document
+            for part in numpy.split(numpy.arange(len(keys)), boundaries) if len(keys) else []:
+                loss = float(losses[part].mean())
+                start, end = int(places[part[0]]), int(places[part[-1]]) + 1
+                if not math.isfinite(loss):
+                    start = int(places[part[~numpy.isfinite(losses[part])][:1]].sum())
+                    end = start + 1
+                found.append(DocumentLoss(batch.numbers[rows[part[0]]], loss, start, end))
     return found
 
 
-def _by_document(inputs: dict[str, Any], numbers: list[int], losses: numpy.ndarray) -> list[DocumentLoss]:
-    labels = inputs["labels"].cpu().numpy()
-    rows, places = numpy.nonzero(labels[:, 1:] != IGNORE_INDEX)
-    documents = numpy.zeros_like(labels)
-    if "position_ids" in inputs:
-        documents = numpy.cumsum(inputs["position_ids"].cpu().numpy() == 0, axis=1)
-    keys = rows * (labels.shape[1] + 1) + documents[rows, places]
-    borders = numpy.flatnonzero(numpy.diff(keys)) + 1  # tokens come row by row, document by document
-    found = []
-    for part in numpy.split(numpy.arange(len(keys)), borders) if len(keys) else []:
-        loss = float(losses[part].mean())
-        begin, end = int(places[part[0]]), int(places[part[-1]]) + 1
-        if not math.isfinite(loss):
-            begin = int(places[part[~numpy.isfinite(losses[part])][:1]].sum())
-            end = begin + 1
-        found.append(DocumentLoss(numbers[rows[part[0]]], loss, begin, end))
-    return found
-
-
-def name_losses(found: list[DocumentLoss], rows: NumberedRows, most: int) -> list[tuple[float, str]]:
+def name_losses(found: list[DocumentLoss], rows: Dataset[Any], most: int) -> list[tuple[float, str]]:
     """(loss, name) of at most `most` documents, the worst first."""
     worst = sorted(found, key=lambda one: one.loss if math.isfinite(one.loss) else math.inf, reverse=True)[:most]
-    return [(one.loss, ", ".join(rows.names(one.number, one.begin, one.end))) for one in worst]
+    return [(one.loss, ", ".join(_origins(rows, one.number, one.start, one.end))) for one in worst]
 
 
-def name_rows(batches: list[MicroBatch], rows: NumberedRows) -> list[str]:
+def name_rows(batches: list[MicroBatch], rows: Dataset[Any]) -> list[str]:
     """Files and rows of whole micro-batches."""
-    return unique(name for batch in batches for number in batch.numbers for name in rows.names(number))
+    return unique(name for batch in batches for number in batch.numbers for name in _origins(rows, number, 0, None))
+
+
+def _origins(rows: Dataset[Any], number: int, start: int, end: int | None) -> list[str]:
+    """Files and rows of tokens [start, end) of a training row; its number where nothing else is known."""
+    known = rows.origins(number, start, end) if isinstance(rows, TracedRows) else []
+    return known or [f"row {number} of the training data"]

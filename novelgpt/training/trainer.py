@@ -20,6 +20,7 @@ from accelerate.optimizer import AcceleratedOptimizer
 from accelerate.utils import DistributedType
 from peft import PeftModel
 from torch import nn
+from torch.utils.data import StackDataset
 from transformers import (
     GenerationConfig,
     PreTrainedModel,
@@ -33,13 +34,13 @@ from novelgpt.scoring.perplexity import row_sums, summarise
 from novelgpt.settings.arguments import TrainArguments
 from novelgpt.settings.errors import UserError
 from novelgpt.settings.terminal import say, say_above_bars
-from novelgpt.text.collator import NUMBERS, Collator
+from novelgpt.text.collator import NUMBER, NUMBERS, ROW, Collator
 from novelgpt.training.checkpoints.folders import checkpoints, step_of
 from novelgpt.training.checkpoints.trainer import CheckpointTrainer
 from novelgpt.training.evaluations import EvaluationPlan
 from novelgpt.training.numbers import StepMonitor
 from novelgpt.training.plan import Probe
-from novelgpt.training.row_losses import DocumentLoss, MicroBatch, NumberedRows, document_losses
+from novelgpt.training.row_losses import DocumentLoss, MicroBatch, document_losses
 from novelgpt.training.sample_predictions import SamplePredictions
 from novelgpt.training.signals import EvaluationStopped
 from novelgpt.training.throughput import Throughput
@@ -51,6 +52,7 @@ class NovelTrainer(CheckpointTrainer):
     def __init__(
         self,
         *,
+        train_dataset: Any = None,
         samples: SamplePredictions | None = None,
         characters: int | None = None,
         evaluations: EvaluationPlan | None = None,
@@ -62,6 +64,7 @@ class NovelTrainer(CheckpointTrainer):
         """The stock arguments, and those of this trainer.
 
         Args:
+            train_dataset: rows to train on; None where the trainer evaluates only.
             samples: answered at each evaluation.
             characters: of the evaluation rows, for bits per character.
             evaluations: the schedule, which adds those to come to the time left.
@@ -70,10 +73,14 @@ class NovelTrainer(CheckpointTrainer):
             watch_gradients: the context of the first backward pass (see `TrainingPlan`).
             arguments: of `CheckpointTrainer`.
         """
-        self.rows = NumberedRows(arguments.pop("train_dataset"))
+        self.rows = train_dataset
+        numbered = None
+        if train_dataset is not None:
+            # With their numbers, their files and lines can be named.
+            numbered = StackDataset(**{ROW: train_dataset, NUMBER: range(len(train_dataset))})
         super().__init__(
             **arguments,
-            train_dataset=self.rows,
+            train_dataset=numbered,
             compute_metrics=lambda prediction: summarise(numpy.asarray(prediction.predictions), characters),
         )
         self.samples = samples
@@ -115,6 +122,10 @@ class NovelTrainer(CheckpointTrainer):
         self.probes = probes
         self._watch_gradients = watch_gradients  # of the first backward pass
 
+    def _get_train_sampler(self, train_dataset: Any = None) -> torch.utils.data.Sampler[Any] | None:
+        """The order of the rows themselves, as it may depend on their lengths."""
+        return super()._get_train_sampler(self.rows)
+
     def _prepare_for_training(self, *arguments: Any, **keywords: Any) -> Any:
         """The stock preparation; then each probe checks the model, set up for training, on its micro-batch.
 
@@ -124,7 +135,7 @@ class NovelTrainer(CheckpointTrainer):
         prepared = super()._prepare_for_training(*arguments, **keywords)
         training = cast(TrainArguments, self.args)
         for probe in self.probes:
-            rows = [self.rows.rows[index] for index in probe.rows(training)]
+            rows = [self.rows[index] for index in probe.rows(training)]
             if rows:
                 batch = self._prepare_inputs(self.data_collator(rows))
                 probe.run(cast(nn.Module, self.model), batch, training, self.accelerator.autocast)
