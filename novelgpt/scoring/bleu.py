@@ -1,4 +1,4 @@
-"""BLEU-4 of one pair, on characters or on words: two conventions that must never share a name."""
+"""BLEU-4 of one pair, on characters or on words: two conventions with separate names."""
 
 from __future__ import annotations
 
@@ -15,15 +15,14 @@ def bleu4(prediction: Sequence[str], reference: Sequence[str]) -> float:
     """BLEU of one sequence of tokens against one reference, in [0, 1].
 
     Geometric mean of the clipped n-gram precisions of orders 1 to 4 times the brevity penalty (Papineni et al. 2002).
-    The k-th order without a match counts 1 / (2^k * n-grams) (NIST's smoothing, mteval-v13a.pl), so short texts do not
-    fall to 0. Equal, to the last bit, to `sentence_bleu([reference], prediction, smoothing_function=method3)` of nltk
-    3.10, in a third of its time; an empty prediction, or one that shares no token, scores 0.0.
+    The k-th order without a match counts as 1 / (2^k * n-grams) (NIST's smoothing, mteval-v13a.pl), so short texts do
+    not fall to 0. Bit-equal to `sentence_bleu([reference], prediction, smoothing_function=method3)` of nltk 3.10, in a
+    third of its time; an empty prediction, or one without a shared token, scores 0.0.
     """
     logarithms = []
     without_match = 0
     for order in ORDERS:
-        counts, expected = _ngrams(prediction, order), _ngrams(reference, order)
-        matches = sum(min(count, expected[ngram]) for ngram, count in counts.items() if ngram in expected)
+        matches = (ngrams(prediction, order) & ngrams(reference, order)).total()
         total = max(1, len(prediction) - order + 1)
         if matches == 0:
             if order == 1:
@@ -51,7 +50,8 @@ def bleu_words(text: str) -> list[str]:
     return [word for word in (word.strip(" ") for word in words(text)) if word]
 
 
-def _ngrams(tokens: Sequence[str], order: int) -> Counter[Sequence[str]]:
-    if isinstance(tokens, str):  # its slices are n-grams, and cheaper than tuples
+def ngrams(tokens: Sequence[str], order: int) -> Counter[Sequence[str]]:
+    """The n-grams of a sequence with their counts."""
+    if isinstance(tokens, str):  # slices of a text are n-grams, and cheaper than tuples
         return Counter(tokens[start : start + order] for start in range(len(tokens) - order + 1))
     return Counter(zip(*(tokens[start:] for start in range(order)), strict=False))

@@ -1,14 +1,13 @@
-"""ROUGE on counts of characters: what rouge_chinese's sets cannot see.
+"""ROUGE on character counts.
 
-rouge_chinese compares sets of words, so a right sentence said ten times scores full marks. Here each n-gram counts as
-often as it stands in both texts (Lin 2004, "ROUGE: A Package for Automatic Evaluation of Summaries"), and characters
-need no dictionary. The names say so: these are no rouge-1/2/l.
+rouge_chinese compares sets of words, so a correct sentence repeated ten times gets the full score. Here each n-gram
+counts as often as it occurs in both texts (Lin 2004, "ROUGE: A Package for Automatic Evaluation of Summaries"), and
+characters need no dictionary. The names differ from rouge-1/2/l for that reason.
 """
 
 from __future__ import annotations
 
-from collections import Counter
-
+from novelgpt.scoring.bleu import ngrams
 from novelgpt.scoring.rouge import longest_common_subsequence
 
 
@@ -18,20 +17,12 @@ def character_rouge(prediction: str, reference: str) -> dict[str, float]:
     F is 2 * shared / (n-grams of both sides), the harmonic mean of precision and recall; 0.0 where a side has none.
     """
     predicted, expected = "".join(prediction.split()), "".join(reference.split())
+    shared = [(ngrams(predicted, order) & ngrams(expected, order)).total() for order in (1, 2)]
     return {
-        "rouge1_char_count": _f(_shared(predicted, expected, 1), len(predicted), len(expected)),
-        "rouge2_char_count": _f(_shared(predicted, expected, 2), len(predicted) - 1, len(expected) - 1),
+        "rouge1_char_count": _f(shared[0], len(predicted), len(expected)),
+        "rouge2_char_count": _f(shared[1], len(predicted) - 1, len(expected) - 1),
         "rougel_char": _f(longest_common_subsequence(predicted, expected), len(predicted), len(expected)),
     }
-
-
-def _shared(prediction: str, reference: str, order: int) -> int:
-    """n-grams of both texts, each as often as in the text that has fewer of it."""
-    counts = [
-        Counter(text[start : start + order] for start in range(len(text) - order + 1))
-        for text in (prediction, reference)
-    ]
-    return (counts[0] & counts[1]).total()
 
 
 def _f(shared: int, predicted: int, expected: int) -> float:

@@ -1,7 +1,7 @@
-"""The figures that other tools would print for the same texts, under their names and on their scale of 0 to 100.
+"""The scores that other tools would print for the same texts, under their names and on their scale of 0 to 100.
 
-Each function restates one recipe: how texts are cut, what happens to empty ones, how the mean is taken. A published
-figure can only be compared with one made by the same recipe.
+Each function follows one recipe: how texts are segmented, how empty ones count, how the mean is computed. A published
+score can only be compared with one computed by the same recipe.
 """
 
 from __future__ import annotations
@@ -13,7 +13,7 @@ from collections.abc import Callable, Sequence
 import numpy
 
 from novelgpt.scoring.bleu import bleu4, bleu4_char, bleu_words
-from novelgpt.scoring.rouge import METRICS, mean_f, score_segmented, score_texts
+from novelgpt.scoring.rouge import METRICS, mean_f, score_counts, score_segmented, score_sets, score_texts
 from novelgpt.scoring.segmentation import segment
 
 
@@ -83,31 +83,21 @@ def _rouge_package(prediction: str, reference: str) -> dict[str, float]:
     predicted, expected = (
         [" ".join(piece.split()).split(" ") for piece in text.split(".") if piece] for text in (prediction, reference)
     )
-    common: set[str] = set()
-    for sentence in expected:
-        for other in predicted:
-            common |= _common_words(sentence, other)
+    common = set().union(*(_common_words(sentence, other) for sentence in expected for other in predicted))
     said, meant = ([word for sentence in side for word in sentence] for side in (predicted, expected))
-    pairs = [set(itertools.pairwise(words)) for words in (said, meant)]
-    words = [set(said), set(meant)]
     return {
-        "rouge-1": _f(len(words[0] & words[1]), len(words[0]), len(words[1])),
-        "rouge-2": _f(len(pairs[0] & pairs[1]), len(pairs[0]), len(pairs[1])),
-        "rouge-l": _f(len(common), len(words[0]), len(words[1])),
+        "rouge-1": score_sets(said, meant)["f"],
+        "rouge-2": score_sets(itertools.pairwise(said), itertools.pairwise(meant))["f"],
+        "rouge-l": score_counts(len(set(said)), len(set(meant)), len(common))["f"],
     }
 
 
-def _f(shared: int, predicted: int, expected: int) -> float:
-    precision = shared / predicted if predicted else 0.0
-    recall = shared / expected if expected else 0.0
-    return 2.0 * ((precision * recall) / (precision + recall + 1e-8))
-
-
 def _common_words(reference: list[str], prediction: list[str]) -> set[str]:
-    """The words of that longest common subsequence which `rouge` finds: from the end, a match is taken at once, and of
-    two equal ways the one that shortens the prediction.
+    """The words of the longest common subsequence that `rouge` finds: from the end, a match is taken at once, and of
+    two equal paths the one that shortens the prediction.
 
-    Rows of the table are kept at every √n-th only and made again block by block, so that long texts fit into memory.
+    Only every √n-th row of the table is kept, and the others are recomputed block by block, so that long texts fit into
+    memory.
     """
     numbers = {word: number for number, word in enumerate({*reference, *prediction})}
     rows = numpy.array([numbers[word] for word in reference])
@@ -134,7 +124,7 @@ def _common_words(reference: list[str], prediction: list[str]) -> set[str]:
 
 
 def _table(first: numpy.ndarray, rows: numpy.ndarray, columns: numpy.ndarray) -> numpy.ndarray:
-    """[rows + 1, columns + 1] lengths of longest common subsequences, going on from the row `first`."""
+    """[rows + 1, columns + 1] lengths of longest common subsequences, continued from the row `first`."""
     table = numpy.empty((len(rows) + 1, len(first)), dtype=numpy.int32)
     table[0] = first
     for i, word in enumerate(rows):

@@ -1,4 +1,5 @@
-"""How much a text repeats itself, in characters, which compare across tokenizers. Blanks and punctuation count."""
+"""How much a text repeats itself, in characters, so that models with different tokenizers compare. Blanks and
+punctuation count."""
 
 from __future__ import annotations
 
@@ -9,7 +10,7 @@ from collections.abc import Sequence
 import numpy
 
 WINDOW = 2000
-"""Characters of a window: n-grams repeat the more, the longer a text is, so texts are compared window by window."""
+"""Characters per window: longer texts repeat more n-grams, so texts are compared window by window."""
 
 LOOP_CHARACTERS = 50
 LOOP_REPEATS = 3
@@ -21,10 +22,10 @@ _NO_WORD = re.compile(r"[\W_]+")
 
 
 def repetition(text: str, n: int = 4) -> float:
-    """Share of the n-grams of characters that stood in the text before: 1 - distinct n-grams / all n-grams.
+    """Share of the character n-grams that occur earlier in the text: 1 - distinct n-grams / all n-grams.
 
-    seq-rep-n of Welleck et al. (arXiv:1908.04319), who count tokens of one continuation. From 0 (no n-gram comes twice)
-    towards 1 (a loop); 0.0 for texts of fewer than n characters, which have no n-gram.
+    seq-rep-n of Welleck et al. (arXiv:1908.04319), who count tokens of one continuation. From 0 (no repeated n-gram)
+    towards 1 (a loop); 0.0 for texts of fewer than n characters.
 
     >>> repetition("啊啊啊啊啊啊啊")  # four 4-grams, all the same
     0.75
@@ -52,19 +53,18 @@ def rep4_char(texts: Sequence[str]) -> float:
 
 
 def windows(text: str) -> list[str]:
-    """The text in pieces of `WINDOW` characters; the last one ends where the text does, and may overlap another.
+    """The text in windows of `WINDOW` characters; the last one ends with the text, and may overlap another.
 
-    A shorter text is one piece. So each piece of a long text has the same length, and its end, where loops are, counts.
+    A shorter text is one window. So all windows of a long text have one length, and its end, where loops are, counts.
     """
     last = max(0, len(text) - WINDOW)
-    starts = [*range(0, last, WINDOW), last]
-    return [text[start : start + WINDOW] for start in starts]
+    return [text[start : start + WINDOW] for start in (*range(0, last, WINDOW), last)]
 
 
 def windowed_repetition(text: str, n: int) -> float:
     """Mean `repetition` of the text's `windows`."""
-    pieces = windows(text)
-    return sum(repetition(piece, n) for piece in pieces) / len(pieces)
+    found = windows(text)
+    return sum(repetition(window, n) for window in found) / len(found)
 
 
 def distinct(text: str, n: int) -> float:
@@ -79,32 +79,25 @@ def distinct(text: str, n: int) -> float:
 
 
 def longest_repeat(text: str) -> int:
-    """Characters of the longest substring that stands at two places of the text, which may overlap.
+    """Characters of the longest substring that occurs twice in the text; the two may overlap.
 
-    By prefix doubling (Karp, Miller, Rosenberg 1972) on numpy arrays, exact, O(n log² n): 2 ms at 4,000
-    characters.
+    Prefix doubling (Karp, Miller, Rosenberg 1972) on numpy arrays, exact, O(n log² n): 2 ms at 4,000 characters.
     """
     codes = _codes(text)
-    if len(codes) < 2:
-        return 0
-    # names[i]: which substring of `length` characters begins at i; equal substrings have equal names.
-    levels = [(1, _names(codes))]
-    while True:
-        length, names = levels[-1]
-        if names.max() + 1 == len(names) or 2 * length >= len(codes):
+    length, names = 0, numpy.zeros(len(codes), dtype=numpy.int64)
+    # names[i]: number of the substring of `length` characters that starts at i; equal substrings have equal numbers.
+    following = _names(codes)
+    while _repeats(following):
+        length, names = max(1, 2 * length), following
+        if 2 * length >= len(codes):
             break
-        levels.append((2 * length, _names(_joined(names, names, length))))
-    if levels[-1][1].max() + 1 == len(levels[-1][1]):
-        levels.pop()
-    if not levels:
-        return 0
-    base, names = levels[-1]
-    shortest, longest = base, min(2 * base, len(codes)) - 1  # repeated for certain; perhaps
+        following = _names(_pairs(names, length))
+    # Repeated for certain; perhaps repeated.
+    shortest, longest = length, max(length, min(2 * length, len(codes)) - 1)
     while shortest < longest:
         middle = (shortest + longest + 1) // 2
-        # A substring of up to twice the base is told by its beginning and its end.
-        candidate = _names(_joined(names, names, middle - base))
-        if candidate.max() + 1 < len(candidate):
+        # A substring of up to twice the length is identified by its start and its end.
+        if _repeats(_names(_pairs(names, middle - length))):
             shortest = middle
         else:
             longest = middle - 1
@@ -112,10 +105,10 @@ def longest_repeat(text: str) -> int:
 
 
 def first_loop(text: str) -> int | None:
-    """Where the text first begins to go round in circles, in characters from 0; None where it does not.
+    """Where the first loop of the text starts, in characters from 0; None if there is none.
 
-    A loop is a piece of at most `LONGEST_PERIOD` characters that stands `LOOP_REPEATS` times in a row, all of it
-    together at least `LOOP_CHARACTERS` long. O(n * LONGEST_PERIOD), after a cheaper look at the longest repeat.
+    A loop is a substring of at most `LONGEST_PERIOD` characters repeated `LOOP_REPEATS` times in a row, together at
+    least `LOOP_CHARACTERS` long. O(n * LONGEST_PERIOD), after a cheaper check of the longest repeat.
     """
     # A loop of period p repeats a substring of its whole length less p.
     if longest_repeat(text) < LOOP_CHARACTERS * (LOOP_REPEATS - 1) // LOOP_REPEATS:
@@ -123,7 +116,7 @@ def first_loop(text: str) -> int | None:
     codes = _codes(text)
     first: int | None = None
     for period in range(1, min(LONGEST_PERIOD, len(codes) // LOOP_REPEATS) + 1):
-        # Behind the first loop found so far, nothing earlier begins.
+        # Only a loop before the first one found so far is of interest.
         end = len(codes) if first is None else min(len(codes), first + max(LOOP_CHARACTERS, LOOP_REPEATS * period))
         same = codes[period:end] == codes[: end - period]
         needed = max(LOOP_CHARACTERS, LOOP_REPEATS * period) - period
@@ -140,15 +133,13 @@ def first_loop(text: str) -> int | None:
 
 
 def sentences_seen_before(text: str) -> float:
-    """Share of the sentences that stood in the text before, punctuation and blanks aside; 0.0 where there are none.
+    """Share of the sentences that occur earlier in the text, ignoring punctuation and blanks; 0.0 without sentences.
 
-    Sentences of fewer than `SENTENCE_CHARACTERS` characters ("他笑了。") come again in good prose, and are left out.
+    Sentences of fewer than `SENTENCE_CHARACTERS` characters ("他笑了。") repeat in good prose, and are left out.
     """
-    sentences = [_NO_WORD.sub("", piece) for piece in _SENTENCE_END.split(text)]
+    sentences = [_NO_WORD.sub("", sentence) for sentence in _SENTENCE_END.split(text)]
     sentences = [sentence for sentence in sentences if len(sentence) >= SENTENCE_CHARACTERS]
-    if not sentences:
-        return 0.0
-    return 1.0 - len(set(sentences)) / len(sentences)
+    return 1.0 - len(set(sentences)) / len(sentences) if sentences else 0.0
 
 
 def compression_ratio(text: str) -> float:
@@ -170,7 +161,10 @@ def _names(values: numpy.ndarray) -> numpy.ndarray:
     return numpy.unique(values, return_inverse=True)[1]
 
 
-def _joined(beginnings: numpy.ndarray, ends: numpy.ndarray, distance: int) -> numpy.ndarray:
-    """One value for each pair of names that lie `distance` apart."""
-    count = len(beginnings) - distance
-    return beginnings[:count] * numpy.int64(len(ends) + 1) + ends[distance:]
+def _repeats(names: numpy.ndarray) -> bool:
+    return len(names) > 0 and int(names.max()) + 1 < len(names)
+
+
+def _pairs(names: numpy.ndarray, distance: int) -> numpy.ndarray:
+    """One value for each pair of names that are `distance` apart."""
+    return names[: len(names) - distance] * numpy.int64(len(names) + 1) + names[distance:]

@@ -1,4 +1,4 @@
-"""Scores of many rows: on all cores, in flat memory, each row as a mapping from names to numbers."""
+"""Scores of many rows, on all cores and in constant memory; each row as a mapping from names to numbers."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ from novelgpt.scoring.text_scores import repetition_scores, score_pair
 from novelgpt.settings.hardware import usable_cores
 
 RowScores = dict[str, Any]
-"""Names of scores -> numbers; "sacrebleu_statistics" -> the ten counts that corpus BLEU is made of."""
+"""Names of scores -> numbers; "sacrebleu_statistics" -> the ten counts that corpus BLEU is computed from."""
 
 CHARACTERS_OF_A_TASK = 100_000
 CHARACTERS_FOR_SEVERAL_PROCESSES = 500_000
@@ -31,9 +31,9 @@ class ScoredRow:
 
     Attributes:
         prediction: the answer.
-        reference: the true answer; "" where there is none, and only what needs none is scored.
+        reference: the correct answer; "" for none, then only scores without a reference are computed.
         metrics: names of `ANSWER_SCORES` that the row asks for.
-        answers: further true answers, for those.
+        answers: further correct answers, for those.
     """
 
     prediction: str
@@ -62,20 +62,20 @@ def score_rows(rows: Iterable[ScoredRow], workers: int | None = None) -> Iterato
     """`score_row` of each row, in order.
 
     Args:
-        rows: taken from as they are needed; of a long iterator only a few tasks a process are held at once.
-        workers: processes; None for one a core, or this process alone where there is little to do.
+        rows: consumed as needed; of a long iterator only a few tasks per process are in memory.
+        workers: processes; None for one per core, or only this process where there is little to do.
     """
     tasks = _tasks(rows)
     if workers is None:
-        first = list(itertools.islice(tasks, max(1, CHARACTERS_FOR_SEVERAL_PROCESSES // CHARACTERS_OF_A_TASK)))
-        more = next(tasks, None)
-        tasks = itertools.chain(first, [] if more is None else [more], tasks)
-        workers = 1 if more is None else usable_cores()
+        few = max(1, CHARACTERS_FOR_SEVERAL_PROCESSES // CHARACTERS_OF_A_TASK)
+        first = list(itertools.islice(tasks, few + 1))
+        tasks = itertools.chain(first, tasks)
+        workers = usable_cores() if len(first) > few else 1
     if workers == 1:
         for task in tasks:
             yield from _score_task(task)
         return
-    # Not fork: threads of torch or of tokenizers in this process would be copied in mid-air.
+    # Not fork, which copies threads of torch or tokenizers in an undefined state.
     context = multiprocessing.get_context("spawn")
     with ProcessPoolExecutor(workers, mp_context=context) as pool:
         waiting: list[Future[list[RowScores]]] = [
@@ -90,7 +90,7 @@ def score_rows(rows: Iterable[ScoredRow], workers: int | None = None) -> Iterato
 def corpus_bleu() -> BLEU:
     """sacrebleu's BLEU for Chinese: each hanzi is a token."""
     bleu = BLEU(tokenize="zh")
-    bleu.corpus_score(["一"], [["一"]])  # its signature names the number of references, which it learns here
+    bleu.corpus_score(["一"], [["一"]])  # sets the number of references in its signature
     return bleu
 
 
@@ -100,7 +100,7 @@ def _reference_repetition(reference: str) -> Mapping[str, float]:
 
 
 def _tasks(rows: Iterable[ScoredRow]) -> Iterator[list[ScoredRow]]:
-    """Rows in lists of about the same number of characters."""
+    """Lists of rows with about the same number of characters."""
     task: list[ScoredRow] = []
     characters = 0
     for row in rows:
@@ -115,7 +115,7 @@ def _tasks(rows: Iterable[ScoredRow]) -> Iterator[list[ScoredRow]]:
 
 def _score_task(task: list[ScoredRow]) -> list[RowScores]:
     scores = [score_row(row) for row in task]
-    # sacrebleu keeps the last 65,536 texts it cut, 100 KB each where they are long.
+    # sacrebleu caches the last 65,536 tokenized texts, 100 KB each where they are long.
     TokenizerZh.__call__.cache_clear()
     TokenizerRegexp.__call__.cache_clear()
     return scores

@@ -1,8 +1,8 @@
-"""Scores of rows -> scores of the whole, each with a 95 % interval; and two sets of predictions compared in pairs.
+"""Overall scores from row scores, each with a 95 % interval; and paired comparison of two sets of predictions.
 
-Every score of the whole is made of sums over rows (a mean: values / rows; perplexity: nats / tokens; BLEU: counts of
-n-grams), so rows are drawn again, with replacement, by adding up other rows (Efron's bootstrap; for translations:
-Koehn 2004, "Statistical Significance Tests for Machine Translation Evaluation").
+Every overall score is computed from sums over rows (a mean: values / rows; perplexity: nats / tokens; BLEU: counts of
+n-grams), so rows are resampled, with replacement, by summing other rows (Efron's bootstrap; for translation: Koehn
+2004, "Statistical Significance Tests for Machine Translation Evaluation").
 """
 
 from __future__ import annotations
@@ -33,12 +33,12 @@ BLEU_COLUMNS = tuple(f"sacrebleu_statistics_{place}" for place in range(10))
 
 @dataclass(frozen=True)
 class Statistic:
-    """A score of the whole.
+    """An overall score.
 
     Attributes:
         name: of the score.
-        columns: what is added up over rows.
-        combine: [draws, columns] sums -> [draws] values.
+        columns: summed over rows.
+        combine: [samples, columns] sums -> [samples] values.
     """
 
     name: str
@@ -52,11 +52,11 @@ class Comparison:
 
     Attributes:
         name: of the score.
-        first: of the first predictions.
-        second: of the others.
+        first: value of the first predictions.
+        second: value of the others.
         low: lower end of the 95 % interval of second - first.
         high: upper end.
-        p_value: how often a difference as large appears when each row's two predictions are swapped at random
+        p_value: how often a difference as large occurs when each row's two predictions are swapped at random
             (approximate randomization, two-sided).
     """
 
@@ -96,9 +96,10 @@ _BLEU = Statistic("sacrebleu", BLEU_COLUMNS, _bleu)
 
 
 def reference_scores(sums: Sequence[float]) -> RowScores:
-    """The scores of one reference under the model, of its nats, its tokens, and those that the model ranks first.
+    """The scores of one reference under the model: the sums, and the row's "loss" and "token_accuracy".
 
-    The sums, of which scores of the whole are made, and "loss" and "token_accuracy" of the row.
+    Args:
+        sums: nats, tokens, and tokens that the model ranks first.
     """
     nats, tokens, right = sums
     means = {"loss": nats / max(tokens, 1.0), "token_accuracy": right / max(tokens, 1.0)}
@@ -111,18 +112,18 @@ def reference_name(name: str) -> str:
 
 
 def definitions() -> dict[str, str]:
-    """Name -> what exactly it is, for every score of the whole; means over rows unless they say otherwise."""
-    repetition = {name: text for name, text in TEXT_DEFINITIONS.items() if name.startswith(("distinct", "rep"))}
-    more = ("longest_repeat_char", "looped", "first_loop_char", "sentences_seen_before", "compression_ratio")
-    repetition |= {name: TEXT_DEFINITIONS[name] for name in more}
+    """Name -> exact definition, for every overall score; means over rows unless they say otherwise."""
+    repetition = [
+        name for name in TEXT_DEFINITIONS if not name.startswith(("rouge", "bleu", "prediction", "reference"))
+    ]
     return {
         **TEXT_DEFINITIONS,
-        **{f"reference_{name}": f"the same of the references: {text}" for name, text in repetition.items()},
+        **{f"reference_{name}": f"the same of the references: {TEXT_DEFINITIONS[name]}" for name in repetition},
         **ANSWER_DEFINITIONS,
         "sacrebleu": f"corpus BLEU, 0 to 100: {corpus_bleu().get_signature()}",
         "stopped": "share of the predictions that the model ended by itself",
         "cut": "share of the predictions that are longer than the row's scored_characters, which alone are scored",
-        "loss": "nats a token of the references under the model, end tokens of answers included, over all tokens",
+        "loss": "nats per token of the references under the model, end tokens of answers included, over all tokens",
         "perplexity": "e to the loss; compares models of one tokenizer only",
         "bits_per_character": "bits of the references under the model / their characters; compares any models",
         "token_accuracy": "share of the references' tokens that the model ranks first",
@@ -130,14 +131,14 @@ def definitions() -> dict[str, str]:
 
 
 def summarise_rows(rows: Sequence[RowScores], seed: int = SEED) -> tuple[dict[str, float], dict[str, list[float]]]:
-    """Scores of the whole and their 95 % intervals (percentiles of `RESAMPLES` draws of rows).
+    """Overall scores and their 95 % intervals (percentiles of `RESAMPLES` samples of rows).
 
     Args:
         rows: scores of each row by name; a row may lack some.
-        seed: of the draws.
+        seed: of the samples.
 
     Returns:
-        {name: value}, {name: [low, high]}. Means leave out rows that lack the score.
+        {name: value}, {name: [low, high]}. Means leave out rows without the score.
 
     Raises:
         ValueError: no rows.
@@ -145,7 +146,7 @@ def summarise_rows(rows: Sequence[RowScores], seed: int = SEED) -> tuple[dict[st
     if not rows:
         raise ValueError("no rows to summarise")
     names, values = _columns(rows)
-    # One row after the other, as other tools add up, to the last bit.
+    # Row by row, as other tools sum, for bit-equality.
     whole = values.cumsum(axis=0)[-1:]
     (drawn,) = _drawn_sums([values], numpy.random.default_rng(seed))
     means, intervals = {}, {}
@@ -162,10 +163,10 @@ def compare_rows(first: Sequence[RowScores], second: Sequence[RowScores], seed: 
     Args:
         first: scores of each row.
         second: scores of other predictions for the same rows, in the same order.
-        seed: of the draws.
+        seed: of the samples.
 
     Raises:
-        ValueError: no rows, or not as many.
+        ValueError: no rows, or different numbers of rows.
     """
     if not first or len(first) != len(second):
         raise ValueError(f"{counted(len(first), 'row')} against {len(second)}: a paired comparison needs the same rows")
@@ -183,7 +184,7 @@ def compare_rows(first: Sequence[RowScores], second: Sequence[RowScores], seed: 
         before, after = (float(statistic.combine(side)[0]) for side in sums)
         low, high = _interval(statistic.combine(drawn[1][:, places]) - statistic.combine(drawn[0][:, places]))
         chance = statistic.combine(sums[1] - moved[:, places]) - statistic.combine(sums[0] + moved[:, places])
-        # Sums in another order differ in the last bits; what is equal but for them is as large.
+        # Sums in another order differ in the last bits; such differences count as equal.
         as_large = int(numpy.count_nonzero(numpy.abs(chance) >= abs(after - before) * (1 - 1e-9)))
         p_value = (1 + as_large) / (1 + PERMUTATIONS)
         comparisons.append(Comparison(statistic.name, before, after, low, high, p_value))
@@ -191,7 +192,7 @@ def compare_rows(first: Sequence[RowScores], second: Sequence[RowScores], seed: 
 
 
 def _drawn_sums(sides: list[numpy.ndarray], generator: numpy.random.Generator) -> list[numpy.ndarray]:
-    """[RESAMPLES, columns] of each side: sums over as many rows as there are, drawn with replacement, alike for all."""
+    """[RESAMPLES, columns] of each side: sums over as many rows, sampled with replacement, the same for all sides."""
     count = len(sides[0])
     drawn = [numpy.empty((RESAMPLES, side.shape[1])) for side in sides]
     for draw in range(RESAMPLES):
@@ -210,7 +211,7 @@ def _interval(values: numpy.ndarray) -> list[float]:
 
 
 def _statistics(names: dict[str, int]) -> list[Statistic]:
-    """The scores that these columns make; each mean is that of its column over the rows that have it."""
+    """The overall scores of these columns; a mean is over the rows that have the score."""
     means = [
         Statistic(name, (name, f"rows_with_{name}"), _ratio)
         for name in names
@@ -220,8 +221,8 @@ def _statistics(names: dict[str, int]) -> list[Statistic]:
 
 
 def _columns(rows: Sequence[RowScores]) -> tuple[dict[str, int], numpy.ndarray]:
-    """Places of the columns, and [rows, columns] of what is added up; for each mean, also which rows have it."""
-    # Scores of the model are made of its sums, not of the rows' own values.
+    """Indices of the columns, and [rows, columns] to sum; for each mean, also which rows have the score."""
+    # Overall scores of the model come from its sums, not from the rows' own values.
     derived = {statistic.name for statistic in _OF_THE_MODEL}
     found = dict.fromkeys(
         name for row in rows for name, value in row.items() if isinstance(value, (int, float)) and name not in derived

@@ -1,4 +1,4 @@
-"""Every score of one text or one pair of texts, by its exact name."""
+"""All scores of one text or one pair of texts, by exact name."""
 
 from __future__ import annotations
 
@@ -26,8 +26,8 @@ DEFINITIONS = {
     "rouge-2": "F of the sets of pairs of jieba words, as rouge_chinese 1.0.3 gives it; empty texts count as 0",
     "rouge-l": "F of the longest common subsequence of jieba words, as rouge_chinese 1.0.3 gives it; empty texts count "
     "as 0",
-    "rouge1_char_count": "F of characters, each counted as often as it stands in both texts; white space left out",
-    "rouge2_char_count": "F of pairs of characters, each counted as often as it stands in both texts; white space left "
+    "rouge1_char_count": "F of characters, each counted as often as it occurs in both texts; white space left out",
+    "rouge2_char_count": "F of pairs of characters, each counted as often as it occurs in both texts; white space left "
     "out",
     "rougel_char": "F of the longest common subsequence of characters; white space left out",
     "bleu4_char": "BLEU-4 of characters of one pair, NIST smoothing (nltk's method3): LLaMA-Factory's bleu-4 / 100",
@@ -37,17 +37,17 @@ DEFINITIONS = {
     "rep4_char": f"1 - distinct 4-grams of characters / 4-grams, {_WINDOWED}",
     "rep8_char": f"1 - distinct 8-grams of characters / 8-grams, {_WINDOWED}",
     "rep16_char": f"1 - distinct 16-grams of characters / 16-grams, {_WINDOWED}",
-    "longest_repeat_char": "characters of the longest substring that the prediction has at two places",
-    "looped": f"share of predictions in which a piece of at most {LONGEST_PERIOD:,} characters stands {LOOP_REPEATS} "
-    f"times in a row, {LOOP_CHARACTERS} characters or more together",
-    "first_loop_char": "where the first such loop begins, in characters; only of predictions that have one",
-    "sentences_seen_before": f"share of the sentences of {SENTENCE_CHARACTERS} characters or more that stood in the "
-    "prediction before, punctuation aside",
+    "longest_repeat_char": "characters of the longest substring that occurs twice in the prediction",
+    "looped": f"share of predictions in which a substring of at most {LONGEST_PERIOD:,} characters occurs "
+    f"{LOOP_REPEATS} times in a row, {LOOP_CHARACTERS} characters or more together",
+    "first_loop_char": "where the first such loop starts, in characters; only of predictions that have one",
+    "sentences_seen_before": f"share of the sentences of {SENTENCE_CHARACTERS} characters or more that occur earlier "
+    "in the prediction, ignoring punctuation",
     "compression_ratio": "UTF-8 bytes / bytes after zlib, level 6; high where a text repeats itself; grows with length",
     "prediction_characters": "characters of the prediction",
     "reference_characters": "characters of the reference",
 }
-"""Name -> what exactly it is, for every score of a row."""
+"""Name -> exact definition, for every score of a row."""
 
 
 def repetition_scores(text: str) -> dict[str, float]:
@@ -63,7 +63,7 @@ def repetition_scores(text: str) -> dict[str, float]:
 
 
 def score_pair(prediction: str, reference: str) -> dict[str, float]:
-    """Every score of `DEFINITIONS` for one pair; any two texts have all of them but "first_loop_char"."""
+    """Every score of `DEFINITIONS` for one pair; all but "first_loop_char" exist for any two texts."""
     (rouge,) = score_texts([prediction], [reference])
     return {
         **{metric: rouge[metric]["f"] for metric in METRICS},

@@ -17,7 +17,16 @@ from novelgpt.settings.paths import SAMPLES
 from novelgpt.text.conversation import IGNORE_INDEX
 from novelgpt.text.encoding import encode
 from predict.__main__ import main as predict_main
-from predict.continuations import Asking, Book, Chapter, choose, main, places, reference_from, rows_of
+from predict.continuations import (
+    Book,
+    BookChapter,
+    ContinuationSettings,
+    choose,
+    find_passages,
+    main,
+    reference_from,
+    rows_of,
+)
 from predict.rows import read_prompt_rows
 from predict.score import main as score_main
 
@@ -35,10 +44,12 @@ def read(path: Path) -> list[dict[str, Any]]:
     return [json.loads(line) for line in path.read_text(encoding="utf-8").splitlines()]
 
 
-def novel(chapters: int, paragraphs: int) -> list[Chapter]:
+def novel(chapters: int, paragraphs: int) -> list[BookChapter]:
     """Chapters of paragraphs of 50 characters, all different."""
     return [
-        Chapter(f"第{c}章", "".join(f"第{c:03d}章第{p:03d}段" + "话" * 38 + "。\n" for p in range(paragraphs)), True)
+        BookChapter(
+            f"第{c}章", "".join(f"第{c:03d}章第{p:03d}段" + "话" * 38 + "。\n" for p in range(paragraphs)), True
+        )
         for c in range(chapters)
     ]
 
@@ -77,15 +88,15 @@ def test_the_seed_alone_chooses(tmp_path: Path) -> None:
 
 
 def test_rows_begin_with_chapters_and_long_chapters_hold_several() -> None:
-    asking = Asking((1000,), 500, per_book=3)
-    assert asking.reach == 1600
+    asking = ContinuationSettings((1000,), 500, per_book=3)
+    assert asking.needed == 1600
     book = Book.of("甲", novel(20, 20))  # 1,000 characters a chapter: every second one is free
-    found, short = places(book, asking)
+    found, short = find_passages(book, asking)
     assert [place.chapter for place in found] == [f"第{number}章" for number in range(0, 18, 2)] + ["第18章"]
     assert [book.text[place.start :][:5] for place in found] == [f"第{number:03d}章" for number in range(0, 20, 2)]
     assert short == 1
     # One chapter of a whole book.
-    found, short = places(Book.of("乙", novel(1, 320)), asking)
+    found, short = find_passages(Book.of("乙", novel(1, 320)), asking)
     assert [place.start for place in found] == list(range(0, 16000, 1600)) and short == 0
     # One of each third.
     rows, _ = rows_of(book, asking)
@@ -96,8 +107,8 @@ def test_no_row_reaches_over_a_missing_chapter() -> None:
     chapters = novel(9, 20)
     chapters[4] = chapters[4]._replace(follows=False)
     book = Book.of("甲", chapters)
-    asking = Asking((1000,), 500)
-    found, short = places(book, asking)
+    asking = ContinuationSettings((1000,), 500)
+    found, short = find_passages(book, asking)
     assert [place.chapter for place in found] == ["第0章", "第2章", "第4章", "第6章"]
     assert short == 2  # chapters 3 and 8
 
@@ -116,7 +127,7 @@ def test_chapters_left_out_of_a_prepared_folder_are_gaps(tmp_path: Path) -> None
 
 
 def test_all_places_where_there_are_few() -> None:
-    found, _ = places(Book.of("甲", novel(8, 20)), Asking((1000,), 500))
+    found, _ = find_passages(Book.of("甲", novel(8, 20)), ContinuationSettings((1000,), 500))
     assert choose(found, 100, random.Random(0)) == found
 
 
@@ -246,7 +257,7 @@ def test_through_prediction_each_length_has_scores_of_its_own(
     ("words", "cause"),
     [
         (["{novel}", "{out}", "--lengths", "0"], "--lengths 0"),
-        (["{novel}", "{out}", "--lengths", "90000"], "no place in"),
+        (["{novel}", "{out}", "--lengths", "90000"], "no passage in"),
         (["{novel}", "{novel}"], "is no .jsonl file"),
         (["{folder}", "{out}"], "has no manifest.json"),
         (["{out}", "{out}"], "No such file"),
