@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import bisect
 import contextlib
 import copy
 import gc
@@ -28,7 +29,7 @@ TRIED_SHARE = 0.92
 
 
 def micro_batches(training: TrainArguments) -> list[int]:
-    """The numbers of rows that divide the rows per device and optimizer step, from 1 upwards."""
+    """Return the divisors of the rows per device and optimizer step, ascending."""
     rows = training.per_device_train_batch_size * training.gradient_accumulation_steps
     return [size for size in range(1, rows + 1) if rows % size == 0]
 
@@ -56,22 +57,16 @@ def settle_rows(run: TrainingRun, rows: int, **changes: Any) -> TrainingRun:
 
 
 def largest_fitting(sizes: list[int], fits: Callable[[int], bool]) -> int | None:
-    """The last of the rising `sizes` that fits, by halving; None where the first does not."""
-    low, high = 0, len(sizes)
-    while low < high:
-        middle = (low + high) // 2
-        if fits(sizes[middle]):
-            low = middle + 1
-        else:
-            high = middle
-    return sizes[low - 1] if low else None
+    """Return the last of ascending `sizes` that fits, by bisection; None where the first does not."""
+    fitting = bisect.bisect_left(sizes, True, key=lambda size: not fits(size))
+    return sizes[fitting - 1] if fitting else None
 
 
 def no_row_fits(need: float, has: float, tokens: int) -> UserError:
-    """What to say where not even one row fits.
+    """Build the error for a device on which not even one row fits.
 
     Args:
-        need: bytes that one row takes; infinity where it is not known.
+        need: bytes that one row takes; infinity where unknown.
         has: bytes of the device.
         tokens: of the row.
     """
@@ -86,22 +81,22 @@ def try_micro_batches(
     model: nn.Module,
     training: TrainArguments,
     tokens: int,
-    borders: bool,
+    packed: bool,
     capacity: int,
     peak_of: Callable[[Callable[[], None]], int],
 ) -> int:
-    """The largest micro-batch whose steps on the longest rows really fit, found by running them, from one row upwards.
+    """Find the largest micro-batch that fits by running steps on the longest rows, from one row upwards.
 
-    Gradients, random states, the training mode and the forward of `model` are afterwards what they were.
+    Gradients, random states, the training mode and the forward of `model` are restored.
 
     Args:
         model: on its device, as the Trainer gets it.
         training: rows per step, number format, checkpointing.
         tokens: of the longest row.
-        borders: rows are packs of documents.
+        packed: rows are packs of documents.
         capacity: bytes of the device that this process may take.
-        peak_of: runs what it is given and tells the bytes that it took at most, what was there before included; or
-            raises torch.OutOfMemoryError.
+        peak_of: calls its argument and returns the peak memory in bytes, what was held before included; or raises
+            torch.OutOfMemoryError.
 
     Raises:
         UserError: not even one row fits.
@@ -111,10 +106,10 @@ def try_micro_batches(
     if training.world_size > 1:
         later += sum(parameter.nbytes for parameter in trained)
     sizes = micro_batches(training)
-    fitting: int | None = None
-    with _as_it_was(model, training):
+    fitting = 0
+    with _restored(model, training):
         for rows in sizes:
-            batch = worst_batch(rows, tokens, borders, next(model.parameters()).device)
+            batch = worst_batch(rows, tokens, packed, next(model.parameters()).device)
             try:
                 taken = peak_of(partial(_steps, model, training, batch, once=rows == sizes[-1]))
             except torch.OutOfMemoryError:
@@ -124,14 +119,17 @@ def try_micro_batches(
             if taken + later > capacity * TRIED_SHARE:
                 break
             fitting = rows
-    fitting = _least(fitting or 0)
+    if in_process_group():
+        of_ranks = [0] * torch.distributed.get_world_size()
+        torch.distributed.all_gather_object(of_ranks, fitting)
+        fitting = min(of_ranks)
     if not fitting:
         raise no_row_fits(float("inf"), capacity, tokens)
     return fitting
 
 
 def cuda_peak(run: Callable[[], None]) -> int:
-    """Bytes that the allocator reserves at most while `run` runs, with counters and cache left as for a fresh start."""
+    """Return the peak of reserved bytes while `run` runs; counters and cache are reset afterwards."""
     torch.cuda.empty_cache()
     torch.cuda.reset_peak_memory_stats()
     try:
@@ -145,7 +143,7 @@ def cuda_peak(run: Callable[[], None]) -> int:
 
 
 def _steps(model: nn.Module, training: TrainArguments, batch: dict[str, Any], once: bool) -> None:
-    """Forward and backward of a micro-batch; of two where gradients accumulate, as the second one holds more."""
+    """Run forward and backward of a micro-batch; twice where gradients accumulate, as the second one holds more."""
     dtype = compute_dtype(training)
     device = batch["input_ids"].device.type
     for _ in range(1 if once else 2):
@@ -155,13 +153,13 @@ def _steps(model: nn.Module, training: TrainArguments, batch: dict[str, Any], on
 
 
 @contextlib.contextmanager
-def _as_it_was(model: nn.Module, training: TrainArguments) -> Iterator[None]:
-    """Set up `model` as the Trainer does, and undo it: what the trial leaves would change the run."""
+def _restored(model: nn.Module, training: TrainArguments) -> Iterator[None]:
+    """Set up `model` as the Trainer does, and restore it: what a trial leaves behind would change the run."""
     base = base_model(model)
     head = base.get_output_embeddings()
     assert isinstance(head, nn.Module)
     gradients = {parameter: parameter.grad for parameter in model.parameters()}
-    model.zero_grad()  # to None: what is there already would be added to
+    model.zero_grad()  # to None, or gradients would accumulate
     forwards = [(module, vars(module).get("forward")) for module in (base, head)]
     mode = model.training
     devices = [torch.cuda.current_device()] if next(model.parameters()).is_cuda else []
@@ -181,12 +179,3 @@ def _as_it_was(model: nn.Module, training: TrainArguments) -> Iterator[None]:
                 del module.forward
             else:
                 module.forward = forward
-
-
-def _least(number: int) -> int:
-    """The smallest of all processes' numbers."""
-    if not in_process_group():
-        return number
-    numbers = [0] * torch.distributed.get_world_size()
-    torch.distributed.all_gather_object(numbers, number)
-    return min(numbers)

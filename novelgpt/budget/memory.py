@@ -1,8 +1,8 @@
 """The peak memory of a training run, known before its weights are loaded.
 
-One micro-step of the very model, adapter and loss is simulated, and the bytes that live at each moment are counted:
-that covers any architecture, number format and attention. What such a step does not hold (optimizer states, the shares
-of several processes, the process itself) is reckoned.
+One micro-step of the actual model, adapter and loss is simulated, and the live bytes at each moment are counted, which
+covers any architecture, dtype and attention. What such a step does not hold (optimizer states, ZeRO's shares, the
+process itself) is computed.
 """
 
 from __future__ import annotations
@@ -20,7 +20,7 @@ from novelgpt.budget.live_bytes import Heap
 from novelgpt.budget.simulated_model import SimulatedModel
 from novelgpt.settings.arguments import TrainArguments
 
-# Bytes of optimizer states for a trained weight; AdamW's two fp32 moments where the optimizer is not named here.
+# Bytes of optimizer states per trained weight; others have those of AdamW's two fp32 moments.
 OPTIMIZER_BYTES = (
     dict.fromkeys(("sgd", "adafactor", "lomo", "adalomo", "galore_adafactor", "galore_adafactor_layerwise"), 0)
     | dict.fromkeys(("adamw_torch_4bit", "lion_8bit", "paged_lion_8bit", "rmsprop_bnb_8bit"), 1)
@@ -31,31 +31,31 @@ OPTIMIZER_BYTES = (
     | dict.fromkeys(("ademamix", "paged_ademamix_32bit", "grokadamw"), 12)
 )
 ADAMW_BYTES = 8
-# What a process comes to hold beside its tensors once it trains. On CPUs: libraries that are loaded late (Trainer,
-# TensorBoard, plots) and work space of matrix products. On CUDA: work space of cuBLAS.
+# What a training process holds beside its tensors. On CPUs: libraries that are loaded late (Trainer, TensorBoard,
+# plots) and workspaces of matrix products. On CUDA: workspaces of cuBLAS.
 LATER_BYTES = {"cpu": 90_000_000, "cuda": 40_000_000}
-# glibc serves blocks from this size on from the system and gives them back; its limit grows up to here by itself.
+# glibc returns blocks from this size on to the system; its threshold grows up to here by itself.
 GLIBC_LIMIT = 32 * 2**20
-# DeepSpeed's default for weights that ZeRO-3 keeps whole at once (stage3_max_live_parameters).
+# DeepSpeed's default for the weights that ZeRO-3 gathers at once (stage3_max_live_parameters).
 LIVE_PARAMETERS = 1e9
 
 
 @dataclass
 class MemoryEstimate:
-    """Bytes at the highest moment of a run, by what they are for.
+    """Bytes at the peak of a run, by purpose.
 
     Attributes:
-        process: on CPUs, what the process holds without the model. On GPUs nothing: neither this estimate nor what is
-            measured counts the context.
+        process: on CPUs, what the process holds without the model. On GPUs none: neither this estimate nor the
+            measurement counts the context.
         weights: of the model, adapters included.
-        copies: of weights in a second number format: casts of autocast, fp32 masters of DeepSpeed.
+        copies: of weights in a second dtype: casts of autocast, fp32 masters of DeepSpeed.
         gradients: of trained weights, with the buckets of several processes.
         optimizer: its states.
-        activations: what is kept for the backward pass, and what is being computed.
+        activations: those kept for the backward pass, and those being computed.
         loss: logits and the other buffers of the head.
-        kept: on CPUs, blocks that were freed and that the allocator keeps, and holes among them.
-        evaluation: what the evaluation takes beyond the highest training step.
-        other: libraries and their work space.
+        kept: on CPUs, freed blocks that the allocator keeps, and holes among them.
+        evaluation: what an evaluation takes beyond the peak of a training step.
+        other: libraries and their workspaces.
     """
 
     process: int = 0
@@ -79,14 +79,14 @@ class MemoryEstimate:
         return sum(self.parts().values())
 
 
-def estimate_memory(model: SimulatedModel, training: TrainArguments, tokens: int, borders: bool) -> MemoryEstimate:
-    """What a run of `model` takes on each device.
+def estimate_memory(model: SimulatedModel, training: TrainArguments, tokens: int, packed: bool) -> MemoryEstimate:
+    """Estimate what a run of `model` takes on each device.
 
     Args:
         model: what trains.
-        training: batch sizes, checkpointing, number format, optimizer, DeepSpeed, processes.
+        training: batch sizes, checkpointing, dtype, optimizer, DeepSpeed, processes.
         tokens: of the longest row.
-        borders: rows are packs of documents.
+        packed: rows are packs of documents.
     """
     autocast = None if training.deepspeed else compute_dtype(training)
     checkpointing = checkpointing_options(training) if training.activation_checkpointing else None
@@ -94,17 +94,21 @@ def estimate_memory(model: SimulatedModel, training: TrainArguments, tokens: int
     each = optimizer_bytes(training)
     estimate = MemoryEstimate(optimizer=count * each, other=LATER_BYTES[model.device.type])
     step = model.step(
-        training.per_device_train_batch_size, tokens, borders, autocast, checkpointing=checkpointing,
+        training.per_device_train_batch_size, tokens, packed, autocast, checkpointing=checkpointing,
         accumulated=training.gradient_accumulation_steps > 1 and not training.deepspeed,
     )  # fmt: skip
-    evaluation = model.step(training.per_device_eval_batch_size, tokens, borders, autocast, evaluation=True)
-    heap = _heap(model.device, [numel * each // 2 for numel, _ in model.trained for _ in range(2)])
-    # Under DeepSpeed, gradients leave for their buckets and shares; elsewhere they stay.
+    evaluation = model.step(training.per_device_eval_batch_size, tokens, packed, autocast, evaluation=True)
+    heap: Heap | None = None  # on GPUs, whose measurement counts live bytes
+    if model.device.type == "cpu":  # where glibc puts small blocks, by its own rules
+        limit = int(os.environ.get("MALLOC_MMAP_THRESHOLD_", GLIBC_LIMIT))
+        used = sum(2 * (numel * each // 2) for numel, _ in model.trained if numel * each // 2 < limit)
+        heap = Heap(limit, used=used, high=used)
+    # DeepSpeed moves gradients to its buckets and shares; elsewhere they stay.
     parts = step.peak(frozenset({"gradients"} if training.deepspeed else ()), heap)
     phases = [parts, evaluation.peak(heap=heap)]
     if training.deepspeed:
         size = sum(held for _, held in model.trained) // max(1, count)
-        _share(phases, estimate, count, size, training, model.device)
+        _shard(phases, estimate, count, size, training, model.device)
     elif training.world_size > 1:
         parts["gradients"] += sum(held for _, held in model.trained)  # the buckets of DDP
     for name, held in parts.items():
@@ -115,39 +119,25 @@ def estimate_memory(model: SimulatedModel, training: TrainArguments, tokens: int
     return estimate
 
 
-def _heap(device: torch.device, optimizer_states: list[int]) -> Heap | None:
-    """Where glibc puts small blocks on CPUs, by its own rules; None on GPUs, whose measure counts live bytes.
-
-    Args:
-        device: of the run.
-        optimizer_states: bytes of each state.
-    """
-    if device.type != "cpu":
-        return None
-    limit = int(os.environ.get("MALLOC_MMAP_THRESHOLD_", GLIBC_LIMIT))
-    used = sum(size for size in optimizer_states if size < limit)
-    return Heap(limit, used=used, high=used)
-
-
 def optimizer_bytes(training: TrainArguments) -> int:
-    """Of the optimizer's states, for one trained weight."""
+    """Return the bytes of optimizer states per trained weight."""
     return OPTIMIZER_BYTES.get(OptimizerNames(training.optim).value, ADAMW_BYTES)
 
 
 def compute_dtype(training: TrainArguments) -> torch.dtype | None:
-    """The 16-bit number format that a run computes in, None for fp32."""
+    """Return the 16-bit dtype that a run computes in, None for fp32."""
     return torch.bfloat16 if training.bf16 else torch.float16 if training.fp16 else None
 
 
 def checkpointing_options(training: TrainArguments) -> dict[str, Any]:
-    """What the Trainer hands to `activation_checkpointing_enable`."""
+    """Return what the Trainer passes to `activation_checkpointing_enable`."""
     given = training.activation_checkpointing_kwargs
     options: dict[str, Any] = dict(given) if isinstance(given, dict) else {}
     own: dict[str, Any] = {name: options.pop(name) for name in ("every_n_layers", "offload") if name in options}
     return own | {"activation_checkpointing_kwargs": options or None}
 
 
-def _share(
+def _shard(
     phases: list[Counter[str]],
     estimate: MemoryEstimate,
     count: int,
@@ -155,18 +145,18 @@ def _share(
     training: TrainArguments,
     device: torch.device,
 ) -> None:
-    """Turn what one device would hold into its share under ZeRO.
+    """Reduce what one device would hold to its share under ZeRO.
 
-    Each stage divides one more of the optimizer states with their fp32 weights, gradients, and weights, by the number
-    of processes. Before a step, stages 1 and 2 copy their share of the gradients to fp32.
+    Stage 1 divides the optimizer states with their fp32 weights by the number of processes, stage 2 the gradients as
+    well, stage 3 the weights, too. Before a step, stages 1 and 2 copy their share of the gradients to fp32.
 
     Args:
-        phases: bytes at the highest moment of a step, without gradients, and of an evaluation.
+        phases: bytes at the peak of a step, without gradients, and of an evaluation.
         estimate: its optimizer is shared.
         count: trained weights.
         size: bytes of one, and of its gradient.
         training: the DeepSpeed settings and the number of processes.
-        device: of the run, which offloading relieves if it is no CPU.
+        device: of the run, which offloading relieves unless it is a CPU.
     """
     parts = phases[0]
     zero: dict[str, Any] = training.hf_deepspeed_config.config.get("zero_optimization", {})

@@ -1,4 +1,4 @@
-"""Before weights are loaded: what a run will take, what the device has, and the switches that follow from the two."""
+"""Before weights are loaded: estimate a run's memory against the device's, and choose the settings left open."""
 
 from __future__ import annotations
 
@@ -33,14 +33,14 @@ from novelgpt.settings.runs import TrainingRun
 from novelgpt.settings.terminal import counted, say
 from novelgpt.text.packing import PackedBlocks
 
-# Of the device's memory: an estimate above this share turns checkpointing on, or warns.
+# An estimate above this share of the device's memory turns checkpointing on, or warns.
 FULL_SHARE = 0.9
-# What auto_batch may take by the estimate alone, on CPUs and under DeepSpeed.
+# The share that auto_batch may take by the estimate alone, on CPUs and under DeepSpeed.
 ESTIMATED_SHARE = 0.8
-# Packs whose lengths are looked up: all but the last are about as long as they may be.
-MOST_PACKS = 200
+# Packs whose lengths are read: all but the last are about as long as allowed.
+MAX_PACKS = 200
 
-# Limit and usage of the control group, in its second and its first version.
+# Limit and usage of the control group, in version 2 and 1.
 CONTROL_GROUP_FILES = (
     (Path("/sys/fs/cgroup/memory.max"), Path("/sys/fs/cgroup/memory.current")),
     (Path("/sys/fs/cgroup/memory/memory.limit_in_bytes"), Path("/sys/fs/cgroup/memory/memory.usage_in_bytes")),
@@ -56,14 +56,14 @@ def plan_memory(
     qlora: bool = False,
     prepare: Prepare | None = None,
 ) -> MemoryPlan:
-    """Estimate the peak memory, show it, and settle checkpointing and micro-batch where the user left them open.
+    """Estimate the peak memory, show it, and choose checkpointing and micro-batch where the user left them open.
 
     Args:
         run: stays as it is; `run` of the plan has what was settled.
         train: the rows.
         dtype: of the base's weights.
         qlora: the base is held in 4 bits.
-        prepare: what the run makes of the base, as attaching an adapter.
+        prepare: turns the base into what trains, as by attaching an adapter.
 
     Raises:
         UserError: with auto_batch, not even one row fits; or `prepare` raises it.
@@ -100,7 +100,7 @@ class MemoryPlan:
         self.tokens = max(self.lengths)
         self.capacity = available_memory(self.device)
         self.model: SimulatedModel | None = None
-        # Elsewhere a step that fails for want of memory ends the process, or the weights are spread over several.
+        # Elsewhere a step that runs out of memory ends the process, or the weights are sharded.
         self._can_try = self.device.type == "cuda" and not self.training.deepspeed
 
     @property
@@ -154,7 +154,7 @@ class MemoryPlan:
         return settled
 
     def compare(self, measured: int) -> str:
-        """A line that tells the measured peak, in bytes, beside the estimate."""
+        """Format the measured peak, in bytes, beside the estimate."""
         line = f"memory: {_gigabytes(measured)}"
         return line if self.estimate is None else f"{line}, estimated {_gigabytes(self.estimate.total)}"
 
@@ -172,9 +172,9 @@ class MemoryPlan:
         return rows or 1
 
     def _show(self, chosen: TrainArguments, estimate: MemoryEstimate) -> None:
-        """Print the estimate, and what would help where it does not fit."""
+        """Print the estimate, and remedies where it does not fit."""
         dtype = str(compute_dtype(chosen) or torch.float32).removeprefix("torch.")
-        kept = "activations computed again" if chosen.activation_checkpointing else "activations kept"
+        kept = "activations recomputed" if chosen.activation_checkpointing else "activations kept"
         parts = ", ".join(f"{name} {_gigabytes(size)}" for name, size in estimate.parts().items() if size >= 5e6)
         say(
             f"memory: {_gigabytes(estimate.total)} expected of {_gigabytes(self.capacity)} on this "
@@ -185,7 +185,7 @@ class MemoryPlan:
             say(f"  This will probably not fit. {self._remedies(chosen, estimate)}", style="yellow")
 
     def _remedies(self, chosen: TrainArguments, estimate: MemoryEstimate) -> str:
-        """What takes less, the cheapest first, with its estimate where that is cheap to make."""
+        """List settings that take less, the cheapest first, with estimates where these are cheap."""
         texts = []
         if not chosen.activation_checkpointing:
             smaller = copy.copy(chosen)
@@ -208,9 +208,9 @@ class MemoryPlan:
 
 
 def available_memory(device: torch.device) -> int:
-    """Bytes of the device that this process may come to hold, what it holds now included.
+    """Return the bytes of the device that this process may hold, including what it holds now.
 
-    On CPUs: what the host and the control group leave, shared by the processes on this host.
+    On CPUs: what the host and the control group leave, divided among the processes on this host.
     """
     if device.type == "cuda":
         return torch.cuda.mem_get_info(device)[0] + torch.cuda.memory_reserved(device)
@@ -223,11 +223,11 @@ def available_memory(device: torch.device) -> int:
 
 
 def row_lengths(train: Dataset[Any], packed_length: int | None = None) -> list[int]:
-    """Tokens of the rows; of the first packs, which are about as long as the others, where rows are packed."""
+    """Return the tokens of the rows; of the first packs, which stand for the others, where rows are packed."""
     if isinstance(train, PackedBlocks):
         return train.counts().lengths
     count = len(train)  # type: ignore[arg-type]
-    looked_up = range(count if packed_length is None else min(count, MOST_PACKS))
+    looked_up = range(count if packed_length is None else min(count, MAX_PACKS))
     return [len(train[index]["input_ids"]) for index in looked_up]
 
 

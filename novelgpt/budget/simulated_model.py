@@ -1,4 +1,4 @@
-"""A model that has shapes but no numbers, and the steps of training on it: every allocation, none of the memory."""
+"""Training steps of a model on fake tensors: every allocation is counted, none is made."""
 
 from __future__ import annotations
 
@@ -22,32 +22,32 @@ from novelgpt.model.loading import read_config
 from novelgpt.model.lora import base_model
 from novelgpt.settings.arguments import ModelArguments
 
-# Chunks of the head that are simulated: the first, which begins its gradient, and those after it, which add to it.
+# Chunks of the head that are simulated: the first, which allocates its gradient, and those after it, which add to it.
 FEW = 3
-# Layers that are simulated of many: the first, one that stands for all within, and the last.
+# Layers that are simulated: the first, one that stands for all inner ones, and the last.
 KEPT_LAYERS = 3
-# Settings that do something to the logits after the head.
+# Settings that change the logits after the head.
 LOGIT_SETTINGS = ("final_logit_softcapping", "logit_scale", "logits_scaling", "lm_head_multiplier")
 # Of a weight in 4 bits, with the scales of its blocks of 64, which are kept in 8 bits.
 FOUR_BIT_BYTES = 0.5 + 1 / 64 + 4 / (64 * 256)
 
 
 class SimulatedModel:
-    """The model of a run, on tensors without numbers. Of many layers that are alike, three are simulated.
+    """The model of a run, on fake tensors. Of many equal layers, three are simulated.
 
     Args:
         model: where its configuration lies, and its attention.
         device: of the run; "cuda" only where there is one.
         dtype: of the weights of the base.
-        prepare: what the run makes of the base, as attaching an adapter; it may raise UserError.
-        four_bits: the base's linear layers but the head are held in 4 bits.
-        cast_all: number format that all weights are then cast to, as DeepSpeed does; None leaves them.
+        prepare: turns the base into what trains, as by attaching an adapter; may raise UserError.
+        four_bits: the base's linear layers except the head are held in 4 bits.
+        cast_all: dtype that all weights are then cast to, as DeepSpeed does; None leaves them.
 
     Attributes:
         device: of the run.
-        trained: numbers and bytes of the trained tensors of all layers.
-        saved: bytes of what `save_pretrained` writes: all weights, or those of the adapter.
-        shared: bytes of the weights that have a second name, as a head that is the embedding.
+        trained: elements and bytes of each trained tensor, of all layers.
+        saved: bytes that `save_pretrained` writes: all weights, or those of the adapter.
+        shared: bytes of tied weights' second names, as of a head that is the embedding.
     """
 
     def __init__(
@@ -77,10 +77,8 @@ class SimulatedModel:
             _fill(self._model, device)
         loss.attach_chunked_loss(base, not changes_logits(base.config))
         inner = list(self._layers[1].parameters()) * self._left_out if self._left_out else []
-        self.saved = _saved_bytes(self._model) + sum(
-            parameter.nbytes for parameter in inner if parameter.requires_grad or self._model is base
-        )
-        self.shared = _shared_bytes(self._model)
+        self.saved, self.shared = _saved_and_shared(self._model)
+        self.saved += sum(parameter.nbytes for parameter in inner if parameter.requires_grad or self._model is base)
         self._missing = [(parameter.nbytes, parameter.requires_grad) for parameter in inner]
         self.trained = [
             (parameter.numel(), parameter.nbytes)
@@ -92,13 +90,13 @@ class SimulatedModel:
         self,
         rows: int,
         tokens: int,
-        borders: bool,
+        packed: bool,
         autocast: torch.dtype | None,
         checkpointing: dict[str, Any] | None = None,
         accumulated: bool = False,
         evaluation: bool = False,
     ) -> LiveBytes:
-        """What `track_step` notes of a micro-step on `rows` rows of `tokens` tokens, all trained."""
+        """Simulate `track_step` on `rows` rows of `tokens` tokens, all trained."""
         live = LiveBytes()
         live.inner += self._left_out
         for size, trained in self._missing:
@@ -106,18 +104,18 @@ class SimulatedModel:
             if accumulated and trained:
                 live.add(size, "gradients")
         if checkpointing is not None:
-            # States of random number generators are numbers, which nothing has here.
+            # Fake tensors hold no random states.
             given = checkpointing.get("activation_checkpointing_kwargs") or {"use_reentrant": False}
             checkpointing = checkpointing | {"activation_checkpointing_kwargs": given | {"preserve_rng_state": False}}
         with self._mode, _untouched_surroundings(), _few_chunks(), _sections(self._layers, live):
-            batch = worst_batch(rows, tokens, borders, self.device)
+            batch = worst_batch(rows, tokens, packed, self.device)
             return track_step(
                 self._model, batch, autocast, checkpointing, accumulated, evaluation, simulated=True, live=live
             )
 
 
 def _fill(model: nn.Module, device: torch.device) -> None:
-    """Give all parameters and buffers of a meta model storage. Tied weights and shared parts stay the same tensor."""
+    """Allocate all parameters and buffers of a meta model. Tied weights and shared modules stay the same tensor."""
     holders: dict[nn.Parameter, list[tuple[nn.Module, str]]] = {}
     for part in model.modules():
         for name, parameter in part.named_parameters(recurse=False):
@@ -130,27 +128,20 @@ def _fill(model: nn.Module, device: torch.device) -> None:
             setattr(part, name, getattr(first, first_name))
 
 
-def _saved_bytes(model: nn.Module) -> int:
-    """Of the tensors that are saved; those that share their values count once."""
+def _saved_and_shared(model: nn.Module) -> tuple[int, int]:
+    """Return the bytes of the tensors that are saved, tied ones counted once, and those of their second names."""
     if isinstance(model, PeftModel):
-        return sum(tensor.nbytes for tensor in get_peft_model_state_dict(model).values())
-    tensors = [*model.parameters(), *model.buffers()]
-    saved = {id(tensor) for tensor in model.state_dict(keep_vars=True).values()}
-    return sum(tensor.nbytes for tensor in tensors if id(tensor) in saved)
-
-
-def _shared_bytes(model: nn.Module) -> int:
-    if isinstance(model, PeftModel):
-        return 0
+        return sum(tensor.nbytes for tensor in get_peft_model_state_dict(model).values()), 0
     tensors = list(model.state_dict(keep_vars=True).values())
-    return sum(tensor.nbytes for tensor in tensors) - sum({id(tensor): tensor.nbytes for tensor in tensors}.values())
+    saved = sum({id(tensor): tensor.nbytes for tensor in tensors}.values())
+    return saved, sum(tensor.nbytes for tensor in tensors) - saved
 
 
 def _shortened(base: PreTrainedModel) -> tuple[list[nn.Module], int]:
-    """Leave three layers of a model whose layers are all alike.
+    """Keep three layers of a model whose layers are all equal.
 
     Returns:
-        The layers that are left, and how many are not; none of both where layers differ or cannot be told.
+        The layers that are kept, and the number of the others; none of both where layers differ or are not found.
     """
     count = base.config.get_text_config().num_hidden_layers
     if len(set(getattr(base.config.get_text_config(), "layer_types", None) or [])) > 1:
@@ -172,11 +163,11 @@ def _signature(layer: nn.Module) -> tuple[Any, ...]:
 
 @contextlib.contextmanager
 def _sections(layers: list[nn.Module], live: LiveBytes) -> Iterator[None]:
-    """Name the sections of a step, by the layers that are the first, those within, and the last."""
+    """Name the sections of a step by the first, inner and last layers."""
     forward, backward = ("first forward", INNER[0], "last forward"), ("first backward", INNER[1], "last backward")
 
     def enter(name: str) -> None:
-        # What checkpointing computes again is a part of the backward pass.
+        # What checkpointing recomputes is part of the backward pass.
         if name in backward or live.section not in backward:
             live.section = name
 
@@ -189,39 +180,35 @@ def _sections(layers: list[nn.Module], live: LiveBytes) -> Iterator[None]:
         if states.requires_grad:
             states.register_hook(lambda _: enter(name))
 
-    handles = []
-    for layer, before, after in zip(layers, forward, backward, strict=False):
-        handles.append(layer.register_forward_pre_hook(lambda *_, before=before: enter(before)))
-        handles.append(layer.register_forward_hook(lambda _, __, output, after=after: leave(after, output)))
-    try:
+    with contextlib.ExitStack() as hooks:
+        for layer, before, after in zip(layers, forward, backward, strict=False):
+            hooks.enter_context(layer.register_forward_pre_hook(lambda *_, before=before: enter(before)))
+            hooks.enter_context(layer.register_forward_hook(lambda _, __, output, after=after: leave(after, output)))
         yield
-    finally:
-        for handle in handles:
-            handle.remove()
 
 
 def changes_logits(config: PretrainedConfig) -> bool:
-    """Whether a setting of the model does something to what its head makes."""
+    """Whether a setting of the model changes the logits of its head."""
     return any(vars(config).get(name) not in (None, 1, 1.0) for name in LOGIT_SETTINGS)
 
 
-def worst_batch(rows: int, tokens: int, borders: bool, device: torch.device) -> dict[str, Any]:
-    """A batch of the collator that has no padding and trains every token.
+def worst_batch(rows: int, tokens: int, packed: bool, device: torch.device) -> dict[str, Any]:
+    """Build a batch as the collator's, without padding, that trains every token.
 
     Args:
         rows: in the batch.
         tokens: of a row.
-        borders: rows are packs, of two documents each; otherwise they have a mask, as rows of unequal length do.
-        device: where it lies.
+        packed: rows are packs of two documents each; otherwise they have a mask, as rows of unequal length do.
+        device: of the batch.
     """
     ids = torch.ones(rows, tokens, dtype=torch.int64, device=device)
     batch: dict[str, Any] = {"input_ids": ids, "labels": ids.clone()}
-    if not borders:
+    if not packed:
         return batch | {"attention_mask": torch.ones_like(ids)}
     half = max(1, tokens // 2)
     starts = [row * tokens + start for row in range(rows) for start in ((0, half) if tokens > 1 else (0,))]
-    # Attention on CPUs reads the borders, which a simulated tensor could not tell.
-    ends = _Borders([*starts, rows * tokens])
+    # Attention on CPUs reads the boundaries, which fake tensors do not hold.
+    ends = _Boundaries([*starts, rows * tokens])
     known = torch.tensor(ends, dtype=torch.int32, device=device) if device.type == "cuda" else ends
     positions = torch.arange(tokens, device=device).expand(rows, tokens)
     positions = torch.cat([positions[:, :half], positions[:, : tokens - half]], 1)
@@ -235,11 +222,11 @@ def worst_batch(rows: int, tokens: int, borders: bool, device: torch.device) -> 
     }
 
 
-class _Borders(list[int]):
-    """Numbers that are read as those of a tensor are."""
+class _Boundaries(list[int]):
+    """Numbers that are read as those of a tensor."""
 
     def tolist(self) -> list[int]:
-        """The numbers."""
+        """Return the numbers."""
         return list(self)
 
 
@@ -253,17 +240,17 @@ def track_step(
     simulated: bool = False,
     live: LiveBytes | None = None,
 ) -> LiveBytes:
-    """Run forward and backward of a model with the chunked loss, and note what lives when. Gradients are gone after it.
+    """Run forward and backward of a model with the chunked loss, and record live bytes. Gradients are cleared after it.
 
     Args:
         model: as the Trainer gets it.
-        batch: as the collator makes it, on the model's device.
-        autocast: number format of the computation, None for that of the weights.
+        batch: of the collator, on the model's device.
+        autocast: compute dtype, None for that of the weights.
         checkpointing: options of `activation_checkpointing_enable`; None keeps the activations.
         accumulated: gradients of an earlier micro-batch are there.
         evaluation: forward only.
-        simulated: tensors have no numbers.
-        live: takes the notes.
+        simulated: tensors are fake.
+        live: records; None for a new one.
 
     Returns:
         Bytes of "weights", "copies", "gradients", "activations" (with everything passing) and "loss".
@@ -281,8 +268,11 @@ def track_step(
             for parameter in model.parameters():
                 parameter.grad = torch.zeros_like(parameter) if parameter.requires_grad else None
         device = batch["input_ids"].device.type
+        head = base.get_output_embeddings()
+        assert isinstance(head, nn.Module)
         with (
-            _head_is_loss(base, live),
+            head.register_forward_pre_hook(lambda *_: setattr(live, "part", "loss")),
+            head.register_forward_hook(lambda *_: setattr(live, "part", "activations")),
             torch.set_grad_enabled(not evaluation),
             torch.autocast(device, dtype=autocast, enabled=autocast is not None),
         ):
@@ -296,25 +286,8 @@ def track_step(
 
 
 @contextlib.contextmanager
-def _head_is_loss(base: PreTrainedModel, live: LiveBytes) -> Iterator[None]:
-    """What the head makes belongs to the part "loss"."""
-
-    def change(part: str) -> Callable[..., None]:
-        return lambda *_: setattr(live, "part", part)
-
-    head = base.get_output_embeddings()
-    assert isinstance(head, nn.Module)
-    handles = [head.register_forward_pre_hook(change("loss")), head.register_forward_hook(change("activations"))]
-    try:
-        yield
-    finally:
-        for handle in handles:
-            handle.remove()
-
-
-@contextlib.contextmanager
 def _untouched_surroundings() -> Iterator[None]:
-    """Nothing printed, no random number drawn, and no weights shared among processes as they are made (ZeRO-3)."""
+    """Print nothing, keep random states, and let ZeRO-3 shard no weights as they are made."""
     reference = deepspeed_integration._hf_deepspeed_config_weak_ref
     deepspeed_integration.unset_hf_deepspeed_config()
     try:
@@ -326,7 +299,7 @@ def _untouched_surroundings() -> Iterator[None]:
 
 @contextlib.contextmanager
 def _few_chunks() -> Iterator[None]:
-    """The head sees the first chunks only, as all take the same, and a long batch has hundreds of them."""
+    """Limit the head to its first chunks, as all take the same, and a long batch has hundreds of them."""
     chunks = loss._chunks
     loss._chunks = lambda *arguments: chunks(*arguments)[:FEW]
     try:
@@ -336,7 +309,7 @@ def _few_chunks() -> Iterator[None]:
 
 
 class _FourBitLinear(nn.Module):
-    """The memory of a linear layer in 4 bits: packed weights, made whole for each product and then forgotten."""
+    """A linear layer with the memory of one in 4 bits: packed weights, dequantized for each product."""
 
     def __init__(self, layer: nn.Linear) -> None:
         super().__init__()
@@ -364,7 +337,7 @@ class _FourBitProduct(torch.autograd.Function):
 
 
 def _hold_in_four_bits(model: nn.Module, head: nn.Module | None) -> None:
-    """Replace the frozen linear layers, but the head."""
+    """Replace the frozen linear layers, except the head."""
     for parent in list(model.modules()):
         for name, child in list(parent.named_children()):
             if type(child) is nn.Linear and child is not head and not child.weight.requires_grad:
