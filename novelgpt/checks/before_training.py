@@ -49,21 +49,20 @@ def preflight(run: TrainingRun, tokenizer: PreTrainedTokenizerBase) -> None:
     if not (training.preflight and is_first_process()):
         return
     cuda, folder = torch.cuda.is_available(), Path(run.model.model)
-    checks: list[tuple[str, Check]] = [("packages", versions.check_packages)]
-    if cuda or devices.driver_cuda() is not None:
-        checks.append(("gpu", devices.check_gpus))
-    if cuda and training.precision == "auto":
-        checks.append(("precision", devices.check_precision))
-    elif compute_dtype(training) is not None and training.device.type == "cpu":
-        checks.append(("precision", partial(devices.check_precision, training)))
-    if cuda and training.world_size > 1:
-        checks.append(("shared memory", machine.check_shared_memory))
-    if cuda and training.deepspeed and compiles_operators(training.hf_deepspeed_config.config):
-        checks.append(("compilers", devices.check_toolchain))
-    if folder.is_dir() and not pickled_weights(folder):  # pickles are read once, when they are loaded
-        checks.append(("model files", partial(check_files, run)))
-    checks.append(("vocabulary", partial(check_vocabulary, run, tokenizer)))
-    findings = [finding for name, check in checks for finding in run_check(name, check, failure="note")]
+    slow_precision = training.device.type == "cpu" and compute_dtype(training) is not None
+    precision = slow_precision or (cuda and training.precision == "auto")
+    compilers = cuda and training.deepspeed and compiles_operators(training.hf_deepspeed_config.config)
+    readable = folder.is_dir() and not pickled_weights(folder)  # pickles are read once, when they are loaded
+    checks: tuple[tuple[object, str, Check], ...] = (
+        (True, "packages", versions.check_packages),
+        (cuda or devices.driver_cuda() is not None, "gpu", devices.check_gpus),
+        (precision, "precision", partial(devices.check_precision, training)),
+        (cuda and training.world_size > 1, "shared memory", machine.check_shared_memory),
+        (compilers, "compilers", devices.check_toolchain),
+        (readable, "model files", partial(check_files, run)),
+        (True, "vocabulary", partial(check_vocabulary, run, tokenizer)),
+    )
+    findings = [one for needed, name, check in checks if needed for one in run_check(name, check, failure="note")]
     for finding in findings:
         if finding.mark == "note":
             say(f"{finding.check}: {finding.text}; {finding.remedy}", style="yellow")

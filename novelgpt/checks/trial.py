@@ -58,9 +58,9 @@ def check_trial(
         yield Finding(NAME, "note", "not tried under DeepSpeed", "leave --deepspeed out to try it with one process")
         return
     rows = run.training.per_device_train_batch_size if torch.cuda.is_available() else 1
-    again = ["--model", run.model.model, "--per_device_train_batch_size", str(rows), "--activation_checkpointing"]
-    again.append(str(bool(run.training.activation_checkpointing)))
-    command = [sys.executable, "-m", "novelgpt.checks.trial", pipeline, *args, *again]
+    settled = ["--model", run.model.model, "--per_device_train_batch_size", str(rows)]
+    settled += ["--activation_checkpointing", str(bool(run.training.activation_checkpointing))]
+    command = [sys.executable, "-m", "novelgpt.checks.trial", pipeline, *args, *settled]
     path = os.pathsep.join(filter(None, [str(ROOT), os.environ.get("PYTHONPATH")]))
     environment = os.environ | {"HF_HUB_OFFLINE": "1", "PYTHONPATH": path, "PYTHONIOENCODING": "utf-8"}
     try:
@@ -86,12 +86,12 @@ def try_longest_batch(run: TrainingRun) -> Iterator[Finding]:
         UserError: it cannot be loaded or trained.
     """
     training, device = run.training, run.training.device
-    begin = time.perf_counter()
+    start = time.perf_counter()
     tokenizer = load_tokenizer(run.model)
     qlora = isinstance(run, LoraRun) and run.lora.qlora
     base = load_model(run.model, tokenizer, base_dtype(run), qlora)
     model = adapt(run, base).to(device)
-    loaded = f"{type(base).__name__} loaded in {time.perf_counter() - begin:.0f} s, no weight missing"
+    loaded = f"{type(base).__name__} loaded in {time.perf_counter() - start:.0f} s, no weight missing"
     yield Finding("model", "ok", loaded)
     if training.activation_checkpointing:
         base.activation_checkpointing_enable(**checkpointing_options(training))
@@ -113,7 +113,7 @@ def try_longest_batch(run: TrainingRun) -> Iterator[Finding]:
             loss.backward()
 
     shape = f"{training.per_device_train_batch_size} x {counted(tokens, 'token')}"
-    begin = time.perf_counter()
+    start = time.perf_counter()
     try:
         if device.type == "cuda":
             peak, has = cuda_peak(train), torch.cuda.get_device_properties(device).total_memory
@@ -128,7 +128,7 @@ def try_longest_batch(run: TrainingRun) -> Iterator[Finding]:
         return
     states = optimizer_bytes(training) * sum(part.numel() for part in model.parameters() if part.requires_grad)
     text = (
-        f"{shape} on this {device.type}: forward, backward and evaluation pass in {time.perf_counter() - begin:.0f} s, "
+        f"{shape} on this {device.type}: forward, backward and evaluation pass in {time.perf_counter() - start:.0f} s, "
         f"{gigabytes(peak)} with {gigabytes(states)} of optimizer to come"
     )
     remedy = "--auto_batch, or --activation_checkpointing"

@@ -43,7 +43,8 @@ def check_packages(requirements: Path = REQUIREMENTS) -> Iterator[Finding]:
     wanted = [Requirement(line) for line in lines if line and not line.startswith("-")]
     tested = []
     for requirement in wanted:
-        name, specifier, remedy = requirement.name, requirement.specifier, _install(str(requirement))
+        name, specifier = requirement.name, requirement.specifier
+        remedy = pip_install(str(requirement).replace(" ", ""))
         try:
             found = Version(metadata.version(name))
         except metadata.PackageNotFoundError:
@@ -73,13 +74,9 @@ def _check_dependency(name: str, dependency: Requirement) -> Iterator[Finding]:
     try:
         found = metadata.version(dependency.name)
     except metadata.PackageNotFoundError:
-        remedy = _install(str(dependency).split(";")[0].strip())
+        remedy = pip_install(str(dependency).split(";")[0].replace(" ", ""))
         yield Finding(name, "problem", f"{name} needs {dependency.name}, which is missing", remedy)
         return
     if not dependency.specifier.contains(found, prereleases=True):
         text = f"{name} needs {dependency.name}{dependency.specifier}, and {found} is installed"
         yield Finding(name, "problem", text, install_requirements())
-
-
-def _install(requirement: str) -> str:
-    return pip_install(requirement.replace(" ", ""))

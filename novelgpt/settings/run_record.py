@@ -8,10 +8,11 @@ from datetime import datetime, timezone
 from pathlib import Path
 from typing import Any
 
-from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator
+from pydantic import BaseModel, ConfigDict, Field, field_validator
 
 from novelgpt.settings.atomic_files import atomic_write
 from novelgpt.settings.errors import UserError
+from novelgpt.settings.parsed_files import check_fields
 from novelgpt.settings.paths import OUTPUT
 
 RUN_FILE = "run.json"
@@ -118,14 +119,10 @@ def read_run_record(folder: Path) -> dict[str, Any] | None:
         size = path.stat().st_size
         if size > MAX_BYTES:
             raise UserError(f"{path} cannot be read: {size} bytes are too many for a run record", remedy)
-        record = _RunRecord.model_validate(json.loads(path.read_text(encoding="utf-8-sig")))
-    except ValidationError as error:
-        first = error.errors(include_url=False)[0]
-        where = ".".join(map(str, first["loc"]))
-        raise UserError(f"{path} cannot be read: {where + ': ' if where else ''}{first['msg']}", remedy) from error
+        content = json.loads(path.read_text(encoding="utf-8-sig"))
     except (OSError, ValueError, RecursionError) as error:
         raise UserError(f"{path} cannot be read: {error}", remedy) from error
-    return record.model_dump(exclude_unset=True)
+    return check_fields(_RunRecord, content, f"{path} cannot be read", remedy).model_dump(exclude_unset=True)
 
 
 def write_run_record(folder: Path, record: dict[str, Any]) -> None:

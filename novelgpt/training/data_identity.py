@@ -92,12 +92,10 @@ def _identify(role: str, name: str) -> DataSource:
     try:
         if not path.exists():
             return source  # reported where it is read
+        in_folder = path.is_dir()
+        if not in_folder and not path.is_file():
+            raise UserError(f"{name} is not a regular file", "write its rows to a file, and name that")
         source.seen = _state_of(path)
-        if not path.is_dir():
-            if not path.is_file():
-                raise UserError(f"{name} is not a regular file", "write its rows to a file, and name that")
-            source.files = [_hash(path, path.suffix.lower())]
-            return source
         if (path / MANIFEST).is_file():
             source.manifest_sha256 = hash_file(path / MANIFEST)[0]
         tokens = None
@@ -106,8 +104,10 @@ def _identify(role: str, name: str) -> DataSource:
         if tokens is not None:
             source.files = _token_files(path, tokens)
         else:
+            read = _prepared_files(path) if in_folder else [path]
             with ThreadPoolExecutor(HASHING_THREADS) as pool:
-                source.files = list(pool.map(lambda file: _hash(file, file.name), _prepared_files(path)))
+                names = [file.name if in_folder else file.suffix.lower() for file in read]
+                source.files = list(pool.map(_hash, read, names))
     except OSError as error:
         raise UserError(
             f"{error.filename or name} cannot be read: {error.strerror}", "name files you can read"

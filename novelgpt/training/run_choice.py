@@ -28,7 +28,6 @@ from novelgpt.training.run_identity import changes, check_same_run, describe_run
 
 RELEASE_SECONDS = 60.0  # for a rank that has lost its launcher to save and exit
 MAX_FOLDERS = 10_000
-NAME = re.compile(r"checkpoint-[0-9]+")
 
 
 Take = Callable[[Path], Claim]
@@ -254,7 +253,7 @@ def _named_checkpoint(record: Record, checkpoint: Path) -> Path:
     problem = _unusable(checkpoint)
     if problem is not None:
         raise UserError(f"{checkpoint} cannot be resumed from: {problem}", "name another checkpoint-N folder")
-    if not NAME.fullmatch(checkpoint.name):
+    if not re.fullmatch(r"checkpoint-[0-9]+", checkpoint.name):
         raise UserError(
             f"{checkpoint} cannot be resumed from: its name does not give the step",
             "name it checkpoint-N, N being the step, as it was",

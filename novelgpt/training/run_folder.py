@@ -126,7 +126,7 @@ class RunFolder:
         if changed:
             raise UserError(
                 f"{self.path} was changed by something else after this run had chosen it: {', '.join(changed[:3])}",
-                "look at what it holds, and start again, or choose another --output_dir",
+                "check its content and start again, or choose another --output_dir",
             )
         check_none_held_below(self.path)
         # At no moment does the folder have a run.json beside what belongs to another run.
