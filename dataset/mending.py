@@ -1,4 +1,4 @@
-"""The likeliest reading of damaged Chinese text: one lost byte makes all double bytes behind it pair up wrongly."""
+"""Repairs damaged Chinese text by its likeliest reading: one lost byte makes all later double bytes pair up wrongly."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ _BAD_RUN, _BAD_BYTE, _CUT_END = -12.0, -8.0, -12.0
 # GB18030 gives many pairs of bytes to private use: a stretch that is paired up wrongly has one in about 7 characters.
 _PRIVATE_PAIR = re.compile("[\ue000-\uf8ff][^\n]{0,15}[\ue000-\uf8ff]")
 _NEAR_BEFORE, _NEAR_BEHIND = 40, 160  # characters around such a pair that are read again
-_SURELY_BETTER = 40.0  # logarithm of how many times likelier another reading of a line must be
+_SURELY_BETTER = 40.0  # min log-likelihood ratio of another reading of a line
 
 
 class BadBytes(NamedTuple):

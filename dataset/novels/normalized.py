@@ -1,4 +1,4 @@
-"""A copy of a text in which ways of hiding words are undone, and a fast search for many words at once."""
+"""A normalised copy of a text, in which disguised words are restored, and a fast search for many words at once."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ import numpy as np
 
 SENTENCE_ENDS = "。！？!?…”’」』）)】］]》>～~—.;；"
 _ENDS = re.compile(f"[{re.escape(SENTENCE_ENDS)}]")
-# Letters that look like others, and traditional characters that calls to readers are written with.
+# Letters that look like others, and traditional characters that are frequent in appeals to readers.
 _LOOK_ALIKE = dict(
     zip(
         "αβεικνορτυχωηавсԁеһіјкмноԛрѕтухѵшѡԝոօꓪꓳꓚꓟꓐꓢꓔ",
@@ -31,7 +31,7 @@ _SIMPLIFIED = dict(
         strict=True,
     )
 )
-# Letters of other alphabets' shapes and styles, whose compatibility form is none: ᴡ, 🅦, 🇼.
+# Styled letters and letters of other shapes without a compatibility form: ᴡ, 🅦, 🇼.
 _STYLED = re.compile(
     r"(?:LATIN|MODIFIER LETTER|NEGATIVE|SQUARED|CIRCLED|REGIONAL INDICATOR|MATHEMATICAL)\b.* ([A-Z])(?: WITH .*)?"
 )
@@ -46,7 +46,7 @@ class WordSearch:
         for word in words:
             self.by_first.setdefault(word[0], []).append(word)
         self.tables = [np.zeros(0x10000, np.uint16) for _ in range(3)]
-        # 16 groups, one bit each; a word shorter than three goes with its like, else it would open the group of others.
+        # 16 groups, one bit each; words shorter than three have groups of their own, as they match any third character.
         ordered = sorted(set(words), key=lambda word: (min(len(word), 3), word))
         for rank, word in enumerate(ordered):
             short = len(word) < 3
@@ -58,14 +58,14 @@ class WordSearch:
                     table |= bit
 
     def within(self, text: str) -> set[str]:
-        """Those of the words that the text has."""
+        """Those of the words that the text contains."""
         found: set[str] = set()
         for place in self.find(character_codes(text)).tolist():
             found.update(word for word in self.by_first.get(text[place], ()) if text.startswith(word, place))
         return found
 
     def find(self, codes: np.ndarray) -> np.ndarray:
-        """Places in `codes` (characters) where one of the words may begin; none is missed."""
+        """Positions in `codes` (characters) where one of the words may start; none is missed."""
         first, second, third = self.tables
         padded = np.concatenate([codes, np.zeros(2, codes.dtype)])
         places = np.flatnonzero(first[codes] & second[padded[1:-1]])
@@ -122,8 +122,8 @@ class NormalizedCopy:
     """The normalised copy of a line.
 
     Attributes:
-        text: the copy, a character of it for each of the line that is a letter, digit or Chinese character.
-        places: (len(text),) where in the line each comes from.
+        text: the copy, one character for each letter, digit or Chinese character of the line.
+        places: (len(text),) position of each in the line.
         line: the line.
     """
 
@@ -140,13 +140,13 @@ class NormalizedCopy:
 
     @functools.cached_property
     def starts(self) -> list[int]:
-        """Where in `text` a sentence may begin: at its start, and behind what ends sentences."""
+        """Positions in `text` where a sentence may start: at its beginning, and after sentence ends."""
         ends = np.fromiter((match.start() for match in _ENDS.finditer(self.line)), np.int64)
         starts = np.unique(np.searchsorted(self.places, ends))
         return [0, *starts[(starts > 0) & (starts < len(self.text))].tolist()]
 
     def starts_before(self, words: Sequence[str], reach: int) -> list[int]:
-        """Those of `starts` that have one of the words, if there are any, in the `reach` characters behind."""
+        """Those of `starts` that are followed by one of the words, if there are any, within `reach` characters."""
         if len(self.text) <= reach or not words:
             return self.starts
         found = sorted(match.start() for word in words for match in re.finditer(re.escape(word), self.text))

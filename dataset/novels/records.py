@@ -1,4 +1,4 @@
-"""What the steps of preparing novels hand to each other."""
+"""Records that the steps of preparing novels exchange."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ from novelgpt.settings.errors import UserError
 
 
 class HostileFileError(UserError):
-    """A file that would fill the memory: no damage that may cost a page or a chapter, the whole file is refused."""
+    """A file that would exhaust the memory; it is refused as a whole, while damage costs a page or a chapter."""
 
 
 class Line(NamedTuple):
@@ -22,24 +22,24 @@ class Line(NamedTuple):
 
 
 class Removed(NamedTuple):
-    """Text that was taken out, whole line or a part of one."""
+    """Text that was removed: a whole line or a part of one."""
 
     number: int
-    """Of the line it stood in, from 1."""
+    """Of its line, from 1."""
     rule: str
-    """Name of the rule or step that took it out."""
+    """Name of the rule or step that removed it."""
     text: str
-    """What was taken out, as it stood there."""
+    """The removed text, unchanged."""
 
 
 @dataclass(frozen=True)
 class Section:
-    """A chapter whose borders the source itself gives (epub, rows of a .jsonl file, a file a chapter).
+    """A chapter whose boundaries the source itself gives (epub, rows of a .jsonl file, one file per chapter).
 
     Attributes:
-        title: its heading; "" where it has none.
-        text: what stands below.
-        rule: why all of it is left out, where it is no chapter: "contents_page", for example.
+        title: its heading; "" if it has none.
+        text: below the heading.
+        rule: why all of it is left out, if it is not a chapter: "contents_page", for example.
     """
 
     title: str
@@ -49,16 +49,16 @@ class Section:
 
 @dataclass(frozen=True)
 class RawBook:
-    """One book as its source has it, decoded; nothing cleaned yet.
+    """One book as in its source, decoded, not cleaned.
 
     Attributes:
-        name: the stem of the file or archive member, or what the rows say; not empty.
+        name: the stem of the file or archive member, or the name in the rows; not empty.
         source: path relative to the folder of raw files, "/" as separator; "a.zip!b/c.txt" for a member of an archive.
         text: line ends are "\\n"; no byte-order mark. "" where `sections` are given.
         encoding: "utf-8", "utf-8-sig", "utf-16-le", "utf-16-be", "gb18030", "big5hkscs".
-        bad_bytes: what could not be decoded.
-        sections: the chapters, where the source gives them; else None.
-        findings: sentences about what was met while it was read.
+        bad_bytes: bytes that could not be decoded.
+        sections: the chapters, if the source gives them; else None.
+        findings: sentences about problems found while reading.
     """
 
     name: str
@@ -75,12 +75,12 @@ class ChapterText:
     """A chapter ready to train on.
 
     Attributes:
-        heading: its line in the text, blanks made regular: "第一回 甄士隐梦幻识通灵"; "" where it has none.
-        label: "第一回"; "" where it has none.
-        title: the words behind the label; "" where there are none.
-        number: 1 for 第一回, where it is numbered.
-        volume: heading of the 卷/部 it belongs to; "" where there is none.
-        text: heading and paragraphs, one a line, without indents and blank lines; the heading only where it has one.
+        heading: its line in the text, blanks normalised: "第一回 甄士隐梦幻识通灵"; "" if it has none.
+        label: "第一回"; "" if it has none.
+        title: the words after the label; "" if there are none.
+        number: 1 for 第一回; None if it is not numbered.
+        volume: heading of the 卷/部 it belongs to; "" if there is none.
+        text: heading, if any, and paragraphs, one per line, without indents and blank lines.
     """
 
     heading: str
@@ -93,24 +93,24 @@ class ChapterText:
 
 @dataclass
 class BookRecord:
-    """What is known of one book after all steps: a row of books.jsonl, of the manifest, of the report.
+    """All facts about one book after all steps: a row of books.jsonl and of the report.
 
     Attributes:
         name: of the book.
         source: as in RawBook.
         encoding: as in RawBook.
-        bad_bytes: [{"offset": 12, "hex": "ff"}], at most 20 of them.
-        bad_byte_count: all of them.
+        bad_bytes: [{"offset": 12, "hex": "ff"}], at most 20.
+        bad_byte_count: of all bad bytes.
         characters_in: characters of the decoded text that are not white space.
         characters_kept: those of them in chapters.
         chapter_characters: characters of each chapter, in order.
         removed: rule -> {"lines": n, "characters": n}; characters without white space.
         findings: sentences about the source and the numbering: gaps, repeats, no headings.
         chinese_share: share of Chinese characters among those kept, in [0, 1].
-        repetition: share of the book's 20-character windows that it has more than once, in [0, 1].
+        repetition: share of the book's 20-character windows that occur more than once, in [0, 1].
         script: "simplified", "traditional" or "none".
         refused: why the whole book was left out; "" if it was not.
-        duplicate_chapters: chapters left out because others say the same.
+        duplicate_chapters: chapters left out as duplicates of others.
         split: "train", "held_out", or "refused".
         characters_out: characters (without white space) of its chapters that went into the shards.
     """

@@ -20,7 +20,7 @@ from novelgpt.settings.remedies import run_pipeline
 from novelgpt.settings.terminal import counted, say
 
 SECONDS_BETWEEN_LINES = 10.0
-MAX_RULES, MAX_REFUSED = 8, 20
+MAX_RULES, MAX_LINES = 8, 20
 
 
 class Display:
@@ -76,11 +76,14 @@ class Display:
 
     def show_refused(self, books: Sequence[BookRecord]) -> None:
         """A line for each book that cannot be used."""
-        refused = [book for book in books if book.refused]
-        for book in refused[:MAX_REFUSED]:
-            say(f"  refused 拒收 {book.source}: {book.refused}", style="yellow")
-        if len(refused) > MAX_REFUSED:
-            say(f"  … and {len(refused) - MAX_REFUSED:,} more, in books.jsonl", style="yellow")
+        lines = [f"  refused 拒收 {book.source}: {book.refused}" for book in books if book.refused]
+        self._show_first(lines, "books.jsonl", style="yellow")
+
+    def _show_first(self, lines: Sequence[str], file: str, style: str | None = None) -> None:
+        for line in lines[:MAX_LINES]:
+            say(line, style=style)
+        if len(lines) > MAX_LINES:
+            say(f"  … and {len(lines) - MAX_LINES:,} more, in {file}", style=style)
 
     def show_results(self, result: CollectionResult) -> None:
         """The tables."""
@@ -102,10 +105,9 @@ class Display:
             f"left out 未采用 (left_out.jsonl): {reasons or 'no chapter'}; alike 相似 (duplicates.jsonl): "
             f"{counted(levels['book'], 'pair of books')}, {counted(levels['chapter'], 'pair of chapters')}"
         )
-        for source, reason in result.skipped[:MAX_REFUSED]:
-            say(f"  not read 未读取 {source}: {reason}")
-        if len(result.skipped) > MAX_REFUSED:
-            say(f"  … and {len(result.skipped) - MAX_REFUSED:,} more, in left_out.jsonl")
+        self._show_first(
+            [f"  not read 未读取 {source}: {reason}" for source, reason in result.skipped], "left_out.jsonl"
+        )
         self.show_refused(books)
 
     def _show_removed(self, books: Sequence[BookRecord]) -> None:

@@ -1,4 +1,4 @@
-"""Lines of a book to paragraphs: hard wraps joined, over-long lines cut at sentence ends. No character is lost."""
+"""Lines of a book to paragraphs: joins hard wraps, cuts overlong lines at sentence ends. No character is lost."""
 
 from __future__ import annotations
 
@@ -9,10 +9,10 @@ from collections.abc import Iterable, Iterator, Sequence
 from itertools import pairwise
 
 LONGEST_PARAGRAPH = 3_000
-"""Characters; a longer line is no paragraph of its author, and is cut at sentence ends."""
+"""Characters; a longer line is not a paragraph of its author, and is cut at sentence ends."""
 _CUT_EVERY = 800
 _TOLERANCE = 6
-"""Columns by which a full line may differ from the width: three characters, as punctuation may not begin a line."""
+"""Columns by which a full line may differ from the width: three characters, as punctuation may not start a line."""
 _WIDTHS = range(40, 121)
 _UNFINISHED_SHARE = 0.55
 _FULL_SHARE = 0.3
@@ -28,25 +28,25 @@ _CLOSING = re.compile("[”」』’）》]")
 
 
 def join_lines(texts: Sequence[str], width: int | None = None) -> list[str]:
-    """Paragraphs of some lines: no indents, no blank lines, hard-wrapped lines joined, over-long ones cut.
+    """Paragraphs of some lines: no indents, no blank lines, hard-wrapped lines joined, overlong ones cut.
 
     Args:
-        texts: lines as they stand, indents included.
-        width: columns at which they are hard-wrapped (`wrap_width`); None where every line is a paragraph.
+        texts: lines, indents included.
+        width: columns at which they are hard-wrapped (`wrap_width`); None if every line is a paragraph.
 
     Returns:
-        Paragraphs, not empty; what they hold besides white space is what `texts` holds, in order.
+        Non-empty paragraphs, with the same characters besides white space as `texts`, in order.
     """
     paragraphs = [text for text in map(str.strip, texts) if text] if width is None else _unwrap(texts, width)
     if max(map(len, paragraphs), default=0) <= LONGEST_PARAGRAPH:
         return paragraphs
-    return [piece for paragraph in paragraphs for piece in cut_at_sentence_ends(paragraph)]
+    return [part for paragraph in paragraphs for part in cut_at_sentence_ends(paragraph)]
 
 
 def wrap_width(texts: Sequence[str]) -> int | None:
-    """Columns (a Chinese character has two) at which these lines are hard-wrapped; None where they are not.
+    """Columns (a Chinese character has two) at which these lines are hard-wrapped; None if they are not.
 
-    They are where many lines have nearly one width, most of these stop in the middle of a sentence, and hardly any
+    They are if many lines have nearly the same width, most of these stop in the middle of a sentence, and hardly any
     line is longer. Lines of verse end with punctuation, and are narrower than 20 characters.
     """
     lines = [text for text in map(str.rstrip, texts) if text]
@@ -54,8 +54,8 @@ def wrap_width(texts: Sequence[str]) -> int | None:
         return None
     widths = _all_columns(lines)
     width, _ = Counter(widths).most_common(1)[0]
-    wide = Counter(column for column in widths if column in _WIDTHS)
     if width not in _WIDTHS:
+        wide = Counter(column for column in widths if column in _WIDTHS)
         if not wide:
             return None
         width, _ = wide.most_common(1)[0]
@@ -71,15 +71,15 @@ def wrap_width(texts: Sequence[str]) -> int | None:
 
 
 def fits_width(texts: Sequence[str], width: int) -> bool:
-    """Whether lines too few to tell may be wrapped as the rest of their book: none is longer than `width` allows."""
+    """Whether lines too few to judge may be wrapped like the rest of their book: none is longer than `width` allows."""
     return max(_all_columns(map(str.rstrip, texts)), default=0) <= width + _TOLERANCE
 
 
 def cut_at_sentence_ends(paragraph: str) -> Iterator[str]:
-    """Pieces of about 800 characters of a paragraph of more than 3,000; others as they are.
+    """Parts of about 800 characters of a paragraph of more than 3,000; others unchanged.
 
-    The cut is behind 。！？… and the quotation marks that follow; inside of quotation marks only where 1,600 characters
-    have no sentence end outside of them; text without any sentence end is left whole.
+    The cut is after 。！？… and the quotation marks that follow; inside quotation marks only if 1,600 characters have
+    no sentence end outside of them; text without any sentence end is left whole.
     """
     if len(paragraph) <= LONGEST_PARAGRAPH:
         yield paragraph
@@ -97,15 +97,14 @@ def cut_at_sentence_ends(paragraph: str) -> Iterator[str]:
 
 
 def parts_of_about(paragraphs: Sequence[str], characters: int) -> Iterator[list[str]]:
-    """Paragraphs in order, in parts of about as many characters each, cut between paragraphs only."""
+    """Paragraphs in order, in parts of about `characters` each, cut only between paragraphs."""
     total = sum(map(len, paragraphs))
     count = max(1, round(total / characters))
     part: list[str] = []
     done, parts = 0, 1
     for paragraph in paragraphs:
-        border = total * parts / count
-        # The border goes to the nearer end of the paragraph that it falls into.
-        if part and parts < count and done + len(paragraph) / 2 > border:
+        # The boundary moves to the nearer end of the paragraph that it falls into.
+        if part and parts < count and done + len(paragraph) / 2 > total * parts / count:
             yield part
             part, parts = [], parts + 1
         part.append(paragraph)
@@ -117,66 +116,63 @@ def parts_of_about(paragraphs: Sequence[str], characters: int) -> Iterator[list[
 def _unwrap(texts: Sequence[str], width: int) -> list[str]:
     """Join lines that were broken at `width`. A line clearly shorter, a blank line or an indent ends a paragraph.
 
-    A full line that stops in the middle of a sentence goes on behind blank lines, too: there a page ended. It does so
-    where it stops with a comma, or where paragraphs are indented and the next line is not.
+    A full line that stops in the middle of a sentence continues after blank lines, too: there a page ended. It does so
+    if it stops with a comma, or if paragraphs are indented and the next line is not.
 
-    Verse and letters stand in blocks of their own indent and width: there a line goes on where it stops in the middle
-    of a clause. A line that begins with a comma or a full stop continues any.
+    Verse and letters form blocks of their own indent and width: there a line continues if it stops in the middle of a
+    clause. A line that starts with a comma or a full stop continues any.
     """
     shortest, longest = width - _TOLERANCE, width + _TOLERANCE
     widths = _all_columns(map(str.rstrip, texts))
-    indents = [_indent(text) if text[:1].isspace() else 0 for text in texts]
-    base = _continuation_indent(widths, indents)
+    blanks = [text[: len(text) - len(text.lstrip())] for text in texts]
+    indents = [len(blank) + blank.count("\u3000") for blank in blanks]
+    # The indent, in columns, of continuation lines: the smallest that is frequent.
+    counts = Counter(indent for width, indent in zip(widths, indents, strict=True) if width)
+    base = min((indent for indent, count in counts.items() if count >= 0.15 * counts.total()), default=0)
     blocks = _block_widths(texts, widths, indents, base)
-    blank_ends = not _is_double_spaced(widths, shortest)
+    # If a blank line follows nearly every full line, blank lines do not separate paragraphs.
+    followers = [after == 0 for width, after in pairwise(widths) if width >= shortest]
+    double_spaced = widths.count(0) * 3 >= len(widths) and sum(followers) > 0.8 * len(followers) > 0
     indented = any(indent > base + 1 for width, indent in zip(widths, indents, strict=True) if width)
     paragraphs: list[str] = []
-    pieces: list[str] = []
+    parts: list[str] = []
     full, block = False, -1
     for text, columns, indent in zip(texts, widths, indents, strict=True):
         if not columns:
-            if blank_ends and not (full and _is_unfinished(pieces[-1], indented)):
+            unfinished = full and (parts[-1][-1] in _MID_SENTENCE or (indented and parts[-1][-1] not in _FINAL))
+            if not double_spaced and not unfinished:
                 full, block = False, -1
             continue
         stripped = text.strip()
-        if pieces:
+        if parts:
+            is_number = len(stripped) <= 8 and _NUMBER_ONLY.fullmatch(stripped) is not None
             if not (
-                (full and columns <= longest and indent <= base + 1 and not _is_number(stripped))
+                (full and columns <= longest and indent <= base + 1 and not is_number)
                 or indent == block
                 or stripped[0] in _NEVER_FIRST
             ):
-                paragraphs.append("".join(pieces))
-                pieces = []
-            elif stripped[0] in _LETTERS and pieces[-1][-1] in _LETTERS:
-                pieces.append(" ")
-        pieces.append(stripped)
+                paragraphs.append("".join(parts))
+                parts = []
+            elif stripped[0] in _LETTERS and parts[-1][-1] in _LETTERS:
+                parts.append(" ")
+        parts.append(stripped)
         full = shortest <= columns <= longest
-        block = indent if indent > base and abs(columns - blocks.get(indent, -9)) <= 2 and _goes_on(stripped) else -1
-    if pieces:
-        paragraphs.append("".join(pieces))
+        block = indent if indent > base and abs(columns - blocks.get(indent, -9)) <= 2 and _continues(stripped) else -1
+    if parts:
+        paragraphs.append("".join(parts))
     return paragraphs
 
 
-def _is_unfinished(line: str, indented: bool) -> bool:
-    """Whether a line stops in the middle of a sentence; `indented`: paragraphs show where they begin."""
-    return line[-1] in _MID_SENTENCE or (indented and line[-1] not in _FINAL)
-
-
-def _is_number(stripped: str) -> bool:
-    """Whether a line is nothing but the number of a section."""
-    return len(stripped) <= 8 and _NUMBER_ONLY.fullmatch(stripped) is not None
-
-
-def _goes_on(stripped: str) -> bool:
-    """Whether a full line stops inside of a clause, and is no row of a list in columns."""
+def _continues(stripped: str) -> bool:
+    """Whether a full line stops within a clause, and is not a row of a list in columns."""
     return stripped[-1].isalnum() and "\u3000\u3000" not in stripped and "  " not in stripped
 
 
 def _block_widths(texts: Sequence[str], widths: Sequence[int], indents: Sequence[int], base: int) -> dict[int, int]:
-    """Indent -> width of the lines of that indent that go on, for all indents deeper than `base`."""
+    """Indent -> width of the lines of that indent that are continued, for all indents deeper than `base`."""
     counts: dict[int, Counter[int]] = {}
     for text, width, indent in zip(texts, widths, indents, strict=True):
-        if indent > base and width and _goes_on(text.strip()):
+        if indent > base and width and _continues(text.strip()):
             counts.setdefault(indent, Counter())[width] += 1
     modes = {indent: counter.most_common(1)[0] for indent, counter in counts.items()}
     return {indent: width for indent, (width, count) in modes.items() if count >= 3 and width - indent >= 24}
@@ -185,22 +181,3 @@ def _block_widths(texts: Sequence[str], widths: Sequence[int], indents: Sequence
 def _all_columns(texts: Iterable[str]) -> list[int]:
     """Display widths: 1 for ASCII, 2 for what takes three bytes in UTF-8, as Chinese and its punctuation do."""
     return [(len(text) + len(text.encode("utf-8", "surrogatepass"))) >> 1 for text in texts]
-
-
-def _indent(text: str) -> int:
-    blanks = text[: len(text) - len(text.lstrip())]
-    return len(blanks) + blanks.count("\u3000")
-
-
-def _continuation_indent(widths: Sequence[int], indents: Sequence[int]) -> int:
-    """Indent, in columns, of the lines that go on: the smallest that is frequent."""
-    counts = Counter(indent for width, indent in zip(widths, indents, strict=True) if width)
-    return min((indent for indent, count in counts.items() if count >= 0.15 * counts.total()), default=0)
-
-
-def _is_double_spaced(widths: Sequence[int], shortest: int) -> bool:
-    """Whether a blank line follows nearly every full line, so that it says nothing about paragraphs."""
-    if widths.count(0) * 3 < len(widths):
-        return False
-    followers = [after == 0 for width, after in pairwise(widths) if width >= shortest]
-    return sum(followers) > 0.8 * len(followers) > 0

@@ -1,8 +1,8 @@
-"""Pictures of a report as inline SVG.
+"""Charts of a report as inline SVG.
 
-Every length along the page is a share of the picture's width and every text has a size of its own, so that one picture
-fits a phone and a wide screen with letters of the same size. Texts stay texts, in the reader's fonts. Colours come from
-the page's style sheet.
+Every horizontal length is a share of the chart's width and every text has its own size, so that one chart fits a phone
+and a wide screen with letters of the same size. Texts stay texts, in the reader's fonts. Colours come from the page's
+style sheet.
 """
 
 from __future__ import annotations
@@ -17,7 +17,7 @@ _UNITS = ((10**9, "\N{NO-BREAK SPACE}G"), (10**6, "\N{NO-BREAK SPACE}M"), (10**3
 
 
 class BarSegment(NamedTuple):
-    """A piece of a bar."""
+    """A segment of a bar."""
 
     label: str
     value: float
@@ -27,26 +27,26 @@ class BarSegment(NamedTuple):
 
 
 class LogScale(NamedTuple):
-    """Values from `low` to `high` along a picture's width, each decade equally wide."""
+    """Values from `low` to `high` along a chart's width, each decade equally wide."""
 
     low: int
     high: int
 
     def place(self, value: float) -> float:
-        """Where a value lies, in per cent of the width; values beyond the ends lie at the ends."""
+        """Position of a value, in per cent of the width; values beyond the ends are at the ends."""
         inside = min(max(value, self.low), self.high)
         return 100 * math.log10(inside / self.low) / math.log10(self.high / self.low)
 
 
 def decades(values: Sequence[float]) -> LogScale:
-    """The shortest scale of whole decades that holds all values; values below 1 count as 1."""
+    """The shortest scale of whole decades that contains all values; values below 1 count as 1."""
     low = math.floor(math.log10(max(1, min(values, default=1))) + 1e-9)
     high = math.ceil(math.log10(max(1, max(values, default=1))) - 1e-9)
     return LogScale(10**low, 10 ** max(high, low + 1))
 
 
 def close_scale(values: Sequence[int]) -> LogScale:
-    """A scale from and to 1, 2 or 5 times a power of ten that holds 98 % of the values; odd ones lie at its ends."""
+    """A scale from and to 1, 2 or 5 times a power of ten that contains 98 % of the values; outliers are at its ends."""
     ordered = sorted(values) or [1]
     low, high = (max(1, quantile(ordered, share)) for share in (0.01, 0.99))
     steps = [factor * 10**power for power in range(len(str(high)) + 1) for factor in (1, 2, 5)]
@@ -57,27 +57,23 @@ def close_scale(values: Sequence[int]) -> LogScale:
 def shares(values: Sequence[int], decimals: int = 2) -> list[str]:
     """Each value's share in per cent, rounded so that the shares shown add up to 100 exactly (largest remainders)."""
     total = sum(values)
-    if not total:
-        return [f"{0:.{decimals}f}"] * len(values)
-    steps = 100 * 10**decimals
-    floors = [value * steps // total for value in values]
-    remainders = [value * steps % total for value in values]
-    largest = sorted(range(len(values)), key=lambda place: (-remainders[place], place))
-    for place in largest[: steps - sum(floors)]:
-        floors[place] += 1
+    steps = 100 * 10**decimals if total else 0
+    floors = [value * steps // max(total, 1) for value in values]
+    largest = sorted(range(len(values)), key=lambda i: (-(values[i] * steps % max(total, 1)), i))
+    for i in largest[: steps - sum(floors)]:
+        floors[i] += 1
     return [f"{floor // 10**decimals}.{floor % 10**decimals:0{decimals}d}" for floor in floors]
 
 
 def quantile(ordered: Sequence[int], share: float) -> int:
-    """The value of an ordered, not empty sequence below which about `share` of the values lie."""
+    """The value of an ordered, non-empty sequence below which about `share` of the values are."""
     return ordered[min(len(ordered) - 1, int(share * len(ordered)))]
 
 
 def short_number(value: float) -> str:
     """Three digits and a unit: 941, 12.4 k, 7.40 M."""
     for size, unit in _UNITS:
-        # From where rounding would give 1000 of the smaller unit.
-        if value >= size * 0.9995:
+        if value >= size * 0.9995:  # from here on rounding would give 1000 of the smaller unit
             scaled = value / size
             return f"{scaled:.{2 if scaled < 9.995 else 1 if scaled < 99.95 else 0}f}{unit}"
     return f"{value:,.0f}"
@@ -116,7 +112,7 @@ def _text(kind: str, x: str, y: float, anchor: str, text: str) -> Markup:
 
 
 def stacked_bar(parts: Sequence[BarSegment], description: str, total: float = 0, height: int = 10) -> Markup:
-    """A bar of parts, from left to right; the whole width stands for `total`, or for the sum of the parts."""
+    """A bar of segments, from left to right; the whole width is `total`, or the sum of the segments."""
     whole = total or sum(part.value for part in parts) or 1
     drawn: list[Markup] = []
     position = 0.0
@@ -129,7 +125,7 @@ def stacked_bar(parts: Sequence[BarSegment], description: str, total: float = 0,
 
 
 def box_strip(values: Sequence[int], scale: LogScale, description: str) -> Markup:
-    """Shortest to longest as a line, the middle half as a box, the median as a stroke."""
+    """A box plot: min to max as a line, the middle half as a box, the median as a stroke."""
     ordered = sorted(values)
     shortest, low, middle, high, longest = (scale.place(quantile(ordered, at)) for at in (0, 0.25, 0.5, 0.75, 1))
     return _svg(
@@ -146,19 +142,13 @@ def box_strip(values: Sequence[int], scale: LogScale, description: str) -> Marku
     )
 
 
-def _count_step(largest: int) -> int:
-    """Distance of grid lines: 1, 2 or 5 times a power of ten, so that two to five of them reach the largest count."""
-    power = 10 ** max(0, len(str(largest)) - 2)
-    return next(factor * power for factor in (1, 2, 5, 10, 20, 50, 100) if factor * power * 5 >= largest)
-
-
 def histogram(values: Sequence[int], description: str, unit: str) -> Markup:
     """Counts of positive values on a logarithmic axis, with the median; ten bins a decade, five where values are few.
 
     Args:
         values: not empty.
-        description: what the picture shows, for readers who do not see it.
-        unit: what is counted, in the plural: "chapters".
+        description: the alternative text.
+        unit: of the counts, in the plural: "chapters".
     """
     top, bottom = 24, 152
     scale = decades(values)
@@ -168,7 +158,9 @@ def histogram(values: Sequence[int], description: str, unit: str) -> Markup:
     for value in values:
         place = int(scale.place(value) / 100 * len(counts) + 1e-9)
         counts[min(place, len(counts) - 1)] += 1
-    step = _count_step(max(counts))
+    # Grid lines at 1, 2 or 5 times a power of ten, so that two to five of them reach the largest count.
+    power = 10 ** max(0, len(str(max(counts))) - 2)
+    step = next(factor * power for factor in (1, 2, 5, 10, 20, 50, 100) if factor * power * 5 >= max(counts))
     highest = step * math.ceil(max(counts) / step)
     drawn: list[Markup] = []
     for count in range(0, highest + 1, step):

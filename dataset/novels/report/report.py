@@ -1,4 +1,4 @@
-"""report.html: what became of a collection, in figures, pictures and examples, in one file that needs no other."""
+"""report.html: figures, charts and examples of a prepared collection, in one self-contained file."""
 
 from __future__ import annotations
 
@@ -28,9 +28,9 @@ from novelgpt.settings.html_pages import content_hash, page_templates
 
 PAGE = Path(__file__).with_name("page")
 BOOK_ROWS, PAIR_ROWS, REFUSED_ROWS, RULE_ROWS = 500, 300, 300, 100
-"""How many of each a page shows, so that it opens quickly whatever the size of the collection."""
+"""Max rows of each table, so that the page opens quickly whatever the size of the collection."""
 EXAMPLES, FINDINGS, CHARACTERS = 12, 20, 240
-"""How many lines of a rule, sentences about a book, and characters of a text."""
+"""Max lines of a rule, findings of a book, and characters of a text."""
 
 FATES = {
     "train": ("For training", "用于训练"),
@@ -44,7 +44,7 @@ SPLITS = {"train": "training 训练", "held_out": "held out 留出", "refused": 
 
 
 class Truncated(NamedTuple):
-    """What a page shows of a longer list."""
+    """The first rows of a list, and its length."""
 
     rows: Sequence[Any]
     total: int
@@ -64,9 +64,9 @@ def write_report(
         books: all of them, those refused included.
         pairs: what duplicates.jsonl says: {"kind", "level", "first", "second", "similarity"}; chapters are "source#3".
         examples: rule -> removed lines {"source", "line", "text"}; a page shows the first 12 of each.
-        options: what the run was told, shown as it is.
-        path: of the file, replaced as a whole.
-        skipped: (source, reason) of files that are no texts; they are not among the books.
+        options: of the run, shown unchanged.
+        path: of the file, written atomically.
+        skipped: (source, reason) of files that are not texts; they are not among the books.
     """
     style, script = ((PAGE / name).read_text(encoding="utf-8") for name in ("page.css", "page.js"))
     environment = page_templates(PAGE)
@@ -96,7 +96,7 @@ def write_report(
 
 
 def count_fates(book: BookRecord) -> dict[str, int]:
-    """Where the characters of a book went; the values add up to `characters_in`."""
+    """Characters of a book by what became of them; the values add up to `characters_in`."""
     counts = dict.fromkeys(FATES, 0)
     if book.split == "refused":
         return counts | {"refused": book.characters_in}
@@ -107,7 +107,7 @@ def count_fates(book: BookRecord) -> dict[str, int]:
 
 
 def count_totals(books: Sequence[BookRecord]) -> dict[str, int]:
-    """Headline figures of a collection; those of its text leave refused books out, `characters_in` does not."""
+    """Headline figures of a collection; those of its text exclude refused books, `characters_in` does not."""
     kept = [book for book in books if book.split != "refused"]
     return {
         "files": len({book.source.split("!")[0] for book in books}),
@@ -128,15 +128,18 @@ def count_totals(books: Sequence[BookRecord]) -> dict[str, int]:
     }
 
 
+def _segments(counts: Mapping[str, int]) -> list[BarSegment]:
+    return [BarSegment(" ".join(FATES[fate]), count, fate) for fate, count in counts.items()]
+
+
 def describe_fates(books: Sequence[BookRecord]) -> dict[str, Any]:
     """The bar of all characters, and its legend: shares that add up to 100 %."""
     totals: Counter[str] = Counter()
     for book in books:
         totals.update(count_fates(book))
     counts = {fate: totals[fate] for fate in FATES}
-    parts = [BarSegment(" ".join(FATES[fate]), count, fate) for fate, count in counts.items()]
     return {
-        "bar": stacked_bar(parts, "Where each character went", height=36),
+        "bar": stacked_bar(_segments(counts), "Where each character went", height=36),
         "rows": [
             {"kind": fate, "english": FATES[fate][0], "chinese": FATES[fate][1], "count": count, "share": share}
             for (fate, count), share in zip(counts.items(), shares(list(counts.values())), strict=True)
@@ -156,21 +159,21 @@ def describe_encodings(books: Sequence[BookRecord]) -> list[tuple[str, int, int]
 
 
 def describe_lengths(books: Sequence[BookRecord]) -> list[dict[str, Any]]:
-    """Pictures of the lengths of chapters and of books, with a few figures each."""
-    pictures = []
-    for english, chinese, unit, values in (
-        ("Chapters", "章节长度", "chapters", [length for book in books for length in book.chapter_characters]),
-        ("Books", "全书长度", "books", [book.characters_kept for book in books]),
-    ):
-        ordered = sorted(values)
-        if ordered:
-            figures = [
-                (name, quantile(ordered, share))
-                for name, share in (("shortest 最短", 0), ("10 %", 0.1), ("90 %", 0.9), ("longest 最长", 1))
-            ]
-            picture = histogram(ordered, f"{english}: characters, on a logarithmic axis", unit)
-            pictures.append({"english": english, "chinese": chinese, "picture": picture, "figures": figures})
-    return pictures
+    """Charts of the lengths of chapters and of books, with a few figures each."""
+    shares_shown = (("shortest 最短", 0), ("10 %", 0.1), ("90 %", 0.9), ("longest 最长", 1))
+    return [
+        {
+            "english": english,
+            "chinese": chinese,
+            "picture": histogram(lengths, f"{english}: characters, on a logarithmic axis", english.lower()),
+            "figures": [(name, quantile(sorted(lengths), share)) for name, share in shares_shown],
+        }
+        for english, chinese, lengths in (
+            ("Chapters", "章节长度", [length for book in books for length in book.chapter_characters]),
+            ("Books", "全书长度", [book.characters_kept for book in books]),
+        )
+        if lengths
+    ]
 
 
 def describe_books(books: Sequence[BookRecord]) -> dict[str, Any]:
@@ -180,23 +183,19 @@ def describe_books(books: Sequence[BookRecord]) -> dict[str, Any]:
         chosen = sorted(books, key=lambda book: (-book.characters_in, book.source))[:BOOK_ROWS]
     scale = close_scale([length for book in books for length in book.chapter_characters])
     longest = max((book.characters_in for book in chosen), default=0)
-    rows = [describe_book(book, scale, longest) for book in chosen]
+    rows = [_describe_book(book, scale, longest) for book in chosen]
     return {"rows": rows, "total": len(books), "low": scale.low, "high": scale.high}
 
 
-def describe_book(book: BookRecord, scale: LogScale, longest: int) -> dict[str, Any]:
-    """One row: the record, its pictures, and what it lost."""
-    parts = [BarSegment(" ".join(FATES[fate]), count, fate) for fate, count in count_fates(book).items()]
-    bar = stacked_bar(parts, "Where its characters went", total=longest)
-    strip = ""
-    if book.chapter_characters:
-        strip = box_strip(book.chapter_characters, scale, "Lengths of its chapters")
+def _describe_book(book: BookRecord, scale: LogScale, longest: int) -> dict[str, Any]:
+    """One row: the record, its charts, and its removed text."""
+    lengths = book.chapter_characters
     biggest = sorted(book.removed.items(), key=lambda item: (-item[1]["characters"], item[0]))
     removed = book.characters_in - book.characters_kept
     return {
         "book": book,
-        "bar": bar,
-        "strip": strip,
+        "bar": stacked_bar(_segments(count_fates(book)), "Where its characters went", total=longest),
+        "strip": box_strip(lengths, scale, "Lengths of its chapters") if lengths else "",
         "removed": removed,
         "removed_share": removed / book.characters_in if book.characters_in else 0.0,
         "rules": [(rule, counts["characters"]) for rule, counts in biggest[:3]],
@@ -242,7 +241,8 @@ def describe_pairs(pairs: Sequence[Mapping[str, Any]]) -> Truncated:
     """Pairs of books, then of chapters: one row for all chapters of two books, rows of many chapters first."""
     groups: dict[tuple[str, str, str, str], list[Mapping[str, Any]]] = {}
     for pair in pairs:
-        first, second = (source_of(pair[side], pair["level"]) for side in ("first", "second"))
+        of_chapters = pair["level"] == "chapter"
+        first, second = (pair[side].rpartition("#")[0] if of_chapters else pair[side] for side in ("first", "second"))
         groups.setdefault((pair["level"], pair["kind"], first, second), []).append(pair)
     rows = [
         {
@@ -260,20 +260,15 @@ def describe_pairs(pairs: Sequence[Mapping[str, Any]]) -> Truncated:
     return Truncated(rows[:PAIR_ROWS], len(rows))
 
 
-def source_of(place: str, level: str) -> str:
-    """Source of the book that a place of duplicates.jsonl names."""
-    return place.rpartition("#")[0] if level == "chapter" else place
-
-
 def describe_option(value: Any) -> str:
-    """A setting as a person would write it."""
+    """An option as a person would write it."""
     if isinstance(value, (list, tuple)):
         return ", ".join(describe_option(each) for each in value) or "–"
     return value if isinstance(value, str) else json.dumps(value, ensure_ascii=False, default=str)
 
 
 def visible(text: object, limit: int = CHARACTERS) -> str:
-    """A text as a reader can see it: what has no shape, or turns the writing around, as its code; long ones cut."""
+    """A text with invisible and bidirectional control characters shown as their codes; long ones truncated."""
     whole = str(text)
     shown = "".join(
         f"\\u{{{ord(character):x}}}" if unicodedata.category(character) in ("Cc", "Cf", "Cs", "Zl", "Zp") else character
@@ -283,13 +278,13 @@ def visible(text: object, limit: int = CHARACTERS) -> str:
 
 
 def percent(share: float) -> str:
-    """A share in [0, 1]; what is there but rounds to nothing says so."""
+    """A share in [0, 1]; small ones that would round to 0 are shown as "< 0.01"."""
     number = "<\N{NO-BREAK SPACE}0.01" if 0 < share < 0.00005 else f"{100 * share:.2f}"
     return f"{number}\N{NO-BREAK SPACE}%"
 
 
 def degree(similarity: float) -> str:
-    """Two digits, rounded down: what is not quite the same is not 1.00."""
+    """Two decimals, rounded down: below 1 is never shown as 1.00."""
     return f"{math.floor(similarity * 100 + 1e-9) / 100:.2f}"
 
 

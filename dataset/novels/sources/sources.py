@@ -123,16 +123,17 @@ def _is_hidden(name: str) -> bool:
 
 
 def _reason_to_skip(path: Path) -> str:
-    if path.is_symlink():
-        return "a link"
-    if _is_hidden(path.name):
-        return "hidden"
-    if not path.is_file():
-        return "no regular file"
     name = path.name.lower()
-    if name.endswith(".tar.gz") or not name.endswith(SUFFIXES):
-        return f"{path.suffix or 'a file without a suffix'} is not read"
-    return ""
+    reasons = (
+        (path.is_symlink(), "a link"),
+        (_is_hidden(path.name), "hidden"),
+        (not path.is_file(), "no regular file"),
+        (
+            name.endswith(".tar.gz") or not name.endswith(SUFFIXES),
+            f"{path.suffix or 'a file without a suffix'} is not read",
+        ),
+    )
+    return next((reason for applies, reason in reasons if applies), "")
 
 
 def _clean_name(stem: str, source: str) -> str:
