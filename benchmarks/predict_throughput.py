@@ -44,7 +44,7 @@ from transformers import AutoConfig, AutoModelForCausalLM, GenerationConfig, Pre
 from novelgpt.inference.generation import answer_continuously, answer_prompts
 from novelgpt.inference.packed_weights import pack_weights
 from novelgpt.model.embedded_base import build_embedded_base
-from novelgpt.model.merging import merge_adapter
+from novelgpt.model.lora import merge_adapter
 from novelgpt.model.tokenizer import load_tokenizer
 from novelgpt.settings.arguments import GenerationArguments, ModelArguments
 from novelgpt.settings.paths import EMBEDDED_BASE

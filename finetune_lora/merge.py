@@ -31,9 +31,9 @@ from novelgpt.model.card import code, write_derived_card
 from novelgpt.model.fingerprint import base_folder, check_base
 from novelgpt.model.hub import locate
 from novelgpt.model.loading import NOT_OF_FILES, adapter_base, load_model, read_config
-from novelgpt.model.merging import merge_adapter
-from novelgpt.model.pickles import check_adapter_files, check_no_pickles
+from novelgpt.model.lora import merge_adapter
 from novelgpt.model.tokenizer import load_tokenizer
+from novelgpt.model.weight_files import check_adapter_files, check_no_pickles
 from novelgpt.settings.arguments import ModelArguments
 from novelgpt.settings.atomic_files import new_output_folder
 from novelgpt.settings.command_parser import CommandParser

@@ -17,7 +17,7 @@ from transformers.training_args import OptimizerNames, ParallelMode
 from novelgpt.budget.memory import checkpointing_options
 from novelgpt.model.hub import locate
 from novelgpt.model.loading import adapter_base, longest_row, read_config
-from novelgpt.model.pickles import check_no_pickles
+from novelgpt.model.weight_files import check_no_pickles
 from novelgpt.settings.arguments import ANSWER_FIGURES, EVALUATION_FIGURES, TrainArguments, check_ranges
 from novelgpt.settings.errors import UserError
 from novelgpt.settings.paths import EMBEDDED_BASE, TINY

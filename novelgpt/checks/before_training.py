@@ -27,7 +27,7 @@ from novelgpt.checks.first_step import check_gradients, first_rows, probe_first_
 from novelgpt.checks.longest_batch import rows_to_try, try_batch
 from novelgpt.checks.run import check_files, check_vocabulary
 from novelgpt.checks.stop_check import check_stops
-from novelgpt.model.pickles import pickled_weights
+from novelgpt.model.weight_files import pickled_weights
 from novelgpt.settings.errors import UserError
 from novelgpt.settings.process import is_first_process, raise_on_all_ranks
 from novelgpt.settings.runs import TrainingRun

@@ -20,13 +20,11 @@ from novelgpt.budget.disk import bytes_in, describe, forecast_disk, lack_of_room
 from novelgpt.budget.memory_plan import FULL_SHARE, MemoryPlan, plan_memory
 from novelgpt.checks.arguments import check_arguments
 from novelgpt.checks.findings import Finding, first_case
-from novelgpt.model.cached import cached_folder
 from novelgpt.model.embedded_base import ensure_embedded_base
-from novelgpt.model.hub import looks_like_path, runs_own_code
+from novelgpt.model.hub import cached_folder, looks_like_path, runs_own_code
 from novelgpt.model.loading import frozen_dtype, read_config
 from novelgpt.model.lora import attach_lora
-from novelgpt.model.pickles import check_no_pickles
-from novelgpt.model.weight_files import stored_tensors, weight_files
+from novelgpt.model.weight_files import check_no_pickles, stored_tensors, weight_files
 from novelgpt.settings.errors import UserError
 from novelgpt.settings.parser import parse_arguments
 from novelgpt.settings.paths import EMBEDDED_BASE, OUTPUT, existing_folder

@@ -19,7 +19,7 @@ from transformers.utils import WEIGHTS_INDEX_NAME, WEIGHTS_NAME
 
 from novelgpt.model.folder_checks import check_model_folder, read_index
 from novelgpt.model.hub import DESCRIPTIONS
-from novelgpt.model.pickles import pickled_weights
+from novelgpt.model.weight_files import pickled_weights
 from novelgpt.settings.atomic_files import follow_umask, new_output_folder
 from novelgpt.settings.command_parser import CommandParser
 from novelgpt.settings.errors import UserError, exit_on_user_error

@@ -11,8 +11,7 @@ from peft.utils import WEIGHTS_NAME as ADAPTER_NAME
 from torch import nn
 from transformers import PreTrainedModel
 
-from novelgpt.model.cached import cached_folder
-from novelgpt.model.hub import locate, looks_like_path
+from novelgpt.model.hub import cached_folder, locate, looks_like_path
 from novelgpt.model.weight_files import stored_tensors, weight_files
 from novelgpt.settings.arguments import ModelArguments
 from novelgpt.settings.errors import UserError

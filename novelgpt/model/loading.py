@@ -25,8 +25,7 @@ from novelgpt.model.adapter_bases import extend_vocabulary
 from novelgpt.model.attention import PACKED_ATTENTION
 from novelgpt.model.folder_checks import ADAPTER_CONFIG, check_model_folder
 from novelgpt.model.hub import locate, runs_own_code
-from novelgpt.model.pickles import SAFE_SUFFIX, check_no_pickles
-from novelgpt.model.weight_files import stored_tensors, weight_files
+from novelgpt.model.weight_files import SAFE_SUFFIX, check_no_pickles, stored_tensors, weight_files
 from novelgpt.settings.arguments import ModelArguments
 from novelgpt.settings.errors import UserError, reason_of
 from novelgpt.settings.parsed_files import read_object

@@ -8,8 +8,10 @@ from __future__ import annotations
 import copy
 import warnings
 from pathlib import Path
+from typing import Any, cast
 
 from peft import LoraConfig, PeftModel, get_peft_model, prepare_model_for_kbit_training
+from peft.tuners.lora import LoraLayer
 from peft.utils.transformers_weight_conversion import (
     convert_peft_config_for_transformers,
     get_model_conversion_mapping,
@@ -128,6 +130,27 @@ def lora_config(
         config.lora_dropout = 0.0
         notes.append(f"mixture of experts: LoRA without dropout, as it adapts stacked parameters: {names}")
     return config, notes
+
+
+def merge_adapter(adapted: PeftModel) -> PreTrainedModel:
+    """Merge the adapter into its base; uses up `adapted`.
+
+    If head and embedding share their weights and only one of the two is adapted, the head gets weights of its own: the
+    update of one must not change the other.
+    """
+    model = cast(PreTrainedModel, adapted.get_base_model())
+    embedding: Any = model.get_input_embeddings()
+    head: Any = model.get_output_embeddings()
+    changed = any(isinstance(part, LoraLayer) for part in (embedding, head))
+    if changed and head is not None and head.weight is embedding.weight:
+        holder = head.get_base_layer() if isinstance(head, LoraLayer) else head
+        holder.weight = nn.Parameter(embedding.weight.detach().clone(), requires_grad=False)
+    with warnings.catch_warnings():
+        # They are untied on purpose.
+        warnings.filterwarnings("ignore", message="Input and output embeddings are no longer tied")
+        warnings.filterwarnings("ignore", message="Model with `tie_word_embeddings=True`")
+        merged: Any = adapted.base_model
+        return cast(PreTrainedModel, merged.merge_and_unload())
 
 
 def _matches(name: str, target: str) -> bool:

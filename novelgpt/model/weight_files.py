@@ -1,9 +1,14 @@
-"""The weight files of a local model folder, and the tensors in them, without loading a model."""
+"""The weight files of a local model or adapter folder, and the tensors in them, without loading a model.
+
+Reading a pickle can run code, so none is read unless the user allows it; then only tensors are read (`weights_only`).
+"""
 
 from __future__ import annotations
 
+import json
 import math
 import pickle
+import shlex
 from collections import Counter
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
@@ -12,17 +17,21 @@ from pathlib import Path
 from typing import Annotated
 
 import torch
+from peft.utils import SAFETENSORS_WEIGHTS_NAME as ADAPTER_SAFE_NAME
+from peft.utils import WEIGHTS_NAME as ADAPTER_NAME
 from pydantic import BaseModel, ConfigDict, Field
 from transformers.utils import SAFE_WEIGHTS_INDEX_NAME, SAFE_WEIGHTS_NAME, WEIGHTS_INDEX_NAME, WEIGHTS_NAME
 
-from novelgpt.model.folder_checks import read_index
+from novelgpt.model.folder_checks import ADAPTER_CONFIG, CONFIG, read_index
 from novelgpt.settings.errors import UserError
 from novelgpt.settings.parsed_files import check_fields, parse_object
+from novelgpt.settings.remedies import python_module
 
-_BYTES_READ_AT_ONCE = 1 << 22
-# The format's own limit.
-MOST_HEADER_BYTES = 100_000_000
-# The names that safetensors gives to the types which weights are stored in.
+SAFE_SUFFIX = ".safetensors"
+BLOCK_BYTES = 1 << 22
+# Limit of the format.
+MAX_HEADER_BYTES = 100_000_000
+# Types of stored weights, as safetensors names them.
 _DTYPES = {
     "F64": torch.float64,
     "F32": torch.float32,
@@ -44,7 +53,7 @@ class StoredTensor:
     """A tensor in a file.
 
     name: as in the file; dtype: as safetensors names it ("BF16"); shape: its axes; size: bytes of its values;
-    read: (first byte, end) of its values -> those bytes, in pieces. Safe to call from several threads at once.
+    read: (first byte, end) of its values -> those bytes, in blocks. Thread-safe.
     """
 
     name: str
@@ -55,12 +64,12 @@ class StoredTensor:
 
     @property
     def is_floating(self) -> bool:
-        """Whether its values are, as those of weights are that are not packed."""
+        """Whether it holds floating-point values, unlike quantised weights."""
         return self.dtype not in _DTYPES or _DTYPES[self.dtype].is_floating_point
 
 
 def weight_files(folder: Path) -> list[Path]:
-    """The files that `from_pretrained` reads the weights of `folder` from, in order of their names.
+    """The files from which `from_pretrained` reads the weights of `folder`, sorted by name.
 
     Raises:
         UserError: there are none, or the index names one that is missing.
@@ -79,8 +88,59 @@ def weight_files(folder: Path) -> list[Path]:
     )
 
 
+def check_no_pickles(folder: Path, allowed: bool) -> None:
+    """Refuse a folder of a model or an adapter whose weights would be read from pickles.
+
+    Args:
+        folder: of the files; hub names pass, as `from_pretrained` chooses their files.
+        allowed: whether --allow_pickles was given.
+
+    Raises:
+        UserError: there are pickles, and they are not allowed.
+    """
+    pickles = [] if allowed else pickled_weights(folder)
+    if pickles:
+        raise UserError(
+            f"the weights of {folder} are pickles ({', '.join(pickles)}), and reading a pickle can run code",
+            "take its safetensors where there are any; if you trust the source: --allow_pickles, or once and for all "
+            f"`{python_module(f'novelgpt.export.to_safetensors {shlex.quote(str(folder))} OUTPUT')}`",
+        )
+
+
+def check_adapter_files(folder: Path, allowed: bool) -> None:
+    """Refuse an adapter without weights, for which peft would ask the hub, or with pickles that are not allowed.
+
+    Raises:
+        UserError: also if its weights are damaged.
+    """
+    check_no_pickles(folder, allowed)
+    if (folder / ADAPTER_SAFE_NAME).is_file():
+        integers = [tensor.name for tensor in stored_tensors(folder / ADAPTER_SAFE_NAME) if not tensor.is_floating]
+        if integers:
+            raise UserError(f"{folder / ADAPTER_SAFE_NAME}: {integers[0]} holds integers", "fetch the file again")
+    elif not (folder / ADAPTER_NAME).is_file():
+        raise UserError(f"adapter {folder} holds no {ADAPTER_SAFE_NAME}", "copy the adapter's folder again")
+
+
+def pickled_weights(folder: Path) -> list[str]:
+    """The pickle that transformers or peft would read the weights of a folder from: one name, or none."""
+    if (folder / ADAPTER_CONFIG).is_file():
+        safe, pickles = [ADAPTER_SAFE_NAME], [ADAPTER_NAME]
+    else:
+        try:  # transformers prefers the file that config.json names; loading reports a damaged configuration
+            named = json.loads((folder / CONFIG).read_text(encoding="utf-8")).get("transformers_weights")
+        except (OSError, ValueError, AttributeError):
+            named = None
+        if named is not None:
+            return [] if str(named).endswith((SAFE_SUFFIX, f"{SAFE_SUFFIX}.index.json")) else [str(named)]
+        safe, pickles = [SAFE_WEIGHTS_NAME, SAFE_WEIGHTS_INDEX_NAME], [WEIGHTS_NAME, WEIGHTS_INDEX_NAME]
+    if any((folder / name).is_file() for name in safe):
+        return []
+    return [name for name in pickles if (folder / name).is_file()][:1]
+
+
 def stored_tensors(file: Path) -> list[StoredTensor]:
-    """The tensors of a .safetensors or a .bin file, in the file's order. Their values are not read yet.
+    """The tensors of a .safetensors or .bin file, in the file's order. Their values are not read yet.
 
     Raises:
         UserError: the file is damaged.
@@ -93,7 +153,7 @@ def stored_tensors(file: Path) -> list[StoredTensor]:
 
 
 def stored_dtype(folder: Path) -> torch.dtype:
-    """The floating type in which most weights of `folder` are stored."""
+    """The floating-point type of most weights in `folder`."""
     values: Counter[torch.dtype] = Counter()
     for file in weight_files(folder):
         for tensor in stored_tensors(file):
@@ -104,12 +164,12 @@ def stored_dtype(folder: Path) -> torch.dtype:
 
 
 def _in_safetensors(file: Path) -> list[StoredTensor]:
-    """From the header: its length in 8 bytes, then JSON with the type, shape and place of each tensor."""
+    """Parse the header: its length in 8 bytes, then JSON with the type, shape and offsets of each tensor."""
     with file.open("rb") as opened:
         length = int.from_bytes(opened.read(8), "little")
         data = file.stat().st_size - 8 - length
-        if data < 0 or length > MOST_HEADER_BYTES:
-            raise ValueError("it is no safetensors file")
+        if data < 0 or length > MAX_HEADER_BYTES:
+            raise ValueError("it is not a safetensors file")
         header = parse_object(opened.read(length), f"{file}: its header")
     tensors, places = [], []
     for name, given in header.items():
@@ -132,7 +192,7 @@ def _in_safetensors(file: Path) -> list[StoredTensor]:
 
 
 class _Entry(BaseModel):
-    """What the header of a safetensors file says of a tensor."""
+    """A tensor in the header of a safetensors file."""
 
     model_config = ConfigDict(strict=True)
 
@@ -142,7 +202,7 @@ class _Entry(BaseModel):
 
 
 def _read_file(file: Path, start: int, begin: int, end: int) -> Iterator[memoryview]:
-    buffer = memoryview(bytearray(min(_BYTES_READ_AT_ONCE, end - begin)))
+    buffer = memoryview(bytearray(min(BLOCK_BYTES, end - begin)))
     with file.open("rb", buffering=0) as opened:
         opened.seek(start + begin)
         left = end - begin
@@ -155,7 +215,7 @@ def _read_file(file: Path, start: int, begin: int, end: int) -> Iterator[memoryv
 
 
 def _in_bin(file: Path) -> list[StoredTensor]:
-    """Through torch, which maps the file into memory; files of before torch 1.6 are read whole."""
+    """Through torch, which maps the file into memory; files from before torch 1.6 are read into memory."""
     try:
         tensors = torch.load(file, map_location="cpu", mmap=True, weights_only=True)
     except RuntimeError:

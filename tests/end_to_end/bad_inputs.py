@@ -325,7 +325,7 @@ CASES = {
     "text for weights": (
         "finetune",
         ["--model", "{weights_of_text}"],
-        "model.safetensors cannot be read: it is no safetensors file",
+        "model.safetensors cannot be read: it is not a safetensors file",
     ),
     "configuration that is a list": ("finetune", ["--model", "{list_config}"], "config.json holds no settings by name"),
     "configuration of other sizes": ("finetune", ["--model", "{other_sizes}"], "other shapes than config.json says"),

@@ -18,7 +18,7 @@ from novelgpt.model.loading import load_model
 from novelgpt.model.tokenizer import load_tokenizer
 from novelgpt.settings.arguments import ModelArguments
 from novelgpt.settings.errors import UserError
-from tests.model.test_cached import NAME, into_cache
+from tests.model.test_hub import NAME, into_cache
 from tests.model.tiny_bases import write_tiny_base
 
 NEW = ["<地点>", "<时间>"]

@@ -301,7 +301,7 @@ def test_rows_may_not_be_longer_than_the_positions(
         with pytest.raises(SystemExit) as status:
             finetune([*words, "--max_length", str(positions + 1)])
         error = capsys.readouterr().err
-        assert status.value.code == 2 and f"more than the {positions} positions" in error
+        assert status.value.code == 2 and f"exceeds the {positions} positions" in error
         assert f"--max_length {positions}" in error and not (tmp_path / "run").exists()
 
 

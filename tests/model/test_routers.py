@@ -31,9 +31,8 @@ from finetune_lora.__main__ import main as finetune_lora
 from novelgpt.budget.simulated_model import SimulatedModel, track_step, worst_batch
 from novelgpt.checks.run import adapt
 from novelgpt.model import attention as _attention  # noqa: F401  registers "packed"
-from novelgpt.model.lora import attach_lora
+from novelgpt.model.lora import attach_lora, merge_adapter
 from novelgpt.model.loss import attach_chunked_loss
-from novelgpt.model.merging import merge_adapter
 from novelgpt.model.routers import router_balance
 from novelgpt.settings.arguments import ConversationArguments, LoraArguments, ModelArguments, TrainArguments
 from novelgpt.settings.errors import UserError

@@ -120,7 +120,7 @@ def test_before_and_after(tmp_path: Path, capsys: pytest.CaptureFixture[str], mo
     ("words", "cause"),
     [
         (["--tasks", "cmmlu"], "no model is named"),
-        (["--model", "Qwen/Qwen3-0.6B"], "is no folder that results could be written into"),
+        (["--model", "Qwen/Qwen3-0.6B"], "is not a folder that results could be written into"),
         (["--compare", "{base}", "{few}"], "was asked in two ways"),
         (["--compare", "{base}", "{chat}"], "only one of the two was asked in a chat template"),
         (["--compare", "{base}", "{empty}"], "holds no results"),

@@ -205,7 +205,7 @@ def test_an_unfinished_run_is_no_model(tmp_path: Path) -> None:
     [
         ("./nowhere", "model folder ./nowhere does not exist"),
         ("runs/nowhere", "model folder runs/nowhere does not exist"),
-        ("someone/novel", "someone/novel is no folder that results could be written into"),
+        ("someone/novel", "someone/novel is not a folder that results could be written into"),
         ("unfinished", "the training run in unfinished has not finished"),
         ("empty", "model folder empty is empty"),
     ],

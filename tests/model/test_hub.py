@@ -9,7 +9,7 @@ from pathlib import Path
 import pytest
 from huggingface_hub import constants
 
-from novelgpt.model import cached
+from novelgpt.model.hub import check_hub
 from novelgpt.model.tokenizer import load_tokenizer
 from novelgpt.settings.arguments import ModelArguments
 from novelgpt.settings.errors import UserError
@@ -49,9 +49,9 @@ def hub(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Iterator[list[object
     monkeypatch.setattr(constants, "HF_HUB_OFFLINE", False)
     monkeypatch.setattr(constants, "HF_HUB_CACHE", str(tmp_path / "cache"))
     monkeypatch.setenv("HF_HUB_OFFLINE", "0")
-    cached.check_hub.cache_clear()
+    check_hub.cache_clear()
     yield calls
-    cached.check_hub.cache_clear()
+    check_hub.cache_clear()
     server.shutdown(socket.SHUT_RDWR)
     server.close()
 
