@@ -1,8 +1,8 @@
-"""The whole job on the small base and the samples: pretrain, fine-tune, LoRA-fine-tune, predict, a report and a table.
+"""The whole workflow on the small base and the samples: pretrain, fine-tune, LoRA-fine-tune, predict, report and table.
 
     novelgpt demo [FOLDER]
 
-Each step is the real command, in a process of its own. No GPU, no model hub.
+Each step is the real command, in its own process. No GPU, no model hub.
 """
 
 from __future__ import annotations
@@ -33,7 +33,7 @@ ANSWERS = ("--max_new_tokens", "320")
 
 @exit_on_user_error
 def main(argv: list[str] | None = None) -> None:
-    """Run all steps into the folder that the command line names; end where one of them fails, as it does."""
+    """Run all steps into the folder that the command line names; stop at the first that fails, with its exit status."""
     parser = CommandParser(prog="python -m cli.demo", description=(__doc__ or "").split("\n")[0])
     parser.add_argument(
         "folder", type=Path, nargs="?", default=OUTPUT / "demo", metavar="FOLDER",
@@ -45,10 +45,10 @@ def main(argv: list[str] | None = None) -> None:
         _remove(demo / name)
     _run("novelgpt.model.embedded_base", str(demo / BASE))
 
-    _say_step("1/5 The untouched base answers the held-out pairs")
+    say("", "== 1/5 The untouched base answers the held-out pairs")
     _predict(demo / BASE, "--output_dir", str(demo / "base"))
 
-    _say_step("2/5 Continued pretraining on one novel and on abstracts, evaluated on another novel")
+    say("", "== 2/5 Continued pretraining on one novel and on abstracts, evaluated on another novel")
     novels, papers = SAMPLES / "novels", SAMPLES / "papers"
     _train(
         "pretrain", demo / BASE, demo / "pretrain", novels / "shan_zhong_yao_pu.txt", "--text_column", "abstract",
@@ -60,19 +60,15 @@ def main(argv: list[str] | None = None) -> None:
         3: ("finetune", "Full fine-tuning on title -> abstract pairs"),
         4: ("finetune_lora", "LoRA fine-tuning on the same pairs"),
     }.items():
-        _say_step(f"{step}/5 {title}")
+        say("", f"== {step}/5 {title}")
         _train(pipeline, demo / "pretrain", demo / pipeline, papers / "valid.jsonl")
         _predict(demo / pipeline)
 
-    _say_step("5/5 Results")
+    say("", "== 5/5 Results")
     _run("predict.report", *(str(demo / name) for name in RUNS), "--output", str(demo / "report"))
     from cli.demo_table import write_summary  # not before: it takes rich
 
     write_summary(demo)
-
-
-def _say_step(title: str) -> None:
-    say("", f"== {title}")
 
 
 def _remove(path: Path) -> None:
@@ -84,16 +80,16 @@ def _remove(path: Path) -> None:
 
 def _train(pipeline: str, model: Path, output: Path, valid: Path, *further: str) -> None:
     settings = ROOT / pipeline / "configs" / "tiny.yaml"
-    words = ["--model", str(model), "--config", str(settings), "--valid_files", str(valid), "--output_dir", str(output)]
-    _run("novelgpt.launch.start", pipeline, *words, *further)
+    options = ["--model", str(model), "--config", str(settings), "--valid_files", str(valid)]
+    _run("novelgpt.launch.start", pipeline, *options, "--output_dir", str(output), *further)
 
 
 def _predict(model: Path, *further: str) -> None:
     _run("novelgpt.launch.start", "predict", "--model", str(model), *ANSWERS, *further)
 
 
-def _run(*words: str) -> None:
-    """Run a module to its end, in a session of its own: it gets each signal once, from here, and ends in its own way.
+def _run(*args: str) -> None:
+    """Run a module to its end in its own session: it gets each signal once, from here, and handles it itself.
 
     Raises:
         SystemExit: with its status, where that is not 0.
@@ -106,12 +102,12 @@ def _run(*words: str) -> None:
     for number, handler in handlers.items():
         if handler != signal.SIG_IGN:
             signal.signal(number, lambda number, _: received.append(number))
-    process = subprocess.Popen([sys.executable, "-m", *words], env=environment, start_new_session=True)
+    process = subprocess.Popen([sys.executable, "-m", *args], env=environment, start_new_session=True)
     sent = 0
     while process.poll() is None:
         for new in received[sent:]:
             sent += 1
-            with suppress(ValueError):  # some systems have few that can be sent
+            with suppress(ValueError):  # some systems can send only few
                 process.send_signal(new)
         with suppress(subprocess.TimeoutExpired):
             process.wait(timeout=POLL_SECONDS)

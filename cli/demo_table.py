@@ -8,10 +8,9 @@ from pathlib import Path
 from typing import Any
 
 from rich.box import SIMPLE_HEAD
-from rich.table import Table
 
 from novelgpt.settings.atomic_files import atomic_write
-from novelgpt.settings.console import make_console
+from novelgpt.settings.console import make_console, number_table
 from novelgpt.settings.remedies import environment_program
 from novelgpt.settings.terminal import say
 
@@ -24,36 +23,27 @@ MODELS = {
 SCORES = ("rouge-1", "rouge-2", "rouge-l")
 
 
-def summarise_demo(demo: Path) -> dict[str, dict[str, float]]:
-    """Figures of each model. The base is not trained: its seconds and tokens per second are those of answering."""
+def write_summary(demo: Path) -> None:
+    """Write summary.json into the folder of a demo whose runs have ended, and print its table.
+
+    The base is not trained: its seconds and tokens per second are those of answering.
+    """
     runs = {name: _read(demo / name / "run.json")["results"] for name in MODELS if name != "base"}
-    summary = {}
+    summary: dict[str, dict[str, float]] = {}
     for name in MODELS:
         scores = _read(demo / name / ("scores.json" if name == "base" else "predict/scores.json"))
         figures = {"eval_loss": scores["loss"], "perplexity": scores["perplexity"]}
         figures |= {metric: scores[metric] for metric in SCORES}
-        trained = runs.get(name)
-        figures["seconds"] = trained["train_runtime"] if trained else scores["seconds"]
-        figures["tokens_per_second"] = (trained or scores)["tokens_per_second"]
+        figures["seconds"] = scores["seconds"] if name == "base" else runs[name]["train_runtime"]
+        figures["tokens_per_second"] = runs.get(name, scores)["tokens_per_second"]
         summary[name] = figures
-    summary["base"]["heldout_book_perplexity"] = runs["pretrain"]["start_eval_perplexity"]
-    summary["pretrain"]["heldout_book_perplexity"] = runs["pretrain"]["eval_perplexity"]
-    return summary
-
-
-def show_summary(summary: dict[str, dict[str, float]], demo: Path) -> None:
-    """Print the table and where everything lies."""
-    console = make_console(soft_wrap=True)
-    table = Table(
-        title="Held-out title -> abstract pairs",
-        title_justify="left",
-        box=SIMPLE_HEAD,
-        show_edge=False,
-        pad_edge=False,
-        padding=(0, 1, 0, 0),
-    )
-    for heading in ("model", "eval loss", "perplexity", *SCORES, "seconds", "tokens/s"):
-        table.add_column(heading, justify="left" if heading == "model" else "right")
+    before, after = (runs["pretrain"][name] for name in ("start_eval_perplexity", "eval_perplexity"))
+    summary["base"]["heldout_book_perplexity"] = before
+    summary["pretrain"]["heldout_book_perplexity"] = after
+    atomic_write(demo / "summary.json", json.dumps(summary, indent=2) + "\n")
+    headings = ("model", "eval loss", "perplexity", *SCORES, "seconds", "tokens/s")
+    table = number_table("Held-out title -> abstract pairs", *headings)
+    table.box, table.show_edge, table.pad_edge, table.padding = SIMPLE_HEAD, False, False, (0, 1, 0, 0)
     for name, label in MODELS.items():
         figures = summary[name]
         table.add_row(
@@ -64,8 +54,7 @@ def show_summary(summary: dict[str, dict[str, float]], demo: Path) -> None:
             f"{figures['seconds']:.0f}",
             f"{figures['tokens_per_second']:,.0f}",
         )
-    console.print(table)
-    before, after = (summary[name]["heldout_book_perplexity"] for name in ("base", "pretrain"))
+    make_console(soft_wrap=True).print(table)
     say(
         f"Held-out book: perplexity {before:.1f} -> {after:.1f} by pretraining, {before / after:.1f} times lower.",
         "Loss in nats per token, ROUGE in %; seconds and tokens/s of training (base: of answering).",
@@ -74,13 +63,6 @@ def show_summary(summary: dict[str, dict[str, float]], demo: Path) -> None:
         f"  figures       {demo}/summary.json",
         f"  all curves    {environment_program('tensorboard')} --logdir {shlex.quote(str(demo))}",
     )
-
-
-def write_summary(demo: Path) -> None:
-    """Write summary.json into the folder of a demo whose runs have ended, and print the table."""
-    summary = summarise_demo(demo)
-    atomic_write(demo / "summary.json", json.dumps(summary, indent=2) + "\n")
-    show_summary(summary, demo)
 
 
 def _read(path: Path) -> dict[str, Any]:

@@ -1,8 +1,8 @@
-"""Talk to a checkpoint, an adapter or a base in the terminal, or let it go on with a text.
+"""Talk to a checkpoint, an adapter or a base in the terminal, or let it continue a text.
 
     python -m predict.chat [--model FOLDER] [--mode chat|text]
 
-Prompts are those of training, and answers appear while they are made.
+Prompts are those of training, and answers are streamed.
 """
 
 from __future__ import annotations
@@ -26,7 +26,9 @@ from novelgpt.settings.terminal import counted, say, say_text
 from novelgpt.text.templates import template_record
 
 COMMANDS = "/clear forgets the conversation, /exit or Ctrl-D ends it, Ctrl-C stops an answer"
-TEXT_COMMANDS = "a line begins a text to go on with, an empty line goes on; /exit or Ctrl-D ends, Ctrl-C stops a text"
+TEXT_COMMANDS = (
+    "a line starts a text to continue, an empty line continues it; /exit or Ctrl-D ends, Ctrl-C stops a text"
+)
 
 
 @dataclass
@@ -37,19 +39,19 @@ class ChatArguments:
 
     mode: Literal["auto", "chat", "text"] = option(
         "auto",
-        "chat: a conversation, in the model's chat template. text: the model goes on with what you type, without any "
-        "marks. auto: text for checkpoints of `pretrain` and for bases without a chat template of their own.",
+        "chat: a conversation, in the model's chat template. text: the model continues what you type, without a "
+        "template. auto: text for checkpoints of `pretrain` and for bases without a chat template of their own.",
     )
     system: str = option("", "System message that every conversation starts with; none by default.")
 
 
 @dataclass
 class ChatGenerationArguments(GenerationArguments):
-    """Answers are drawn, as the likeliest tokens alone make dull talk that tends to go round in circles."""
+    """Answers are sampled, as greedy ones are dull and tend to loop."""
 
     max_new_tokens: int = option(1024, "Longest answer, in tokens.")
-    do_sample: bool = option(True, "Draw tokens at random instead of always taking the likeliest.")
-    repetition_penalty: float = option(1.05, "Above 1 makes tokens that were seen before less likely.")
+    do_sample: bool = option(True, "Sample tokens instead of always taking the most likely one.")
+    repetition_penalty: float = option(1.05, "Above 1 makes tokens that occurred before less likely.")
 
 
 @dataclass
@@ -78,7 +80,7 @@ def main(argv: list[str] | None = None) -> None:
     kind = "raw text (--mode chat asks questions)" if is_text else f"template {template_record(tokenizer)['name']}"
     say(f"{Path(chosen.model).name}, {kind}, {chat.context:,} tokens: {commands}")
     if isinstance(sys.stdin, io.TextIOWrapper):
-        sys.stdin.reconfigure(errors="replace")  # half a character is no reason to end
+        sys.stdin.reconfigure(errors="replace")  # a lone surrogate must not end the chat
     while (question := _read_line()) is not None:
         command = question.strip()
         if command == "/exit":
@@ -96,7 +98,7 @@ def main(argv: list[str] | None = None) -> None:
 
 
 def _is_text(chosen: ChatArguments, model: ModelArguments, tokenizer: PreTrainedTokenizerBase) -> bool:
-    """Whether the model goes on with raw text."""
+    """Whether the model continues raw text."""
     if chosen.mode == "text" and chosen.system:
         raise UserError("--system is a message of a conversation, and --mode text has none", "leave one of them out")
     if chosen.mode == "auto":
@@ -105,7 +107,7 @@ def _is_text(chosen: ChatArguments, model: ModelArguments, tokenizer: PreTrained
 
 
 def _read_line() -> str | None:
-    """What the user wrote; None at the end of the input. Ctrl-C drops the line and asks what can be typed."""
+    """The user's line; None at the end of the input. Ctrl-C drops the line and shows the commands."""
     try:
         return input("\n> ")
     except KeyboardInterrupt:
@@ -123,9 +125,9 @@ def _print_reply(chat: Chat, question: str) -> None:
         say(f"({error.cause}; {error.remedy})")
         return
     if chat.dropped and isinstance(chat.history, TextHistory):
-        say(f"(the text no longer fits: not read, from its beginning on, {counted(chat.dropped, 'token')})")
+        say(f"(the text no longer fits: dropped, from its start, {counted(chat.dropped, 'token')})")
     elif chat.dropped:
-        say(f"(the conversation no longer fits: forgotten, from the oldest on, {counted(chat.dropped, 'turn')})")
+        say(f"(the conversation no longer fits: forgotten, oldest first, {counted(chat.dropped, 'turn')})")
     with closing(reply):
         for text in reply:
             say_text(text, end="")

@@ -1,10 +1,10 @@
-"""Standard benchmarks by lm-evaluation-harness, and the table of before and after.
+"""Standard benchmarks with lm-evaluation-harness, and a table of before and after.
 
     python -m predict.lm_eval_run --model output/finetune --tasks cmmlu,ceval-valid
     python -m predict.lm_eval_run --compare output/base/lm_eval output/finetune/lm_eval
 
-The harness gets models as prediction loads them: Baichuan and Qwen v1 by the classes of this toolkit, adapters merged
-in memory, no code that lies with a checkpoint.
+The harness gets models as prediction loads them: Baichuan and Qwen v1 with this toolkit's classes, adapters merged in
+memory, no code from a checkpoint.
 """
 
 from __future__ import annotations
@@ -17,7 +17,6 @@ from typing import Any
 
 import torch
 from pydantic import BaseModel, Field
-from rich.table import Table
 
 from novelgpt.export.full_checkpoint import PICKLES_HELP
 from novelgpt.inference.loading import load_for_inference
@@ -26,7 +25,7 @@ from novelgpt.model.hub import folder_of
 from novelgpt.model.tokenizer import load_tokenizer
 from novelgpt.settings.arguments import ModelArguments
 from novelgpt.settings.command_parser import CommandParser
-from novelgpt.settings.console import make_console
+from novelgpt.settings.console import make_console, number_table
 from novelgpt.settings.errors import UserError, exit_on_user_error
 from novelgpt.settings.parsed_files import check_fields, read_object
 from novelgpt.settings.paths import from_home
@@ -48,43 +47,43 @@ def main(argv: list[str] | None = None) -> None:
     )
     parser.add_argument("--model", help="full checkpoint, adapter folder or hub name; tiny is the small base")
     parser.add_argument("--base", help=BASE_HELP)
-    parser.add_argument("--tasks", default=GENERAL_TASKS, help=f"names with commas between [default: {GENERAL_TASKS}]")
-    parser.add_argument("--num_fewshot", help="solved examples in each prompt [default: what the task says]")
+    parser.add_argument("--tasks", default=GENERAL_TASKS, help=f"comma-separated names [default: {GENERAL_TASKS}]")
+    parser.add_argument("--num_fewshot", help="solved examples in each prompt [default: the task's]")
     parser.add_argument("--apply_chat_template", action="store_true", help="ask in the chat template")
-    parser.add_argument("--limit", help="of each task, only so many questions: a try, not a result")
+    parser.add_argument("--limit", help="only so many questions per task, for a quick try")
     parser.add_argument("--batch_size", default="8", help="questions at once, or auto [default: 8]")
     parser.add_argument("--include_path", type=from_home, help="folder with tasks of your own")
     parser.add_argument("--allow_pickles", action="store_true", help=PICKLES_HELP)
     parser.add_argument("--output_path", type=Path, help="folder of the results [default: MODEL/lm_eval]")
     parser.add_argument("--compare", nargs=2, type=Path, metavar=("BEFORE", "AFTER"),
-                        help="two results, or folders, of which the newest is taken")  # fmt: skip
-    words, further = parser.parse_known_args(argv)
-    if words.compare:
+                        help="two results, or folders, whose newest result is taken")  # fmt: skip
+    args, further = parser.parse_known_args(argv)
+    if args.compare:
         if further:
             raise UserError(f"--compare does not take {further[0]}", "name two results only")
-        _compare(*words.compare)
+        _compare(*args.compare)
         return
-    if not words.model:
+    if not args.model:
         raise UserError("no model is named", "--model FOLDER, or --compare BEFORE AFTER")
-    output = words.output_path or folder_of(ModelArguments(words.model), "--output_path") / "lm_eval"
-    further_model = ",allow_pickles=True" if words.allow_pickles else ""
-    further_model += f",base={words.base}" if words.base else ""
+    output = args.output_path or folder_of(ModelArguments(args.model), "--output_path") / "lm_eval"
+    model = f"pretrained={args.model}"
+    model += ",allow_pickles=True" if args.allow_pickles else ""
+    model += f",base={args.base}" if args.base else ""
     options = {
-        "--model": "novelgpt", "--model_args": f"pretrained={words.model}{further_model}", "--tasks": words.tasks,
-        "--batch_size": words.batch_size, "--device": "cuda" if torch.cuda.is_available() else "cpu",
-        "--output_path": str(output), "--num_fewshot": words.num_fewshot, "--limit": words.limit,
-        "--include_path": words.include_path,
+        "--model": "novelgpt", "--model_args": model, "--tasks": args.tasks, "--batch_size": args.batch_size,
+        "--device": "cuda" if torch.cuda.is_available() else "cpu", "--output_path": str(output),
+        "--num_fewshot": args.num_fewshot, "--limit": args.limit, "--include_path": args.include_path,
     }  # fmt: skip
     chosen = [word for name, value in options.items() if value is not None for word in (name, value)]
-    _run_harness(["run", *chosen, *["--apply_chat_template"] * words.apply_chat_template, *further])
+    _run_harness(["run", *chosen, *["--apply_chat_template"] * args.apply_chat_template, *further])
     say(f"results in {output}")
 
 
-def _run_harness(words: list[str]) -> None:
-    """lm_eval's own command line, which knows the model type "novelgpt" besides its own.
+def _run_harness(argv: list[str]) -> None:
+    """Run lm_eval's own command line, which knows the model type "novelgpt" besides its own.
 
     Raises:
-        UserError: the harness is not installed, or it ends with an error of use.
+        UserError: the harness is not installed.
     """
     try:
         from lm_eval.__main__ import cli_evaluate
@@ -108,12 +107,12 @@ def _run_harness(words: list[str]) -> None:
             chosen = ModelArguments(pretrained, "sdpa", allow_pickles=bool(allow_pickles))
             tokenizer = load_tokenizer(chosen)
             model = load_for_inference(chosen, tokenizer, base)
-            # As in training, texts begin with the token that the tokenizer puts before them (Llama, Gemma).
+            # As in training, texts start with the tokenizer's start token (Llama, Gemma).
             further.setdefault("add_bos_token", bool(document_begin_ids(tokenizer)))
-            # Thoughts before an answer: off, as in training on answers without one.
+            # Thinking is off, as in training on answers without thoughts.
             super().__init__(model, backend="causal", tokenizer=tokenizer, enable_thinking=False, **further)
 
-    before, sys.argv = sys.argv, ["lm_eval", *words]  # it reads no other
+    before, sys.argv = sys.argv, ["lm_eval", *argv]  # which it reads
     try:
         cli_evaluate()
     finally:
@@ -124,8 +123,7 @@ def _compare(before_path: Path, after_path: Path) -> None:
     before, after = _read_results(before_path), _read_results(after_path)
     for name in ("n-shot", "n-samples", "versions"):
         shared = before.get(name, {}).keys() & after.get(name, {}).keys()
-        different = sorted(task for task in shared if before[name][task] != after[name][task])
-        if different:
+        if different := [task for task in sorted(shared) if before[name][task] != after[name][task]]:
             task = different[0]
             raise UserError(
                 f"{task} was asked in two ways: {name} {before[name][task]} and {after[name][task]}",
@@ -133,9 +131,9 @@ def _compare(before_path: Path, after_path: Path) -> None:
             )
     if bool(before.get("chat_template")) != bool(after.get("chat_template")):
         raise UserError("only one of the two was asked in a chat template", "run both models with the same settings")
-    table = Table(title=f"{after['model_name']} against {before['model_name']}", title_justify="left")
-    for title in ("task", "score", "before", "after", "difference", "standard error"):
-        table.add_column(title, justify="left" if title in ("task", "score") else "right")
+    title = f"{after['model_name']} against {before['model_name']}"
+    headings = ("task", "score", "before", "after", "difference", "standard error")
+    table = number_table(title, *headings, labels=2)
     members = {task for tasks in before.get("group_subtasks", {}).values() for task in tasks}
     shown = [task for task in before["results"] if task in after["results"] and task not in members]
     if not shown:
@@ -143,11 +141,11 @@ def _compare(before_path: Path, after_path: Path) -> None:
     for task in shown:
         for score, first, second, error in _pairs(before["results"][task], after["results"][task]):
             style = "bold" if error and abs(second - first) > CERTAIN * error else ""
-            told = "" if error is None else f"{error:.4f}"
-            table.add_row(task, score, f"{first:.4f}", f"{second:.4f}", f"{second - first:+.4f}", told, style=style)
+            cell = "" if error is None else f"{error:.4f}"
+            table.add_row(task, score, f"{first:.4f}", f"{second:.4f}", f"{second - first:+.4f}", cell, style=style)
     make_console().print(table)
     say(
-        "standard error: of the difference, as if the two had answered other questions, which is careful. "
+        "standard error: of the difference, as if the two had answered different questions, which is conservative. "
         f"bold: more than {CERTAIN} of them."
     )
 

@@ -69,8 +69,8 @@ def typed(file: Path, given: Mapping[str, Any], defaults: Mapping[str, Any]) -> 
     return {key: None if value is None else _value(file, key, value, defaults.get(key)) for key, value in given.items()}
 
 
-def _value(file: Path, key: str, value: Any, default: Any) -> Any:
-    value = _plain(file, key, value)
+def _value(file: Path, key: str, given: Any, default: Any) -> Any:
+    value = _plain(file, key, given)
     if isinstance(value, str) and re.fullmatch(_NUMBER, value) and re.search("[eE]", value):
         value = float(value)
     if key in _LISTS:
@@ -78,9 +78,13 @@ def _value(file: Path, key: str, value: Any, default: Any) -> Any:
         if not all(isinstance(name, str) for name in found):
             raise _error(file, key, value, "a name, or a list of names")
     elif isinstance(default, bool) or key in _SWITCHES:
-        return _switch(file, key, value)
+        if (value := _SWITCH.get(str(value).lower())) is None:
+            raise _error(file, key, given, "true or false")
     elif key in _COUNTS:
-        return _count(file, key, value)
+        value = _number(file, key, value)
+        if value != int(value) or value < 1:
+            raise _error(file, key, value, "a positive whole number")
+        return int(value)
     elif isinstance(default, int | float) or key in _NUMBERS:
         return _number(file, key, value)
     elif key in _STRATEGIES and value is False:
@@ -112,26 +116,12 @@ def _plain(file: Path, key: str, value: Any) -> Any:
     return value
 
 
-def _switch(file: Path, key: str, value: Any) -> bool:
-    found = value if isinstance(value, bool) else _SWITCH.get(str(value).lower())
-    if found is None:
-        raise _error(file, key, value, "true or false")
-    return found
-
-
 def _number(file: Path, key: str, value: Any) -> int | float:
     if isinstance(value, str) and _NUMBER.fullmatch(value):
         value = float(value) if re.search("[.eE]", value) else int(value)
     if isinstance(value, bool) or not isinstance(value, int | float):
         raise _error(file, key, value, "a number")
     return value
-
-
-def _count(file: Path, key: str, value: Any) -> int:
-    number = _number(file, key, value)
-    if number != int(number) or number < 1:
-        raise _error(file, key, value, "a positive whole number")
-    return int(number)
 
 
 def _error(file: Path, key: str, value: Any, wanted: str) -> UserError:

@@ -617,14 +617,14 @@ CASES = {
     "continuations: text too short": (
         "predict.continuations",
         ["short.txt", "{tmp}/out.jsonl"],
-        "no place in short.txt with 6400 characters: 1 chapter is too short",
+        "no passage in short.txt with 6400 characters: 1 chapter is too short",
     ),
     "continuations: no length": (
         "predict.continuations",
         ["short.txt", "{tmp}/out.jsonl", "--lengths", "0"],
         "--lengths 0",
     ),
-    "continuations: no rows file": ("predict.continuations", ["short.txt", "{tmp}/out"], "is no .jsonl file"),
+    "continuations: no rows file": ("predict.continuations", ["short.txt", "{tmp}/out"], "is not a .jsonl file"),
     "continuations: nothing held out": (
         "predict.continuations",
         ["{unprepared}", "{tmp}/out.jsonl"],

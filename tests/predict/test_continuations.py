@@ -258,7 +258,7 @@ def test_through_prediction_each_length_has_scores_of_its_own(
     [
         (["{novel}", "{out}", "--lengths", "0"], "--lengths 0"),
         (["{novel}", "{out}", "--lengths", "90000"], "no passage in"),
-        (["{novel}", "{novel}"], "is no .jsonl file"),
+        (["{novel}", "{novel}"], "is not a .jsonl file"),
         (["{folder}", "{out}"], "has no manifest.json"),
         (["{out}", "{out}"], "No such file"),
     ],
