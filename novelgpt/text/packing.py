@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import bisect
 import copy
+import itertools
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -152,14 +153,14 @@ class PackedBlocks(TracedRows):
 
 
 class PackedRows(TracedRows):
-    """Whole rows fitted into packs of at most `max_length` tokens; no row is cut.
+    """Packs of whole rows, of at most `max_length` tokens together; no row is cut.
 
     Args:
         rows: encoded rows, each at most max_length tokens.
         max_length: tokens per pack.
 
     Attributes:
-        packs: the numbers of the rows of each pack.
+        packs: the indices of the rows of each pack.
     """
 
     def __init__(self, rows: Sequence[EncodedRow], max_length: int) -> None:
@@ -181,26 +182,24 @@ class PackedRows(TracedRows):
 
     def origins(self, index: int, begin: int = 0, end: int | None = None) -> list[str]:
         """Files and rows of the conversations in the pack."""
-        found = []
-        start = 0
-        for number in self.packs[index]:
-            stop = start + len(self.rows[number].input_ids)
-            if begin < stop and (end is None or start < end) and self.rows[number].source:
-                found.append(self.rows[number].source)
-            start = stop
-        return unique(found)
+        rows = [self.rows[number] for number in self.packs[index]]
+        stops = itertools.accumulate(len(row.input_ids) for row in rows)
+        return unique(
+            row.source
+            for row, stop in zip(rows, stops, strict=True)
+            if row.source and begin < stop and (end is None or stop - len(row.input_ids) < end)
+        )
 
     def fill(self) -> float:
-        """Share of the packs' tokens that rows take."""
+        """Share of the packs' capacity that rows fill."""
         return sum(len(row.input_ids) for row in self.rows) / max(1, len(self) * self.max_length)
 
 
 def best_fit(lengths: Sequence[int], capacity: int) -> list[list[int]]:
-    """Numbers of items packed so that no pack holds more than `capacity`.
+    """Indices of items, packed so that no pack holds more than `capacity`.
 
-    Best-fit decreasing: the longest first, each into the pack it leaves least room in; O(n log n) for items and
-    O(capacity) more at worst for each new size of room. Packs come in the order of their first item, items of a pack in
-    the order given.
+    Best-fit decreasing: the longest first, each into the fullest pack that has room for it; O(n log n) for items plus
+    at worst O(capacity) for each distinct amount of room. Packs are ordered by their first item, items by index.
 
     >>> best_fit([5, 3, 4, 1, 2], capacity=6)
     [[0, 3], [1], [2, 4]]

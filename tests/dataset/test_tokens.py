@@ -1,4 +1,4 @@
-"""Prepared tokens are those of the text, whatever happened while they were made."""
+"""Prepared tokens are those of the text, even after a killed or repeated run."""
 
 import hashlib
 import json
@@ -53,7 +53,7 @@ def write_rows(path: Path, rows: list[dict[str, str]]) -> Path:
 
 @pytest.fixture
 def prepared(tmp_path: Path) -> Path:
-    """As `python -m dataset novels` leaves it: books that go on from one shard to the next, one over three of them."""
+    """As `python -m dataset novels` makes it: books that continue in the next shard, one spanning three of them."""
     draw = random.Random(1)
     folder = tmp_path / "prepared"
     folder.mkdir()
@@ -67,7 +67,7 @@ def prepared(tmp_path: Path) -> Path:
 
 @pytest.fixture
 def files(tmp_path: Path) -> list[Path]:
-    """Of several kinds; a book goes on from one to the next."""
+    """Of several kinds; a book continues from one file in the next."""
     draw = random.Random(2)
     rows = [*chapters("甲", 3, draw), *chapters("乙", 6, draw)]
     plain = [{"text": text} for text in ("短篇。", "又一篇。", "", "\n\n末篇。\r\n完")]
@@ -239,7 +239,7 @@ def test_a_manifest_of_another_shape_is_told_by_its_name(
 
 
 def killed_at(event: int, words: list[str], out: Path) -> bool:
-    """Run the command in a process that dies when it touches the disk for so manieth time; whether it did."""
+    """Run the command in a process that kills itself at its `event`-th change on disk; whether it got there."""
     child = os.fork()
     if child == 0:
         events = 0

@@ -692,7 +692,7 @@ CASES = {
     "tokens: missing file": (
         "dataset",
         ["tokens", "nowhere.txt", "{tmp}/out", "--model", "{base}"],
-        "nowhere.txt is no file",
+        "nowhere.txt is not a file",
     ),
     "tokens: empty file": ("dataset", ["tokens", "empty.txt", "{tmp}/out", "--model", "{base}"], "empty.txt is empty"),
     "tokens: undecodable bytes": (

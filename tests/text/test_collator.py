@@ -1,4 +1,4 @@
-"""Padding is told by position."""
+"""Padding is known by position."""
 
 import doctest
 import random
