@@ -1,6 +1,6 @@
-"""The longest micro-batch of a run, tried once on the model at hand before the first step.
+"""The longest micro-batch of a run, tried once before the first step.
 
-Weights, gradients, optimizer states, modes and random states are afterwards what they were.
+Weights, gradients, optimizer states, modes and random states do not change.
 """
 
 from __future__ import annotations
@@ -24,8 +24,8 @@ REMEDY = "--per_device_train_batch_size 1, --activation_checkpointing, a shorter
 def rows_to_try(lengths: list[int], training: TrainArguments) -> list[int]:
     """Indices of the longest rows, as many as a micro-batch has.
 
-    On CPUs one row, as it takes seconds and no memory of a device is at stake; and none where even that would take
-    longer than a step.
+    On CPUs one row, as it takes seconds and no GPU memory is at stake; and none where even that would take longer than
+    a step.
 
     Args:
         lengths: tokens of each row.
@@ -41,17 +41,17 @@ def rows_to_try(lengths: list[int], training: TrainArguments) -> list[int]:
 
 @raise_on_all_ranks()
 def try_batch(model: nn.Module, batch: dict[str, Any], training: TrainArguments, autocast: Autocast) -> None:
-    """Forward and backward in training mode, and a pass as in evaluation.
+    """Run forward and backward in training mode, and a pass as in evaluation.
 
-    Gradients are computed beside those of the weights (`torch.autograd.grad`), so that no hook of data parallelism or
-    of ZeRO sees them. Under DeepSpeed, which hands gradients on as they come, only that of the first trained weight is
-    kept; the way to it leads through all others.
+    Gradients are computed apart from those of the weights (`torch.autograd.grad`), so that no hook of data parallelism
+    or of ZeRO sees them. Under DeepSpeed, which reduces gradients as they are computed, only that of the first trained
+    weight is kept; the path to it leads through all others.
 
     Args:
         model: the bare one, set up for training; it returns a loss for labelled rows.
         batch: rows of this process, on its device.
         training: optimizer, checkpointing and DeepSpeed.
-        autocast: what passes run under.
+        autocast: the context of each pass.
 
     Raises:
         UserError: the batch does not fit, on all processes.
@@ -87,7 +87,7 @@ def _passes(model: nn.Module, batch: dict[str, Any], training: TrainArguments, a
     trained = [parameter for parameter in model.parameters() if parameter.requires_grad]
     with autocast():
         loss = model(**batch, num_items_in_batch=batch["labels"].numel()).loss
-    if not _checkpoints_again(training):
+    if not _recomputes_reentrantly(training):
         torch.autograd.grad(loss, trained[:1] if training.deepspeed else trained, allow_unused=True)
     del loss
     model.eval()
@@ -95,8 +95,8 @@ def _passes(model: nn.Module, batch: dict[str, Any], training: TrainArguments, a
         model(**batch)
 
 
-def _checkpoints_again(training: TrainArguments) -> bool:
-    """Whether activations are computed again in the way (`use_reentrant`) that knows no gradients but the weights'."""
+def _recomputes_reentrantly(training: TrainArguments) -> bool:
+    """Whether activations are recomputed in the way (`use_reentrant`) that supports gradients of weights only."""
     options = checkpointing_options(training)["activation_checkpointing_kwargs"] or {}
     return bool(training.activation_checkpointing and options.get("use_reentrant"))
 

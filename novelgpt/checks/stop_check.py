@@ -14,7 +14,7 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 from novelgpt.inference.generation import answer_end_ids, answer_prompts
 from novelgpt.settings.arguments import GenerationArguments, TrainArguments
 from novelgpt.settings.terminal import say
-from novelgpt.training.sample_predictions import documents_of, preserve_mode_and_rng, weights_are_shared
+from novelgpt.training.sample_predictions import documents_of, preserve_mode_and_rng, weights_are_sharded
 
 # Share of answers that should end.
 ENOUGH = 0.95
@@ -64,7 +64,7 @@ def check_stops(
         return {}
     limit = training.stop_check_max_new_tokens
     limit = limit or min(MAX_NEW_TOKENS, 2 * max(prompt.answer_tokens for prompt in prompts))
-    sharded = weights_are_shared(accelerator)
+    sharded = weights_are_sharded(accelerator)
     mine = prompts if sharded else prompts[accelerator.process_index :: accelerator.num_processes]
     batch_size = len(prompts) if accelerator.device.type == "cpu" else training.per_device_eval_batch_size
     with preserve_mode_and_rng(model), accelerator.autocast(), torch.no_grad():

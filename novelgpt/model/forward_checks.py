@@ -1,4 +1,4 @@
-"""What must hold of a model's forward pass before it is trained, tried on a few tokens of the model at hand."""
+"""What must hold of a model's forward pass before it is trained, checked on a few tokens."""
 
 from __future__ import annotations
 
@@ -9,17 +9,17 @@ from transformers.integrations import is_deepspeed_zero3_enabled
 from novelgpt.settings.errors import UserError
 from novelgpt.text.collator import Collator
 
-# Tokens of the documents that are tried.
+# Tokens of the documents used.
 FIRST, SECOND = 11, 13
-# As shares of the largest logit: another document may change nothing, being packed may change the rounding.
+# Relative to the largest logit: another document must change nothing, packing may change the rounding.
 LEAK = 1e-5
 ROUNDING = {torch.float32: 1e-4, torch.bfloat16: 5e-2, torch.float16: 1e-2}
 
 
 def head_is_last(model: PreTrainedModel) -> bool:
-    """Whether logits are what the head makes of the decoder's output, with nothing after it.
+    """Whether logits are the head's output on the decoder's output, with nothing after it.
 
-    Under ZeRO-3 the weights are in parts before training, so it is told from the settings that change logits.
+    Under ZeRO-3 the weights are sharded before training, so it is derived from the settings that change logits.
 
     Raises:
         UserError: the model does not run with the attention it was loaded with.
@@ -44,14 +44,14 @@ def head_is_last(model: PreTrainedModel) -> bool:
 
 
 def check_packing(model: PreTrainedModel) -> None:
-    """No document in a packed row sees another one, and each is what it is alone.
+    """Check that no document in a packed row sees another one, and that its logits are those it has alone.
 
     Raises:
-        UserError: it does, or the model takes no packed rows at all.
+        UserError: otherwise, or the model does not accept packed rows.
     """
     if is_deepspeed_zero3_enabled():
         if not model.is_backend_compatible():
-            raise _refusal(model, "its attention does not take the borders of documents")
+            raise _refusal(model, "its attention does not accept document boundaries")
         return
     first, second, other = _documents(model)
     training = model.training
@@ -79,7 +79,7 @@ def _documents(model: PreTrainedModel) -> list[torch.Tensor]:
 
 
 def _last_logits(model: PreTrainedModel, documents: list[torch.Tensor]) -> torch.Tensor:
-    """[tokens of the last document, vocabulary] of a row that holds all."""
+    """[tokens of the last document, vocabulary] logits of a row that packs all documents."""
     ids = torch.cat(documents).cpu()
     positions = torch.cat([torch.arange(len(document)) for document in documents])
     batch = Collator(pad_token_id=0)([{"input_ids": ids, "labels": ids, "position_ids": positions}])
@@ -92,5 +92,5 @@ def _refusal(model: PreTrainedModel, reason: str) -> UserError:
     return UserError(
         f"{type(model).__name__} with --attention {model.config._attn_implementation} cannot train on packed rows: "
         f"{reason}",
-        "--packing False pads rows instead; --attention eager may know how to pack this model",
+        "--packing False pads rows instead; --attention eager may support packing for this model",
     )

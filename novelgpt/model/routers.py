@@ -1,4 +1,4 @@
-"""The loss that keeps the experts of a mixture evenly used, beside the cross-entropy (arXiv:2101.03961)."""
+"""The loss that balances the load of the experts of a mixture, beside the cross-entropy (arXiv:2101.03961)."""
 
 from __future__ import annotations
 
@@ -13,22 +13,22 @@ from transformers import PreTrainedModel
 
 from novelgpt.settings.errors import UserError
 
-# What transformers names it in the modules of the architectures that have it, and what it takes there.
+# Its name in the modules of transformers' architectures that have it, and its parameters there.
 FUNCTION = "load_balancing_loss_func"
 PARAMETERS = ["gate_logits", "num_experts", "top_k", "attention_mask"]
-# What most architectures were trained with, which a remedy may name.
+# The coefficient that most architectures were trained with.
 USUAL = 0.001
 
 
 @dataclass(frozen=True)
 class RouterBalance:
-    """How much the balancing loss of a model's routers counts, and transformers' own function for it.
+    """The weight of the balancing loss of a model's routers, and transformers' own function for it.
 
     Attributes:
         coefficient: factor before it is added to the cross-entropy, above 0.
         function: (router logits of all layers, each [tokens, experts]; number of experts; experts of a token; mask
-            [rows, tokens] of what is no padding, or None) -> []. As many as the experts of a token where all are used
-            alike, up to the number of all where the same few are taken.
+            [rows, tokens] of what is not padding, or None) -> []. From the number of experts of a token, where all are
+            used evenly, to the number of all, where the same few are used.
         experts: of a layer.
         chosen: experts of a token.
     """
@@ -39,10 +39,10 @@ class RouterBalance:
     chosen: int
 
     def loss(self, router_logits: tuple[torch.Tensor, ...], mask: torch.Tensor | None) -> torch.Tensor:
-        """[] of one forward pass, not yet multiplied by the coefficient.
+        """The loss, [], of one forward pass, not yet multiplied by the coefficient.
 
         Raises:
-            UserError: it has no gradient.
+            UserError: the loss has no gradient.
         """
         loss = self.function(router_logits, self.experts, self.chosen, mask)
         if not loss.requires_grad:
@@ -54,15 +54,15 @@ class RouterBalance:
 
 
 def router_balance(model: PreTrainedModel, coefficient: float | None = None) -> RouterBalance | None:
-    """How the routers of a model are kept balanced in training; None where nothing does.
+    """The balancing of the routers of a model in training; None where there is none.
 
     Args:
-        model: a causal language model, as a rule without routers.
-        coefficient: 0 for no balancing; None for what config.json asks for: its router_aux_loss_coef where
+        model: a causal language model, usually without routers.
+        coefficient: 0 for no balancing; None for that of config.json: its router_aux_loss_coef where
             output_router_logits is true, as in transformers.
 
     Raises:
-        UserError: a coefficient, and no such loss in this architecture.
+        UserError: a coefficient is given, and the architecture has no such loss.
     """
     config = model.config.get_text_config()
     function = vars(sys.modules[type(model).__module__]).get(FUNCTION)
@@ -81,7 +81,7 @@ def router_balance(model: PreTrainedModel, coefficient: float | None = None) -> 
 
 
 def explain_balance(model: PreTrainedModel, balance: RouterBalance | None) -> str | None:
-    """A line on what is done for the routers, None for models that have none to balance."""
+    """A line on the balancing of routers, None for models that have none."""
     if balance is not None:
         return f"mixture of {balance.experts} experts: {balance.coefficient:g} x the routers' balancing loss is added"
     if FUNCTION not in vars(sys.modules[type(model).__module__]):

@@ -1,4 +1,4 @@
-"""base.json beside every adapter that a run saves: which base it belongs to."""
+"""base.json beside every adapter that a run saves: the base it belongs to."""
 
 from __future__ import annotations
 
@@ -17,10 +17,10 @@ from novelgpt.settings.terminal import say
 
 
 class BaseRecorder(TrainerCallback):
-    """Writes base.json into each folder of adapter weights: checkpoints, and the run folder at its end.
+    """Writes base.json into each folder of adapter weights: checkpoints and, at the end, the run folder.
 
-    The base is hashed once, by the first process, in the background from the first step on, in one thread that ends
-    with the process. Runs that train all weights have no base to record: nothing happens there.
+    The base is hashed once, by the first process, in a background thread that starts with training and ends with the
+    process. Runs that train all weights have no base to record.
     """
 
     def __init__(self, model: torch.nn.Module) -> None:
@@ -30,14 +30,14 @@ class BaseRecorder(TrainerCallback):
         self.fingerprint: Future[str] | None = None
 
     def on_train_begin(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **_: Any) -> None:
-        """Begin to hash."""
+        """Start hashing."""
         if self.base is not None and state.is_world_process_zero:
             self._start(self.base)
 
     def record(self, folder: Path) -> None:
-        """Write base.json into the folder of an adapter; to be called by the first process alone.
+        """Write base.json into the folder of an adapter; called by the first process only.
 
-        A base that cannot be hashed any more (its folder was moved meanwhile) gives a warning: the adapter is sound.
+        A base that can no longer be hashed (its folder was moved) causes a warning: the adapter itself is sound.
         """
         if self.base is None:
             return
@@ -45,8 +45,7 @@ class BaseRecorder(TrainerCallback):
         try:
             write_base_record(folder, self.base, fingerprint.result())
         except (UserError, OSError) as error:
-            note = f"{folder} gets no base.json: {error}"
-            say(note, style="yellow", stderr=True)
+            say(f"{folder} gets no base.json: {error}", style="yellow", stderr=True)
 
     def _start(self, base: str) -> Future[str]:
         self.fingerprint = future = Future[str]()

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 import threading
 import time
 from collections.abc import Iterator
@@ -11,6 +12,7 @@ from datetime import timedelta
 from pathlib import Path
 from typing import Any
 
+from matplotlib.figure import Figure
 from tensorboard.summary.writer import event_file_writer
 from torch.utils.tensorboard import SummaryWriter
 from transformers import ProgressCallback, TrainerCallback, TrainerControl, TrainerState, TrainingArguments
@@ -19,10 +21,10 @@ from transformers.integrations import TensorBoardCallback
 from novelgpt.scoring.rouge import METRICS
 from novelgpt.settings.atomic_files import atomic_write
 from novelgpt.settings.attempts import this_attempt
-from novelgpt.settings.fonts import INSTALL_REMEDY
+from novelgpt.settings.charts import figure_png
+from novelgpt.settings.fonts import INSTALL_REMEDY, lettering
 from novelgpt.settings.run_record import only_json
 from novelgpt.settings.terminal import SECONDS_BETWEEN_LINES, say_above_bars
-from novelgpt.training.loss_plot import draw_losses
 
 # The plot may take this share of the run's time.
 PLOT_SHARE = 0.02
@@ -110,6 +112,42 @@ class RunRecorder(TrainerCallback):
 
 def _line(entry: dict[str, Any]) -> str:
     return json.dumps(only_json(entry), ensure_ascii=False, allow_nan=False) + "\n"
+
+
+def draw_losses(history: list[dict[str, Any]], path: Path) -> bool:
+    """Draw training and evaluation loss over steps; the file is written atomically.
+
+    Args:
+        history: log entries with "step" and "loss" or "eval_loss" (nats per token). An entry with "saved_step" names
+            the step whose weights the run ends with: its loss is marked, in place of the last.
+        path: of the PNG; the title is its folder's name.
+
+    Returns:
+        Whether the machine's fonts have all letters of the title.
+    """
+    figure = Figure(figsize=(8, 4.5), dpi=110, layout="constrained")
+    axes = figure.add_subplot()
+    saved = next((entry["saved_step"] for entry in reversed(history) if "saved_step" in entry), None)
+    for key, label, style in (("loss", "training", "-"), ("eval_loss", "evaluation", "o-")):
+        # Entries may come from JSON, where numbers that are not finite are null; they become gaps.
+        points = [(entry["step"], math.nan if entry[key] is None else entry[key]) for entry in history if key in entry]
+        if points:
+            last = points[-1]
+            mark = f", saved (step {saved})" if key == "eval_loss" and last[0] == saved else ""
+            points.sort(key=lambda point: point[0])  # those of the saved weights come last, whatever their step
+            steps, losses = zip(*points, strict=True)
+            axes.plot(steps, losses, style if len(points) > 1 else "o", label=label, markersize=4, linewidth=1.5)
+            axes.annotate(f"{last[1]:.3f}{mark}", last, textcoords="offset points", xytext=(6, -3))
+    axes.set_xlabel("step")
+    axes.set_ylabel("loss (nats per token)")
+    name = lettering(path.resolve().parent.name)
+    axes.set_title(name.text, fontfamily=list(name.families), parse_math=False)
+    axes.grid(alpha=0.3)
+    axes.margins(x=0.08)
+    if axes.lines:
+        axes.legend()
+    atomic_write(path, figure_png(figure))
+    return name.complete
 
 
 class Curves(TensorBoardCallback):

@@ -1,8 +1,8 @@
-"""The files that the examples of transformers leave at the root of a run, which dashboards and scripts look for.
+"""The files that the examples of transformers write at the root of a run, which dashboards and scripts read.
 
 trainer_state.json is the state at the end. train_results.json and eval_results.json hold the figures of training and of
-the evaluation of the weights that are saved, all_results.json both of them. They are there once a run is complete: one
-that was stopped or killed has its state in its checkpoints, and a run that goes on begins without them.
+the evaluation of the weights that are saved, all_results.json both of them. They exist once a run is complete: one
+that was stopped or killed has its state in its checkpoints, and a resumed run starts without them.
 """
 
 from __future__ import annotations
@@ -25,14 +25,14 @@ RESULT_FILES = (TRAIN_RESULTS, EVAL_RESULTS, ALL_RESULTS, TRAINER_STATE_NAME)
 def write_result_files(
     folder: Path, state: TrainerState, training: dict[str, Any], train_rows: int, eval_rows: int
 ) -> None:
-    """Write the files, each of them whole; to be called by the first process alone.
+    """Write the files, each of them atomically; called by the first process only.
 
     Args:
         folder: of the run.
         state: at its end; the last evaluation of its history is that of the weights that are saved.
-        training: figures of training, as Trainer.train gives them.
-        train_rows: that it was trained on.
-        eval_rows: that it was evaluated on.
+        training: figures of training, as Trainer.train returns them.
+        train_rows: number of training rows.
+        eval_rows: number of rows evaluated on.
     """
     evaluation = next(entry for entry in reversed(state.log_history) if "eval_loss" in entry)
     evaluation = {name: value for name, value in evaluation.items() if name != "step"}
@@ -49,6 +49,6 @@ def write_result_files(
 
 
 def remove_result_files(folder: Path) -> None:
-    """Delete what an earlier attempt of a run has left, which was killed when it was as good as complete."""
+    """Delete the files of an earlier attempt of a run that was killed when it was almost complete."""
     for name in RESULT_FILES:
         (folder / name).unlink(missing_ok=True)

@@ -22,7 +22,7 @@ KINDS = {
     "finetune": ("Full fine-tuning of", ["sft"]),
     "finetune_lora": ("A LoRA adapter for", ["lora", "sft"]),
 }
-# Of training, beside what decides on its steps; what else differs says how it was run, and where.
+# Training settings shown beside those that decide on its steps; others say how and where it was run.
 SHOWN = {
     *DECISIVE, "per_device_train_batch_size", "gradient_accumulation_steps", "load_best_model_at_end",
     "metric_for_best_model", "on_non_finite", "use_liger_kernel",
@@ -42,7 +42,7 @@ _OTHER = re.compile(r"[A-Za-z\u0370-\u06ff\u3040-\u30ff\uac00-\ud7af]")
 
 
 class RunCard:
-    """Makes the cards of a run, on the first process."""
+    """Makes the model cards of a run."""
 
     def __init__(
         self,
@@ -52,19 +52,19 @@ class RunCard:
         tokenizer: PreTrainedTokenizerBase,
         train: Dataset[Any],
     ) -> None:
-        """`description` is what run.json holds, `model` the base within an adapter."""
+        """`description` is the content of run.json, `model` the one within an adapter."""
         self.run, self.description = run, description
         self.rows = len(train)  # type: ignore[arg-type]
         self.architecture = str(model.config.model_type)
         self.language = _language(tokenizer, train)
 
     def card(self, folder: Path, state: TrainerState, figures: Mapping[str, Any] | None = None) -> Card:
-        """The card of weights.
+        """Make the card of weights.
 
         Args:
             folder: that holds them, or will, and base.json of an adapter.
             state: of training.
-            figures: final ones; None while training goes on, where those of the last evaluation are taken.
+            figures: the final ones; None during training, where those of the last evaluation are taken.
         """
         run, base = self.run, self.run.model.model
         kind, tags = KINDS[run.pipeline]
@@ -134,7 +134,7 @@ def _number(value: float) -> str:
 
 
 def _language(tokenizer: PreTrainedTokenizerBase, train: Dataset[Any]) -> str | None:
-    """Chinese where more than half of the trained letters of the first rows are; else it is not known here."""
+    """Chinese where more than half of the trained letters of the first rows are; otherwise unknown."""
     count = min(ROWS_READ, len(train))  # type: ignore[arg-type]
     labels = [torch.as_tensor(train[row]["labels"][:TOKENS_READ]) for row in range(count)]
     text = "".join(str(tokenizer.decode(row[row != IGNORE_INDEX].tolist(), skip_special_tokens=True)) for row in labels)

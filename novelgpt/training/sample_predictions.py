@@ -1,4 +1,4 @@
-"""Answers to a few fixed rows at each evaluation: how the model writes while it learns, as scores and to be read."""
+"""Answers to a few fixed rows at each evaluation: what the model writes during training, as scores and as text."""
 
 from __future__ import annotations
 
@@ -29,20 +29,20 @@ from novelgpt.text.messages import PROMPT_END, opens_thought, split_thought
 from novelgpt.text.statistics import BROKEN, trained_runs
 
 PREDICTIONS_FILE = "predictions_during_eval.jsonl"
-# Where a row has no prompt of its own, this much of its first half is one.
-MOST_PROMPT_TOKENS = 256
-# A character has four bytes at most, so it lies in as many tokens at most.
-MOST_TOKENS_A_CHARACTER = 4
+# Where a row has no prompt of its own, its first half is one, up to this length.
+MAX_PROMPT_TOKENS = 256
+# A character has at most four bytes, so at most four tokens.
+MAX_TOKENS_PER_CHARACTER = 4
 
 
 @dataclass
 class Sample:
-    """What the model is asked, and what it should write.
+    """A prompt and its reference.
 
     Attributes:
         prompt_ids: tokens of the prompt.
         reference_ids: tokens that follow it in the row.
-        continues_text: the row is raw text, not a conversation.
+        continues_text: whether the row is raw text, not a conversation.
     """
 
     prompt_ids: list[int]
@@ -53,11 +53,11 @@ class Sample:
 def choose_samples(
     dataset: Dataset[Any], tokenizer: PreTrainedTokenizerBase, count: int, max_new_tokens: int
 ) -> list[Sample]:
-    """`count` samples spread evenly over the rows that train something, the same ones each time.
+    """Choose `count` samples spread evenly over the rows with trained tokens, the same ones each time.
 
-    Of a conversation, the reference is the last answer, the prompt all before. Raw text is asked to go on after its
-    first half (at most MOST_PROMPT_TOKENS); the reference is as much of the rest as the model may write. Of a row that
-    packs several documents, the one with the most trained tokens is taken; the next ones only where there are fewer
+    Of a conversation, the reference is the last answer, the prompt everything before it. Raw text is to be continued
+    after its first half (at most MAX_PROMPT_TOKENS); the reference is as much of the rest as the model may write. Of a
+    row that packs several documents, the one with the most trained tokens is taken; others only where there are fewer
     rows than samples. Where there are fewer documents than samples, all are taken.
     """
     if count < 1:
@@ -74,7 +74,7 @@ def choose_samples(
 
 @dataclass
 class Document:
-    """Tokens of one document of a row, its labels, and the runs of them that are trained, at least one."""
+    """Tokens of one document of a row, its labels, and its [start, end) spans of trained tokens, at least one."""
 
     tokens: numpy.ndarray
     labels: numpy.ndarray
@@ -82,31 +82,27 @@ class Document:
 
 
 def documents_of(row: dict[str, Any]) -> list[Document]:
-    """Those with a trained token, the one with the most first."""
+    """The documents of a row that have a trained token, the one with the most first."""
     ids, labels = numpy.asarray(row["input_ids"]), numpy.asarray(row["labels"])
-    positions = numpy.asarray(row["position_ids"]) if "position_ids" in row else numpy.arange(len(ids))
-    borders = numpy.flatnonzero(positions == 0)[1:]
-    parts = zip(numpy.split(ids, borders), numpy.split(labels, borders), strict=True)
-    documents = [Document(tokens, wanted, trained_runs(wanted)) for tokens, wanted in parts]
+    starts: Any = numpy.flatnonzero(numpy.asarray(row["position_ids"]) == 0)[1:] if "position_ids" in row else []
+    parts = zip(numpy.split(ids, starts), numpy.split(labels, starts), strict=True)
+    documents = [Document(tokens, targets, trained_runs(targets)) for tokens, targets in parts]
     trained = [document for document in documents if document.runs]
-    return sorted(trained, key=lambda document: -sum(end - begin for begin, end in document.runs))
+    return sorted(trained, key=lambda document: -sum(end - start for start, end in document.runs))
 
 
 def _sample(document: Document, tokenizer: PreTrainedTokenizerBase, max_new_tokens: int) -> Sample:
     tokens = document.tokens.tolist()
-    begin, end = document.runs[-1]
-    # The first token of a text has nothing that could tell it; no chat template makes prompts of one token.
-    if begin > 1:
+    start, end = document.runs[-1]
+    # The first token of a text is predicted from nothing; no chat template makes prompts of one token.
+    if start > 1:
         # Labels, as a template's end token may be a label only (see EncodedRow).
-        return Sample(tokens[:begin], document.labels[begin:end].tolist(), continues_text=False)
-    border = _between_characters(tokens, max(1, min(len(tokens) // 2, MOST_PROMPT_TOKENS)), tokenizer)
-    return Sample(tokens[:border], tokens[border : border + max_new_tokens], continues_text=True)
-
-
-def _between_characters(tokens: list[int], border: int, tokenizer: PreTrainedTokenizerBase) -> int:
-    """The border, moved back to where the tokens before it end in a whole character."""
-    nearby = range(border, max(0, border - MOST_TOKENS_A_CHARACTER), -1)
-    return next((place for place in nearby if not _text(tokens[:place], tokenizer).endswith(BROKEN)), border)
+        return Sample(tokens[:start], document.labels[start:end].tolist(), continues_text=False)
+    half = max(1, min(len(tokens) // 2, MAX_PROMPT_TOKENS))
+    # Moved back to where the tokens before it end in a complete character.
+    nearby = range(half, max(0, half - MAX_TOKENS_PER_CHARACTER), -1)
+    half = next((place for place in nearby if not _text(tokens[:place], tokenizer).endswith(BROKEN)), half)
+    return Sample(tokens[:half], tokens[half : half + max_new_tokens], continues_text=True)
 
 
 def _text(tokens: list[int], tokenizer: PreTrainedTokenizerBase) -> str:
@@ -114,14 +110,14 @@ def _text(tokens: list[int], tokenizer: PreTrainedTokenizerBase) -> str:
 
 
 class SamplePredictions:
-    """Answers the samples with the model as it is, greedily; scores, shows and keeps the answers.
+    """Answers the samples greedily with the current model; scores, shows and saves the answers.
 
     Args:
         dataset: rows of the evaluation, of which `choose_samples` takes some.
         tokenizer: what made them.
-        training: how many samples, the longest answer, and how many are answered at once.
-        folder: of the run; answers are added to its PREDICTIONS_FILE.
-        writer: of TensorBoard, for the texts; None on all processes but the first.
+        training: number of samples, longest answer, and batch size of generation.
+        folder: of the run; answers are appended to its PREDICTIONS_FILE.
+        writer: of TensorBoard, for the texts; None on all processes except the first.
     """
 
     def __init__(
@@ -141,46 +137,47 @@ class SamplePredictions:
         self.prompts = [_text(sample.prompt_ids, tokenizer).strip(BROKEN) for sample in self.samples]
         ends = end_token_ids(tokenizer) if self.samples else []
         references = [decode_answer(sample.reference_ids, tokenizer, ends).rstrip(BROKEN) for sample in self.samples]
-        self.references = [answer for _, answer in self._told_apart(references)]
+        self.references = [answer for _, answer in self._split_thoughts(references)]
 
     def scores(self, model: PreTrainedModel, accelerator: Accelerator, step: int) -> dict[str, float]:
         """Answer all samples. Every process calls this, and gets the scores of the first.
 
-        The first process alone answers, but where weights are shared (ZeRO-3, FSDP): there each layer needs all
-        processes, which then all answer the same. Nothing that training depends on changes: neither the modes of the
-        model's parts nor any random state.
+        Only the first process answers, except where weights are sharded (ZeRO-3, FSDP): there each layer needs all
+        processes, which then all give the same answers. Modes and random states do not change.
 
         Args:
             model: the bare one, without the wrappers of data parallelism; adapters belong to it.
             accelerator: of the training, whose autocast is used.
-            step: under which the texts are noted.
+            step: of training, noted with the texts.
 
         Returns:
             Means over the samples: {"eval_rouge-1", "eval_rouge-2", "eval_rouge-l", "eval_rep4_char", each in [0, 1],
             "eval_predicted_characters"}; nothing where there are no samples.
         """
-        shared_weights = weights_are_shared(accelerator)
-        scores: list[dict[str, float]] = [{}]
-        if self.samples and (accelerator.is_main_process or shared_weights):
+        scores: dict[str, float] = {}
+        if self.samples and (accelerator.is_main_process or weights_are_sharded(accelerator)):
             with preserve_mode_and_rng(model), accelerator.autocast():
                 answers = self._answers(model)
             if accelerator.is_main_process:
-                told_apart = self._told_apart([answer.text for answer in answers])
-                self._keep(answers, told_apart, step)
-                scores = [self._scores([text for _, text in told_apart])]
-        return broadcast_object_list(scores)[0]
+                split = self._split_thoughts([answer.text for answer in answers])
+                self._save(answers, split, step)
+                texts = [text for _, text in split]
+                scores = {f"eval_{name}": mean for name, mean in mean_f(score_texts(texts, self.references)).items()}
+                scores["eval_rep4_char"] = rep4_char(texts)
+                scores["eval_predicted_characters"] = sum(map(len, texts)) / len(texts)
+        return broadcast_object_list([scores])[0]
 
-    @torch.no_grad()  # not inference mode: under ZeRO-3, training goes on with the weights that were gathered here
+    @torch.no_grad()  # not inference mode: under ZeRO-3, training continues with the weights that are gathered here
     def _answers(self, model: PreTrainedModel) -> list[Answer]:
         ends = answer_end_ids(model, self.tokenizer)
         if any(sample.continues_text for sample in self.samples):
             ends.append(document_end_id(self.tokenizer))
         prompts = [sample.prompt_ids for sample in self.samples]
-        # `generate` itself sees whether processes have to wait for each other (its synced_gpus).
+        # `generate` itself finds out whether processes have to wait for each other (its synced_gpus).
         return answer_prompts(model, self.tokenizer, prompts, self.generation, self.batch_size, ends)
 
-    def _told_apart(self, texts: list[str]) -> list[tuple[str, str]]:
-        """(thought, answer proper) of a text for each sample; what goes on with a text has no thought."""
+    def _split_thoughts(self, texts: list[str]) -> list[tuple[str, str]]:
+        """(thought, answer proper) of a text for each sample; continuations of text have no thought."""
         return [
             ("", text)
             if sample.continues_text
@@ -188,15 +185,8 @@ class SamplePredictions:
             for sample, text in zip(self.samples, texts, strict=True)
         ]
 
-    def _scores(self, texts: list[str]) -> dict[str, float]:
-        return {
-            **{f"eval_{name}": mean for name, mean in mean_f(score_texts(texts, self.references)).items()},
-            "eval_rep4_char": rep4_char(texts),
-            "eval_predicted_characters": sum(map(len, texts)) / len(texts),
-        }
-
-    def _keep(self, answers: list[Answer], told_apart: list[tuple[str, str]], step: int) -> None:
-        rows = list(zip(self.prompts, self.references, answers, told_apart, strict=True))
+    def _save(self, answers: list[Answer], split: list[tuple[str, str]], step: int) -> None:
+        rows = list(zip(self.prompts, self.references, answers, split, strict=True))
         with (self.folder / PREDICTIONS_FILE).open("a", encoding="utf-8") as file:
             for prompt, reference, answer, (thought, text) in rows:
                 line = {
@@ -211,24 +201,21 @@ class SamplePredictions:
             return
         for index, (prompt, reference, answer, _) in enumerate(rows):
             parts = {"prompt": prompt, "reference": reference, f"prediction ({answer.finish_reason})": answer.text}
-            shown = "\n\n".join(f"**{name}**\n\n{_quoted(part)}" for name, part in parts.items())
+            # Markdown quotations that keep the lines of the texts.
+            quoted = {name: "\n".join(f"> {line}  " for line in part.split("\n")) for name, part in parts.items()}
+            shown = "\n\n".join(f"**{name}**\n\n{part}" for name, part in quoted.items())
             self.writer.add_text(f"predictions/{index}", shown, step)
         self.writer.flush()
 
 
-def weights_are_shared(accelerator: Accelerator) -> bool:
-    """Whether each layer needs all processes, as each of them holds parts of the weights (ZeRO-3, FSDP)."""
+def weights_are_sharded(accelerator: Accelerator) -> bool:
+    """Whether each process holds a part of the weights only, so that each layer needs all of them (ZeRO-3, FSDP)."""
     return is_deepspeed_zero3_enabled() or accelerator.distributed_type == DistributedType.FSDP
-
-
-def _quoted(text: str) -> str:
-    """A Markdown quotation that keeps the lines of the text."""
-    return "\n".join(f"> {line}  " for line in text.split("\n"))
 
 
 @contextmanager
 def preserve_mode_and_rng(model: torch.nn.Module) -> Iterator[None]:
-    """Evaluation mode within; afterwards the modes of the model's parts and all random states are what they were."""
+    """Set evaluation mode within; afterwards restore the modes of all modules and all random states."""
     modes = [(module, module.training) for module in model.modules()]
     python_state, numpy_state = random.getstate(), numpy.random.get_state()
     device = next(model.parameters()).device

@@ -1,4 +1,4 @@
-"""Trackers of --report_to: one run for one run folder, however often it goes on, and no training ends for them."""
+"""Trackers of --report_to: one tracked run per run folder, however often it resumes; their failures do not end it."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ from transformers.integrations.integration_utils import INTEGRATION_TO_CALLBACK
 from novelgpt.settings.arguments import TrainArguments
 from novelgpt.settings.terminal import say_above_bars
 
-# By tracker: what tells its runs apart, and lets one go on. What the user has set stays.
+# By tracker: the variables that identify its run and let it resume. Those that the user has set stay.
 RUN_VARIABLES = {
     "wandb": ("WANDB_RUN_ID", "WANDB_RESUME"),
     "swanlab": ("SWANLAB_RUN_ID", "SWANLAB_RESUME"),
@@ -22,13 +22,13 @@ RUN_VARIABLES = {
 
 
 def name_tracked_run(training: TrainArguments, folder: Path, run_id: str) -> None:
-    """Name the run of trackers after its folder; where the folder's run goes on, theirs does.
+    """Name the run of trackers after its folder; where the folder's run resumes, theirs does.
 
     Args:
-        training: whose trackers are those that `report_to` names.
+        training: `report_to` names the trackers.
         folder: of the run.
-        run_id: letters and digits that stay the same when the run goes on; "" on other processes than the first,
-            which alone talks to trackers.
+        run_id: letters and digits that stay the same when the run resumes; "" on processes other than the first, which
+            alone reports to trackers.
     """
     if training.run_name is None:
         training.run_name = folder.name
@@ -41,38 +41,38 @@ def name_tracked_run(training: TrainArguments, folder: Path, run_id: str) -> Non
 
 
 def guard_trackers(trainer: Trainer) -> None:
-    """From here on, a tracker that fails is told once and left out."""
+    """Wrap the trackers of a trainer: one that fails is reported once and left out from then on."""
     for name in trainer.args.report_to or []:
         callback = trainer.pop_callback(INTEGRATION_TO_CALLBACK[name])
         if callback is not None:
-            begin = _begin_swanlab if name == "swanlab" and trainer.is_world_process_zero() else None
-            trainer.add_callback(_Dispensable(callback, name, begin))
+            start = _start_swanlab if name == "swanlab" and trainer.is_world_process_zero() else None
+            trainer.add_callback(_GuardedTracker(callback, name, start))
 
 
-class _Dispensable(TrainerCallback):
-    """Hands each event on to a tracker, until it fails: it has no network, no login, no space, or breaks."""
+class _GuardedTracker(TrainerCallback):
+    """Passes each event to a tracker until it fails: without network, login or space, or by a bug."""
 
-    def __init__(self, tracker: TrainerCallback, name: str, begin: Callable[[str | None], None] | None = None) -> None:
-        """`begin` takes the name of the run before training begins."""
+    def __init__(self, tracker: TrainerCallback, name: str, start: Callable[[str | None], None] | None = None) -> None:
+        """`start` takes the name of the run before training starts."""
         self.tracker: TrainerCallback | None = tracker
-        self.name, self.begin = name, begin
+        self.name, self.start = name, start
 
-    def hand_on(self, event: str, *arguments: Any, **keywords: Any) -> None:
-        """Call the tracker's method of this event."""
+    def forward(self, event: str, *arguments: Any, **keywords: Any) -> None:
+        """Call the tracker's method for an event."""
         if self.tracker is None:
             return
         try:
-            if event == "on_train_begin" and self.begin is not None:
-                self.begin(arguments[0].run_name)
+            if event == "on_train_begin" and self.start is not None:
+                self.start(arguments[0].run_name)
             getattr(self.tracker, event)(*arguments, **keywords)
-        except Exception as error:  # of any kind: whatever goes wrong there is not worth a training
+        except Exception as error:  # of any kind: no failure of a tracker is worth ending a training
             self.tracker = None
             reason = " ".join(str(error).split()) or type(error).__name__
-            say_above_bars(f"--report_to {self.name} fails and is left out; training goes on: {reason}")
+            say_above_bars(f"--report_to {self.name} fails and is left out; training continues: {reason}")
 
 
-def _begin_swanlab(name: str | None) -> None:
-    """Begin the run, as transformers asks for one that SwanLab 0.10 raises an error about where there is none."""
+def _start_swanlab(name: str | None) -> None:
+    """Start the run: transformers asks for the current one, and SwanLab 0.10 raises an error where there is none."""
     import swanlab
 
     if not swanlab.has_run():
@@ -81,4 +81,4 @@ def _begin_swanlab(name: str | None) -> None:
 
 
 for _event in [name for name in vars(TrainerCallback) if name.startswith("on_")]:
-    setattr(_Dispensable, _event, functools.partialmethod(_Dispensable.hand_on, _event))
+    setattr(_GuardedTracker, _event, functools.partialmethod(_GuardedTracker.forward, _event))

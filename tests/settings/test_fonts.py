@@ -9,7 +9,7 @@ import matplotlib
 import pytest
 
 from novelgpt.settings.fonts import find_chinese_font, lettering
-from novelgpt.training.loss_plot import draw_losses
+from novelgpt.training.callbacks import draw_losses
 
 DEJAVU = Path(matplotlib.get_data_path()) / "fonts" / "ttf" / "DejaVuSans.ttf"
 HISTORY = [{"step": 1, "loss": 4.0}, {"step": 2, "loss": 3.0}]

@@ -16,8 +16,8 @@ from tests.faults.runs import write_base, write_rows
 
 @pytest.fixture(autouse=True)
 def small_least(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(evaluations, "LEAST_TOKENS", 100)
-    monkeypatch.setattr(evaluations, "LEAST_ROWS", 2)
+    monkeypatch.setattr(evaluations, "MIN_TOKENS", 100)
+    monkeypatch.setattr(evaluations, "MIN_ROWS", 2)
 
 
 def plan(valid_lengths: list[int], lengths: list[int], tmp_path: Path, **training: Any) -> EvaluationPlan:
@@ -68,7 +68,7 @@ def test_what_costs_little_is_evaluated_whole(tmp_path: Path) -> None:
 def test_a_short_run_evaluates_on_something_all_the_same(tmp_path: Path) -> None:
     found = plan([30] * 400, [100] * 1000, tmp_path, max_steps=1, per_device_train_batch_size=1)
     assert found.tokens == 90
-    assert "fewer would tell too little" in found.explain()
+    assert "fewer would be too noisy" in found.explain()
     assert len(plan([1000] * 400, [100] * 1000, tmp_path, max_steps=1).rows) == 2  # type: ignore[arg-type]
 
 

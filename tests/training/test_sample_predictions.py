@@ -24,7 +24,7 @@ from novelgpt.text.conversation import encode_conversation, encode_prompt
 from novelgpt.text.encoding import document_end_id, encode
 from novelgpt.text.packing import PackedBlocks, TokenizedText
 from novelgpt.training.sample_predictions import (
-    MOST_PROMPT_TOKENS,
+    MAX_PROMPT_TOKENS,
     PREDICTIONS_FILE,
     SamplePredictions,
     choose_samples,
@@ -128,7 +128,7 @@ def test_thoughts_before_answers_are_not_scored(tokenizer: PreTrainedTokenizerBa
 
 def test_text_is_asked_to_go_on_after_its_first_half(tokenizer: PreTrainedTokenizerBase) -> None:
     ids = [*encode(NOVEL.read_text(encoding="utf-8")[:3000], tokenizer), document_end_id(tokenizer)]
-    for max_length in (64, 2 * MOST_PROMPT_TOKENS, 1024):
+    for max_length in (64, 2 * MAX_PROMPT_TOKENS, 1024):
         blocks = PackedBlocks([TokenizedText(numpy.array(ids))], max_length)
         samples = choose_samples(blocks, tokenizer, len(blocks), 40)
         rows = [blocks[index]["input_ids"].tolist() for index in range(len(blocks))]
@@ -136,7 +136,7 @@ def test_text_is_asked_to_go_on_after_its_first_half(tokenizer: PreTrainedTokeni
             border = len(sample.prompt_ids)
             assert sample.continues_text
             assert sample.prompt_ids + sample.reference_ids == block[: border + 40]
-            assert 0 <= min(len(block) // 2, MOST_PROMPT_TOKENS) - border < 4
+            assert 0 <= min(len(block) // 2, MAX_PROMPT_TOKENS) - border < 4
 
 
 def test_a_prompt_ends_in_a_whole_character(tokenizer: PreTrainedTokenizerBase) -> None:

@@ -154,7 +154,7 @@ def test_speeds_are_of_all_processes_and_the_ceiling_of_each(
 ) -> None:
     clock = [100.0]
     monkeypatch.setattr(throughput.time, "perf_counter", lambda: clock[0])
-    meter.since = meter.began = clock[0]
+    meter.since = meter.started = clock[0]
     meter.ceiling.flops, meter.ceiling.undisturbed = 1e9, True
     rows = [random_row(random.Random(6), 50) for _ in range(2)]
     meter.count(Collator(0)(rows))

@@ -20,7 +20,7 @@ QUICK = """
     --max_length 48 --max_steps 2 --logging_steps 1 --save_strategy steps --save_steps 1 --stop_check 0
     --preflight False --guards False --eval_on_start False
 """
-# A tracker as transformers finds it by its package, which breaks while training goes on.
+# A tracker as transformers finds it by its package, which breaks during training.
 BROKEN = """
 runs = []
 class Client: pass
@@ -56,7 +56,7 @@ def test_a_tracker_that_fails_ends_no_training(words: list[str], tmp_path: Path)
         PYTHONPATH=f"{package.parent}:{Path(__file__).resolve().parents[2]}",
     )  # fmt: skip
     lines = [line for line in printed.splitlines() if "trackio" in line]
-    assert lines == ["--report_to trackio fails and is left out; training goes on: no network"]
+    assert lines == ["--report_to trackio fails and is left out; training continues: no network"]
     assert json.loads((tmp_path / "run" / "run.json").read_text(encoding="utf-8"))["status"] == "finished"
 
 

@@ -1,4 +1,4 @@
-"""Order and randomness of training as functions of seed, epoch and step, so that a run can go on anywhere."""
+"""Order and randomness of training as functions of seed, epoch and step, so that a run can resume anywhere."""
 
 from __future__ import annotations
 
@@ -11,15 +11,15 @@ import numpy
 import torch
 from torch.utils.data import Sampler
 
-# Places of the order that are turned into Python numbers at once.
+# Indices converted to Python numbers at once.
 AT_ONCE = 1 << 16
 
 
 class ShuffledRows(Sampler[int]):
-    """Numbers of rows in the order of an epoch: the order that the stock Trainer has for the same seed.
+    """Indices of rows in the order of an epoch: the order of the stock Trainer for the same seed.
 
-    Of the first `skipped` places, all but the very first rows of the epoch, which accelerate fills its last batch up
-    with, give row 0, which costs nothing to name: whoever goes on in the middle of an epoch passes over them.
+    The first `skipped` indices are 0, which costs nothing, except the very first ones of the epoch, with which
+    accelerate fills up its last batch: a run that resumes within an epoch skips them.
     """
 
     def __init__(self, rows: int, seed: int) -> None:
