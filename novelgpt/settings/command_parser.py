@@ -1,4 +1,4 @@
-"""The parser of commands that take a few options of their own and load no model."""
+"""The argument parser of commands that have few options and load no model."""
 
 from __future__ import annotations
 
@@ -12,21 +12,17 @@ from novelgpt.settings.remedies import python_module
 
 
 class CommandParser(argparse.ArgumentParser):
-    """argparse whose errors are UserErrors, and whose paths may begin with `~` where the shell does not see it.
+    """argparse whose errors are UserErrors, and whose paths may start with a `~` that the shell does not expand.
 
-    Of a program that is named `python -m MODULE`, the interpreter is told in full.
+    A program `python -m MODULE` is shown with the full path of the interpreter.
     """
 
     def __init__(self, *arguments: Any, **options: Any) -> None:
         super().__init__(*arguments, **options)
-        words = self.prog.removeprefix("python -m ")
-        self.prog = self.prog if words == self.prog else python_module(words)
-        self.register("type", Path, _path)
+        if self.prog.startswith("python -m "):
+            self.prog = python_module(self.prog.removeprefix("python -m "))
+        self.register("type", Path, lambda text: Path(from_home(text)))
 
     def error(self, message: str) -> NoReturn:
-        """Raise what argparse would print below a page of usage."""
+        """Raise the message that argparse would print below its usage."""
         raise UserError(message, f"see `{self.prog} --help`")
-
-
-def _path(text: str) -> Path:
-    return Path(from_home(text))

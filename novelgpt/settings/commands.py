@@ -1,4 +1,4 @@
-"""The commands of `novelgpt`, with the words behind `python -m` that do the same in a checkout."""
+"""The commands of `novelgpt`, with the modules behind `python -m` that do the same in a checkout."""
 
 from __future__ import annotations
 
@@ -9,9 +9,9 @@ class Command(NamedTuple):
     """A command.
 
     Attributes:
-        name: as it is typed behind `novelgpt`, in one word or two.
-        module: with a `main`; and words in front of the user's own, where it has several commands.
-        text: what it does, in a line.
+        name: as typed after `novelgpt`, in one word or two.
+        module: with a `main`, and its subcommand where it has several.
+        text: one line for --help.
     """
 
     name: str
@@ -59,19 +59,17 @@ SECTIONS: dict[str, tuple[Command, ...]] = {
 COMMANDS = {command.name: command for section in SECTIONS.values() for command in section}
 
 
-def typed_words(module_words: str) -> str | None:
-    """What is typed behind `novelgpt` for words behind `python -m`; None where no command does the same.
+def novelgpt_args(module_args: str) -> str | None:
+    """Return the arguments of `novelgpt` for those of `python -m`; None where no command does the same.
 
-    >>> typed_words("finetune_lora --lora_rank 8")
+    >>> novelgpt_args("finetune_lora --lora_rank 8")
     'lora --lora_rank 8'
     """
-    for command in COMMANDS.values():
-        for module, name in ((command.module, command.name), (_group(command.module), _group(command.name))):
-            if module is not None and (module_words + " ").startswith(module + " "):
-                return f"{name}{module_words[len(module) :]}"
+    for name, module, _ in COMMANDS.values():
+        names = {module: name}
+        if " " in module:  # the group, as of `dataset novels`
+            names[module.split()[0]] = name.split()[0]
+        for known, typed in names.items():
+            if f"{module_args} ".startswith(f"{known} "):
+                return f"{typed}{module_args[len(known) :]}"
     return None
-
-
-def _group(words: str) -> str | None:
-    """The first of several words."""
-    return words.split()[0] if " " in words else None

@@ -28,17 +28,17 @@ Switch = bool | Literal["auto"] | None
 Number = float | Literal["auto"] | None
 
 
-class _Settings(BaseModel):
+class _Section(BaseModel):
     """Fields that are not named here are left to DeepSpeed."""
 
     model_config = ConfigDict(extra="ignore", strict=True, allow_inf_nan=False)
 
 
-class _Offload(_Settings):
+class _Offload(_Section):
     device: str = "none"
 
 
-class _Zero(_Settings):
+class _Zero(_Section):
     stage: Annotated[int, Field(ge=0, le=3)] | Literal["auto"] | None = None
     offload_optimizer: _Offload | None = None
     offload_param: _Offload | None = None
@@ -54,18 +54,18 @@ class _Zero(_Settings):
     sub_group_size: Number = None
 
 
-class _Enabled(_Settings):
+class _Enabled(_Section):
     enabled: Switch = None
 
 
-class _Made(_Settings):
+class _Made(_Section):
     """An optimizer or a schedule."""
 
     type: str
     params: dict[str, Any] = {}
 
 
-class DeepSpeedSettings(_Settings):
+class DeepSpeedSettings(_Section):
     """The settings that this toolkit, transformers and accelerate read."""
 
     zero_optimization: _Zero | None = None

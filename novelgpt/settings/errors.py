@@ -6,24 +6,18 @@ import functools
 import os
 from collections.abc import Callable
 
-from novelgpt.settings.given_ranks import (
-    is_given,
-    is_loss_of_a_rank,
-    leave_refusal_to_the_first,
-    leave_word_to_the_cause,
-    quieten_further_ranks,
-)
+from novelgpt.settings.given_ranks import is_given, is_loss_of_a_rank, quieten_further_ranks, wait_for_launcher
 from novelgpt.settings.signals import hear_interrupts
 from novelgpt.settings.terminal import guard_terminal, leave_closed_output, say, visible
 
-# The module of what libraries in Rust raise where their own code gives up, which is no Exception.
+# The module of panics in Rust libraries, which are not Exceptions.
 RUST_PANICS = "pyo3_runtime"
-# 128 + SIGPIPE, which ends other programs whose reader has ended.
+# 128 + SIGPIPE, as of other programs whose reader has ended.
 OUTPUT_CLOSED = 141
 
 
 class UserError(Exception):
-    """A problem that the user can mend.
+    """A problem that the user can fix.
 
     Args:
         cause: what is wrong, in one line, naming file, line and field where there are any.
@@ -36,12 +30,12 @@ class UserError(Exception):
         super().__init__(self.cause)
 
     def __reduce__(self) -> tuple[type[UserError], tuple[str, str]]:
-        """As processes hand errors to each other; by itself, an exception is made again from its message alone."""
+        """Let processes pass it to each other: an exception is otherwise rebuilt from its message alone."""
         return UserError, (self.cause, self.remedy)
 
 
 def reason_of(error: BaseException) -> str:
-    """What an error of a library says in its first line, and in the next where that one only leads to it."""
+    """Return the first line of a library's error, with the next one where the first only introduces it."""
     lines = str(error).strip().splitlines() or [type(error).__name__]
     return " ".join(lines[: 2 if lines[0].rstrip().endswith(":") else 1])
 
@@ -49,10 +43,10 @@ def reason_of(error: BaseException) -> str:
 def exit_on_user_error(main: Callable[..., None]) -> Callable[..., None]:
     """Decorate a `main` so that a UserError ends in two lines on standard error and exit status 2.
 
-    Of several processes, the launcher shows what the first prints, and of the others' words those that count; where
-    there is no such launcher, ranks leave the word to the one whose error it is. Ctrl-C ends in one line and exit
-    status 130, the loss of another rank in two lines and 1. Where who reads the output has ended, as `head` does,
-    so does this process, without a word.
+    Of several ranks, novelgpt.launch shows the output of the first, and of the others where it matters; under other
+    launchers, ranks wait for the one whose error it is. Ctrl-C ends in one line and exit status 130, the loss of
+    another rank in two lines and 1. Where the reader of the output has ended, as `head` does, so does this process,
+    silently.
     """
 
     @functools.wraps(main)
@@ -63,7 +57,7 @@ def exit_on_user_error(main: Callable[..., None]) -> Callable[..., None]:
         try:
             main(argv)
         except UserError as error:
-            leave_refusal_to_the_first()
+            wait_for_launcher(refused=True)
             say(f"error: {error.cause}", f"  fix: {error.remedy}", stderr=True)
             raise SystemExit(2) from None
         except KeyboardInterrupt:
@@ -76,17 +70,17 @@ def exit_on_user_error(main: Callable[..., None]) -> Callable[..., None]:
             raise SystemExit(OUTPUT_CLOSED) from None
         except BaseException as error:
             if is_loss_of_a_rank(error):
-                leave_word_to_the_cause()
+                wait_for_launcher(refused=False)
                 say(
                     f"error: another rank has ended, or cannot be reached: {reason_of(error)}",
-                    "  fix: look at what it says, here or on its host; the same command goes on from the newest "
+                    "  fix: see what it printed, here or on its host; the same command resumes from the newest "
                     "checkpoint",
                     stderr=True,
                 )
                 raise SystemExit(1) from None
             if type(error).__module__ != RUST_PANICS:
                 raise
-            # The patterns of a tokenizer.json may be such that their matching is given up on some texts.
+            # The patterns of a tokenizer.json may exceed the matcher's limits on some texts.
             say(
                 f"error: the tokenizer fails on a text: {reason_of(error)}",
                 "  fix: see the patterns in its tokenizer.json, or take that of the model's own authors",

@@ -1,8 +1,8 @@
-"""A rank that something else than novelgpt.launch has started: torchrun, accelerate, deepspeed, Slurm, Kubernetes.
+"""Ranks that another launcher has started: torchrun, accelerate, deepspeed, Slurm, Kubernetes.
 
-These give a process its number, and leave the rest to it: all ranks print on one terminal, a rank that is refused its
-settings says so beside all others, and one whose engine is gone trains on. Standard library only: the first part is
-settled before anything else is imported.
+These give a process its number, and leave the rest to it: all ranks print on one terminal, each reports an error that
+all have, and one whose launcher is gone keeps training. Standard library only: the first part is settled before
+anything else is imported.
 """
 
 from __future__ import annotations
@@ -22,41 +22,41 @@ from novelgpt.settings.hardware import visible_gpus
 from novelgpt.settings.library_settings import process_defaults
 
 PIPELINES = ("pretrain", "finetune", "finetune_lora", "predict")
-# By which novelgpt.launch tells its ranks that it keeps their words, and ends them.
+# Set by novelgpt.launch, which keeps its ranks' output and ends them.
 LAUNCHED = "NOVELGPT_LAUNCHED"
-# By which torchrun (and accelerate with it) and deepspeed can be told: a rank's parent ends them all.
+# Set by torchrun (and accelerate with it) and deepspeed, where a rank's parent ends them all.
 OF_ENGINES = ("TORCHELASTIC_RUN_ID", "CROSS_SIZE")
 MEETING = ("WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT")
 NUMBERS = ("RANK", "LOCAL_RANK", "WORLD_SIZE", "LOCAL_WORLD_SIZE")
-# Tells a Python that it has started over, so that it does so once even where something takes variables away again.
+# Set when Python starts over, so that it does so once even where something removes variables again.
 STARTED_OVER = "NOVELGPT_STARTED_OVER"
 PR_SET_PDEATHSIG = 1
-# An engine looks after its ranks every second or more often. By the end of the first time, rank 0 has said what all are
-# refused for; by that of the second one, a rank that is refused alone has said so.
+# Launchers check their ranks at least every second. Within the first time, rank 0 has printed an error that all have;
+# within the second one, a rank has printed its own.
 REFUSED_SECONDS = 5.0
 LOST_SECONDS = 10.0
-# No host or rank has a longer number; and not 00, as 0 is the first one's name.
+# No host or rank has a longer number; nor 00, as 0 is the first one's.
 _NUMBER = re.compile("0|[1-9][0-9]{0,6}")
-# What gloo, NCCL and the store say when the other end of a connection has ended.
+# Messages of gloo, NCCL and the store when the other end of a connection has ended.
 _LOST = re.compile(
     r"gloo/transport|connection was likely closed|remote process exited|connection reset|broken pipe", re.I
 )
 
 
 def is_given() -> bool:
-    """Whether this process is a rank that something else than novelgpt.launch has started."""
+    """Whether this process is a rank that another launcher than novelgpt.launch has started."""
     return all(os.environ.get(name) for name in ("RANK", "LOCAL_RANK")) and not os.environ.get(LAUNCHED)
 
 
 def begin_rank() -> None:
-    """Called when `python -m` begins to import one of the rooms: a pipeline's rank gets what ranks of ours get.
+    """Give a pipeline's rank the variables that novelgpt.launch sets; called when `python -m` starts to import a room.
 
-    Python starts over for it, in the same process, as some of the variables are read before its first line: by glibc.
+    Python starts over for it, in the same process, as glibc reads some of the variables before the first line.
     """
     over = os.environ.pop(STARTED_OVER, None) is not None
     forget_remains(os.environ)
-    words = sys.orig_argv
-    module = module_of(words, len(sys.argv) - 1)
+    command = sys.orig_argv
+    module = module_of(command, len(sys.argv) - 1)
     if module not in PIPELINES or not os.environ.get("RANK") or os.environ.get(LAUNCHED):
         return
     if any(os.environ.get(name) for name in OF_ENGINES):
@@ -64,30 +64,30 @@ def begin_rank() -> None:
     missing = missing_variables(os.environ)
     if missing and not over and sys.executable and "fork" in vars(os):
         variables = {**os.environ, **missing, STARTED_OVER: "1"}
-        os.execve(sys.executable, [sys.executable, *words[1:]], variables)
+        os.execve(sys.executable, [sys.executable, *command[1:]], variables)
     os.environ.update(missing)  # on Windows, a process that takes the place of this one would be another
     quieten_further_ranks()
 
 
-def module_of(words: Sequence[str], further: int) -> str:
-    """The last name of the module that a Python was told to run, by `-m NAME`, `-mNAME` or `-umNAME`.
+def module_of(command: Sequence[str], further: int) -> str:
+    """Return the last name of the module that Python runs by `-m NAME`, `-mNAME` or `-umNAME`.
 
     Args:
-        words: of its command line.
-        further: how many of these are the module's own.
+        command: Python's command line.
+        further: how many of its arguments are the module's own.
     """
-    last = words[: len(words) - further][-1]
+    last = command[: len(command) - further][-1]
     name = last.partition("m")[2] if last.startswith("-") else last
     return name.removesuffix(".__main__").rpartition(".")[2]
 
 
 def forget_remains(environment: MutableMapping[str, str]) -> None:
-    """Take out the variables of a rank that are empty, or say no more than that this process is alone.
+    """Remove variables of a rank that are empty, or that only describe a process by itself.
 
-    Images of containers and other tools leave them behind. Libraries take '' for a number, and wait to meet others.
+    Container images and other tools leave them behind. Libraries take '' for a number, and wait for other ranks.
 
     Args:
-        environment: from which they are taken.
+        environment: from which they are removed.
     """
     for name in (*NUMBERS, *MEETING):
         if environment.get(name) == "":
@@ -98,7 +98,7 @@ def forget_remains(environment: MutableMapping[str, str]) -> None:
 
 
 def is_alone(environment: Mapping[str, str]) -> bool:
-    """Whether what is said of ranks is that this is the only one, without a place to meet others."""
+    """Whether the variables describe a single rank, without a place to meet others."""
     return (
         (environment.get("WORLD_SIZE") or "1") == "1"
         and all((environment.get(name) or "0") == "0" for name in ("RANK", "LOCAL_RANK"))
@@ -106,41 +106,41 @@ def is_alone(environment: Mapping[str, str]) -> bool:
     )
 
 
-def number_in(word: str | None) -> int | None:
-    """The number that a variable holds; None where it is none, or one that no host, rank or port has."""
-    return int(word) if word is not None and _NUMBER.fullmatch(word) else None
+def number_in(value: str | None) -> int | None:
+    """Return the number in a variable; None where it is not one that a host, rank or port can have."""
+    return int(value) if value is not None and _NUMBER.fullmatch(value) else None
 
 
 def missing_variables(environment: Mapping[str, str]) -> dict[str, str]:
-    """What novelgpt.launch would have told a rank besides, which its engine has not.
+    """Return the variables that novelgpt.launch would have set for a rank, and its launcher has not.
 
     Args:
         environment: its variables.
     """
     missing: dict[str, str] = {}
-    if not environment.get("LOCAL_RANK"):  # operators of Kubernetes start one process a host, and count hosts alone
+    if not environment.get("LOCAL_RANK"):  # operators of Kubernetes start one process per host, and number hosts only
         of_slurm = environment.get("SLURM_PROCID") == environment.get("RANK")
         missing["LOCAL_RANK"] = (environment.get("SLURM_LOCALID") if of_slurm else None) or "0"
     missing |= process_defaults(environment, processes_here(environment), visible_gpus(environment))
     programs, path = str(Path(sys.executable).parent), environment.get("PATH", "")
-    if programs not in path.split(os.pathsep):  # ninja, by which DeepSpeed builds
+    if programs not in path.split(os.pathsep):  # where ninja is, which DeepSpeed builds with
         missing["PATH"] = os.pathsep.join(filter(None, (programs, path)))
     return missing
 
 
 def processes_here(environment: Mapping[str, str]) -> int | None:
-    """How many ranks this host has, by torchrun's name or DeepSpeed's; None where it is not said."""
+    """Return the number of ranks on this host, by torchrun's variable or DeepSpeed's; None where neither is set."""
     return number_in(environment.get("LOCAL_WORLD_SIZE") or environment.get("LOCAL_SIZE")) or None
 
 
 def stop_with_parent() -> None:
-    """Where the parent is killed, this process gets SIGTERM: a rank saves and ends instead of running on unseen."""
+    """Get SIGTERM when the parent is killed: a rank saves and ends instead of running on unseen."""
     if sys.platform == "linux":
         ctypes.CDLL(None).prctl(PR_SET_PDEATHSIG, signal.SIGTERM)
 
 
 def quieten_further_ranks() -> None:
-    """Libraries warn and draw bars in each process: of several on one terminal, the first one's are shown."""
+    """Silence libraries' warnings and progress bars on all ranks but the first, where they share a terminal."""
     if not is_given() or os.environ["RANK"] == "0":
         return
     warnings.filterwarnings("ignore")
@@ -151,45 +151,40 @@ def quieten_further_ranks() -> None:
 
 
 def problem_of_rank(environment: Mapping[str, str]) -> str | None:
-    """What is wrong with a rank's variables; None where nothing is, or this is none."""
-    said = "RANK" if environment.get("RANK") else "LOCAL_RANK"
+    """Return what is wrong with a rank's variables; None where nothing is, or this process is not one."""
+    known = "RANK" if environment.get("RANK") else "LOCAL_RANK"
     if not environment.get("LOCAL_RANK") or is_alone(environment):
         return None
     for name in ("RANK", *MEETING):
         if not environment.get(name):
-            return f"{said}={environment[said]} says that this is a rank of several, and {name} is not set"
+            return f"by {known}={environment[known]}, this is one of several ranks, but {name} is not set"
     numbers = {}
     for name in ("RANK", "LOCAL_RANK", "WORLD_SIZE", "MASTER_PORT"):
         number = number_in(environment[name])
         if number is None:
-            return f"{name}={environment[name]} is no number"
+            return f"{name}={environment[name]} is not a number"
         numbers[name] = number
     if numbers["RANK"] >= numbers["WORLD_SIZE"]:
-        return f"RANK={numbers['RANK']} is none of WORLD_SIZE={numbers['WORLD_SIZE']}, which count from 0"
+        return f"RANK={numbers['RANK']} is not one of WORLD_SIZE={numbers['WORLD_SIZE']}, which count from 0"
     if not 0 < numbers["MASTER_PORT"] < 1 << 16:
-        return f"MASTER_PORT={numbers['MASTER_PORT']} is no port"
+        return f"MASTER_PORT={numbers['MASTER_PORT']} is not a port"
     return None
 
 
 def is_loss_of_a_rank(error: BaseException) -> bool:
-    """Whether an error says no more than that another rank has ended, or cannot be reached."""
+    """Whether an error only means that another rank has ended, or cannot be reached."""
     several = os.environ.get("RANK") and os.environ.get("WORLD_SIZE") != "1"
     return bool(several) and isinstance(error, RuntimeError) and _LOST.search(str(error)) is not None
 
 
-def leave_refusal_to_the_first() -> None:
-    """Wait for the end that the engine puts to a rank when the first one has ended, with the same words most likely."""
-    if is_given() and os.environ["RANK"] != "0":
-        _wait_for_the_end(REFUSED_SECONDS)
+def wait_for_launcher(refused: bool) -> None:
+    """Wait for the launcher to end this rank, as another one prints the cause, so that it is not printed by all.
 
-
-def leave_word_to_the_cause() -> None:
-    """Wait for the end that the engine puts to a rank when another one has ended, which is about to say why."""
-    if is_given():
-        _wait_for_the_end(LOST_SECONDS)
-
-
-def _wait_for_the_end(seconds: float) -> None:
+    Args:
+        refused: whether the cause is an error of use, which all ranks have most likely, and the first one prints.
+    """
+    if not is_given() or (refused and os.environ["RANK"] == "0"):
+        return
     for number in (signal.SIGINT, signal.SIGTERM):
         signal.signal(number, signal.SIG_DFL)
-    time.sleep(seconds)
+    time.sleep(REFUSED_SECONDS if refused else LOST_SECONDS)

@@ -1,4 +1,4 @@
-"""Where samples lie and where results go. Paths that a user types are relative to where they type."""
+"""Folders of samples and results, and checks of paths. Paths that a user types are relative to the current folder."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ from typing import Literal
 
 from novelgpt.settings.errors import UserError
 
-# The folder that holds the rooms: a checkout, or the package into which pip puts them, where nothing is to be written.
+# The folder of the rooms: a checkout, or the package that pip installs, where nothing is written.
 ROOT = Path(__file__).resolve().parents[2]
 IS_CHECKOUT = not (ROOT / "__init__.py").is_file()
 SAMPLES = ROOT / "dataset" / "samples"
@@ -20,20 +20,20 @@ def _output_folder() -> Path:
         return ROOT / "output"
     try:
         return Path("output").absolute()
-    except FileNotFoundError:  # the current folder is gone; whatever needs one says so
+    except FileNotFoundError:  # the current folder is gone; whatever needs it reports that
         return Path("output")
 
 
 OUTPUT = _output_folder()
 EMBEDDED_BASE = OUTPUT / "bases" / "tiny-qwen3"
-# The name of the small base wherever a model is named. A folder of that name is written ./tiny.
+# The name of the small base in place of a model's. A folder of that name is written ./tiny.
 TINY = "tiny"
 # Read by LLaMA-Factory as well, whose users have it in their shells.
 HUB_VARIABLE = "USE_MODELSCOPE_HUB"
 
 
 def model_place(name: str) -> str:
-    """The folder or hub name that a model's name stands for: `tiny` is the small base, `~` the home of the user."""
+    """Resolve a model's name to a folder or hub name: `tiny` is the small base, `~` the user's home."""
     return str(EMBEDDED_BASE) if name == TINY else from_home(name)
 
 
@@ -55,20 +55,20 @@ def default_hub(environment: Mapping[str, str] = os.environ) -> Literal["hugging
 
 
 def from_home(path: str) -> str:
-    """The path with the user's home in place of a leading `~`, otherwise as it is written: ./a stays ./a."""
+    """Expand a leading `~` to the user's home; otherwise keep the path as written: ./a stays ./a."""
     return os.path.expanduser(path)  # noqa: PTH111  a Path would drop the `./`
 
 
 def check_utf8(name: str) -> None:
-    """Raise a UserError where a name holds bytes that are no UTF-8, which no file of settings could note."""
+    """Raise a UserError where a name holds bytes that are not UTF-8, which no file of settings can hold."""
     try:
         name.encode()
     except UnicodeEncodeError as error:
-        raise UserError(f"{name} is no UTF-8", "rename the file or folder") from error
+        raise UserError(f"{name} is not UTF-8", "rename the file or folder") from error
 
 
 def check_not_replaced(path: str, option: str, folder: Path) -> None:
-    """Raise a UserError where a file that is read lies in the folder that --overwrite_output_dir empties."""
+    """Raise a UserError where a file that is read lies in the folder that --overwrite_output_dir clears."""
     if Path(os.path.realpath(path)).is_relative_to(os.path.realpath(folder)):
         raise UserError(
             f"--overwrite_output_dir would delete {path}, which --{option} names",
@@ -77,24 +77,24 @@ def check_not_replaced(path: str, option: str, folder: Path) -> None:
 
 
 def check_folder_can_be_made(folder: Path, name: str) -> None:
-    """Nothing is made: whoever needs the folder makes it once there is something to put there.
+    """Check that a folder exists or can be made, without making it.
 
     Args:
-        folder: that is there, or shall be.
+        folder: to check.
         name: of it, for the error.
 
     Raises:
-        UserError: something else has its name or that of a folder above, or nothing can be written there.
+        UserError: a file has its name or that of a folder above, or nothing can be written there.
     """
     check_utf8(str(folder))
     there = next(path for path in (folder, *folder.absolute().parents) if path.exists())
     if not there.is_dir():
-        raise UserError(f"{name} cannot be made: {there} is no folder", "name a folder that can be written")
+        raise UserError(f"{name} cannot be made: {there} is not a folder", "name a folder that can be written")
     if not os.access(there, os.W_OK):
         raise UserError(f"{name}: nothing can be written into {there}", "name a folder that can be written")
 
 
 def existing_folder(path: Path) -> Path:
-    """The path, or the nearest folder above it that is there."""
+    """Return the path, or the nearest existing folder above it."""
     path = path.absolute()
     return path if path.is_dir() else existing_folder(path.parent)

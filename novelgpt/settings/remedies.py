@@ -1,6 +1,6 @@
-"""Commands that remedies and pages of help name: as the user has typed theirs.
+"""Commands in remedies and help texts, as the user would type them.
 
-That is `novelgpt …`, or otherwise a script or the interpreter that runs, whatever `python` is in the user's shell.
+That is `novelgpt …`, or else a script or the running interpreter, whatever `python` is in the user's shell.
 """
 
 from __future__ import annotations
@@ -12,11 +12,11 @@ import shutil
 import sys
 from pathlib import Path
 
-from novelgpt.settings.commands import typed_words
+from novelgpt.settings.commands import novelgpt_args
 from novelgpt.settings.paths import IS_CHECKOUT, ROOT
 
 EXAMPLE_MODEL = "Qwen/Qwen3-0.6B"
-# How the user has called `novelgpt`, told to the processes that it starts.
+# How the user has called `novelgpt`, for the processes that it starts.
 TYPED = "NOVELGPT_TYPED_AS"
 SCRIPTS = {
     "pretrain": "run_pretrain.sh", "finetune": "run_finetune.sh", "finetune_lora": "run_lora.sh",
@@ -25,34 +25,34 @@ SCRIPTS = {
 
 
 def this_python() -> str:
-    """The interpreter that runs, as a word for a shell."""
+    """Return the running interpreter, quoted for a shell."""
     return environment_program(Path(sys.executable or "python").name)
 
 
-def python_module(words: str) -> str:
-    """The command line of a module of this toolkit, or of the environment.
+def python_module(args: str) -> str:
+    """Return the command line of a module of this toolkit, or of the environment.
 
     Args:
-        words: the module and what follows it, quoted where they have to be.
+        args: the module and its arguments, quoted where needed.
     """
     typed = os.environ.get(TYPED)
-    behind = typed_words(words) if typed else None
-    return f"{this_python()} -m {words}" if behind is None else f"{typed} {behind}"
+    own = novelgpt_args(args) if typed else None
+    return f"{this_python()} -m {args}" if own is None else f"{typed} {own}"
 
 
 def as_typed(text: str) -> str:
-    """A sentence with the commands in it as the user types them.
+    """Return a text with its commands as the user types them.
 
     Args:
-        text: with commands in backquotes, by module and words; other words in backquotes stay.
+        text: with commands in backquotes, by module and arguments; other text in backquotes stays.
     """
     return re.sub(
-        "`([^`]+)`", lambda found: f"`{python_module(found[1])}`" if typed_words(found[1]) else found[0], text
+        "`([^`]+)`", lambda found: f"`{python_module(found[1])}`" if novelgpt_args(found[1]) else found[0], text
     )
 
 
 def note_program(program: Path) -> None:
-    """From here on, in this process and in those that it starts, commands are told as `novelgpt` is called here.
+    """Show commands as `novelgpt` is called here from now on, in this process and in those that it starts.
 
     Args:
         program: what was called, as in sys.argv[0].
@@ -62,62 +62,62 @@ def note_program(program: Path) -> None:
     else:
         found = shutil.which(program.name)
         on_path = found is not None and Path(found).absolute() == program.absolute()
-        os.environ[TYPED] = shlex.quote(program.name) if on_path else _word(program.absolute())
+        os.environ[TYPED] = shlex.quote(program.name) if on_path else _quoted(program.absolute())
 
 
 def program_name() -> str:
-    """How `novelgpt` is called here."""
+    """Return how `novelgpt` is called here."""
     return os.environ.get(TYPED, "novelgpt")
 
 
 def pip_install(*requirements: str) -> str:
-    """The command line that installs packages where this toolkit finds them."""
+    """Return the command line that installs packages where this toolkit finds them."""
     return python_module(f"pip install {shlex.join(requirements)}")
 
 
 def install_requirements() -> str:
-    """The command line that brings all packages to the versions that this toolkit is tested with."""
-    return python_module(f"pip install -r {_word(ROOT / 'requirements.txt')}")
+    """Return the command line that installs all packages in the versions that this toolkit is tested with."""
+    return python_module(f"pip install -r {_quoted(ROOT / 'requirements.txt')}")
 
 
 def install_for(version: str) -> str:
-    """How to get the toolkit under another Python.
+    """Return how to install the toolkit under another Python.
 
     Args:
         version: of Python, as "3.13".
     """
     if IS_CHECKOUT:
-        return f"PYTHON=python{version} bash {_word(ROOT / 'scripts' / 'setup.sh')}"
+        return f"PYTHON=python{version} bash {_quoted(ROOT / 'scripts' / 'setup.sh')}"
     return f"make an environment with `python{version} -m venv`, and install the toolkit there"
 
 
 def environment_program(name: str) -> str:
-    """A program beside the interpreter, as a word for a shell; relative where the user is in a folder above it."""
-    return _word(Path(sys.executable or "python").with_name(name))
+    """Return a program beside the interpreter, quoted for a shell; relative where it lies below the current folder."""
+    return _quoted(Path(sys.executable or "python").with_name(name))
 
 
-def run_pipeline(pipeline: str, words: str = "", model: str | None = EXAMPLE_MODEL) -> str:
-    """The command line that starts a pipeline.
+def run_pipeline(pipeline: str, args: str = "", model: str | None = EXAMPLE_MODEL) -> str:
+    """Return the command line that starts a pipeline.
 
     Args:
         pipeline: its module.
-        words: for the pipeline, quoted where they have to be.
-        model: to train or to ask; an example where none is known; None where the words tell.
+        args: of the pipeline, quoted where needed.
+        model: an example where none is known; None where `args` name it.
     """
     if TYPED in os.environ:
         named = "" if model is None else f" --model {shlex.quote(model)}"
-        return f"{python_module(pipeline)}{named} {words}".rstrip()
+        return f"{python_module(pipeline)}{named} {args}".rstrip()
     named = "" if model is None else f"MODEL={shlex.quote(model)} "
-    return f"{named}bash {_word(ROOT / 'scripts' / SCRIPTS[pipeline])} {words}".rstrip()
+    return f"{named}bash {_quoted(ROOT / 'scripts' / SCRIPTS[pipeline])} {args}".rstrip()
 
 
 def pipeline_name(pipeline: str) -> str:
-    """What a sentence calls a pipeline: its script or its command."""
+    """Return a pipeline's name for texts: its script or its command."""
     return python_module(pipeline) if TYPED in os.environ else f"scripts/{SCRIPTS[pipeline]}"
 
 
-def _word(path: Path) -> str:
-    """A path for a shell; relative where it lies below the folder that the user is in."""
+def _quoted(path: Path) -> str:
+    """Quote a path for a shell; relative where it lies below the current folder."""
     try:
         return shlex.quote(str(path.relative_to(Path.cwd())))
     except (ValueError, OSError):  # it lies elsewhere, or the folder is gone

@@ -1,4 +1,4 @@
-"""The signals that ask a run to end, and Ctrl-C while nothing is running yet."""
+"""The signals that ask a run to end, and Ctrl-C during imports."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from types import FrameType
 
-# SIGHUP comes when the terminal is gone, SIGUSR1 from Slurm ahead of the time limit. Windows has neither.
+# SIGHUP comes when the terminal is closed, SIGUSR1 from Slurm ahead of the time limit. Windows has neither.
 STOP_SIGNALS: tuple[signal.Signals, ...] = tuple(
     vars(signal)[name] for name in ("SIGINT", "SIGTERM", "SIGUSR1", "SIGHUP") if name in vars(signal)
 )
@@ -19,26 +19,26 @@ _began = False  # whether this process is a command of this toolkit
 
 
 def end_at_interrupts() -> None:
-    """Let Ctrl-C end this process at once, with the word and the status of `exit_on_user_error`.
+    """Let Ctrl-C end this process at once, with the message and the status of `exit_on_user_error`.
 
-    For the time in which libraries are imported: nothing is there yet that could be left behind, and within their
-    imports an interrupt becomes a traceback, an ImportError or nothing at all. A parent's SIG_IGN stays.
+    For the time of imports: nothing can be left behind yet, and within imports an interrupt becomes a traceback, an
+    ImportError or is lost. A parent's SIG_IGN stays.
     """
     if signal.getsignal(signal.SIGINT) is signal.default_int_handler:
         signal.signal(signal.SIGINT, _end)
 
 
 def hear_interrupts() -> None:
-    """From here on, Ctrl-C raises KeyboardInterrupt again."""
+    """Let Ctrl-C raise KeyboardInterrupt again."""
     if signal.getsignal(signal.SIGINT) is _end:
         signal.signal(signal.SIGINT, signal.default_int_handler)
 
 
 @contextmanager
 def importing() -> Iterator[None]:
-    """Around imports that wait until they are needed: Ctrl-C ends the process at once, as at the start.
+    """Let Ctrl-C end the process at once during imports that are made when needed.
 
-    Only in a process that began so, not in one that calls a command as a function.
+    Only in a process that runs a command, not in one that calls it as a function.
     """
     if _began:
         end_at_interrupts()
@@ -49,7 +49,7 @@ def importing() -> Iterator[None]:
 
 
 def begin_command() -> None:
-    """Called once, when `python -m` begins to import one of the rooms."""
+    """Mark this process as a command; called once, when `python -m` starts to import a room."""
     global _began
     _began = True
     end_at_interrupts()

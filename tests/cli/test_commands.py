@@ -9,7 +9,7 @@ from pathlib import Path
 import pytest
 
 from cli.__main__ import run
-from novelgpt.settings.commands import COMMANDS, typed_words
+from novelgpt.settings.commands import COMMANDS, novelgpt_args
 from novelgpt.settings.remedies import SCRIPTS, TYPED, python_module, run_pipeline
 from tests.launched import PATIENCE, ROOT
 from tests.script_words import words_of
@@ -138,7 +138,7 @@ def test_remedies_in_a_checkout_name_scripts_and_modules(monkeypatch: pytest.Mon
         "novelgpt.launch": None,
         "pip install x": None,
     }
-    assert {words: typed_words(words) for words in ways} == ways
+    assert {words: novelgpt_args(words) for words in ways} == ways
     assert python_module("predict.score A").endswith("python -m predict.score A")
     assert run_pipeline("pretrain", "--seed 1", "m") == "MODEL=m bash scripts/run_pretrain.sh --seed 1"
     monkeypatch.setenv(TYPED, "novelgpt")

@@ -546,7 +546,7 @@ CASES = {
     "predict: file as output": (
         "predict",
         ["--output_dir", "rows.jsonl"],
-        "--output_dir rows.jsonl cannot be made: rows.jsonl is no folder",
+        "--output_dir rows.jsonl cannot be made: rows.jsonl is not a folder",
     ),
     "predict: server without a folder": (
         "predict",
@@ -599,7 +599,7 @@ CASES = {
     "score: output below a file": (
         "predict.score",
         ["predictions.jsonl", "--output", "rows.jsonl/scores.json"],
-        "--output rows.jsonl/scores.json cannot be made: rows.jsonl is no folder",
+        "--output rows.jsonl/scores.json cannot be made: rows.jsonl is not a folder",
     ),
     "report: missing run": ("predict.report", ["nowhere", "--output", "{tmp}/out"], "nowhere is no folder"),
     "report: no predictions": (

@@ -21,7 +21,7 @@ from novelgpt.settings.errors import UserError
 from tests.launched import OF_LAUNCHERS, PATIENCE, ROOT
 
 # Each line of a rank's script may use these.
-BEGIN = "import json, os, signal, sys, time\nrank = int(os.environ['RANK'])\n"
+BEGIN = "import json, os, signal, sys, time\nrank = int(os.environ.get('RANK', '0'))\n"
 FOREVER = "\ntime.sleep(600)\n"
 SECRET = b"what the hosts of this run know"
 

@@ -178,9 +178,9 @@ def test_what_only_a_launcher_passes_is_no_key(tmp_path: Path) -> None:
 @pytest.mark.parametrize("option", ["--output_dir", "--train_files", "--model", "--config"])
 def test_names_that_are_no_utf8_are_refused(option: str, tmp_path: Path) -> None:
     name = os.fsdecode(b"\xff\xe4")
-    with pytest.raises(UserError, match="is no UTF-8"):
+    with pytest.raises(UserError, match="is not UTF-8"):
         parse_arguments(FinetuneRun, [*MODEL, option, name])
-    with pytest.raises(UserError, match="is no UTF-8"):  # as where a relative name is meant from such a folder
+    with pytest.raises(UserError, match="is not UTF-8"):  # as where a relative name is meant from such a folder
         check_folder_can_be_made(tmp_path / name / "run", "--output_dir run")
 
 
