@@ -227,7 +227,7 @@ def _show(tallies: dict[str, Tally], instructions: Instructions, unit: str) -> N
     console.print(table)
     example = next((tally.example for tally in reversed(shown.values()) if tally.example), None)
     if example is not None:
-        say(f"One row, in a wording of {BUILT_IN.name} or yours, drawn anew by each seed:")
+        say(f"One row, in a wording of {BUILT_IN.name} or yours, drawn by the seed:")
         for message in instructions.messages(example["task"], example, example["source"]):
             text = message["content"]
             if len(text) > EXAMPLE_CHARACTERS:

@@ -27,7 +27,7 @@ REASONS = {
     "answer_too_short": "answer below --answer_min",
     "answer_too_long": "answer above --answer_max",
     "row_too_long": "question and answer above --max_characters",
-    "answer_in_question": "the answer stands in the question",
+    "answer_in_question": "the question contains the answer",
     "not_chinese": "too few Chinese characters among its letters",
     "excluded": "question or answer of an excluded row",
     "near_excluded": "nearly an excluded row",

@@ -44,21 +44,6 @@ class CollectionOptions:
     near_duplicate_threshold: float = 0.8
 
 
-@dataclass(frozen=True)
-class SourceBooks:
-    """The books of one source file.
-
-    Attributes:
-        artefact: the folder of what was prepared.
-        first: index of its first book among all books.
-        books: its records, in order.
-    """
-
-    artefact: Path
-    first: int
-    books: list[BookRecord]
-
-
 @dataclass
 class CollectionResult:
     """What `write_collection` returns, beside the files.
@@ -78,19 +63,14 @@ class CollectionResult:
     rows_of: dict[str, int]
 
 
-def read_records(artefacts: Sequence[Path]) -> list[SourceBooks]:
-    """The records of all source files, in the order of these."""
-    sources: list[SourceBooks] = []
-    first = 0
-    for artefact in artefacts:
-        rows = json.loads((artefact / BOOKS).read_text(encoding="utf-8"))
-        sources.append(SourceBooks(artefact, first, [BookRecord(**row) for row in rows]))
-        first += len(rows)
-    return sources
+def read_records(artefacts: Iterable[Path]) -> dict[Path, list[BookRecord]]:
+    """Artefact of a source file -> the records of its books, in order."""
+    rows = {artefact: json.loads((artefact / BOOKS).read_text(encoding="utf-8")) for artefact in artefacts}
+    return {artefact: [BookRecord(**row) for row in of_file] for artefact, of_file in rows.items()}
 
 
 def write_collection(
-    sources: Sequence[SourceBooks],
+    sources: Mapping[Path, Sequence[BookRecord]],
     skipped: Sequence[tuple[str, str]],
     options: CollectionOptions,
     shown_options: Mapping[str, Any],
@@ -99,17 +79,16 @@ def write_collection(
     """Write everything but the manifest.
 
     Args:
-        sources: the books; some of them usable.
+        sources: from `read_records`; some of the books are usable.
         skipped: (source, reason) of files that are not texts.
         options: of the run.
         shown_options: for the report.
         folder: to write to; empty.
 
     Raises:
-        UserError: there is no such book as `options.held_out` names.
+        UserError: no book matches a name of `options.held_out`.
     """
-    artefacts = [source.artefact for source in sources]
-    books = [book for source in sources for book in source.books]
+    books = [book for records in sources.values() for book in records]
     pairs, decisions = _compare_books(sources, options)
     # Books that share a name get their source appended: rows of a training file that share a name are one document.
     counts = Counter(book.name for book in books)
@@ -118,13 +97,13 @@ def write_collection(
             book.name = f"{book.name} ({book.source})"
     rows_of, left_out = _write_chapters(sources, books, decisions, options, folder)
     not_texts = list(skipped)
-    for artefact in artefacts:
+    for artefact in sources:
         not_texts += [(row["source"], row["reason"]) for row in read_rows(artefact / SKIPPED)]
     empty = dict.fromkeys(("text", "book", "chapter", "title"), "")
     skipped_rows = (empty | {"source": source, "reason": reason, "other": ""} for source, reason in not_texts)
     rows_of["left_out.jsonl"] = left_out.total() + _write_rows(skipped_rows, folder / "left_out.jsonl", mode="a")
     with (folder / "rejected.jsonl").open("wb") as joined:
-        for artefact in artefacts:
+        for artefact in sources:
             with (artefact / REMOVED).open("rb") as file:
                 shutil.copyfileobj(file, joined)
     examples, rows_of["rejected.jsonl"] = _examples(folder / "rejected.jsonl")
@@ -135,7 +114,7 @@ def write_collection(
 
 
 def _compare_books(
-    sources: Sequence[SourceBooks], options: CollectionOptions
+    sources: Mapping[Path, Sequence[BookRecord]], options: CollectionOptions
 ) -> tuple[list[dict[str, Any]], dict[int, list[Decision]]]:
     """Compare all books that can be used, and store the split of each in its record.
 
@@ -145,12 +124,13 @@ def _compare_books(
     """
     usable: list[tuple[int, BookRecord]] = []
     prints: list[BookPrints] = []
-    for source in sources:
-        of_books = load_fingerprints(source.artefact / FINGERPRINTS)
-        for index, (book, fingerprints) in enumerate(zip(source.books, of_books, strict=True), start=source.first):
+    index = 0
+    for artefact, records in sources.items():
+        for book, fingerprints in zip(records, load_fingerprints(artefact / FINGERPRINTS), strict=True):
             if not book.refused:
                 usable.append((index, book))
                 prints.append(BookPrints(book.name, book.source, fingerprints))
+            index += 1
     threshold = options.near_duplicate_threshold
     thresholds = Thresholds(near=threshold, contained=threshold)
     duplicates = find_duplicates(prints, thresholds)
@@ -172,7 +152,7 @@ def _source_of(location: Location) -> str:
 
 
 def _write_chapters(
-    sources: Sequence[SourceBooks],
+    sources: Mapping[Path, Sequence[BookRecord]],
     books: Sequence[BookRecord],
     decisions: Mapping[int, Sequence[Decision]],
     options: CollectionOptions,
@@ -206,14 +186,16 @@ def _write_chapters(
     return writers["train"].rows_of | writers["held_out"].rows_of, left_out
 
 
-def _chapters(sources: Sequence[SourceBooks]) -> Iterator[tuple[int, int, dict[str, Any]]]:
+def _chapters(sources: Mapping[Path, Sequence[BookRecord]]) -> Iterator[tuple[int, int, dict[str, Any]]]:
     """(index of the book, index of the chapter in it, its row) of all chapters."""
-    for source in sources:
+    first = 0
+    for artefact, records in sources.items():
         book, chapter = -1, 0
-        for row in read_rows(source.artefact / CHAPTERS):
+        for row in read_rows(artefact / CHAPTERS):
             chapter = chapter + 1 if row["book"] == book else 0
             book = row["book"]
-            yield source.first + book, chapter, row
+            yield first + book, chapter, row
+        first += len(records)
 
 
 def _write_rows(rows: Iterable[dict[str, Any]], path: Path, mode: str = "w") -> int:

@@ -87,5 +87,5 @@ def main(argv: list[str] | None = None) -> None:
             display.show_results(result)
         display.show_next(args.out)
     except KeyboardInterrupt:
-        display.say("interrupted 已中断: run the same command again to resume; files that are done stay done")
+        say("interrupted 已中断: run the same command again to resume; files that are done stay done", stderr=True)
         raise SystemExit(INTERRUPTED) from None

@@ -103,7 +103,7 @@ def folding_table() -> np.ndarray:
     for character in _SIMPLIFIED:
         table[ord(character)] = ord(fold(character))
     table[10] = 10  # keeps lines apart
-    table[0xD800:0xE000] = 0xFFFF  # halves of pairs are no characters
+    table[0xD800:0xE000] = 0xFFFF  # surrogates are not characters
     return table
 
 

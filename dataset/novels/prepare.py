@@ -24,7 +24,7 @@ from dataset.novels.sources.sources import LeftOut, read_books
 from novelgpt.settings.atomic_files import atomic_folder, hash_file, hash_json
 from novelgpt.settings.errors import UserError
 
-# Modules and rooms whose code does not affect an artefact; a change of any other makes all artefacts anew.
+# Modules and rooms whose code does not affect an artefact; a change of any other invalidates all artefacts.
 LATER_STEPS = frozenset((
     "engines", "report", "near_duplicates", "overlaps", "split", "collection", "command", "manifest", "run", "shards",
     "terminal",
@@ -42,7 +42,7 @@ class FileOptions:
         rules_digest: of all rules, from `load_rules`.
         code: digest of the code of the steps.
         to_simplified: whether chapters are converted.
-        series: files that are one book; the first one stands for all of them.
+        series: files that are one book; the first one represents all of them.
     """
 
     rules: tuple[Path, ...] = ()
@@ -52,7 +52,7 @@ class FileOptions:
     series: tuple[Series, ...] = ()
 
     def series_of(self, source: str) -> Series | None:
-        """The series that a file stands for; None for a file by itself."""
+        """The series that a file represents; None for a file by itself."""
         return next((one for one in self.series if one.members[0] == source), None)
 
 

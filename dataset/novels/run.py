@@ -22,6 +22,7 @@ from dataset.novels.sources.sources import list_folder
 from dataset.novels.terminal import Display
 from novelgpt.settings.atomic_files import exclusive_folder
 from novelgpt.settings.errors import UserError
+from novelgpt.settings.terminal import say
 
 VERSION = 1
 ENGINES = ("local", "datatrove", "slurm", "ray")
@@ -99,9 +100,9 @@ def _run(
         finished = out / "cache" / "next"
         shutil.rmtree(finished, ignore_errors=True)
         _prepare_files(artefacts, raw, out / "cache", files, engine, display)
-        display.say("comparing books and chapters, and writing what is left 查重、划分、写出")
-        sources = read_records(list(artefacts.values()))
-        books = [book for source in sources for book in source.books]
+        say("comparing books and chapters, and writing what is left 查重、划分、写出", stderr=True)
+        sources = read_records(artefacts.values())
+        books = [book for records in sources.values() for book in records]
         if all(book.refused for book in books):
             display.show_refused(books)
             raise UserError(f"nothing usable in {raw}", "name a folder with novels in Chinese")
@@ -119,7 +120,7 @@ def _run(
 
 
 def _join_series(hashed: Mapping[str, HashedFile], series: Sequence[Series]) -> Iterator[tuple[str, HashedFile]]:
-    """(source, file) of each book to prepare: of files that are one book the first one, which stands for all."""
+    """(source, file) of each book to prepare: of files that are one book the first one, which represents all."""
     series_of = {member: one for one in series for member in one.members}
     for source, file in hashed.items():
         members = [hashed[member] for member in series_of[source].members] if source in series_of else [file]

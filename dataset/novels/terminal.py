@@ -30,10 +30,6 @@ class Display:
         self.console = make_console()
         self.progress = make_console(stderr=True)
 
-    def say(self, text: str) -> None:
-        """A line about the current step."""
-        say(text, stderr=True)
-
     @contextmanager
     def files(self, title: str, count: int, total_bytes: int) -> Iterator[Callable[[int], None]]:
         """Progress over files: call what is yielded with the bytes of each that is done."""
@@ -67,9 +63,10 @@ class Display:
             last = now
             speed = done_bytes / max(now - start, 1e-3)
             left = (total_bytes - done_bytes) / max(speed, 1)
-            self.say(
+            say(
                 f"{title}: {done:,} of {counted(count, 'file')}, {done_bytes / 1e6:,.1f} of {total_bytes / 1e6:,.1f} "
-                f"MB, {speed / 1e6:,.1f} MB/s, {left:,.0f} s left 剩余"
+                f"MB, {speed / 1e6:,.1f} MB/s, {left:,.0f} s left 剩余",
+                stderr=True,
             )
 
         return advance

@@ -143,16 +143,16 @@ class _Book:
             self.findings.append(f"{counted(len(empty), 'chapter')} without text: {'; '.join(empty[:MAX_NAMED])}")
 
     def _without_repeats(self, headings: Sequence[HeadingCandidate]) -> list[HeadingCandidate]:
-        """Of two headings with one number and no text between them, remove the one that says no more."""
+        """Of two headings with one number and no text between them, remove the one that the other includes."""
         kept: list[HeadingCandidate] = []
         for one in headings:
             between = range(kept[-1].index + 1, one.index) if kept else ()
             has_text = any(self.texts[index].strip() and index not in self._gone for index in between)
             if kept and kept[-1].number == one.number is not None and not has_text:
-                if kept[-1].says(one):
+                if kept[-1].includes(one):
                     self.remove([one.index], "repeated_heading")
                     continue
-                if one.says(kept[-1]):
+                if one.includes(kept[-1]):
                     self.remove([kept.pop().index], "repeated_heading")
             kept.append(one)
         return kept
@@ -203,7 +203,7 @@ class _Book:
         for place, index in enumerate(indices):
             text = _plain(self.texts[index])
             repeats = text.removeprefix("正文") == _plain(heading) or text == _plain(title)
-            if text and not repeats and not one.says_line(self.texts[index].strip()):
+            if text and not repeats and not one.repeats_line(self.texts[index].strip()):
                 return list(indices[place:])
             if text:
                 self.remove([index], "repeated_heading")

@@ -76,7 +76,7 @@ def _key(one: HeadingCandidate) -> _Key:
 
 
 def _runs(texts: Sequence[str], usable: Sequence[HeadingCandidate]) -> Iterator[tuple[int, int]]:
-    """First and last position of each run of headings without text between them, cut where an entry comes again."""
+    """First and last position of each run of headings without text between them, cut where an entry is repeated."""
     first, volume = 0, 0
     seen: set[object] = set()
     for place, one in enumerate(usable):
@@ -179,7 +179,7 @@ def first_line_of_prologue(texts: Sequence[str]) -> int:
 
 
 def _is_prose(texts: Sequence[str], least: int) -> bool:
-    """Whether the lines are prose of at least so many characters."""
+    """Whether the lines are prose of at least `least` characters."""
     length = sum(len("".join(text.split())) for text in texts)
     sentences = sum(text.count("。") + text.count("！") + text.count("？") for text in texts)
     return length >= least and sentences >= 3

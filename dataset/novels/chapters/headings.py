@@ -81,7 +81,7 @@ class HeadingCandidate:
         fits_shape: the line from the label on is short and not a sentence.
         shaped: looks like a heading by itself: it fits, and nothing else precedes the label.
         several: has two labels of a unit, as lines in tables of contents do.
-        ended: says that a chapter ends: 第一章完.
+        ended: marks the end of a chapter: 第一章完.
         doubtful: text follows the label without a blank, as in prose: 第十一回里城囚西伯侯, 第二回合.
         cut: (rule, part) of parts of the line that do not belong to the heading.
     """
@@ -114,19 +114,19 @@ class HeadingCandidate:
         self.prefix = ""
         self.shaped = self.fits_shape and not self.several and not self.doubtful
 
-    def says(self, other: HeadingCandidate) -> bool:
+    def includes(self, other: HeadingCandidate) -> bool:
         """Whether this heading includes `other`: its number, in any digits, and the words of its title."""
         mine, its = NormalizedCopy.of(self.title).text, NormalizedCopy.of(other.title).text
         same_title = its in mine if unit_of(self) == unit_of(other) else bool(its) and its == mine
         return (self.number, self.last) == (other.number, other.last) and same_title
 
-    def says_line(self, line: str) -> bool:
+    def repeats_line(self, line: str) -> bool:
         """Whether a line repeats this heading: its number, in any digits, with the same title or without one."""
         if self.number is None or len(line) > LONGEST_HEADING:
             return False
         labelled = [one for one in find_candidates([line]) if one.number is not None and not one.several]
-        return any(self.says(one) and (one.title or not one.prefix) for one in labelled) or (
-            bool(self.title) and any(self.says(one) and one.title for one in find_numbered_lines([line]))
+        return any(self.includes(one) and (one.title or not one.prefix) for one in labelled) or (
+            bool(self.title) and any(self.includes(one) and one.title for one in find_numbered_lines([line]))
         )
 
     @property

@@ -13,6 +13,7 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 import numpy as np
+import opencc
 
 from dataset.novels.chapters.headings import find_candidates, find_numbered_lines
 from dataset.novels.cleaning.rules import Rule, read_rules
@@ -136,7 +137,7 @@ def clean(text: str, rules: Rules) -> Cleaned:
     for index, kept in left.items():
         lines[index] = Line(index + 1, kept)
     if any("\n" in kept for kept in left.values()):
-        lines = [Line(number, piece.rstrip()) for number, kept in lines for piece in kept.split("\n")]
+        lines = [Line(number, segment.rstrip()) for number, kept in lines for segment in kept.split("\n")]
     return Cleaned(lines, removed)
 
 
@@ -151,8 +152,6 @@ def to_simplified(text: str) -> str:
 
 @functools.cache
 def _converter() -> Any:
-    import opencc  # only on request: it loads its dictionaries
-
     return opencc.OpenCC("t2s")
 
 
@@ -283,7 +282,10 @@ def _spans(rule: Rule, line: str, copy: NormalizedCopy) -> Iterator[tuple[int, i
                 continue
             begin, end = _widen(line, begin, end)
             # "" ends a sentence, too: nothing precedes the part.
-            after_sentence = line[:begin][-80:].rstrip()[-1:] in SENTENCE_ENDS and _is_closed(line[:begin])
+            front = line[:begin]
+            # No quotation is open, so that the part is not direct speech.
+            closed = all(front.rfind(opener) <= front.rfind(closer) for opener, closer in ("“”", "「」"))
+            after_sentence = closed and front[-80:].rstrip()[-1:] in SENTENCE_ENDS
             if _is_balanced(line[begin:end]) and (anywhere or after_sentence):
                 yield begin, end
 
@@ -325,11 +327,6 @@ def _is_balanced(part: str) -> bool:
         if depth < 0:
             return False
     return True
-
-
-def _is_closed(front: str) -> bool:
-    """Whether no quotation is open at the end of this text, so that what follows is not direct speech."""
-    return front.rfind("“") <= front.rfind("”") and front.rfind("「") <= front.rfind("」")
 
 
 def _is_near(rule: Rule, texts: list[str], index: int) -> bool:

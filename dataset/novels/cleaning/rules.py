@@ -27,7 +27,7 @@ DOMAINS = "com|net|org|info|xyz|top|vip|site|club|biz|name|pro|cc|cn|co|la|me|tv
 _DOMAIN = re.compile(rf"(?=({DOMAINS}))")
 _NAME = re.compile(r"[a-z0-9]+$")
 _MARKED = re.compile(r"https?|www|wap")
-_BEHIND_DOMAIN = re.compile(r"t{0,2}xt")
+_AFTER_DOMAIN = re.compile(r"t{0,2}xt")
 _DOTS = frozenset(".．")
 """Between the names of "m.abc.com"."""
 _SCHEME = re.compile(r"[:：]\s*[/／]\s*[/／]")
@@ -56,20 +56,20 @@ def _ends_address(copy: NormalizedCopy, begin: int, end: int, marked: bool) -> b
     name = _NAME.search(copy.text, 0, begin)
     if name is None or len(name[0]) < 2:
         return False
-    before, behind = _gap(copy, begin), _gap(copy, end)
+    before, after = _gap(copy, begin), _gap(copy, end)
     if not before.strip():
         return False
-    letter_behind = end < len(copy.text) and copy.text[end].isascii()
-    if letter_behind and not behind.strip():
+    letter_after = end < len(copy.text) and copy.text[end].isascii()
+    if letter_after and not after.strip():
         spelled = all(_gap(copy, place) for place in range(begin + 1, end))
-        if not (marked and (_BEHIND_DOMAIN.match(copy.text, end) or (spelled and not behind))):
+        if not (marked and (_AFTER_DOMAIN.match(copy.text, end) or (spelled and not after))):
             return False
     if marked:
         return True
     inside = [_gap(copy, place) for place in range(name.start() + 1, begin)]
     if not any(inside) or (before in _DOTS and all(gap in _DOTS for gap in inside if gap)):
         return not any(map(str.isspace, before))
-    # Letters set apart, "a b c . n e t": another separator must stand before the domain.
+    # Letters set apart, "a b c . n e t": another separator must precede the domain.
     return all(inside) and before.strip() not in {gap.strip() for gap in inside}
 
 
@@ -107,7 +107,7 @@ def _raw_gap(copy: NormalizedCopy, place: int) -> str:
 
 
 def is_scattered(part: str) -> bool:
-    """Whether marks without a function stand between most characters: "最⊥新⊥小⊥说"."""
+    """Whether meaningless marks separate most characters: "最⊥新⊥小⊥说"."""
     copy = NormalizedCopy.of(part)
     gaps = [_raw_gap(copy, place) for place in range(1, len(copy.text))]
     marked = sum(any(character not in _ORDINARY for character in gap) for gap in gaps)
@@ -208,7 +208,9 @@ def _entries(path: Path) -> list[tuple[dict[str, Any], str]]:
     content = read_yaml(path, "name an existing file with --rules", remedy)
     rows = content.get("rules") if isinstance(content, dict) and set(content) == {"rules"} else None
     if not isinstance(rows, list) or not all(isinstance(row, dict) for row in rows):
-        raise UserError(f"{path}: no list of rules", 'begin it with "rules:" and write below: "- name: …", one a rule')
+        raise UserError(
+            f"{path}: no list of rules", 'begin it with "rules:" and write below: "- name: …", one per rule'
+        )
     entries = [(row, f"{path}: rule {row.get('name', '?')!r}") for row in rows]
     for place, count in Counter(place for _, place in entries).items():
         if count > 1:

@@ -113,7 +113,7 @@ def sum_runs(values: np.ndarray, starts: np.ndarray) -> np.ndarray:
 
     Args:
         values: (n,).
-        starts: (runs,) index of the first value of each run; none where there are no values.
+        starts: (runs,) index of the first value of each run; none if there are no values.
     """
     return np.add.reduceat(values, starts) if len(starts) else values
 

@@ -69,7 +69,7 @@ def assign_splits(
 
     Args:
         books: the collection.
-        duplicates: what `find_duplicates` says of these books, in the same order.
+        duplicates: from `find_duplicates`, of these books in the same order.
         held_out_names: books held out by name, source, or stem of the source; with the wildcards * ? [ ].
         held_out_share: share of the books, by number, held out besides, in [0, 1). A book is drawn by a hash of seed
             and name, independently of the rest of the collection. So in a small collection the share drawn may be far
@@ -110,8 +110,8 @@ def decide(
 
     Args:
         books: the collection.
-        duplicates: what `find_duplicates` says of these books, in the same order.
-        splits: what `assign_splits` says of them, or any other choice.
+        duplicates: from `find_duplicates`, of these books in the same order.
+        splits: from `assign_splits`, or any other choice.
         thresholds: for overlaps and duplicates.
     """
     order = order_of(books, [split == "held_out" for split in splits])

@@ -154,8 +154,8 @@ def _last_log_line(folder: Path, ranks: Sequence[int]) -> str:
 def new_run_folder(logging_folder: Path) -> Path:
     """run-0001, run-0002, …: the next one, which only this user can write to.
 
-    datatrove skips tasks that a mark in the folder says are done, whatever has become of their files since: a new
-    folder has no marks. Code is unpickled from it, so nobody else may write to it.
+    datatrove skips tasks that a mark in the folder says are done, even if their files have changed since: a new folder
+    has no marks. Code is unpickled from it, so nobody else may write to it.
     """
     logging_folder.mkdir(parents=True, exist_ok=True)
     number = 1 + sum(1 for _ in logging_folder.glob("run-*"))

@@ -82,7 +82,7 @@ def slurm_executor(
         options: sbatch's long options without the dashes.
 
     Raises:
-        UserError: an option is reserved or holds what cannot stand in a script; this is a Slurm job already.
+        UserError: an option is reserved or has a character that a script cannot hold; this is a Slurm job already.
     """
     if "SLURM_ARRAY_TASK_ID" in os.environ:
         raise UserError(
@@ -94,7 +94,9 @@ def slurm_executor(
                 f"--slurm {name}: not an option that can be set", "name a long option of sbatch without its dashes"
             )
         if not _VALUE.fullmatch(value):
-            raise UserError(f"--slurm {name}={value}: a sign in it cannot stand in a job script", "write it without")
+            raise UserError(
+                f"--slurm {name}={value}: a character in it cannot be written into a job script", "write it without"
+            )
     return WaitingSlurmExecutor(
         [step],
         tasks,

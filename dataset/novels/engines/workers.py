@@ -34,7 +34,7 @@ def map_files(function: Callable[[Path], Path], files: Sequence[Path], workers: 
     """
     if not files:
         return
-    # Never fork: this process may have threads, and their locks would be copied as they stand.
+    # Never fork: this process may have threads, and their locks would be copied in their current state.
     methods = multiprocessing.get_all_start_methods()
     context = multiprocessing.get_context("forkserver" if "forkserver" in methods else "spawn")
     if context.get_start_method() == "forkserver":

@@ -62,7 +62,7 @@ def write_report(
 
     Args:
         books: all of them, those refused included.
-        pairs: what duplicates.jsonl says: {"kind", "level", "first", "second", "similarity"}; chapters are "source#3".
+        pairs: rows of duplicates.jsonl: {"kind", "level", "first", "second", "similarity"}; chapters are "source#3".
         examples: rule -> removed lines {"source", "line", "text"}; a page shows the first 12 of each.
         options: of the run, shown unchanged.
         path: of the file, written atomically.

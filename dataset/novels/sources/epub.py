@@ -6,13 +6,12 @@ import html
 import posixpath
 import re
 from collections.abc import Callable, Sequence
-from typing import NamedTuple
 from urllib.parse import unquote
 from xml.etree import ElementTree
 
 from dataset.decode import decode_tolerant
 from dataset.mending import BadBytes
-from dataset.novels.records import HostileFileError, Section
+from dataset.novels.records import HostileFileError, RawBook, Section
 from dataset.novels.sources.epub_pages import (
     CHAPTER_UNITS,
     PageBlock,
@@ -20,10 +19,10 @@ from dataset.novels.sources.epub_pages import (
     find_units,
     is_chapter,
     mark_headings,
+    matches_title,
     matter_of_page,
     matter_of_section,
     read_page,
-    says,
     without_blanks,
 )
 from novelgpt.settings.errors import UserError
@@ -36,24 +35,8 @@ _EDGE = 3  # pages at either end, where distributors of a book put their own
 MAX_IMAGES_NAMED = 20
 
 
-class Epub(NamedTuple):
-    """The content of an epub.
-
-    Attributes:
-        sections: its chapters in reading order; those with a `rule` are pages that are not part of the book.
-        encoding: of most of its pages.
-        bad_bytes: of pages, that fit no character.
-        findings: sentences about what is missing, damaged or lost.
-    """
-
-    sections: tuple[Section, ...]
-    encoding: str
-    bad_bytes: tuple[BadBytes, ...]
-    findings: tuple[str, ...]
-
-
-def read_epub(names: Sequence[str], read: Callable[[str], bytes], source: str) -> Epub:
-    """The chapters of an epub in reading order, and findings about it.
+def read_epub(name: str, names: Sequence[str], read: Callable[[str], bytes], source: str) -> RawBook:
+    """The book of an epub: its chapters in reading order; those with a `rule` are pages that are not part of it.
 
     A chapter begins where the table of contents (nav or ncx) points to, and at headings: numbered ones anywhere in a
     page, others if there is no table of contents. Other pages continue the chapter before. A chapter's text does not
@@ -61,6 +44,7 @@ def read_epub(names: Sequence[str], read: Callable[[str], bytes], source: str) -
     rule. A page or table of contents that is missing or damaged costs no more than itself.
 
     Args:
+        name: of the book.
         names: of all members.
         read: bytes of a member; raises UserError where it cannot be read.
         source: of the epub, to name in errors.
@@ -80,23 +64,23 @@ def read_epub(names: Sequence[str], read: Callable[[str], bytes], source: str) -
     bad: list[BadBytes] = []
     spine = package.spine()
     pages: dict[str, tuple[list[PageBlock], bool]] = {}
-    for number, name in enumerate(spine):
-        if name in protected:
-            raise UserError(f"{source} is protected against reading ({name} is encrypted)", "leave it out")
+    for number, page in enumerate(spine):
+        if page in protected:
+            raise UserError(f"{source} is protected against reading ({page} is encrypted)", "leave it out")
         try:
-            data = read(name)
+            data = read(page)
         except UserError as error:
-            package.findings.append(f"a page is lost: {package.why_lost(error, name)}")
+            package.findings.append(f"a page is lost: {package.why_lost(error, page)}")
             continue
         if data.strip():
-            text, encoding, more = decode_tolerant(data, f"{source}!{name}")
+            text, encoding, more = decode_tolerant(data, f"{source}!{page}")
             encodings.append(encoding)
             bad += more
-            pages[name] = (read_page(text), number < _EDGE or number >= len(spine) - _EDGE)
+            pages[page] = (read_page(text), number < _EDGE or number >= len(spine) - _EDGE)
     mark_headings([block for blocks, _ in pages.values() for block in blocks])
-    for name, (blocks, at_the_edge) in pages.items():
+    for page, (blocks, at_the_edge) in pages.items():
         if blocks:
-            book.add(name, blocks, guide.get(name, ""), at_the_edge, only=len(spine) == 1)
+            book.add(page, blocks, guide.get(page, ""), at_the_edge, only=len(spine) == 1)
     sections = tuple(draft.finished() for draft in book.drafts if draft.blocks)
     if not any(section.text for section in sections if not section.rule):
         raise UserError(f"{source} holds no text", "leave it out")
@@ -104,7 +88,8 @@ def read_epub(names: Sequence[str], read: Callable[[str], bytes], source: str) -
     if book.lost:
         shown = "; ".join(book.lost[:MAX_IMAGES_NAMED])
         findings += [f"images in the text that may be characters, without a word for them ({len(book.lost)}): {shown}"]
-    return Epub(sections, max(encodings, key=encodings.count), tuple(bad), tuple(findings))
+    encoding = max(encodings, key=encodings.count)
+    return RawBook(name, source, "", encoding, tuple(bad), sections, tuple(findings))
 
 
 class _Package:
@@ -291,7 +276,7 @@ class _SectionBuilder:
         level = 0 if self.titles else chapter_level([block.level for block in blocks if block.level], only)
         for index, title, shaped in find_units(blocks, level):
             above = starts.get(index, [""])[-1] if index in starts else titles.get("", "")
-            if says(title, above) and index in starts:
+            if matches_title(title, above) and index in starts:
                 continue
             if shaped is not None:
                 begins = shaped.unit in CHAPTER_UNITS or not is_chapter(above)

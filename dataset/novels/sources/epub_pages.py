@@ -244,7 +244,7 @@ def mark_headings(blocks: Sequence[PageBlock]) -> None:
 def find_units(blocks: list[PageBlock], level: int) -> list[tuple[int, str, HeadingCandidate | None]]:
     """Headings: index of the first block, the text of it and of those joined to it, and the number if it has one.
 
-    Consecutive headings are one ("第二章", "风"), until one that says itself which chapter it is, or is another of the
+    Consecutive headings are one ("第二章", "风"), until one that has a chapter number itself, or is another of the
     `level` of chapters below one with a title.
     """
     units: list[tuple[int, str, HeadingCandidate | None]] = []
@@ -268,7 +268,7 @@ def find_units(blocks: list[PageBlock], level: int) -> list[tuple[int, str, Head
 def chapter_level(levels: Sequence[int], only: bool) -> int:
     """The level of the headings that begin chapters in a book without contents: the highest, if it is repeated.
 
-    `only`: the page is the whole book, in which a heading that stands alone is the book's name.
+    `only`: the page is the whole book, in which a single heading is the book's name.
     """
     repeated = [level for level in sorted(set(levels)) if levels.count(level) > 1]
     return repeated[0] if repeated and (only or repeated[0] == min(levels)) else 0
@@ -279,7 +279,7 @@ def is_chapter(title: str) -> bool:
     return any(one.shaped and one.unit in CHAPTER_UNITS for one in find_candidates([title]))
 
 
-def says(heading: str, title: str) -> bool:
+def matches_title(heading: str, title: str) -> bool:
     """Whether a heading equals a title of the contents, or one of the two is the beginning of the other."""
     first, second = without_blanks(heading), without_blanks(title)
     return bool(second) and (first.startswith(second) or second.startswith(first))

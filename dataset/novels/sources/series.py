@@ -169,7 +169,7 @@ def join_series(series: Series, source: str, read: Callable[[str], bytes]) -> Ra
         encodings.append(encoding)
         bad += more
     names = [member.rpartition("/")[2] for member in texts]
-    finding = f"made of {len(names)} files, one a chapter, in the order of their numbers: {names[0]} to {names[-1]}"
+    finding = f"made of {len(names)} files, one per chapter, in the order of their numbers: {names[0]} to {names[-1]}"
     encoding = Counter(encodings).most_common(1)[0][0]
     if 2 * sum(_first_heading(text) is not None for text in texts.values()) >= len(texts):
         text = "\n\n".join(texts.values())

@@ -14,6 +14,7 @@ import re
 import zipfile
 import zlib
 from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from pathlib import Path, PurePath, PurePosixPath
 from typing import IO, Any, NamedTuple, TypeAlias
 
@@ -29,6 +30,7 @@ SUFFIXES = (".txt", ".gz", ".zip", ".epub", ".jsonl")
 MAX_BYTES = 512 * 2**20
 # An archive may not unpack to more than this many times its own size, once that is more than FREE_BYTES.
 MAX_RATIO, FREE_BYTES = 200, 64 * 2**20
+_DAMAGE: tuple[type[Exception], ...] = (zipfile.BadZipFile, zlib.error, EOFError, gzip.BadGzipFile)
 _LONE_SURROGATE = re.compile("[\ud800-\udfff]")
 _Stream: TypeAlias = IO[bytes] | gzip.GzipFile
 
@@ -108,9 +110,9 @@ def read_books(path: Path, folder: Path, left_out: Callable[[LeftOut], None] | N
     elif suffix == ".epub":
         with _archive(path, source) as archive:
             meter = _Meter(path.stat().st_size, source)
-            book = read_epub(archive.namelist(), lambda name: meter.member(archive, name), source)
-        name = _clean_name(path.stem, source)
-        yield RawBook(name, source, "", book.encoding, book.bad_bytes, book.sections, book.findings)
+            name = _clean_name(path.stem, source)
+            book = read_epub(name, archive.namelist(), lambda member: meter.member(archive, member), source)
+        yield book
     elif suffix == ".jsonl":
         with _opened(path, source) as stream:
             yield from _read_rows(_Meter(0, source, packed=False).lines(stream), source, _clean_name(path.stem, source))
@@ -152,16 +154,19 @@ def _opened(path: Path, source: str) -> IO[bytes]:
         raise UserError(f"{source}: {error.strerror}", "check the path and its rights") from error
 
 
-def _damaged(source: str, error: Exception) -> UserError:
-    return UserError(f"{source} is damaged: {error}", "fetch it again, or unpack it with another program")
+@contextmanager
+def _naming_damage(source: str, *errors: type[Exception]) -> Iterator[None]:
+    """Turn the errors of damaged packed data, and `errors`, into a UserError."""
+    try:
+        yield
+    except _DAMAGE + errors as error:
+        raise UserError(f"{source} is damaged: {error}", "fetch it again, or unpack it with another program") from error
 
 
 def _archive(path: Path, source: str) -> zipfile.ZipFile:
     _opened(path, source).close()
-    try:
+    with _naming_damage(source, NotImplementedError, OSError, ValueError):
         return zipfile.ZipFile(path)
-    except (zipfile.BadZipFile, NotImplementedError, OSError, ValueError) as error:
-        raise _damaged(source, error) from error
 
 
 class _Meter:
@@ -182,16 +187,14 @@ class _Meter:
         source = f"{self._source}!{name}"
         try:
             info = archive.getinfo(name)
-            if info.flag_bits & 1:
-                raise UserError(f"{source} is encrypted", "unpack it with its password")
-            if info.compress_type not in (zipfile.ZIP_STORED, zipfile.ZIP_DEFLATED, zipfile.ZIP_BZIP2):
-                raise UserError(f"{source} is packed by method {info.compress_type}", "unpack it by another program")
-            with archive.open(info) as stream:
-                return self.read(stream, source)
         except KeyError as error:
             raise UserError(f"{self._source} is damaged: it has no {name}", "fetch it again") from error
-        except (zipfile.BadZipFile, zlib.error, EOFError, NotImplementedError, RuntimeError, OSError) as error:
-            raise _damaged(source, error) from error
+        if info.flag_bits & 1:
+            raise UserError(f"{source} is encrypted", "unpack it with its password")
+        if info.compress_type not in (zipfile.ZIP_STORED, zipfile.ZIP_DEFLATED, zipfile.ZIP_BZIP2):
+            raise UserError(f"{source} is packed by method {info.compress_type}", "unpack it by another program")
+        with _naming_damage(source, NotImplementedError, RuntimeError, OSError), archive.open(info) as stream:
+            return self.read(stream, source)
 
     def read(self, stream: _Stream, source: str = "") -> bytes:
         """All bytes of `stream`.
@@ -201,13 +204,11 @@ class _Meter:
         """
         chunks: list[bytes] = []
         size = 0
-        try:
+        with _naming_damage(source or self._source):
             while chunk := stream.read(2**20):
                 chunks.append(chunk)
                 size += len(chunk)
                 self._count(len(chunk), size, source or self._source)
-        except (zlib.error, EOFError, gzip.BadGzipFile) as error:
-            raise _damaged(source or self._source, error) from error
         return b"".join(chunks)
 
     def lines(self, stream: _Stream) -> Iterator[bytes]:
@@ -216,12 +217,10 @@ class _Meter:
         Raises:
             UserError: damaged, too many bytes, or a line that is too long.
         """
-        try:
+        with _naming_damage(self._source):
             while line := stream.readline(MAX_BYTES + 1):
                 self._count(len(line), len(line), self._source)
                 yield line
-        except (zlib.error, EOFError, gzip.BadGzipFile) as error:
-            raise _damaged(self._source, error) from error
 
     def _count(self, more: int, size: int, source: str) -> None:
         if self._left is not None:
@@ -367,7 +366,7 @@ def _row_fields(raw: bytes, encoding: str, where: str) -> tuple[str, str, str, s
     if not isinstance(record, dict) or not isinstance(record.get("text"), str) or not record["text"].strip():
         raise UserError(f"{where}: no text in field 'text'", 'write rows like {"text": "…", "book": "…"}')
     if _LONE_SURROGATE.search(record["text"]):
-        raise UserError(f"{where}: the text holds half a character (\\ud800 to \\udfff)", "write the row anew")
+        raise UserError(f"{where}: the text holds half a character (\\ud800 to \\udfff)", "write the row again")
     text = decode_references(record["text"].replace("\r\n", "\n").replace("\r", "\n"))
     extra = (record.get(key) for key in ("book", "chapter", "title"))
     book, chapter, title = ("" if value is None else str(value).strip() for value in extra)
