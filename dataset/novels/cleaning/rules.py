@@ -6,7 +6,7 @@ import functools
 import re
 import time
 import unicodedata
-from collections import Counter
+from collections import Counter, deque
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, fields
 from pathlib import Path
@@ -305,8 +305,8 @@ def _use(rule: Rule, line: str) -> None:
         for start in range(0, len(line), 50):
             rule.search.match(line, start)
     else:
-        list(rule.search.finditer(line))
+        deque(rule.search.finditer(line), maxlen=0)
     if rule.refuse:
         rule.refuse.search(line[-rule.longest :])
     if rule.words:
-        list(rule.counted.finditer(line[-rule.longest :]))
+        deque(rule.counted.finditer(line[-rule.longest :]), maxlen=0)
