@@ -1,4 +1,4 @@
-"""Rows that name a task, put into words: questions and answers drawn from templates when a row is loaded."""
+"""Wordings of rows that name a task: questions and answers drawn from templates when a row is read."""
 
 from __future__ import annotations
 
@@ -18,13 +18,13 @@ from novelgpt.text.messages import Message
 
 BUILT_IN = Path(__file__).with_name("instructions.yaml")
 PAPERS_TASK = "title_to_abstract"
-# Placeholders of questions that say how long the answer is.
+# Placeholders of questions that state the length of the answer.
 COMPUTED = ("characters", "characters_at_most")
 
 
 @dataclass(frozen=True)
 class Wording:
-    """One way to ask, with the ways to answer it.
+    """One way to ask a question, with the ways to answer it.
 
     Attributes:
         user: pattern of the question.
@@ -38,12 +38,12 @@ class Wording:
 
     @property
     def question_fields(self) -> frozenset[str]:
-        """Fields of the row that the question holds."""
+        """Fields of the row that the question contains."""
         return (_placeholders(self.system) | _placeholders(self.user)) - set(COMPUTED)
 
     @property
     def answer_fields(self) -> frozenset[str]:
-        """Fields of the row that its answers hold."""
+        """Fields of the row that its answers contain."""
         return frozenset().union(*map(_placeholders, self.answers))
 
     def messages(self, record: Mapping[str, Any], answer: int = 0) -> list[Message]:
@@ -61,11 +61,11 @@ class Wording:
 
 @dataclass(frozen=True)
 class Instructions:
-    """The wordings of each task, and how one of them is chosen.
+    """The wordings of each task, and how one of them is chosen for a row.
 
     Attributes:
         tasks: task -> wordings, at least one each.
-        seed: of the draw; None takes the first question with its first answer, for every row.
+        seed: of the random choice; None takes the first question with its first answer for every row.
         words_papers: whether title/abstract rows that name no task are worded as `title_to_abstract`, too.
     """
 
@@ -74,13 +74,13 @@ class Instructions:
     words_papers: bool = False
 
     def fixed(self) -> Instructions:
-        """The same wordings, of which each row takes the first: scores of such rows can be compared."""
+        """The same wordings, of which every row takes the first, so that scores can be compared."""
         return replace(self, seed=None)
 
     def messages(self, task: str, record: Mapping[str, Any], where: str) -> list[Message]:
-        """A row in words. The draw depends on the seed, the task, and the row's id (its fields where it has none).
+        """The messages of a row. The choice depends on the seed, the task, and the row's id (its fields if it has none).
 
-        Under the fixed wording, a row without the fields of the answer is a question without one, as prediction takes.
+        Under the fixed wording, a row without the fields of the answer gives a question without one, for prediction.
 
         Args:
             task: what the row is for.
@@ -88,7 +88,7 @@ class Instructions:
             where: file and line, for errors.
 
         Raises:
-            UserError: no such task, or a field is missing or no text.
+            UserError: no such task, or a field is missing or not a text.
         """
         wordings = self.wordings(task, where)
         question, answer = _fields(wordings if self.seed is not None else wordings[:1])
@@ -97,7 +97,7 @@ class Instructions:
         for name in sorted(question | answer):
             if not isinstance(record.get(name), str):
                 raise UserError(
-                    f"{where}: field {name} of the task {task} is {'no text' if record.get(name) else 'missing'}",
+                    f"{where}: field {name} of the task {task} is {'not a text' if record.get(name) else 'missing'}",
                     f"give the row the texts {', '.join(sorted(question | answer))}",
                 )
         texts = {name: record[name] for name in sorted(question | answer)}
@@ -123,12 +123,12 @@ class Instructions:
         return self.tasks[task]
 
     def fields(self, task: str, where: str) -> tuple[list[str], list[str]]:
-        """Names of the fields that the questions of a task hold, and of those that its answers hold."""
+        """Names of the fields that the questions of a task contain, and of those that its answers contain."""
         question, answer = _fields(self.wordings(task, where))
         return sorted(question), sorted(answer)
 
-    def most_characters(self, task: str, record: Mapping[str, Any], where: str) -> int:
-        """Characters of the row in the longest of its wordings, all messages together."""
+    def max_characters(self, task: str, record: Mapping[str, Any], where: str) -> int:
+        """Number of characters of the row in the longest of its wordings, all messages together."""
         return max(
             sum(len(message["content"]) for message in wording.messages(record, answer))
             for wording in self.wordings(task, where)
@@ -137,14 +137,14 @@ class Instructions:
 
 
 def load_instructions(files: Sequence[str] = (), seed: int | None = None) -> Instructions:
-    """The built-in wordings, then those of `files`, of which later ones take the place of earlier ones, task by task.
+    """Load the built-in wordings, then those of `files`; later ones replace earlier ones, task by task.
 
     Args:
         files: YAML files in the form of dataset/instructions.yaml.
-        seed: of the draw; None for the first wording of each task.
+        seed: of the random choice; None for the first wording of each task.
 
     Raises:
-        UserError: a file that cannot be read, or a pattern that is none; names the file, the task and the pattern.
+        UserError: a file that cannot be read, or an invalid pattern; names the file, the task and the pattern.
     """
     tasks = dict(_built_in())
     for file in files:
@@ -153,7 +153,7 @@ def load_instructions(files: Sequence[str] = (), seed: int | None = None) -> Ins
 
 
 def rounded(length: int) -> int:
-    """A length to two digits, 5 % off at most.
+    """Round a length to two digits, at most 5 % off.
 
     >>> rounded(19), rounded(208), rounded(1215)
     (19, 210, 1200)
@@ -163,7 +163,7 @@ def rounded(length: int) -> int:
 
 
 def rounded_up(length: int) -> int:
-    """A length up to a full ten, from 1000 on a full hundred.
+    """Round a length up to a multiple of ten, from 1000 on of a hundred.
 
     >>> rounded_up(19), rounded_up(208), rounded_up(1215)
     (20, 210, 1300)
@@ -189,7 +189,7 @@ def _read(path: Path, known: Mapping[str, tuple[Wording, ...]]) -> dict[str, tup
         wordings = (*known.get(task, ()), *wordings) if entry.get("extends") else wordings
         if not set(COMPUTED).isdisjoint(_placeholders(wordings[0].system + wordings[0].user)):
             raise UserError(
-                f"{where}: the first question, which evaluation takes, tells the length of the answer",
+                f"{where}: the first question, which evaluation takes, states the length of the answer",
                 "put a question without {characters} first",
             )
         tasks[str(task)] = wordings
@@ -237,16 +237,16 @@ def _check_keys(entry: Any, known: set[str], where: str) -> None:
 
 
 def _pattern(text: Any, where: str, computed: bool = False) -> str:
-    """`text`, checked: placeholders are plain names, and computed ones stand in questions only."""
+    """Check a pattern: placeholders are plain names, and computed ones stand in questions only."""
     if not isinstance(text, str):
-        raise UserError(f"{where} is no text", "write a text with {field} placeholders")
+        raise UserError(f"{where} is not a text", "write a text with {field} placeholders")
     try:
         parts = list(string.Formatter().parse(text))
     except ValueError as error:
         raise UserError(f"{where}: {error}", "write {field}, and {{ or }} for a brace") from error
     for _, name, specification, conversion in parts:
         if name is not None and (not name.isidentifier() or specification or conversion):
-            raise UserError(f"{where}: {{{name}}} is no placeholder", "write {field}, and {{ or }} for a brace")
+            raise UserError(f"{where}: {{{name}}} is not a placeholder", "write {field}, and {{ or }} for a brace")
         if name in COMPUTED and not computed:
             raise UserError(f"{where}: {{{name}}} stands in an answer", "use it in questions")
     return text

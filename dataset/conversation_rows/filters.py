@@ -117,7 +117,7 @@ class RowFilter:
                 return f"{name}_too_short", str(length)
             if longest is not None and length > longest:
                 return f"{name}_too_long", str(length)
-        whole = self.instructions.most_characters(row["task"], row, row["source"])
+        whole = self.instructions.max_characters(row["task"], row, row["source"])
         if whole > self.limits.max_characters:
             return "row_too_long", str(whole)
         if self.limits.drop_leaks and _key(answer) in _key(question):

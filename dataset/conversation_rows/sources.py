@@ -195,7 +195,7 @@ def _next_chapters(
             before.clear()  # a chapter between the two is missing, or was left out as a duplicate
             yield RowCandidate(row, "gap_in_chapters", f"{number} -> {chapter.number}")
         else:
-            room = limits.max_characters - instructions.most_characters(task, row, chapter.where)
+            room = limits.max_characters - instructions.max_characters(task, row, chapter.where)
             row["previous"] = keep_tail("\n\n".join(before), room) if room > 0 else ""
             reason = "" if row["previous"] else "no_room_for_context" if room > 0 else "row_too_long"
             yield RowCandidate(row, reason)
@@ -211,7 +211,7 @@ def _continued_texts(
     for chapter in _chapters(files, columns):
         paragraphs = chapter.text.split("\n")
         empty = _row(task, instructions, chapter.name, chapter.record, chapter.where, {"opening": "", "rest": ""})
-        room = limits.max_characters - instructions.most_characters(task, empty, chapter.where)
+        room = limits.max_characters - instructions.max_characters(task, empty, chapter.where)
         start, part = 0, 1
         while start < len(paragraphs):
             boundary = min(len(paragraphs), _fitting(paragraphs, start, limits.opening_characters) + 1)
