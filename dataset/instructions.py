@@ -78,7 +78,7 @@ class Instructions:
         return replace(self, seed=None)
 
     def messages(self, task: str, record: Mapping[str, Any], where: str) -> list[Message]:
-        """The messages of a row. The choice depends on the seed, the task, and the row's id (its fields if it has none).
+        """The messages of a row. The choice depends on the seed, the task and the row's id (its fields, without one).
 
         Under the fixed wording, a row without the fields of the answer gives a question without one, for prediction.
 
