@@ -2,7 +2,7 @@
 
     python -m novelgpt.export.to_safetensors FOLDER OUTPUT
 
-Nothing but tensors is taken from the pickles, one file after the other; values, types and names stay as they are.
+Only tensors are read from the pickles, one file at a time; values, types and names stay the same.
 """
 
 from __future__ import annotations
@@ -25,8 +25,6 @@ from novelgpt.settings.command_parser import CommandParser
 from novelgpt.settings.errors import UserError, exit_on_user_error
 from novelgpt.settings.terminal import counted, say
 
-STEMS = {Path(WEIGHTS_NAME).stem: "model"}  # other stems stay
-
 
 @exit_on_user_error
 def main(argv: list[str] | None = None) -> None:
@@ -36,62 +34,55 @@ def main(argv: list[str] | None = None) -> None:
     )
     parser.add_argument("folder", type=Path, help="of a model or an adapter whose weights are .bin files")
     parser.add_argument("output", type=Path, help="new folder")
-    words = parser.parse_args(argv)
-    if not words.folder.is_dir():
-        raise UserError(f"{words.folder} is no folder", "name the folder of a model or an adapter")
-    check_model_folder(words.folder)
-    with new_output_folder(words.output) as unfinished:
-        count = convert(words.folder, unfinished)
-    say(f"{counted(count, 'tensor')} written to {words.output}")
+    args = parser.parse_args(argv)
+    if not args.folder.is_dir():
+        raise UserError(f"{args.folder} is not a folder", "name the folder of a model or an adapter")
+    check_model_folder(args.folder)
+    with new_output_folder(args.output) as unfinished:
+        count = convert(args.folder, unfinished)
+    say(f"{counted(count, 'tensor')} written to {args.output}")
 
 
 def convert(folder: Path, output: Path) -> int:
-    """Fill `output` with the files of `folder`, its pickled weights as safetensors.
+    """Copy the files of `folder` to `output`, with its pickled weights as safetensors.
 
     Returns:
-        How many tensors there are.
+        Number of tensors.
 
     Raises:
-        UserError: there are no pickles of weights, one is missing or damaged, or holds more than tensors.
+        UserError: there are no pickled weights, one file is missing or damaged, or holds more than tensors.
     """
-    places: dict[str, str] = {}
+    names = pickled_weights(folder)
+    if not names or names[0] not in (ADAPTER_NAME, WEIGHTS_NAME, WEIGHTS_INDEX_NAME):
+        raise UserError(f"{folder} holds no pickled weights", f"name a folder with {WEIGHTS_NAME} or {ADAPTER_NAME}")
+    if names[0] == WEIGHTS_INDEX_NAME:
+        names = read_index(folder / WEIGHTS_INDEX_NAME)
+        missing = [name for name in names if not (folder / name).is_file()]
+        if missing:
+            raise UserError(f"{folder} lacks {', '.join(missing)}", f"fetch the files that {WEIGHTS_INDEX_NAME} names")
+    weight_map: dict[str, str] = {}
     size = 0
-    files = _pickles(folder)
-    for file in files:
-        tensors = _read(file)
-        name = _safe_name(file.name)
-        save_file(tensors, output / name, metadata={"format": "pt"})
-        follow_umask(output / name)
-        places |= dict.fromkeys(tensors, name)
+    for name in names:
+        tensors = _read(folder / name)
+        save_file(tensors, output / _safe_name(name), metadata={"format": "pt"})
+        follow_umask(output / _safe_name(name))
+        weight_map |= dict.fromkeys(tensors, _safe_name(name))
         size += sum(tensor.nbytes for tensor in tensors.values())
-    if len(files) > 1:
-        index = {"metadata": {"total_size": size}, "weight_map": places}
+    if len(names) > 1:
+        index = {"metadata": {"total_size": size}, "weight_map": weight_map}
         (output / _safe_name(WEIGHTS_INDEX_NAME)).write_text(json.dumps(index, indent=2) + "\n", encoding="utf-8")
     for path in sorted({path for pattern in DESCRIPTIONS for path in folder.glob(pattern)}):
         if path.is_file() and path.name != WEIGHTS_INDEX_NAME:
             shutil.copyfile(path, output / path.name)
-    return len(places)
-
-
-def _pickles(folder: Path) -> list[Path]:
-    names = pickled_weights(folder)
-    if not names or names[0] not in (ADAPTER_NAME, WEIGHTS_NAME, WEIGHTS_INDEX_NAME):
-        raise UserError(f"{folder} holds no pickled weights", f"name a folder with {WEIGHTS_NAME} or {ADAPTER_NAME}")
-    if names[0] != WEIGHTS_INDEX_NAME:
-        return [folder / names[0]]
-    found = [folder / name for name in read_index(folder / WEIGHTS_INDEX_NAME)]
-    missing = [file.name for file in found if not file.is_file()]
-    if missing:
-        raise UserError(f"{folder} lacks {', '.join(missing)}", f"fetch the files that {WEIGHTS_INDEX_NAME} names")
-    return found
+    return len(weight_map)
 
 
 def _read(file: Path) -> dict[str, torch.Tensor]:
-    """The tensors of a pickle, each with a storage of its own, as safetensors wants them."""
+    """The tensors of a pickle, each with its own storage, as safetensors requires."""
     try:
         content: Any = torch.load(file, map_location="cpu", weights_only=True)
         return {str(name): tensor.detach().clone().contiguous() for name, tensor in content.items()}
-    except Exception as error:  # of any kind: a damaged pickle raises what it likes
+    except Exception as error:  # a damaged pickle raises anything
         raise UserError(
             f"{file} is damaged or holds more than tensors, and nothing else is read from a pickle",
             "fetch it again, or get the weights as safetensors",
@@ -99,9 +90,8 @@ def _read(file: Path) -> dict[str, torch.Tensor]:
 
 
 def _safe_name(name: str) -> str:
-    for stem, other in STEMS.items():
-        name = name.replace(stem, other, 1)
-    return name.replace(".bin", ".safetensors")
+    """pytorch_model becomes model; other stems stay."""
+    return name.replace(Path(WEIGHTS_NAME).stem, "model", 1).replace(".bin", ".safetensors")
 
 
 if __name__ == "__main__":

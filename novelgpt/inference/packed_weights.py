@@ -1,7 +1,8 @@
-"""Weights of linear layers in the order in which oneDNN reads them: faster products on x86 processors.
+"""Linear layers with weights prepacked for oneDNN: faster matrix products in fp32 on x86 processors.
 
-torch hands products of fp32 to MKL, which rearranges the weights anew for each call. Where a product has few rows, as
-when tokens are written, that takes as long as the product itself. `benchmarks/predict_throughput.py` has the figures.
+torch passes fp32 products to MKL, which repacks the weights in every call. For few rows, as in decoding, that takes as
+long as the product itself. The ops are private to torch: without them, weights stay as they are.
+`benchmarks/predict_throughput.py` has the figures.
 """
 
 from __future__ import annotations
@@ -14,11 +15,11 @@ from transformers import PreTrainedModel
 
 
 class PackedLinear(nn.Module):
-    """A linear layer for inference in fp32 on a CPU. Its weights are in no state dict: it cannot be saved or trained.
+    """A linear layer for inference in fp32 on a CPU. It has no state dict, and cannot be saved or trained.
 
     Args:
-        linear: the layer whose products it computes, up to rounding.
-        keep_weight: leave its weights readable as `weight` too.
+        linear: the layer it replaces; equal up to rounding.
+        keep_weight: also keep the weights as `weight`.
     """
 
     def __init__(self, linear: nn.Linear, keep_weight: bool) -> None:
@@ -36,11 +37,15 @@ class PackedLinear(nn.Module):
 
 
 def pack_weights(model: PreTrainedModel) -> None:
-    """Put PackedLinear in the place of every linear layer, where that helps: fp32 on an x86 processor.
+    """Replace every linear layer by a PackedLinear where that helps: in fp32 on an x86 processor.
 
-    The weights are held once, but for those of the output layer, which others share or read.
+    Weights are held once, except those of the output layer, which may be shared or read.
     """
     if platform.machine().lower() not in ("x86_64", "amd64") or not torch.backends.mkldnn.is_available():
+        return
+    try:
+        _ = torch.ops.mkldnn._reorder_linear_weight, torch.ops.mkldnn._linear_pointwise
+    except AttributeError:
         return
     head = model.get_output_embeddings()
     for parent in list(model.modules()):

@@ -1,4 +1,4 @@
-"""Prompts into the cache of a batch, a few at a time, before `generate` takes them all together."""
+"""Prefill of a batch's cache, a few prompts at a time, before `generate` continues with all of them."""
 
 from __future__ import annotations
 
@@ -11,10 +11,9 @@ from transformers import DynamicCache, GenerationConfig, PreTrainedModel
 from novelgpt.inference.preallocated_cache import PreallocatedLayer, preallocated_cache
 from novelgpt.model.lora import base_model
 
-# Padded tokens of the prompts that are read at once. A CPU keeps what so many make of a layer in its own caches; with
-# so many a GPU has all its cores at work.
-READ_AT_ONCE = 1024
-READ_AT_ONCE_BY_GPU = 16384
+# Padded tokens per prefill step: the activations of a layer stay in the caches of a CPU, and saturate a GPU.
+CPU_STEP_TOKENS = 1024
+GPU_STEP_TOKENS = 16384
 
 
 def left_padded(prompts: list[list[int]], pad: int | None) -> dict[str, torch.Tensor]:
@@ -22,7 +21,7 @@ def left_padded(prompts: list[list[int]], pad: int | None) -> dict[str, torch.Te
 
     Args:
         prompts: token ids, at least one each.
-        pad: token that goes before shorter prompts; None for the first of each prompt.
+        pad: token that pads shorter prompts; None for the first token of each prompt.
     """
     longest = max(map(len, prompts))
     filled = [[prompt[0] if pad is None else pad] * (longest - len(prompt)) + prompt for prompt in prompts]
@@ -33,28 +32,28 @@ def left_padded(prompts: list[list[int]], pad: int | None) -> dict[str, torch.Te
 
 
 def prefill(model: PreTrainedModel, prompts: list[list[int]], pad: int, cache: DynamicCache, beams: int) -> None:
-    """Fill the cache with all tokens of the prompts but the last ones, from where `generate` goes on.
+    """Fill the cache with all tokens of the prompts but the last ones, from which `generate` continues.
 
-    That takes less time and memory than reading all prompts at once: what is computed stays near the processor,
-    neighbours of like length are hardly padded, and the beams of a prompt share it. The cache stays empty where that
-    gains nothing (all prompts fit into one piece) or cannot be done (layers that do not keep every token).
+    This takes less time and memory than one step for all prompts: activations stay in the processor's caches, prompts
+    of similar length need little padding, and beams share the prefill of their prompt. The cache stays empty if it
+    gains nothing (one step fits all prompts) or is impossible (layers that do not keep every token).
 
     Args:
         model: the one that generates.
         prompts: token ids, at least one each.
-        pad: token that goes before shorter prompts.
+        pad: token that pads shorter prompts.
         cache: an empty one, of `preallocated_cache`.
-        beams: rows that each prompt gets.
+        beams: rows per prompt.
     """
     layers = [layer for layer in cache.layers if isinstance(layer, PreallocatedLayer)]
-    pieces = _pieces(list(map(len, prompts)), READ_AT_ONCE if model.device.type == "cpu" else READ_AT_ONCE_BY_GPU)
+    steps = _steps(list(map(len, prompts)), CPU_STEP_TOKENS if model.device.type == "cpu" else GPU_STEP_TOKENS)
     length = max(map(len, prompts)) - 1
     alike = len(layers) == len(cache.layers) and _takes_positions(model)
-    if not alike or not length or (len(pieces) == 1 and beams == 1):
+    if not alike or not length or (len(steps) == 1 and beams == 1):
         return
-    read = [_read_piece(model, prompts[piece], pad) for piece in pieces]
+    read = [_prefill_step(model, prompts[step], pad) for step in steps]
     for number, layer in enumerate(layers):
-        parts = [piece[number] for piece in read]
+        parts = [layers_of_step[number] for layers_of_step in read]
         keys = torch.cat([_widened(part.keys, length) for part in parts])
         values = torch.cat([_widened(part.values, length) for part in parts])
         for part in parts:
@@ -63,23 +62,23 @@ def prefill(model: PreTrainedModel, prompts: list[list[int]], pad: int, cache: D
 
 
 def _takes_positions(model: PreTrainedModel) -> bool:
-    """Whether tokens stand where the mask says. If not, they would stand elsewhere in the narrower rows of a piece."""
+    """Whether positions follow the mask. Otherwise they would differ in the narrower rows of a step."""
     return "position_ids" in inspect.signature(base_model(model).forward).parameters
 
 
-def _pieces(lengths: list[int], most_tokens: int) -> list[slice]:
-    """Neighbours that have `most_tokens` together at most when padded, or are one alone."""
-    pieces, begin, longest = [], 0, 0
+def _steps(lengths: list[int], max_tokens: int) -> list[slice]:
+    """Slices of neighbours with at most `max_tokens` padded tokens, or a single prompt."""
+    steps, begin, longest = [], 0, 0
     for number, length in enumerate(lengths):
         longest = max(longest, length)
-        if number > begin and longest * (number + 1 - begin) > most_tokens:
-            pieces.append(slice(begin, number))
+        if number > begin and longest * (number + 1 - begin) > max_tokens:
+            steps.append(slice(begin, number))
             begin, longest = number, length
-    return [*pieces, slice(begin, len(lengths))]
+    return [*steps, slice(begin, len(lengths))]
 
 
-def _read_piece(model: PreTrainedModel, prompts: list[list[int]], pad: int) -> list[PreallocatedLayer]:
-    """Keys and values of these prompts, padded on the left."""
+def _prefill_step(model: PreTrainedModel, prompts: list[list[int]], pad: int) -> list[PreallocatedLayer]:
+    """Compute keys and values of these prompts, padded on the left."""
     batch = {name: tensor.to(model.device) for name, tensor in left_padded(prompts, pad).items()}
     cache = preallocated_cache(model, batch["input_ids"].shape[1])
     config = GenerationConfig(max_new_tokens=1, do_sample=False, num_beams=1, pad_token_id=pad, use_cache=True)
@@ -89,6 +88,6 @@ def _read_piece(model: PreTrainedModel, prompts: list[list[int]], pad: int) -> l
 
 
 def _widened(states: torch.Tensor | None, length: int) -> torch.Tensor:
-    """States without those of the last token, [rows, heads, length, size of a head], padded on the left with zeros."""
+    """States without the last token, [rows, heads, length, head_dim], padded on the left with zeros."""
     assert states is not None
     return functional.pad(states[:, :, :-1], (0, 0, length + 1 - states.shape[2], 0))

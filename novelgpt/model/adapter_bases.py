@@ -1,7 +1,8 @@
-"""The base of an adapter: where it lies, without a network unless the user names it, and the rows it has to have."""
+"""The base of an adapter: where it is, offline unless the user names it, and the vocabulary it needs."""
 
 from __future__ import annotations
 
+import contextlib
 import json
 from pathlib import Path
 from typing import Any
@@ -20,71 +21,72 @@ BASE_HELP = "of an adapter: folder or hub name of its base [default: where it la
 
 
 def find_base(adapter: str, recorded: str, named: ModelArguments | None = None) -> str:
-    """The base to put an adapter on, as a folder; as a hub name only where the user names one.
+    """Find the base of an adapter: a folder, or a hub name if the user gives one.
 
-    What lies in a folder never makes this toolkit ask a network: it may come from anyone.
+    The content of a folder, which may come from anyone, never triggers a download.
 
     Args:
         adapter: its folder.
-        recorded: the base that the folder names.
+        recorded: the base that its folder names.
         named: the base that the user names.
 
     Raises:
-        UserError: a hub name of which this host has no copy, and the user names none.
+        UserError: the folder gives a hub name of which this host has no copy, and the user gives none.
     """
     if named is not None:
         return locate(named)
-    if Path(recorded).is_dir() or looks_like_path(recorded):  # which is told where it is read, if it is not there
+    if Path(recorded).is_dir() or looks_like_path(recorded):  # loading reports it if it is missing
         return recorded
     cached = cached_folder(recorded)
-    if cached is None or not _has_weights(Path(cached)):
-        raise UserError(
-            f"adapter {adapter} names its base {recorded}, of which this host has no copy, and nothing is fetched on "
-            "the word of a folder",
-            f"--base {recorded} fetches it, if you trust that name; --base FOLDER takes a copy of yours",
-        )
-    return cached
+    with contextlib.suppress(UserError):
+        if cached is not None and weight_files(Path(cached)):
+            return cached
+    raise UserError(
+        f"adapter {adapter} names its base {recorded}, of which this host has no copy, and nothing is fetched on the "
+        "word of a folder",
+        f"--base {recorded} fetches it, if you trust that name; --base FOLDER takes a copy of yours",
+    )
 
 
 def extend_vocabulary(model: PreTrainedModel, adapter: Path) -> None:
-    """Give a base the rows of the vocabulary that its adapter was trained with; the adapter brings what is in them.
+    """Resize a base to the vocabulary that its adapter was trained with; the adapter holds the values.
 
-    Adapters of other tools may have added tokens, or cut unused rows off, and hold the embedding (and the head) whole,
+    Adapters of other tools may have added tokens or removed unused rows. They hold the complete embedding (and head),
     or each added row (peft's `trainable_token_indices`).
 
     Args:
-        model: the base; nothing is done where its embedding has as many rows as the adapter's.
+        model: the base; unchanged if its embedding has as many rows as the adapter's.
         adapter: folder.
 
     Raises:
-        UserError: some of the rows that the base lacks are nowhere.
+        UserError: the adapter lacks some of the rows that are missing in the base.
     """
-    shapes = {tensor.name: tensor.shape for file in _files(adapter) for tensor in stored_tensors(file)}
+    files = [adapter / name for name in (ADAPTER_SAFE_NAME, ADAPTER_NAME) if (adapter / name).is_file()][:1]
+    shapes = {tensor.name: tensor.shape for file in files for tensor in stored_tensors(file)}
     embedding: Any = model.get_input_embeddings()
     head: Any = model.get_output_embeddings()
     names = {part: name for name, part in model.named_modules()}
     rows = int(embedding.weight.shape[0])
     wanted = _whole_rows(shapes, names[embedding], embedding)
-    added = _added_rows(adapter, names[embedding])
-    if wanted is None and added and max(added) >= rows:
-        wanted = max(added) + 1
-        if not _holds_rows(added, rows, wanted):
-            raise _lacks_rows(adapter, rows, wanted, "embedding")
-    if wanted is None or wanted == rows:
+    if wanted is None:
+        wanted = max({rows - 1, *_added_rows(adapter, names[embedding])}) + 1
+    if wanted == rows:
         return
-    if isinstance(head, nn.Module) and head in names and head.weight is not embedding.weight:
-        given = _whole_rows(shapes, names[head], head) == wanted
-        if wanted > rows and not given and not _holds_rows(_added_rows(adapter, names[head]), rows, wanted):
-            raise _lacks_rows(adapter, rows, wanted, "head")
+    untied = isinstance(head, nn.Module) and head in names and head.weight is not embedding.weight
+    for kind, part in [("embedding", embedding)] + [("head", head)] * untied:
+        whole = _whole_rows(shapes, names[part], part) == wanted
+        if not whole and not set(range(rows, wanted)) <= _added_rows(adapter, names[part]):
+            raise UserError(
+                f"adapter {adapter} was trained with a vocabulary of {wanted} tokens, its base has {rows}, and the "
+                f"adapter holds no rows of the {kind} for the others",
+                "take the adapter with its embedding and head (peft: save_embedding_layers=True), or name the extended "
+                "base that it was trained on with --base",
+            )
     model.resize_token_embeddings(wanted, mean_resizing=False)
 
 
-def _files(adapter: Path) -> list[Path]:
-    return [adapter / name for name in (ADAPTER_SAFE_NAME, ADAPTER_NAME) if (adapter / name).is_file()][:1]
-
-
 def _whole_rows(shapes: dict[str, tuple[int, ...]], name: str, part: Any) -> int | None:
-    """Rows of a matrix of the base that the adapter holds whole; None where it does not."""
+    """Rows of a matrix of which the adapter holds a complete copy; None without one."""
     prefix = f"base_model.model.{name}."
     found = {
         shape[0]
@@ -96,28 +98,8 @@ def _whole_rows(shapes: dict[str, tuple[int, ...]], name: str, part: Any) -> int
 
 
 def _added_rows(adapter: Path, name: str) -> set[int]:
-    """Rows of a matrix that the adapter holds one by one."""
+    """Rows of a matrix that the adapter holds individually."""
     indices = json.loads((adapter / "adapter_config.json").read_text(encoding="utf-8")).get("trainable_token_indices")
     if isinstance(indices, dict):
         indices = next((rows for part, rows in indices.items() if f".{name}".endswith(f".{part}")), None)
     return {row for row in indices if isinstance(row, int)} if isinstance(indices, list) else set()
-
-
-def _holds_rows(added: set[int], begin: int, end: int) -> bool:
-    return sum(begin <= row < end for row in added) == end - begin
-
-
-def _lacks_rows(adapter: Path, rows: int, wanted: int, what: str) -> UserError:
-    return UserError(
-        f"adapter {adapter} was trained with a vocabulary of {wanted} tokens, its base has {rows}, and the adapter "
-        f"holds no rows of the {what} for the others",
-        "take the adapter with its embedding and head (peft: save_embedding_layers=True), or name the extended base "
-        "that it was trained on with --base",
-    )
-
-
-def _has_weights(folder: Path) -> bool:
-    try:
-        return bool(weight_files(folder))
-    except UserError:
-        return False

@@ -1,9 +1,9 @@
-"""Attention that packed rows cannot leak through: one function, registered with transformers as "packed".
+"""Attention that does not leak between packed documents, registered with transformers as "packed".
 
-Rows carry the borders of their documents (`cu_seq_lens_q`, the name transformers uses). On CUDA, torch's own
-variable-length kernel takes them as they are; elsewhere, each document is attended to on its own. Without borders
-(padded batches, generation) it is transformers' SDPA with transformers' masks. ALiBi's biases become a part of the
-queries and keys, so that they need neither a mask nor a kernel that knows them.
+Rows carry the boundaries of their documents (`cu_seq_lens_q`, transformers' name). On CUDA, torch's variable-length
+kernel takes them directly; elsewhere, each document is attended to separately. Without boundaries (padded batches,
+generation) it is transformers' SDPA with transformers' masks. ALiBi biases are folded into queries and keys, so they
+need neither a mask nor a kernel that supports them.
 """
 
 from __future__ import annotations
@@ -18,12 +18,12 @@ from transformers.integrations.sdpa_attention import sdpa_attention_forward
 from transformers.masking_utils import sdpa_mask
 
 PACKED_ATTENTION = "packed"
-# What the variable-length kernel takes.
+# Supported by the variable-length kernel.
 KERNEL_TYPES = (torch.bfloat16, torch.float16)
 KERNEL_HEAD_DIM = 256
-# What ALiBi adds to the size of a head, of which it uses six: kernels want sizes that divide by eight.
+# Dimensions that ALiBi adds to a head; it uses six, but kernels need multiples of eight.
 ALIBI_SIZE = 8
-# Places are split into multiples of this and a rest, both of which bf16 holds exactly up to 65,536 keys.
+# Positions are split into multiples of this and a remainder, both exact in bf16 up to 65,536 keys.
 ALIBI_BLOCK = 256
 
 
@@ -48,25 +48,25 @@ def packed_attention(
         query: [rows, heads, tokens, head_dim]; key and value may have fewer heads, which divide those of the query.
         key: as query.
         value: as query.
-        attention_mask: for batches without borders.
-        dropout: share of attention weights dropped.
+        attention_mask: for batches without boundaries.
+        dropout: fraction of attention weights dropped.
         scaling: of the products; default 1/sqrt(head_dim).
         sliding_window: a token sees itself and the `sliding_window - 1` tokens before it.
-        cu_seq_lens_q: [documents + 1] int32, where documents start in the rows laid end to end; the last is the number
-            of all tokens.
+        cu_seq_lens_q: [documents + 1] int32, offsets of the documents in the concatenated rows; the last is the total
+            number of tokens.
         max_length_q: tokens of the longest document.
         alibi_slopes: [heads], for models with linear biases (arXiv:2108.12409); keys are counted from the first.
 
     Returns:
-        [rows, tokens, heads, head_dim], and no weights.
+        [rows, tokens, heads, head_dim], and None for the attention weights.
 
     Raises:
-        ValueError: an option that changes attention and is not known here (soft caps, attention sinks).
+        ValueError: an option that changes attention and is not supported (soft caps, attention sinks).
     """
-    strange = ("softcap", "s_aux") if cu_seq_lens_q is None else ("softcap", "s_aux", "position_bias")
-    unknown = [name for name in strange if options.get(name) is not None]
+    unsupported = ("softcap", "s_aux") if cu_seq_lens_q is None else ("softcap", "s_aux", "position_bias")
+    unknown = [name for name in unsupported if options.get(name) is not None]
     if unknown:
-        raise ValueError(f"packed attention does not know {', '.join(unknown)}")
+        raise ValueError(f"packed attention does not support {', '.join(unknown)}")
     if alibi_slopes is not None:
         size = query.shape[-1]
         scaling = size**-0.5 if scaling is None else scaling
@@ -81,20 +81,20 @@ def packed_attention(
             module, query, key, value, attention_mask, dropout=dropout, scaling=scaling, **options
         )
     rows, _, tokens, _ = query.shape
-    query, key, value = (_end_to_end(states) for states in (query, key, value))
+    query, key, value = (states.transpose(1, 2).flatten(0, 1) for states in (query, key, value))
     kernel = query.is_cuda and query.dtype in KERNEL_TYPES and query.shape[-1] <= KERNEL_HEAD_DIM
     if kernel and not dropout:
         longest = rows * tokens if max_length_q is None else int(max_length_q)
         window = (-1 if sliding_window is None else sliding_window - 1, 0)
-        borders = cu_seq_lens_q.to(torch.int32)
+        boundaries = cu_seq_lens_q.to(torch.int32)
         output = varlen.varlen_attn(
-            query, key, value, borders, borders, longest, longest, scale=scaling, window_size=window,
+            query, key, value, boundaries, boundaries, longest, longest, scale=scaling, window_size=window,
             enable_gqa=query.shape[1] != key.shape[1],
         )  # fmt: skip
         return output.view(rows, tokens, *output.shape[1:]), None  # type: ignore[union-attr]
     dtype, device = query.dtype, query.device.type
     if device == "cpu":
-        # torch's bf16 kernel for CPUs is no faster here, and keeps some megabytes for each length it has seen.
+        # torch's bf16 kernel for CPUs is not faster here, and caches some megabytes for each length.
         query, key, value = query.float(), key.float(), value.float()
     starts = cu_seq_lens_q.tolist()
     outputs = []
@@ -110,13 +110,8 @@ def packed_attention(
     return torch.cat(outputs).to(dtype).view(rows, tokens, *query.shape[1:]), None
 
 
-def _end_to_end(states: torch.Tensor) -> torch.Tensor:
-    """[rows, heads, tokens, head_dim] -> [rows * tokens, heads, head_dim]."""
-    return states.transpose(1, 2).flatten(0, 1)
-
-
 def _document_mask(tokens: int, sliding_window: int | None, device: torch.device) -> torch.Tensor | None:
-    """Which pairs to keep; None where plain causal attention will do."""
+    """The pairs to keep; None if plain causal attention suffices."""
     if sliding_window is None or tokens <= sliding_window:
         return None
     return torch.ones(tokens, tokens, dtype=torch.bool, device=device).tril().triu(1 - sliding_window)
@@ -125,20 +120,20 @@ def _document_mask(tokens: int, sliding_window: int | None, device: torch.device
 def with_alibi(
     query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, slopes: torch.Tensor, scaling: float
 ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
-    """Heads of ALIBI_SIZE further dimensions, by which the scaled product of a query and key j grows by slope * j.
+    """Add ALIBI_SIZE dimensions to each head, which add slope * j to the scaled product of a query and key j.
 
-    That is slope * (j - i) but for a number that all keys of a query share, which softmax does not see; so it holds
-    wherever the query stands, as with caches of a fixed size. Slopes are split in three parts and places in two that
-    bf16 holds exactly, and kernels sum products in fp32: in any number format, scores are right to 1e-3 at 4,096 keys
-    (5e-5 on average), where biases rounded to bf16 are off by up to 8. The cost is 8 dimensions a head, of 128 in
-    Baichuan-13B; a mask of biases would take [heads, tokens, tokens], and time for what is masked.
+    This equals slope * (j - i) up to a constant per query, to which softmax is invariant; so it holds at any position
+    of the query, as with static caches. Slopes are split into three parts and positions into two that are exact in
+    bf16, and kernels accumulate in fp32: in any dtype, scores are accurate to 1e-3 at 4,096 keys (5e-5 on average),
+    where biases rounded to bf16 are off by up to 8. The cost is 8 dimensions per head, of 128 in Baichuan-13B; a mask
+    of biases would take [heads, tokens, tokens], and time for masked pairs.
 
     Args:
         query: [rows, heads, queries, head_dim].
         key: [rows, key heads, keys, head_dim].
-        value: as key; its further dimensions are zeros.
+        value: as key; its added dimensions are zeros.
         slopes: [heads].
-        scaling: what products are multiplied by.
+        scaling: factor of the products.
     """
     parts = []
     rest = slopes.float() / scaling
@@ -153,7 +148,7 @@ def with_alibi(
 
 
 def _append(states: torch.Tensor, part: torch.Tensor) -> torch.Tensor:
-    """States with ALIBI_SIZE more dimensions: those of `part`, and zeros."""
+    """Append ALIBI_SIZE dimensions: those of `part`, and zeros."""
     part = functional.pad(part.to(states.dtype), (0, ALIBI_SIZE - part.shape[-1]))
     return torch.cat([states, part.expand(*states.shape[:-1], -1)], -1)
 
@@ -166,9 +161,9 @@ def packed_mask(
     allow_is_causal_skip: bool = True,
     **options: Any,
 ) -> torch.Tensor | None:
-    """No mask for packed rows, whose borders `packed_attention` gets; transformers' SDPA mask for all others.
+    """No mask for packed rows, of which `packed_attention` gets the boundaries; transformers' SDPA mask for others.
 
-    transformers calls with `allow_is_causal_skip=False` when it sees positions restart within a row.
+    transformers calls with `allow_is_causal_skip=False` when positions restart within a row.
     """
     if attention_mask is None and q_length == kv_length and not allow_is_causal_skip:
         return None

@@ -12,7 +12,6 @@ import json
 import os
 import subprocess
 import sys
-import tempfile
 from pathlib import Path
 
 import torch
@@ -20,7 +19,7 @@ from tokenizers import AddedToken, Regex, Tokenizer, decoders, models, normalize
 from transformers import PreTrainedTokenizerFast, Qwen3Config, Qwen3ForCausalLM
 
 from novelgpt.model.portable import make_portable
-from novelgpt.settings.atomic_files import follow_umask
+from novelgpt.settings.atomic_files import atomic_folder, follow_umask
 from novelgpt.settings.errors import exit_on_user_error
 from novelgpt.settings.paths import EMBEDDED_BASE, ROOT, SAMPLES
 from novelgpt.settings.process import in_process_group, is_first_process
@@ -30,25 +29,25 @@ from novelgpt.text.templates import CHATML_TEMPLATE
 VOCABULARY = 1000
 SEED = 20
 SPECIAL_TOKENS = ["<|endoftext|>", "<|im_start|>", "<|im_end|>"]
-# Qwen's cut of text into pieces within which byte pairs are merged (the pattern in its tokenizer.json).
-PIECES = (
+# Qwen's pre-tokenization (the pattern in its tokenizer.json).
+PRETOKENIZATION = (
     r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}| ?[^\s\p{L}\p{N}]+[\r\n]*|\s*[\r\n]+|\s+(?!\S)|\s+"
 )
 
 
 def build_tokenizer(texts: list[str]) -> PreTrainedTokenizerFast:
-    """A byte-level BPE tokenizer trained on `texts`."""
+    """Train a byte-level BPE tokenizer on `texts`."""
     tokenizer = Tokenizer(models.BPE())
     tokenizer.normalizer = normalizers.NFC()
     tokenizer.pre_tokenizer = pre_tokenizers.Sequence(
-        [pre_tokenizers.Split(Regex(PIECES), "isolated"), pre_tokenizers.ByteLevel(False, use_regex=False)]
+        [pre_tokenizers.Split(Regex(PRETOKENIZATION), "isolated"), pre_tokenizers.ByteLevel(False, use_regex=False)]
     )
     tokenizer.decoder = decoders.ByteLevel()
     trainer = trainers.BpeTrainer(
         vocab_size=VOCABULARY - len(SPECIAL_TOKENS),
         min_frequency=2,
         initial_alphabet=sorted(pre_tokenizers.ByteLevel.alphabet()),
-        max_token_length=12,  # four Chinese characters: longer pieces of so small a text would be whole phrases
+        max_token_length=12,  # four Chinese characters: longer tokens of so small a text would be whole phrases
         show_progress=False,
     )
     tokenizer.train_from_iterator(texts, trainer)
@@ -64,7 +63,7 @@ def build_tokenizer(texts: list[str]) -> PreTrainedTokenizerFast:
 
 
 def build_model(vocabulary: int) -> Qwen3ForCausalLM:
-    """A Qwen3 of 2 layers and width 256 with random weights, the same ones each time."""
+    """Build a Qwen3 of 2 layers and width 256 with random weights of a fixed seed."""
     config = Qwen3Config(
         vocab_size=vocabulary,
         hidden_size=256,
@@ -75,7 +74,7 @@ def build_model(vocabulary: int) -> Qwen3ForCausalLM:
         head_dim=64,
         max_position_embeddings=4096,
         tie_word_embeddings=True,
-        # Twice the usual: with so few layers, what is written would else be the last token, again and again.
+        # Twice the usual: with so few layers, the model would otherwise only repeat the last token.
         initializer_range=0.04,
     )
     with torch.random.fork_rng(devices=[]):
@@ -84,7 +83,7 @@ def build_model(vocabulary: int) -> Qwen3ForCausalLM:
 
 
 def build_embedded_base(folder: Path) -> None:
-    """Write the base into `folder`, which holds it wholly or not at all. The held-out samples are not read."""
+    """Write the base into `folder` atomically. The held-out samples are not used."""
     book = (SAMPLES / "novels" / "deng_ta_xia_de_xin.txt").read_text(encoding="utf-8")
     lines = (SAMPLES / "papers" / "train.jsonl").read_text(encoding="utf-8").splitlines()
     papers = [f"{row['title']}\n{row['abstract']}" for row in map(json.loads, lines)]
@@ -92,51 +91,35 @@ def build_embedded_base(folder: Path) -> None:
     model = build_model(VOCABULARY)
     model.generation_config.eos_token_id = tokenizer.eos_token_id
     model.generation_config.pad_token_id = tokenizer.pad_token_id
-    folder.parent.mkdir(parents=True, exist_ok=True)
-    with tempfile.TemporaryDirectory(dir=folder.parent) as work:
-        unfinished = Path(work) / "base"
+    with atomic_folder(folder, keep_existing=True) as unfinished:
         model.save_pretrained(unfinished)
         tokenizer.save_pretrained(unfinished)
         make_portable(unfinished)
         follow_umask(unfinished)
-        try:
-            unfinished.replace(folder)
-        except OSError:
-            if not _is_built(folder):  # by another process meanwhile, with the same files
-                raise
-            return
     say(f"embedded base: {model.num_parameters() / 1e6:.1f} M weights, {len(tokenizer)} tokens, in {folder}")
 
 
 def ensure_embedded_base(folder: Path = EMBEDDED_BASE) -> None:
-    """Build the base unless it is there."""
-    if _is_built(folder):
+    """Build the base unless it exists."""
+    if (folder / "config.json").is_file():
         return
-    if in_process_group() and not is_first_process():
-        _build_elsewhere(folder)
-    else:
+    if is_first_process() or not in_process_group():
         build_embedded_base(folder)
-
-
-def _build_elsewhere(folder: Path) -> None:
-    """Build the base in a process that is no rank: from ranks but the first, transformers writes no weights."""
+        return
+    # In a process of its own: transformers only writes weights in the first rank.
     path = os.pathsep.join(filter(None, [str(ROOT), os.environ.get("PYTHONPATH")]))
     kept = {name: value for name, value in os.environ.items() if name not in ("RANK", "LOCAL_RANK", "WORLD_SIZE")}
     command = [sys.executable, "-m", "novelgpt.model.embedded_base", str(folder)]
     done = subprocess.run(command, env=kept | {"PYTHONPATH": path})
-    if done.returncode != 0:  # it has said why
+    if done.returncode != 0:  # it has printed why
         raise SystemExit(done.returncode)
-
-
-def _is_built(folder: Path) -> bool:
-    return (folder / "config.json").is_file()
 
 
 @exit_on_user_error
 def main(argv: list[str] | None = None) -> None:
-    """Build the base unless it is there."""
-    words = sys.argv[1:] if argv is None else argv
-    ensure_embedded_base(Path(words[0]) if words else EMBEDDED_BASE)
+    """Build the base unless it exists."""
+    args = sys.argv[1:] if argv is None else argv
+    ensure_embedded_base(Path(args[0]) if args else EMBEDDED_BASE)
 
 
 if __name__ == "__main__":

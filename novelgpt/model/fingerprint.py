@@ -1,13 +1,12 @@
-"""Which weights a model folder holds: a fingerprint of their values, and the record that an adapter keeps of its base.
+"""The fingerprint of a model's weights, and the record that an adapter keeps of its base.
 
-An adapter is a difference from one base: upon another one it gives text that is wrong without any error. So the
-fingerprint of the base is written beside the adapter, and compared before the two are put together.
+An adapter is a difference from one base: on another base it produces wrong text without any error. So the fingerprint
+of the base is written beside the adapter, and checked before the two are combined.
 
-The fingerprint is the SHA-256 of every value of every tensor, with their names, types and shapes. To read only samples
-of the values would take less time, but miss what can be the only difference between two bases: some rows of the
-embedding, trained for new tokens. Reading everything costs little where it is done, as the very bytes that are hashed
-are needed next by the loading of the model, which then finds them in memory; several threads share the work, and the
-result is kept for as long as the files stay as they are.
+The fingerprint is the SHA-256 of every value of every tensor, with their names, types and shapes. Hashing samples would
+be faster, but could miss the only difference between two bases: some rows of the embedding, trained for new tokens.
+Hashing everything is cheap where it is done, since the model is loaded next and its files are in the page cache by
+then; threads share the work, and the result is cached for as long as the files do not change.
 """
 
 from __future__ import annotations
@@ -33,28 +32,28 @@ from novelgpt.settings.terminal import say
 
 BASE_RECORD = "base.json"
 CACHE = Path(HF_HOME) / "novelgpt" / "fingerprints.json"
-# Smaller folders are hashed each time, in a second or so.
+# Smaller folders are hashed each time, in about a second.
 CACHED_FROM_BYTES = 1 << 30
 CHUNK_BYTES = 1 << 26
-# Of config.json: what tells apart models whose tensors have the same names and shapes.
+# Of config.json: what distinguishes models whose tensors have the same names and shapes.
 ESSENTIALS = ("model_type", "num_attention_heads", "n_head")
 _CACHED = TypeAdapter(dict[str, str])
 
 
 def weights_fingerprint(folder: Path, cache: Path | None = None, threads: int | None = None) -> str:
-    """The SHA-256 of the weights in a local folder, as 64 hexadecimal digits.
+    """Compute the SHA-256 of the weights in a local folder, as 64 hexadecimal digits.
 
     Two folders have the same one if and only if (as far as SHA-256 can tell) they hold tensors of the same names,
-    types, shapes and values, for the same type of model with as many attention heads. Where the folder lies, the times
-    of its files, how the weights are cut into files, and whether those are .safetensors or .bin make no difference.
-    Other settings of config.json (the scaling of RoPE, lengths, end tokens) and the tokenizer are not part of it.
+    types, shapes and values, for the same model type with the same number of attention heads. Paths, file times, shards
+    and the file format (.safetensors or .bin) do not matter. Other settings of config.json (RoPE scaling, lengths, end
+    tokens) and the tokenizer are not part of it.
 
-    Results of large folders are kept by path, size, inode and time of the last change of the weight files.
+    Results of large folders are cached by path, size, inode and ctime of the weight files.
 
     Args:
         folder: with config.json and weights, in one file or in shards.
-        cache: file of kept results; None for the user's own, used from 1 GiB of weights on.
-        threads: that read and hash; None for as many as there are processors, up to 8.
+        cache: file of cached results; None for the user's own, used from 1 GiB of weights on.
+        threads: that read and hash; None for one per core, up to 8.
 
     Raises:
         UserError: no weights or no config.json there, or a damaged file.
@@ -70,15 +69,18 @@ def weights_fingerprint(folder: Path, cache: Path | None = None, threads: int | 
         return kept[key]
     fingerprint = _hash(folder, files, threads or min(8, usable_cores()))
     if cache is not None:
-        _write_cache(cache, _read_cache(cache) | {key: fingerprint})  # others may have written since
+        with contextlib.suppress(OSError):
+            cache.parent.mkdir(parents=True, exist_ok=True)
+            # Other processes may have written since.
+            atomic_write(cache, json.dumps(_read_cache(cache) | {key: fingerprint}, indent=1))
     return fingerprint
 
 
 def base_folder(source: str) -> Path:
-    """The local folder of a base: itself, or where the hub's files are kept, which are fetched if they are not there.
+    """The local folder of a base: itself, or its folder in the hub's cache, into which missing files are downloaded.
 
     Raises:
-        UserError: there is neither a folder nor a hub's model of that name.
+        UserError: there is no folder and no hub model of that name.
     """
     if Path(source).is_dir():
         check_model_folder(Path(source))
@@ -93,7 +95,7 @@ def base_folder(source: str) -> Path:
 
 
 class BaseRecord(BaseModel):
-    """base.json: where the base lay, and its fingerprint."""
+    """base.json: path or hub name of the base, and its fingerprint."""
 
     base: str
     fingerprint: str
@@ -114,10 +116,10 @@ def write_base_record(folder: Path, base_source: str, fingerprint: str | None = 
 
 
 def check_base(adapter_folder: Path, base_source: str, remedy: str = "name the right folder with --base") -> None:
-    """Make sure that an adapter was trained on this base. An adapter without a record gives a warning.
+    """Verify that an adapter was trained on this base. For an adapter without a record, print a warning.
 
     Args:
-        adapter_folder: where base.json lies.
+        adapter_folder: with base.json.
         base_source: folder or hub name of the base.
         remedy: what to do about another base.
 
@@ -146,7 +148,7 @@ def check_base(adapter_folder: Path, base_source: str, remedy: str = "name the r
 
 
 def _hub_weights(source: str) -> Path:
-    """A weight file, or the index, of a model on the hub; all its weights are local afterwards."""
+    """Download all weights of a model on the hub; return the path of the weight file or the index."""
     problem: OSError | None = None
     for name, index_name in ((SAFE_WEIGHTS_NAME, SAFE_WEIGHTS_INDEX_NAME), (WEIGHTS_NAME, WEIGHTS_INDEX_NAME)):
         with contextlib.suppress(OSError):
@@ -164,50 +166,41 @@ def _hub_weights(source: str) -> Path:
 def _hash(folder: Path, files: list[Path], threads: int) -> str:
     tensors = [tensor for file in files for tensor in stored_tensors(file)]
     chunks = [(tensor, begin) for tensor in tensors for begin in range(0, tensor.size, CHUNK_BYTES)]
-    if threads == 1:  # without a pool, which a process would wait for at its end
+    if threads == 1:  # no pool, which the process would wait for when it exits
         digests = [_chunk_digest(chunk) for chunk in chunks]
     else:
         with ThreadPoolExecutor(threads) as pool:
             digests = list(pool.map(_chunk_digest, chunks))
-    of_tensor: dict[int, list[bytes]] = {}
+    of_tensor: dict[int, bytes] = {}
     for (tensor, _), digest in zip(chunks, digests, strict=True):
-        of_tensor.setdefault(id(tensor), []).append(digest)
+        of_tensor[id(tensor)] = of_tensor.get(id(tensor), b"") + digest
     lines = []
     for tensor in tensors:
-        values = hashlib.sha256(b"".join(of_tensor.get(id(tensor), []))).hexdigest()
+        values = hashlib.sha256(of_tensor.get(id(tensor), b"")).hexdigest()
         lines.append(json.dumps([tensor.name, tensor.dtype, tensor.shape, values]))
-    return hashlib.sha256("\n".join([_essentials(folder), *sorted(lines)]).encode()).hexdigest()
+    config = read_object(folder / "config.json")
+    essentials = json.dumps({name: config[name] for name in ESSENTIALS if name in config})
+    return hashlib.sha256("\n".join([essentials, *sorted(lines)]).encode()).hexdigest()
 
 
 def _chunk_digest(chunk: tuple[StoredTensor, int]) -> bytes:
     tensor, begin = chunk
     digest = hashlib.sha256()
-    for piece in tensor.read(begin, min(begin + CHUNK_BYTES, tensor.size)):
-        digest.update(piece)
+    for block in tensor.read(begin, min(begin + CHUNK_BYTES, tensor.size)):
+        digest.update(block)
     return digest.digest()
 
 
-def _essentials(folder: Path) -> str:
-    config = read_object(folder / "config.json")
-    return json.dumps({name: config[name] for name in ESSENTIALS if name in config})
-
-
 def _state_of_files(files: list[Path]) -> str:
-    """Changes whenever a file does: the time of its last change (ctime) cannot be set back."""
+    """Changes whenever a file does: ctime cannot be set back."""
     states = [(str(file.absolute()), file.stat()) for file in files]
     parts = [(path, state.st_size, state.st_ino, state.st_ctime_ns) for path, state in states]
     return hashlib.sha256(json.dumps(parts).encode()).hexdigest()
 
 
 def _read_cache(cache: Path | None) -> dict[str, str]:
-    # A cache that cannot be read, or holds something else, costs time only.
+    # An unreadable or damaged cache only costs time.
     with contextlib.suppress(OSError, ValueError):
         if cache is not None and cache.is_file():
             return _CACHED.validate_json(cache.read_bytes())
     return {}
-
-
-def _write_cache(cache: Path, kept: dict[str, str]) -> None:
-    with contextlib.suppress(OSError):
-        cache.parent.mkdir(parents=True, exist_ok=True)
-        atomic_write(cache, json.dumps(kept, indent=1))

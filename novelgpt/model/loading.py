@@ -1,4 +1,4 @@
-"""Loading a base or a checkpoint through AutoModel. Code that lies with a checkpoint does not run unless allowed."""
+"""Loading a base or a checkpoint through AutoModel. Code in a checkpoint does not run unless allowed."""
 
 from __future__ import annotations
 
@@ -32,8 +32,8 @@ from novelgpt.settings.parsed_files import read_object
 from novelgpt.settings.remedies import pip_install, python_module
 from novelgpt.settings.terminal import counted, gigabytes
 
-# Not about the files, or told in words of the toolkit already. All else that transformers, peft, safetensors and torch
-# raise while they read a folder is about what lies there, in errors of any kind.
+# Errors that are not about the files, or are already UserErrors. Anything else that transformers, peft, safetensors and
+# torch raise while they read a folder is about its files.
 NOT_OF_FILES = (UserError, MemoryError, torch.OutOfMemoryError)
 
 
@@ -49,14 +49,14 @@ def load_model(
     qlora: bool = False,
     adapter: Path | None = None,
 ) -> PreTrainedModel:
-    """The causal language model of a folder or hub name, with every weight read from its files.
+    """Load the causal language model of a folder or hub name, with every weight read from its files.
 
     Args:
-        model: where it lies and which attention it uses.
+        model: where it is and which attention it uses.
         tokenizer: its tokenizer, whose ids must fit the embedding.
         dtype: of the weights; fp32 for full training, where small updates would be lost in bf16.
-        qlora: hold the weights in 4 bits.
-        adapter: folder of the adapter that will be put on it, and may have a vocabulary of its own.
+        qlora: quantise the weights to 4 bits.
+        adapter: folder of the adapter that will be attached, which may have another vocabulary.
 
     Raises:
         UserError: nothing to load, an unknown architecture, code of its own that may not run, files that are missing,
@@ -74,7 +74,7 @@ def load_model(
     if Path(source).is_dir():
         _check_headers(Path(source), config, None if qlora or is_deepspeed_zero3_enabled() else dtype)
     try:
-        # Shapes that differ are told below, with their names.
+        # `_check_weights` reports shapes that differ, with their names.
         outcome: Any = AutoModelForCausalLM.from_pretrained(
             source, config=config, dtype=dtype, attn_implementation=_attention(model, config),
             trust_remote_code=runs_own_code(model), weights_only=True, ignore_mismatched_sizes=True,
@@ -95,15 +95,15 @@ def load_model(
 
 
 def _check_headers(folder: Path, config: PreTrainedConfig, dtype: torch.dtype | None) -> None:
-    """Before any memory is taken, refuse weight files that are damaged, and sizes that neither they nor memory hold.
+    """Before memory is allocated, refuse damaged weight files, and sizes that exceed the files or the memory.
 
     Args:
         folder: of the model.
         config: its configuration.
-        dtype: in which this process will hold all the weights; None where it will not.
+        dtype: in which this process will hold all the weights; None if it will not.
 
     Raises:
-        UserError: so it is.
+        UserError: names the file, or the size.
     """
     files = [file for file in weight_files(folder) if file.suffix == SAFE_SUFFIX]
     tensors = [tensor for file in files for tensor in stored_tensors(file)]
@@ -120,7 +120,7 @@ def _check_headers(folder: Path, config: PreTrainedConfig, dtype: torch.dtype | 
     width = sizes.get("hidden_size") or 1
     for name in ("vocab_size", "intermediate_size", "hidden_size"):
         rows = sizes.get(name)
-        # Weights of less than a bit do not exist.
+        # No weight takes less than a bit.
         if files and isinstance(rows, int) and rows * width > 8 * stored:
             raise UserError(
                 f"{folder / 'config.json'}: {name} {rows} and hidden_size {width} take far more than the "
@@ -130,11 +130,11 @@ def _check_headers(folder: Path, config: PreTrainedConfig, dtype: torch.dtype | 
 
 
 def read_config(model: ModelArguments) -> PreTrainedConfig:
-    """The model's configuration, without the names of code that is not needed.
+    """Read the model's configuration, without references to code that is not needed.
 
     Raises:
         UserError: there is none, it cannot be read, it needs code that may not run, or --attention names a kernel
-            whose package is missing, in the place of which transformers would fetch one from a hub.
+            whose package is missing, which transformers would otherwise download from a hub.
     """
     if model.attention == "flash_attention_2" and importlib.util.find_spec("flash_attn") is None:
         raise UserError("--attention flash_attention_2 needs the package flash-attn", pip_install("flash-attn"))
@@ -149,14 +149,14 @@ def read_config(model: ModelArguments) -> PreTrainedConfig:
             "check --model: a folder with config.json and all its weights, or a hub name",
         ) from error
     if not own_code and "auto_map" in vars(config):
-        del config.auto_map  # saved with the weights, it would name files that are not there
+        del config.auto_map  # saved with the weights, it would name missing files
     return config
 
 
 def longest_row(config: PreTrainedConfig) -> int | None:
-    """Tokens up to which a model's positions reach, stretched ones included; None where nothing says so."""
+    """Max tokens of a row that the model has positions for, with scaling; None if unknown."""
     text = config.get_text_config()
-    positions = getattr(text, "max_position_embeddings", None)  # under a name of its own in some configurations
+    positions = getattr(text, "max_position_embeddings", None)  # has another name in some configurations
     if positions is None:
         return None
     scaling = getattr(text, "rope_parameters", None) or {}
@@ -165,7 +165,7 @@ def longest_row(config: PreTrainedConfig) -> int | None:
 
 
 def _attention(model: ModelArguments, config: PreTrainedConfig) -> str | None:
-    """The kernel asked for; transformers' choice where the architecture cannot take ours."""
+    """The requested kernel; transformers' choice if the architecture does not support ours."""
     architecture: Any = MODEL_FOR_CAUSAL_LM_MAPPING.get(type(config), None)
     if model.attention == PACKED_ATTENTION and (architecture is None or not architecture.is_backend_compatible()):
         return None
@@ -173,15 +173,16 @@ def _attention(model: ModelArguments, config: PreTrainedConfig) -> str | None:
 
 
 def _check_weights(name: str, report: dict[str, Any]) -> None:
-    """Refuse a model with weights that no file gave, which would be random."""
-    differing = [f"{key} ({_shape(there)} instead of {_shape(here)})" for key, there, here in report["mismatched_keys"]]
+    """Refuse a model with weights that are in none of its files, which would be random."""
+    shapes = [(key, *("x".join(map(str, shape)) for shape in both)) for key, *both in report["mismatched_keys"]]
+    differing = [f"{key} ({stored} instead of {built})" for key, stored, built in shapes]
     if differing:
         raise UserError(
             f"{name}: {counted(len(differing), 'weight')} of other shapes than config.json says: {_few(differing)}",
             "put the config.json that belongs to these weights beside them",
         )
-    if report["missing_keys"]:
-        missing = report["missing_keys"]
+    missing = report["missing_keys"]
+    if missing:
         raise UserError(
             f"{name}: {counted(len(missing), 'weight')} in none of its files: {_few(missing)}",
             "download the checkpoint again, or put the config.json that belongs to these weights beside them",
@@ -190,27 +191,24 @@ def _check_weights(name: str, report: dict[str, Any]) -> None:
 
 def _check_vocabulary(name: str, tokenizer: PreTrainedTokenizerBase, rows: int) -> None:
     """Refuse a tokenizer with ids that the embedding has no row for."""
-    if len(tokenizer) > rows:
-        raise UserError(
-            f"the tokenizer of {name} has {len(tokenizer)} tokens, the model's embedding {rows}",
-            "use the tokenizer that belongs to the model",
-        )
     beyond = [f"{token} ({index})" for token, index in tokenizer.get_vocab().items() if index >= rows]
-    if beyond:  # ids may leave gaps
-        raise UserError(
-            f"the tokenizer of {name} has ids that the model's embedding of {rows} rows does not reach: {_few(beyond)}",
-            "use the tokenizer that belongs to the model",
-        )
+    cause = ""
+    if len(tokenizer) > rows:
+        cause = f"the tokenizer of {name} has {len(tokenizer)} tokens, the model's embedding {rows}"
+    elif beyond:  # ids may leave gaps
+        cause = f"the tokenizer of {name} has ids beyond the {rows} rows of the model's embedding: {_few(beyond)}"
+    if cause:
+        raise UserError(cause, "use the tokenizer that belongs to the model")
 
 
 def _unreadable(name: str, source: str, error: Exception) -> UserError:
-    """What is wrong with a model that could not be loaded: the file at fault, where one can be told."""
+    """The error for a model that could not be loaded; names the damaged file if there is one."""
     folder = Path(source)
     try:
         for file in weight_files(folder) if folder.is_dir() else []:
             stored_tensors(file)
     except UserError as precise:
-        if isinstance(precise.__cause__, pickle.UnpicklingError):  # whose text advises to run what is in there
+        if isinstance(precise.__cause__, pickle.UnpicklingError):  # whose message advises to run the pickle's code
             return UserError(
                 f"{file} is damaged or holds more than tensors, and nothing else is read from a pickle",
                 "fetch it again, or get the weights as safetensors",
@@ -226,12 +224,8 @@ def _few(names: Collection[str]) -> str:
     return ", ".join(sorted(names)[:3]) + (", …" if len(names) > 3 else "")
 
 
-def _shape(size: Collection[int]) -> str:
-    return "x".join(map(str, size))
-
-
 def adapter_base(folder: str) -> str | None:
-    """The base that an adapter folder was trained on; None where the folder is no adapter.
+    """The base that an adapter was trained on; None if the folder is not an adapter.
 
     Raises:
         UserError: adapter_config.json is damaged or names no base.
@@ -250,7 +244,7 @@ def _four_bits() -> object:
     if not torch.cuda.is_available():
         raise UserError("--qlora needs a CUDA device", "leave --qlora out, or run on a machine with a GPU")
     try:
-        import bitsandbytes  # noqa: F401  only to tell early that it is missing
+        import bitsandbytes  # noqa: F401  to report early that it is missing
     except ImportError as error:
         raise UserError("--qlora needs the package bitsandbytes", pip_install("bitsandbytes")) from error
     from transformers import BitsAndBytesConfig

@@ -1,8 +1,8 @@
-"""Settings files of a checkpoint that transformers 4 and 5 read alike.
+"""Settings files of a checkpoint that transformers 4 and 5 read the same way.
 
-transformers 5 renamed settings. Version 4 does not know the new names, takes its defaults instead and says nothing: a
-base with a `rope_theta` of 1,000,000 is read with 10,000. So both names are written wherever version 5 reads the same
-from a file that holds both.
+transformers 5 renamed settings. Version 4 ignores the new names and silently uses its defaults: a base with a
+`rope_theta` of 1,000,000 is read with 10,000. So both names are written wherever version 5 reads the same from a file
+with both.
 """
 
 from __future__ import annotations
@@ -19,23 +19,22 @@ from transformers.utils import CONFIG_NAME
 
 from novelgpt.settings.atomic_files import atomic_write
 
-# What version 5 calls its tokenizer without a class of its own -> what version 4 calls it, and version 5 as well.
+# Name of a generic tokenizer class in version 5 -> its name in version 4, which version 5 accepts as well.
 TOKENIZER_CLASSES = {"TokenizersBackend": "PreTrainedTokenizerFast", "PythonBackend": "PreTrainedTokenizer"}
-# Those of version 4 that put begin and end tokens around texts by settings of their own, whatever tokenizer.json says;
-# version 5 leaves those out, and goes by tokenizer.json.
+# Classes that in version 4 add begin and end tokens according to their own settings, whatever tokenizer.json says;
+# version 5 omits these settings and follows tokenizer.json.
 BY_SETTINGS = {f"{family}Tokenizer{fast}" for family in ("Llama", "CodeLlama", "Gemma", "Cohere", "GPTNeoX")
                for fast in ("", "Fast")}  # fmt: skip
-# Where layers have positions of two kinds, those of the sliding window have a base of their own, called so.
+# RoPE base of sliding-window layers, in models with two types of layers.
 SLIDING_THETA = "rope_local_base_freq"
-# GPT-NeoX has names of its own.
+# Names in GPT-NeoX.
 NEOX_NAMES = {"rope_theta": "rotary_emb_base", "partial_rotary_factor": "rotary_pct"}
 
 
 def make_portable(folder: Path) -> None:
     """Complete config.json and tokenizer_config.json of a folder that transformers 5 has just written.
 
-    Weights and tokenizer.json are the same in both versions. Files that are missing are left out, as an adapter has no
-    config.json.
+    Weights and tokenizer.json are the same in both versions. Missing files are skipped: an adapter has no config.json.
     """
     config, tokenizer_config = folder / CONFIG_NAME, folder / TOKENIZER_CONFIG_FILE
     if config.is_file():
@@ -49,11 +48,14 @@ def make_portable(folder: Path) -> None:
 
 
 def portable_config(settings: dict[str, Any]) -> dict[str, Any]:
-    """config.json with the names of version 4 beside those of version 5, parts of several models included.
+    """config.json with the names of version 4 beside those of version 5, in nested models as well.
 
-    A model that version 5 would read otherwise from both names keeps those of version 5 alone.
+    If version 5 would read both names differently, only its own are kept.
     """
-    complete = {name: portable_config(value) if _is_model(value) else value for name, value in settings.items()}
+    complete = {
+        name: portable_config(value) if isinstance(value, dict) and "model_type" in value else value
+        for name, value in settings.items()
+    }
     if settings.get("dtype") is not None:
         complete.setdefault("torch_dtype", settings["dtype"])
     known = CONFIG_MAPPING[settings["model_type"]] if settings.get("model_type") in CONFIG_MAPPING else None
@@ -66,28 +68,25 @@ def portable_config(settings: dict[str, Any]) -> dict[str, Any]:
 
 
 def portable_tokenizer_config(settings: dict[str, Any]) -> dict[str, Any]:
-    """tokenizer_config.json with a class that both versions have, and special tokens under the name that both read."""
+    """tokenizer_config.json with a class and names of special tokens that both versions know."""
     complete = dict(settings)
     if settings.get("tokenizer_class") in TOKENIZER_CLASSES:
         complete["tokenizer_class"] = TOKENIZER_CLASSES[settings["tokenizer_class"]]
     if isinstance(settings.get("extra_special_tokens"), list):
         complete["additional_special_tokens"] = complete.pop("extra_special_tokens")
-    if isinstance(settings.get("model_specific_special_tokens"), dict):  # a list and a mapping had one name in turn
+    if isinstance(settings.get("model_specific_special_tokens"), dict):  # version 4 uses one name for both
         complete["extra_special_tokens"] = settings["model_specific_special_tokens"]
     return complete
 
 
 def _tokens_around(tokenizer: Tokenizer, settings: dict[str, Any]) -> dict[str, bool]:
-    """Whether texts get a begin and an end token."""
+    """Whether the tokenizer adds a begin and an end token."""
     tokens = tokenizer.encode("a", add_special_tokens=True).tokens
-    return {
-        "add_bos_token": tokens[0] == _token(settings.get("bos_token")),
-        "add_eos_token": tokens[-1] == _token(settings.get("eos_token")),
-    }
-
-
-def _token(written: Any) -> Any:
-    return written.get("content") if isinstance(written, dict) else written
+    begin, end = (
+        token.get("content") if isinstance(token, dict) else token
+        for token in (settings.get("bos_token"), settings.get("eos_token"))
+    )
+    return {"add_bos_token": tokens[0] == begin, "add_eos_token": tokens[-1] == end}
 
 
 def _read(path: Path) -> dict[str, Any]:
@@ -100,7 +99,7 @@ def _write(path: Path, settings: dict[str, Any]) -> None:
 
 
 def _reading(known: type[PreTrainedConfig], settings: dict[str, Any], additions: dict[str, Any]) -> dict[str, Any]:
-    """What version 5 makes of the settings, but for the names of version 4, which it keeps as they are."""
+    """What version 5 reads, without the names of version 4, which it keeps unchanged."""
     read = known.from_dict(copy.deepcopy(settings)).to_dict()
     read = {name: value for name, value in read.items() if name not in additions}
     if isinstance(read.get("rope_parameters"), dict):
@@ -108,17 +107,13 @@ def _reading(known: type[PreTrainedConfig], settings: dict[str, Any], additions:
     return read
 
 
-def _is_model(value: object) -> bool:
-    return isinstance(value, dict) and "model_type" in value
-
-
 def _positions(settings: dict[str, Any]) -> dict[str, Any]:
-    """Of version 4: `rope_theta`, `rope_scaling` and their kin, from `rope_parameters`."""
+    """Version 4's `rope_theta`, `rope_scaling` and related names, from `rope_parameters`."""
     parameters = settings.get("rope_parameters")
     if not isinstance(parameters, dict):
         return {}
     additions: dict[str, Any] = {}
-    if isinstance(parameters.get("full_attention"), dict):  # by kinds of layers
+    if isinstance(parameters.get("full_attention"), dict):  # by type of layer
         sliding = parameters.get("sliding_attention") or {}
         if "rope_theta" in sliding:
             additions[SLIDING_THETA] = sliding["rope_theta"]
@@ -131,7 +126,7 @@ def _positions(settings: dict[str, Any]) -> dict[str, Any]:
     if kind != "default":
         apart = ("rope_theta", "partial_rotary_factor")
         scaling = {name: value for name, value in parameters.items() if name not in apart}
-        if kind == "longrope":  # version 4 wants just these
+        if kind == "longrope":  # the only keys that version 4 accepts
             scaling = {"type": kind} | {name: scaling[name] for name in ("short_factor", "long_factor")}
         additions["rope_scaling"] = scaling
     return additions

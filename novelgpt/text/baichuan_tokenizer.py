@@ -1,8 +1,9 @@
-"""The tokenizer of Baichuan and Baichuan2: what sentencepiece makes of a text, and the text back, exactly."""
+"""The tokenizer of Baichuan and Baichuan2: sentencepiece, with an exact round trip from text to ids and back."""
 
 from __future__ import annotations
 
 import re
+from collections.abc import Callable, Container
 from typing import Any
 
 from transformers import AddedToken, BatchEncoding
@@ -12,8 +13,8 @@ from transformers.tokenization_utils_sentencepiece import SentencePieceBackend
 class BaichuanTokenizer(SentencePieceBackend):
     """Ids of the sentencepiece model beside the weights; nothing is added before or after a text.
 
-    A text without added tokens goes to sentencepiece whole. Special tokens in a text are their ids wherever they stand,
-    which sentencepiece alone does not do; the model's own <reserved_…> pieces it finds itself.
+    Text without added tokens is passed to sentencepiece in one call. Special tokens are recognised anywhere in a text,
+    which sentencepiece alone does not do; it does find the model's own <reserved_…> tokens.
 
     Args:
         vocab_file: tokenizer.model.
@@ -35,7 +36,7 @@ class BaichuanTokenizer(SentencePieceBackend):
         pad_token: str | AddedToken | None = None,
         **others: Any,
     ) -> None:
-        others.pop("auto_map", None)  # of the remote code, which a saved folder has no use for
+        others.pop("auto_map", None)  # of the remote code, which a saved folder does not need
         others.setdefault("clean_up_tokenization_spaces", False)
         self._ids: dict[str, int] = {}
         self._added_text: re.Pattern[str] | None = None
@@ -46,7 +47,7 @@ class BaichuanTokenizer(SentencePieceBackend):
             eos_token=eos_token,
             pad_token=unk_token if pad_token is None else pad_token,
             added_tokens_decoder={
-                # Files of some models want these between spaces, where no template puts them.
+                # Some models' files require spaces around these, which no template has.
                 index: AddedToken(str(token), special=True, normalized=False) if token.special else token
                 for index, token in others.pop("added_tokens_decoder", {}).items()
             },
@@ -54,35 +55,29 @@ class BaichuanTokenizer(SentencePieceBackend):
         )
 
     def get_vocab(self) -> dict[str, int]:
-        """Ids by piece, added tokens included."""
+        """Ids by token, added tokens included."""
         return self._piece_ids() | self._added_tokens_encoder
 
     def tokenize(self, text: str, *others: Any, **options: Any) -> list[str]:
-        """Pieces of a text."""
+        """Split a text into tokens."""
         if self._added_text is None or not self._added_text.search(text):
             return self._tokenize(text)
         return super().tokenize(text, *others, **options)
 
     def convert_tokens_to_ids(self, tokens: str | list[str]) -> int | list[int]:
-        """Ids of pieces; that of the unknown token for what is none."""
+        """Ids of tokens; that of the unknown token for other strings."""
         pieces, added, unknown = self._piece_ids(), self._added_tokens_encoder, self.sp_model.unk_id()
         if isinstance(tokens, str):
             return added.get(tokens, pieces.get(tokens, unknown))
         return [added[token] if token in added else pieces.get(token, unknown) for token in tokens]
 
     def convert_tokens_to_string(self, tokens: list[str]) -> str:
-        """The text of pieces: bytes become characters and no space is lost; added tokens stand for themselves."""
-        texts: list[str] = []
-        begin = 0
-        for index, token in enumerate(tokens):
-            if token in self._added_tokens_encoder:
-                texts += [self.sp_model.decode(tokens[begin:index]), token]
-                begin = index + 1
-        return "".join([*texts, self.sp_model.decode(tokens[begin:])])
+        """The text of tokens: bytes become characters, spaces are kept, and added tokens are literal."""
+        return self._join(tokens, self._added_tokens_encoder, str)
 
     def _encode_plus(self, text: Any, text_pair: Any = None, *others: Any, **options: Any) -> BatchEncoding:
-        # Ids at once where sentencepiece alone makes them, thrice as fast as by way of pieces. An empty list would be
-        # an empty batch, and marked control tokens are transformers' own affair.
+        # Directly to ids where sentencepiece alone produces them: three times as fast as via tokens. An empty list
+        # would be an empty batch, and transformers handles sanitized control tokens itself.
         whole = isinstance(text, str) and text_pair is None and not options.get("sanitize_control_tokens")
         if whole and not (self._added_text and self._added_text.search(text)):
             text = self.sp_model.encode(text) or text
@@ -93,16 +88,20 @@ class BaichuanTokenizer(SentencePieceBackend):
     ) -> str:
         added, size = self._added_tokens_decoder, self.sp_model.get_piece_size()
         skipped = set(self.all_special_ids) if skip_special_tokens else set()
-        # Rows that an embedding has beyond the vocabulary are no text.
+        # Embedding rows beyond the vocabulary have no text.
         ids = [index for index in ([token_ids] if isinstance(token_ids, int) else token_ids)
                if (index < size or index in added) and index not in skipped]  # fmt: skip
+        return self._join(ids, added, lambda index: added[index].content)
+
+    def _join(self, tokens: list[Any], added: Container[Any], text_of: Callable[[Any], str]) -> str:
+        """The text of tokens, given by name or id; sentencepiece decodes those between added tokens."""
         texts: list[str] = []
-        begin = 0
-        for place, index in enumerate(ids):
-            if index in added:
-                texts += [self.sp_model.decode(ids[begin:place]), added[index].content]
-                begin = place + 1
-        return "".join([*texts, self.sp_model.decode(ids[begin:])])
+        start = 0
+        for position, token in enumerate(tokens):
+            if token in added:
+                texts += [self.sp_model.decode(tokens[start:position]), text_of(token)]
+                start = position + 1
+        return "".join([*texts, self.sp_model.decode(tokens[start:])])
 
     def _tokenize(self, text: str, **options: Any) -> list[str]:
         return self.sp_model.encode(text, out_type=str)

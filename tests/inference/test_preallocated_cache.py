@@ -19,7 +19,7 @@ from transformers import (
 )
 from transformers.cache_utils import DynamicLayer, DynamicSlidingWindowLayer
 
-from novelgpt.inference.preallocated_cache import LEAST_SPARE_TOKENS, SPARE_SHARE, PreallocatedLayer, preallocated_cache
+from novelgpt.inference.preallocated_cache import GROWTH, MIN_GROWTH_TOKENS, PreallocatedLayer, preallocated_cache
 from novelgpt.model import attention
 from novelgpt.model.baichuan.configuration import BaichuanConfig
 from novelgpt.model.baichuan.modeling import BaichuanForCausalLM
@@ -148,7 +148,7 @@ def test_any_sequence_of_changes_leaves_the_same_states(seed: int) -> None:
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16], ids=str)
 def test_the_room_is_bounded_and_seldom_renewed(dtype: torch.dtype) -> None:
-    layer, most = PreallocatedLayer(most_tokens=900), 900
+    layer, most = PreallocatedLayer(max_tokens=900), 900
     layer.update(*states(100, dtype=dtype))
     buffers = set()
     for tokens in range(101, 1001):
@@ -157,7 +157,7 @@ def test_the_room_is_bounded_and_seldom_renewed(dtype: torch.dtype) -> None:
             assert buffer is not None and buffer.dtype == dtype
             room = buffer.shape[2]
             assert tokens <= room <= max(tokens, most)
-            assert room - tokens <= max(LEAST_SPARE_TOKENS, tokens * SPARE_SHARE)
+            assert room - tokens <= max(MIN_GROWTH_TOKENS, tokens * GROWTH)
         assert layer.key_buffer is not None
         buffers |= {layer.key_buffer.shape[2]} if tokens <= most else set()
     # From 100 to 900 tokens: 32 more at a time up to 256, then an eighth more.
@@ -165,7 +165,7 @@ def test_the_room_is_bounded_and_seldom_renewed(dtype: torch.dtype) -> None:
 
 
 def test_beams_are_chosen_with_their_room() -> None:
-    layer = PreallocatedLayer(most_tokens=100)
+    layer = PreallocatedLayer(max_tokens=100)
     layer.update(*states(40))
     layer.reorder_cache(torch.tensor([1, 1, 0, 3]))
     chosen = layer.key_buffer

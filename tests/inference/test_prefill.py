@@ -10,7 +10,7 @@ from transformers import DynamicCache, PreTrainedModel, PreTrainedTokenizerBase,
 
 from novelgpt.inference.generation import answer_batch
 from novelgpt.inference.preallocated_cache import preallocated_cache
-from novelgpt.inference.prefill import READ_AT_ONCE, left_padded, prefill
+from novelgpt.inference.prefill import CPU_STEP_TOKENS, left_padded, prefill
 from novelgpt.model.baichuan.configuration import BaichuanConfig
 from novelgpt.model.baichuan.modeling import BaichuanForCausalLM
 from novelgpt.settings.arguments import GenerationArguments
@@ -62,7 +62,7 @@ def test_the_cache_holds_the_states_of_all_tokens_but_the_last(
 ) -> None:
     prompts = prompts_of(LENGTHS, len(tokenizer))
     batch = left_padded(prompts, 0)
-    assert batch["input_ids"].numel() > READ_AT_ONCE
+    assert batch["input_ids"].numel() > CPU_STEP_TOKENS
     cache, whole = preallocated_cache(model, 200), DynamicCache(config=model.config)
     assert cache is not None
     with torch.no_grad():
@@ -93,7 +93,7 @@ def test_answers_are_those_of_prompts_alone(
 def test_what_fits_into_one_piece_is_left_to_generate(tokenizer: PreTrainedTokenizerBase) -> None:
     cache = preallocated_cache(chosen := qwen3(len(tokenizer)), 200)
     assert cache is not None
-    prefill(chosen, prompts_of([READ_AT_ONCE // 4] * 4, len(tokenizer)), 0, cache, beams=1)
+    prefill(chosen, prompts_of([CPU_STEP_TOKENS // 4] * 4, len(tokenizer)), 0, cache, beams=1)
     assert cache.get_seq_length() == 0
-    prefill(chosen, [[5]] * (READ_AT_ONCE + 1), 0, cache, beams=1)
+    prefill(chosen, [[5]] * (CPU_STEP_TOKENS + 1), 0, cache, beams=1)
     assert cache.get_seq_length() == 0

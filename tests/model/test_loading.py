@@ -254,7 +254,7 @@ def test_a_tokenizer_with_an_id_past_the_embedding_is_refused(copy: Path) -> Non
     (copy / "tokenizer.json").write_text(json.dumps(content), encoding="utf-8")
     gapped = load_tokenizer(ModelArguments(str(copy)))
     assert len(gapped) == 1000
-    with pytest.raises(UserError, match=r"of 1000 rows does not reach: ! \(1005\)"):
+    with pytest.raises(UserError, match=r"beyond the 1000 rows of the model's embedding: ! \(1005\)"):
         load_model(ModelArguments(str(copy)), gapped)
 
 
