@@ -38,8 +38,8 @@ SECTIONS: dict[str, tuple[Command, ...]] = {
     "Evaluation and chat": (
         Command("score", "predict.score", "scores of any predictions file, and two of them compared"),
         Command("report", "predict.report", "a page with scores, pictures and examples of one or several runs"),
-        Command("continuations", "predict.continuations", "rows that ask a model to go on with held-out novels"),
-        Command("lm-eval", "predict.lm_eval_run", "standard benchmarks by lm-evaluation-harness"),
+        Command("continuations", "predict.continuations", "rows that ask a model to continue held-out novels"),
+        Command("lm-eval", "predict.lm_eval_run", "standard benchmarks with lm-evaluation-harness"),
         Command("chat", "predict.chat", "a conversation in the terminal"),
     ),
     "Models": (
@@ -53,7 +53,7 @@ SECTIONS: dict[str, tuple[Command, ...]] = {
         Command("convert-config", "cli.convert_config", "settings of LLaMA-Factory, ms-swift or TRL -> ours"),
     ),
     "Demo": (
-        Command("demo", "cli.demo", "the whole job on the small base and the samples, ending in one table"),
+        Command("demo", "cli.demo", "the whole workflow on the small base and the samples, ending in one table"),
     ),
 }  # fmt: skip
 COMMANDS = {command.name: command for section in SECTIONS.values() for command in section}
