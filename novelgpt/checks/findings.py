@@ -121,8 +121,11 @@ def write_json(path: Path, findings: Sequence[Finding], seconds: float) -> None:
     Raises:
         UserError: nothing can be written there.
     """
-    listed = [asdict(finding) for finding in findings]
-    report = {"ok": not any_problem(findings), "seconds": round(seconds, 1), "findings": listed}
+    report = {
+        "ok": not any_problem(findings),
+        "seconds": round(seconds, 1),
+        "findings": [asdict(finding) for finding in findings],
+    }
     try:
         atomic_write(path, json.dumps(report, ensure_ascii=False, indent=2) + "\n")
     except OSError as error:

@@ -24,6 +24,7 @@ from novelgpt.model.embedded_base import ensure_embedded_base
 from novelgpt.model.hub import cached_folder, looks_like_path, runs_own_code
 from novelgpt.model.loading import frozen_dtype, read_config
 from novelgpt.model.lora import attach_lora
+from novelgpt.model.tokenizer import configured_ends
 from novelgpt.model.weight_files import check_no_pickles, stored_tensors, weight_files
 from novelgpt.settings.errors import UserError
 from novelgpt.settings.parser import parse_arguments
@@ -133,8 +134,7 @@ def check_ends(run: TrainingRun, tokenizer: PreTrainedTokenizerBase) -> Iterator
     known = {int(tokenizer.eos_token_id)}
     folder = Path(run.model.model)
     if (folder / GENERATION_CONFIG_NAME).is_file():
-        named = GenerationConfig.from_pretrained(folder).eos_token_id
-        known |= set(named) if isinstance(named, (list, tuple)) else set() if named is None else {named}
+        known |= configured_ends(GenerationConfig.from_pretrained(folder))
     last = _trained_tokens(tokenizer)[-1]
     token = tokenizer.convert_ids_to_tokens(last)
     learned = f"{token}, {'known to the base' if last in known else 'which the base learns in training'}"

@@ -34,14 +34,9 @@ def identify_data(run: TrainingRun) -> list[DataSource]:
     Raises:
         UserError: a file cannot be read.
     """
-    known: dict[str, DataSource] = {}
-    sources = []
-    for role in ROLES:
-        for name in vars(run.data).get(role, []):  # raw text has no templates
-            if name not in known:
-                known[name] = _identify(role, name)
-            sources.append(known[name].model_copy(update={"role": role}))
-    return sources
+    identify = functools.cache(_identify)  # each file is hashed once, however often it is named
+    named = [(role, name) for role in ROLES for name in vars(run.data).get(role, [])]  # raw text has no templates
+    return [identify(name).model_copy(update={"role": role}) for role, name in named]
 
 
 def check_unwritten(sources: Iterable[DataSource]) -> None:
@@ -86,9 +81,10 @@ def data_changes(before: Sequence[dict[str, Any]], now: Sequence[dict[str, Any]]
     return found
 
 
-def _identify(role: str, name: str) -> DataSource:
+def _identify(name: str) -> DataSource:
+    """Hash a file or folder, whose role is left open."""
     path = Path(name).absolute()
-    source = DataSource(role=role, path=str(path), name=name, files=[])
+    source = DataSource(role="", path=str(path), name=name, files=[])
     try:
         if not path.exists():
             return source  # reported where it is read

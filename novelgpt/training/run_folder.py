@@ -85,11 +85,11 @@ class RunFolder:
         self._write(self.record | {"status": "finished", "finished": utc_now(), "results": results})
         this_attempt().finish()
 
-    def release(self, error: BaseException | None) -> None:
+    def release(self, _: object, error: BaseException | None, __: object) -> None:
         """Release the folder, and remove what is in it where the run has not completed a first step.
 
         Args:
-            error: that ends the run; None where it is complete.
+            error: that ends the run; None where it is complete. The arguments are those of `__exit__`.
         """
         if self._choice is None:
             return
@@ -159,27 +159,19 @@ def claim_run_folder(run: TrainingRun) -> Iterator[RunFolder]:
             see it.
         Stopped: a signal came.
     """
-    stop = StopOnSignal()
-    stop.listen()  # signals are only noted until the folder is this run's
-    folder: RunFolder | None = None
-    problem: BaseException | None = None
-    try:
-        folder = _claim_together(run, stop)
-        stop.end_at_once()
-        _check_shared(folder)
-        yield folder
-    except BaseException as error:
-        problem = error
-        stop.only_note()
-        if isinstance(error, Stopped) and is_first_process():
-            say(error.explain())
-        raise
-    finally:
+    # Signals are only noted until the folder is this run's, and while it is released.
+    with StopOnSignal() as stop, ExitStack() as stack:
         try:
-            if folder is not None:
-                folder.release(problem)
-        finally:
-            stop.leave()
+            folder = _claim_together(run, stop)
+            stack.push(folder.release)
+            stop.end_at_once()
+            _check_shared(folder)
+            yield folder
+        except BaseException as error:
+            stop.only_note()
+            if isinstance(error, Stopped) and is_first_process():
+                say(error.explain())
+            raise
 
 
 def _claim_together(run: TrainingRun, stop: StopOnSignal) -> RunFolder:

@@ -57,11 +57,12 @@ class StopOnSignal(TrainerCallback):
         self._process = os.getpid()
         self._before: dict[signal.Signals, Any] = {}
 
-    def listen(self) -> None:
+    def __enter__(self) -> StopOnSignal:
         """Install the handlers. An ignored signal (nohup) stays ignored; only the main thread can listen."""
         if threading.current_thread() is threading.main_thread():
             numbers = [number for number in STOP_SIGNALS if signal.getsignal(number) != signal.SIG_IGN]
             self._before = {number: signal.signal(number, self._note) for number in numbers}
+        return self
 
     def end_at_once(self) -> None:
         """Until the first step, let a signal end whatever is under way, also one that has already come.
@@ -77,7 +78,7 @@ class StopOnSignal(TrainerCallback):
         """Let no signal interrupt what follows."""
         self._at_once = False
 
-    def leave(self) -> None:
+    def __exit__(self, *_: object) -> None:
         """Restore the former handlers, and destroy the gloo group in which ranks agreed."""
         if self._group is not None:
             distributed.destroy_process_group(self._group)
