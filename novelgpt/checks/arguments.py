@@ -68,8 +68,9 @@ def check_arguments(run: TrainingRun) -> None:
     if not 0 < run.data.valid_fraction < 1:
         raise UserError(f"--valid_fraction {run.data.valid_fraction} is not a share", "use a number between 0 and 1")
     _check_numbers(run.training)
-    _check_best(run.training)
-    _check_processes(run.training)
+    for refused, cause, remedy in _combinations(run.training):
+        if refused:
+            raise UserError(cause, remedy)
     _check_optimizer(run.training)
     if run.model.model == str(EMBEDDED_BASE) and is_first_process():
         say(f"training the small base ({TINY}), with the settings of {run.pipeline}/configs/{TINY}.yaml")
@@ -101,41 +102,39 @@ def _check_numbers(training: TrainArguments) -> None:
             raise UserError(f"--{name}_steps {every} is not an interval", "use a number of steps, or a share below 1")
 
 
-def _check_best(training: TrainArguments) -> None:
-    """Check that evaluations produce the metric that selects the best checkpoint."""
-    if training.metric_for_best_model is None:
-        return
-    figure = training.metric_for_best_model.removeprefix("eval_")
-    if figure in ANSWER_FIGURES and not training.predict_during_eval:
-        raise UserError(
-            f"--metric_for_best_model {figure} is a metric of answers, and evaluations generate none",
+def _combinations(training: TrainArguments) -> tuple[tuple[object, str, str], ...]:
+    """Return (whether it is refused, cause, remedy) of options that do not fit each other or the launcher."""
+    metric = (training.metric_for_best_model or "loss").removeprefix("eval_")
+    metrics = EVALUATION_FIGURES | ANSWER_FIGURES
+    missing = next((name for name in LAUNCHER_VARIABLES if name not in os.environ), None)
+    connects = missing is None or importlib.util.find_spec("mpi4py")  # with which DeepSpeed would ask mpirun
+    return (
+        (
+            metric in ANSWER_FIGURES and not training.predict_during_eval,
+            f"--metric_for_best_model {metric} is a metric of answers, and evaluations generate none",
             "set how many rows they answer: --predict_during_eval ROWS",
-        )
-    if figure not in EVALUATION_FIGURES | ANSWER_FIGURES:
-        raise UserError(
-            f"--metric_for_best_model {figure} is not a metric of evaluations",
-            f"use one of {', '.join(EVALUATION_FIGURES | ANSWER_FIGURES)}",
-        )
-    if training.load_best_model_at_end and training.save_only_model and training.deepspeed:
-        raise UserError(
+        ),
+        (
+            metric not in metrics,
+            f"--metric_for_best_model {metric} is not a metric of evaluations",
+            f"use one of {', '.join(metrics)}",
+        ),
+        (
+            training.load_best_model_at_end and training.save_only_model and training.deepspeed,
             "--save_only_model and --load_best_model_at_end cannot be combined under DeepSpeed",
             "leave one of the two out",
-        )
-
-
-def _check_processes(training: TrainArguments) -> None:
-    """Check that a sharded model has several processes, and that DeepSpeed has the variables by which it connects."""
-    if training.deepspeed and not importlib.util.find_spec("mpi4py"):  # with which it would ask mpirun
-        missing = [name for name in LAUNCHER_VARIABLES if name not in os.environ]
-        if missing:
-            raise UserError(
-                f"--deepspeed needs a launcher, even for one process: {missing[0]} is not set",
-                "ZERO=2 before the script, or before the command novelgpt, starts one",
-            )
-    if training.fsdp and training.parallel_mode != ParallelMode.DISTRIBUTED:
-        raise UserError(
-            "--fsdp shards a model across processes, and there is one", "NPROC=2 before the command, or more"
-        )
+        ),
+        (
+            training.deepspeed and not connects,
+            f"--deepspeed needs a launcher, even for one process: {missing} is not set",
+            "ZERO=2 before the script, or before the command novelgpt, starts one",
+        ),
+        (
+            training.fsdp and training.parallel_mode != ParallelMode.DISTRIBUTED,
+            "--fsdp shards a model across processes, and there is one",
+            "NPROC=2 before the command, or more",
+        ),
+    )
 
 
 def _check_optimizer(training: TrainArguments) -> None:
@@ -173,8 +172,10 @@ def _probe_optimizer(training: TrainArguments) -> torch.optim.Optimizer:
         if "need to pass a" in str(error):  # the model, which the optimizer looks through
             return plain
         named = re.search(r"pip install (?:-U )?([\w\[\]+:/.-]+)", str(error))
-        remedy = pip_install(named[1].rstrip(".")) if named else "correct it, or use another --optim"
-        raise UserError(f"--optim {OptimizerNames(training.optim).value}: {_first_line(error)}", remedy) from error
+        raise UserError(
+            f"--optim {OptimizerNames(training.optim).value}: {_first_line(error)}",
+            pip_install(named[1].rstrip(".")) if named else "correct it, or use another --optim",
+        ) from error
 
 
 def _first_line(error: Exception) -> str:

@@ -52,12 +52,20 @@ def check_gpus() -> Iterator[Finding]:
     elif hidden is not None and not re.search(r"[0-9A-Za-z]", hidden.replace("-1", "")):
         yield Finding("gpu", "note", f"all are hidden: CUDA_VISIBLE_DEVICES={hidden!r}", "unset CUDA_VISIBLE_DEVICES")
     elif torch.version.cuda is None:
-        text = f"there is an NVIDIA driver, and torch {torch.__version__} is built without CUDA"
-        yield Finding("gpu", "problem", text, "install torch from https://pytorch.org/get-started, with CUDA")
+        yield Finding(
+            "gpu",
+            "problem",
+            f"there is an NVIDIA driver, and torch {torch.__version__} is built without CUDA",
+            "install torch from https://pytorch.org/get-started, with CUDA",
+        )
     elif driver[0] < _numbers(torch.version.cuda)[0]:
         built = f"torch {torch.__version__} is built for {torch.version.cuda}"
-        text = f"the driver supports CUDA up to {driver[0]}.{driver[1]}, {built}"
-        yield Finding("gpu", "problem", text, "update the NVIDIA driver, or install a torch built for an older CUDA")
+        yield Finding(
+            "gpu",
+            "problem",
+            f"the driver supports CUDA up to {driver[0]}.{driver[1]}, {built}",
+            "update the NVIDIA driver, or install a torch built for an older CUDA",
+        )
     else:
         yield Finding("gpu", "problem", "there is a driver, but torch sees no GPU", "check the output of nvidia-smi")
 
@@ -77,16 +85,18 @@ def check_precision(training: TrainArguments | None = None) -> Iterator[Finding]
         half, full = matmul_ceiling(cpu, asked), matmul_ceiling(cpu, fp32)
         text = f"in {name} this CPU multiplies matrices at {half / 1e9:,.1f} GFLOP/s, in fp32 at {full / 1e9:,.1f}"
         slow = half < NEARLY_AS_FAST * full
-        note = f"{text}: it has no fast instructions for {name}"
-        yield first_case("precision", text, (slow, "note", note, "--precision fp32"))
+        yield first_case(
+            "precision", text, (slow, "note", f"{text}: it has no fast instructions for {name}", "--precision fp32")
+        )
         return
     dtype = compute_dtype(TrainArguments(output_dir="unused")) or fp32
     text = f"--precision auto selects {str(dtype).removeprefix('torch.')}"
     if torch.cuda.is_available():
         bf16 = dtype == torch.bfloat16 and torch.version.hip is None
         emulated = bf16 and torch.cuda.get_device_capability() < BF16_CAPABILITY
-        slow_text = f"{text}, which this GPU only emulates, slowly"
-        yield first_case("precision", text, (emulated, "note", slow_text, "--precision fp16"))
+        yield first_case(
+            "precision", text, (emulated, "note", f"{text}, which this GPU only emulates, slowly", "--precision fp16")
+        )
     else:
         yield Finding("precision", "ok", f"{text}, as on all CPUs")
 
@@ -96,22 +106,37 @@ def check_toolchain() -> Iterator[Finding]:
     built, home, nvcc = torch.version.cuda, os.environ.get("CUDA_HOME"), find_nvcc()
     serious: Mark = "problem" if torch.cuda.is_available() and built is not None else "note"
     if home is not None and not (Path(home) / "bin" / "nvcc").is_file():
-        text = f"CUDA_HOME={home} holds no bin/nvcc"
-        yield Finding("compilers", serious, text, "export CUDA_HOME=/usr/local/cuda, or wherever bin/nvcc is")
+        yield Finding(
+            "compilers",
+            serious,
+            f"CUDA_HOME={home} holds no bin/nvcc",
+            "export CUDA_HOME=/usr/local/cuda, or wherever bin/nvcc is",
+        )
     elif nvcc is None:
-        text = "there is no nvcc, which DeepSpeed needs to compile its own operators"
-        remedy = "install the CUDA toolkit of torch's version and export CUDA_HOME; ZERO=0 trains without DeepSpeed"
-        yield Finding("compilers", serious, text, remedy)
+        yield Finding(
+            "compilers",
+            serious,
+            "there is no nvcc, which DeepSpeed needs to compile its own operators",
+            "install the CUDA toolkit of torch's version and export CUDA_HOME; ZERO=0 trains without DeepSpeed",
+        )
     lacking = ["g++"] if shutil.which(os.environ.get("CXX", "g++")) is None else []
     lacking += ["ninja"] if shutil.which("ninja") is None and importlib.util.find_spec("ninja") is None else []
     if lacking:
-        remedy = f"apt-get install g++ ninja-build, or {pip_install('ninja')}"
-        yield Finding("compilers", serious, f"missing for DeepSpeed's operators: {', '.join(lacking)}", remedy)
+        yield Finding(
+            "compilers",
+            serious,
+            f"missing for DeepSpeed's operators: {', '.join(lacking)}",
+            f"apt-get install g++ ninja-build, or {pip_install('ninja')}",
+        )
     release = None if nvcc is None else nvcc_release(nvcc)
     version = "" if release is None else f" of CUDA {release[0]}.{release[1]}"
     if release is not None and built is not None and release[0] != _numbers(built)[0]:
-        text = f"nvcc is{version}, torch is built for {built}: DeepSpeed refuses this"
-        yield Finding("compilers", serious, text, f"export CUDA_HOME of a CUDA {built} toolkit")
+        yield Finding(
+            "compilers",
+            serious,
+            f"nvcc is{version}, torch is built for {built}: DeepSpeed refuses this",
+            f"export CUDA_HOME of a CUDA {built} toolkit",
+        )
     elif nvcc is not None and not lacking:
         yield Finding("compilers", "ok", f"{nvcc}{version}, g++ and ninja")
 
@@ -165,10 +190,11 @@ def _check_gpu(index: int) -> Finding:
     url = "https://pytorch.org/get-started"
     used = f"{text}: other processes use the rest"
     return first_case(
-        f"gpu {index}", text,
+        f"gpu {index}",
+        text,
         (bool(kinds) and not any(served), "problem", old, f"install a torch built for it from {url}, or use another"),
         (free < FREE_SHARE * total, "note", used, "see which with nvidia-smi; --auto_batch uses what fits"),
-    )  # fmt: skip
+    )
 
 
 def _numbers(version: str) -> tuple[int, int]:

@@ -31,8 +31,9 @@ def check_port() -> Iterator[Finding]:
             listener.bind(("", port))
         yield Finding("port", "ok", f"port {port} is free for processes to connect")
     except (ValueError, OverflowError):
-        remedy = "unset it, or set it to a number above 1024"
-        yield Finding("port", "problem", f"MASTER_PORT={named} is not a port", remedy)
+        yield Finding(
+            "port", "problem", f"MASTER_PORT={named} is not a port", "unset it, or set it to a number above 1024"
+        )
     except OSError as error:
         text = f"port {port} cannot be used: {error.strerror}"
         with socket.socket(socket.AF_INET, socket.SOCK_STREAM) as listener:
@@ -50,21 +51,31 @@ def check_disk_space(output: Path) -> Iterator[Finding]:
     folder = existing_folder(output)
     free = shutil.disk_usage(folder).free
     text = f"{gigabytes(free)} free for {output}"
-    remedy = "name a folder you can write to: --output_dir FOLDER"
-    estimate = "with --model, this command estimates its checkpoints; --save_total_limit 1 keeps fewer"
     yield first_case(
-        "disk", text,
-        (not os.access(folder, os.W_OK), "problem", f"nothing can be written into {folder}", remedy),
+        "disk",
+        text,
+        (
+            not os.access(folder, os.W_OK),
+            "problem",
+            f"nothing can be written into {folder}",
+            "name a folder you can write to: --output_dir FOLDER",
+        ),
         (free < MIN_FREE_BYTES, "problem", text, "make room, or name a folder on another disk: --output_dir FOLDER"),
-        (free < USUAL_FREE_BYTES, "note", text, estimate),
-    )  # fmt: skip
+        (
+            free < USUAL_FREE_BYTES,
+            "note",
+            text,
+            "with --model, this command estimates its checkpoints; --save_total_limit 1 keeps fewer",
+        ),
+    )
 
 
 def check_shared_memory(folder: Path = Path("/dev/shm")) -> Iterator[Finding]:
     """Check the shared memory that data loaders and several GPUs of one host use."""
     if not folder.is_dir():
-        remedy = "mount one for several GPUs: mount -t tmpfs shm /dev/shm"
-        yield Finding("shared memory", "note", f"there is no {folder}", remedy)
+        yield Finding(
+            "shared memory", "note", f"there is no {folder}", "mount one for several GPUs: mount -t tmpfs shm /dev/shm"
+        )
         return
     usage = shutil.disk_usage(folder)
     text = f"{gigabytes(usage.free)} free of {gigabytes(usage.total)} in {folder}"
@@ -82,9 +93,16 @@ def check_open_files() -> Iterator[Finding]:
         return
     soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
     text = f"a process may hold {'any number of files' if soft < 0 else counted(soft, 'file')} open"
-    few = f"{text}; large folders of shards and many workers may need more"
-    remedy = f"ulimit -n {MIN_OPEN_FILES if hard < 0 else min(hard, 65536)}"
-    yield first_case("open files", text, (0 <= soft < MIN_OPEN_FILES, "note", few, remedy))
+    yield first_case(
+        "open files",
+        text,
+        (
+            0 <= soft < MIN_OPEN_FILES,
+            "note",
+            f"{text}; large folders of shards and many workers may need more",
+            f"ulimit -n {MIN_OPEN_FILES if hard < 0 else min(hard, 65536)}",
+        ),
+    )
 
 
 def check_switches(environment: dict[str, str]) -> Iterator[Finding]:
@@ -103,10 +121,11 @@ def check_switches(environment: dict[str, str]) -> Iterator[Finding]:
         parts.append("a token is set")
     yield Finding("hub", "ok", "; ".join(parts))
     quiet = switched_on("HF_HUB_DISABLE_TELEMETRY", "DO_NOT_TRACK") or offline
-    text = (
+    yield Finding(
+        "telemetry",
+        "ok",
         f"off ({quiet})"
         if quiet
         else "this toolkit reports nothing; the hub's client names package versions when it downloads "
-        "(HF_HUB_DISABLE_TELEMETRY=1 stops that)"
+        "(HF_HUB_DISABLE_TELEMETRY=1 stops that)",
     )
-    yield Finding("telemetry", "ok", text)

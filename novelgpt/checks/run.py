@@ -96,8 +96,9 @@ def check_settings(run: TrainingRun) -> Iterator[Finding]:
     sizes = {name: Path(name).stat().st_size for name in names if Path(name).is_file()}
     empty = ", ".join(name for name, size in sizes.items() if size == 0)
     text = f"{counted(len(names), 'path')}, {sum(sizes.values()) / 1e6:.1f} MB in files"
-    remedy = "name files that hold rows: --train_files FILE"
-    yield first_case("data", text, (bool(empty), "problem", f"empty: {empty}", remedy))
+    yield first_case(
+        "data", text, (bool(empty), "problem", f"empty: {empty}", "name files that hold rows: --train_files FILE")
+    )
 
 
 def check_files(run: TrainingRun) -> Iterator[Finding]:
@@ -119,9 +120,16 @@ def check_vocabulary(run: TrainingRun, tokenizer: PreTrainedTokenizerBase) -> It
     beyond = sum(index >= rows for index in ids)
     text = f"{counted(len(tokenizer), 'token')}, {counted(rows, 'row')} in the embedding"
     lacks = f"{'has' if beyond == 1 else 'have'} no row in the embedding of {rows}"
-    problem = f"{counted(beyond, 'token')} of {len(tokenizer)} {lacks}, as token {max(ids)}"
-    remedy = "put the tokenizer that belongs to the model beside its weights"
-    yield first_case("vocabulary", text, (beyond > 0, "problem", problem, remedy))
+    yield first_case(
+        "vocabulary",
+        text,
+        (
+            beyond > 0,
+            "problem",
+            f"{counted(beyond, 'token')} of {len(tokenizer)} {lacks}, as token {max(ids)}",
+            "put the tokenizer that belongs to the model beside its weights",
+        ),
+    )
 
 
 def check_ends(run: TrainingRun, tokenizer: PreTrainedTokenizerBase) -> Iterator[Finding]:
@@ -152,13 +160,22 @@ def check_template(run: TrainingRun, tokenizer: PreTrainedTokenizerBase) -> Iter
     record = template_record(tokenizer)
     trained = tokenizer.decode(_trained_tokens(tokenizer))
     text = f"{record['name']}, sha256 {record['sha256'][:12]}; it trains {trained!r} of a sample"
-    own = "put the model's own chat_template.jinja beside its weights"
-    plain = "right for base models; for a chat model, put its chat_template.jinja beside its weights"
     yield first_case(
-        "chat template", text,
-        (ANSWER not in trained, "problem", f"{text}, which is not the answer", own),
-        (record["name"] == "plain", "note", f"the tokenizer has none, so: {text}", plain),
-    )  # fmt: skip
+        "chat template",
+        text,
+        (
+            ANSWER not in trained,
+            "problem",
+            f"{text}, which is not the answer",
+            "put the model's own chat_template.jinja beside its weights",
+        ),
+        (
+            record["name"] == "plain",
+            "note",
+            f"the tokenizer has none, so: {text}",
+            "right for base models; for a chat model, put its chat_template.jinja beside its weights",
+        ),
+    )
 
 
 def adapt(run: TrainingRun, model: PreTrainedModel) -> nn.Module:
@@ -186,9 +203,12 @@ def check_memory(plan: MemoryPlan) -> Iterator[Finding]:
     """Compare the estimate with the memory of the device."""
     run, training, estimate = plan.run, plan.training, plan.estimate
     if estimate is None:
-        text = f"no estimate for this model; the device has {gigabytes(plan.capacity)}"
-        remedy = "watch the first steps; --auto_batch finds a micro-batch that fits on a GPU"
-        yield Finding("memory", "note", text, remedy)
+        yield Finding(
+            "memory",
+            "note",
+            f"no estimate for this model; the device has {gigabytes(plan.capacity)}",
+            "watch the first steps; --auto_batch finds a micro-batch that fits on a GPU",
+        )
         return
     text = (
         f"{gigabytes(estimate.total)} expected of {gigabytes(plan.capacity)} on this {plan.device.type}: "
@@ -200,10 +220,11 @@ def check_memory(plan: MemoryPlan) -> Iterator[Finding]:
     remedy += ", --qlora on a GPU" if isinstance(run, LoraRun) else f", or {pipeline_name('finetune_lora')}"
     several = full and torch.cuda.device_count() > 1
     yield first_case(
-        "memory", text,
+        "memory",
+        text,
         (several, "note", f"{text}; one GPU alone is too small", "ZERO=3, with OFFLOAD=1 where needed"),
         (full, "problem", f"{text}: this will not fit", f"{remedy}, or a smaller model"),
-    )  # fmt: skip
+    )
 
 
 def check_checkpoints(plan: MemoryPlan | None, tokenizer: int) -> Iterator[Finding]:
@@ -214,8 +235,12 @@ def check_checkpoints(plan: MemoryPlan | None, tokenizer: int) -> Iterator[Findi
         tokenizer: bytes of its files.
     """
     if plan is None or plan.model is None:
-        remedy = "expect 16 bytes per weight and checkpoint for full training with AdamW"
-        yield Finding("checkpoints", "note", "no estimate of their size for this model", remedy)
+        yield Finding(
+            "checkpoints",
+            "note",
+            "no estimate of their size for this model",
+            "expect 16 bytes per weight and checkpoint for full training with AdamW",
+        )
         return
     forecast = forecast_disk(plan.model, plan.training, tokenizer)
     folder = Path(plan.training.output_dir or OUTPUT)

@@ -51,8 +51,12 @@ def check_trial(
         time_limit: seconds until the process is killed.
     """
     if plan is not None and plan.estimate is not None and plan.estimate.total > plan.capacity:
-        text = "not tried, and the model not loaded: the estimate exceeds the available memory"
-        yield Finding(NAME, "note", text, "see the remedy at memory")
+        yield Finding(
+            NAME,
+            "note",
+            "not tried, and the model not loaded: the estimate exceeds the available memory",
+            "see the remedy at memory",
+        )
         return
     if run.training.deepspeed:
         yield Finding(NAME, "note", "not tried under DeepSpeed", "leave --deepspeed out to try it with one process")
@@ -66,17 +70,24 @@ def check_trial(
     try:
         done = subprocess.run(command, capture_output=True, encoding="utf-8", timeout=time_limit, env=environment)
     except subprocess.TimeoutExpired:
-        remedy = f"--time_limit {time_limit * 4:.0f} waits longer"
-        yield Finding(NAME, "note", f"loading and trying it took more than {time_limit:.0f} s and was stopped", remedy)
+        yield Finding(
+            NAME,
+            "note",
+            f"loading and trying it took more than {time_limit:.0f} s and was stopped",
+            f"--time_limit {time_limit * 4:.0f} waits longer",
+        )
         return
     lines = done.stdout.strip().splitlines()
     if done.returncode == 0 and lines:
         yield from (Finding(**finding) for finding in json.loads(lines[-1]))
         return
     reason = (done.stderr.strip().splitlines() or ["no output"])[-1]
-    text = f"the process that tried it exited with status {done.returncode}: {reason:.300}"
-    remedy = "status -9 means out of memory: a shorter --max_length, or a smaller model"
-    yield Finding(NAME, "problem", text, remedy)
+    yield Finding(
+        NAME,
+        "problem",
+        f"the process that tried it exited with status {done.returncode}: {reason:.300}",
+        "status -9 means out of memory: a shorter --max_length, or a smaller model",
+    )
 
 
 def try_longest_batch(run: TrainingRun) -> Iterator[Finding]:
@@ -123,16 +134,28 @@ def try_longest_batch(run: TrainingRun) -> Iterator[Finding]:
         model.zero_grad()
         check_forward(model, batch, dtype or base_dtype(run), autocast)
     except torch.OutOfMemoryError:
-        remedy = "--per_device_train_batch_size 1, --activation_checkpointing, a shorter --max_length, or --auto_batch"
-        yield Finding(NAME, "problem", f"{shape} do not fit into the memory of this {device.type}", remedy)
+        yield Finding(
+            NAME,
+            "problem",
+            f"{shape} do not fit into the memory of this {device.type}",
+            "--per_device_train_batch_size 1, --activation_checkpointing, a shorter --max_length, or --auto_batch",
+        )
         return
     states = optimizer_bytes(training) * sum(part.numel() for part in model.parameters() if part.requires_grad)
     text = (
         f"{shape} on this {device.type}: forward, backward and evaluation pass in {time.perf_counter() - start:.0f} s, "
         f"{gigabytes(peak)} with {gigabytes(states)} of optimizer to come"
     )
-    remedy = "--auto_batch, or --activation_checkpointing"
-    yield first_case(NAME, text, (peak + states > has, "problem", f"{text}: more than the GPU has", remedy))
+    yield first_case(
+        NAME,
+        text,
+        (
+            peak + states > has,
+            "problem",
+            f"{text}: more than the GPU has",
+            "--auto_batch, or --activation_checkpointing",
+        ),
+    )
 
 
 def main(argv: Sequence[str] | None = None) -> None:

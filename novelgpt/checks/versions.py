@@ -26,12 +26,17 @@ def check_python() -> Iterator[Finding]:
     """Check that the interpreter is supported."""
     found = f"Python {sys.version.split()[0]} ({sys.executable})"
     oldest, newest = (".".join(map(str, numbers)) for numbers in PYTHONS)
-    untested = f"{found} is newer than tested ({oldest} to {newest})"
     yield first_case(
-        "python", found,
+        "python",
+        found,
         (sys.version_info[:2] < PYTHONS[0], "problem", f"{found} is too old", install_for(newest)),
-        (sys.version_info[:2] > PYTHONS[1], "note", untested, f"where something fails: {install_for(newest)}"),
-    )  # fmt: skip
+        (
+            sys.version_info[:2] > PYTHONS[1],
+            "note",
+            f"{found} is newer than tested ({oldest} to {newest})",
+            f"where something fails: {install_for(newest)}",
+        ),
+    )
 
 
 def check_packages(requirements: Path = REQUIREMENTS) -> Iterator[Finding]:
@@ -52,14 +57,17 @@ def check_packages(requirements: Path = REQUIREMENTS) -> Iterator[Finding]:
             continue
         public = Version(found.public)
         if name in MINIMUM and public < Version(MINIMUM[name]):
-            text = f"{name} {found} is too old: at least {MINIMUM[name]} is needed"
-            yield Finding(name, "problem", text, remedy)
+            yield Finding(name, "problem", f"{name} {found} is too old: at least {MINIMUM[name]} is needed", remedy)
         elif specifier.contains(public, prereleases=True):
             tested.append(f"{name} {found}")
         else:
             older = all(public < Version(part.version) for part in specifier if part.operator in ("==", ">="))
-            text = f"{name} {found} is {'older' if older else 'newer'} than tested ({specifier})"
-            yield Finding(name, "note", text, f"where something fails: {remedy}")
+            yield Finding(
+                name,
+                "note",
+                f"{name} {found} is {'older' if older else 'newer'} than tested ({specifier})",
+                f"where something fails: {remedy}",
+            )
     if tested:
         yield Finding("packages", "ok", f"as tested: {', '.join(tested)}")
     for requirement in wanted:  # what installed packages require of each other, as `pip check` would tell
@@ -74,9 +82,17 @@ def _check_dependency(name: str, dependency: Requirement) -> Iterator[Finding]:
     try:
         found = metadata.version(dependency.name)
     except metadata.PackageNotFoundError:
-        remedy = pip_install(str(dependency).split(";")[0].replace(" ", ""))
-        yield Finding(name, "problem", f"{name} needs {dependency.name}, which is missing", remedy)
+        yield Finding(
+            name,
+            "problem",
+            f"{name} needs {dependency.name}, which is missing",
+            pip_install(str(dependency).split(";")[0].replace(" ", "")),
+        )
         return
     if not dependency.specifier.contains(found, prereleases=True):
-        text = f"{name} needs {dependency.name}{dependency.specifier}, and {found} is installed"
-        yield Finding(name, "problem", text, install_requirements())
+        yield Finding(
+            name,
+            "problem",
+            f"{name} needs {dependency.name}{dependency.specifier}, and {found} is installed",
+            install_requirements(),
+        )

@@ -158,15 +158,12 @@ def _choose_unnamed(run: TrainingRun, record: Record, take: Take, resumable: boo
         if last is not None:
             return last
     for folder in folders[free:]:
-        if not is_vacant(folder):
-            continue
-        try:
-            claim = take(folder)
-        except BlockingIOError:
-            continue  # another run, started at the same time, has just taken it
         if is_vacant(folder):
-            return claim, None, None
-        claim.release(unused=True)
+            with contextlib.suppress(BlockingIOError):  # another run, started at the same time, has just taken it
+                claim = take(folder)
+                if is_vacant(folder):
+                    return claim, None, None
+                claim.release(unused=True)
     raise UserError(f"{OUTPUT} holds {MAX_FOLDERS} runs of {run.pipeline}", "name --output_dir")
 
 

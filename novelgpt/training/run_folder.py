@@ -75,8 +75,10 @@ class RunFolder:
                     check_unwritten(self._data)
                     self._start(self._choice, describe_run(run, self._data) | {"status": "running"})
                 except OSError as error:
-                    cause = f"{error.filename or self.path} cannot be written: {error.strerror}"
-                    raise UserError(cause, "make room there, or name another --output_dir") from error
+                    raise UserError(
+                        f"{error.filename or self.path} cannot be written: {error.strerror}",
+                        "make room there, or name another --output_dir",
+                    ) from error
                 this_attempt().begin(self.path, self.checkpoint)
         self.stop.end_at_once()
 
