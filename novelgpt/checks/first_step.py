@@ -104,9 +104,14 @@ def check_forward(model: nn.Module, batch: dict[str, Any], dtype: torch.dtype, a
         finite = all(map(math.isfinite, (trained, *evaluated)))
         if not all(gather_object([finite])):
             name = first_not_finite(model, partial(loss, training=not math.isfinite(trained)))
+            which = f"; the first output that is not finite is that of {name or 'the whole model'}"
+            fp16 = "fp16 overflows easily: --precision bf16 or fp32; else " if dtype == torch.float16 else ""
             with raise_on_all_ranks():
                 if not finite:
-                    raise _not_finite(name, dtype)
+                    raise UserError(
+                        f"the loss of the first training rows is not finite{'' if name is None else which}",
+                        f"{fp16}check the model's weights for NaN",
+                    )
         with raise_on_all_ranks():
             _check_losses(trained, evaluated, TOLERANCES.get(dtype, 1e-2))
             after = _fingerprint(model)
@@ -218,14 +223,6 @@ def _fingerprint(model: nn.Module) -> dict[str, str]:
     tensors = dict(model.named_parameters())
     sums = [tensor.detach().sum(dtype=torch.float64) for tensor in tensors.values()]
     return {name: value.hex() for name, value in zip(tensors, torch.stack(sums).tolist(), strict=True)}
-
-
-def _not_finite(name: str | None, dtype: torch.dtype) -> UserError:
-    where = f"; the first output that is not finite is that of {name or 'the whole model'}" if name is not None else ""
-    fp16 = "fp16 overflows easily: --precision bf16 or fp32; else " if dtype == torch.float16 else ""
-    return UserError(
-        f"the loss of the first training rows is not finite{where}", f"{fp16}check the model's weights for NaN"
-    )
 
 
 def _check_losses(trained: float, evaluated: list[float], tolerance: float) -> None:

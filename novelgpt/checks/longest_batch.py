@@ -66,8 +66,11 @@ def try_batch(model: nn.Module, batch: dict[str, Any], training: TrainArguments,
         with preserve_mode_and_rng(model):
             _passes(model, batch, training, autocast)
         if cuda:
-            later = 0 if training.deepspeed else _states(model, training)
-            peak, capacity = _cuda_peak_and_capacity()
+            trained = sum(weight.numel() for weight in model.parameters() if weight.requires_grad)
+            later = 0 if training.deepspeed else optimizer_bytes(training) * trained
+            # What other processes hold is neither free nor reserved.
+            capacity = torch.cuda.mem_get_info()[0] + torch.cuda.memory_reserved()
+            peak = torch.cuda.max_memory_allocated()
             if peak + later > capacity:
                 raise UserError(
                     f"{what}, takes {gigabytes(peak)}, the optimizer another {gigabytes(later)}, and the GPU has "
@@ -87,25 +90,11 @@ def _passes(model: nn.Module, batch: dict[str, Any], training: TrainArguments, a
     trained = [parameter for parameter in model.parameters() if parameter.requires_grad]
     with autocast():
         loss = model(**batch, num_items_in_batch=batch["labels"].numel()).loss
-    if not _recomputes_reentrantly(training):
+    options = checkpointing_options(training)["activation_checkpointing_kwargs"] or {}
+    # Recomputed this way, activations support gradients of the weights only.
+    if not (training.activation_checkpointing and options.get("use_reentrant")):
         torch.autograd.grad(loss, trained[:1] if training.deepspeed else trained, allow_unused=True)
     del loss
     model.eval()
     with torch.no_grad(), autocast():
         model(**batch)
-
-
-def _recomputes_reentrantly(training: TrainArguments) -> bool:
-    """Whether activations are recomputed in the way (`use_reentrant`) that supports gradients of weights only."""
-    options = checkpointing_options(training)["activation_checkpointing_kwargs"] or {}
-    return bool(training.activation_checkpointing and options.get("use_reentrant"))
-
-
-def _states(model: nn.Module, training: TrainArguments) -> int:
-    return optimizer_bytes(training) * sum(part.numel() for part in model.parameters() if part.requires_grad)
-
-
-def _cuda_peak_and_capacity() -> tuple[int, int]:
-    free, total = torch.cuda.mem_get_info()
-    others = total - free - torch.cuda.memory_reserved()
-    return torch.cuda.max_memory_allocated(), total - others

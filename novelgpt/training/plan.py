@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from contextlib import AbstractContextManager, nullcontext
+from contextlib import AbstractContextManager
 from dataclasses import dataclass
 from typing import Any
 
@@ -32,11 +32,6 @@ class Probe:
     run: Callable[[nn.Module, dict[str, Any], TrainArguments, Autocast], None]
 
 
-def no_figures(model: PreTrainedModel, training: TrainArguments, accelerator: Accelerator) -> dict[str, float]:
-    """Probe nothing after training."""
-    return {}
-
-
 @dataclass(frozen=True)
 class TrainingPlan:
     """A run that is ready to train: its folder, memory estimate, and checks, which all processes call.
@@ -51,6 +46,6 @@ class TrainingPlan:
 
     folder: RunFolder
     memory: MemoryPlan
-    probes: Sequence[Probe] = ()
-    watch_gradients: Callable[[nn.Module], AbstractContextManager[Any]] = nullcontext
-    after_training: Callable[[PreTrainedModel, TrainArguments, Accelerator], dict[str, float]] = no_figures
+    probes: Sequence[Probe]
+    watch_gradients: Callable[[nn.Module], AbstractContextManager[Any]]
+    after_training: Callable[[PreTrainedModel, TrainArguments, Accelerator], dict[str, float]]

@@ -102,12 +102,7 @@ class RunCard:
     def _settings(self) -> str:
         training = self.run.training
         precision = "bf16" if training.bf16 else "fp16" if training.fp16 else "fp32"
-        fixed = {"precision": precision, "seed": training.seed, "processes": self.description["processes"]}
-        rows = [[code(name), code(value)] for name, value in (fixed | self._differing()).items()]
-        return f"Those that differ from the defaults, and a few more.\n\n{table(['setting', 'value'], rows)}"
-
-    def _differing(self) -> dict[str, Any]:
-        found: dict[str, Any] = {}
+        found = {"precision": precision, "seed": training.seed, "processes": self.description["processes"]}
         for group in dataclasses.fields(self.run):
             values = vars(self.run)[group.name]
             for field in dataclasses.fields(values):
@@ -118,19 +113,17 @@ class RunCard:
                 default = field.default if field.default_factory is dataclasses.MISSING else field.default_factory()
                 if value != getattr(default, "value", default):
                     found[field.name] = value
-        return found
+        listed = table(["setting", "value"], [[code(name), code(value)] for name, value in found.items()])
+        return f"Those that differ from the defaults, and a few more.\n\n{listed}"
 
 
 def _results(state: TrainerState, figures: Mapping[str, Any] | None) -> str:
     if figures is None:
         entries = [entry for entry in state.log_history if "eval_loss" in entry]
         figures = entries[-1] if entries else {}
-    rows = [[label, _number(figures[name])] for name, label in FIGURES.items() if figures.get(name) is not None]
+    known = {label: figures[name] for name, label in FIGURES.items() if figures.get(name) is not None}
+    rows = [[label, f"{value:,.0f}" if abs(value) >= 1000 else f"{value:.5g}"] for label, value in known.items()]
     return table(["figure", "value"], rows) if rows else "Not evaluated yet."
-
-
-def _number(value: float) -> str:
-    return f"{value:,.0f}" if abs(value) >= 1000 else f"{value:.5g}"
 
 
 def _language(tokenizer: PreTrainedTokenizerBase, train: Dataset[Any]) -> str | None:

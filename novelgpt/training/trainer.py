@@ -185,25 +185,20 @@ class NovelTrainer(CheckpointTrainer):
         norm: torch.Tensor | float | None = super()._get_grad_norm(model, grad_norm)
         deepspeed = self.accelerator.distributed_type == DistributedType.DEEPSPEED
         done = self.accelerator.optimizer_step_was_skipped if deepspeed else None
-        skipped = self.monitor.judge(self.state.global_step + 1, norm, self._loss_scale(), done)
+        scaler, scale = self.accelerator.scaler, None
+        if self.args.fp16:
+            scale = float(scaler.get_scale() if scaler else cast(Any, self.optimizer).optimizer.loss_scale)
+        skipped = self.monitor.judge(self.state.global_step + 1, norm, scale, done)
         if not deepspeed:
             cast(AcceleratedOptimizer, self.optimizer)._is_overflow = skipped  # the schedule does not advance then
         if skipped:
             self._tr_loss.copy_(self._loss_before)
             self._aux_sum = self._aux_before
-            if self.accelerator.scaler is not None:
-                self.accelerator.scaler.update()  # or it would mistake the next step's gradients for these
+            if scaler is not None:
+                scaler.update()  # or it would mistake the next step's gradients for these
             # The optimizer then does nothing, as within a step; the Trainer clears the gradients.
             self.accelerator.gradient_state._set_sync_gradients(False)
         return norm
-
-    def _loss_scale(self) -> float | None:
-        """The factor of losses in fp16; None in other number formats."""
-        if not self.args.fp16:
-            return None
-        if self.accelerator.scaler is not None:
-            return float(self.accelerator.scaler.get_scale())
-        return float(cast(Any, self.optimizer).optimizer.loss_scale)
 
     def _document_losses(self, batches: list[MicroBatch]) -> list[DocumentLoss]:
         model = cast(nn.Module, self.model)

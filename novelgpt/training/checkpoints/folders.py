@@ -37,9 +37,8 @@ def unfinished_folder(folder: Path) -> Path:
 
 def checkpoints(run_folder: Path) -> list[Path]:
     """Folders named as checkpoints, the newest first, whatever they hold."""
-    named = [(re.fullmatch(rf"{PREFIX_CHECKPOINT_DIR}-(\d+)", path.name), path) for path in run_folder.glob("*")]
-    steps = [(int(match[1]), path) for match, path in named if match and path.is_dir()]
-    return [path for _, path in sorted(steps, reverse=True)]
+    named = [path for path in run_folder.glob("*") if re.fullmatch(rf"{PREFIX_CHECKPOINT_DIR}-\d+", path.name)]
+    return sorted((path for path in named if path.is_dir()), key=step_of, reverse=True)
 
 
 def step_of(folder: Path) -> int:
@@ -60,12 +59,8 @@ def best_checkpoint(folders: Iterable[Path], history: list[dict[str, Any]], trai
     name = f"eval_{str(training.metric_for_best_model).removeprefix('eval_')}"
     sign = -1.0 if training.greater_is_better else 1.0
     figures = {entry["step"]: entry[name] for entry in history if name in entry}
-    ranked = [
-        (sign * figures[step_of(folder)], step_of(folder), folder)
-        for folder in folders
-        if math.isfinite(figures.get(step_of(folder), math.nan))
-    ]
-    return min(ranked)[2] if ranked else None
+    known = [folder for folder in folders if math.isfinite(figures.get(step_of(folder), math.nan))]
+    return min(known, key=lambda folder: (sign * figures[step_of(folder)], step_of(folder)), default=None)
 
 
 def describe_files(folder: Path, names: list[str]) -> dict[str, dict[str, Any]]:
