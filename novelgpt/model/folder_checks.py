@@ -189,7 +189,7 @@ def read_index(path: Path) -> list[str]:
 @lru_cache(maxsize=64)
 def _check_settings(path: Path, _state: tuple[int, ...]) -> None:
     """Once for each state of a file: a command locates its model many times."""
-    content = read_object(path, most_bytes=MAX_SETTINGS_BYTES)
+    content = read_object(path, max_bytes=MAX_SETTINGS_BYTES)
     if path.name in FIELDS:
         check_fields(FIELDS[path.name], content, str(path))
     if path.name == CONFIG:

@@ -1,4 +1,4 @@
-"""The border for JSON and YAML files of any origin: what is read has the fields that are asked for, or is an error."""
+"""Read JSON and YAML files of any origin: the content is validated, or it is an error."""
 
 from __future__ import annotations
 
@@ -14,21 +14,21 @@ from novelgpt.settings.errors import UserError
 Fields = TypeVar("Fields", bound=BaseModel)
 REMEDY = "fetch the file again, or correct it"
 # Far above what any settings take; tokenizers and indices of shards are larger.
-MOST_BYTES = 1 << 30
+MAX_BYTES = 1 << 30
 SHOWN = 60
 # Of a YAML file, in which a few lines of references can stand for more than memory holds.
-MOST_VALUES = 1_000_000
+MAX_VALUES = 1_000_000
 
 
 def read_object(
-    path: Path, remedy: str = REMEDY, most_bytes: int = MOST_BYTES, name: str | None = None
+    path: Path, remedy: str = REMEDY, max_bytes: int = MAX_BYTES, name: str | None = None
 ) -> dict[str, Any]:
-    """The mapping that a JSON file holds.
+    """Read the mapping in a JSON file.
 
     Args:
         path: of the file.
         remedy: what to do where it cannot be read.
-        most_bytes: larger files are refused before they are read.
+        max_bytes: larger files are refused before they are read.
         name: of the file in errors; None for its path.
 
     Raises:
@@ -40,7 +40,7 @@ def read_object(
         if path.exists() and not (path.is_file() or path.is_dir()):  # a pipe would be waited for
             raise UserError(f"{name} is no file", remedy)
         size = path.stat().st_size
-        if size > most_bytes:
+        if size > max_bytes:
             raise UserError(f"{name} has {size} bytes, too many for what its name says", remedy)
         return parse_object(path.read_bytes(), name, remedy)
     except OSError as error:
@@ -48,7 +48,7 @@ def read_object(
 
 
 def parse_object(content: bytes, name: str, remedy: str = REMEDY) -> dict[str, Any]:
-    """The mapping that JSON in UTF-8 spells.
+    """Parse the mapping in JSON bytes.
 
     Args:
         content: bytes of the file.
@@ -74,7 +74,7 @@ def parse_object(content: bytes, name: str, remedy: str = REMEDY) -> dict[str, A
 
 
 def read_yaml(path: Path, missing: str, remedy: str) -> Any:
-    """What a YAML file in UTF-8 holds.
+    """Read a YAML file in UTF-8.
 
     Args:
         path: of the file.
@@ -95,8 +95,8 @@ def read_yaml(path: Path, missing: str, remedy: str) -> Any:
         part = waiting.pop()
         waiting += list(part.values()) if isinstance(part, dict) else part if isinstance(part, list) else []
         count += 1
-        if count > MOST_VALUES:
-            raise UserError(f"{path} stands for more than {MOST_VALUES} values", remedy)
+        if count > MAX_VALUES:
+            raise UserError(f"{path} stands for more than {MAX_VALUES} values", remedy)
     return value
 
 
@@ -113,7 +113,7 @@ class _UniqueKeys(yaml.SafeLoader):
 
 
 def check_fields(model: type[Fields], content: object, name: str, remedy: str = REMEDY) -> Fields:
-    """The fields of a parsed file, each of its type and within its bounds.
+    """Validate a parsed file: each field has its type and is within its bounds.
 
     Args:
         model: what is asked for.

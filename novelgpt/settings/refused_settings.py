@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import importlib.util
 from collections.abc import Mapping
-from dataclasses import MISSING, fields
+from dataclasses import fields
 from typing import Any
 
 from accelerate.utils import DynamoBackend
@@ -22,25 +22,25 @@ IGNORED = {
     **dict.fromkeys(
         ("push_to_hub", "hub_model_id", "hub_strategy", "hub_token", "hub_always_push", "hub_revision"), UPLOAD
     ),
-    "batch_eval_metrics": ("evaluation keeps three numbers a row, whatever the number of rows", LEAVE_OUT),
-    "include_for_metrics": ("the figures of evaluations are made of losses alone", LEAVE_OUT),
+    "batch_eval_metrics": ("evaluation keeps three numbers per row, whatever the number of rows", LEAVE_OUT),
+    "include_for_metrics": ("evaluation metrics are computed from losses only", LEAVE_OUT),
     "label_names": ("rows hold their labels under one name", LEAVE_OUT),
     "remove_unused_columns": ("rows hold tokens only, and all of it is used", LEAVE_OUT),
-    "prediction_loss_only": ("the figures of evaluations are made of losses alone", LEAVE_OUT),
-    "eval_do_concat_batches": ("the figures of evaluations are those of all rows", LEAVE_OUT),
-    "eval_use_gather_object": ("evaluation gathers three numbers a row", LEAVE_OUT),
+    "prediction_loss_only": ("evaluation metrics are computed from losses only", LEAVE_OUT),
+    "eval_do_concat_batches": ("evaluation metrics are computed over all rows", LEAVE_OUT),
+    "eval_use_gather_object": ("evaluation gathers three numbers per row", LEAVE_OUT),
     "fp16_full_eval": ("evaluation computes as training does, and the weights that are saved would be rounded",
                        "--precision chooses for both"),
     "bf16_full_eval": ("evaluation computes as training does, and the weights that are saved would be rounded",
                        "--precision chooses for both"),
-    "auto_find_batch_size": ("the rows of an optimizer step would change in the midst of a run",
+    "auto_find_batch_size": ("the rows per optimizer step would change during a run",
                              "--auto_batch finds the micro-batch before the first step"),
-    "ignore_data_skip": ("a run that is gone on with takes the rows that come next", LEAVE_OUT),
-    "restore_callback_states_from_checkpoint": ("a run goes on with all that its checkpoint holds", LEAVE_OUT),
+    "ignore_data_skip": ("a resumed run continues with the next rows", LEAVE_OUT),
+    "restore_callback_states_from_checkpoint": ("a run resumes with everything that its checkpoint holds", LEAVE_OUT),
     "enable_jit_checkpoint": ("a run that gets SIGTERM saves the step by itself", LEAVE_OUT),
     "save_on_each_node": ("all hosts write into one run folder, which they share", LEAVE_OUT),
     "length_column_name": ("the length of a row is the number of its tokens", LEAVE_OUT),
-    "do_predict": ("a training answers no rows", "predict once it has finished: {predict}"),
+    "do_predict": ("training generates no answers", "predict once it has finished: {predict}"),
     "use_cache": ("training keeps no keys and values", LEAVE_OUT),
 }  # fmt: skip
 OF_TRACKERS = ("run_name", "project", "trackio_space_id", "trackio_bucket_id", "trackio_static_space_id")
@@ -62,6 +62,11 @@ TRACKERS = {
     "flyte": (("flytekit", "flytekitplugins.deck", "pandas"), ("flytekit", "flytekitplugins-deck-standard", "pandas")),
     "dvclive": (("dvclive",), ("dvclive",)),
     "swanlab": (("swanlab",), ("swanlab",)),
+}
+# Names that torch.compile takes.
+COMPILATION = {
+    "torch_compile_backend": [backend.value.lower() for backend in DynamoBackend],
+    "torch_compile_mode": ["default", "reduce-overhead", "max-autotune", "max-autotune-no-cudagraphs"],
 }
 # Always on, by this toolkit itself.
 TENSORBOARD = "tensorboard"
@@ -98,64 +103,66 @@ def refuse_ignored(training: TrainingArguments) -> None:
     if "trackio" not in training.report_to:
         reasons["hub_private_repo"] = UPLOAD
     for field in fields(training):
-        if field.name in reasons and vars(training)[field.name] != _default(field):
+        default = field.default_factory() if callable(field.default_factory) else field.default
+        if field.name in reasons and vars(training)[field.name] != default:
             value = "" if field.name.endswith("_token") else f" {vars(training)[field.name]}"
             reason, remedy = reasons[field.name]
             raise UserError(
                 f"--{field.name}{value} would have no effect: {reason}",
                 remedy.format(hf=environment_program("hf"), predict=pipeline_name("predict")),
             )
-    _refuse_combinations(training)
+    for refused, cause, remedy in _combinations(training):
+        if refused:
+            raise UserError(cause, remedy)
+    for name, known in COMPILATION.items():
+        value = vars(training)[name]
+        if value is not None and value.lower() not in known:
+            raise UserError(f"--{name} {value} is unknown", f"take one of {', '.join(known)}")
 
 
-def _refuse_combinations(training: TrainingArguments) -> None:
-    """What only something else gives an effect to, or what two settings say at once."""
-    if training.liger_kernel_config and not training.use_liger_kernel:
-        raise UserError("--liger_kernel_config chooses kernels that are not in use", "add --use_liger_kernel")
-    if training.fsdp_config and not training.fsdp:
-        raise UserError("--fsdp_config says how a model is shared, and --fsdp is off", "add --fsdp, or leave it out")
-    _check_compilation(training)
-    name = str(getattr(training.optim, "value", training.optim))
-    if training.optim_args and not any(part in name for part in WITH_OPTIONS):
-        raise UserError(
-            f"--optim_args {training.optim_args} would have no effect: {name} takes none",
-            "leave it out; --adam_beta1, --adam_beta2, --adam_epsilon and --weight_decay have options of their own",
-        )
-    for part in (training.optim_args or "").split(","):
-        if training.optim_args and part.count("=") != 1:
-            raise UserError(f"--optim_args holds {part!r}, which is no pair", "write name=value,name=value")
-    if training.optim_target_modules and not any(part in name for part in WITH_TARGETS):
-        raise UserError(
-            f"--optim_target_modules would have no effect: {name} optimizes all that is trained",
-            "leave it out, or take a galore or apollo --optim; --lora_targets is for adapters",
-        )
+def _combinations(training: TrainingArguments) -> list[tuple[bool, str, str]]:
+    """List settings that others leave without effect, or contradict: whether they are set, cause and remedy."""
+    optimizer = str(getattr(training.optim, "value", training.optim))
+    pairs = training.optim_args.split(",") if training.optim_args else []
+    wrong = next((pair for pair in pairs if pair.count("=") != 1), None)
     accelerator: Any = training.accelerator_config
-    if accelerator.dispatch_batches:
-        raise UserError(
+    return [
+        (
+            bool(training.liger_kernel_config and not training.use_liger_kernel),
+            "--liger_kernel_config chooses kernels that are not in use",
+            "add --use_liger_kernel",
+        ),
+        (
+            bool(training.fsdp_config and not training.fsdp),
+            "--fsdp_config configures sharding, and --fsdp is off",
+            "add --fsdp, or leave it out",
+        ),
+        (
+            bool(pairs) and not any(part in optimizer for part in WITH_OPTIONS),
+            f"--optim_args {training.optim_args} would have no effect: {optimizer} takes none",
+            "leave it out; --adam_beta1, --adam_beta2, --adam_epsilon and --weight_decay have options of their own",
+        ),
+        (wrong is not None, f"--optim_args holds {wrong!r}, which is not a pair", "write name=value,name=value"),
+        (
+            bool(training.optim_target_modules) and not any(part in optimizer for part in WITH_TARGETS),
+            f"--optim_target_modules would have no effect: {optimizer} optimizes everything that is trained",
+            "leave it out, or take a galore or apollo --optim; --lora_targets is for adapters",
+        ),
+        (
+            bool(accelerator.dispatch_batches),
             "--accelerator_config dispatch_batches: batches are made by each process, of rows of all lengths",
             "leave it out; --dataloader_num_workers gives processes to the making of batches",
-        )
-    if (accelerator.gradient_accumulation_kwargs or {}).get("num_steps") is not None:
-        raise UserError(
+        ),
+        (
+            (accelerator.gradient_accumulation_kwargs or {}).get("num_steps") is not None,
             "--accelerator_config sets gradient_accumulation_kwargs.num_steps, which the Trainer does not count with",
             "--gradient_accumulation_steps sets both",
-        )
-
-
-def _check_compilation(training: TrainingArguments) -> None:
-    """What torch.compile is told are names that it knows."""
-    known = {
-        "torch_compile_backend": [backend.value.lower() for backend in DynamoBackend],
-        "torch_compile_mode": ["default", "reduce-overhead", "max-autotune", "max-autotune-no-cudagraphs"],
-    }
-    for name, names in known.items():
-        value = vars(training)[name]
-        if value is not None and value.lower() not in names:
-            raise UserError(f"--{name} {value} is unknown", f"take one of {', '.join(names)}")
+        ),
+    ]
 
 
 def _known_trackers(names: list[str]) -> list[str]:
-    """The trackers without TensorBoard.
+    """Return the trackers without TensorBoard.
 
     Raises:
         UserError: one is unknown, or its package is not installed.
@@ -164,7 +171,7 @@ def _known_trackers(names: list[str]) -> list[str]:
     for name in wanted:
         if name not in INTEGRATION_TO_CALLBACK:
             known = ", ".join(sorted(INTEGRATION_TO_CALLBACK))
-            raise UserError(f"--report_to {name} is no tracker", f"take one or more of {known}, all or none")
+            raise UserError(f"--report_to {name} is not a tracker", f"take one or more of {known}, all or none")
         modules, packages = TRACKERS.get(name, ((), ()))
         missing = [module for module in modules if not _is_installed(module)]
         if missing:
@@ -177,10 +184,6 @@ def _is_installed(module: str) -> bool:
         return importlib.util.find_spec(module) is not None
     except (ImportError, ValueError):  # the package around it is missing, or stands for a missing one
         return False
-
-
-def _default(field: Any) -> Any:
-    return field.default_factory() if field.default is MISSING else field.default
 
 
 def refuse_settings_of_accelerate(environment: Mapping[str, str]) -> None:
@@ -211,11 +214,13 @@ def precision_of_accelerate(environment: Mapping[str, str], chosen: str) -> str:
     Raises:
         UserError: the two differ, or accelerate's is unknown here.
     """
-    said = environment.get(PRECISION, "no").lower()
-    if said == "no" or chosen == said:
+    precision = environment.get(PRECISION, "no").lower()
+    if precision == "no" or chosen == precision:
         return chosen
-    if said not in ("bf16", "fp16"):
-        raise UserError(f"accelerate's mixed_precision {said} is not known here", "take no, bf16 or fp16")
+    if precision not in ("bf16", "fp16"):
+        raise UserError(f"accelerate's mixed_precision {precision} is unknown here", "take no, bf16 or fp16")
     if chosen != "auto":
-        raise UserError(f"accelerate's mixed_precision is {said}, and --precision {chosen}", "leave one of them out")
-    return said
+        raise UserError(
+            f"accelerate's mixed_precision is {precision}, and --precision {chosen}", "leave one of them out"
+        )
+    return precision

@@ -1,7 +1,7 @@
-"""The border to the terminal: text of any origin as lines that are neither control sequences nor markup.
+"""Output on the terminal: text of any origin as lines that are neither control sequences nor markup.
 
-File names, fields of files, answers of models and words of servers may hold anything. All that the toolkit prints goes
-through here or through `novelgpt.settings.console`; `ruff` refuses `print` and rich's own Console elsewhere.
+File names, fields of files, answers of models and messages of servers may hold anything. Everything that the toolkit
+prints goes through here or through `novelgpt.settings.console`; `ruff` refuses `print` and rich's Console elsewhere.
 """
 
 from __future__ import annotations
@@ -24,19 +24,19 @@ from types import TracebackType
 
 from novelgpt.settings.library_settings import silence_libraries
 
-# Categories of Unicode whose characters steer a terminal, turn the order of letters, or cannot be written as UTF-8.
+# Unicode categories of characters that control a terminal, reverse text, or cannot be written as UTF-8.
 STEERING = ("Cc", "Cf", "Cs", "Zl", "Zp")
-# Of these, what texts are laid out with, and the joiners within emoji and within words of some scripts.
+# Of these, layout, and the joiners within emoji and within words of some scripts.
 HARMLESS = "\n\t\u200c\u200d"
 # Without a progress bar, a line shows the progress, at most this often.
 SECONDS_BETWEEN_LINES = 15.0
 GIGABYTE = 10**9
-# Colours and weights of letters, which transformers gives to what it logs.
+# Colours and weights, which transformers gives to what it logs.
 _COLOURS = re.compile(r"(\x1b\[[0-9;]*m)")
 
 
 def visible(text: str) -> str:
-    """Text without characters that steer a terminal or turn the order of letters: each is written as its code.
+    """Return text whose characters that control a terminal or reverse text are written as their codes.
 
     >>> visible("a\\x1b[31m\\u202eb")
     'a<U+001B>[31m<U+202E>b'
@@ -52,7 +52,7 @@ def visible(text: str) -> str:
 
 
 def one_line(text: str) -> str:
-    r"""`visible` text whose line ends are codes as well, so that a field cannot begin a line of its own.
+    r"""Return `visible` text whose line ends are codes as well, so that a field cannot start a line of its own.
 
     >>> one_line("a\nerror: b")
     'a<U+000A>error: b'
@@ -99,26 +99,26 @@ def say(*lines: str, style: str | None = None, stderr: bool = False) -> None:
 
 
 def say_text(text: str, end: str = "\n", stderr: bool = False) -> None:
-    """Print text whose line ends are its own: an answer, or a piece of one while it is made."""
+    """Print text with its own line ends: an answer, or a chunk of one while it is generated."""
     shown = "\r\n".join(visible(line) for line in text.split("\r\n"))
     print(shown, end=end, file=sys.stderr if stderr else sys.stdout, flush=True)
 
 
 def say_above_bars(line: str) -> None:
-    """Print a line above the progress bars that stand on the terminal."""
-    from tqdm import tqdm  # not before: the doctor looks at installations without it
+    """Print a line above the progress bars on the terminal."""
+    from tqdm import tqdm  # not before: the doctor checks installations without it
 
     tqdm.write(one_line(line))
 
 
 @contextmanager
 def progress(total: int, what: str, unit: str) -> Iterator[Callable[[int], None]]:
-    """A bar of `total` units on a terminal; a line now and then where standard error is none.
+    """Show a progress bar of `total` units on a terminal; where standard error is not one, occasional lines.
 
     Yields:
         a function to call with the number of units that were done.
     """
-    from tqdm import tqdm  # not before: the doctor looks at installations without it
+    from tqdm import tqdm  # not before: the doctor checks installations without it
 
     began = last_line = time.monotonic()
     done = 0
@@ -138,10 +138,10 @@ def progress(total: int, what: str, unit: str) -> Iterator[Callable[[int], None]
 
 
 def leave_closed_output() -> bool:
-    """Whether who reads the output has ended; then nothing more is written there, nor when Python ends."""
+    """Whether the reader of the output has ended; then nothing more is written there, also when Python ends."""
     closed = False
     for stream in (sys.stdout, sys.stderr):
-        # Of a pipe, its reader's end alone is told without being asked for. Windows, which has no poll, is believed.
+        # Poll reports the end of a pipe's reader unasked. Without poll, on Windows, the error is believed.
         poll = select.poll() if "poll" in vars(select) else None
         if poll is not None:
             poll.register(stream.fileno(), 0)
@@ -153,7 +153,7 @@ def leave_closed_output() -> bool:
 
 
 class VisibleRecord(logging.LogRecord):
-    """What a library logs may quote a file, as names of tensors: of it, only colours reach the terminal."""
+    """A record of a library, which may quote files, as names of tensors: of control sequences, only colours pass."""
 
     def getMessage(self) -> str:  # noqa: N802  logging's own name
         """The message, made visible but for colours."""
@@ -162,7 +162,7 @@ class VisibleRecord(logging.LogRecord):
 
 
 def guard_terminal() -> None:
-    """What libraries log, warn of and raise is made visible too; letters that the terminal lacks end no command."""
+    """Make what libraries log, warn of and raise visible; characters that the terminal lacks end no command."""
     for stream in (sys.stdout, sys.stderr):
         if isinstance(stream, io.TextIOWrapper):
             stream.reconfigure(errors="backslashreplace")

@@ -662,7 +662,7 @@ CASES = {
     "dataset: unknown command": ("dataset", ["books"], "no command 'books'"),
     "novels: missing folder": ("dataset", ["novels", "nowhere", "{tmp}/out"], "does not exist"),
     "novels: empty folder": ("dataset", ["novels", "{empty_folder}", "{tmp}/out"], "holds no file that can be read"),
-    "novels: file for a folder": ("dataset", ["novels", "short.txt", "{tmp}/out"], "is no folder"),
+    "novels: file for a folder": ("dataset", ["novels", "short.txt", "{tmp}/out"], "is not a folder"),
     "novels: output in the input": (
         "dataset",
         ["novels", "{letters}", "{letters}/out"],

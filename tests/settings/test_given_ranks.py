@@ -105,7 +105,7 @@ def test_the_precision_that_accelerate_says_is_that_of_the_run(monkeypatch: pyte
         with pytest.raises(UserError, match=f"accelerate's mixed_precision is bf16, and --precision {word}"):
             parse_arguments(FinetuneRun, ["--model", "tiny", "--precision", word])
     monkeypatch.setenv("ACCELERATE_MIXED_PRECISION", "fp8")
-    with pytest.raises(UserError, match="fp8 is not known here"):
+    with pytest.raises(UserError, match="fp8 is unknown here"):
         parse_arguments(FinetuneRun, ["--model", "tiny"])
     monkeypatch.setenv("ACCELERATE_MIXED_PRECISION", "no")
     assert not parse_arguments(FinetuneRun, ["--model", "tiny"]).training.bf16
