@@ -1,5 +1,6 @@
 """What the READMEs and the pages of docs/ name exists: files, links, scripts, options, formats of rows."""
 
+import ast
 import dataclasses
 import json
 import re
@@ -111,7 +112,8 @@ def known_options(command: list[str]) -> set[str] | None:
 def test_each_english_page_has_its_chinese_page() -> None:
     english = {path.name for path in (ROOT / "docs").glob("*.md")}
     chinese = {path.name for path in (ROOT / "docs" / "zh").glob("*.md")}
-    assert english == chinese != set()
+    # Messages are in English: only the Chinese pages explain them.
+    assert english == chinese - {"errors.md"} != set()
 
 
 @pytest.mark.parametrize("page", PAGES)
@@ -171,3 +173,22 @@ def test_example_rows_can_be_read(page: str, tmp_path: Path) -> None:
                     next(key for key in row if key in {"instruction", "conversations", "messages", "prompt", "title"})
                 )
     assert shapes == {"instruction", "conversations", "messages", "prompt", "title"}
+
+
+def strings_in_code() -> list[str]:
+    """The fixed parts of all strings in the rooms' modules."""
+    found = []
+    for room in ROOMS:
+        for path in (ROOT / room).rglob("*.py"):
+            nodes = ast.walk(ast.parse(path.read_text(encoding="utf-8")))
+            found += [node.value for node in nodes if isinstance(node, ast.Constant) and isinstance(node.value, str)]
+    return found
+
+
+def test_the_errors_on_the_chinese_page_are_those_of_the_code() -> None:
+    strings = strings_in_code()
+    messages = re.findall(r"^\| (`.+?`) \|", text_of("docs/zh/errors.md"), flags=re.MULTILINE)
+    parts = [part.strip(" :,") for message in messages for part in re.split("…|`、`|`", message)]
+    wrong = [part for part in parts if part and not any(part in string for string in strings)]
+    assert len(messages) > 30
+    assert wrong == []
