@@ -78,14 +78,9 @@ class _LogProbabilities(dict[str, float]):
 
     def __missing__(self, character: str) -> float:
         code = ord(character)
-        if code < 0xA0:
-            value = -22.0
-        elif code < 0x250 or 0x2010 <= code < 0x2030 or 0x3000 <= code < 0x3100 or 0xFF00 <= code < 0xFFF0:
-            value = -12.0
-        elif 0x3400 <= code < 0xA000 or 0x20000 <= code < 0x33480:
-            value = -15.2
-        else:
-            value = -17.5
+        in_use = code < 0x250 or 0x2010 <= code < 0x2030 or 0x3000 <= code < 0x3100 or 0xFF00 <= code < 0xFFF0
+        is_chinese = 0x3400 <= code < 0xA000 or 0x20000 <= code < 0x33480
+        value = -22.0 if code < 0xA0 else -12.0 if in_use else -15.2 if is_chinese else -17.5
         self[character] = value
         return value
 

@@ -118,9 +118,8 @@ def prepare_file(path: Path, folder: Path, work: Path, options: FileOptions) -> 
     series = options.series_of(source)
 
     def hash_source() -> str:
-        if series is None:
-            return hash_file(path)[0]
-        return hash_series([hash_file(folder / member)[0] for member in series.members])
+        members = [hash_file(folder / member)[0] for member in series.members] if series else []
+        return hash_series(members) if series else hash_file(path)[0]
 
     sha256 = hash_source()
     artefact = artefact_of(sha256, source, work, options)

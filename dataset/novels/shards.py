@@ -37,10 +37,11 @@ class ShardWriter:
         """Append a text row."""
         if self._file is None:
             path = self.folder / f"{self.name}-{len(self.rows_of):05d}.{self.kind}"
-            if self.kind == "parquet":
-                self._file = pyarrow.parquet.ParquetWriter(path, SCHEMA, compression="zstd")
-            else:
-                self._file = path.open("w", encoding="utf-8", newline="\n")
+            self._file = (
+                pyarrow.parquet.ParquetWriter(path, SCHEMA, compression="zstd")
+                if self.kind == "parquet"
+                else path.open("w", encoding="utf-8", newline="\n")
+            )
             self.rows_of[path.name] = 0
         self._rows.append(row)
         self.rows_of[next(reversed(self.rows_of))] += 1

@@ -190,10 +190,11 @@ class _Book:
         if prose:
             # The prose continues on the next line if it stops in the middle of a sentence.
             first = next((place for place, text in enumerate(body) if text.strip()), None)
-            if first is None or prose[-1] in "。！？…”」』":
-                body = [prose, *body]
-            else:
-                body = [prose + body[first].lstrip(), *body[first + 1 :]]
+            body = (
+                [prose, *body]
+                if first is None or prose[-1] in "。！？…”」』"
+                else [prose + body[first].lstrip(), *body[first + 1 :]]
+            )
         return _Draft(heading, one.label, title, one.number, "", body)
 
     def _without_repeated_heading(
@@ -286,17 +287,17 @@ def _describe_numbering(headings: Sequence[HeadingCandidate], volumes: Sequence[
         new_volume = after.volume != before.volume or any(before.index < index < after.index for index in volumes)
         if number == last + 1 or (new_volume and number <= 1):
             continue
-        if number == last:
-            if not (_PART_OF_TITLE.search(before.title) and _PART_OF_TITLE.search(after.title)):
-                found.append(f"chapter {number} comes twice in a row")
-        elif number > last + 2:
-            found.append(f"chapters {last + 1} to {number - 1} are missing between {last} and {number}")
-        elif number == last + 2:
-            found.append(f"chapter {last + 1} is missing between {last} and {number}")
-        elif number <= 1:
-            found.append(f"the numbering begins anew at {number} after {last}")
-        else:
-            found.append(f"the numbering goes back from {last} to {number}")
+        in_parts = _PART_OF_TITLE.search(before.title) and _PART_OF_TITLE.search(after.title)
+        sentences = (
+            (number == last and in_parts, ""),
+            (number == last, f"chapter {number} comes twice in a row"),
+            (number == last + 2, f"chapter {last + 1} is missing between {last} and {number}"),
+            (number > last, f"chapters {last + 1} to {number - 1} are missing between {last} and {number}"),
+            (number <= 1, f"the numbering begins anew at {number} after {last}"),
+            (True, f"the numbering goes back from {last} to {number}"),
+        )
+        found.append(next(sentence for applies, sentence in sentences if applies))
+    found = [sentence for sentence in found if sentence]
     if len(found) > MAX_FINDINGS:
         found[MAX_FINDINGS:] = [f"the numbering is irregular at {len(found) - MAX_FINDINGS} more places"]
     return found

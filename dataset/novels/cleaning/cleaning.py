@@ -155,10 +155,10 @@ def _converter() -> Any:
     return opencc.OpenCC("t2s")
 
 
-def _suspicious(text: str, count: int, rules: Rules) -> Iterator[int]:
+def _suspicious(text: str, count: int, rules: Rules) -> Sequence[int]:
     """Indices, in order, of the lines that contain a word that some rule requires."""
     if rules.always:
-        return iter(range(count))
+        return range(count)
     plain, folded = rules.search
     table = folding_table()
     found: list[np.ndarray] = []
@@ -172,7 +172,7 @@ def _suspicious(text: str, count: int, rules: Rules) -> Iterator[int]:
         places = np.concatenate([plain.find(codes), kept[folded.find(copy[kept])]])
         found.append(np.unique(np.searchsorted(line_ends, places)) + lines_before)
         lines_before, begin = lines_before + len(line_ends), end
-    return iter(np.unique(np.concatenate(found)).tolist() if found else ())
+    return np.unique(np.concatenate(found)).tolist() if found else []
 
 
 def _clean_line(rules: Rules, texts: list[str], index: int) -> tuple[str, list[tuple[str, str]]]:
@@ -338,9 +338,9 @@ def _is_near(rule: Rule, texts: list[str], index: int) -> bool:
         return index < _EDGE_LINES and prose < _FRONT_CHARACTERS and not any(map(_HEADING.match, above))
     if rule.near == "edges":
         return index < _EDGE_LINES or index >= len(texts) - _EDGE_LINES
-    heads = itertools.islice(filter(None, reversed(texts[max(0, index - 30) : index])), _LINES_BELOW_HEADING)
+    above = list(itertools.islice(filter(None, reversed(texts[max(0, index - 30) : index])), _LINES_BELOW_HEADING))
     below = list(itertools.islice(filter(None, texts[index + 1 : index + 60]), _LINES_ABOVE_HEADING))
-    return len(below) < _LINES_ABOVE_HEADING or any(map(_HEADING.match, itertools.chain(heads, below)))
+    return len(below) < _LINES_ABOVE_HEADING or any(map(_HEADING.match, above + below))
 
 
 def _block(rules: Rules, texts: list[str], index: int) -> tuple[Rule | None, int]:

@@ -187,11 +187,14 @@ def _find_repeats(
     for later, earlier, value in evidence.alike.some(evidence.alike.value >= thresholds.near).rows():
         alike[later].append((value, earlier))
     inside: defaultdict[int, list[int]] = defaultdict(list)
+
+    def limit(chapter: int, book: int) -> float:
+        related = duplicates.are_related(order[collection.book_of[chapter]], order[book])
+        return thresholds.related if related else thresholds.contained
+
     for later, book, share in shares_in_books(collection, evidence.shared).rows():
-        if collection.book_of[later] == book:
-            continue  # a book may quote itself: its preface the last page
-        related = duplicates.are_related(order[collection.book_of[later]], order[book])
-        if share >= (thresholds.related if related else thresholds.contained):
+        # A book may quote itself: its preface the last page.
+        if collection.book_of[later] != book and share >= limit(later, book):
             inside[later].append(book)
     for chapter in range(len(is_held)):
         if chapter in left_out:
@@ -206,9 +209,8 @@ def _find_repeats(
             left_out[chapter] = ("near", -earlier, value)
             continue
         for book in inside[chapter]:
-            related = duplicates.are_related(order[collection.book_of[chapter]], order[book])
             share, other = _share_in_kept(collection, evidence.shared, chapter, book, left_out)
-            if share >= (thresholds.related if related else thresholds.contained):
+            if share >= limit(chapter, book):
                 left_out[chapter] = ("contained", other, share)
                 break
 

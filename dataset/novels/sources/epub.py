@@ -278,10 +278,11 @@ class _SectionBuilder:
             above = starts.get(index, [""])[-1] if index in starts else titles.get("", "")
             if matches_title(title, above) and index in starts:
                 continue
-            if shaped is not None:
-                begins = shaped.unit in CHAPTER_UNITS or not is_chapter(above)
-            else:
-                begins = not titles and (index == 0 or (level > 0 and blocks[index].level == level))
-            if begins and not (index in starts and shaped is None):
+            begins = (
+                not titles and index not in starts and (index == 0 or (level > 0 and blocks[index].level == level))
+                if shaped is None
+                else shaped.unit in CHAPTER_UNITS or not is_chapter(above)
+            )
+            if begins:
                 starts.setdefault(index, []).append(title)
         return starts

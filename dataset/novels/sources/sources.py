@@ -318,10 +318,9 @@ def _read_rows(lines: Iterator[bytes], source: str, stem: str) -> Iterator[RawBo
             size += len(row.section.text)
             if size > MAX_BYTES:
                 raise UserError(f"{first.source}: the rows of {name!r} are too many for one book", "split the book")
-        if len(sections) == 1 and not sections[0].title:
-            yield RawBook(name, first.source, sections[0].text, first.encoding)
-        else:
-            yield RawBook(name, first.source, "", first.encoding, sections=tuple(sections))
+        is_text = len(sections) == 1 and not sections[0].title
+        text, chapters = (sections[0].text, None) if is_text else ("", tuple(sections))
+        yield RawBook(name, first.source, text, first.encoding, sections=chapters)
     if is_empty:
         raise UserError(f"{source} is empty", "name a file with content, or leave this one out")
 
