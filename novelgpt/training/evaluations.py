@@ -25,7 +25,7 @@ class EvaluationPlan:
     Attributes:
         rows: to evaluate on, all or some, spread evenly.
         tokens: of these rows.
-        whole: number and tokens of all validation rows.
+        of_all: number and tokens of all validation rows.
         steps: after which the run evaluates, rising; 0 before the first one.
         closing: evaluations after the last step.
         share: tokens of all evaluations, relative to those of training.
@@ -34,7 +34,7 @@ class EvaluationPlan:
 
     rows: Dataset[Any]
     tokens: int
-    whole: tuple[int, int]
+    of_all: tuple[int, int]
     steps: list[int]
     closing: int
     share: float
@@ -62,7 +62,7 @@ class EvaluationPlan:
 
     def explain(self) -> str:
         """Describe the evaluations in a line."""
-        rows, tokens = self.whole
+        rows, tokens = self.of_all
         chosen = len(self.rows)  # type: ignore[arg-type]
         times = "once" if self.times == 1 else f"{self.times:,} times"
         cost = f"together {self.share:.0%} of the tokens that training reads"
@@ -107,9 +107,9 @@ def plan_evaluations(
         if count < len(valid_lengths):
             indices = [number * len(valid_lengths) // count for number in range(count)]
             chosen, tokens = Subset(valid, indices), sum(valid_lengths[index] for index in indices)
-    whole = len(valid_lengths), sum(valid_lengths)
+    of_all = len(valid_lengths), sum(valid_lengths)
     least = tokens > affordable + max(valid_lengths)
-    return EvaluationPlan(chosen, tokens, whole, steps, closing, tokens * times / max(trained, 1.0), least)
+    return EvaluationPlan(chosen, tokens, of_all, steps, closing, tokens * times / max(trained, 1.0), least)
 
 
 def _times(training: TrainArguments, last: int, per_epoch: int) -> tuple[list[int], int]:

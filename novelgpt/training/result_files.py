@@ -42,7 +42,7 @@ def write_result_files(
     figures = {TRAIN_RESULTS: training, EVAL_RESULTS: evaluation, ALL_RESULTS: evaluation | training}
     for name, content in figures.items():
         atomic_write(folder / name, json.dumps(only_json(content), indent=4, sort_keys=True) + "\n")
-    # This file may leave the machine: the best checkpoint is named, and lies beside the file.
+    # This file may leave the machine: it names the best checkpoint, which is beside it, without its path.
     best = state.best_model_checkpoint and Path(state.best_model_checkpoint).name
     content = only_json(dataclasses.asdict(dataclasses.replace(state, best_model_checkpoint=best)))
     atomic_write(folder / TRAINER_STATE_NAME, json.dumps(content, indent=2, sort_keys=True) + "\n")

@@ -29,7 +29,7 @@ def plan(valid_lengths: list[int], lengths: list[int], tmp_path: Path, **trainin
 def test_all_evaluations_together_take_a_share_of_training(tmp_path: Path) -> None:
     # 3 epochs of 1,000 rows: 4 evaluations (one before the first step) may have 1.5 % of 300,000 tokens each.
     found = plan([100] * 400, [100] * 1000, tmp_path, max_eval_share=0.06)
-    assert (found.times, found.tokens, found.whole) == (4, 4500, (400, 40_000))
+    assert (found.times, found.tokens, found.of_all) == (4, 4500, (400, 40_000))
     assert found.share == pytest.approx(0.06)
     assert isinstance(found.rows, Subset)
     chosen = list(found.rows.indices)

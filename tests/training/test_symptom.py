@@ -63,7 +63,7 @@ def drawn_rows(model: BaichuanForCausalLM) -> list[list[int]]:
 def evaluation_losses(
     model: BaichuanForCausalLM, rows: list[list[int]], folder: Path, zero: int | None, guards: bool = True
 ) -> list[float]:
-    """Of an untouched model and as training goes on."""
+    """Of an untouched model and during training."""
     throughput.CEILING_SIZE["cpu"] = 32  # the machine's speed is of no concern here
     AcceleratorState._reset_state(reset_partial_state=True)
     deepspeed = {} if zero is None else {"deepspeed": str(ROOT / f"scripts/deepspeed/zero{zero}.json")}

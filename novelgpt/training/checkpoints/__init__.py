@@ -1,1 +1,1 @@
-"""Checkpoints that are whole or not there, and going on from them as if nothing had happened."""
+"""Atomic, verified checkpoints, and runs that resume from them exactly."""
