@@ -1,4 +1,4 @@
-"""Prompts of tokens to answers, in batches: for prediction and for samples during training."""
+"""Batched generation, for prediction and for samples during training."""
 
 from __future__ import annotations
 
@@ -22,14 +22,14 @@ from novelgpt.text.encoding import decode_answer
 
 @dataclass
 class Answer:
-    """What the model wrote.
+    """What a model generated.
 
     Attributes:
-        text: all of it, but the end token and what a server has set apart.
-        finish_reason: why it ended: "stop" or "length", or what else a server says ("content_filter", "tool_calls", …).
-        completion_tokens: of it, end token included; 0 where a server does not say.
-        prompt_tokens: what a server says of the prompt, which has no tokens here; else 0.
-        reasoning: the thought before the text, where a server has set it apart.
+        text: without the end token, and without reasoning that a server returns separately.
+        finish_reason: "stop" or "length", or another reason of a server ("content_filter", "tool_calls", …).
+        completion_tokens: end token included; 0 if a server does not report them.
+        prompt_tokens: as a server reports them; else 0.
+        reasoning: of a server that returns it separately.
     """
 
     text: str
@@ -47,16 +47,16 @@ def answer_prompts(
     batch_size: int,
     ends: list[int],
 ) -> list[Answer]:
-    """Answers in the order of `prompts`, in batches of prompts of like length.
+    """Answer prompts in batches of similar length; answers are in the order of `prompts`.
 
-    As `answer_batch` otherwise, but that answers are shorter where the model's positions end. Weights that several
-    processes share (ZeRO-3) need all of them here, with prompts of the same lengths.
+    As `answer_batch`, but answers end where the model's positions do. With weights that are partitioned over processes
+    (ZeRO-3), all of them have to call this with prompts of the same lengths.
 
     Args:
         model: one that generates; adapters too.
         tokenizer: its tokenizer.
         prompts: token ids, at least one each.
-        generation: how tokens are chosen; its seed is left to the caller.
+        generation: how tokens are chosen; the caller sets the seed.
         batch_size: prompts answered at once.
         ends: tokens that end an answer.
     """
@@ -71,7 +71,7 @@ def answer_prompts(
 
 
 def plan_batches(lengths: list[int], batch_size: int) -> list[list[int]]:
-    """Numbers of prompts in batches of like length, the longest first: what does not fit into memory fails at once."""
+    """Indices of prompts in batches of similar length, the longest first: too little memory shows at once."""
     order = sorted(range(len(lengths)), key=lambda number: -lengths[number])
     return [order[start : start + batch_size] for start in range(0, len(order), batch_size)]
 
@@ -83,12 +83,12 @@ def answer_batch(
     generation: GenerationArguments,
     ends: list[int],
 ) -> list[Answer]:
-    """Answers to prompts that are padded on the left and generated together, in their order.
+    """Answer prompts in one left-padded batch.
 
-    The caller chooses inference mode, evaluation mode, autocast and, where answers are drawn, the seed.
+    The caller sets inference mode, evaluation mode, autocast and, for sampling, the seed.
     """
     pad = int(tokenizer.pad_token_id)
-    # Of single tokens that may not come back, padding would be one, which ends answers where it is the end token.
+    # If single tokens may not repeat, padding must not be one of them: it may be the end token.
     before = None if generation.no_repeat_ngram_size == 1 else pad
     batch = {name: tensor.to(model.device) for name, tensor in left_padded(prompts, before).items()}
     cache = preallocated_cache(model, batch["input_ids"].shape[1] + generation.max_new_tokens)
@@ -101,7 +101,7 @@ def answer_batch(
 
 
 def check_continuous(generation: GenerationArguments) -> None:
-    """Refuse the settings that transformers' continuous batching drops, with a warning at most.
+    """Refuse the settings that transformers' continuous batching ignores.
 
     Raises:
         UserError: names the setting.
@@ -124,21 +124,21 @@ def answer_continuously(
     batch_size: int,
     ends: list[int],
 ) -> Iterator[tuple[int, Answer]]:
-    """(number of the prompt, its answer) as answers end, by transformers' continuous batching.
+    """Yield (index of the prompt, answer) as answers finish, by transformers' continuous batching.
 
-    The keys and values of all prompts lie in pages of one cache, and a new prompt starts when an answer ends, so that
-    short answers do not wait for long ones.
+    Keys and values of all prompts are in one paged cache, and a new prompt starts when an answer ends, so that short
+    answers do not wait for long ones.
 
     Args:
         model: one that generates, without beams.
         tokenizer: its tokenizer.
         prompts: token ids, at least one each.
-        generation: how tokens are chosen; where they are drawn, `seed` is that of all draws.
+        generation: how tokens are chosen; `seed` is that of all samples.
         batch_size: prompts answered at once.
         ends: tokens that end an answer.
 
     Raises:
-        UserError: the settings or the model's attention cannot be batched so.
+        UserError: the settings or the model's attention do not support it.
     """
     check_continuous(generation)
     if not model._supports_sdpa or not model._can_set_attn_implementation():
@@ -149,7 +149,7 @@ def answer_continuously(
     with model.continuous_batching_context_manager(  # type: ignore[operator]
         generation_config=config, continuous_batching_config=_paging(model, prompts, generation, batch_size)
     ) as manager:
-        # The longest first, as in batches. Names are ours: the manager may take prompts in another order.
+        # The longest first, as in batches. Request ids are ours, as the manager may reorder prompts.
         for number in sorted(range(len(prompts)), key=lambda number: -len(prompts[number])):
             manager.add_request(
                 prompts[number], request_id=str(number), max_new_tokens=generation.max_new_tokens, eos_token_id=ends
@@ -172,7 +172,7 @@ def answer_continuously(
 def _paging(
     model: PreTrainedModel, prompts: list[list[int]], generation: GenerationArguments, batch_size: int
 ) -> ContinuousBatchingConfig:
-    """Pages for `batch_size` prompts at once; on a GPU the sizes follow from its memory."""
+    """Pages for `batch_size` prompts at once; on a GPU, sizes are derived from its memory."""
     if model.device.type == "cuda":
         return ContinuousBatchingConfig(seed=generation.seed)
     page_size = 32
@@ -188,12 +188,12 @@ def _paging(
 
 
 def answer_end_ids(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase) -> list[int]:
-    """Tokens that end an answer: those of the template and the tokenizer, and those that the model names."""
+    """Tokens that end an answer: those of the template and the tokenizer, and those in the generation config."""
     return sorted({*end_token_ids(tokenizer), *configured_ends(model.generation_config)})
 
 
 def generation_config(generation: GenerationArguments, ends: list[int], pad: int) -> GenerationConfig:
-    """Only what the user chose: the model's own defaults would change greedy answers silently."""
+    """Settings for transformers, without the model's own defaults, which would silently change greedy answers."""
     sampling: dict[str, Any] = {}
     if generation.do_sample:
         sampling = {"temperature": generation.temperature, "top_p": generation.top_p, "top_k": generation.top_k}
@@ -205,7 +205,7 @@ def generation_config(generation: GenerationArguments, ends: list[int], pad: int
         no_repeat_ngram_size=generation.no_repeat_ngram_size,
         eos_token_id=ends,
         pad_token_id=pad,
-        use_cache=True,  # models in training have it off
+        use_cache=True,  # off in models that are trained
         **sampling,
     )
 

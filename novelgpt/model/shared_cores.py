@@ -1,11 +1,10 @@
-"""A CPU that other programs use as well: threads that wait for each other give their cores away.
+"""Sharing a CPU with other programs: OpenMP threads that wait for each other yield their cores.
 
-The threads that share an operation meet at its end, and those that are there first spin for some milliseconds
-(libgomp's GOMP_SPINCOUNT): the fastest way as long as every thread has a core to itself. Beside another busy program
-one thread has not, and the others spend their shares of the cores on waiting for it. So it is measured how long threads
-that could run have to wait for a core. While that is long, waiting threads sleep after 100 spins: libgomp's own rule
-for processes with more OpenMP threads than cores, which idle threads bring about. Operations are still cut into as many
-parts as before, so results stay the same to the last bit.
+The threads of an operation meet at its end, and the first ones spin for some milliseconds (libgomp's GOMP_SPINCOUNT).
+That is fastest as long as every thread has a core of its own. Beside another busy program one thread has none, and the
+others waste their share of the cores by waiting for it. So we measure how long runnable threads wait for a core. While
+that is long, waiting threads sleep after 100 spins: libgomp's own rule for processes with more OpenMP threads than
+cores, which we trigger by idle threads. Operations are still split into the same parts, so results are bit-equal.
 
 https://gcc.gnu.org/onlinedocs/libgomp/GOMP_005fSPINCOUNT.html
 """
@@ -22,22 +21,22 @@ import torch
 
 from novelgpt.settings.hardware import usable_cores
 
-# Variables by which users decide it themselves.
+# Variables by which users choose the policy themselves.
 DECIDED_BY_USERS = ("OMP_WAIT_POLICY", "GOMP_SPINCOUNT")
 PERIOD_SECONDS = 0.25
-# Of a period, spent waiting for a core: more means other work, less means none. Between them nothing changes.
+# Fraction of a period spent waiting for a core, above which there is other work, and below which there is none.
 CROWDED_SHARE, QUIET_SHARE = 0.2, 0.1
-# So many periods of one kind in a row decide, as others' work of a moment is no reason.
+# Consecutive periods that decide, so that short bursts of other work are ignored.
 DECIDING_PERIODS = 2
-# torch cuts operations on single elements into parts of at least so many.
+# torch splits element-wise operations into parts of at least this size.
 GRAIN = 32_768
 
 
 @contextmanager
 def shared_cores(device: torch.device) -> Iterator[None]:
-    """Give cores away, as long as they are wanted, while the body computes on the CPU.
+    """Yield cores to other programs while the body computes on the CPU.
 
-    Does nothing for GPUs, for single threads, where users have set DECIDED_BY_USERS, and on systems without Linux's
+    Does nothing on GPUs, with a single thread, if one of DECIDED_BY_USERS is set, and without Linux's
     /proc/self/schedstat. OpenMP runtimes other than libgomp ignore it.
     """
     wanted = device.type == "cpu" and torch.get_num_threads() > 1
@@ -56,10 +55,10 @@ def shared_cores(device: torch.device) -> Iterator[None]:
 
 @contextmanager
 def early_sleep() -> Iterator[None]:
-    """While the body runs, threads of this process that wait for others sleep after 100 spins."""
+    """While the body runs, waiting threads of this process sleep after 100 spins."""
     each = torch.get_num_threads()
     with ExitStack() as stack:
-        # Those of the threads that compute are there already.
+        # In addition to the threads that compute.
         for _ in range(max(1, usable_cores() // each)):
             stack.enter_context(_idle_threads(each))
         yield
@@ -67,7 +66,7 @@ def early_sleep() -> Iterator[None]:
 
 @contextmanager
 def _idle_threads(count: int) -> Iterator[None]:
-    """OpenMP threads that do nothing: those that an operation needs when another thread of Python begins it."""
+    """Idle OpenMP threads: those that torch starts for an operation in another Python thread."""
     there, ended = threading.Event(), threading.Event()
 
     def work() -> None:
@@ -82,21 +81,21 @@ def _idle_threads(count: int) -> Iterator[None]:
         yield
     finally:
         ended.set()
-        thread.join()  # and with it its OpenMP threads end
+        thread.join()  # its OpenMP threads end with it
 
 
 class Crowding:
-    """Whether other work wants the cores, from how long threads waited for one."""
+    """Whether other programs compete for the cores, judged by how long threads wait for one."""
 
     def __init__(self) -> None:
         self.crowded = False
         self._before: Mapping[int, int] = {}
-        self._against = 0  # periods in a row that speak against `crowded`
+        self._against = 0  # consecutive periods that contradict `crowded`
 
     def note(self, waits: Mapping[int, int], seconds: float) -> bool:
-        """Take the waits of `core_waits` after so many seconds more; whether cores are wanted now.
+        """Update with the result of `core_waits` after a period of `seconds`; return `crowded`.
 
-        The thread that waited longest counts, as all others have to wait for it.
+        The thread that waited longest counts, as all others wait for it.
         """
         known = [wait - self._before[thread] for thread, wait in waits.items() if thread in self._before]
         self._before = waits
@@ -109,15 +108,15 @@ class Crowding:
 
 
 def core_waits() -> dict[int, int]:
-    """Nanoseconds that each thread of this process could have run and had no core; none where the system does not say.
+    """Nanoseconds that each thread of this process was runnable without a core; empty if the system does not report it.
 
-    The second figure of schedstat (Documentation/scheduler/sched-stats.rst of Linux).
+    The second value of schedstat (Documentation/scheduler/sched-stats.rst of Linux).
     """
     waits = {}
     for folder in Path("/proc/self/task").glob("*"):
         try:
             waits[int(folder.name)] = int((folder / "schedstat").read_text().split()[1])
-        except (OSError, IndexError):  # the thread has ended meanwhile, or the system keeps no statistics
+        except (OSError, IndexError):  # the thread has ended, or the system has no statistics
             continue
     return waits
 

@@ -1,9 +1,9 @@
 """Baichuan's sentencepiece model as a fast tokenizer of the same ids, which loads without this toolkit.
 
-Both merge the neighbours whose union has the best score until there are none; sentencepiece looks up the union's score,
-a fast tokenizer a list of pairs in order of rank. So the list holds every way to put a piece together from two, ordered
-by the piece's score. The two can differ where two such ways compete within one text, or scores are shared; so what was
-built is tried on every piece, and on many texts of pieces, before it is used.
+Both repeatedly merge the neighbours whose union has the best score; sentencepiece looks up the score of the union, a
+fast tokenizer a ranked list of pairs. So the list holds every split of a piece into two, ordered by the score of the
+piece. The two can differ where splits compete within a text, or scores are equal; so the result is tested on every
+piece, and on many texts of pieces, before it is used.
 """
 
 from __future__ import annotations
@@ -17,14 +17,14 @@ from transformers.convert_slow_tokenizer import import_protobuf
 
 from novelgpt.text.baichuan_tokenizer import BaichuanTokenizer
 
-# The kinds of pieces in a sentencepiece model, as its format numbers them.
+# Types of pieces in a sentencepiece model, as its format numbers them.
 NORMAL, UNKNOWN, CONTROL, USER_DEFINED, UNUSED, BYTE = range(1, 7)
-SPACE = "▁"  # how sentencepiece writes a blank
-TRIED_TEXTS = 5_000
+SPACE = "▁"  # sentencepiece's space
+TEST_TEXTS = 5_000
 
 
 def as_fast_tokenizer(tokenizer: BaichuanTokenizer) -> PreTrainedTokenizerFast | None:
-    """A fast tokenizer of the same ids and special tokens; None where none of the same ids was found."""
+    """Convert to a fast tokenizer of the same ids and special tokens; None if the ids differ."""
     model = import_protobuf().ModelProto.FromString(tokenizer.sp_model.serialized_model_proto())
     if not _is_plain(model):
         return None
@@ -48,7 +48,7 @@ def as_fast_tokenizer(tokenizer: BaichuanTokenizer) -> PreTrainedTokenizerFast |
 
 
 def _is_plain(model: Any) -> bool:
-    """Whether texts reach the merging as they are, and every character of a piece is a piece."""
+    """Whether texts are merged unnormalised, and every character of a piece is a piece."""
     normalizer = model.normalizer_spec
     changed = normalizer.add_dummy_prefix or normalizer.remove_extra_whitespaces or normalizer.precompiled_charsmap
     pieces = {piece.piece for piece in model.pieces if piece.type in (NORMAL, USER_DEFINED)}
@@ -58,7 +58,7 @@ def _is_plain(model: Any) -> bool:
 
 
 def _merges(model: Any) -> list[tuple[str, str]]:
-    """Every way to put a piece together from two, the best scores first; of one piece, the shortest left part first."""
+    """Every split of a piece into two, the best scores first; of one piece, the shortest left part first."""
     pieces = {piece.piece: piece.score for piece in model.pieces if piece.type == NORMAL}
     ways = []
     for piece, score in pieces.items():
@@ -70,11 +70,11 @@ def _merges(model: Any) -> list[tuple[str, str]]:
 
 
 def _texts(model: Any) -> list[str]:
-    """Every piece, runs of one and the same, and pieces at random, the same ones each time."""
+    """Every piece, repeated pieces, and random sequences of pieces with a fixed seed."""
     pieces = [piece.piece.replace(SPACE, " ") for piece in model.pieces if piece.type in (NORMAL, USER_DEFINED)]
     random_numbers = random.Random(0)
-    runs = [piece * count for piece in random_numbers.choices(pieces, k=TRIED_TEXTS // 4) for count in (2, 3, 5, 9)]
-    mixed = ["".join(random_numbers.choices(pieces, k=random_numbers.randint(2, 40))) for _ in range(TRIED_TEXTS)]
+    runs = [piece * count for piece in random_numbers.choices(pieces, k=TEST_TEXTS // 4) for count in (2, 3, 5, 9)]
+    mixed = ["".join(random_numbers.choices(pieces, k=random_numbers.randint(2, 40))) for _ in range(TEST_TEXTS)]
     outside = ["🙂", "\r\n", "  两个 空格  ", "é́", "𠮷", "\x00", "</s>", "a</s>b", "<unk>"]
     return [*pieces, *runs, *mixed, *outside]
 

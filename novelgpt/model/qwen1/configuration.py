@@ -32,15 +32,15 @@ class QWenConfig(PreTrainedConfig):
         intermediate_size: twice the width of the feed-forward layers, as in the original file.
         kv_channels: size of an attention head.
         rotary_emb_base: base of the rotary embedding's wavelengths.
-        seq_length: tokens of the longest texts in pretraining.
+        seq_length: max tokens of a pretraining row.
 
     Raises:
-        ValueError: a setting that no released model has, and that is not built here.
+        ValueError: a setting that no released model has, and that is not implemented.
     """
 
     model_type = "qwen"
     keys_to_ignore_at_inference: ClassVar[list[str]] = ["past_key_values"]
-    # What the layers of Qwen2 ask for, and the fields that answer.
+    # Names in the layers of Qwen2 -> fields.
     attribute_map: ClassVar[dict[str, str]] = {
         "rms_norm_eps": "layer_norm_epsilon",
         "head_dim": "kv_channels",
@@ -81,7 +81,9 @@ class QWenConfig(PreTrainedConfig):
         expected = {"rotary_pct": 1.0, "emb_dropout_prob": 0.0, "scale_attn_weights": True, "no_bias": True}
         for name, value in expected.items():
             if vars(self)[name] != value:
-                raise ValueError(f"{name} is {vars(self)[name]} in config.json, and only {value} is built for Qwen v1")
+                raise ValueError(
+                    f"{name} is {vars(self)[name]} in config.json, and only {value} is supported for Qwen v1"
+                )
         self.max_position_embeddings = min(self.max_position_embeddings, self.seq_length)
         self.rope_parameters = {"rope_type": "default", "rope_theta": float(self.rotary_emb_base)}
         super().__post_init__(**others)

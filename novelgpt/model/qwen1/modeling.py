@@ -2,7 +2,7 @@
 
 Two things differ. The file's `intermediate_size` counts both halves of the feed-forward layer, and the tensors have
 names of their own, with query, key and value in one. `ORIGINAL_NAMES` tells transformers how to read and write those,
-so that original checkpoints load as they are and saved ones keep the original names.
+so that original checkpoints load unchanged and saved ones keep the original names.
 """
 
 from __future__ import annotations
@@ -26,7 +26,7 @@ RENAMED = {
     "ln_1.weight": "input_layernorm.weight",
     "ln_2.weight": "post_attention_layernorm.weight",
     "attn.c_proj.weight": "self_attn.o_proj.weight",
-    # The names do not tell which of the two goes through the activation: it is w2.
+    # The names do not show which of the two is activated: it is w2.
     "mlp.w2.weight": "mlp.gate_proj.weight",
     "mlp.w1.weight": "mlp.up_proj.weight",
     "mlp.c_proj.weight": "mlp.down_proj.weight",
@@ -72,7 +72,7 @@ class QWenLMHeadModel(Qwen2ForCausalLM):
     config_class = QWenConfig
 
     def __init__(self, config: QWenConfig) -> None:
-        # The parent's own constructor would build the layers of Qwen2 first, all for nothing.
+        # The constructor of the parent would build the layers of Qwen2 first, unnecessarily.
         super(Qwen2ForCausalLM, self).__init__(config)  # type: ignore[arg-type]
         self.model = QWenModel(config)
         self.vocab_size = config.vocab_size
@@ -82,14 +82,14 @@ class QWenLMHeadModel(Qwen2ForCausalLM):
     def load_state_dict(self, state_dict: Mapping[str, Any], strict: bool = True, assign: bool = False) -> Any:
         """Tensors under their names here or under the original ones, which saved checkpoints have.
 
-        The Trainer resumes through this, and would otherwise go on from the untouched base with no more than a warning.
+        The Trainer resumes through this, and would otherwise continue from the untouched base with only a warning.
         """
         return super().load_state_dict(with_module_names(state_dict), strict=strict, assign=assign)
 
 
 def with_module_names(state_dict: Mapping[str, torch.Tensor]) -> dict[str, torch.Tensor]:
     """Original names turned into those of the modules, query, key and value apart; other names stay."""
-    # Made afresh, as each notes whether it was used, which decides what names a model is saved with.
+    # New instances, as each records whether it was used, which decides under which names a model is saved.
     renamings = [WeightRenaming(original, name) for original, name in RENAMED.items()]
     renamed: dict[str, torch.Tensor] = {}
     for original, tensor in state_dict.items():
@@ -130,7 +130,7 @@ def as_qwen2(model: PreTrainedModel) -> Qwen2ForCausalLM:
     with torch.device("meta"):
         converted = Qwen2ForCausalLM._from_config(settings, attn_implementation=config._attn_implementation)
     converted.load_state_dict(model.state_dict(), assign=True)
-    # Not a parameter, and without numbers where the module was made.
+    # Not a parameter, and left empty by the meta device.
     converted.model.rotary_emb = model.model.rotary_emb
     converted.generation_config = copy.deepcopy(model.generation_config)
     return converted.train(model.training)

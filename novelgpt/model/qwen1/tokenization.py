@@ -18,7 +18,7 @@ RANK_FILE = "qwen.tiktoken"
 
 
 class QWenTokenizer(TokenizersBackend):
-    """Byte-level BPE after NFC, with the pieces of Qwen2; named as in the original checkpoints.
+    """Byte-level BPE after NFC, with the pre-tokenization of Qwen2; named as in the original checkpoints.
 
     Read from `tokenizer.json`, which is what is saved, or from the original `qwen.tiktoken`. The 208 special tokens
     come after the ranks: 151643 <|endoftext|>, 151644 <|im_start|>, 151645 <|im_end|>, then <|extra_0|> to
@@ -30,12 +30,12 @@ class QWenTokenizer(TokenizersBackend):
 
     @classmethod
     def convert_to_native_format(cls, trust_remote_code: bool = False, **settings: Any) -> dict[str, Any]:
-        """Settings of the constructor, with the tokenizer itself among them.
+        """Arguments of the constructor, including the tokenizer itself.
 
         Raises:
             ValueError: the rank file is damaged.
         """
-        settings.pop("auto_map", None)  # names code that is not needed and not saved
+        settings.pop("auto_map", None)  # refers to code that is neither needed nor saved
         rank_file = settings.pop("vocab_file", None)
         if settings.get("tokenizer_file") is None and rank_file is not None:
             settings["tokenizer_object"] = convert_rank_file(Path(rank_file))
@@ -47,7 +47,7 @@ class QWenTokenizer(TokenizersBackend):
 
 
 def convert_rank_file(path: Path) -> Tokenizer:
-    """The fast tokenizer that gives the ids of a `qwen.tiktoken`.
+    """Convert a `qwen.tiktoken` to a fast tokenizer of the same ids.
 
     Raises:
         ValueError: a line is not base64 and a rank, or ranks are not 0, 1, 2, ….
@@ -59,7 +59,7 @@ def convert_rank_file(path: Path) -> Tokenizer:
 
 
 class _RankFileConverter(TikTokenConverter):
-    """transformers' converter, with the file read here: its own reader needs a package more."""
+    """transformers' converter with our reader of the file: its own needs another package."""
 
     @staticmethod
     def load_tiktoken_bpe(tiktoken_url: str) -> dict[bytes, int]:
