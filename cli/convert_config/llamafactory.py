@@ -44,7 +44,7 @@ def _datasets(conversion: Conversion) -> None:
     columns = {source.text_column for source in sources if source.file.suffix.lower() != ".txt"} - {None}
     if len(columns) > 1:
         named = " and ".join(sorted(map(str, columns)))
-        raise conversion.refuse("dataset", f"their texts stand in {named}", "give the column one name")
+        raise conversion.refuse("dataset", f"their texts are in {named}", "give the column one name")
     paths = convert_files(conversion, sources)
     conversion.set("train_files", paths, "dataset", why=f"by {conversion.path(folder) / 'dataset_info.json'}")
     if columns - {"text"}:

@@ -1,4 +1,4 @@
-"""Files of rows as another tool reads them: used unchanged if this toolkit reads the same, otherwise written anew."""
+"""Files of rows as another tool reads them: used unchanged if this toolkit reads the same, otherwise rewritten."""
 
 from __future__ import annotations
 

@@ -34,7 +34,7 @@ def swift(predictions: Sequence[str], references: Sequence[str]) -> dict[str, fl
 
     The `rouge` package (not rouge_chinese) and BLEU-4, both on jieba words without blanks. Pairs without a reference
     are left out of the mean, empty predictions count 0. `rouge` cuts at each ".", and its rouge-l takes the union of
-    the words of all longest common subsequences; where its recursion breaks off (about 1,000 words), this goes on.
+    the words of all longest common subsequences; where its recursion fails (about 1,000 words), this continues.
     """
     totals = dict.fromkeys((*METRICS, "bleu-4"), 0.0)
     count = 0
@@ -54,7 +54,7 @@ def swift(predictions: Sequence[str], references: Sequence[str]) -> dict[str, fl
 def opencompass(predictions: Sequence[str], references: Sequence[str]) -> dict[str, float]:
     """OpenCompass' JiebaRougeEvaluator: {"rouge1", "rouge2", "rougeL"}.
 
-    Of each text, only what stands before the first line end, "." or "," counts, without its punctuation.
+    Of each text, only the part before the first line end, "." or "," counts, without its punctuation.
     """
     sides = []
     for texts, placeholder in ((predictions, "__PREDPLACEHOLDER__"), (references, "__REFRPLACEHOLDER__")):

@@ -73,14 +73,6 @@ def _ratio(sums: numpy.ndarray) -> numpy.ndarray:
         return sums[:, 0] / sums[:, 1]
 
 
-def _perplexity(sums: numpy.ndarray) -> numpy.ndarray:
-    return numpy.exp(numpy.minimum(_ratio(sums), 700.0))
-
-
-def _bits(sums: numpy.ndarray) -> numpy.ndarray:
-    return _ratio(sums) / math.log(2.0)
-
-
 def _bleu(sums: numpy.ndarray) -> numpy.ndarray:
     whole = numpy.rint(sums).astype(int).tolist()
     return numpy.array([BLEU.compute_bleu(s[:4], s[4:8], s[8], s[9], smooth_method="exp").score for s in whole])
@@ -88,8 +80,8 @@ def _bleu(sums: numpy.ndarray) -> numpy.ndarray:
 
 _OF_THE_MODEL = (
     Statistic("loss", (NATS, TOKENS), _ratio),
-    Statistic("perplexity", (NATS, TOKENS), _perplexity),
-    Statistic("bits_per_character", (NATS, f"modelled_{CHARACTERS}"), _bits),
+    Statistic("perplexity", (NATS, TOKENS), lambda sums: numpy.exp(numpy.minimum(_ratio(sums), 700.0))),
+    Statistic("bits_per_character", (NATS, f"modelled_{CHARACTERS}"), lambda sums: _ratio(sums) / math.log(2.0)),
     Statistic("token_accuracy", (TOKENS_RIGHT, TOKENS), _ratio),
 )
 _BLEU = Statistic("sacrebleu", BLEU_COLUMNS, _bleu)
@@ -148,12 +140,12 @@ def summarise_rows(rows: Sequence[RowScores], seed: int = SEED) -> tuple[dict[st
     names, values = _columns(rows)
     # Row by row, as other tools sum, for bit-equality.
     whole = values.cumsum(axis=0)[-1:]
-    (drawn,) = _drawn_sums([values], numpy.random.default_rng(seed))
+    (resampled,) = _resampled_sums([values], numpy.random.default_rng(seed))
     means, intervals = {}, {}
     for statistic in _statistics(names):
         places = [names[column] for column in statistic.columns]
         means[statistic.name] = float(statistic.combine(whole[:, places])[0])
-        intervals[statistic.name] = _interval(statistic.combine(drawn[:, places]))
+        intervals[statistic.name] = _interval(statistic.combine(resampled[:, places]))
     return means, intervals
 
 
@@ -175,14 +167,14 @@ def compare_rows(first: Sequence[RowScores], second: Sequence[RowScores], seed: 
     names = {name: place for place, name in enumerate(shared)}
     a, b = a[:, [first_names[name] for name in shared]], b[:, [second_names[name] for name in shared]]
     generator = numpy.random.default_rng(seed)
-    drawn = _drawn_sums([a, b], generator)
+    resampled = _resampled_sums([a, b], generator)
     moved = numpy.stack([generator.integers(0, 2, len(a)) @ (b - a) for _ in range(PERMUTATIONS)])
     comparisons = []
     for statistic in _statistics(names):
         places = [names[column] for column in statistic.columns]
         sums = [side[:, places].sum(axis=0, keepdims=True) for side in (a, b)]
         before, after = (float(statistic.combine(side)[0]) for side in sums)
-        low, high = _interval(statistic.combine(drawn[1][:, places]) - statistic.combine(drawn[0][:, places]))
+        low, high = _interval(statistic.combine(resampled[1][:, places]) - statistic.combine(resampled[0][:, places]))
         chance = statistic.combine(sums[1] - moved[:, places]) - statistic.combine(sums[0] + moved[:, places])
         # Sums in another order differ in the last bits; such differences count as equal.
         as_large = int(numpy.count_nonzero(numpy.abs(chance) >= abs(after - before) * (1 - 1e-9)))
@@ -191,15 +183,15 @@ def compare_rows(first: Sequence[RowScores], second: Sequence[RowScores], seed: 
     return comparisons
 
 
-def _drawn_sums(sides: list[numpy.ndarray], generator: numpy.random.Generator) -> list[numpy.ndarray]:
+def _resampled_sums(sides: list[numpy.ndarray], generator: numpy.random.Generator) -> list[numpy.ndarray]:
     """[RESAMPLES, columns] of each side: sums over as many rows, sampled with replacement, the same for all sides."""
     count = len(sides[0])
-    drawn = [numpy.empty((RESAMPLES, side.shape[1])) for side in sides]
+    resampled = [numpy.empty((RESAMPLES, side.shape[1])) for side in sides]
     for draw in range(RESAMPLES):
         weights = numpy.bincount(generator.integers(0, count, count), minlength=count)
-        for sums, side in zip(drawn, sides, strict=True):
+        for sums, side in zip(resampled, sides, strict=True):
             sums[draw] = weights @ side
-    return drawn
+    return resampled
 
 
 def _interval(values: numpy.ndarray) -> list[float]:

@@ -120,7 +120,7 @@ def _prediction_file(path: Path) -> Path:
             if (folder / name).is_file():
                 return folder / name
     if not path.is_dir():
-        raise UserError(f"{path} is no folder", "name the folder of a run, or the folder with its predictions.jsonl")
+        raise UserError(f"{path} is not a folder", "name the folder of a run, or the folder with its predictions.jsonl")
     raise UserError(f"no predictions.jsonl in {path} or {path / 'predict'}", run_pipeline("predict", model=str(path)))
 
 
@@ -165,18 +165,18 @@ def _read_run(number: int, name: str, file: Path) -> ReportRun:
 
 def _read_lines(path: Path, remedy: str) -> Iterator[tuple[int, dict[str, Any]]]:
     """(first byte, object) of each line."""
-    place = 0
+    offset = 0
     with path.open("rb") as file:
         for number, line in enumerate(file, start=1):
             if line.strip():
                 try:
                     entry = json.loads(line)
                 except (ValueError, RecursionError) as error:
-                    raise UserError(f"{path}:{number}: no JSON: {error}", remedy) from error
+                    raise UserError(f"{path}:{number}: not JSON: {error}", remedy) from error
                 if not isinstance(entry, dict):
-                    raise UserError(f"{path}:{number}: no JSON object", remedy)
-                yield place, entry
-            place += len(line)
+                    raise UserError(f"{path}:{number}: not a JSON object", remedy)
+                yield offset, entry
+            offset += len(line)
 
 
 def _read_offsets(path: Path, rows: Sequence[RowScores], again: str) -> tuple[list[int], list[str]]:

@@ -365,7 +365,7 @@ def test_nothing_is_overwritten(place: Path, capsys: pytest.CaptureFixture[str])
     assert (place / "ours.yaml").read_text(encoding="utf-8") == "mine"
     (place / "ours.yaml").unlink()
     for words, told in (
-        (["--output_data", "theirs.yaml"], "theirs.yaml is no folder"),
+        (["--output_data", "theirs.yaml"], "theirs.yaml is not a folder"),
         (["--root", "no"], "--root no"),
     ):
         assert told in refused(place, LLAMAFACTORY, capsys, *words)

@@ -601,7 +601,7 @@ CASES = {
         ["predictions.jsonl", "--output", "rows.jsonl/scores.json"],
         "--output rows.jsonl/scores.json cannot be made: rows.jsonl is not a folder",
     ),
-    "report: missing run": ("predict.report", ["nowhere", "--output", "{tmp}/out"], "nowhere is no folder"),
+    "report: missing run": ("predict.report", ["nowhere", "--output", "{tmp}/out"], "nowhere is not a folder"),
     "report: no predictions": (
         "predict.report",
         ["{empty_folder}", "--output", "{tmp}/out"],
