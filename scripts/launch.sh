@@ -1,7 +1,7 @@
 #!/usr/bin/env bash
-# Start a pipeline: plain python, or novelgpt.launch with a process a device, on this host or on several.
+# Start a pipeline: as plain python, or by novelgpt.launch with one process per device, on one or several hosts.
 #   bash scripts/launch.sh pretrain|finetune|finetune_lora|predict [--flag value …]
-# What the variables MODEL, NPROC, ZERO, OFFLOAD, MAX_RESTARTS, HOSTFILE, HOSTS and others mean is said, and decided, in
+# The variables MODEL, NPROC, ZERO, OFFLOAD, MAX_RESTARTS, HOSTFILE, HOSTS and others are described, and read, in
 # novelgpt/launch/start.py.
 set -euo pipefail
 root="$(cd "$(dirname "${BASH_SOURCE[0]}")/.." && pwd)"
