@@ -86,7 +86,7 @@ class Display:
         """The tables."""
         books = result.books
         table = Table(title="Novels 小说", title_justify="left")
-        for column in ("", "books 书", "chapters 章", "characters 字"):
+        for column in ("", "books 书（本）", "chapters 章节", "characters 字数"):
             table.add_column(column, justify="right" if column else "left")
         for label, split in (("train 训练", "train"), ("held out 留出", "held_out"), ("refused 拒收", "refused")):
             chosen = [book for book in books if book.split == split]
@@ -115,10 +115,10 @@ class Display:
                 removed[rule] += counts["characters"]
                 lines[rule] += counts["lines"]
         if not removed:
-            say("removed 剔除: no line")
+            say("removed 删除: no line")
             return
-        table = Table(title="Removed 剔除 (rejected.jsonl)", title_justify="left")
-        for column in ("rule 规则", "lines 行", "characters 字", "share of all 占比"):
+        table = Table(title="Removed 删除 (rejected.jsonl)", title_justify="left")
+        for column in ("rule 规则", "lines 行数", "characters 字数", "share of all 占比"):
             table.add_column(column, justify="left" if column.startswith("rule") else "right")
         ranked = [rule for rule, _ in removed.most_common()]
         rows = [(rule, [rule]) for rule in ranked[:MAX_RULES]]

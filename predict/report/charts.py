@@ -17,8 +17,8 @@ from predict.report.runs import ReportRun
 
 MAX_POINTS = 240
 LABELS = (
-    "与参考答案的相似度及置信区间词重合二元最长公共序列行数占比每条的困惑度回答字数长度关系原文在文中的位置"
-    "重复率随变化训练损失曲线评测步每个词元奈特"
+    "与参考答案的相似度及置信区间词重合二元最长公共子序列（按）行数占比各行的困惑度回答字数长度关系在文中位置"
+    "重复率随变化训练损失曲线评估步计次"
 )
 """Letters of the Chinese labels below, which a font must have."""
 
@@ -44,7 +44,7 @@ def make_charts(runs: Sequence[ReportRun]) -> dict[str, list[Chart]]:
                 _histogram_chart(metric, METRICS[metric].chinese, scored, [run.values(metric) for run in scored])
                 for metric in ("rouge-1", "rouge-2", "rouge-l")
             ),
-            _histogram_chart("perplexity", "每条的困惑度", runs, perplexities, logarithmic=True),
+            _histogram_chart("perplexity", "各行的困惑度", runs, perplexities, logarithmic=True),
         ],
         "lengths": [
             _length_chart(scored, "reference", "reference", "参考答案"),
@@ -178,9 +178,9 @@ def _length_chart(runs: Sequence[ReportRun], side: str, english: str, chinese: s
     return Chart(
         f"rouge-l_by_{side}_length",
         f"rouge-l against the length of the {english}",
-        f"与{chinese}长度的关系",
+        f"rouge-l 与{chinese}长度的关系",
         "A faint point is a row; the line joins means of groups of rows, with 95 % intervals.",
-        "浅色点是单条数据，折线是分组平均值及其 95 % 置信区间。",
+        "浅色点是单行数据，折线是分组平均值及其 95 % 置信区间。",
         draw,
     )
 
@@ -210,7 +210,7 @@ def _repetition_chart(runs: Sequence[ReportRun]) -> Chart | None:
             axes.fill_between(references.places, low, high, color=HUMAN, alpha=0.18, linewidth=0)
             axes.plot(
                 references.places, references.means, color=HUMAN, linestyle=(0, (1.5, 1.5)), linewidth=2.2,
-                marker="" if len(references.places) > 1 else "X", label=labels.both("references", "原文"),
+                marker="" if len(references.places) > 1 else "X", label=labels.both("references", "参考答案"),
             )  # fmt: skip
         for run, curve in zip(runs, curves, strict=True):
             _plot_means(axes, curve, run, labels)
@@ -249,15 +249,15 @@ def _loss_chart(runs: Sequence[ReportRun]) -> Chart | None:
             evaluation = {"linewidth": 1.9, "marker": MARKERS[run.number], "markersize": 4.5}
             for key, english, chinese, style in (
                 ("loss", "train", "训练", training),
-                ("eval_loss", "eval", "评测", evaluation),
+                ("eval_loss", "eval", "评估", evaluation),
             ):
                 points = [(entry["step"], entry[key]) for entry in run.losses if is_number(entry.get(key))]
                 if points:
                     points.sort(key=lambda point: point[0])  # an evaluation of the best weights comes last
                     label = f"{_run_label(run, labels)}: {labels.both(english, chinese)}"
                     axes.plot(*zip(*points, strict=True), color=COLOURS[run.number], label=label, **style)
-        axes.set_xlabel(labels.both("step", "步"))
-        axes.set_ylabel(labels.both("nats per token", "每个词元奈特"))
+        axes.set_xlabel(labels.both("step", "步数"))
+        axes.set_ylabel(f"{labels.both('loss', '损失')} (nats/token)")
         axes.xaxis.set_major_formatter(COUNTS)
         axes.margins(x=0.02)
         axes.grid()
@@ -267,7 +267,7 @@ def _loss_chart(runs: Sequence[ReportRun]) -> Chart | None:
         "Loss during training",
         "训练损失曲线",
         "Thin: training loss; with markers: evaluation loss.",
-        "细线是训练损失，带标记的是评测损失。",
+        "细线是训练损失，带标记的是评估损失。",
         draw,
         height=360,
         legend_rows=2 * len(shown),

@@ -93,7 +93,7 @@ def _groups(runs: Sequence[ReportRun], together: dict[int, Sequence[int]], named
     ]
     if len(together) > 1:
         spread = by_value(scored, lambda row: max(values("rouge-l", row)) - min(values("rouge-l", row)), 0.01)
-        candidates.append(("The runs differ most", "各运行差别最大", spread))
+        candidates.append(("The runs differ most", "各次运行差别最大", spread))
     repeating = by_value(range(count), lambda row: max(values("rep8_char", row)), REPEATING)
     candidates.append(("Most repetition", "重复最多", repeating))
     if not scored:
@@ -117,7 +117,7 @@ def _example(runs: Sequence[ReportRun], places: dict[int, int]) -> Example:
     texts = []
     if reference:
         marks = {"overlap": overlaps(reference[:MAX_CHARACTERS], [one["prediction"] for one in entries.values()])}
-        texts.append(_text(None, reference, marks, [("characters 字", f"{len(reference):,}")]))
+        texts.append(_text(None, reference, marks, [("characters 字数", f"{len(reference):,}")]))
     for run, one in entries.items():
         shown = one["prediction"][:MAX_CHARACTERS]
         marks = {
@@ -140,11 +140,11 @@ def _text(run: int | None, text: str, marks: dict[str, list[MarkSpan]], facts: l
 def _facts(entry: dict[str, Any], row: dict[str, Any]) -> list[tuple[str, str]]:
     """What is known about an answer, as (name, value)."""
     reason = entry.get("finish_reason")
-    ends = {"stop": "by itself 自行结束", "length": "cut off 截断"}
+    ends = {"stop": "by itself 自然结束", "length": "cut off 截断"}
     facts = [("ended", ends.get(str(reason), visible(str(reason))))] if reason is not None else []
-    facts.append(("characters 字", f"{len(entry['prediction']):,}"))
+    facts.append(("characters 字数", f"{len(entry['prediction']):,}"))
     if is_number(entry.get("completion_tokens")):
-        facts.append(("tokens 词元", f"{entry['completion_tokens']:,}"))
+        facts.append(("tokens", f"{entry['completion_tokens']:,}"))
     for name in ("rouge-l", "rep8_char"):
         if is_number(row.get(name)):
             facts.append((name, format_number(row[name], 4)))

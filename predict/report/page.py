@@ -87,7 +87,7 @@ def _facts(scores: Mapping[str, Any]) -> list[tuple[str, str, str]]:
         ("rows_without_reference", "Without a reference", "无参考答案", 0),
         ("empty_predictions", "Empty answers", "空回答", 0),
         ("seconds", "Seconds", "用时（秒）", 1),
-        ("tokens_per_second", "Tokens per second", "每秒词元数", 1),
+        ("tokens_per_second", "Tokens per second", "每秒 token 数", 1),
     ):
         if is_number(scores.get(name)):
             facts.append((english, chinese, format_number(scores[name], digits)))

@@ -34,7 +34,7 @@ EXAMPLES, FINDINGS, CHARACTERS = 12, 20, 240
 
 FATES = {
     "train": ("For training", "用于训练"),
-    "held_out": ("Held out", "留出评测"),
+    "held_out": ("Held out", "留出用于评估"),
     "duplicate": ("Repeated chapters", "重复章节"),
     "removed": ("Removed by rules", "按规则删除"),
     "refused": ("In refused books", "拒收的书"),
