@@ -254,8 +254,7 @@ def _refuse_binary(data: bytes, source: str, encoding: str) -> None:
 
 def _refuse_too_many(data: bytes, source: str, encoding: str, first: int, count: int) -> None:
     if count > max(len(data) // 1000, min(8, len(data) // 8)):
-        marked = any(data.startswith(mark) for mark, _ in _BYTE_ORDER_MARKS)
-        tried = (encoding,) if marked else _UNMARKED
+        tried = (encoding,) if any(data.startswith(mark) for mark, _ in _BYTE_ORDER_MARKS) else _UNMARKED
         raise _no_fit(data, source, first, tried, encoding, f", and {count - 1} or more after it")
 
 

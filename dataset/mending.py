@@ -60,18 +60,19 @@ class Shifted(NamedTuple):
     """The same as it was most likely meant."""
 
 
-class _LogProbabilities(dict[str, float]):
-    """Of a character in Chinese text, roughly: a class of characters shares its part of all text evenly.
+def common_characters() -> str:
+    """The first level of GB 2312 and that of Big5: the characters in daily use, about 6,500 of both scripts."""
+    simplified = bytes(byte for lead in range(0xB0, 0xD8) for trail in range(0xA1, 0xFF) for byte in (lead, trail))
+    trails = [*range(0x40, 0x7F), *range(0xA1, 0xFF)]
+    traditional = bytes(byte for lead in range(0xA4, 0xC7) for trail in trails for byte in (lead, trail))
+    return simplified.decode("gb2312", "ignore") + traditional.decode("big5", "ignore")
 
-    The first level of GB 2312 and that of Big5 are the characters in daily use, about 6,500 of both scripts.
-    """
+
+class _LogProbabilities(dict[str, float]):
+    """Of a character in Chinese text, roughly: a class of characters shares its part of all text evenly."""
 
     def __init__(self) -> None:
-        simplified = bytes(byte for lead in range(0xB0, 0xD8) for trail in range(0xA1, 0xFF) for byte in (lead, trail))
-        trails = [*range(0x40, 0x7F), *range(0xA1, 0xFF)]
-        traditional = bytes(byte for lead in range(0xA4, 0xC7) for trail in trails for byte in (lead, trail))
-        for text in (simplified.decode("gb2312", "ignore"), traditional.decode("big5", "ignore")):
-            self.update((character, -10.0) for character in text if character >= "\u4e00")
+        self.update((character, -10.0) for character in common_characters() if character >= "\u4e00")
         self.update(dict.fromkeys(map(chr, range(32, 127)), -7.0))
         self.update(dict.fromkeys(_FREQUENT, -6.2))
         self.update({"\r": -6.2, "\t": -7.0, "\ufffd": -20.0})

@@ -12,6 +12,7 @@ from __future__ import annotations
 import itertools
 from argparse import Namespace
 from collections.abc import Iterator
+from dataclasses import dataclass
 from pathlib import Path
 
 import numpy
@@ -20,7 +21,6 @@ from transformers import PreTrainedTokenizerBase
 from dataset.conversation_rows.sources import find_splits
 from dataset.conversations import encode_rows
 from dataset.instructions import load_instructions
-from dataset.preview_page import PreviewPart, RowPreview, preview_html, preview_text
 from dataset.readers import messages_of, read_conversation, read_source_rows, read_text_rows
 from dataset.records import read_records
 from novelgpt.model.tokenizer import load_tokenizer
@@ -29,11 +29,33 @@ from novelgpt.settings.atomic_files import atomic_write
 from novelgpt.settings.command_parser import CommandParser
 from novelgpt.settings.console import make_console
 from novelgpt.settings.errors import UserError, exit_on_user_error
+from novelgpt.settings.html_pages import page_templates
 from novelgpt.settings.paths import TINY, from_home
-from novelgpt.settings.terminal import counted, say
+from novelgpt.settings.terminal import counted, say, visible
 from novelgpt.text.encoding import document_end_id, encode_document
 from novelgpt.text.packing import PackedBlocks, TokenizedText
-from novelgpt.text.statistics import TokenCounts, row_spans, show_counts
+from novelgpt.text.statistics import TokenCounts, TokenSpan, row_spans, show_counts
+
+GREEN, BOLD_GREEN, DIM, BOLD, YELLOW, RESET = "\x1b[32m", "\x1b[1;32m", "\x1b[2m", "\x1b[1m", "\x1b[33m", "\x1b[0m"
+TRAINED_OPEN, TRAINED_CLOSE = "⟦", "⟧"
+BORDER = "│"
+
+
+@dataclass(frozen=True)
+class RowPreview:
+    """A row.
+
+    Attributes:
+        name: its id.
+        source: file and line.
+        counts: of its tokens.
+        parts: in order, each with a heading ("" for none).
+    """
+
+    name: str
+    source: str
+    counts: TokenCounts
+    parts: list[tuple[str, list[TokenSpan]]]
 
 
 @exit_on_user_error
@@ -61,7 +83,10 @@ def main(argv: list[str] | None = None) -> None:
     if args.html:
         try:
             args.html.parent.mkdir(parents=True, exist_ok=True)
-            atomic_write(args.html, preview_html(rows, args.file.name, total, args.borders))
+            page = page_templates(Path(__file__).parent).get_template("preview.html")
+            text = page.render(rows=rows, title=args.file.name, total=total, borders=args.borders, describe=describe,
+                               visible=visible, counted=counted)  # fmt: skip
+            atomic_write(args.html, text)
         except OSError as error:
             raise UserError(f"{args.html}: {error.strerror}", "name a page that can be written") from error
         say(f"  page   {args.html}")
@@ -117,13 +142,11 @@ def _conversations(args: Namespace, tokenizer: PreTrainedTokenizerBase) -> Itera
         kept, counts = encode_rows([read_conversation(row, instructions)], tokenizer, data)
         parts = []
         for number, row_part in enumerate(kept, start=1):
-            heading = f"part {number} of {len(kept)}" if len(kept) > 1 else ""
-            spans = row_spans(row_part.input_ids, row_part.labels, tokenizer, by_token=args.borders)
-            parts.append(PreviewPart(heading, list(spans)))
+            spans = list(row_spans(row_part.input_ids, row_part.labels, tokenizer, by_token=args.borders))
+            parts.append((f"part {number} of {len(kept)}" if len(kept) > 1 else "", spans))
         if counts.dropped:
-            are = "is" if counts.dropped == 1 else "are"
-            what = "cut here" if kept else "left out"
-            parts.append(PreviewPart(f"✂ {what}: {counted(counts.dropped, 'token')} {are} not trained on", []))
+            what = f"{'cut here' if kept else 'left out'}: {counted(counts.dropped, 'token')}"
+            parts.append((f"✂ {what} {'is' if counts.dropped == 1 else 'are'} not trained on", []))
         yield RowPreview(row.id, row.source, counts, parts)
 
 
@@ -157,9 +180,38 @@ def _blocks(args: Namespace, tokenizer: PreTrainedTokenizerBase) -> Iterator[Row
             document = int(numpy.searchsorted(blocks.starts, begin + low, side="right")) - 1
             verb = "begins" if blocks.starts[document] == begin + low else "continues"
             spans = list(row_spans(ids[low:high], labels[low:high], tokenizer, by_token=args.borders))
-            parts.append(PreviewPart(f"document {document + 1} {verb}: {names[document]}", spans))
-        counts = blocks.subset(range(index, index + 1)).counts()
-        yield RowPreview(f"block {index + 1}", str(args.file), counts, parts)
+            parts.append((f"document {document + 1} {verb}: {names[document]}", spans))
+        yield RowPreview(f"block {index + 1}", str(args.file), blocks.subset(range(index, index + 1)).counts(), parts)
+
+
+def preview_text(shown: RowPreview, coloured: bool, borders: bool) -> str:
+    """A row for a terminal: trained tokens green and the others dim or, without colour, trained tokens in ⟦ ⟧."""
+
+    def paint(text: str, style: str) -> str:
+        return f"{style}{visible(text)}{RESET}" if coloured and text else visible(text)
+
+    lines = [paint(f"{shown.name}   {shown.source}", BOLD), describe(shown.counts)]
+    lines += [paint(f"  {number:,} {note}", YELLOW) for note, number in shown.counts.notes.items()]
+    for heading, spans in shown.parts:
+        if heading:
+            lines.append(paint(f"──── {heading} ────", YELLOW))
+        if not spans:
+            continue
+        text, trained = "", False
+        for span in spans:
+            if not coloured and span.trained != trained:
+                text += TRAINED_OPEN if span.trained else TRAINED_CLOSE
+            trained = span.trained
+            style = (BOLD_GREEN if span.special else GREEN) if trained else DIM
+            text += (BORDER if borders and span.begin else "") + paint(span.text, style)
+        lines.append(text + (TRAINED_CLOSE if trained and not coloured else ""))
+    return "\n".join(lines) + "\n"
+
+
+def describe(counts: TokenCounts) -> str:
+    """Token counts in one line."""
+    parts = f"{counts.trained:,} trained, {counts.context:,} context, {counts.dropped:,} dropped"
+    return f"{counted(counts.tokens_in, 'token')}: {parts}"
 
 
 if __name__ == "__main__":

@@ -53,8 +53,7 @@ def main(argv: list[str] | None = None) -> None:
     output: Path = args.output
     if output.suffix != ".jsonl":
         raise UserError(f"{output} does not end in .jsonl", "name the output last, ending in .jsonl")
-    sources = [*args.inputs, *args.exclude]
-    if any(path.exists() and path.resolve() == output.resolve() for path in sources):
+    if any(path.exists() and path.resolve() == output.resolve() for path in [*args.inputs, *args.exclude]):
         raise UserError(f"{output} is read and written", "name another output")
     instructions = load_instructions(args.instruction_templates, seed=args.instruction_seed)
     for task in args.task:
@@ -68,8 +67,7 @@ def main(argv: list[str] | None = None) -> None:
     for path in args.exclude:
         for row_filter in filters.values():
             row_filter.exclude(read_table(path, args.columns), args.task)
-    tallies = _write(args, instructions, filters)
-    _show(tallies, instructions, "tokens" if args.model else "characters")
+    _show(_write(args, instructions, filters), instructions, "tokens" if args.model else "characters")
     for name, label in (("train", "rows    "), ("held_out", "held out"), ("rejected", "left out")):
         path = _output_paths(output)[name]
         if path.is_file():

@@ -77,9 +77,14 @@ class ArtefactWriter:
         self.records.append(BookRecord(name, source, refused=reason, split="refused"))
         self.fingerprints.append(fingerprint([]))
 
-    def skip(self, source: str, reason: str) -> None:
-        """Record a member of an archive that is not a text."""
-        self._skipped.write(json_line({"source": source, "reason": reason}))
+    def leave_out(self, source: str, reason: str) -> None:
+        """Record a member of an archive: refused if it is a text, skipped if not."""
+        path = PurePosixPath(source.partition("!")[2])
+        hidden = any(part.startswith(".") or part == "__MACOSX" for part in path.parts)
+        if path.suffix.lower() == ".txt" and not hidden:
+            self.refuse(source, reason)
+        else:
+            self._skipped.write(json_line({"source": source, "reason": reason}))
 
     def __enter__(self) -> ArtefactWriter:
         return self

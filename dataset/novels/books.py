@@ -13,6 +13,7 @@ from dataset.novels.chapters.headings import first_heading
 from dataset.novels.chapters.paragraphs import join_lines
 from dataset.novels.cleaning.cleaning import Rules, clean, to_simplified
 from dataset.novels.cleaning.quality import judge
+from dataset.novels.normalized import without_blanks
 from dataset.novels.records import BookRecord, ChapterText, RawBook, Removed, Section
 
 MAX_BAD_BYTES_SHOWN = 20
@@ -119,7 +120,7 @@ def _prepare_section(section: Section, rules: Rules) -> tuple[ChapterText | None
     title = " ".join(" ".join(line.text for line in cleaned.lines if line.number == 1).split())
     paragraphs = join_lines([line.text for line in cleaned.lines if line.number > 1])
     removed = list(cleaned.removed)
-    if title and paragraphs and "".join(paragraphs[0].split()) == "".join(title.split()):
+    if title and paragraphs and without_blanks(paragraphs[0]) == without_blanks(title):
         removed.append(Removed(2, "repeated_heading", paragraphs.pop(0)))
     if not paragraphs:
         return None, [*removed, Removed(1, "empty_section", title)] if title else removed

@@ -49,8 +49,7 @@ class WordSearch:
         # 16 groups, one bit each; words shorter than three have groups of their own, as they match any third character.
         ordered = sorted(set(words), key=lambda word: (min(len(word), 3), word))
         for rank, word in enumerate(ordered):
-            short = len(word) < 3
-            bit = np.uint16(1 << (len(word) - 1 if short else 2 + rank * 14 // len(ordered)))
+            bit = np.uint16(1 << (len(word) - 1 if len(word) < 3 else 2 + rank * 14 // len(ordered)))
             for place, table in enumerate(self.tables):
                 if place < len(word):
                     table[min(ord(word[place]), 0xFFFF)] |= bit
@@ -70,6 +69,11 @@ class WordSearch:
         padded = np.concatenate([codes, np.zeros(2, codes.dtype)])
         places = np.flatnonzero(first[codes] & second[padded[1:-1]])
         return places[(first[padded[places]] & second[padded[places + 1]] & third[padded[places + 2]]) != 0]
+
+
+def without_blanks(text: str) -> str:
+    """The text without white space."""
+    return "".join(text.split())
 
 
 def character_codes(text: str) -> np.ndarray:

@@ -9,10 +9,9 @@ anywhere, in any order, and twice.
 from __future__ import annotations
 
 import functools
-from collections.abc import Sequence
 from dataclasses import dataclass
 from importlib.metadata import version
-from pathlib import Path, PurePosixPath
+from pathlib import Path
 
 import dataset.decode
 import dataset.mending
@@ -20,7 +19,7 @@ from dataset.novels.artefacts import ArtefactWriter
 from dataset.novels.books import prepare_book
 from dataset.novels.cleaning.cleaning import load_rules
 from dataset.novels.sources.series import Series, read_series
-from dataset.novels.sources.sources import LeftOut, read_books
+from dataset.novels.sources.sources import read_books
 from novelgpt.settings.atomic_files import atomic_folder, hash_file, hash_json
 from novelgpt.settings.errors import UserError
 
@@ -84,7 +83,7 @@ def artefact_of(sha256: str, source: str, work: Path, options: FileOptions) -> P
     """The folder of a file's artefact, named for everything that determines its content.
 
     Args:
-        sha256: of the file's bytes; of a series from `hash_series`.
+        sha256: of the file's bytes; of a series, `hash_json` of the list of those of its files.
         source: its path relative to the folder of raw files.
         work: the folder of artefacts.
         options: of the run.
@@ -92,11 +91,6 @@ def artefact_of(sha256: str, source: str, work: Path, options: FileOptions) -> P
     series = options.series_of(source)
     source = source if series is None else series.source
     return work / hash_json([sha256, source, options.rules_digest, options.to_simplified, options.code])[:40]
-
-
-def hash_series(sha256s: Sequence[str]) -> str:
-    """The hash of files that are one book, in place of the hash of a file."""
-    return hash_json(list(sha256s))
 
 
 def prepare_file(path: Path, folder: Path, work: Path, options: FileOptions) -> Path:
@@ -118,8 +112,7 @@ def prepare_file(path: Path, folder: Path, work: Path, options: FileOptions) -> 
     series = options.series_of(source)
 
     def hash_source() -> str:
-        members = [hash_file(folder / member)[0] for member in series.members] if series else []
-        return hash_series(members) if series else hash_file(path)[0]
+        return hash_json([hash_file(folder / member)[0] for member in series.members]) if series else hash_file(path)[0]
 
     sha256 = hash_source()
     artefact = artefact_of(sha256, source, work, options)
@@ -134,9 +127,9 @@ def prepare_file(path: Path, folder: Path, work: Path, options: FileOptions) -> 
     try:
         with atomic_folder(artefact, keep_existing=True) as unfinished:
             with ArtefactWriter(unfinished) as writer:
-                leave_out = functools.partial(_leave_out, writer)
                 try:
-                    for raw in read_books(path, folder, leave_out) if series is None else [read_series(series, folder)]:
+                    books = [read_series(series, folder)] if series else read_books(path, folder, writer.leave_out)
+                    for raw in books:
                         writer.add(prepare_book(raw, rules, options.to_simplified), raw.bad_bytes)
                 except UserError as error:
                     # Errors name the file as the user's shell would; an artefact is the same wherever the folder lies.
@@ -147,10 +140,3 @@ def prepare_file(path: Path, folder: Path, work: Path, options: FileOptions) -> 
         if not artefact.is_dir():  # else another process made it meanwhile
             raise
     return artefact
-
-
-def _leave_out(writer: ArtefactWriter, member: LeftOut) -> None:
-    path = PurePosixPath(member.source.partition("!")[2])
-    hidden = any(part.startswith(".") or part == "__MACOSX" for part in path.parts)
-    record = writer.refuse if path.suffix.lower() == ".txt" and not hidden else writer.skip
-    record(member.source, member.reason)

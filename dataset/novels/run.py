@@ -16,11 +16,11 @@ from dataset.novels.collection import CollectionOptions, CollectionResult, read_
 from dataset.novels.engines.cluster import run_on
 from dataset.novels.engines.workers import map_files
 from dataset.novels.manifest import HashedFile, hash_files, is_up_to_date, publish, write_manifest
-from dataset.novels.prepare import FileOptions, artefact_of, code_digest, hash_series, prepare_file
+from dataset.novels.prepare import FileOptions, artefact_of, code_digest, prepare_file
 from dataset.novels.sources.series import Series, find_series
 from dataset.novels.sources.sources import list_folder
 from dataset.novels.terminal import Display
-from novelgpt.settings.atomic_files import exclusive_folder
+from novelgpt.settings.atomic_files import exclusive_folder, hash_json
 from novelgpt.settings.errors import UserError
 from novelgpt.settings.terminal import say
 
@@ -69,12 +69,11 @@ def prepare_novels(
 def _run(
     raw: Path, out: Path, files: FileOptions, collection: CollectionOptions, engine: EngineOptions, display: Display
 ) -> CollectionResult | None:
-    listing = list_folder(raw)
-    skipped: list[tuple[str, str]] = list(listing.left_out)
+    paths, skipped = list_folder(raw)
     hashed: dict[str, HashedFile] = {}
-    total = sum(path.stat().st_size for path in listing.files if path.exists())
-    with display.files("reading 读取", len(listing.files), total) as advance:
-        for file in hash_files(listing.files, engine.workers):
+    total = sum(path.stat().st_size for path in paths if path.exists())
+    with display.files("reading 读取", len(paths), total) as advance:
+        for file in hash_files(paths, engine.workers):
             source = file.path.relative_to(raw).as_posix()
             if file.problem:
                 skipped.append((source, file.problem))
@@ -127,7 +126,7 @@ def _join_series(hashed: Mapping[str, HashedFile], series: Sequence[Series]) -> 
         if len(members) == 1:
             yield source, file
         elif members[0] is file:
-            sha256 = hash_series([one.sha256 for one in members])
+            sha256 = hash_json([one.sha256 for one in members])
             yield source, HashedFile(file.path, sha256, sum(one.size for one in members))
 
 

@@ -111,8 +111,7 @@ def end_token_ids(tokenizer: PreTrainedTokenizerBase) -> list[int]:
     ends texts; in Baichuan's formats the token that begins a question, since only a finished answer is followed by it.
     """
     probe: list[Message] = [{"role": "user", "content": "问"}, {"role": "assistant", "content": "答"}]
-    row = encode_conversation(probe, tokenizer)[0]
-    last = [label for label in row.labels if label != IGNORE_INDEX][-1]
+    last = [label for label in encode_conversation(probe, tokenizer)[0].labels if label != IGNORE_INDEX][-1]
     ends = {last, int(tokenizer.eos_token_id)}
     vocabulary = tokenizer.get_vocab()
     if last == vocabulary.get("<|im_end|>") and "<|endoftext|>" in vocabulary:

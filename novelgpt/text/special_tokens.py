@@ -96,10 +96,9 @@ def _collect(tokenizer: PreTrainedTokenizerBase, template: str, size: int) -> Sp
         for text in ordered
     ]
     users = {token.content for token in added.values() if token.special}.difference(ordered, _TAGS)
-    longest_first = map(re.escape, sorted(users, key=len, reverse=True))
     return SpecialTokens(
         tuple(ordered),
         re.compile("|".join(spaced) or "(?!)"),
-        re.compile(f"({'|'.join(longest_first) or '(?!)'})"),
+        re.compile(f"({'|'.join(map(re.escape, sorted(users, key=len, reverse=True))) or '(?!)'})"),
         frozenset(added),
     )

@@ -5,13 +5,14 @@ from __future__ import annotations
 import re
 from collections import Counter
 from collections.abc import Iterable, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, replace
 from itertools import pairwise
 
 from dataset.novels.chapters.contents import first_line_of_prologue
 from dataset.novels.chapters.heading_choice import Choice, choose_headings
 from dataset.novels.chapters.headings import LONGEST_HEADING, HeadingCandidate
 from dataset.novels.chapters.paragraphs import fits_width, join_lines, parts_of_about, wrap_width
+from dataset.novels.normalized import without_blanks
 from dataset.novels.records import ChapterText, Line, Removed
 from novelgpt.settings.terminal import counted
 
@@ -55,7 +56,7 @@ def split_chapters(lines: Sequence[Line], part_characters: int = PART_CHARACTERS
     """
     texts = [text for _, text in lines]
     choice = choose_headings(texts)
-    book = _Book(lines, texts, choice)
+    book = _BookSplitter(lines, texts, choice)
     book.remove(sorted(choice.contents), "table_of_contents")
     if choice.kind == "none":
         book.add_text(range(len(texts)))
@@ -74,27 +75,16 @@ def split_chapters(lines: Sequence[Line], part_characters: int = PART_CHARACTERS
     return ChapterSplit(chapters, sorted(book.removed, key=lambda removed: removed.number), book.findings)
 
 
-@dataclass
-class _Draft:
-    """A chapter whose lines are not yet paragraphs; without `heading` it may become several."""
-
-    heading: str = ""
-    label: str = ""
-    title: str = ""
-    number: int | None = None
-    volume: str = ""
-    body: list[str] = field(default_factory=list)
-
-
-class _Book:
-    """A book while it is divided."""
+class _BookSplitter:
+    """Divides a book."""
 
     def __init__(self, lines: Sequence[Line], texts: Sequence[str], choice: Choice):
         self.lines, self.texts, self.choice = lines, texts, choice
         self.removed: list[Removed] = []
         self.findings: list[str] = []
         self.headings: list[HeadingCandidate] = []
-        self._drafts: list[_Draft] = []
+        # Chapters without their text, and the lines of each; one without a heading may become several.
+        self._drafts: list[tuple[ChapterText, list[str]]] = []
         self._gone: set[int] = set()
 
     def remove(self, indices: Iterable[int], rule: str) -> None:
@@ -108,7 +98,7 @@ class _Book:
         """Add lines under no heading."""
         body = [self.texts[index] for index in indices if index not in self._gone]
         if any(text.strip() for text in body):
-            self._drafts.append(_Draft(body=body))
+            self._drafts.append((ChapterText("", "", "", None, "", ""), body))
 
     def add_chapters(self) -> None:
         """Add all chapters, from heading to heading, and the text before the first."""
@@ -128,17 +118,16 @@ class _Book:
         for one, following in pairwise([*headings, None]):
             assert one is not None
             volume = one.heading if one.index in volumes else one.volume or volume
-            draft = self._draft(one, following.index if following else len(self.texts), titles.get(one.index), segments)
-            draft.volume = volume
-            has_text = any(text.strip() for text in draft.body)
+            end = following.index if following else len(self.texts)
+            chapter, body = self._draft(one, end, titles.get(one.index), segments)
+            has_text = any(text.strip() for text in body)
             if one.index not in volumes:
-                self._drafts.append(draft)
-                empty += [] if has_text else [draft.heading]
+                self._drafts.append((replace(chapter, volume=volume), body))
+                empty += [] if has_text else [chapter.heading]
             elif has_text:
-                draft.number = None
-                self._drafts.append(draft)
+                self._drafts.append((replace(chapter, volume=volume, number=None), body))
             else:
-                self.removed.append(Removed(self.lines[one.index].number, "volume_heading", draft.heading))
+                self.removed.append(Removed(self.lines[one.index].number, "volume_heading", chapter.heading))
         if empty:
             self.findings.append(f"{counted(len(empty), 'chapter')} without text: {'; '.join(empty[:MAX_NAMED])}")
 
@@ -173,8 +162,10 @@ class _Book:
                     break
         return titles if len(titles) >= 0.8 * len(bare) else {}
 
-    def _draft(self, one: HeadingCandidate, end: int, title_line: int | None, segments: tuple[int, int]) -> _Draft:
-        """A chapter without its volume; removes the parts of its heading's line that do not belong to the heading."""
+    def _draft(
+        self, one: HeadingCandidate, end: int, title_line: int | None, segments: tuple[int, int]
+    ) -> tuple[ChapterText, list[str]]:
+        """A chapter without volume and text, and its lines; removes what does not belong to the heading on its line."""
         self.removed += [Removed(self.lines[one.index].number, rule, part) for rule, part in one.cut]
         title, prose = _cut_title(one, segments)
         heading = one.label + one.joint if not title else f"{one.label}{one.joint or ' '}{title}".strip()
@@ -195,15 +186,15 @@ class _Book:
                 if first is None or prose[-1] in "。！？…”」』"
                 else [prose + body[first].lstrip(), *body[first + 1 :]]
             )
-        return _Draft(heading, one.label, title, one.number, "", body)
+        return ChapterText(heading, one.label, title, one.number, "", ""), body
 
     def _without_repeated_heading(
         self, indices: Sequence[int], one: HeadingCandidate, heading: str, title: str
     ) -> list[int]:
         """The lines below a heading, without leading ones that repeat the heading or its title."""
         for place, index in enumerate(indices):
-            text = _plain(self.texts[index])
-            repeats = text.removeprefix("正文") == _plain(heading) or text == _plain(title)
+            text = without_blanks(self.texts[index])
+            repeats = text.removeprefix("正文") == without_blanks(heading) or text == without_blanks(title)
             if text and not repeats and not one.repeats_line(self.texts[index].strip()):
                 return list(indices[place:])
             if text:
@@ -212,23 +203,22 @@ class _Book:
 
     def chapters(self, part_characters: int) -> list[ChapterText]:
         """The finished chapters: lines joined to paragraphs, text under no heading cut into parts."""
-        widths = [wrap_width(draft.body) for draft in self._drafts]
+        widths = [wrap_width(body) for _, body in self._drafts]
         known = Counter(width for width in widths if width)
         usual = known.most_common(1)[0][0] if known.total() * 2 > len(widths) else None
         found = []
         wrapped, breaks = 0, 0
-        for draft, width in zip(self._drafts, widths, strict=True):
-            if usual and width is None and len(draft.body) < 20 and fits_width(draft.body, usual):
+        for (chapter, body), width in zip(self._drafts, widths, strict=True):
+            if usual and width is None and len(body) < 20 and fits_width(body, usual):
                 width = usual
-            paragraphs = join_lines(draft.body, width)
-            joined = sum(not text.isspace() for text in draft.body if text) - len(paragraphs) if width else 0
+            paragraphs = join_lines(body, width)
+            joined = sum(not text.isspace() for text in body if text) - len(paragraphs) if width else 0
             wrapped, breaks = wrapped + (joined > 0), breaks + max(0, joined)
-            if draft.heading:
-                text = "\n".join([draft.heading, *paragraphs])
-                found.append(ChapterText(draft.heading, draft.label, draft.title, draft.number, draft.volume, text))
+            if chapter.heading:
+                found.append(replace(chapter, text="\n".join([chapter.heading, *paragraphs])))
             else:
                 parts = parts_of_about(paragraphs, part_characters)
-                found += [ChapterText("", "", "", None, draft.volume, "\n".join(part)) for part in parts]
+                found += [replace(chapter, text="\n".join(part)) for part in parts]
         if known and breaks:
             where = f"{counted(known.most_common(1)[0][0], 'column')} in {counted(wrapped, 'chapter')}"
             self.findings.append(f"hard-wrapped at about {where}: {counted(breaks, 'line break')} joined")
@@ -268,10 +258,6 @@ def _cut_title(one: HeadingCandidate, segments: tuple[int, int]) -> tuple[str, s
         return one.title, ""
     title = " ".join(words[:count])
     return (title, " ".join(words[count:])) if len(words) > count and title else ("", one.title)
-
-
-def _plain(text: str) -> str:
-    return "".join(text.split())
 
 
 def _describe_numbering(headings: Sequence[HeadingCandidate], volumes: Sequence[int]) -> list[str]:

@@ -60,12 +60,10 @@ def wrap_width(texts: Sequence[str]) -> int | None:
             return None
         width, _ = wide.most_common(1)[0]
     full = [line for line, column in zip(lines, widths, strict=True) if abs(column - width) <= _TOLERANCE]
-    unfinished = sum(line[-1] not in _FINAL for line in full)
-    longer = sum(column > width + _TOLERANCE for column in widths)
     wrapped = (
         len(full) >= max(5, len(lines) * _FULL_SHARE)
-        and unfinished >= len(full) * _UNFINISHED_SHARE
-        and longer <= len(lines) * 0.03
+        and sum(line[-1] not in _FINAL for line in full) >= len(full) * _UNFINISHED_SHARE
+        and sum(column > width + _TOLERANCE for column in widths) <= len(lines) * 0.03
     )
     return width if wrapped else None
 

@@ -7,6 +7,7 @@ from typing import NamedTuple
 
 import numpy as np
 
+from dataset.mending import common_characters
 from dataset.novels.normalized import character_codes
 
 WINDOW = 20
@@ -129,13 +130,8 @@ def _classes() -> np.ndarray:
     for first, last in _USUAL_RANGES:
         classes[first : last + 1] = [_LETTER if chr(code).isalnum() else _MARK for code in range(first, last + 1)]
     classes[0x3400:0xA000] = classes[0xF900:0xFB00] = _RARE
-    # The common characters are those that the character sets of both scripts list first.
-    simplified = bytes(byte for row in range(0xB0, 0xD8) for cell in range(0xA1, 0xFF) for byte in (row, cell))
-    cells = (*range(0x40, 0x7F), *range(0xA1, 0xFF))
-    traditional = bytes(byte for row in range(0xA4, 0xC7) for cell in cells for byte in (row, cell))
-    for characters in (simplified.decode("gb2312", "ignore"), traditional.decode("big5", "ignore")):
-        codes = character_codes(characters)
-        classes[codes[classes[codes] == _RARE]] = _COMMON
+    codes = character_codes(common_characters())
+    classes[codes[classes[codes] == _RARE]] = _COMMON
     classes[character_codes(_FREQUENT)] = _FREQUENT_HAN
     classes[[code for code in range(0x10000) if chr(code).isspace()]] = _BLANK
     return classes

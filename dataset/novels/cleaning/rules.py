@@ -59,8 +59,7 @@ def _ends_address(copy: NormalizedCopy, begin: int, end: int, marked: bool) -> b
     before, after = _gap(copy, begin), _gap(copy, end)
     if not before.strip():
         return False
-    letter_after = end < len(copy.text) and copy.text[end].isascii()
-    if letter_after and not after.strip():
+    if end < len(copy.text) and copy.text[end].isascii() and not after.strip():
         spelled = all(_gap(copy, place) for place in range(begin + 1, end))
         if not (marked and (_AFTER_DOMAIN.match(copy.text, end) or (spelled and not after))):
             return False
@@ -94,8 +93,7 @@ def is_disguised(part: str) -> bool:
     narrow = [character for character in letters if not "！" <= character <= "～"]
     if 0 < len(narrow) < len(letters) or not all(map(str.isascii, narrow)):
         return True
-    plain = unicodedata.normalize("NFKC", part)
-    words = re.findall(rf"(?i)www|(?:{DOMAINS})(?![a-z])", plain)
+    words = re.findall(rf"(?i)www|(?:{DOMAINS})(?![a-z])", unicodedata.normalize("NFKC", part))
     if any(word not in (word.lower(), word.upper(), word.capitalize()) for word in words):
         return True
     inside = [_raw_gap(copy, place) for place in range(1, len(copy.text)) if copy.text[place - 1 : place + 1].isascii()]

@@ -262,8 +262,7 @@ class _ChapterCounter:
         sampled = self._collection.sampled
         new_book = run_starts(later, self._collection.book_of[earlier])
         starts = np.flatnonzero(new_book)
-        in_book = sum_runs(counts, starts)
-        of_later = in_book >= np.maximum(MIN_SHARED, least * sampled[later[starts]])
+        of_later = sum_runs(counts, starts) >= np.maximum(MIN_SHARED, least * sampled[later[starts]])
         of_earlier = counts >= np.maximum(MIN_SHARED, least * sampled[earlier])
         whole = np.maximum.reduceat(of_earlier, starts) if len(starts) else of_earlier
         kept = (of_later | whole)[np.cumsum(new_book) - 1] if len(starts) else np.zeros(0, bool)

@@ -129,8 +129,7 @@ def fingerprint(texts: Sequence[str]) -> Fingerprints:
 
 def fold(text: str) -> np.ndarray:
     """(n,) uint32: the code points that count, normalised."""
-    codes = np.frombuffer(text.encode("utf-32-le", "surrogatepass"), np.uint32)
-    folded = np.take(_folding_table(), codes)
+    folded = np.take(_folding_table(), np.frombuffer(text.encode("utf-32-le", "surrogatepass"), np.uint32))
     return folded[folded != 0]
 
 
@@ -153,13 +152,12 @@ def _folding_table() -> np.ndarray:
 
 
 def _join(parts: Sequence[Fingerprints]) -> Fingerprints:
-    counts = np.concatenate([np.zeros(1, np.int64), *(np.diff(part.starts) for part in parts)])
     return Fingerprints(
         np.concatenate([np.zeros((0, 32), np.uint8), *(part.digests for part in parts)]),
         np.concatenate([np.zeros(0, np.int64), *(part.characters for part in parts)]),
         np.concatenate([np.zeros((0, PERMUTATIONS), np.uint32), *(part.signatures for part in parts)]),
         np.concatenate([np.zeros(0, np.uint32), *(part.samples for part in parts)]),
-        np.cumsum(counts),
+        np.cumsum(np.concatenate([np.zeros(1, np.int64), *(np.diff(part.starts) for part in parts)])),
     )
 
 

@@ -117,13 +117,12 @@ def decide(
     order = order_of(books, [split == "held_out" for split in splits])
     collection = collect([books[i].prints for i in order])
     is_held = np.array([splits[order[rank]] == "held_out" for rank in collection.book_of], bool)
-    evidence = _Evidence(
-        same_digests(collection),
-        similar_signatures(collection, min(thresholds.near, thresholds.leak)),
-        shared_shingles(collection, min(thresholds.leak, thresholds.related, thresholds.contained)).chapters,
-    )
-    left_out = _find_leaks(collection, is_held, evidence, thresholds.leak)
-    _find_repeats(collection, is_held, evidence, left_out, thresholds, duplicates, order)
+    same = same_digests(collection)
+    alike = similar_signatures(collection, min(thresholds.near, thresholds.leak))
+    least = min(thresholds.leak, thresholds.related, thresholds.contained)
+    shared = shared_shingles(collection, least).chapters
+    left_out = _find_leaks(collection, is_held, (same, alike), shared, thresholds.leak)
+    _find_repeats(collection, same, alike, shared, left_out, thresholds, duplicates, order)
     decisions: list[list[Decision]] = [[] for _ in books]
     for chapter, held in enumerate(is_held.tolist()):
         decision = Decision("held_out" if held else "train")
@@ -134,27 +133,22 @@ def decide(
     return decisions
 
 
-class _Evidence(NamedTuple):
-    same: Pairs
-    alike: Pairs
-    shared: Pairs
-
-
 _LeftOut = dict[int, tuple[Kind | Literal["leak"], int, float]]
 
 
-def _find_leaks(collection: Collection, is_held: np.ndarray, evidence: _Evidence, least: float) -> _LeftOut:
+def _find_leaks(
+    collection: Collection, is_held: np.ndarray, similar: Sequence[Pairs], shared: Pairs, least: float
+) -> _LeftOut:
     """Chapters of training books -> ("leak", the held-out chapter that it overlaps most, by how much)."""
     overlaps: list[tuple[int, int, float]] = []
-    for pairs in (evidence.same, evidence.alike):
+    for pairs in similar:
         crossing = ~is_held[pairs.later] & is_held[pairs.earlier] & (pairs.value >= least)
         overlaps += pairs.some(crossing).rows()
-    shares = shares_in_books(collection, evidence.shared)
+    shares = shares_in_books(collection, shared)
     crossing = ~is_held[shares.later] & is_held[collection.firsts[shares.earlier]] & (shares.value >= least)
     for later, book, value in shares.some(crossing).rows():
-        overlaps.append((later, fullest_match(collection, evidence.shared, later, book), value))
+        overlaps.append((later, fullest_match(collection, shared, later, book), value))
     # The other way round: a short held-out chapter inside a long chapter.
-    shared = evidence.shared
     part = shared.value / np.maximum(collection.sampled[shared.earlier], 1)
     crossing = ~is_held[shared.later] & is_held[shared.earlier] & (shared.value >= MIN_SHARED) & (part >= least)
     overlaps += Pairs(shared.later, shared.earlier, part).some(crossing).rows()
@@ -174,42 +168,43 @@ def _find_leaks(collection: Collection, is_held: np.ndarray, evidence: _Evidence
 
 def _find_repeats(
     collection: Collection,
-    is_held: np.ndarray,
-    evidence: _Evidence,
+    same: Pairs,
+    alike: Pairs,
+    shared: Pairs,
     left_out: _LeftOut,
     thresholds: Thresholds,
     duplicates: Duplicates,
     order: Sequence[int],
 ) -> None:
     """Add the chapters that duplicate one that is kept before them."""
-    same = {later: earlier for later, earlier, _ in evidence.same.rows()}
-    alike: defaultdict[int, list[tuple[float, int]]] = defaultdict(list)
-    for later, earlier, value in evidence.alike.some(evidence.alike.value >= thresholds.near).rows():
-        alike[later].append((value, earlier))
+    original_of = {later: earlier for later, earlier, _ in same.rows()}
+    near: defaultdict[int, list[tuple[float, int]]] = defaultdict(list)
+    for later, earlier, value in alike.some(alike.value >= thresholds.near).rows():
+        near[later].append((value, earlier))
     inside: defaultdict[int, list[int]] = defaultdict(list)
 
     def limit(chapter: int, book: int) -> float:
         related = duplicates.are_related(order[collection.book_of[chapter]], order[book])
         return thresholds.related if related else thresholds.contained
 
-    for later, book, share in shares_in_books(collection, evidence.shared).rows():
+    for later, book, share in shares_in_books(collection, shared).rows():
         # A book may quote itself: its preface the last page.
         if collection.book_of[later] != book and share >= limit(later, book):
             inside[later].append(book)
-    for chapter in range(len(is_held)):
+    for chapter in range(len(collection.book_of)):
         if chapter in left_out:
             continue
-        if chapter in same:
+        if chapter in original_of:
             # What equals a chapter shares its fate.
-            left_out[chapter] = left_out.get(same[chapter], ("exact", same[chapter], 1.0))
+            left_out[chapter] = left_out.get(original_of[chapter], ("exact", original_of[chapter], 1.0))
             continue
-        kept = [(value, -earlier) for value, earlier in alike[chapter] if earlier not in left_out]
+        kept = [(value, -earlier) for value, earlier in near[chapter] if earlier not in left_out]
         if kept:
             value, earlier = max(kept)
             left_out[chapter] = ("near", -earlier, value)
             continue
         for book in inside[chapter]:
-            share, other = _share_in_kept(collection, evidence.shared, chapter, book, left_out)
+            share, other = _share_in_kept(collection, shared, chapter, book, left_out)
             if share >= limit(chapter, book):
                 left_out[chapter] = ("contained", other, share)
                 break

@@ -6,11 +6,13 @@ import html
 import posixpath
 import re
 from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field
 from urllib.parse import unquote
 from xml.etree import ElementTree
 
 from dataset.decode import decode_tolerant
 from dataset.mending import BadBytes
+from dataset.novels.normalized import without_blanks
 from dataset.novels.records import HostileFileError, RawBook, Section
 from dataset.novels.sources.epub_pages import (
     CHAPTER_UNITS,
@@ -23,7 +25,6 @@ from dataset.novels.sources.epub_pages import (
     matter_of_page,
     matter_of_section,
     read_page,
-    without_blanks,
 )
 from novelgpt.settings.errors import UserError
 
@@ -213,13 +214,13 @@ def _all(tree: ElementTree.Element, tag: str) -> list[ElementTree.Element]:
     return [one for one in tree.iter() if isinstance(one.tag, str) and one.tag.rpartition("}")[2] == tag]
 
 
+@dataclass
 class _SectionDraft:
     """A section under construction: from one position that the contents or a heading name to the next."""
 
-    def __init__(self, title: str, rule: str = "") -> None:
-        self.title = title
-        self.rule = rule
-        self.blocks: list[PageBlock] = []
+    title: str
+    rule: str = ""
+    blocks: list[PageBlock] = field(default_factory=list)
 
     def finished(self) -> Section:
         title, rest = self.title, [block for block in self.blocks if block.text]
@@ -251,8 +252,7 @@ class _SectionBuilder:
         """Append the blocks of a page to the last chapter, or to new ones."""
         rule = rule or matter_of_page([block.text for block in blocks], self.titles.values(), at_the_edge)
         if rule:
-            self.drafts.append(_SectionDraft("", rule))
-            self.drafts[-1].blocks += blocks
+            self.drafts.append(_SectionDraft("", rule, blocks))
             return
         starts = self._starts(name, blocks, only)
         for index, block in enumerate(blocks):

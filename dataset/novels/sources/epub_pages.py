@@ -10,6 +10,7 @@ from typing import NamedTuple
 
 from dataset.novels.chapters.heading_choice import choose_headings
 from dataset.novels.chapters.headings import HeadingCandidate, find_candidates, first_heading
+from dataset.novels.normalized import without_blanks
 
 CHAPTER_UNITS = "章回话話"
 _PARAGRAPH_LEVEL = 7  # of headings that are marked up as paragraphs: below h6
@@ -283,8 +284,3 @@ def matches_title(heading: str, title: str) -> bool:
     """Whether a heading equals a title of the contents, or one of the two is the beginning of the other."""
     first, second = without_blanks(heading), without_blanks(title)
     return bool(second) and (first.startswith(second) or second.startswith(first))
-
-
-def without_blanks(text: str) -> str:
-    """The text without white space."""
-    return "".join(text.split())

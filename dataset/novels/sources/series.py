@@ -5,6 +5,7 @@ from __future__ import annotations
 import re
 from collections import Counter
 from collections.abc import Callable, Iterable, Sequence
+from html.entities import html5
 from itertools import pairwise
 from pathlib import Path, PurePath
 from statistics import median
@@ -15,7 +16,6 @@ from dataset.mending import BadBytes
 from dataset.novels.chapters.headings import HeadingCandidate, first_heading
 from dataset.novels.chapters.numerals import DIGITS, to_number
 from dataset.novels.records import HostileFileError, RawBook, Section
-from dataset.novels.sources.references import decode_references
 from novelgpt.settings.errors import UserError
 
 MIN_FILES = 3
@@ -37,6 +37,10 @@ _VOLUME = re.compile(
 )
 _SIDES = {"上": 1, "中": 2, "下": 3}
 _JOINTS = " \t\u3000_-—.．、:：()（）[]【】第章回节節话話卷"
+# Character references. With their semicolon: without it, "&copy" may be a part of an address.
+_REFERENCE = re.compile(
+    r"&(?:#(?P<decimal>[0-9]{1,8})|#[xX](?P<hexadecimal>[0-9a-fA-F]{1,7})|(?P<name>[A-Za-z][A-Za-z0-9]{1,31}));"
+)
 
 
 class Series(NamedTuple):
@@ -65,24 +69,17 @@ class _NumberedFile(NamedTuple):
     title: str
 
 
-class FilePreview(NamedTuple):
-    """The beginning of a file, and its size in bytes."""
-
-    head: bytes
-    size: int
-
-
-def preview(path: PurePath) -> FilePreview:
-    """Preview a file on disk; empty for one that cannot be read, which is reported when it is read."""
+def preview(path: PurePath) -> tuple[bytes, int]:
+    """The beginning of a file on disk, and its size in bytes; empty if it cannot be read: reported when it is read."""
     try:
         with Path(path).open("rb") as file:
-            return FilePreview(file.read(PREVIEW_BYTES), Path(path).stat().st_size)
+            return file.read(PREVIEW_BYTES), Path(path).stat().st_size
     except OSError:
-        return FilePreview(b"", 0)
+        return b"", 0
 
 
 def find_series(
-    files: Iterable[PurePath], folder: PurePath, name: str, preview: Callable[[PurePath], FilePreview] = preview
+    files: Iterable[PurePath], folder: PurePath, name: str, preview: Callable[[PurePath], tuple[bytes, int]] = preview
 ) -> list[Series]:
     """The books among the .txt files below `folder` that have one file per chapter.
 
@@ -94,7 +91,7 @@ def find_series(
         files: on disk or in an archive.
         folder: that contains them.
         name: of a book whose files lie in `folder` itself.
-        preview: reads the beginning of a file that may be a chapter.
+        preview: beginning and size of a file that may be a chapter, as the function of this name.
     """
     groups: dict[tuple[PurePath, str], list[_NumberedFile]] = {}
     for path in files:
@@ -192,7 +189,7 @@ def _part(path: PurePath) -> _NumberedFile | None:
     )
 
 
-def _are_chapters(parts: Sequence[_NumberedFile], preview: Callable[[PurePath], FilePreview]) -> bool:
+def _are_chapters(parts: Sequence[_NumberedFile], preview: Callable[[PurePath], tuple[bytes, int]]) -> bool:
     """Whether files are the chapters of one book: their numbers have few gaps, and their headings increase."""
     distinct = len({part.number for part in parts})
     twice = len(parts) - distinct
@@ -218,3 +215,28 @@ def _are_chapters(parts: Sequence[_NumberedFile], preview: Callable[[PurePath], 
 def _first_heading(text: str) -> HeadingCandidate | None:
     """The heading among the first lines of a text."""
     return first_heading([line for line in text.split("\n")[:40] if line.strip()][:5])
+
+
+def decode_references(text: str) -> str:
+    """The text with each numeric and named reference replaced by its character.
+
+    The result is not decoded again: "&amp;#39;" gives "&#39;". References to line ends give blanks, as in HTML; those
+    to control characters, lone surrogates and unknown names are kept.
+
+    >>> decode_references("&#x4f60;&#22909;&hellip; &amp;lt; &nosuch;")
+    '你好… &lt; &nosuch;'
+    """
+    return _REFERENCE.sub(_decoded, text) if "&" in text else text
+
+
+def _decoded(found: re.Match[str]) -> str:
+    if found["name"]:
+        character = html5.get(f"{found['name']};")
+    else:
+        number = int(found["decimal"] or found["hexadecimal"], 10 if found["decimal"] else 16)
+        character = chr(number) if number < 0x110000 and not 0xD800 <= number < 0xE000 else None
+    if character in ("\n", "\r", "\t"):
+        return " "
+    if character is None or (len(character) == 1 and not (" " <= character < "\x7f" or character >= "\xa0")):
+        return found[0]
+    return character

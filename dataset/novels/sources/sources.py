@@ -16,13 +16,12 @@ import zlib
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path, PurePath, PurePosixPath
-from typing import IO, Any, NamedTuple, TypeAlias
+from typing import IO, Any, TypeAlias
 
 from dataset.decode import decode_tolerant, likeliest_encoding, read_bytes
 from dataset.novels.records import HostileFileError, RawBook, Section
 from dataset.novels.sources.epub import read_epub
-from dataset.novels.sources.references import decode_references
-from dataset.novels.sources.series import PREVIEW_BYTES, FilePreview, Series, find_series, join_series
+from dataset.novels.sources.series import PREVIEW_BYTES, Series, decode_references, find_series, join_series
 from novelgpt.settings.errors import UserError
 
 SUFFIXES = (".txt", ".gz", ".zip", ".epub", ".jsonl")
@@ -35,23 +34,8 @@ _LONE_SURROGATE = re.compile("[\ud800-\udfff]")
 _Stream: TypeAlias = IO[bytes] | gzip.GzipFile
 
 
-class LeftOut(NamedTuple):
-    """A file or a member of an archive that is not read."""
-
-    source: str
-    """As in RawBook."""
-    reason: str
-
-
-class Listing(NamedTuple):
-    """The content of a folder of raw files, both sorted by relative path."""
-
-    files: list[Path]
-    left_out: list[LeftOut]
-
-
-def list_folder(folder: Path) -> Listing:
-    """All files below `folder`: those that `read_books` can read, and the others with the reason.
+def list_folder(folder: Path) -> tuple[list[Path], list[tuple[str, str]]]:
+    """All files below `folder`, sorted: those that `read_books` can read, and (relative path, reason) of the others.
 
     Links are not followed: their target is either read where it is, or is not part of the folder.
 
@@ -62,15 +46,14 @@ def list_folder(folder: Path) -> Listing:
         what = "is not a folder" if folder.exists() else "does not exist"
         raise UserError(f"{folder} {what}", "name the folder that holds the novels")
     files: list[Path] = []
-    left_out: list[LeftOut] = []
+    left_out: list[tuple[str, str]] = []
     for directory, names, file_names in os.walk(folder):
         here = Path(directory)
         closed = [name for name in names if _is_hidden(name) or (here / name).is_symlink()]
         names[:] = [name for name in names if name not in closed]
         for path in (here / name for name in [*file_names, *closed]):
-            reason = _reason_to_skip(path)
-            if reason:
-                left_out.append(LeftOut(path.relative_to(folder).as_posix(), reason))
+            if reason := _reason_to_skip(path):
+                left_out.append((path.relative_to(folder).as_posix(), reason))
             else:
                 files.append(path)
     if not files:
@@ -78,16 +61,16 @@ def list_folder(folder: Path) -> Listing:
             f"{folder} holds no file that can be read" + (f" ({len(left_out)} others)" if left_out else ""),
             f"put files there that end in {', '.join(SUFFIXES)}",
         )
-    return Listing(sorted(files, key=lambda path: path.relative_to(folder).as_posix()), sorted(left_out))
+    return sorted(files, key=lambda path: path.relative_to(folder).as_posix()), sorted(left_out)
 
 
-def read_books(path: Path, folder: Path, left_out: Callable[[LeftOut], None] | None = None) -> Iterator[RawBook]:
+def read_books(path: Path, folder: Path, left_out: Callable[[str, str], None] | None = None) -> Iterator[RawBook]:
     """The books of a file, one at a time.
 
     Args:
         path: the file, below `folder`.
-        left_out: is called for members of a .zip that are not read, with the reason. Without it a .txt member that
-            cannot be used is an error, as it is for a file of its own; members of other kinds are skipped.
+        left_out: is called with the source and the reason for members of a .zip that are not read. Without it a .txt
+            member that cannot be used is an error, as it is for a file of its own; members of other kinds are skipped.
 
     Raises:
         UserError: missing, empty, damaged or encrypted file; undecodable bytes; invalid JSON, with the line; an
@@ -233,7 +216,7 @@ class _Meter:
             )
 
 
-def _read_zip(path: Path, source: str, left_out: Callable[[LeftOut], None] | None) -> Iterator[RawBook]:
+def _read_zip(path: Path, source: str, left_out: Callable[[str, str], None] | None) -> Iterator[RawBook]:
     found = False
     with _archive(path, source) as archive:
         meter = _Meter(path.stat().st_size, source)
@@ -250,14 +233,14 @@ def _read_zip(path: Path, source: str, left_out: Callable[[LeftOut], None] | Non
             member, inner = f"{source}!{name}", PurePosixPath(name)
             if any(map(_is_hidden, inner.parts)) or inner.suffix.lower() != ".txt":
                 if left_out is not None:
-                    left_out(LeftOut(member, "only .txt is read in a .zip, and nothing hidden"))
+                    left_out(member, "only .txt is read in a .zip, and nothing hidden")
                 continue
             try:
                 book = _decoded(meter.member(archive, stored), member, inner.stem)
             except UserError as error:
                 if left_out is None or isinstance(error, HostileFileError):
                     raise
-                left_out(LeftOut(member, error.cause))
+                left_out(member, error.cause)
                 continue
             found = True
             yield book
@@ -274,13 +257,13 @@ def _series_in(archive: zipfile.ZipFile, stored_as: dict[str, str], stem: str) -
         stem: of the archive's name.
     """
 
-    def preview(path: PurePath) -> FilePreview:
+    def preview(path: PurePath) -> tuple[bytes, int]:
         info = archive.getinfo(stored_as[str(path)])
         try:
             with archive.open(info) as stream:
-                return FilePreview(stream.read(PREVIEW_BYTES), info.file_size)
+                return stream.read(PREVIEW_BYTES), info.file_size
         except (zipfile.BadZipFile, zlib.error, EOFError, NotImplementedError, RuntimeError, OSError):
-            return FilePreview(b"", 0)  # reported when it is read
+            return b"", 0  # reported when it is read
 
     # Names that are not plain paths, such as those that lead out of the archive, are not chapters.
     plain = [PurePosixPath(name) for name in stored_as if str(PurePosixPath(name)) == name]
@@ -310,31 +293,24 @@ def _read_rows(lines: Iterator[bytes], source: str, stem: str) -> Iterator[RawBo
     of its own, called after the file and the line.
     """
     is_empty = True
-    for name, rows in itertools.groupby(_rows(lines, source, stem), key=lambda row: row.book):
+    for name, rows in itertools.groupby(_rows(lines, source, stem), key=lambda row: row[0]):
         is_empty = False
-        first, sections, size = next(rows), list[Section](), 0
-        for row in itertools.chain([first], rows):
-            sections.append(row.section)
-            size += len(row.section.text)
+        sections, size, first, encoding = list[Section](), 0, "", ""
+        for _, where, encoding_of_row, section in rows:
+            first, encoding = first or where, encoding_of_row
+            sections.append(section)
+            size += len(section.text)
             if size > MAX_BYTES:
-                raise UserError(f"{first.source}: the rows of {name!r} are too many for one book", "split the book")
+                raise UserError(f"{first}: the rows of {name!r} are too many for one book", "split the book")
         is_text = len(sections) == 1 and not sections[0].title
         text, chapters = (sections[0].text, None) if is_text else ("", tuple(sections))
-        yield RawBook(name, first.source, text, first.encoding, sections=chapters)
+        yield RawBook(name, first, text, encoding, sections=chapters)
     if is_empty:
         raise UserError(f"{source} is empty", "name a file with content, or leave this one out")
 
 
-class _Row(NamedTuple):
-    """A row of a .jsonl file, and the name of its book."""
-
-    book: str
-    source: str
-    encoding: str
-    section: Section
-
-
-def _rows(lines: Iterator[bytes], source: str, stem: str) -> Iterator[_Row]:
+def _rows(lines: Iterator[bytes], source: str, stem: str) -> Iterator[tuple[str, str, str, Section]]:
+    """(name of its book, file and line, encoding, section) of each row."""
     encoding = ""
     for number, raw in enumerate(lines, start=1):
         if number == 1 and raw.startswith(codecs.BOM_UTF8):
@@ -348,7 +324,7 @@ def _rows(lines: Iterator[bytes], source: str, stem: str) -> Iterator[_Row]:
         text, book, chapter, title = _row_fields(raw, encoding.removesuffix("-sig"), where)
         name = _clean_name(book, stem) if book or chapter or title else f"{stem}-{number}"
         heading = title if title.startswith(chapter) else chapter if chapter.endswith(title) else f"{chapter} {title}"
-        yield _Row(name, where, encoding, Section(heading, text))
+        yield name, where, encoding, Section(heading, text)
 
 
 def _row_fields(raw: bytes, encoding: str, where: str) -> tuple[str, str, str, str]:

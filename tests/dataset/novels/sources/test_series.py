@@ -18,7 +18,7 @@ def chapter(number: int) -> str:
 
 
 def members(folder: Path) -> list[tuple[str, list[str]]]:
-    found = find_series(list_folder(folder).files, folder, folder.name)
+    found = find_series(list_folder(folder)[0], folder, folder.name)
     return [(series.name, list(series.members)) for series in found]
 
 

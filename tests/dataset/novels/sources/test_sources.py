@@ -15,7 +15,7 @@ import pytest
 
 from dataset.mending import BadBytes
 from dataset.novels.records import RawBook, Section
-from dataset.novels.sources.sources import FREE_BYTES, LeftOut, list_folder, read_books
+from dataset.novels.sources.sources import FREE_BYTES, list_folder, read_books
 from novelgpt.settings.errors import UserError
 
 SIMPLIFIED = "第一回　雪夜\n　　山里的雪下了一整夜，到天亮才停住。“谁来过？”他问。\n" * 3
@@ -443,16 +443,16 @@ def test_wrong_media_types_and_mixed_case_cost_no_page(tmp_path: Path) -> None:
     assert any("OEBPS/b.svg" in finding for finding in book.findings)
 
 
-def test_members_left_out_are_told_and_the_others_read(tmp_path: Path) -> None:
+def test_members_left_out_are_reported_and_the_others_read(tmp_path: Path) -> None:
     path = written(tmp_path, "集.zip", zipped({"甲.txt": GBK, "空.txt": b"", "图.jpg": b"x", "乙.txt": GBK}))
-    told: list[LeftOut] = []
-    assert [book.name for book in read_books(path, tmp_path, told.append)] == ["乙", "甲"]
-    assert sorted(one.source for one in told) == ["集.zip!图.jpg", "集.zip!空.txt"]
+    left_out: dict[str, str] = {}
+    assert [book.name for book in read_books(path, tmp_path, left_out.__setitem__)] == ["乙", "甲"]
+    assert sorted(left_out) == ["集.zip!图.jpg", "集.zip!空.txt"]
     with pytest.raises(UserError, match=r"集\.zip!空\.txt is empty"):
         list(read_books(path, tmp_path))
     locked = written(tmp_path, "bomb.zip", BOMB)
     with pytest.raises(UserError, match="unpacks to more"):
-        list(read_books(locked, tmp_path, told.append))
+        list(read_books(locked, tmp_path, left_out.__setitem__))
 
 
 def test_rows_are_read_one_by_one(tmp_path: Path) -> None:
@@ -507,9 +507,9 @@ def test_listing_a_folder(tmp_path: Path) -> None:
     outside = written(tmp_path, "outside/secret.txt", b"x")
     (folder / "link.txt").symlink_to(outside)
     (folder / "linked").symlink_to(outside.parent)
-    listing = list_folder(folder)
-    assert [path.relative_to(folder).as_posix() for path in listing.files] == sorted(kept)
-    told = {one.source: one.reason for one in listing.left_out}
+    files, left_out = list_folder(folder)
+    assert [path.relative_to(folder).as_posix() for path in files] == sorted(kept)
+    told = dict(left_out)
     assert sorted(told) == sorted([*others[:-2], ".git", "x.txt~", "link.txt", "linked"])
     assert told["linked"] == told["link.txt"] == "a link"
     assert told["y.docx"] == ".docx is not read"
