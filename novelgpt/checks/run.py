@@ -25,7 +25,7 @@ from novelgpt.model.hub import cached_folder, looks_like_path, runs_own_code
 from novelgpt.model.loading import frozen_dtype, read_config
 from novelgpt.model.lora import attach_lora
 from novelgpt.model.tokenizer import configured_ends
-from novelgpt.model.weight_files import check_no_pickles, stored_tensors, weight_files
+from novelgpt.model.weight_files import DTYPE_NAMES, check_no_pickles, stored_tensors, weight_files
 from novelgpt.settings.errors import UserError
 from novelgpt.settings.parser import parse_arguments
 from novelgpt.settings.paths import EMBEDDED_BASE, OUTPUT, existing_folder
@@ -106,10 +106,10 @@ def check_files(run: TrainingRun) -> Iterator[Finding]:
     config = read_config(run.model)
     check_no_pickles(Path(run.model.model), run.model.allow_pickles)
     files = weight_files(Path(run.model.model))
-    tensors = [tensor for file in files for tensor in stored_tensors(file)]
-    kinds = ", ".join(sorted({tensor.dtype for tensor in tensors}))
+    tensors = [tensor for file in files for tensor in stored_tensors(file).values()]
+    kinds = ", ".join(sorted({DTYPE_NAMES.get(tensor.dtype, str(tensor.dtype)) for tensor in tensors}))
     count = f"{counted(len(tensors), 'tensor')} in {counted(len(files), 'file')}"
-    size = gigabytes(sum(tensor.size for tensor in tensors))
+    size = gigabytes(sum(tensor.nbytes for tensor in tensors))
     yield Finding("model files", "ok", f"{config.model_type}: {count}, {size} of {kinds}")
 
 

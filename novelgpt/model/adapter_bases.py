@@ -62,7 +62,7 @@ def extend_vocabulary(model: PreTrainedModel, adapter: Path) -> None:
         UserError: the adapter lacks some of the rows that are missing in the base.
     """
     files = [adapter / name for name in (ADAPTER_SAFE_NAME, ADAPTER_NAME) if (adapter / name).is_file()][:1]
-    shapes = {tensor.name: tensor.shape for file in files for tensor in stored_tensors(file)}
+    shapes = {name: tensor.shape for file in files for name, tensor in stored_tensors(file).items()}
     embedding: Any = model.get_input_embeddings()
     head: Any = model.get_output_embeddings()
     names = {part: name for name, part in model.named_modules()}

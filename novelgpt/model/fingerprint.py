@@ -17,13 +17,14 @@ import json
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
+import numpy
+import torch
+from huggingface_hub import snapshot_download
 from huggingface_hub.constants import HF_HOME
 from pydantic import BaseModel, TypeAdapter
-from transformers.utils import SAFE_WEIGHTS_INDEX_NAME, SAFE_WEIGHTS_NAME, WEIGHTS_INDEX_NAME, WEIGHTS_NAME, cached_file
-from transformers.utils.hub import get_checkpoint_shard_files
 
 from novelgpt.model.folder_checks import check_model_folder
-from novelgpt.model.weight_files import StoredTensor, stored_tensors, weight_files
+from novelgpt.model.weight_files import DTYPE_NAMES, stored_tensors, weight_files
 from novelgpt.settings.atomic_files import atomic_write
 from novelgpt.settings.errors import UserError
 from novelgpt.settings.hardware import usable_cores
@@ -35,6 +36,7 @@ CACHE = Path(HF_HOME) / "novelgpt" / "fingerprints.json"
 # Smaller folders are hashed each time, in about a second.
 CACHED_FROM_BYTES = 1 << 30
 CHUNK_BYTES = 1 << 26
+SAFETENSORS = "model*.safetensors"
 # Of config.json: what distinguishes models whose tensors have the same names and shapes.
 ESSENTIALS = ("model_type", "num_attention_heads", "n_head")
 _CACHED = TypeAdapter(dict[str, str])
@@ -86,8 +88,10 @@ def base_folder(source: str) -> Path:
         check_model_folder(Path(source))
         return Path(source)
     try:
-        cached_file(source, "config.json")
-        return _hub_weights(source).parent
+        folder = Path(snapshot_download(source, allow_patterns=["*.json", SAFETENSORS]))
+        if not any(folder.glob(SAFETENSORS)):
+            snapshot_download(source, allow_patterns=["pytorch_model*.bin"])
+        return folder
     except (OSError, ValueError) as error:
         raise UserError(
             f"the base {source} is not there: {str(error).strip().splitlines()[0]}", "name its folder with --base"
@@ -147,48 +151,27 @@ def check_base(adapter_folder: Path, base_source: str, remedy: str = "name the r
         )
 
 
-def _hub_weights(source: str) -> Path:
-    """Download all weights of a model on the hub; return the path of the weight file or the index."""
-    problem: OSError | None = None
-    for name, index_name in ((SAFE_WEIGHTS_NAME, SAFE_WEIGHTS_INDEX_NAME), (WEIGHTS_NAME, WEIGHTS_INDEX_NAME)):
-        with contextlib.suppress(OSError):
-            return Path(str(cached_file(source, name)))
-        try:
-            index = Path(str(cached_file(source, index_name)))
-        except OSError as error:
-            problem = error
-            continue
-        get_checkpoint_shard_files(source, str(index))
-        return index
-    raise problem or OSError(f"{source} has no weights")
-
-
 def _hash(folder: Path, files: list[Path], threads: int) -> str:
-    tensors = [tensor for file in files for tensor in stored_tensors(file)]
-    chunks = [(tensor, begin) for tensor in tensors for begin in range(0, tensor.size, CHUNK_BYTES)]
+    tensors = [item for file in files for item in stored_tensors(file).items()]
+    values = [tensor.contiguous().reshape(-1).view(torch.uint8).numpy() for _, tensor in tensors]
+    chunks = [part[start : start + CHUNK_BYTES] for part in values for start in range(0, len(part), CHUNK_BYTES)]
     if threads == 1:  # no pool, which the process would wait for when it exits
-        digests = [_chunk_digest(chunk) for chunk in chunks]
+        digests = iter([_chunk_digest(chunk) for chunk in chunks])
     else:
         with ThreadPoolExecutor(threads) as pool:
-            digests = list(pool.map(_chunk_digest, chunks))
-    of_tensor: dict[int, bytes] = {}
-    for (tensor, _), digest in zip(chunks, digests, strict=True):
-        of_tensor[id(tensor)] = of_tensor.get(id(tensor), b"") + digest
+            digests = iter(list(pool.map(_chunk_digest, chunks)))
     lines = []
-    for tensor in tensors:
-        values = hashlib.sha256(of_tensor.get(id(tensor), b"")).hexdigest()
-        lines.append(json.dumps([tensor.name, tensor.dtype, tensor.shape, values]))
+    for (name, tensor), part in zip(tensors, values, strict=True):
+        of_tensor = b"".join(next(digests) for _ in range(0, len(part), CHUNK_BYTES))
+        dtype = DTYPE_NAMES.get(tensor.dtype, str(tensor.dtype))
+        lines.append(json.dumps([name, dtype, list(tensor.shape), hashlib.sha256(of_tensor).hexdigest()]))
     config = read_object(folder / "config.json")
     essentials = json.dumps({name: config[name] for name in ESSENTIALS if name in config})
     return hashlib.sha256("\n".join([essentials, *sorted(lines)]).encode()).hexdigest()
 
 
-def _chunk_digest(chunk: tuple[StoredTensor, int]) -> bytes:
-    tensor, begin = chunk
-    digest = hashlib.sha256()
-    for block in tensor.read(begin, min(begin + CHUNK_BYTES, tensor.size)):
-        digest.update(block)
-    return digest.digest()
+def _chunk_digest(chunk: numpy.ndarray) -> bytes:
+    return hashlib.sha256(chunk).digest()
 
 
 def _state_of_files(files: list[Path]) -> str:

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import importlib.util
-import math
 import pickle
 from collections.abc import Collection
 from pathlib import Path
@@ -106,10 +105,10 @@ def _check_headers(folder: Path, config: PreTrainedConfig, dtype: torch.dtype | 
         UserError: names the file, or the size.
     """
     files = [file for file in weight_files(folder) if file.suffix == SAFE_SUFFIX]
-    tensors = [tensor for file in files for tensor in stored_tensors(file)]
-    stored = sum(tensor.size for tensor in tensors)
+    tensors = [tensor for file in files for tensor in stored_tensors(file).values()]
+    stored = sum(tensor.nbytes for tensor in tensors)
     memory = psutil.virtual_memory().total + psutil.swap_memory().total
-    needed = 0 if dtype is None else sum(math.prod(tensor.shape) for tensor in tensors) * dtype.itemsize
+    needed = 0 if dtype is None else sum(tensor.numel() for tensor in tensors) * dtype.itemsize
     if needed > memory:
         raise UserError(
             f"the weights of {folder} take {gigabytes(needed)} as {str(dtype).removeprefix('torch.')}, and this "

@@ -300,7 +300,7 @@ CASES = {
         ["--model", "{no_config}"],
         "Should have a `model_type` key in its config.json.",
     ),
-    "weights cut off": ("finetune_lora", ["--model", "{cut_weights}"], "cannot be read: it ends too early"),
+    "weights cut off": ("finetune_lora", ["--model", "{cut_weights}"], "cannot be read: Error while deserializing header: incomplete metadata"),
     "broken configuration": (
         "pretrain",
         ["--model", "{broken_config}"],
@@ -325,7 +325,7 @@ CASES = {
     "text for weights": (
         "finetune",
         ["--model", "{weights_of_text}"],
-        "model.safetensors cannot be read: it is not a safetensors file",
+        "model.safetensors cannot be read: Error while deserializing header: header too large",
     ),
     "configuration that is a list": ("finetune", ["--model", "{list_config}"], "config.json holds no settings by name"),
     "configuration of other sizes": ("finetune", ["--model", "{other_sizes}"], "other shapes than config.json says"),
