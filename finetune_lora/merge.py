@@ -26,11 +26,10 @@ from novelgpt.export.full_checkpoint import (
     write_checkpoint,
 )
 from novelgpt.inference.generation import answer_end_ids
-from novelgpt.model.adapter_bases import BASE_HELP, find_base
 from novelgpt.model.card import code, write_derived_card
 from novelgpt.model.fingerprint import base_folder, check_base
 from novelgpt.model.hub import locate
-from novelgpt.model.loading import NOT_OF_FILES, adapter_base, load_model, read_config
+from novelgpt.model.loading import BASE_HELP, NOT_OF_FILES, adapter_base, find_base, load_model, read_config
 from novelgpt.model.lora import merge_adapter
 from novelgpt.model.tokenizer import load_tokenizer
 from novelgpt.model.weight_files import check_adapter_files, check_no_pickles

@@ -20,7 +20,7 @@ from collections.abc import Iterator, Sequence
 from functools import partial
 from pathlib import Path
 
-from novelgpt.checks import machine, versions
+from novelgpt.checks import machine
 from novelgpt.checks.findings import Check, Finding, any_problem, attempt, run_check, show, write_json
 from novelgpt.settings.command_parser import CommandParser
 from novelgpt.settings.errors import UserError, exit_on_user_error
@@ -51,7 +51,7 @@ def main(argv: list[str] | None = None) -> None:
         raise UserError(f"--time_limit {options.time_limit} is too small", "use a number of seconds above 0")
     environment = dict(os.environ)
     sections: dict[str, list[tuple[str, Check]]] = {
-        "Versions 版本": [("python", versions.check_python), ("packages", versions.check_packages)],
+        "Versions 版本": [("python", machine.check_python), ("packages", machine.check_packages)],
         "Devices 设备": [("torch", check_devices)],
         "Machine 机器": [
             ("port", machine.check_port),
@@ -106,8 +106,8 @@ def check_run(pipeline: str, args: Sequence[str], time_limit: float) -> Iterator
     with importing():
         from novelgpt.budget.disk import saved_bytes
         from novelgpt.budget.memory import compute_dtype
-        from novelgpt.checks import trial
         from novelgpt.checks.devices import check_precision
+        from novelgpt.checks.longest_batch import NAME, check_trial
         from novelgpt.checks.run import (
             check_checkpoints,
             check_ends,
@@ -146,9 +146,9 @@ def check_run(pipeline: str, args: Sequence[str], time_limit: float) -> Iterator
     size = 0 if tokenizer is None else saved_bytes(tokenizer)
     yield from [*found, *run_check("checkpoints", partial(check_checkpoints, estimate, size))]
     if sound:
-        yield from run_check(trial.NAME, partial(trial.check_trial, run, estimate, pipeline, args, time_limit))
+        yield from run_check(NAME, partial(check_trial, run, estimate, pipeline, args, time_limit))
     else:
-        yield Finding(trial.NAME, "note", "not tried", "fix the problems above first")
+        yield Finding(NAME, "note", "not tried", "fix the problems above first")
 
 
 def _silence_libraries() -> None:

@@ -20,8 +20,8 @@ from pydantic import BaseModel, Field
 
 from novelgpt.export.full_checkpoint import PICKLES_HELP
 from novelgpt.inference.loading import load_for_inference
-from novelgpt.model.adapter_bases import BASE_HELP
 from novelgpt.model.hub import folder_of
+from novelgpt.model.loading import BASE_HELP
 from novelgpt.model.tokenizer import load_tokenizer
 from novelgpt.settings.arguments import ModelArguments
 from novelgpt.settings.command_parser import CommandParser

@@ -21,7 +21,7 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 from novelgpt.budget.disk import check_disk
 from novelgpt.budget.memory import compute_dtype
 from novelgpt.budget.memory_plan import plan_memory
-from novelgpt.checks import devices, machine, versions
+from novelgpt.checks import devices, machine
 from novelgpt.checks.findings import Check, run_check
 from novelgpt.checks.first_step import check_gradients, first_rows, probe_first_rows
 from novelgpt.checks.longest_batch import rows_to_try, try_batch
@@ -54,7 +54,7 @@ def preflight(run: TrainingRun, tokenizer: PreTrainedTokenizerBase) -> None:
     compilers = cuda and training.deepspeed and compiles_operators(training.hf_deepspeed_config.config)
     readable = folder.is_dir() and not pickled_weights(folder)  # pickles are read once, when they are loaded
     checks: tuple[tuple[object, str, Check], ...] = (
-        (True, "packages", versions.check_packages),
+        (True, "packages", machine.check_packages),
         (cuda or devices.driver_cuda() is not None, "gpu", devices.check_gpus),
         (precision, "precision", partial(devices.check_precision, training)),
         (cuda and training.world_size > 1, "shared memory", machine.check_shared_memory),

@@ -9,8 +9,7 @@ from typing import Any
 from transformers import GenerationConfig, PreTrainedModel, PreTrainedTokenizerBase
 from transformers.generation.configuration_utils import ContinuousBatchingConfig
 
-from novelgpt.inference.preallocated_cache import preallocated_cache
-from novelgpt.inference.prefill import left_padded, prefill
+from novelgpt.inference.preallocated_cache import left_padded, preallocated_cache, prefill
 from novelgpt.model.loading import longest_row
 from novelgpt.model.tokenizer import configured_ends
 from novelgpt.settings.arguments import GenerationArguments

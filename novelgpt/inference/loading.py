@@ -10,10 +10,9 @@ from peft import PeftModel
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from novelgpt.inference.packed_weights import pack_weights
-from novelgpt.model.adapter_bases import find_base
 from novelgpt.model.fingerprint import base_folder, check_base
 from novelgpt.model.hub import locate, looks_like_path
-from novelgpt.model.loading import NOT_OF_FILES, adapter_base, frozen_dtype, load_model
+from novelgpt.model.loading import NOT_OF_FILES, adapter_base, find_base, frozen_dtype, load_model
 from novelgpt.model.lora import merge_adapter
 from novelgpt.model.weight_files import check_adapter_files, check_no_pickles
 from novelgpt.settings.arguments import InferenceModelArguments, ModelArguments

@@ -171,7 +171,7 @@ def _hash(folder: Path, files: list[Path], threads: int) -> str:
 
 
 def _chunk_digest(chunk: numpy.ndarray) -> bytes:
-    return hashlib.sha256(chunk).digest()
+    return hashlib.sha256(chunk.data).digest()
 
 
 def _state_of_files(files: list[Path]) -> str:

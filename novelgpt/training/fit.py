@@ -31,15 +31,14 @@ from novelgpt.settings.terminal import say
 from novelgpt.text.collator import Collator
 from novelgpt.text.statistics import trained_characters
 from novelgpt.training.base_recorder import BaseRecorder
-from novelgpt.training.callbacks import Curves, Progress, ProgressLines, RunRecorder
+from novelgpt.training.callbacks import Curves, Progress, ProgressLines, RunRecorder, guard_trackers, name_tracked_run
 from novelgpt.training.checkpoints.folders import checkpoints, step_of
 from novelgpt.training.evaluations import plan_evaluations
 from novelgpt.training.plan import TrainingPlan
-from novelgpt.training.result_files import write_result_files
 from novelgpt.training.run_card import RunCard
+from novelgpt.training.run_folder import write_result_files
 from novelgpt.training.sample_predictions import SamplePredictions
 from novelgpt.training.throughput import peak_memory
-from novelgpt.training.trackers import guard_trackers, name_tracked_run
 from novelgpt.training.trainer import NovelTrainer
 
 

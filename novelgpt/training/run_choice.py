@@ -22,9 +22,8 @@ from novelgpt.settings.runs import TrainingRun, with_training
 from novelgpt.settings.terminal import say
 from novelgpt.training.checkpoints.folders import checkpoints, damage, step_of
 from novelgpt.training.checkpoints.trainer import STATES
-from novelgpt.training.data_identity import ROLES, identify_data
 from novelgpt.training.folder_claim import LOCK, Claim, check_none_held_below, is_vacant, peek
-from novelgpt.training.run_identity import changes, check_same_run, describe_run
+from novelgpt.training.run_identity import ROLES, changes, check_same_run, describe_run, identify_data
 
 RELEASE_SECONDS = 60.0  # for a rank that has lost its launcher to save and exit
 MAX_FOLDERS = 10_000

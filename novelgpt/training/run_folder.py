@@ -1,7 +1,9 @@
-"""output/RUN/: claimed before anything is loaded, and held until the run ends."""
+"""output/RUN/: claimed before anything is loaded, held until the run ends, and complete with its result files."""
 
 from __future__ import annotations
 
+import dataclasses
+import json
 import os
 import secrets
 import shutil
@@ -15,25 +17,28 @@ from pathlib import Path
 from typing import Any
 
 from torch import distributed
+from transformers import TrainerState
+from transformers.trainer import TRAINER_STATE_NAME
 
+from novelgpt.settings.atomic_files import atomic_write
 from novelgpt.settings.attempts import this_attempt
 from novelgpt.settings.errors import UserError
 from novelgpt.settings.process import first_process_value, in_process_group, is_first_process, raise_on_all_ranks
-from novelgpt.settings.run_record import RUN_FILE, DataSource, utc_now, write_run_record
+from novelgpt.settings.run_record import RUN_FILE, DataSource, only_json, utc_now, write_run_record
 from novelgpt.settings.runs import TrainingRun
 from novelgpt.settings.terminal import say
 from novelgpt.training.checkpoints.folders import checkpoints
-from novelgpt.training.data_identity import check_unwritten, identify_data
 from novelgpt.training.folder_claim import LOCK, check_none_held_below, empty, snapshot, take
-from novelgpt.training.result_files import remove_result_files
 from novelgpt.training.run_choice import Choice, choose, settle
-from novelgpt.training.run_identity import describe_run
+from novelgpt.training.run_identity import check_unwritten, describe_run, identify_data
 from novelgpt.training.signals import StopOnSignal, Stopped
 
 # Where a replaced run waits to be deleted; after a kill in between, the next run deletes it.
 REPLACED = "replaced.unfinished"
 # Network file systems show new files late where a host has looked before.
 VISIBLE_SECONDS = 30.0
+TRAIN_RESULTS, EVAL_RESULTS, ALL_RESULTS = "train_results.json", "eval_results.json", "all_results.json"
+RESULT_FILES = (TRAIN_RESULTS, EVAL_RESULTS, ALL_RESULTS, TRAINER_STATE_NAME)
 
 
 @dataclass
@@ -231,3 +236,35 @@ def _appears(path: Path) -> bool:
             return True
         time.sleep(0.5)
     return False
+
+
+def write_result_files(
+    folder: Path, state: TrainerState, training: dict[str, Any], train_rows: int, eval_rows: int
+) -> None:
+    """Write the files, each of them atomically; called by the first process only.
+
+    Args:
+        folder: of the run.
+        state: at its end; the last evaluation of its history is that of the weights that are saved.
+        training: figures of training, as Trainer.train returns them.
+        train_rows: number of training rows.
+        eval_rows: number of rows evaluated on.
+    """
+    evaluation = next(entry for entry in reversed(state.log_history) if "eval_loss" in entry)
+    evaluation = {name: value for name, value in evaluation.items() if name != "step"}
+    evaluation |= {"perplexity": evaluation["eval_perplexity"], "eval_samples": eval_rows}
+    training = training | {"train_samples": train_rows}
+    # Of the best checkpoint's weights, the evaluation has an epoch of its own; the run's is that of training.
+    figures = {TRAIN_RESULTS: training, EVAL_RESULTS: evaluation, ALL_RESULTS: evaluation | training}
+    for name, content in figures.items():
+        atomic_write(folder / name, json.dumps(only_json(content), indent=4, sort_keys=True) + "\n")
+    # This file may leave the machine: it names the best checkpoint, which is beside it, without its path.
+    best = state.best_model_checkpoint and Path(state.best_model_checkpoint).name
+    content = only_json(dataclasses.asdict(dataclasses.replace(state, best_model_checkpoint=best)))
+    atomic_write(folder / TRAINER_STATE_NAME, json.dumps(content, indent=2, sort_keys=True) + "\n")
+
+
+def remove_result_files(folder: Path) -> None:
+    """Delete the files of an earlier attempt of a run that was killed when it was almost complete."""
+    for name in RESULT_FILES:
+        (folder / name).unlink(missing_ok=True)

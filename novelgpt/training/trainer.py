@@ -38,9 +38,8 @@ from novelgpt.text.collator import NUMBER, NUMBERS, ROW, Collator
 from novelgpt.training.checkpoints.folders import checkpoints, step_of
 from novelgpt.training.checkpoints.trainer import CheckpointTrainer
 from novelgpt.training.evaluations import EvaluationPlan
-from novelgpt.training.numbers import StepMonitor
+from novelgpt.training.numbers import DocumentLoss, MicroBatch, StepMonitor, document_losses
 from novelgpt.training.plan import Probe
-from novelgpt.training.row_losses import DocumentLoss, MicroBatch, document_losses
 from novelgpt.training.sample_predictions import SamplePredictions
 from novelgpt.training.signals import EvaluationStopped
 from novelgpt.training.throughput import Throughput

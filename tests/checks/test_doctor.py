@@ -19,9 +19,9 @@ from novelgpt.budget.disk import forecast_disk
 from novelgpt.checks import machine
 from novelgpt.checks.devices import check_toolchain, find_nvcc, nvcc_release
 from novelgpt.checks.findings import Finding, any_problem, run_check
+from novelgpt.checks.longest_batch import check_trial, try_longest_batch
+from novelgpt.checks.machine import MINIMUM, REQUIREMENTS, check_packages
 from novelgpt.checks.run import check_checkpoints, check_memory, estimate_run, parse_run
-from novelgpt.checks.trial import check_trial, try_longest_batch
-from novelgpt.checks.versions import MINIMUM, REQUIREMENTS, check_packages
 from novelgpt.doctor import check_run
 from novelgpt.settings.errors import UserError
 from tests.warm_python import warm_python

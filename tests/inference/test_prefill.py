@@ -9,8 +9,7 @@ from peft import LoraConfig, get_peft_model
 from transformers import DynamicCache, PreTrainedModel, PreTrainedTokenizerBase, Qwen3Config, Qwen3ForCausalLM
 
 from novelgpt.inference.generation import answer_batch
-from novelgpt.inference.preallocated_cache import preallocated_cache
-from novelgpt.inference.prefill import CPU_STEP_TOKENS, left_padded, prefill
+from novelgpt.inference.preallocated_cache import CPU_STEP_TOKENS, left_padded, preallocated_cache, prefill
 from novelgpt.model.baichuan.configuration import BaichuanConfig
 from novelgpt.model.baichuan.modeling import BaichuanForCausalLM
 from novelgpt.settings.arguments import GenerationArguments

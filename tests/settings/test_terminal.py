@@ -132,7 +132,7 @@ def test_letters_that_a_terminal_lacks_end_no_command(monkeypatch: pytest.Monkey
 ROOMS = ("novelgpt", "dataset", "predict", "pretrain", "finetune", "finetune_lora", "scripts")
 BORDER = ("novelgpt/settings/terminal.py", "novelgpt/settings/console.py")
 # JSON in ASCII for another process; a preview that is visible but for its own colours.
-PRINTING = {"novelgpt/checks/trial.py", "dataset/preview.py"}
+PRINTING = {"novelgpt/checks/longest_batch.py", "dataset/preview.py"}
 
 
 def printed_by(path: Path) -> set[str]:

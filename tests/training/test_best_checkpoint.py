@@ -25,7 +25,7 @@ from novelgpt.settings.runs import FinetuneRun
 from novelgpt.text.conversation import IGNORE_INDEX, encode_conversation
 from novelgpt.training import throughput
 from novelgpt.training.checkpoints.folders import best_checkpoint, checkpoints, damage, step_of
-from novelgpt.training.result_files import RESULT_FILES
+from novelgpt.training.run_folder import RESULT_FILES
 from novelgpt.training.trainer import NovelTrainer
 from tests.faults.runs import write_base, write_rows
 from tests.ranks import run_pipeline

@@ -19,7 +19,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 from finetune_lora.__main__ import main as finetune_lora
 from finetune_lora.merge import main as merge
 from novelgpt.model.card import CARD, base_metadata, code, hub_name, read_card
-from novelgpt.training.result_files import ALL_RESULTS
+from novelgpt.training.run_folder import ALL_RESULTS
 from predict.__main__ import main as predict
 from tests.faults.runs import write_base, write_rows
 

@@ -18,9 +18,8 @@ from novelgpt.settings.parser import parse_arguments
 from novelgpt.settings.run_record import newest_finetuning, read_run_record
 from novelgpt.settings.runs import FinetuneRun
 from novelgpt.training import run_choice
-from novelgpt.training.result_files import RESULT_FILES
 from novelgpt.training.run_choice import preview_run_folder
-from novelgpt.training.run_folder import claim_run_folder
+from novelgpt.training.run_folder import RESULT_FILES, claim_run_folder
 from tests.faults.runs import files_of, write_base, write_rows
 
 Words = Callable[..., list[str]]
