@@ -49,7 +49,7 @@ def main(argv: list[str] | None = None) -> None:
     parser.add_argument("output", type=Path, help="new folder for the full checkpoint")
     parser.add_argument("--base", help=f"{BASE_HELP}; tiny is the small base")
     parser.add_argument(
-        "--trust_remote_code", action="store_true", help="run Python code that lies with the base, if it needs that"
+        "--trust_remote_code", action="store_true", help="run Python code from the base's folder, if it needs that"
     )
     add_checkpoint_options(parser)
     args = parser.parse_args(argv)

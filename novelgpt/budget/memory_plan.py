@@ -234,8 +234,8 @@ def row_lengths(train: Dataset[Any], packed_length: int | None = None) -> list[i
 def _batch_line(training: TrainArguments, tokens: int) -> str:
     rows, steps = training.per_device_train_batch_size, training.gradient_accumulation_steps
     return (
-        f"{rows} x {counted(tokens, 'token')} a micro-batch, "
-        f"{counted(rows * steps * tokens * training.world_size, 'token')} an optimizer step"
+        f"{rows} x {counted(tokens, 'token')} per micro-batch, "
+        f"{counted(rows * steps * tokens * training.world_size, 'token')} per optimizer step"
     )
 
 

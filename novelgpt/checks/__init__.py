@@ -1,1 +1,1 @@
-"""What is tried before and after training, and the doctor's findings."""
+"""Checks before and after training, and the doctor's findings."""

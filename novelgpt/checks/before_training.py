@@ -2,7 +2,7 @@
 
 `check_arguments` (checks/arguments.py) needs the command line alone and runs before the folder is claimed; `preflight`
 needs the tokenizer and runs before rows are read and tokenised; `check` needs the rows and runs before weights are
-loaded. What needs the weights is handed to training in the plan.
+loaded. Checks that need the weights are passed to training in the plan.
 """
 
 from __future__ import annotations
@@ -112,7 +112,7 @@ def check(
         probes.append(Probe(partial(first_rows, len(train)), probe_first_rows))  # type: ignore[arg-type]
     if training.preflight:
         probes.append(Probe(partial(rows_to_try, memory.lengths), try_batch))
-    # Where weights may be left out of a step, tensors without a gradient tell nothing.
+    # Where weights may be left out of a step, a tensor without a gradient is not an error.
     watched = training.guards and not training.ddp_find_unused_parameters
     watch_gradients = check_gradients if watched else nullcontext
     return TrainingPlan(folder, memory, probes, watch_gradients, partial(check_stops, tokenizer, train))

@@ -104,7 +104,7 @@ def check_forward(model: nn.Module, batch: dict[str, Any], dtype: torch.dtype, a
         finite = all(map(math.isfinite, (trained, *evaluated)))
         if not all(gather_object([finite])):
             name = first_not_finite(model, partial(loss, training=not math.isfinite(trained)))
-            which = f"; the first output that is not finite is that of {name or 'the whole model'}"
+            which = f"; the first output that is not finite is that of {name or 'the model'}"
             fp16 = "fp16 overflows easily: --precision bf16 or fp32; else " if dtype == torch.float16 else ""
             with raise_on_all_ranks():
                 if not finite:

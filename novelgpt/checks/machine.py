@@ -192,7 +192,7 @@ def check_packages(requirements: Path = REQUIREMENTS) -> Iterator[Finding]:
             )
     if tested:
         yield Finding("packages", "ok", f"as tested: {', '.join(tested)}")
-    for requirement in wanted:  # what installed packages require of each other, as `pip check` would tell
+    for requirement in wanted:  # what installed packages require of each other, as `pip check` reports
         with contextlib.suppress(metadata.PackageNotFoundError):
             for line in metadata.requires(requirement.name) or []:
                 yield from _check_dependency(requirement.name, Requirement(line))

@@ -153,7 +153,7 @@ def check_ends(run: TrainingRun, tokenizer: PreTrainedTokenizerBase) -> Iterator
 
 
 def check_template(run: TrainingRun, tokenizer: PreTrainedTokenizerBase) -> Iterator[Finding]:
-    """Report which chat template renders conversations, and check that it trains whole answers."""
+    """Report which chat template renders conversations, and check that it trains complete answers."""
     if isinstance(run, PretrainRun):
         yield Finding("chat template", "ok", "not needed: raw text")
         return

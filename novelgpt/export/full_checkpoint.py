@@ -1,8 +1,8 @@
 """Full checkpoints that compute the same as the model they were made from; used by merging and exporting.
 
-Three steps lie between the two: making the new weights (in fp32), rounding them to the stored type, and writing and
-reading the files. The first and the last must not change anything beyond fp32 noise, and are held to a tolerance. The
-error of rounding depends on the type, and is reported separately.
+Three steps lead from one to the other: making the new weights (in fp32), rounding them to the stored type, and
+writing and reading the files. The first and the last must not change anything beyond fp32 noise, and are held to a
+tolerance. The error of rounding depends on the type, and is reported separately.
 """
 
 from __future__ import annotations

@@ -3,7 +3,7 @@
     python -m novelgpt.export.llama CHECKPOINT OUTPUT
 
 For serving. The head of a Baichuan2 is normalised once, so training the export no longer trains a Baichuan2; LoRA
-adapters do not fit it (merge them before). There is no equivalent Llama for models with ALiBi (13B).
+adapters do not fit it (merge them first). There is no equivalent Llama for models with ALiBi (13B).
 """
 
 from __future__ import annotations

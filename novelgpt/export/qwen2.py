@@ -2,7 +2,7 @@
 
     python -m novelgpt.export.qwen2 CHECKPOINT OUTPUT
 
-LoRA adapters of the Qwen v1 fit the weights, but not their new names: merge them before.
+LoRA adapters of the Qwen v1 fit the weights, but not their new names: merge them first.
 """
 
 from __future__ import annotations

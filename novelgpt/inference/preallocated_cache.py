@@ -97,9 +97,9 @@ class PreallocatedLayer(DynamicLayer):
         return self.keys, self.values
 
     def reorder_cache(self, beam_idx: torch.Tensor) -> None:
-        """Select rows of the whole buffers: otherwise the next token would copy all states again."""
+        """Select rows of the complete buffers: otherwise the next token would copy all states again."""
         keys, values, length = self.key_buffer, self.value_buffer, self.get_seq_length()
-        if keys is None or values is None or not (_begins(keys, self.keys) and _begins(values, self.values)):
+        if keys is None or values is None or not (_is_prefix(keys, self.keys) and _is_prefix(values, self.values)):
             super().reorder_cache(beam_idx)  # type: ignore[arg-type]
             return
         self.key_buffer = keys.index_select(0, beam_idx.to(keys.device))
@@ -117,17 +117,17 @@ class PreallocatedLayer(DynamicLayer):
     ) -> torch.Tensor:
         """The buffer if it starts with the filled part and has room for the new tokens; else a larger one."""
         needed = length + new.shape[-2]
-        if buffer is not None and _begins(buffer, filled) and needed <= buffer.shape[-2]:
+        if buffer is not None and _is_prefix(buffer, filled) and needed <= buffer.shape[-2]:
             return buffer
-        spare = max(MIN_GROWTH_TOKENS, int(needed * GROWTH))
-        capacity = max(needed, min(needed + spare, self.max_tokens))
+        extra = max(MIN_GROWTH_TOKENS, int(needed * GROWTH))
+        capacity = max(needed, min(needed + extra, self.max_tokens))
         larger = new.new_empty(*new.shape[:2], capacity, new.shape[-1])
         if length:
             larger[:, :, :length] = filled
         return larger
 
 
-def _begins(buffer: torch.Tensor, filled: torch.Tensor | None) -> bool:
+def _is_prefix(buffer: torch.Tensor, filled: torch.Tensor | None) -> bool:
     """Whether the filled part is still the start of the buffer: not after rows were selected, repeated or dropped."""
     return (
         filled is not None

@@ -1,6 +1,6 @@
 """Validation of the settings files of models and adapters, before transformers, peft or tokenizers read them.
 
-Every loader calls `check_model_folder` first. Fields have their type and lie within the range of real models, so that
+Every loader calls `check_model_folder` first. Fields have their type and are within the range of real models, so that
 sizes that no model has are refused by name before memory is allocated for them.
 """
 
@@ -181,7 +181,7 @@ def read_index(path: Path) -> list[str]:
     """The weight files that an index names, sorted.
 
     Raises:
-        UserError: it is damaged, or names files that do not lie beside it.
+        UserError: it is damaged, or names files outside its folder.
     """
     return sorted(set(check_fields(WeightIndex, read_object(path), str(path)).weight_map.values()))
 

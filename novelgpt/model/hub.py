@@ -101,7 +101,7 @@ def cached_folder(name: str) -> str | None:
 
 @functools.cache
 def check_hub(name: str) -> None:
-    """Ask the hub once whether it has a model, so that a missing network is reported at once.
+    """Ask the hub once whether it has a model, so that a missing network is reported immediately.
 
     If it cannot be reached and the cache has the model, this process and its children work offline from then on.
 
@@ -163,7 +163,7 @@ def runs_own_code(model: ModelArguments) -> bool:
         return False
     if not model.trust_remote_code:
         raise UserError(
-            f"{model.model} cannot be loaded without running code that lies with it: {wanted}",
+            f"{model.model} cannot be loaded without running its own code: {wanted}",
             f"read the .py files of {source}; if you trust them, add --trust_remote_code",
         )
     return True

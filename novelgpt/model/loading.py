@@ -37,7 +37,7 @@ from novelgpt.settings.terminal import counted, gigabytes
 # Errors that are not about the files, or are already UserErrors. Anything else that transformers, peft, safetensors and
 # torch raise while they read a folder is about its files.
 NOT_OF_FILES = (UserError, MemoryError, torch.OutOfMemoryError)
-BASE_HELP = "of an adapter: folder or hub name of its base [default: where it lay, or its copy in the hub's cache]"
+BASE_HELP = "of an adapter: folder or hub name of its base [default: its recorded path, or its copy in the hub's cache]"
 
 
 def frozen_dtype() -> torch.dtype:
@@ -117,7 +117,8 @@ def _check_headers(folder: Path, config: PreTrainedConfig, dtype: torch.dtype | 
         raise UserError(
             f"the weights of {folder} take {gigabytes(needed)} as {str(dtype).removeprefix('torch.')}, and this "
             f"machine has {gigabytes(memory)} of memory",
-            "take a smaller model, or see that the files are whole: of those cut off, some systems keep the full size",
+            "use a smaller model, or check that the files are complete: truncated files keep their full size on some "
+            "systems",
         )
     sizes = vars(config.get_text_config())
     width = sizes.get("hidden_size") or 1
@@ -127,7 +128,7 @@ def _check_headers(folder: Path, config: PreTrainedConfig, dtype: torch.dtype | 
         if files and isinstance(rows, int) and rows * width > 8 * stored:
             raise UserError(
                 f"{folder / 'config.json'}: {name} {rows} and hidden_size {width} take far more than the "
-                f"{stored:,} bytes of weights that lie beside it",
+                f"{stored:,} bytes of weights in its folder",
                 "put the config.json that belongs to these weights beside them",
             )
 
@@ -282,9 +283,9 @@ def find_base(adapter: str, recorded: str, named: ModelArguments | None = None) 
         if cached is not None and weight_files(Path(cached)):
             return cached
     raise UserError(
-        f"adapter {adapter} names its base {recorded}, of which this host has no copy, and nothing is fetched on the "
-        "word of a folder",
-        f"--base {recorded} fetches it, if you trust that name; --base FOLDER takes a copy of yours",
+        f"adapter {adapter} names its base {recorded}, of which this host has no copy, and nothing is downloaded "
+        "because a folder names it",
+        f"--base {recorded} downloads it, if you trust that name; --base FOLDER uses a copy of yours",
     )
 
 

@@ -84,7 +84,7 @@ def lora_config(
 
     Names of expert layers in older checkpoints (gate_proj, up_proj, …) stand for the parameters that hold these weights
     now. peft adds the update of a parameter to the weight itself, so dropout cannot be applied before it: with adapters
-    on experts, the whole adapter has none.
+    on experts, the adapter has none at all.
 
     Args:
         model: the base.

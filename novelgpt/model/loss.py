@@ -69,7 +69,7 @@ def attach_chunked_loss(
     """
     head = model.get_output_embeddings()
     assert isinstance(head, nn.Module)
-    whole_forward: Callable[..., Any] = model.forward
+    full_forward: Callable[..., Any] = model.forward
     head_forward: Callable[..., torch.Tensor] = head.forward
 
     def forward(
@@ -81,11 +81,11 @@ def attach_chunked_loss(
         **options: Any,
     ) -> Any:
         if labels is None:
-            return whole_forward(*arguments, **options)
+            return full_forward(*arguments, **options)
         options.pop("return_dict", None)
         if balance is not None:
             options["output_router_logits"] = torch.is_grad_enabled()
-        outputs = (model.get_decoder() if head_is_last else whole_forward)(*arguments, **options)
+        outputs = (model.get_decoder() if head_is_last else full_forward)(*arguments, **options)
         # The token at t is predicted from t - 1.
         trained = labels[:, 1:] != IGNORE_INDEX
         targets = labels[:, 1:][trained]
@@ -120,7 +120,7 @@ def attach_chunked_loss(
 
 
 def _plain_loss(logits: torch.Tensor, targets: torch.Tensor, scale: torch.Tensor | float) -> TokenLoss:
-    """The loss of [trained tokens, vocabulary] logits that are all there."""
+    """The loss of [trained tokens, vocabulary] logits, computed at once."""
     losses = functional.cross_entropy(logits.float(), targets, reduction="none")
     loss = losses.sum() * scale
     if torch.is_grad_enabled():

@@ -197,7 +197,7 @@ class Curves(TensorBoardCallback):
         """Stay open: an evaluation may follow, whose events the stock callback would write to a folder of its own."""
 
 
-class Progress(ProgressCallback):
+class ProgressBar(ProgressCallback):
     """The stock bar with time left, and one line of figures per log entry."""
 
     def on_log(
@@ -242,7 +242,7 @@ class Progress(ProgressCallback):
             self.prediction_bar.set_description("evaluation", refresh=False)
 
 
-class ProgressLines(Progress):
+class ProgressLines(ProgressBar):
     """The same lines without a bar, for logs and pipes; during a long evaluation, lines on its progress."""
 
     def __init__(self) -> None:

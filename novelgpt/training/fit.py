@@ -31,7 +31,14 @@ from novelgpt.settings.terminal import say
 from novelgpt.text.collator import Collator
 from novelgpt.text.statistics import trained_characters
 from novelgpt.training.base_recorder import BaseRecorder
-from novelgpt.training.callbacks import Curves, Progress, ProgressLines, RunRecorder, guard_trackers, name_tracked_run
+from novelgpt.training.callbacks import (
+    Curves,
+    ProgressBar,
+    ProgressLines,
+    RunRecorder,
+    guard_trackers,
+    name_tracked_run,
+)
 from novelgpt.training.checkpoints.folders import checkpoints, step_of
 from novelgpt.training.evaluations import plan_evaluations
 from novelgpt.training.plan import TrainingPlan
@@ -104,7 +111,7 @@ def fit(
         )
         guard_trackers(trainer)
         trainer.remove_callback(PrinterCallback if training.disable_tqdm else ProgressCallback)
-        trainer.add_callback(ProgressLines() if training.disable_tqdm else Progress())
+        trainer.add_callback(ProgressLines() if training.disable_tqdm else ProgressBar())
         trainer.add_callback(curves)
         with shared_cores(training.device):
             outcome = trainer.train(resume_from_checkpoint=training.resume_from_checkpoint)

@@ -123,7 +123,7 @@ def name_losses(found: list[DocumentLoss], rows: Dataset[Any], most: int) -> lis
 
 
 def name_rows(batches: list[MicroBatch], rows: Dataset[Any]) -> list[str]:
-    """Files and rows of whole micro-batches."""
+    """Files and rows of complete micro-batches."""
     return unique(name for batch in batches for number in batch.numbers for name in _origins(rows, number, 0, None))
 
 

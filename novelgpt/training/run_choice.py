@@ -36,7 +36,7 @@ Record = Callable[[], dict[str, Any]]
 
 
 @dataclass(frozen=True)
-class Choice:
+class RunChoice:
     """What a run starts from.
 
     Attributes:
@@ -65,7 +65,7 @@ def preview_run_folder(run: TrainingRun) -> TrainingRun:
     return choose(run, lambda: identify_data(run), peek).run
 
 
-def choose(run: TrainingRun, data: Callable[[], list[DataSource]], take: Take) -> Choice:
+def choose(run: TrainingRun, data: Callable[[], list[DataSource]], take: Take) -> RunChoice:
     """Choose a folder and claim it with `take`; decisions are made while it is held.
 
     Raises:
@@ -106,7 +106,7 @@ def choose(run: TrainingRun, data: Callable[[], list[DataSource]], take: Take) -
     if checkpoint is not None:
         say(f"resuming from {checkpoint}")
     resumed = None if checkpoint is None else before
-    return Choice(settle(run, claim.folder, checkpoint), claim, checkpoint, resumed)
+    return RunChoice(settle(run, claim.folder, checkpoint), claim, checkpoint, resumed)
 
 
 def settle(run: TrainingRun, folder: Path, checkpoint: Path | None) -> TrainingRun:

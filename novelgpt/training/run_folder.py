@@ -29,7 +29,7 @@ from novelgpt.settings.runs import TrainingRun
 from novelgpt.settings.terminal import say
 from novelgpt.training.checkpoints.folders import checkpoints
 from novelgpt.training.folder_claim import LOCK, check_none_held_below, empty, snapshot, take
-from novelgpt.training.run_choice import Choice, choose, settle
+from novelgpt.training.run_choice import RunChoice, choose, settle
 from novelgpt.training.run_identity import check_unwritten, describe_run, identify_data
 from novelgpt.training.signals import StopOnSignal, Stopped
 
@@ -58,7 +58,7 @@ class RunFolder:
     checkpoint: Path | None
     stop: StopOnSignal
     record: dict[str, Any] = field(default_factory=dict)
-    _choice: Choice | None = None  # on the first process
+    _choice: RunChoice | None = None  # on the first process
     _data: list[DataSource] = field(default_factory=list)
     _contents: dict[str, tuple[int, ...]] = field(default_factory=dict)
 
@@ -85,7 +85,7 @@ class RunFolder:
                         "make room there, or name another --output_dir",
                     ) from error
                 this_attempt().begin(self.path, self.checkpoint)
-        self.stop.end_at_once()
+        self.stop.stop_immediately()
 
     def finish(self, results: dict[str, Any]) -> None:
         """Note in run.json that the run is complete, with its final figures."""
@@ -111,7 +111,7 @@ class RunFolder:
                     say(f"{self.path / RUN_FILE} cannot note that the run was stopped: {reason}", style="yellow")
         self._choice.claim.release(unused=not self.record)
 
-    def _start(self, choice: Choice, record: dict[str, Any]) -> None:
+    def _start(self, choice: RunChoice, record: dict[str, Any]) -> None:
         if not choice.claim.holds():
             raise UserError(f"{self.path} was moved or deleted while this run loaded", "start again")
         before = choice.resumed or {}
@@ -159,19 +159,19 @@ def claim_run_folder(run: TrainingRun) -> Iterator[RunFolder]:
 
     An unfinished run of the same settings is resumed from its newest intact checkpoint. A run that is replaced stays as
     it is until `RunFolder.start`. After an error or a signal before the first step, what was made is removed again;
-    until then, signals end the block at once.
+    until then, signals end the block immediately.
 
     Raises:
         UserError: the folder that the user named holds another run, none of its checkpoints is intact, or not all hosts
             see it.
-        Stopped: a signal came.
+        Stopped: a signal arrived.
     """
     # Signals are only noted until the folder is this run's, and while it is released.
     with StopOnSignal() as stop, ExitStack() as stack:
         try:
             folder = _claim_together(run, stop)
             stack.push(folder.release)
-            stop.end_at_once()
+            stop.stop_immediately()
             _check_shared(folder)
             yield folder
         except BaseException as error:
@@ -183,7 +183,7 @@ def claim_run_folder(run: TrainingRun) -> Iterator[RunFolder]:
 
 def _claim_together(run: TrainingRun, stop: StopOnSignal) -> RunFolder:
     """Claim a folder on the first process, and settle the run on all of them."""
-    choice: Choice | None = None
+    choice: RunChoice | None = None
     data: list[DataSource] = []
     with ExitStack() as on_error:
         with raise_on_all_ranks():

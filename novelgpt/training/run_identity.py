@@ -136,7 +136,7 @@ def changes(before: dict[str, Any], now: dict[str, Any]) -> list[str]:
 def _changed_hashes(before: dict[str, Any], now: dict[str, Any]) -> list[str]:
     """Compare data by `data_sha256` alone, which is all that earlier versions recorded.
 
-    Role, order and number are compared as far as these tell.
+    Role, order and number are compared as far as these show.
     """
     old, new = before["data_sha256"], now["data_sha256"]
     if list(old.values()) != list(new.values()):
@@ -166,7 +166,7 @@ def _model_identity(model: str) -> dict[str, Any]:
 
 
 def _git_commit() -> str | None:
-    """Return the commit of the checkout; None for an installed wheel, which may lie in somebody else's repository."""
+    """Return the commit of the checkout; None for an installed wheel, which may be in somebody else's repository."""
     if not IS_CHECKOUT:
         return None
     try:

@@ -44,14 +44,15 @@ class StopOnSignal(TrainerCallback):
 
     Then the step is saved as a checkpoint, and `Stopped` is raised once that is complete. A signal during a save ends
     the run after it, one during an evaluation between two batches. Before the first step there is nothing to save:
-    between `end_at_once` and `only_note`, `Stopped` is raised at once. After a first SIGINT or SIGTERM, a second one
-    ends the process at once; ranks leave that to their launcher, which gets both, while they may get the first twice.
+    between `stop_immediately` and `only_note`, `Stopped` is raised immediately. After a first SIGINT or SIGTERM, a
+    second one ends the process immediately; ranks leave that to their launcher, which gets both, while they may get the
+    first twice.
     """
 
     def __init__(self) -> None:
         self.trained = False  # a step at least
         self._noted = 0
-        self._at_once = False
+        self._immediately = False
         self._step: int | None = None  # None until the first step starts
         self._group: distributed.ProcessGroup | None = None
         self._process = os.getpid()
@@ -64,19 +65,19 @@ class StopOnSignal(TrainerCallback):
             self._before = {number: signal.signal(number, self._note) for number in numbers}
         return self
 
-    def end_at_once(self) -> None:
-        """Until the first step, let a signal end whatever is under way, also one that has already come.
+    def stop_immediately(self) -> None:
+        """Until the first step, raise Stopped as soon as a signal arrives, or now if one has arrived.
 
         Raises:
-            Stopped: a signal has come, now or later.
+            Stopped: a signal has arrived, or arrives later.
         """
-        self._at_once = True
+        self._immediately = True
         if self._noted:
             raise Stopped(self._noted, None)
 
     def only_note(self) -> None:
-        """Let no signal interrupt what follows."""
-        self._at_once = False
+        """Only note signals from here on."""
+        self._immediately = False
 
     def __exit__(self, *_: object) -> None:
         """Restore the former handlers, and destroy the gloo group in which ranks agreed."""
@@ -127,7 +128,7 @@ class StopOnSignal(TrainerCallback):
     def _note(self, number: int, _: FrameType | None) -> None:
         if os.getpid() != self._process:
             return  # a worker that loads data, which its parent ends
-        if self._step is None and self._at_once:
+        if self._step is None and self._immediately:
             self._noted = number
             raise Stopped(number, None)
         second = self._noted in IMPATIENT_SIGNALS and number in IMPATIENT_SIGNALS

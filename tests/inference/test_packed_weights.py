@@ -4,6 +4,7 @@ import copy
 import platform
 from collections.abc import Callable
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -77,6 +78,20 @@ def test_weights_are_held_once(name: str) -> None:
 
 def test_weights_of_another_type_stay_as_they_are() -> None:
     model = qwen2(False).to(torch.bfloat16)
+    pack_weights(model)
+    assert not any(isinstance(module, PackedLinear) for module in model.modules())
+
+
+@pytest.mark.parametrize("absent", ["_reorder_linear_weight", "_linear_pointwise"])
+def test_weights_stay_plain_where_torch_lacks_one_of_its_private_ops(
+    absent: str, monkeypatch: pytest.MonkeyPatch
+) -> None:  # fmt: skip
+    ops = {"_reorder_linear_weight": None, "_linear_pointwise": None}
+    del ops[absent]
+    monkeypatch.setattr(torch.ops, "mkldnn", SimpleNamespace(**ops))
+    monkeypatch.setattr(torch.backends.mkldnn, "is_available", lambda: True)
+    monkeypatch.setattr(platform, "machine", lambda: "x86_64")
+    model = qwen2(False)
     pack_weights(model)
     assert not any(isinstance(module, PackedLinear) for module in model.modules())
 

@@ -1,4 +1,4 @@
-"""Qwen v1 for transformers' Auto classes, without the code that lies with its checkpoints. Importing registers it."""
+"""Qwen v1 for transformers' Auto classes, without the remote code of its checkpoints. Importing registers it."""
 
 from transformers import AutoConfig, AutoModel, AutoModelForCausalLM, AutoTokenizer
 from transformers.conversion_mapping import register_checkpoint_conversion_mapping

@@ -105,7 +105,7 @@ class _File(BaseModel):
     sha256: str
 
 
-class _Manifest(BaseModel):
+class _CheckpointManifest(BaseModel):
     files: dict[str, _File]
 
 
@@ -114,7 +114,7 @@ def damage(folder: Path) -> str | None:
     if not (folder / MANIFEST).exists():
         return f"it has no {MANIFEST}"
     try:
-        manifest = check_fields(_Manifest, read_object(folder / MANIFEST), MANIFEST)
+        manifest = check_fields(_CheckpointManifest, read_object(folder / MANIFEST), MANIFEST)
     except UserError:
         return f"{MANIFEST} cannot be read"
     files = {name: (entry.bytes, entry.sha256) for name, entry in manifest.files.items()}

@@ -119,7 +119,7 @@ def read_states(folder: Path, model: nn.Module, optimizer: Any) -> None:
         if any("ds_id" in vars(weight) for weight in model.parameters()):
             gather_and_set(
                 model,
-                lambda name: states.whole(name, MASTER) if MASTER in states.keys(name) else weights.tensor(name),
+                lambda name: states.full(name, MASTER) if MASTER in states.keys(name) else weights.tensor(name),
             )
         _read_zero(states, weights, model, inner, zero)
 
@@ -152,7 +152,7 @@ class StoredStates:
         """Elements of a state."""
         return sum(math.prod(file.get_slice(stored).get_shape()) for _, file, stored in self._shards[name][key])
 
-    def whole(self, name: str, key: str) -> torch.Tensor:
+    def full(self, name: str, key: str) -> torch.Tensor:
         """A complete state, flattened where it was written in shards."""
         tensors = [file.get_tensor(stored) for _, file, stored in self._shards[name][key]]
         return tensors[0] if self._shards[name][key][0][0] is None else torch.cat(tensors)
@@ -162,7 +162,7 @@ class StoredStates:
         parts = []
         for offset, file, stored in self._shards[name][key]:
             if offset is None:
-                return self.whole(name, key).flatten()[start : start + numel]
+                return self.full(name, key).flatten()[start : start + numel]
             shard = file.get_slice(stored)
             first, end = max(start - offset, 0), min(start + numel - offset, shard.get_shape()[0])
             if first < end:
@@ -235,7 +235,7 @@ def _read_plain(states: StoredStates, model: nn.Module, inner: Any) -> None:
     for index, weight in enumerate(tensor for group in inner.param_groups for tensor in group["params"]):
         name = names[id(weight)]
         _check_size(states, name, weight.numel())
-        values = {key: states.whole(name, key) for key in states.keys(name)}
+        values = {key: states.full(name, key) for key in states.keys(name)}
         if MASTER in values:
             weight.data.copy_(values.pop(MASTER).view(weight.shape))
         if values:
