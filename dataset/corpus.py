@@ -63,7 +63,7 @@ def read_corpus(data: CorpusArguments, tokenizer: PreTrainedTokenizerBase) -> tu
             f"  {python_module('dataset tokens IN … OUT --model MODEL')}, then --train_files OUT",
         )
     train = _pack([source for source in found if source.split == TRAIN], data, tokenizer, data.train_files)
-    # A folder named for validation stands for its held-out part, if it has one.
+    # Of a folder named for validation, the held-out part is taken, if it has one.
     with_held_out = {source.folder for source in named if source.folder and source.split == HELD_OUT}
     held_out = [source for source in named if source.split == HELD_OUT or source.folder not in with_held_out]
     held_out = held_out or [source for source in found if source.split == HELD_OUT]

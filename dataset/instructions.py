@@ -66,7 +66,7 @@ class Instructions:
     Attributes:
         tasks: task -> wordings, at least one each.
         seed: of the random choice; None takes the first question with its first answer for every row.
-        words_papers: whether title/abstract rows that name no task are worded as `title_to_abstract`, too.
+        words_papers: whether title/abstract rows without a task get a wording of `title_to_abstract`, too.
     """
 
     tasks: Mapping[str, tuple[Wording, ...]]
@@ -248,7 +248,7 @@ def _pattern(text: Any, where: str, computed: bool = False) -> str:
         if name is not None and (not name.isidentifier() or specification or conversion):
             raise UserError(f"{where}: {{{name}}} is not a placeholder", "write {field}, and {{ or }} for a brace")
         if name in COMPUTED and not computed:
-            raise UserError(f"{where}: {{{name}}} stands in an answer", "use it in questions")
+            raise UserError(f"{where}: {{{name}}} is in an answer", "use it in questions")
     return text
 
 

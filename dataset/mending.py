@@ -55,7 +55,7 @@ class Shifted(NamedTuple):
     number: int
     """From 1, in the text."""
     text: str
-    """The line, or what lies around the first place in it that tells."""
+    """The line, or what surrounds the first evidence in it."""
     reading: str
     """The same as it was most likely meant."""
 
@@ -100,7 +100,7 @@ def mend(stretch: bytes, codec: str, fixed: bool, last: bool) -> Reading:
     Takes 2 to 3 microseconds a byte.
 
     Args:
-        stretch: begins with a character, or with a bad byte.
+        stretch: starts with a character, or with a bad byte.
         codec: "gb18030", "big5hkscs", "utf-16-le" or "utf-16-be".
         fixed: a character ends where `stretch` does; else the last one may reach beyond it.
         last: the file ends where `stretch` does, perhaps within a character.
@@ -153,7 +153,7 @@ def find_shifted(text: str) -> Iterator[Shifted]:
         end = len(text) if end < 0 else end
         number += text.count("\n", counted, begin)
         counted, position = begin, end
-        # Around the pair is enough to tell, and lines may be long.
+        # The surroundings of the pair suffice, and lines may be long.
         near = text[max(begin, match.start() - _NEAR_BEFORE) : min(end, match.end() + _NEAR_BEHIND)]
         reading = mend(near.encode("gb18030", "ignore"), "gb18030", fixed=True, last=False)
         if reading.log_probability > log_probability(near) + _SURELY_BETTER:

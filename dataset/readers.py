@@ -190,7 +190,7 @@ def messages_of(record: Record, where: str, instructions: Instructions | None = 
             value = record[field]
             if isinstance(value, list) and field not in ("instruction", "output"):
                 if messages and field == pair[0]:
-                    raise UserError(f"{where}: field history stands beside a list of messages", f"put it into {field}")
+                    raise UserError(f"{where}: field history is beside a list of messages", f"put it into {field}")
                 messages += _read_turns(value, field, "role", "content", where)
                 continue
             if not isinstance(value, str):
@@ -339,7 +339,7 @@ def _read_special_turn(turn: Record, role: str, key: str, where: str, name: str)
 def _with_thought(message: Message, thought: str, where: str, name: str) -> Message:
     if THOUGHT.fullmatch(message["content"]):
         raise UserError(
-            f"{where}: field {name} begins with <think>, and {THOUGHTS[0]} holds a thought, too", "keep one of them"
+            f"{where}: field {name} starts with <think>, and {THOUGHTS[0]} holds a thought, too", "keep one of them"
         )
     return {**message, "reasoning_content": thought}
 
@@ -353,7 +353,7 @@ def _checked_thinking(value: Any, messages: list[Message], where: str) -> bool:
         if message["role"] == "assistant" and begins_with_thought(full_answer(message)) != thinking:
             raise UserError(
                 f"{where}: field enable_thinking is {value!r}, and the answer {message['content'][:20]!r} "
-                f"{'has no thought' if thinking else 'begins with one'}",
+                f"{'has no thought' if thinking else 'starts with one'}",
                 "leave it out: whether an answer thinks decides",
             )
     return thinking

@@ -179,7 +179,7 @@ def read_csv(text: str, path: str, columns: Sequence[str] = ()) -> Iterator[tupl
         pairs = list(zip(names, cells, strict=True))
         unnamed = next((cell for name, cell in pairs if not name and cell.strip()), None)
         if unnamed is not None:
-            raise UserError(f"{where}: the cell {unnamed[:20]!r} stands in a column without a name",
+            raise UserError(f"{where}: the cell {unnamed[:20]!r} is in a column without a name",
                             "name the column in the first line")  # fmt: skip
         yield where, {name: cell for name, cell in pairs if name}
 

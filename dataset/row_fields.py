@@ -71,7 +71,7 @@ def refuse_fields(fields: Mapping[str, Any], refused: Mapping[str, tuple[str, st
     Args:
         fields: of the row or message.
         refused: names of fields that are refused there -> (cause, remedy).
-        place: file, line and what stands before the field's name, for errors.
+        place: file, line and what precedes the field's name, for errors.
 
     Raises:
         UserError: names the field, says what it is and what to do.
@@ -179,7 +179,7 @@ def _read_items(value: Any, place: str) -> list[Any]:
 
 
 def _read_call(call: Any, where: str, place: str) -> Record:
-    """{"type", "function": {"name", "arguments": mapping}} and what else stands beside them, such as the id."""
+    """{"type", "function": {"name", "arguments": mapping}} and the other fields beside them, such as the id."""
     outer = call if isinstance(call, dict) else {}
     function = outer.get("function")
     inner: Record = function if isinstance(function, dict) else outer

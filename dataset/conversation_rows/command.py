@@ -112,7 +112,7 @@ def _parse(argv: list[str] | None) -> Namespace:
             raise UserError(f"--{name} {vars(args)[name]} is too small", f"take at least {least}")
     for name in ("chinese_share", "near_duplicates"):
         if not 0 <= vars(args)[name] <= 1:
-            raise UserError(f"--{name} {vars(args)[name]} is no share", "take a number from 0 to 1")
+            raise UserError(f"--{name} {vars(args)[name]} is not a share", "take a number from 0 to 1")
     return args
 
 

@@ -110,7 +110,7 @@ def _read_tsv(text: str, path: str, columns: Sequence[str]) -> Iterator[tuple[st
         if len(values) != len(names):
             raise UserError(
                 f"{path}:{number}: {counted(len(values), 'column')} instead of {len(names)}",
-                "mend that line, or name the columns in order with --columns, _ for one to leave out",
+                "correct that line, or name the columns in order with --columns, _ for one to leave out",
             )
         yield f"{path}:{number}", dict(zip(names, values, strict=True))
 

@@ -14,7 +14,7 @@ from dataset.novels.chapters.paragraphs import join_lines
 from dataset.novels.cleaning.cleaning import Rules, clean, to_simplified
 from dataset.novels.cleaning.quality import judge
 from dataset.novels.normalized import without_blanks
-from dataset.novels.records import BookRecord, ChapterText, RawBook, Removed, Section
+from dataset.novels.records import BookRecord, BookSection, ChapterText, RawBook, Removed
 
 MAX_BAD_BYTES_SHOWN = 20
 MAX_SHIFTED_SHOWN = 20
@@ -111,7 +111,7 @@ def _describe_shifted(text: str) -> list[str]:
     return [*sentences, "further lines of this kind are not listed"] if len(shifted) > len(sentences) else sentences
 
 
-def _prepare_section(section: Section, rules: Rules) -> tuple[ChapterText | None, Sequence[Removed]]:
+def _prepare_section(section: BookSection, rules: Rules) -> tuple[ChapterText | None, Sequence[Removed]]:
     """A section as a chapter, None if it is not one or has no text below its title; and the removed text."""
     if section.rule:
         lines = enumerate([section.title, *section.text.split("\n")], start=1)

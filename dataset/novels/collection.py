@@ -65,8 +65,10 @@ class CollectionResult:
 
 def read_records(artefacts: Iterable[Path]) -> dict[Path, list[BookRecord]]:
     """Artefact of a source file -> the records of its books, in order."""
-    rows = {artefact: json.loads((artefact / BOOKS).read_text(encoding="utf-8")) for artefact in artefacts}
-    return {artefact: [BookRecord(**row) for row in of_file] for artefact, of_file in rows.items()}
+    return {
+        artefact: [BookRecord(**row) for row in json.loads((artefact / BOOKS).read_text(encoding="utf-8"))]
+        for artefact in artefacts
+    }
 
 
 def write_collection(
@@ -96,9 +98,8 @@ def write_collection(
         if counts[book.name] > 1:
             book.name = f"{book.name} ({book.source})"
     rows_of, left_out = _write_chapters(sources, books, decisions, options, folder)
-    not_texts = list(skipped)
-    for artefact in sources:
-        not_texts += [(row["source"], row["reason"]) for row in read_rows(artefact / SKIPPED)]
+    members = (row for artefact in sources for row in read_rows(artefact / SKIPPED))
+    not_texts = [*skipped, *((row["source"], row["reason"]) for row in members)]
     empty = dict.fromkeys(("text", "book", "chapter", "title"), "")
     skipped_rows = (empty | {"source": source, "reason": reason, "other": ""} for source, reason in not_texts)
     rows_of["left_out.jsonl"] = left_out.total() + _write_rows(skipped_rows, folder / "left_out.jsonl", mode="a")
@@ -122,20 +123,14 @@ def _compare_books(
         Rows of duplicates.jsonl, {"kind", "level", "first", "second", "similarity"}; and by the index of each book what
         becomes of each of its chapters.
     """
-    usable: list[tuple[int, BookRecord]] = []
-    prints: list[BookPrints] = []
-    index = 0
-    for artefact, records in sources.items():
-        for book, fingerprints in zip(records, load_fingerprints(artefact / FINGERPRINTS), strict=True):
-            if not book.refused:
-                usable.append((index, book))
-                prints.append(BookPrints(book.name, book.source, fingerprints))
-            index += 1
-    threshold = options.near_duplicate_threshold
-    thresholds = Thresholds(near=threshold, contained=threshold)
+    all_prints = (prints for artefact in sources for prints in load_fingerprints(artefact / FINGERPRINTS))
+    books = zip((book for records in sources.values() for book in records), all_prints, strict=True)
+    usable = [(index, book, prints) for index, (book, prints) in enumerate(books) if not book.refused]
+    prints = [BookPrints(book.name, book.source, fingerprints) for _, book, fingerprints in usable]
+    thresholds = Thresholds(near=options.near_duplicate_threshold, contained=options.near_duplicate_threshold)
     duplicates = find_duplicates(prints, thresholds)
     splits = assign_splits(prints, duplicates, options.held_out, options.held_out_share, options.seed)
-    for (_, book), split in zip(usable, splits, strict=True):
+    for (_, book, _), split in zip(usable, splits, strict=True):
         book.split = split
     decisions = decide(prints, duplicates, splits, thresholds)
     pairs = [
@@ -143,7 +138,7 @@ def _compare_books(
          "similarity": round(float(pair.similarity), 4)}
         for pair in duplicates.pairs
     ]  # fmt: skip
-    return pairs, {index: made for (index, _), made in zip(usable, decisions, strict=True)}
+    return pairs, {index: made for (index, _, _), made in zip(usable, decisions, strict=True)}
 
 
 def _source_of(location: Location) -> str:

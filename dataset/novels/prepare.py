@@ -25,7 +25,7 @@ from novelgpt.settings.errors import UserError
 
 # Modules and rooms whose code does not affect an artefact; a change of any other invalidates all artefacts.
 LATER_STEPS = frozenset((
-    "engines", "report", "near_duplicates", "overlaps", "split", "collection", "command", "manifest", "run", "shards",
+    "engines", "report", "near_duplicates", "overlaps", "split", "collection", "command", "manifest", "shards",
     "terminal",
 ))  # fmt: skip
 LIBRARIES = ("numpy", "opencc", "rensa")

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections import Counter
+from collections.abc import Iterable
 from dataclasses import dataclass, field
 from typing import Any, NamedTuple
 
@@ -33,7 +35,7 @@ class Removed(NamedTuple):
 
 
 @dataclass(frozen=True)
-class Section:
+class BookSection:
     """A chapter whose boundaries the source itself gives (epub, rows of a .jsonl file, one file per chapter).
 
     Attributes:
@@ -66,7 +68,7 @@ class RawBook:
     text: str
     encoding: str
     bad_bytes: tuple[BadBytes, ...] = ()
-    sections: tuple[Section, ...] | None = None
+    sections: tuple[BookSection, ...] | None = None
     findings: tuple[str, ...] = ()
 
 
@@ -77,7 +79,7 @@ class ChapterText:
     Attributes:
         heading: its line in the text, blanks normalised: "第一回 甄士隐梦幻识通灵"; "" if it has none.
         label: "第一回"; "" if it has none.
-        title: the words after the label; "" if there are none.
+        title: the text after the label; "" if there are none.
         number: 1 for 第一回; None if it is not numbered.
         volume: heading of the 卷/部 it belongs to; "" if there is none.
         text: heading, if any, and paragraphs, one per line, without indents and blank lines.
@@ -132,3 +134,14 @@ class BookRecord:
     duplicate_chapters: int = 0
     split: str = "train"
     characters_out: int = 0
+
+
+def count_removed(books: Iterable[BookRecord]) -> tuple[Counter[str], Counter[str]]:
+    """Lines and characters that each rule removed from the books."""
+    lines: Counter[str] = Counter()
+    characters: Counter[str] = Counter()
+    for book in books:
+        for rule, counts in book.removed.items():
+            lines[rule] += counts["lines"]
+            characters[rule] += counts["characters"]
+    return lines, characters

@@ -2,21 +2,17 @@
 
 from __future__ import annotations
 
-import shlex
 import time
 from collections import Counter
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
-from pathlib import Path
 
 from rich.progress import BarColumn, Progress, TaskProgressColumn, TextColumn, TimeRemainingColumn, TransferSpeedColumn
 from rich.table import Table
 
 from dataset.novels.collection import CollectionResult
-from dataset.novels.records import BookRecord
+from dataset.novels.records import BookRecord, count_removed
 from novelgpt.settings.console import make_console
-from novelgpt.settings.paths import TINY
-from novelgpt.settings.remedies import run_pipeline
 from novelgpt.settings.terminal import counted, say
 
 SECONDS_BETWEEN_LINES = 10.0
@@ -108,12 +104,7 @@ class Display:
         self.show_refused(books)
 
     def _show_removed(self, books: Sequence[BookRecord]) -> None:
-        removed: Counter[str] = Counter()
-        lines: Counter[str] = Counter()
-        for book in books:
-            for rule, counts in book.removed.items():
-                removed[rule] += counts["characters"]
-                lines[rule] += counts["lines"]
+        lines, removed = count_removed(books)
         if not removed:
             say("removed 删除: no line")
             return
@@ -131,10 +122,3 @@ class Display:
                 label, f"{sum(lines[rule] for rule in rules):,}", f"{count:,}", f"{count / characters_in:.3%}"
             )
         self.console.print(table)
-
-    def show_next(self, out: Path) -> None:
-        """Where the report is, and the next command."""
-        say(f"report 报告: {out / 'report.html'}")
-        command = run_pipeline("pretrain", f"--train_files {shlex.quote(str(out))}")
-        say(f"next 下一步: {command}")
-        say(f"  with the model that you train 换成要训练的模型; --model {TINY} tries it on the small base")

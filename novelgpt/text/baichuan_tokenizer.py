@@ -114,8 +114,8 @@ class BaichuanTokenizer(SentencePieceBackend):
 
     def _update_trie(self, unique_no_split_tokens: list[str] | None = None) -> None:
         super()._update_trie(unique_no_split_tokens)
-        words = {*self._added_tokens_encoder, *self.all_special_tokens, *(unique_no_split_tokens or [])}
-        self._added_text = re.compile("|".join(map(re.escape, sorted(words)))) if words else None
+        tokens = {*self._added_tokens_encoder, *self.all_special_tokens, *(unique_no_split_tokens or [])}
+        self._added_text = re.compile("|".join(map(re.escape, sorted(tokens)))) if tokens else None
 
 
 class BaiChuanTokenizer(BaichuanTokenizer):

@@ -52,7 +52,7 @@ def encode_conversation(
     prediction would use. Messages after the last answer are left out; a conversation without answers gives no row.
     Answers with "trained": False are context.
 
-    An answer that begins with a thought (<think>…</think>, or "reasoning_content") is trained with it, in the line
+    An answer that starts with a thought (<think>…</think>, or "reasoning_content") is trained with it, in the line
     feeds that the template puts around thoughts. An empty thought is not part of an answer where the template puts it
     into the prompt. The calls of an answer are trained as the template writes them. A special token that a text spells
     is text.
@@ -199,7 +199,7 @@ def _prompt_ids(chat: RenderedConversation, count: int, thinking: bool) -> list[
 
 
 def _as_rendered(answer: str, rest: str) -> str | None:
-    """How the answer stands at the start of `rest`, the text after its prompt; None where it does not."""
+    """How the template writes the answer at the start of `rest`, the text after its prompt; None where it does not."""
     thought = THOUGHT.fullmatch(answer)
     if thought is not None and OWN_THOUGHT.match(answer):
         # The template sets a thought in line feeds of its own; the opening tag may stand in the prompt.
@@ -213,7 +213,7 @@ def _as_rendered(answer: str, rest: str) -> str | None:
         return rendered[0] + next(form for form in forms if rest.startswith(form, rendered.end()))
     # Where the template puts the empty thought into the prompt, only what follows it is left.
     contents = [answer] if thought is None else [answer, thought[2]]
-    # Templates trim whitespace at either end (Qwen3's: leading line feeds); the longest form that stands there is it.
+    # Templates trim whitespace at either end (Qwen3's: leading line feeds); the longest form found there is it.
     forms = [form for content in contents for ends in ("\n", None)
              for form in (content, content.lstrip(ends), content.rstrip(ends), content.strip(ends))]  # fmt: skip
     return max((form for form in forms if rest.startswith(form)), key=len, default=None)
@@ -222,7 +222,7 @@ def _as_rendered(answer: str, rest: str) -> str | None:
 def _calls_as_rendered(chat: RenderedConversation, turn: int, rest: str) -> str | None:
     """Thought, text and calls of an answer as the template writes them: all before the token that ends the answer.
 
-    None where no special token ends it, or the text does not stand there.
+    None where no special token ends it, or the text is not there.
     """
     specials = list(chat.special.pattern.finditer(rest))
     if not specials or rest[specials[-1].end() :].strip():

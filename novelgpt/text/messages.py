@@ -28,7 +28,7 @@ class Message(_Speech, total=False):
     trained: bool
 
 
-# An answer that begins with a thought: (thought, answer proper).
+# An answer that starts with a thought: (thought, answer proper).
 THOUGHT = re.compile(r"\s*<think>(.*?)</think>(.*)", re.DOTALL)
 # The start of an answer whose thought holds more than line feeds.
 OWN_THOUGHT = re.compile(r"\s*<think>\n*(?!\n|</think>).*?</think>", re.DOTALL)
@@ -58,7 +58,7 @@ def full_answer(message: Message) -> str:
 
 
 def begins_with_thought(answer: str) -> bool:
-    """Whether an answer begins with a thought of its own; an empty one does not count."""
+    """Whether an answer starts with a thought of its own; an empty one does not count."""
     return OWN_THOUGHT.match(answer) is not None
 
 

@@ -69,7 +69,7 @@ class PackedBlocks(TracedRows):
     """Blocks of `max_length` tokens cut from documents laid end to end. No token is lost, and none is read before use.
 
     Neighbouring blocks share one token, untrained in the later one, so that every token but the first of each document
-    is predicted exactly once. Positions restart at each document; attention tells documents apart by them.
+    is predicted exactly once. Positions restart at each document; attention distinguishes documents by them.
 
     Args:
         texts: laid end to end, each document with its end token.

@@ -98,7 +98,7 @@ class RenderedConversation:
             messages: with stand-ins.
             thinking: whether the next answer may begin with a thought, for templates that prompt for it; if not,
                 Qwen3's puts an empty thought into the prompt, outside the loss.
-            add_generation_prompt: whether the text goes on to where the next answer starts.
+            add_generation_prompt: whether the text continues to where the next answer starts.
             with_tools: whether the template gets the tools.
 
         Raises:

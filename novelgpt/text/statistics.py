@@ -24,7 +24,7 @@ from novelgpt.text.encoding import encode
 
 # How a decoder renders bytes that are not a whole character.
 BROKEN = "\ufffd"
-# So many tokens complete any character that has started, with some to spare.
+# So many tokens complete any character that has started, with a margin.
 LOOKAHEAD = 16
 # How SentencePiece writes a token of one byte.
 BYTE_TOKEN = re.compile(r"<0x([0-9A-F]{2})>")

@@ -123,7 +123,7 @@ def _within_bounds(tokenizer: PreTrainedTokenizerBase) -> bool:
 def processor_time(seconds: float) -> Iterator[None]:
     """Raise OverrunError inside once the process has computed for so long. Only the main thread is bounded.
 
-    The clock stands still while other processes compute: a busy machine makes no template endless.
+    Time in which other processes compute does not count: on a busy machine, too, templates that end pass.
     """
     if threading.current_thread() is not threading.main_thread():
         yield

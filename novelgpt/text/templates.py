@@ -62,7 +62,7 @@ def settle_template(tokenizer: PreTrainedTokenizerBase, model_folder: str) -> No
 
     Args:
         tokenizer: as loaded from `model_folder`; one without a template gets one.
-        model_folder: folder or hub name; the config.json of a folder tells Baichuan's two generations apart.
+        model_folder: folder or hub name; the config.json of a folder distinguishes Baichuan's two generations.
 
     Raises:
         UserError: the folder was trained with another template than the one it holds now, or holds several templates
@@ -123,16 +123,16 @@ def baichuan_template(user: str, assistant: str, ends_answers: bool) -> str:
 def _default_template(tokenizer: PreTrainedTokenizerBase, model_folder: str) -> tuple[str, str]:
     """Name and text for a tokenizer without a template."""
     if isinstance(tokenizer, BaichuanTokenizer) and len(tokenizer) > ASSISTANT_ID:
-        pieces = tokenizer.convert_ids_to_tokens([USER_ID, ASSISTANT_ID])
-        if all(map(RESERVED_TOKEN.fullmatch, pieces)):
-            if tokenizer("".join(pieces), add_special_tokens=False)["input_ids"] != [USER_ID, ASSISTANT_ID]:
+        tokens = tokenizer.convert_ids_to_tokens([USER_ID, ASSISTANT_ID])
+        if all(map(RESERVED_TOKEN.fullmatch, tokens)):
+            if tokenizer("".join(tokens), add_special_tokens=False)["input_ids"] != [USER_ID, ASSISTANT_ID]:
                 # Ordinary tokens that no text is split into: the first generation's code inserts the bare ids.
-                tokenizer.add_tokens([AddedToken(piece, normalized=False) for piece in pieces])
+                tokenizer.add_tokens([AddedToken(token, normalized=False) for token in tokens])
             # Baichuan2 has a NormHead, which small configurations name, and nearly twice the vocabulary of Baichuan.
             config = Path(model_folder) / "config.json"
             norm_head = read_object(config).get("norm_head") if config.is_file() else None
             second = len(tokenizer) >= BAICHUAN2_VOCABULARY if norm_head is None else bool(norm_head)
-            return BAICHUAN_NAMES[second], baichuan_template(pieces[0], pieces[1], ends_answers=not second)
+            return BAICHUAN_NAMES[second], baichuan_template(tokens[0], tokens[1], ends_answers=not second)
     # Part of the template, so that other programs, which encode the rendered text as it is, have it too.
     begin = "".join(tokenizer.convert_ids_to_tokens(document_begin_ids(tokenizer)))
     before = f"{{{{ {begin!r} }}}}" if begin else ""

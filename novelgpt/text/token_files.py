@@ -1,4 +1,4 @@
-"""Tokens on disk, mapped into memory: training starts at once, and the processes of a host share one copy.
+"""Tokens on disk, mapped into memory: training starts immediately, and the processes of a host share one copy.
 
 A folder holds manifest.json and shards/NAME/ with `tokens` (flat, little-endian unsigned integers), `starts.npy`
 (int64, where documents start in them) and `origins.jsonl` (the rows that they were made of). The manifest names the
@@ -36,7 +36,7 @@ class _Fields(BaseModel):
     model_config = ConfigDict(strict=True, extra="allow")
 
 
-class _Shard(_Fields):
+class _TokenShard(_Fields):
     name: str = Field(pattern=r"^\w+$")
     tokens: int = Field(ge=0)
     documents: int = Field(ge=0)
@@ -45,7 +45,7 @@ class _Shard(_Fields):
 
 
 class _Split(_Fields):
-    shards: list[_Shard]
+    shards: list[_TokenShard]
 
 
 class _Tokenizer(_Fields):
@@ -55,7 +55,7 @@ class _Tokenizer(_Fields):
     dtype: str = Field(pattern=r"^[<|]u[1248]$")
 
 
-class _Manifest(_Fields):
+class _TokenManifest(_Fields):
     tokenizer: _Tokenizer
     splits: dict[str, _Split]
 
@@ -101,7 +101,7 @@ def read_token_manifest(folder: Path) -> dict[str, Any] | None:
     if manifest.get("version") != VERSION:
         raise UserError(f"{folder} holds tokens in the form of another version", "prepare them again")
     try:
-        return _Manifest.model_validate(manifest).model_dump(exclude_unset=True)
+        return _TokenManifest.model_validate(manifest).model_dump(exclude_unset=True)
     except ValidationError as error:
         first = error.errors(include_url=False)[0]
         where = ".".join(map(str, first["loc"]))

@@ -270,7 +270,7 @@ def test_question_and_answer_are_drawn_each_on_its_own(tmp_path: Path) -> None:
         ("a: {questions: ['{}'], answers: ['{z}']}", "user: {} is not a placeholder"),
         ("a: {questions: ['{x'], answers: ['{z}']}", "question 1, user:"),
         ("a: {questions: ['{x}', {user: '', answer: ''}], answers: ['{z}']}", "question 2 has the unknown key"),
-        ("a: {questions: ['{x}'], answers: ['{z}{characters}']}", "answer 1: {characters} stands in an answer"),
+        ("a: {questions: ['{x}'], answers: ['{z}{characters}']}", "answer 1: {characters} is in an answer"),
         ("a: {questions: ['{x} {characters}'], answers: ['{z}']}", "the first question, which evaluation takes"),
         ("a: {questions: ['{x}'], answers: ['{z}'], seed: 3}", "task a has the unknown key 'seed'"),
     ],

@@ -747,7 +747,7 @@ CASES = {
     "conversations: share above one": (
         "dataset",
         ["conversations", "rows.jsonl", "{tmp}/out.jsonl", "--task", "title_to_abstract", "--chinese_share", "2"],
-        "--chinese_share 2.0 is no share",
+        "--chinese_share 2.0 is not a share",
     ),
     "preview: missing file": (
         "dataset",

@@ -42,7 +42,7 @@ LISTEN = "import os, signal, sys; signal.signal(signal.SIGINT, signal.SIG_DFL); 
 LATE = [
     (["pretrain"], "torch"),
     (["predict", "--max_rows", "1"], "numpy"),
-    (["dataset", "novels", "in", "out"], "dataset.novels.command"),
+    (["dataset", "novels", "in", "out"], "dataset.novels.collection"),
     (["dataset", "tokens", "in.txt", "out", "--model", "tiny"], "torch"),
     (["novelgpt.doctor"], "novelgpt.checks.devices"),
     (["predict.score", "a.jsonl"], "jieba"),

@@ -9,7 +9,7 @@ from dataclasses import dataclass, replace
 from itertools import pairwise
 
 from dataset.novels.chapters.contents import first_line_of_prologue
-from dataset.novels.chapters.heading_choice import Choice, choose_headings
+from dataset.novels.chapters.heading_choice import HeadingChoice, choose_headings
 from dataset.novels.chapters.headings import LONGEST_HEADING, HeadingCandidate
 from dataset.novels.chapters.paragraphs import fits_width, join_lines, parts_of_about, wrap_width
 from dataset.novels.normalized import without_blanks
@@ -78,7 +78,7 @@ def split_chapters(lines: Sequence[Line], part_characters: int = PART_CHARACTERS
 class _BookSplitter:
     """Divides a book."""
 
-    def __init__(self, lines: Sequence[Line], texts: Sequence[str], choice: Choice):
+    def __init__(self, lines: Sequence[Line], texts: Sequence[str], choice: HeadingChoice):
         self.lines, self.texts, self.choice = lines, texts, choice
         self.removed: list[Removed] = []
         self.findings: list[str] = []

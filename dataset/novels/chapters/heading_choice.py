@@ -23,7 +23,7 @@ _LATE = 0.25
 
 
 @dataclass
-class Choice:
+class HeadingChoice:
     """The headings of a book.
 
     Attributes:
@@ -41,7 +41,7 @@ class Choice:
     kind: str = "none"
 
 
-def choose_headings(texts: Sequence[str]) -> Choice:
+def choose_headings(texts: Sequence[str]) -> HeadingChoice:
     """The headings among the lines of a book.
 
     A line is a heading by its shape (short, not a sentence, a label at its beginning) and by the features that most
@@ -55,7 +55,7 @@ def choose_headings(texts: Sequence[str]) -> Choice:
     for candidate in candidates:
         if candidate.prefix and prefixes[candidate.prefix] >= max(3, 0.3 * len(fitting)):
             candidate.cut_prefix()
-    choice = Choice()
+    choice = HeadingChoice()
     choice.contents, choice.entries = find_contents(texts, candidates)
     candidates = [candidate for candidate in candidates if candidate.index not in choice.contents]
     unit = _chapter_unit(candidates)
@@ -261,7 +261,7 @@ def _volumes(
 
 
 def _numbered_lines(
-    texts: Sequence[str], candidates: Sequence[HeadingCandidate], choice: Choice
+    texts: Sequence[str], candidates: Sequence[HeadingCandidate], choice: HeadingChoice
 ) -> list[HeadingCandidate]:
     """Headings such as "12. 雪", "001 雪", "三、雪", "7": numbered through the whole book, or each volume."""
     groups = defaultdict(list)

@@ -18,7 +18,7 @@ _NUMBER_OR_DASH = rf"(?:[{DIGITS}{DASHES}]{_B}{{0,3}}){{1,19}}"
 _DASHED = rf"[{DIGITS}{DASHES}]{{1,6}}(?<=[{DIGITS}].|.[{DIGITS}])"
 _CHAPTER_UNITS = "章回节節话話"
 _VOLUME_UNITS = "卷部集篇册冊幕折"
-# 第二部分 is a volume; 第一回合, 第三章程, 第二节课, 第一集团军, 第三卷子 and the like are mostly words of the prose.
+# 第二部分 is a volume; 第一回合, 第三章程, 第二节课, 第一集团军, 第三卷子 and the like are mostly prose.
 _UNIT = r"(?:部分(?!人)|[章回节節话話卷部集篇册冊幕折])"
 _WORD = re.compile(
     r"章程|回合|[节節][课課目日]|[话話][题題剧劇]|卷子|部[队隊门門]|集[团團合]|篇文章|[册冊]子|幕府|折[子扣]|部分人"
@@ -76,12 +76,12 @@ class HeadingCandidate:
         title: the text after it, blanks normalised.
         joint: punctuation between label and title: "：" in 第一章：雪; "" for blanks.
         separated: blanks or punctuation follow the label, or the end of the line.
-        prefix: words before the label that are not a known prefix; the line is a heading if they are the book's name.
+        prefix: text before the label that is not a known prefix; the line is a heading if it is the book's name.
         volume: the volume named before the label on the same line: "第一卷 风雪".
         fits_shape: the line from the label on is short and not a sentence.
         shaped: looks like a heading by itself: it fits, and nothing else precedes the label.
         several: has two labels of a unit, as lines in tables of contents do.
-        ended: marks the end of a chapter: 第一章完.
+        ended: states the end of a chapter: 第一章完.
         doubtful: text follows the label without a blank, as in prose: 第十一回里城囚西伯侯, 第二回合.
         cut: (rule, part) of parts of the line that do not belong to the heading.
     """
@@ -110,12 +110,12 @@ class HeadingCandidate:
         return self.number or 0
 
     def cut_prefix(self) -> None:
-        """Treat the words before the label as the book's name: not part of the heading."""
+        """Treat the text before the label as the book's name: not part of the heading."""
         self.prefix = ""
         self.shaped = self.fits_shape and not self.several and not self.doubtful
 
     def includes(self, other: HeadingCandidate) -> bool:
-        """Whether this heading includes `other`: its number, in any digits, and the words of its title."""
+        """Whether this heading includes `other`: its number, in any digits, and its title."""
         mine, its = NormalizedCopy.of(self.title).text, NormalizedCopy.of(other.title).text
         same_title = its in mine if unit_of(self) == unit_of(other) else bool(its) and its == mine
         return (self.number, self.last) == (other.number, other.last) and same_title
@@ -252,24 +252,24 @@ def _parse(
     """Parse `line` around its label, which is `line[begin:end]`."""
     indent = line[: len(line) - len(line.lstrip())]
     cut: list[tuple[str, str]] = []
-    words, after = line[len(indent) : begin], line[end:].rstrip()
-    opened = re.match(rf"(?:{_DECORATION}|\s)*", words)[0]  # type: ignore[index]
-    if any(_CLOSERS[_OPENERS.index(mark)] in words for mark in opened if mark in _OPENERS):
-        opened = ""  # "《雪》第一章": the marks belong to the words
-    words = words[len(opened) :].rstrip()
+    prefix, after = line[len(indent) : begin], line[end:].rstrip()
+    opened = re.match(rf"(?:{_DECORATION}|\s)*", prefix)[0]  # type: ignore[index]
+    if any(_CLOSERS[_OPENERS.index(mark)] in prefix for mark in opened if mark in _OPENERS):
+        opened = ""  # "《雪》第一章": the brackets belong to the prefix
+    prefix = prefix[len(opened) :].rstrip()
     if opened.strip():
         cut.append(("heading_decoration", opened.strip()))
-    known = _KNOWN_PREFIX.match(words)
+    known = _KNOWN_PREFIX.match(prefix)
     if known and known[0]:
         cut.append(("heading_prefix", known[0].strip()))
-        words = words[known.end() :]
+        prefix = prefix[known.end() :]
     volume = " ".join(outer.split())
     if outer:
-        words = words.removesuffix(outer.rstrip()).rstrip()
-    if words and _VOLUME_PREFIX.fullmatch(words):
-        volume = " ".join(f"{words} {volume}".split())
-        words = ""
-    cut += [("heading_prefix", words)] * bool(words) + [("volume_heading", volume)] * bool(volume)
+        prefix = prefix.removesuffix(outer.rstrip()).rstrip()
+    if prefix and _VOLUME_PREFIX.fullmatch(prefix):
+        volume = " ".join(f"{prefix} {volume}".split())
+        prefix = ""
+    cut += [("heading_prefix", prefix)] * bool(prefix) + [("volume_heading", volume)] * bool(volume)
     closed, after = _close(opened, after)
     cut += closed
     separator = _SEPARATOR.match(after)[0]  # type: ignore[index]
@@ -282,16 +282,16 @@ def _parse(
         and title[-1:] not in tuple("，、；：,;:（(“「『《")
         and title[:1] not in tuple("，。、；！？”」』》）)]】")
         and not ended
-        and (separated or not words or title[0] not in _CONTINUES)
+        and (separated or not prefix or title[0] not in _CONTINUES)
     )
     label = line[begin:end]
     blank = " " if label[:1].isascii() and label[:1].isalpha() else ""  # 第　一　回 is 第一回; Chapter 3 stays
-    goes_on = not separated and (title[0] in _CONTINUES or _WORD.match(line, max(begin, end - len(unit))) is not None)
+    in_prose = not separated and (title[0] in _CONTINUES or _WORD.match(line, max(begin, end - len(unit))) is not None)
     return HeadingCandidate(
         index=index, indent=indent, unit=unit, number=number, last=number or 0, label=blank.join(label.split()),
-        title=title, joint="".join(separator.split()), separated=separated, prefix=words, volume=volume,
-        fits_shape=fits, shaped=fits and not words and not goes_on, several=False, ended=ended,
-        doubtful=fits and not words and goes_on, cut=tuple(cut),
+        title=title, joint="".join(separator.split()), separated=separated, prefix=prefix, volume=volume,
+        fits_shape=fits, shaped=fits and not prefix and not in_prose, several=False, ended=ended,
+        doubtful=fits and not prefix and in_prose, cut=tuple(cut),
     )  # fmt: skip
 
 

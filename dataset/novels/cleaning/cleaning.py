@@ -10,7 +10,7 @@ import re
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, fields
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import numpy as np
 import opencc
@@ -20,6 +20,7 @@ from dataset.novels.cleaning.rules import Rule, read_rules
 from dataset.novels.normalized import SENTENCE_ENDS, NormalizedCopy, WordSearch, character_codes, folding_table
 from dataset.novels.records import Line, Removed
 
+_converter = functools.cache(opencc.OpenCC)
 _EFFECTIVE = {field.name for field in fields(Rule)} - {"about", "removes", "keeps"}
 _EDGE_LINES = 40
 _FRONT_CHARACTERS = 600
@@ -144,15 +145,10 @@ def clean(text: str, rules: Rules) -> Cleaned:
 def to_simplified(text: str) -> str:
     """Convert traditional characters to simplified ones by OpenCC's t2s (characters and phrases).
 
-    Where one simplified character stands for several traditional ones their difference is lost; where a traditional
+    Where several traditional characters have one simplified form, their difference is lost; where a traditional
     character is a simplified one too, OpenCC decides by phrases (乾 in 乾隆 and 著 in 名著 stay).
     """
-    return _converter().convert(text)
-
-
-@functools.cache
-def _converter() -> Any:
-    return opencc.OpenCC("t2s")
+    return str(_converter("t2s").convert(text))
 
 
 def _suspicious(text: str, count: int, rules: Rules) -> Sequence[int]:

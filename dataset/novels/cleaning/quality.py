@@ -93,7 +93,7 @@ def judge(text: str) -> Quality:
             letters < _LOWEST_CHINESE,
             f"mostly not Chinese, or wrongly decoded: {letters:.0%} of its letters are Chinese characters",
         ),
-        (damage > _HIGHEST_DAMAGE, f"wrongly decoded: {damage:.0%} of it are marks such as 锟斤拷"),
+        (damage > _HIGHEST_DAMAGE, f"wrongly decoded: {damage:.0%} of it is garbage such as 锟斤拷"),
         (
             strange > _HIGHEST_STRANGE,
             f"scrambled or wrongly decoded: {strange:.0%} of its characters are hardly found in Chinese books",

@@ -73,11 +73,12 @@ def _ends_address(copy: NormalizedCopy, begin: int, end: int, marked: bool) -> b
 
 
 def _gap(copy: NormalizedCopy, place: int) -> str:
-    """The text in the line before the character at `place` of the copy, without marks over letters."""
+    """The text in the line before the character at `place` of the copy, without combining characters."""
     if not 0 < place < len(copy.text):
         return ""
-    between = _raw_gap(copy, place)
-    return "".join(character for character in between if unicodedata.category(character) not in ("Mn", "Cf"))
+    return "".join(
+        character for character in _raw_gap(copy, place) if unicodedata.category(character) not in ("Mn", "Cf")
+    )
 
 
 def is_disguised(part: str) -> bool:
@@ -105,7 +106,7 @@ def _raw_gap(copy: NormalizedCopy, place: int) -> str:
 
 
 def is_scattered(part: str) -> bool:
-    """Whether meaningless marks separate most characters: "最⊥新⊥小⊥说"."""
+    """Whether meaningless symbols separate most characters: "最⊥新⊥小⊥说"."""
     copy = NormalizedCopy.of(part)
     gaps = [_raw_gap(copy, place) for place in range(1, len(copy.text))]
     marked = sum(any(character not in _ORDINARY for character in gap) for gap in gaps)
@@ -202,8 +203,9 @@ def _built_in() -> tuple[Rule, ...]:
 
 def _entries(path: Path) -> list[tuple[dict[str, Any], str]]:
     """The rows of a file, each with its description for errors."""
-    remedy = "write it in UTF-8, as dataset/novels/cleaning/rules.yaml"
-    content = read_yaml(path, "name an existing file with --rules", remedy)
+    content = read_yaml(
+        path, "name an existing file with --rules", "write it in UTF-8, as dataset/novels/cleaning/rules.yaml"
+    )
     rows = content.get("rules") if isinstance(content, dict) and set(content) == {"rules"} else None
     if not isinstance(rows, list) or not all(isinstance(row, dict) for row in rows):
         raise UserError(
@@ -233,13 +235,12 @@ def _make_rule(entry: dict[str, Any], place: str) -> Rule:
         raise UserError(f"{place} has no name or no pattern", "give it both")
     values: dict[str, Any] = {key: tuple(value) if isinstance(value, list) else value for key, value in entry.items()}
     rule = Rule(**values)
-    choices = (
+    for key, value, allowed in (
         ("where", rule.where, _ORDER),
         ("near", rule.near, _NEAR),
         ("after", rule.after, _AFTER),
         ("written", rule.written, tuple(WRITTEN)),
-    )
-    for key, value, allowed in choices:
+    ):
         if value not in allowed:
             raise UserError(f"{place}: {key} is {value!r}", f"take one of {', '.join(allowed)}")
     words = [word for word in rule.contains if isinstance(word, str) and word]
@@ -267,7 +268,7 @@ def _make_rule(entry: dict[str, Any], place: str) -> Rule:
     try:
         _ = rule.search, rule.refuse, rule.last, rule.counted
     except re.error as error:
-        raise UserError(f"{place}: {error} in its pattern", "mend the regular expression (Python's re)") from error
+        raise UserError(f"{place}: {error} in its pattern", "correct the regular expression (Python's re)") from error
     return rule
 
 

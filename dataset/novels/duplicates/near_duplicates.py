@@ -134,14 +134,14 @@ def find_duplicates(books: Sequence[BookPrints], thresholds: Thresholds = DEFAUL
 
 
 def order_of(books: Sequence[BookPrints], first: Sequence[bool] = ()) -> list[int]:
-    """Indices of the books, in the order in which they are kept: those marked as `first`, the longest, by source.
+    """Indices of the books, in the order in which they are kept: those flagged in `first`, the longest, by source.
 
     The longest of several editions is the one least likely to lack something, and is kept whole.
     """
-    marks = first or [False] * len(books)
+    is_first = first or [False] * len(books)
     return sorted(
         range(len(books)),
-        key=lambda i: (not marks[i], -int(books[i].prints.characters.sum()), books[i].source, books[i].name),
+        key=lambda i: (not is_first[i], -int(books[i].prints.characters.sum()), books[i].source, books[i].name),
     )
 
 

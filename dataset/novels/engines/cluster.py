@@ -73,7 +73,7 @@ def run_on(
         engine: one of ENGINES.
         files: absolute, or relative to the working folder, under the same path on all machines.
         function: file -> artefact; it must be safe to call twice.
-        logging_folder: on the shared file system; each call makes a folder of its own in it for logs and marks.
+        logging_folder: on the shared file system; each call makes a folder in it for its logs and completion marks.
         workers: how many tasks run at the same time.
         tasks: into how many tasks the files are divided [default: four per worker]; a task that fails is repeated
             whole.
@@ -155,7 +155,7 @@ def new_run_folder(logging_folder: Path) -> Path:
     """run-0001, run-0002, …: the next one, which only this user can write to.
 
     datatrove skips tasks that a mark in the folder says are done, even if their files have changed since: a new folder
-    has no marks. Code is unpickled from it, so nobody else may write to it.
+    has none. Code is unpickled from it, so nobody else may write to it.
     """
     logging_folder.mkdir(parents=True, exist_ok=True)
     number = 1 + sum(1 for _ in logging_folder.glob("run-*"))

@@ -10,7 +10,7 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
-from dataset.novels.records import BookRecord
+from dataset.novels.records import BookRecord, count_removed
 from dataset.novels.report.charts import (
     BarSegment,
     LogScale,
@@ -40,6 +40,7 @@ FATES = {
     "refused": ("In refused books", "拒收的书"),
 }
 SCRIPTS = {"simplified": "simplified 简体", "traditional": "traditional 繁体", "none": "–"}
+SHARES_SHOWN = (("shortest 最短", 0), ("10 %", 0.1), ("90 %", 0.9), ("longest 最长", 1))
 SPLITS = {"train": "training 训练", "held_out": "held out 留出", "refused": "refused 拒收"}
 
 
@@ -154,19 +155,20 @@ def describe_encodings(books: Sequence[BookRecord]) -> list[tuple[str, int, int]
     characters: Counter[str] = Counter()
     for book in books:
         characters[book.encoding] += book.characters_in
-    ordered = sorted(counts, key=lambda encoding: (-counts[encoding], encoding))
-    return [(encoding or "unknown 未知", counts[encoding], characters[encoding]) for encoding in ordered]
+    return [
+        (encoding or "unknown 未知", count, characters[encoding])
+        for encoding, count in sorted(counts.items(), key=lambda item: (-item[1], item[0]))
+    ]
 
 
 def describe_lengths(books: Sequence[BookRecord]) -> list[dict[str, Any]]:
     """Charts of the lengths of chapters and of books, with a few figures each."""
-    shares_shown = (("shortest 最短", 0), ("10 %", 0.1), ("90 %", 0.9), ("longest 最长", 1))
     return [
         {
             "english": english,
             "chinese": chinese,
             "picture": histogram(lengths, f"{english}: characters, on a logarithmic axis", english.lower()),
-            "figures": [(name, quantile(sorted(lengths), share)) for name, share in shares_shown],
+            "figures": [(name, quantile(sorted(lengths), share)) for name, share in SHARES_SHOWN],
         }
         for english, chinese, lengths in (
             ("Chapters", "章节长度", [length for book in books for length in book.chapter_characters]),
@@ -207,12 +209,7 @@ def _describe_book(book: BookRecord, scale: LogScale, longest: int) -> dict[str,
 
 def describe_rules(books: Sequence[BookRecord], examples: Mapping[str, Sequence[Mapping[str, Any]]]) -> dict[str, Any]:
     """What each rule removed from the books that were kept: most characters first, with examples."""
-    lines: Counter[str] = Counter()
-    characters: Counter[str] = Counter()
-    for book in books:
-        for rule, counts in book.removed.items():
-            lines[rule] += counts["lines"]
-            characters[rule] += counts["characters"]
+    lines, characters = count_removed(books)
     names = sorted(lines, key=lambda rule: (-characters[rule], rule))
     whole = sum(characters.values())
     largest = max(characters.values(), default=0)

@@ -13,7 +13,7 @@ from xml.etree import ElementTree
 from dataset.decode import decode_tolerant
 from dataset.mending import BadBytes
 from dataset.novels.normalized import without_blanks
-from dataset.novels.records import HostileFileError, RawBook, Section
+from dataset.novels.records import BookSection, HostileFileError, RawBook
 from dataset.novels.sources.epub_pages import (
     CHAPTER_UNITS,
     PageBlock,
@@ -172,7 +172,7 @@ class _Package:
                 found = _nav_titles(self.xml(name)) if key == nav else _ncx_titles(self.xml(name))
             except UserError as error:
                 why = self.why_lost(error, name)
-                self.findings.append(f"the table of contents is lost, and chapters are told by their headings: {why}")
+                self.findings.append(f"the table of contents is lost, and chapters are found by their headings: {why}")
                 continue
             titles: dict[tuple[str, str], str] = {}
             for href, title in found:
@@ -222,7 +222,7 @@ class _SectionDraft:
     rule: str = ""
     blocks: list[PageBlock] = field(default_factory=list)
 
-    def finished(self) -> Section:
+    def finished(self) -> BookSection:
         title, rest = self.title, [block for block in self.blocks if block.text]
         joined = ""
         for count, block in enumerate(rest, start=1):  # the heading is not repeated
@@ -233,7 +233,7 @@ class _SectionDraft:
             if not without_blanks(title).startswith(joined):
                 break
         texts = [block.text for block in rest]
-        return Section(title, "\n".join(texts), self.rule or matter_of_section(title, texts))
+        return BookSection(title, "\n".join(texts), self.rule or matter_of_section(title, texts))
 
 
 class _SectionBuilder:

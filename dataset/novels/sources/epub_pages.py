@@ -26,9 +26,9 @@ _READINGS = frozenset(("rt", "rp", "rtc"))
 _VOID = frozenset(("area", "br", "col", "hr", "img", "input", "link", "meta", "source", "wbr"))
 _BLANKS = re.compile(r"[ \t\n\r\f]+")
 _WRAP = re.compile(r"(?<=[\u2e80-\u9fff\uff00-\uffef]) ?\n ?(?=[\u2e80-\u9fff\uff00-\uffef])")
-_IMAGE = "\ufffc"  # stands for an image: Unicode's object replacement character
+_IMAGE = "\ufffc"  # in place of an image: Unicode's object replacement character
 _HIDDEN = re.compile(r"display\s*:\s*none|visibility\s*:\s*hidden", re.IGNORECASE)
-# Alternative texts that describe an image, not a character that it stands for.
+# Alternative texts that describe an image, not a character that it depicts.
 _CAPTIONS = frozenset((
     "图", "圖", "图片", "圖片", "插图", "插圖", "插画", "插畫", "封面", "图像", "照片", "表情", "空白", "分隔线",
 ))  # fmt: skip
@@ -65,7 +65,7 @@ class Image(NamedTuple):
 
     @property
     def character(self) -> str:
-        """The characters that it stands for; "" if its alternative text names none."""
+        """The characters that it depicts; "" if its alternative text names none."""
         alt = without_blanks(self.alt)
         return alt if 0 < len(alt) <= MAX_ALT and alt not in _CAPTIONS and not alt.isascii() else ""
 
@@ -90,7 +90,7 @@ class PageBlock:
 
     @property
     def text(self) -> str:
-        """Its text, blanks normalised; images in running text are replaced by the characters that they stand for."""
+        """Its text, blanks normalised; images in running text are replaced by the characters that they depict."""
         images = iter(self.images)
         shown = self.is_running
         joined = re.sub(_IMAGE, lambda _: next(images).character if shown else "", "".join(self.fragments))

@@ -15,7 +15,7 @@ from dataset.decode import decode_tolerant, read_bytes
 from dataset.mending import BadBytes
 from dataset.novels.chapters.headings import HeadingCandidate, first_heading
 from dataset.novels.chapters.numerals import DIGITS, to_number
-from dataset.novels.records import HostileFileError, RawBook, Section
+from dataset.novels.records import BookSection, HostileFileError, RawBook
 from novelgpt.settings.errors import UserError
 
 MIN_FILES = 3
@@ -174,7 +174,7 @@ def join_series(series: Series, source: str, read: Callable[[str], bytes]) -> Ra
     sections = []
     for member, text in texts.items():
         part = _part(Path(member))
-        sections.append(Section(part.title if part else "", text.strip("\n")))
+        sections.append(BookSection(part.title if part else "", text.strip("\n")))
     return RawBook(series.name, source, "", encoding, tuple(bad), tuple(sections), (finding, *lost))
 
 

@@ -19,7 +19,7 @@ from pathlib import Path, PurePath, PurePosixPath
 from typing import IO, Any, TypeAlias
 
 from dataset.decode import decode_tolerant, likeliest_encoding, read_bytes
-from dataset.novels.records import HostileFileError, RawBook, Section
+from dataset.novels.records import BookSection, HostileFileError, RawBook
 from dataset.novels.sources.epub import read_epub
 from dataset.novels.sources.series import PREVIEW_BYTES, Series, decode_references, find_series, join_series
 from novelgpt.settings.errors import UserError
@@ -295,7 +295,7 @@ def _read_rows(lines: Iterator[bytes], source: str, stem: str) -> Iterator[RawBo
     is_empty = True
     for name, rows in itertools.groupby(_rows(lines, source, stem), key=lambda row: row[0]):
         is_empty = False
-        sections, size, first, encoding = list[Section](), 0, "", ""
+        sections, size, first, encoding = list[BookSection](), 0, "", ""
         for _, where, encoding_of_row, section in rows:
             first, encoding = first or where, encoding_of_row
             sections.append(section)
@@ -309,7 +309,7 @@ def _read_rows(lines: Iterator[bytes], source: str, stem: str) -> Iterator[RawBo
         raise UserError(f"{source} is empty", "name a file with content, or leave this one out")
 
 
-def _rows(lines: Iterator[bytes], source: str, stem: str) -> Iterator[tuple[str, str, str, Section]]:
+def _rows(lines: Iterator[bytes], source: str, stem: str) -> Iterator[tuple[str, str, str, BookSection]]:
     """(name of its book, file and line, encoding, section) of each row."""
     encoding = ""
     for number, raw in enumerate(lines, start=1):
@@ -324,7 +324,7 @@ def _rows(lines: Iterator[bytes], source: str, stem: str) -> Iterator[tuple[str,
         text, book, chapter, title = _row_fields(raw, encoding.removesuffix("-sig"), where)
         name = _clean_name(book, stem) if book or chapter or title else f"{stem}-{number}"
         heading = title if title.startswith(chapter) else chapter if chapter.endswith(title) else f"{chapter} {title}"
-        yield name, where, encoding, Section(heading, text)
+        yield name, where, encoding, BookSection(heading, text)
 
 
 def _row_fields(raw: bytes, encoding: str, where: str) -> tuple[str, str, str, str]:

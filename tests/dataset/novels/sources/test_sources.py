@@ -14,7 +14,7 @@ from pathlib import Path
 import pytest
 
 from dataset.mending import BadBytes
-from dataset.novels.records import RawBook, Section
+from dataset.novels.records import BookSection, RawBook
 from dataset.novels.sources.sources import FREE_BYTES, list_folder, read_books
 from novelgpt.settings.errors import UserError
 
@@ -130,16 +130,18 @@ PLAIN = {  # file name -> content, books
             {"text": "甲三", "book": "甲", "chapter": "第三回", "title": "第三回 风"},
         ),
         [
-            RawBook("甲", "行.jsonl:1", "", "utf-8", (), (Section("第一回 雪", "甲一\n甲"), Section("2", "甲二"))),
+            RawBook(
+                "甲", "行.jsonl:1", "", "utf-8", (), (BookSection("第一回 雪", "甲一\n甲"), BookSection("2", "甲二"))
+            ),
             RawBook("乙", "行.jsonl:3", "乙", "utf-8"),
             RawBook("行-4", "行.jsonl:4", "丙", "utf-8"),
             RawBook("行-5", "行.jsonl:5", "丁", "utf-8"),
-            RawBook("甲", "行.jsonl:6", "", "utf-8", (), (Section("第三回 风", "甲三"),)),
+            RawBook("甲", "行.jsonl:6", "", "utf-8", (), (BookSection("第三回 风", "甲三"),)),
         ],
     ),
     "章.jsonl": (
         b"\xef\xbb\xbf\r\n" + rows({"text": "一", "title": "上"}, {"text": "二", "title": "下"}),
-        [RawBook("章", "章.jsonl:2", "", "utf-8-sig", (), (Section("上", "一"), Section("下", "二")))],
+        [RawBook("章", "章.jsonl:2", "", "utf-8-sig", (), (BookSection("上", "一"), BookSection("下", "二")))],
     ),
     "gbk.jsonl": (
         json.dumps({"text": SIMPLIFIED}, ensure_ascii=False).encode("gb18030"),
@@ -165,8 +167,8 @@ EPUBS = {  # content -> sections
             '<ol><li><a href="one.xhtml">第一章 雪</a></li><li><a href="two.xhtml">第二章&nbsp;风</a></li></ol>',
         ),
         [
-            Section("第一章 雪", "　　他说：“来。”\n第二段，有字\n换行\n接着说 two words\xa0—好"),
-            Section("第二章 风", "话\n里\n话\n甲\n乙"),
+            BookSection("第一章 雪", "　　他说：“来。”\n第二段，有字\n换行\n接着说 two words\xa0—好"),
+            BookSection("第二章 风", "话\n里\n话\n甲\n乙"),
         ],
     ),
     "epub 2, chapters inside a page": (
@@ -175,19 +177,19 @@ EPUBS = {  # content -> sections
             "<navMap>" + point("一", "all.html#c1") + point("二", "all.html#c2") + "</navMap>",
             version=2,
         ),
-        [Section("", "题记"), Section("一", "甲"), Section("二", "乙")],
+        [BookSection("", "题记"), BookSection("一", "甲"), BookSection("二", "乙")],
     ),
     "headings only": (
         epub({"a": page("<h1>序</h1><p>甲</p>"), "b": page("<h1>一</h1><p>乙</p>"), "c": page("<p>丙</p>")}),
-        [Section("序", "甲"), Section("一", "乙\n丙")],
+        [BookSection("序", "甲"), BookSection("一", "乙\n丙")],
     ),
     "a volume's page": (
         epub({"v.html": page("<h1>上卷</h1>"), "a.html": page("<h1>一</h1><p>甲</p>")}),
-        [Section("上卷", ""), Section("一", "甲")],
+        [BookSection("上卷", ""), BookSection("一", "甲")],
     ),
     "headings in one page": (
         epub({"all": page("<h1>书名</h1><h2>雨</h2><p>甲</p><h2>渡</h2><h3>一</h3><p>乙</p><h2>信</h2><p>丙</p>")}),
-        [Section("书名", ""), Section("雨", "甲"), Section("渡 一", "乙"), Section("信", "丙")],
+        [BookSection("书名", ""), BookSection("雨", "甲"), BookSection("渡 一", "乙"), BookSection("信", "丙")],
     ),
     "numbered headings in the pages of volumes": (
         epub(
@@ -202,8 +204,8 @@ EPUBS = {  # content -> sections
             version=2,
         ),
         [
-            Section("第一卷 江湖", ""), Section("第一章 雨", "甲\n其一\n乙"), Section("第二章 渡", "丙"),
-            Section("第三章 信", "丁\n第一节\n戊"),
+            BookSection("第一卷 江湖", ""), BookSection("第一章 雨", "甲\n其一\n乙"), BookSection("第二章 渡", "丙"),
+            BookSection("第三章 信", "丁\n第一节\n戊"),
         ],
     ),
     "readings": (
@@ -215,7 +217,7 @@ EPUBS = {  # content -> sections
                 )
             }
         ),
-        [Section("", "名叫饕餮，握着剑来。\n漢字。甲乙")],
+        [BookSection("", "名叫饕餮，握着剑来。\n漢字。甲乙")],
     ),
     "what readers do not see": (
         epub(
@@ -226,7 +228,7 @@ EPUBS = {  # content -> sections
                 )
             }
         ),
-        [Section("", "甲乙丙\n丁")],
+        [BookSection("", "甲乙丙\n丁")],
     ),
     "images of characters": (
         epub(
@@ -237,7 +239,7 @@ EPUBS = {  # content -> sections
                 )
             }
         ),
-        [Section("", "身体微微龘靐。\n看海")],
+        [BookSection("", "身体微微龘靐。\n看海")],
     ),
     "pages that are no part of the book": (
         epub(
@@ -255,12 +257,13 @@ EPUBS = {  # content -> sections
             "".join(point(title, name) for name, title in zip("abce", "雨渡信船", strict=True)), version=2,
         ),
         [
-            Section("", "版权信息\n书名：雨\nISBN：9787", "imprint_page"),
-            Section("", "书名：雨\n作者：某\n出版社：某社\n雨", "imprint_page"),
-            Section("", "雨\n渡\n信\n船", "contents_page"), Section("", "目錄\n雨", "contents_page"),
-            Section("雨", "甲"), Section("渡", "乙"), Section("信", "他说：“关注我的公众号，免费领取电子书。”"),
-            Section("目录", "他翻开目录，一页一页地看了下去。" * 8), Section("船", "丁"),
-            Section("", "扫码关注公众号，领取电子书。\n更多好书：www.x.com", "advertisement_page"),
+            BookSection("", "版权信息\n书名：雨\nISBN：9787", "imprint_page"),
+            BookSection("", "书名：雨\n作者：某\n出版社：某社\n雨", "imprint_page"),
+            BookSection("", "雨\n渡\n信\n船", "contents_page"), BookSection("", "目錄\n雨", "contents_page"),
+            BookSection("雨", "甲"), BookSection("渡", "乙"),
+            BookSection("信", "他说：“关注我的公众号，免费领取电子书。”"),
+            BookSection("目录", "他翻开目录，一页一页地看了下去。" * 8), BookSection("船", "丁"),
+            BookSection("", "扫码关注公众号，领取电子书。\n更多好书：www.x.com", "advertisement_page"),
         ],
     ),
     "headings over several lines and in two parts": (
@@ -271,7 +274,7 @@ EPUBS = {  # content -> sections
                 "c": page("<h2>旧<br/>信</h2><p>丙</p>"),
             }
         ),
-        [Section("第一章 雨夜", "甲"), Section("第二章 渡口", "乙"), Section("旧 信", "丙")],
+        [BookSection("第一章 雨夜", "甲"), BookSection("第二章 渡口", "乙"), BookSection("旧 信", "丙")],
     ),
     "headings that are paragraphs": (
         epub(
@@ -283,15 +286,15 @@ EPUBS = {  # content -> sections
             version=2,
         ),
         [
-            Section("上卷", ""), Section("第一章 雨", f"{LONG}雨。"), Section("第二章 渡", f"{LONG}渡。"),
-            Section("下卷", ""), Section("第三章 信", f"{LONG}信。"), Section("第四章 船", f"{LONG}船。"),
+            BookSection("上卷", ""), BookSection("第一章 雨", f"{LONG}雨。"), BookSection("第二章 渡", f"{LONG}渡。"),
+            BookSection("下卷", ""), BookSection("第三章 信", f"{LONG}信。"), BookSection("第四章 船", f"{LONG}船。"),
         ],
     ),
     "signs of notes": (
         epub({"a": page('<p>他来<a href="n#b1"><img alt="注" src="n.png"/></a>了<img alt="靐" src="w"/>。</p>')}),
-        [Section("", "他来了靐。")],
+        [BookSection("", "他来了靐。")],
     ),
-    "no headings": (epub({"a.html": page("<p>甲</p>"), "b.html": page("<p>乙</p>")}), [Section("", "甲\n乙")]),
+    "no headings": (epub({"a.html": page("<p>甲</p>"), "b.html": page("<p>乙</p>")}), [BookSection("", "甲\n乙")]),
 }  # fmt: skip
 
 BOMB = zipped({"a.txt": b"\xe5\xa5\xbd" * (FREE_BYTES // 2)})
@@ -436,7 +439,7 @@ def test_wrong_media_types_and_mixed_case_cost_no_page(tmp_path: Path) -> None:
     members["OEBPS/content.opf"] = package.encode()
     members["OEBPS/text/C.xhtml"] = members.pop("OEBPS/Text/c.xhtml")
     (book,) = read_books(written(tmp_path, "书.epub", zipped(members)), tmp_path)
-    assert book.sections == (Section("雨", "甲"), Section("渡", "乙"), Section("信", "丙"))
+    assert book.sections == (BookSection("雨", "甲"), BookSection("渡", "乙"), BookSection("信", "丙"))
     assert book.findings == ()
     svg = package.replace('media-type="application/xml"', 'media-type="image/svg+xml"').replace("b.xml", "b.svg")
     (book,) = read_books(written(tmp_path, "图.epub", zipped(members | {"OEBPS/content.opf": svg.encode()})), tmp_path)
