@@ -113,7 +113,7 @@ def folding_table() -> np.ndarray:
 
 @functools.cache
 def fold(character: str) -> str:
-    """A character's normalised form: half width, lower case, plain, simplified, the first of several; "" for accents."""
+    """A character's normalised form: half width, lower case, plain, simplified, the first of several; "" if none."""
     folded = next(filter(str.isalnum, unicodedata.normalize("NFKC", character).lower()), "")
     if not folded.isascii() or not folded:
         styled = _STYLED.fullmatch(unicodedata.name(folded or character, ""))
