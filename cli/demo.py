@@ -7,20 +7,28 @@ Each step is the real command, in its own process. No GPU, no model hub.
 
 from __future__ import annotations
 
+import json
 import os
+import shlex
 import shutil
 import signal
 import subprocess
 import sys
 from contextlib import suppress
 from pathlib import Path
+from typing import Any
+
+from rich.box import SIMPLE_HEAD
 
 from novelgpt.launch.start import SETTLED, own_paths
+from novelgpt.settings.atomic_files import atomic_write
 from novelgpt.settings.command_parser import CommandParser
+from novelgpt.settings.console import make_console, number_table
 from novelgpt.settings.errors import exit_on_user_error
 from novelgpt.settings.hardware import visible_gpus
 from novelgpt.settings.library_settings import process_defaults
 from novelgpt.settings.paths import OUTPUT, ROOT, SAMPLES, check_folder_can_be_made
+from novelgpt.settings.remedies import environment_program
 from novelgpt.settings.signals import STOP_SIGNALS
 from novelgpt.settings.terminal import say
 
@@ -29,6 +37,13 @@ BASE = "tiny-qwen3"
 RUNS = ("base", "pretrain", "finetune", "finetune_lora")
 MADE = (BASE, *RUNS, "report", "summary.json")
 ANSWERS = ("--max_new_tokens", "320")
+MODELS = {
+    "base": "base",
+    "pretrain": "pretrained",
+    "finetune": "full SFT",
+    "finetune_lora": "LoRA SFT",
+}
+SCORES = ("rouge-1", "rouge-2", "rouge-l")
 
 
 @exit_on_user_error
@@ -42,7 +57,11 @@ def main(argv: list[str] | None = None) -> None:
     demo = parser.parse_args(argv).folder.resolve()
     check_folder_can_be_made(demo, f"the folder {demo}")
     for name in MADE:
-        _remove(demo / name)
+        path = demo / name
+        if path.is_dir() and not path.is_symlink():
+            shutil.rmtree(path)
+        else:
+            path.unlink(missing_ok=True)
     _run("novelgpt.model.embedded_base", str(demo / BASE))
 
     say("", "== 1/5 The untouched base answers the held-out pairs")
@@ -66,16 +85,7 @@ def main(argv: list[str] | None = None) -> None:
 
     say("", "== 5/5 Results")
     _run("predict.report", *(str(demo / name) for name in RUNS), "--output", str(demo / "report"))
-    from cli.demo_table import write_summary  # not before: it takes rich
-
     write_summary(demo)
-
-
-def _remove(path: Path) -> None:
-    if path.is_dir() and not path.is_symlink():
-        shutil.rmtree(path)
-    else:
-        path.unlink(missing_ok=True)
 
 
 def _train(pipeline: str, model: Path, output: Path, valid: Path, *further: str) -> None:
@@ -117,6 +127,53 @@ def _run(*args: str) -> None:
         raise SystemExit(process.returncode if process.returncode > 0 else 128 - process.returncode)
     if received:
         raise SystemExit(128 + received[0])
+
+
+def write_summary(demo: Path) -> None:
+    """Write summary.json into the folder of a demo whose runs have ended, and print its table.
+
+    The base is not trained: its seconds and tokens per second are those of answering.
+    """
+    runs = {name: _read_json(demo / name / "run.json")["results"] for name in MODELS if name != "base"}
+    summary: dict[str, dict[str, float]] = {}
+    for name in MODELS:
+        scores = _read_json(demo / name / ("scores.json" if name == "base" else "predict/scores.json"))
+        figures = {"eval_loss": scores["loss"], "perplexity": scores["perplexity"]}
+        figures |= {metric: scores[metric] for metric in SCORES}
+        figures["seconds"] = scores["seconds"] if name == "base" else runs[name]["train_runtime"]
+        figures["tokens_per_second"] = runs.get(name, scores)["tokens_per_second"]
+        summary[name] = figures
+    before, after = (runs["pretrain"][name] for name in ("start_eval_perplexity", "eval_perplexity"))
+    summary["base"]["heldout_book_perplexity"] = before
+    summary["pretrain"]["heldout_book_perplexity"] = after
+    atomic_write(demo / "summary.json", json.dumps(summary, indent=2) + "\n")
+    headings = ("model", "eval loss", "perplexity", *SCORES, "seconds", "tokens/s")
+    table = number_table("Held-out title -> abstract pairs", *headings)
+    table.box, table.show_edge, table.pad_edge, table.padding = SIMPLE_HEAD, False, False, (0, 1, 0, 0)
+    for name, label in MODELS.items():
+        figures = summary[name]
+        table.add_row(
+            label,
+            f"{figures['eval_loss']:.3f}",
+            f"{figures['perplexity']:.1f}",
+            *(f"{100 * figures[metric]:.2f}" for metric in SCORES),
+            f"{figures['seconds']:.0f}",
+            f"{figures['tokens_per_second']:,.0f}",
+        )
+    make_console(soft_wrap=True).print(table)
+    say(
+        f"Held-out book: perplexity {before:.1f} -> {after:.1f} by pretraining, {before / after:.1f} times lower.",
+        "Loss in nats per token, ROUGE in %; seconds and tokens/s of training (base: of answering).",
+        f"  curves        {demo}/*/loss.png",
+        f"  predictions   {demo}/base/predictions.jsonl, {demo}/*/predict/predictions.jsonl",
+        f"  figures       {demo}/summary.json",
+        f"  all curves    {environment_program('tensorboard')} --logdir {shlex.quote(str(demo))}",
+    )
+
+
+def _read_json(path: Path) -> dict[str, Any]:
+    content: dict[str, Any] = json.loads(path.read_text(encoding="utf-8"))
+    return content
 
 
 if __name__ == "__main__":

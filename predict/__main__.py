@@ -25,11 +25,11 @@ from novelgpt.model.hub import folder_of
 from novelgpt.model.loading import longest_row
 from novelgpt.model.tokenizer import load_tokenizer
 from novelgpt.settings.arguments import InferenceModelArguments, PredictArguments
-from novelgpt.settings.attempts import this_attempt
 from novelgpt.settings.errors import UserError, exit_on_user_error
 from novelgpt.settings.parser import parse_arguments
 from novelgpt.settings.paths import EMBEDDED_BASE, TINY, check_folder_can_be_made
 from novelgpt.settings.process import leave_process_group
+from novelgpt.settings.run_record import this_attempt
 from novelgpt.settings.runs import PredictRun
 from novelgpt.settings.terminal import counted, progress, say
 from predict.generate import AnswerRows, continuously, in_batches, reference_sums, through_endpoint

@@ -9,7 +9,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Literal
 
-from cli.convert_config.values import typed
+from cli.convert_config.source import typed
 from novelgpt.settings.errors import UserError
 from novelgpt.settings.peer_names import PEER_NAMES
 from novelgpt.settings.remedies import as_typed

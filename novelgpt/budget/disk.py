@@ -95,21 +95,19 @@ def forecast_disk(
     # ZeRO hands out copies, of which nothing tells any more that they were one.
     weights = model.saved + (model.shared if training.deepspeed else 0) + tokenizer + SMALL_FILES
     numbers = sum(count for count, _ in model.trained)
-    states = 0 if training.save_only_model else int(numbers * state_bytes(training))
-    total = _total_steps(training, steps)
+    each: float = optimizer_bytes(training)
+    if training.deepspeed:
+        settings: dict[str, Any] = training.hf_deepspeed_config.config
+        each = ADAMW_BYTES if "optimizer" in settings else each
+        stage = int(settings.get("zero_optimization", {}).get("stage", 0))
+        each += MASTER_BYTES if stage or compute_dtype(training) is not None else 0
+    states = 0 if training.save_only_model else int(numbers * each)
+    total = training.max_steps if training.max_steps > 0 else None
+    if total is None and steps is not None:
+        total = math.ceil(training.num_train_epochs * steps)
     most, kept = _checkpoints(training, total)
     points = 0 if total is None else _times(total, training.logging_steps, total)
     return DiskForecast(weights + states, most, kept, weights, RUN_FILES + POINT_BYTES * points)
-
-
-def state_bytes(training: TrainArguments) -> float:
-    """Bytes that a checkpoint keeps of the optimizer for each trained weight."""
-    if not training.deepspeed:
-        return optimizer_bytes(training)
-    settings: dict[str, Any] = training.hf_deepspeed_config.config
-    states = ADAMW_BYTES if "optimizer" in settings else optimizer_bytes(training)
-    stage = int(settings.get("zero_optimization", {}).get("stage", 0))
-    return states + (MASTER_BYTES if stage or compute_dtype(training) is not None else 0)
 
 
 def steps_in_epoch(rows: int, training: TrainArguments) -> int:
@@ -187,12 +185,6 @@ def _checkpoints(training: TrainArguments, total: int | None) -> tuple[int | Non
     best = training.metric_for_best_model is not None and training.eval_strategy != IntervalStrategy.NO
     kept = max(limit, 2 if best else 1)
     return (kept + 1, kept) if made is None else (min(made, kept + 1), min(made, kept))
-
-
-def _total_steps(training: TrainArguments, steps: int | None) -> int | None:
-    if training.max_steps > 0:
-        return training.max_steps
-    return None if steps is None else math.ceil(training.num_train_epochs * steps)
 
 
 def _times(total: int, every: float, share_of: int) -> int:

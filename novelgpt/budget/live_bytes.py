@@ -115,17 +115,14 @@ class LiveBytes(TorchDispatchMode):
             number = self._new_number(self.part)
             self._events.append((self.section, number, converted))
         outputs = func(*args, **(kwargs or {}))
-        cast = func is aten._to_copy.default and self._part_of(args[0]) == "weights"
+        source = self._numbers.get(args[0].untyped_storage()._cdata) if func is aten._to_copy.default else None
+        cast = source is not None and self._parts[source] == "weights"
         for output in tree_leaves(outputs):
             if isinstance(output, torch.Tensor):
                 self._note(output, "copies" if cast else self.part)
         if converted:
             self._events.append((self.section, number, -converted))
         return outputs
-
-    def _part_of(self, tensor: torch.Tensor) -> str | None:
-        number = self._numbers.get(tensor.untyped_storage()._cdata)
-        return None if number is None else self._parts[number]
 
     def _note(self, tensor: torch.Tensor, part: str) -> None:
         storage = tensor.untyped_storage()

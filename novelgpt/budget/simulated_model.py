@@ -115,17 +115,14 @@ class SimulatedModel:
 
 
 def _fill(model: nn.Module, device: torch.device) -> None:
-    """Allocate all parameters and buffers of a meta model. Tied weights and shared modules stay the same tensor."""
-    holders: dict[nn.Parameter, list[tuple[nn.Module, str]]] = {}
+    """Allocate all parameters and buffers of a meta model. Tied weights stay one tensor."""
+    filled: dict[nn.Parameter, nn.Parameter] = {}
     for part in model.modules():
         for name, parameter in part.named_parameters(recurse=False):
-            holders.setdefault(parameter, []).append((part, name))
-    shared = [places for places in holders.values() if len(places) > 1]
-    for part in model.modules():
-        part.to_empty(device=device, recurse=False)
-    for (first, first_name), *others in shared:
-        for part, name in others:
-            setattr(part, name, getattr(first, first_name))
+            empty = nn.Parameter(torch.empty_like(parameter, device=device), parameter.requires_grad)
+            part.register_parameter(name, filled.setdefault(parameter, empty))
+        for name, buffer in part.named_buffers(recurse=False):
+            setattr(part, name, torch.empty_like(buffer, device=device))
 
 
 def _saved_and_shared(model: nn.Module) -> tuple[int, int]:

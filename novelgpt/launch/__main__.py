@@ -30,7 +30,7 @@ from novelgpt.launch.messages import Hello
 from novelgpt.launch.ranks import RankBlock
 from novelgpt.launch.remotes import Remotes
 from novelgpt.launch.restarts import Restarts
-from novelgpt.launch.secret import GivenSecret
+from novelgpt.launch.secret import forget_secret, read_secret
 from novelgpt.launch.supervise import FINISH_SECONDS, NoOtherHosts, Signals, Starts, follow, lead
 from novelgpt.settings.command_parser import CommandParser
 from novelgpt.settings.errors import UserError, exit_on_user_error
@@ -48,7 +48,7 @@ def main(argv: list[str] | None = None) -> None:
             "train with one process (NPROC=1 ZERO=0); several need Linux or macOS, or WSL 2 on Windows",
         )
     signals = Signals()
-    given = GivenSecret(os.environ)
+    given = forget_secret(os.environ)
     secret = b""  # of a run on one host
     with ExitStack() as stack:
         if options.from_stdin:
@@ -61,7 +61,7 @@ def main(argv: list[str] | None = None) -> None:
                 raise UserError("no module to start", python_module("novelgpt.launch --processes 2 pretrain"))
             plan = _plan(options)
             if plan.hosts > 1:
-                secret = secrets.token_bytes(32) if options.hostfile is not None else given.read(options.slurm)
+                secret = secrets.token_bytes(32) if options.hostfile is not None else read_secret(*given, options.slurm)
         logs = Path(stack.enter_context(tempfile.TemporaryDirectory(prefix="novelgpt-ranks-")))
         starts = Starts(args, environment, logs, signals)
         if plan.host > 0:

@@ -186,18 +186,13 @@ class Ranks:
 
 
 def _start(args: Sequence[str], environment: Mapping[str, str], log: Path | None) -> subprocess.Popen[bytes]:
-    command = [sys.executable, "-u", "-m", *args]
-    output = None if log is None else log.open("wb")
-    try:
+    with contextlib.nullcontext() if log is None else log.open("wb") as output:
         # A session of its own: Ctrl-C in the terminal reaches the launcher alone, which forwards it once.
         return subprocess.Popen(
-            command, env=dict(environment), stdin=subprocess.DEVNULL, stdout=output,
+            [sys.executable, "-u", "-m", *args], env=dict(environment), stdin=subprocess.DEVNULL, stdout=output,
             stderr=None if output is None else subprocess.STDOUT, start_new_session=True,
             preexec_fn=stop_with_parent if sys.platform == "linux" else None,
         )  # fmt: skip
-    finally:
-        if output is not None:
-            output.close()
 
 
 def _kill_session(leader: int) -> None:

@@ -5,14 +5,12 @@ from __future__ import annotations
 import json
 import re
 import signal
-from datetime import datetime, timezone
 from pathlib import Path
 from typing import Any
 
 from novelgpt.launch.ranks import Failure, show_tail
 from novelgpt.settings.atomic_files import atomic_write
-from novelgpt.settings.attempts import VARIABLE, Progress, StartRecord
-from novelgpt.settings.run_record import RUN_FILE
+from novelgpt.settings.run_record import ATTEMPT_VARIABLE, RUN_FILE, Progress, StartRecord, utc_now
 from novelgpt.settings.signals import STOP_SIGNALS
 from novelgpt.settings.terminal import counted, say
 
@@ -27,7 +25,7 @@ class Restarts:
 
     Args:
         limit: max restarts.
-        folder: in which rank 0 and this launcher exchange files; see `attempts`.
+        folder: in which rank 0 and this launcher exchange files; see `run_record`.
     """
 
     def __init__(self, limit: int, folder: Path) -> None:
@@ -52,7 +50,7 @@ class Restarts:
         if not self.limit:
             return {}
         self._record.write(self._folder)
-        return {VARIABLE: str(self._folder)}
+        return {ATTEMPT_VARIABLE: str(self._folder)}
 
     def again(self, failures: list[Failure], stopped: bool) -> bool:
         """Decide whether the run is restarted, after a start that has ended; prints the decision.
@@ -66,13 +64,22 @@ class Restarts:
         """
         if not self.limit or not failures:
             return False
-        progress = self._update_record()
+        progress, record = Progress.read(self._folder), self._record
+        record.folder = progress.folder or record.folder
+        if progress.folder is not None and record.restarts:
+            record.restarts[-1]["checkpoint"] = progress.checkpoint
+        if progress.unit == "step":
+            record.reached = max(record.reached, progress.count or 0)
         if stopped or any(failure.status == 2 or -failure.status in STOP_SIGNALS for failure in failures):
             return False
         cause = min(failures, key=Failure.weight)
         fault, before = (cause.status, progress.count), self._last
         self._last = fault
-        entry = _entry(cause, progress)
+        kind: dict[str, Any] = {"cause": cause.cause} if cause.cause else {"status": cause.status}
+        if cause.status < 0:
+            kind = {"signal": signal.Signals(-cause.status).name}
+        # Rank 0 adds the checkpoint that it resumes from.
+        entry = {"at": utc_now(), "who": cause.who, **kind, progress.unit: progress.count}
         if progress.finished:
             say("not restarted: the run is finished", stderr=True)
             return False
@@ -82,7 +89,7 @@ class Restarts:
         if self.number == self.limit:
             self._give_up(progress, entry, f"{counted(self.limit, 'restart')} made, and none is left")
             return False
-        self._record.restarts.append(entry)
+        record.restarts.append(entry)
         if cause.status != -signal.SIGKILL:
             show_tail(cause)  # or it would be lost: its next start prints into the same file
         what = cause.explain()[0] + ("," if cause.cause else "")
@@ -92,16 +99,6 @@ class Restarts:
             stderr=True,
         )
         return True
-
-    def _update_record(self) -> Progress:
-        """Take over the progress of the start that has ended."""
-        progress, record = Progress.read(self._folder), self._record
-        record.folder = progress.folder or record.folder
-        if progress.folder is not None and record.restarts:
-            record.restarts[-1]["checkpoint"] = progress.checkpoint
-        if progress.unit == "step":
-            record.reached = max(record.reached, progress.count or 0)
-        return progress
 
     def _give_up(self, progress: Progress, entry: dict[str, Any], reason: str) -> None:
         say(f"not restarted: {reason}", stderr=True)
@@ -124,17 +121,6 @@ class Restarts:
         steps = [int(match[1]) for match in named if match is not None and int(match[1]) <= self._record.reached]
         name = f"checkpoint-{max(steps)}" if steps else progress.checkpoint
         return f" from {name}" if name is not None else " from the beginning"
-
-
-def _entry(cause: Failure, progress: Progress) -> dict[str, Any]:
-    """Build an entry of run.json: time, rank, fault and progress; rank 0 adds the checkpoint that it resumes from."""
-    what: dict[str, Any] = {"status": cause.status}
-    if cause.status < 0:
-        what = {"signal": signal.Signals(-cause.status).name}
-    elif cause.cause:
-        what = {"cause": cause.cause}
-    at = datetime.now(timezone.utc).isoformat(timespec="seconds")
-    return {"at": at, "who": cause.who, **what, progress.unit: progress.count}
 
 
 def _where(progress: Progress) -> str:

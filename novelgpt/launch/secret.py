@@ -5,7 +5,6 @@ from __future__ import annotations
 import os
 import stat
 from collections.abc import MutableMapping
-from pathlib import Path
 
 from novelgpt.settings.errors import UserError
 
@@ -17,50 +16,39 @@ MAKE_VARIABLE = f'set it before srun, as scripts/slurm.sh does: export {VARIABLE
 
 
 def forget_secret(environment: MutableMapping[str, str]) -> tuple[str, str]:
-    """Remove the secret and its file's name from variables, and return both."""
+    """Remove the secret and its file's name from variables, so that no process inherits them, and return both."""
     return environment.pop(VARIABLE, ""), environment.pop(FILE_VARIABLE, "")
 
 
-class GivenSecret:
-    """The secret as the user gives it. It is removed from the environment at once, so that no process inherits it.
+def read_secret(value: str, path: str, slurm: bool) -> bytes:
+    """Return the secret, of at least 16 bytes; a file takes precedence over the variable.
 
     Args:
-        environment: of this process.
+        value: of the variable; "" for none.
+        path: of the file; "" for none.
+        slurm: whether the hosts are tasks of Slurm, which have another remedy.
+
+    Raises:
+        UserError: there is none, it is short, or others can read its file.
     """
-
-    def __init__(self, environment: MutableMapping[str, str]) -> None:
-        self._value, self._file = forget_secret(environment)
-
-    def read(self, slurm: bool) -> bytes:
-        """Return the secret, of at least 16 bytes; a file takes precedence over the variable.
-
-        Args:
-            slurm: whether the hosts are tasks of Slurm, which have another remedy.
-
-        Raises:
-            UserError: there is none, it is short, or others can read its file.
-        """
-        remedy = MAKE_VARIABLE if slurm else MAKE_FILE
-        if not self._file and not self._value:
-            raise UserError("several hosts need a secret, by which they authenticate each other", remedy)
-        secret = _content(Path(self._file), remedy) if self._file else self._value.encode("utf-8", "surrogateescape")
-        secret = secret.strip()
-        if not MIN_BYTES <= len(secret) <= MAX_BYTES:
-            name = f"{FILE_VARIABLE}={self._file}" if self._file else VARIABLE
-            raise UserError(f"{name}: a secret has {MIN_BYTES} to {MAX_BYTES} bytes, not {len(secret)}", remedy)
-        return secret
-
-
-def _content(path: Path, remedy: str) -> bytes:
-    try:
-        # Do not wait for the writer of a pipe.
-        with open(path, "rb", opener=lambda name, flags: os.open(name, flags | os.O_NONBLOCK)) as file:
-            mode = os.fstat(file.fileno()).st_mode
-            content = file.read(MAX_BYTES + 1) if stat.S_ISREG(mode) else b""
-    except OSError as error:
-        raise UserError(f"{FILE_VARIABLE}={path}: {error}", remedy) from error
-    if not stat.S_ISREG(mode):
-        raise UserError(f"{FILE_VARIABLE}={path} is not a regular file", remedy)
-    if os.name == "posix" and mode & (stat.S_IRWXG | stat.S_IRWXO):
-        raise UserError(f"{FILE_VARIABLE}={path} can be read or changed by others", f"chmod 600 {path}")
-    return content
+    remedy = MAKE_VARIABLE if slurm else MAKE_FILE
+    if not path and not value:
+        raise UserError("several hosts need a secret, by which they authenticate each other", remedy)
+    name, secret = VARIABLE, value.encode("utf-8", "surrogateescape")
+    if path:
+        name = f"{FILE_VARIABLE}={path}"
+        try:
+            # Do not wait for the writer of a pipe.
+            with open(path, "rb", opener=lambda name, flags: os.open(name, flags | os.O_NONBLOCK)) as file:
+                mode = os.fstat(file.fileno()).st_mode
+                secret = file.read(MAX_BYTES + 1) if stat.S_ISREG(mode) else b""
+        except OSError as error:
+            raise UserError(f"{name}: {error}", remedy) from error
+        if not stat.S_ISREG(mode):
+            raise UserError(f"{name} is not a regular file", remedy)
+        if os.name == "posix" and mode & (stat.S_IRWXG | stat.S_IRWXO):
+            raise UserError(f"{name} can be read or changed by others", f"chmod 600 {path}")
+    secret = secret.strip()
+    if not MIN_BYTES <= len(secret) <= MAX_BYTES:
+        raise UserError(f"{name}: a secret has {MIN_BYTES} to {MAX_BYTES} bytes, not {len(secret)}", remedy)
+    return secret

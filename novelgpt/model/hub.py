@@ -10,7 +10,6 @@ import tempfile
 from pathlib import Path
 from typing import Any
 
-from filelock import FileLock
 from huggingface_hub import HfApi, constants, is_offline_mode, snapshot_download
 from huggingface_hub.errors import (
     GatedRepoError,
@@ -27,6 +26,7 @@ from novelgpt.model.embedded_base import ensure_embedded_base
 from novelgpt.model.folder_checks import ADAPTER_CONFIG, CONFIG, check_model_folder
 from novelgpt.settings.arguments import ModelArguments
 from novelgpt.settings.errors import UserError, reason_of
+from novelgpt.settings.locks import locked
 from novelgpt.settings.paths import EMBEDDED_BASE, TINY
 from novelgpt.settings.remedies import environment_program, pip_install
 from novelgpt.settings.terminal import say
@@ -237,7 +237,7 @@ def _download_from_modelscope(name: str, with_code: bool, with_pickles: bool) ->
     patterns = DESCRIPTIONS + (CODE if with_code else [])
     lock = Path(tempfile.gettempdir()) / f"novelgpt-modelscope-{getpass.getuser()}.lock"
     try:
-        with FileLock(lock):
+        with locked(lock, wait=True):
             folder = Path(download(name, allow_file_pattern=patterns + SAFETENSORS))
             if not any(folder.glob(SAFETENSORS[0])) and with_pickles:
                 folder = Path(download(name, allow_file_pattern=patterns + PICKLES))

@@ -5,7 +5,7 @@ from __future__ import annotations
 import functools
 import itertools
 import multiprocessing
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Iterable, Iterator
 from concurrent.futures import Future, ProcessPoolExecutor
 from dataclasses import dataclass
 from typing import Any
@@ -23,6 +23,10 @@ RowScores = dict[str, Any]
 
 CHARACTERS_OF_A_TASK = 100_000
 CHARACTERS_FOR_SEVERAL_PROCESSES = 500_000
+
+
+# An evaluation meets the same references at every checkpoint.
+_reference_repetition = functools.lru_cache(maxsize=1024)(repetition_scores)
 
 
 @dataclass(frozen=True)
@@ -92,11 +96,6 @@ def corpus_bleu() -> BLEU:
     bleu = BLEU(tokenize="zh")
     bleu.corpus_score(["一"], [["一"]])  # sets the number of references in its signature
     return bleu
-
-
-@functools.lru_cache(maxsize=1024)
-def _reference_repetition(reference: str) -> Mapping[str, float]:
-    return repetition_scores(reference)
 
 
 def _tasks(rows: Iterable[ScoredRow]) -> Iterator[list[ScoredRow]]:

@@ -15,6 +15,10 @@ _RARE = re.compile("[\u3400-\u4dbf\u9fd6-\u9fff\ud800-\udfff\uf900-\ufaff\U00020
 _ASCII_RUN = re.compile(r"([a-zA-Z0-9]+(?:\.\d+)?%?)")
 
 
+# jieba in Rust with the same dictionary; a separate instance, as `_tokenizer`, made at the first call.
+_fast_tokenizer = functools.cache(rjieba.Jieba)
+
+
 @functools.cache
 def _tokenizer() -> jieba.Tokenizer:
     """jieba's own dictionary in this process, loaded at the first call (about 0.7 s).
@@ -37,12 +41,6 @@ def _tokenizer() -> jieba.Tokenizer:
         tokenizer.tmp_dir = str(directory)
         tokenizer.initialize()
     return tokenizer
-
-
-@functools.cache
-def _fast_tokenizer() -> rjieba.Jieba:
-    """jieba in Rust with the same dictionary; a separate instance for the same reason."""
-    return rjieba.Jieba()
 
 
 def words(text: str) -> list[str]:

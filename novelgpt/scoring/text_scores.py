@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from novelgpt.scoring.bleu import bleu4_char, bleu4_word
-from novelgpt.scoring.character_rouge import character_rouge
 from novelgpt.scoring.repetition import (
     LONGEST_PERIOD,
     LOOP_CHARACTERS,
@@ -17,7 +16,7 @@ from novelgpt.scoring.repetition import (
     sentences_seen_before,
     windowed_repetition,
 )
-from novelgpt.scoring.rouge import METRICS, score_texts
+from novelgpt.scoring.rouge import METRICS, character_rouge, score_texts
 
 _WINDOWED = f"mean over windows of {WINDOW:,} characters (a shorter text is one window)"
 

@@ -8,8 +8,7 @@ from __future__ import annotations
 import logging
 import sys
 import warnings
-from collections.abc import Callable, Mapping, MutableMapping
-from typing import Any
+from collections.abc import Mapping, MutableMapping
 
 from novelgpt.settings.hardware import threads_each
 
@@ -89,8 +88,6 @@ def silence_libraries() -> None:
     if "transformers" in sys.modules:  # a command that has not imported it by now shows no bars of it
         from transformers.utils import logging as transformers_logging
 
-        transformers_logging.set_tqdm_hook(_late_bar)
-
-
-def _late_bar(factory: Callable[..., Any], arguments: tuple[Any, ...], options: dict[str, Any]) -> Any:
-    return factory(*arguments, **{"disable": None, "delay": SECONDS_BEFORE_BARS, **options})
+        transformers_logging.set_tqdm_hook(
+            lambda factory, args, options: factory(*args, **{"disable": None, "delay": SECONDS_BEFORE_BARS, **options})
+        )

@@ -1,8 +1,8 @@
 """Locks on files and folders, one process at a time; the system releases them when the process ends, however it ends.
 
-These are flock's locks, as folders are locked, and files that are renamed or removed while they are locked: filelock
-knows neither. Where the system has none of them (Windows), nothing is locked, and whoever holds something there trusts
-that no other process works on it.
+Not filelock, which locks no folder, no file that is renamed or removed while it is locked, and cannot probe a lock
+without creating it. Where the system has no flock (Windows), nothing is locked, and whoever holds something there
+trusts that no other process works on it.
 """
 
 from __future__ import annotations

@@ -20,7 +20,6 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from datetime import timedelta
 from pathlib import Path
-from types import TracebackType
 
 from novelgpt.settings.library_settings import silence_libraries
 
@@ -167,19 +166,7 @@ def guard_terminal() -> None:
         if isinstance(stream, io.TextIOWrapper):
             stream.reconfigure(errors="backslashreplace")
     logging.setLogRecordFactory(VisibleRecord)
-    warnings.formatwarning = _format_warning
-    sys.excepthook = _show_error
+    plain = warnings.formatwarning
+    warnings.formatwarning = lambda *args, **options: visible(plain(*args, **options))
+    sys.excepthook = lambda *error: say_text("".join(traceback.format_exception(*error)), end="", stderr=True)
     silence_libraries()
-
-
-_format_plainly = warnings.formatwarning
-
-
-def _format_warning(
-    message: Warning | str, category: type[Warning], filename: str, lineno: int, line: str | None = None
-) -> str:
-    return visible(_format_plainly(message, category, filename, lineno, line))
-
-
-def _show_error(kind: type[BaseException], error: BaseException, trace: TracebackType | None) -> None:
-    say_text("".join(traceback.format_exception(kind, error, trace)), end="", stderr=True)

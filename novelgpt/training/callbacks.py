@@ -27,10 +27,8 @@ from transformers.integrations.integration_utils import INTEGRATION_TO_CALLBACK
 from novelgpt.scoring.rouge import METRICS
 from novelgpt.settings.arguments import TrainArguments
 from novelgpt.settings.atomic_files import atomic_write
-from novelgpt.settings.attempts import this_attempt
-from novelgpt.settings.charts import figure_png
-from novelgpt.settings.fonts import INSTALL_REMEDY, lettering
-from novelgpt.settings.run_record import only_json
+from novelgpt.settings.charts import INSTALL_REMEDY, figure_png, lettering
+from novelgpt.settings.run_record import only_json, this_attempt
 from novelgpt.settings.terminal import SECONDS_BETWEEN_LINES, say_above_bars
 
 # The plot may take this share of the run's time.

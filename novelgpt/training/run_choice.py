@@ -13,11 +13,10 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from novelgpt.settings.attempts import this_attempt
 from novelgpt.settings.errors import UserError
 from novelgpt.settings.locks import is_locked
 from novelgpt.settings.paths import OUTPUT, check_folder_can_be_made, check_not_replaced
-from novelgpt.settings.run_record import DataSource, read_run_record
+from novelgpt.settings.run_record import DataSource, read_run_record, this_attempt
 from novelgpt.settings.runs import TrainingRun, with_training
 from novelgpt.settings.terminal import say
 from novelgpt.training.checkpoints.folders import checkpoints, damage, step_of

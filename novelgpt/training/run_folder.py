@@ -21,10 +21,9 @@ from transformers import TrainerState
 from transformers.trainer import TRAINER_STATE_NAME
 
 from novelgpt.settings.atomic_files import atomic_write
-from novelgpt.settings.attempts import this_attempt
 from novelgpt.settings.errors import UserError
 from novelgpt.settings.process import first_process_value, in_process_group, is_first_process, raise_on_all_ranks
-from novelgpt.settings.run_record import RUN_FILE, DataSource, only_json, utc_now, write_run_record
+from novelgpt.settings.run_record import RUN_FILE, DataSource, only_json, this_attempt, utc_now, write_run_record
 from novelgpt.settings.runs import TrainingRun
 from novelgpt.settings.terminal import say
 from novelgpt.training.checkpoints.folders import checkpoints

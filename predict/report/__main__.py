@@ -14,10 +14,9 @@ from pathlib import Path
 
 from novelgpt.scoring.summary import Comparison, compare_rows
 from novelgpt.settings.atomic_files import atomic_write
-from novelgpt.settings.charts import draw_picture
+from novelgpt.settings.charts import INSTALL_REMEDY, ChineseFont, draw_picture, find_chinese_font
 from novelgpt.settings.command_parser import CommandParser
 from novelgpt.settings.errors import UserError, exit_on_user_error
-from novelgpt.settings.fonts import INSTALL_REMEDY, ChineseFont, find_chinese_font
 from novelgpt.settings.terminal import say
 from predict.report.charts import LABELS, PICTURES, make_charts
 from predict.report.examples import choose_examples

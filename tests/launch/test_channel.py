@@ -19,7 +19,7 @@ import pytest
 from novelgpt.launch.first_host import Listener
 from novelgpt.launch.hosts import local_addresses
 from novelgpt.launch.messages import Link, LinkFault, Welcome
-from novelgpt.launch.secret import GivenSecret
+from novelgpt.launch.secret import forget_secret, read_secret
 from novelgpt.settings.errors import UserError
 from tests.hostile_launchers import HELLO, NESTED, Wire, flood, hostile, join, silent
 from tests.launch.test_launch import SECRET, free_port, launch, launcher, on_two_hosts, wait_for
@@ -190,7 +190,7 @@ def test_several_hosts_without_a_secret_are_refused(tmp_path: Path) -> None:
     command = errors.partition("(")[2].partition(")")[0]
     (tmp_path / "secret").unlink()
     subprocess.run(["bash", "-c", f"({command})"], cwd=tmp_path, check=True)
-    assert len(GivenSecret({"SECRET_FILE": str(tmp_path / "secret")}).read(slurm=False)) == 44  # 32 bytes as base64
+    assert len(read_secret("", str(tmp_path / "secret"), slurm=False)) == 44  # 32 bytes as base64
     step = {"SLURM_STEP_NUM_NODES": "2", "SLURM_STEP_NUM_TASKS": "2", "SLURM_PROCID": "0", "SLURM_JOB_ID": "1"}
     step |= {"SLURM_STEP_NODELIST": "node[1-2]", "SLURM_STEP_ID": "0"}
     status, _, errors = launch(tmp_path, WORK, "--slurm", SECRET_FILE="", **step)
@@ -202,9 +202,9 @@ def test_a_secret_is_read_from_a_file_that_nobody_else_can_read(tmp_path: Path) 
     path = tmp_path / "secret"
 
     def read(**variables: str) -> bytes:
-        given = GivenSecret(variables)
+        given = forget_secret(variables)
         assert variables == {}
-        return given.read(slurm=False)
+        return read_secret(*given, slurm=False)
 
     path.write_bytes(b" 0123456789abcdef\n")
     path.chmod(0o600)

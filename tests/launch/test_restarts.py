@@ -17,7 +17,7 @@ THIS = socket.gethostname()
 # What the ranks of every start do: count the starts, and tell how far they come.
 COUNT = """
 from pathlib import Path
-from novelgpt.settings.attempts import this_attempt
+from novelgpt.settings.run_record import this_attempt
 start = sum(1 for _ in Path('.').glob(f'start-*-{rank}'))
 json.dump(dict(os.environ), open(f'start-{start}-{rank}', 'w'))
 def die(status):

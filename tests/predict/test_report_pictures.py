@@ -11,7 +11,7 @@ from typing import Any
 import matplotlib
 import pytest
 
-from novelgpt.settings.fonts import find_chinese_font
+from novelgpt.settings.charts import find_chinese_font
 from predict.report.__main__ import write_report
 from predict.report.charts import LABELS
 from predict.report.runs import read_runs

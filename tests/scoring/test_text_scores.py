@@ -7,8 +7,7 @@ from pathlib import Path
 
 import pytest
 
-from novelgpt.scoring.character_rouge import character_rouge
-from novelgpt.scoring.rouge import score_texts
+from novelgpt.scoring.rouge import character_rouge, score_texts
 from novelgpt.scoring.text_scores import DEFINITIONS, repetition_scores, score_pair
 
 NOVEL = Path(__file__).resolve().parents[2] / "dataset" / "samples" / "novels" / "deng_ta_xia_de_xin.txt"

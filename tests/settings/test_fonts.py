@@ -8,7 +8,7 @@ from pathlib import Path
 import matplotlib
 import pytest
 
-from novelgpt.settings.fonts import find_chinese_font, lettering
+from novelgpt.settings.charts import find_chinese_font, lettering
 from novelgpt.training.callbacks import draw_losses
 
 DEJAVU = Path(matplotlib.get_data_path()) / "fonts" / "ttf" / "DejaVuSans.ttf"

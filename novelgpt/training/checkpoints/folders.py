@@ -16,7 +16,7 @@ from transformers import TrainingArguments
 from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR
 
 from novelgpt.model.card import CARD
-from novelgpt.settings.atomic_files import hash_file, sync
+from novelgpt.settings.atomic_files import atomic_write, hash_file, sync
 from novelgpt.settings.errors import UserError
 from novelgpt.settings.parsed_files import check_fields, read_object
 
@@ -89,10 +89,7 @@ def finish(folder: Path, files: dict[str, dict[str, Any]], step: int) -> None:
         OSError: the disk is full, for example.
     """
     unfinished = unfinished_folder(folder)
-    path = unfinished / MANIFEST
-    path.write_text(json.dumps({"step": step, "files": files}, indent=1) + "\n", encoding="utf-8")
-    sync(path)
-    sync(unfinished)
+    atomic_write(unfinished / MANIFEST, json.dumps({"step": step, "files": files}, indent=1) + "\n")
     replaced = unfinished_folder(folder.with_name(f"{folder.name}.replaced"))
     if folder.exists():  # the same step, written before the run resumed from an older one
         folder.replace(replaced)
