@@ -8,6 +8,7 @@ import time
 from collections.abc import Sequence
 from contextlib import nullcontext
 from dataclasses import asdict, dataclass
+from functools import partial
 from pathlib import Path
 
 import numpy
@@ -103,7 +104,7 @@ def _open_source(run: PredictRun) -> tuple[AnswerSource, list[PromptRow]]:
         check_endpoint_settings(run.generation)
         rows = read_prompt_rows(data.data_files, None, data.max_rows, instructions)
         client = EndpointClient(str(data.endpoint), data.endpoint_model, run.generation, data.endpoint_timeout)
-        return AnswerSource(client.name, through_endpoint(client, data.endpoint_concurrency)), rows
+        return AnswerSource(client.name, partial(through_endpoint, client, data.endpoint_concurrency)), rows
     if data.backend == "continuous":
         check_continuous(run.generation)
     chosen = _chosen_model(run)
@@ -111,10 +112,9 @@ def _open_source(run: PredictRun) -> tuple[AnswerSource, list[PromptRow]]:
     rows = read_prompt_rows(data.data_files, tokenizer, data.max_rows, instructions)
     model = load_for_inference(chosen, tokenizer, run.model.base)
     check_lengths(rows, tokenizer, longest_row(model.config), run.generation.max_new_tokens)
+    answer: AnswerRows = partial(in_batches, model, tokenizer, run.generation)
     if data.backend == "continuous":
-        answer = continuously(model, tokenizer, run.generation, data.batch_size)
-    else:
-        answer = in_batches(model, tokenizer, run.generation)
+        answer = partial(continuously, model, tokenizer, run.generation, data.batch_size)
     return AnswerSource(chosen.model, answer, model, tokenizer), rows
 
 

@@ -14,12 +14,12 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import ClassVar, Literal
 
-from transformers import PreTrainedTokenizerBase, set_seed
+from transformers import set_seed
 
 from novelgpt.inference.chat import Chat, TextHistory, continues_text
 from novelgpt.inference.loading import load_for_inference, with_default_model
 from novelgpt.model.tokenizer import load_tokenizer
-from novelgpt.settings.arguments import GenerationArguments, InferenceModelArguments, ModelArguments, option
+from novelgpt.settings.arguments import GenerationArguments, InferenceModelArguments, option
 from novelgpt.settings.errors import UserError, exit_on_user_error
 from novelgpt.settings.parser import parse_arguments
 from novelgpt.settings.terminal import counted, say, say_text
@@ -72,7 +72,11 @@ def main(argv: list[str] | None = None) -> None:
         raise UserError("beam search gives no token before the whole answer is done", "leave --num_beams at 1")
     chosen = with_default_model(run.model)
     tokenizer = load_tokenizer(chosen)
-    is_text = _is_text(run.chat, chosen, tokenizer)
+    is_text = run.chat.mode == "text"
+    if is_text and run.chat.system:
+        raise UserError("--system is a message of a conversation, and --mode text has none", "leave one of them out")
+    if run.chat.mode == "auto":
+        is_text = not run.chat.system and continues_text(Path(chosen.model), tokenizer)
     model = load_for_inference(chosen, tokenizer, chosen.base)
     set_seed(run.generation.seed)
     chat = Chat(model, tokenizer, run.generation, run.chat.system, is_text)
@@ -95,15 +99,6 @@ def main(argv: list[str] | None = None) -> None:
                 _print_reply(chat, question if command else "")
             except KeyboardInterrupt:
                 say("", "(stopped)")
-
-
-def _is_text(chosen: ChatArguments, model: ModelArguments, tokenizer: PreTrainedTokenizerBase) -> bool:
-    """Whether the model continues raw text."""
-    if chosen.mode == "text" and chosen.system:
-        raise UserError("--system is a message of a conversation, and --mode text has none", "leave one of them out")
-    if chosen.mode == "auto":
-        return not chosen.system and continues_text(Path(model.model), tokenizer)
-    return chosen.mode == "text"
 
 
 def _read_line() -> str | None:

@@ -133,8 +133,12 @@ def read_books(files: Iterable[Path]) -> Iterator[Book]:
         UserError: what `read_text_rows` raises.
     """
     rows = (row for file in files for row in _text_rows(file))
+
+    def book_of(row: Mapping[str, Any]) -> tuple[str, str]:  # a .txt file is a book, whatever its name
+        return row["source"] if row["source"].lower().endswith(".txt") else "", row["book"]
+
     times: Counter[str] = Counter()
-    for (_, name), of_book in itertools.groupby(rows, key=_book_of):
+    for (_, name), of_book in itertools.groupby(rows, key=book_of):
         times[name] += 1
         chapters = []
         before = ""
@@ -268,12 +272,6 @@ def _text_rows(file: Path) -> Iterator[dict[str, Any]]:
     records: Iterable[tuple[str, dict[str, Any]]] = itertools.repeat(("", {})) if plain else read_records(file)
     for row, (_, record) in zip(read_text_rows(file), records, strict=False):
         yield {**row, "book": row["book"] or file.stem, "place": str(record.get("source") or "")}
-
-
-def _book_of(row: Mapping[str, Any]) -> tuple[str, str]:
-    """What consecutive rows of one book share; a .txt file is a book whatever its name."""
-    path = row["source"] if row["source"].lower().endswith(".txt") else ""
-    return path, row["book"]
 
 
 def _follows(before: str, place: str) -> bool:

@@ -1,7 +1,7 @@
 """Answers to rows as they come, three ways behind one signature; and the loss of the references.
 
-Each way takes the rows and the numbers of those to answer, batch by batch, and yields {number: answer} as soon as some
-are ready.
+Each way takes, last, all rows and the numbers of those to answer, batch by batch (`AnswerRows`, once the model or the
+server is bound), and yields {number: answer} as soon as some are ready.
 """
 
 from __future__ import annotations
@@ -26,52 +26,50 @@ AnswerRows = Callable[[Sequence[PromptRow], Sequence[Sequence[int]]], Iterator[d
 
 
 def in_batches(
-    model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, generation: GenerationArguments
-) -> AnswerRows:
+    model: PreTrainedModel,
+    tokenizer: PreTrainedTokenizerBase,
+    generation: GenerationArguments,
+    rows: Sequence[PromptRow],
+    batches: Sequence[Sequence[int]],
+) -> Iterator[dict[int, Answer]]:
     """Answer batch by batch. Each batch has its own seed, so that sampled answers can be reproduced."""
     ends = answer_end_ids(model, tokenizer)
-
-    def answer(rows: Sequence[PromptRow], batches: Sequence[Sequence[int]]) -> Iterator[dict[int, Answer]]:
-        for batch in batches:
-            set_seed((generation.seed + batch[0]) % 2**32)
-            prompts = [rows[number].prompt_ids for number in batch]
-            with torch.inference_mode():
-                answers = answer_batch(model, tokenizer, prompts, generation, ends)
-            yield dict(zip(batch, answers, strict=True))
-
-    return answer
+    for batch in batches:
+        set_seed((generation.seed + batch[0]) % 2**32)
+        prompts = [rows[number].prompt_ids for number in batch]
+        with torch.inference_mode():
+            answers = answer_batch(model, tokenizer, prompts, generation, ends)
+        yield dict(zip(batch, answers, strict=True))
 
 
 def continuously(
-    model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, generation: GenerationArguments, batch_size: int
-) -> AnswerRows:
+    model: PreTrainedModel,
+    tokenizer: PreTrainedTokenizerBase,
+    generation: GenerationArguments,
+    batch_size: int,
+    rows: Sequence[PromptRow],
+    batches: Sequence[Sequence[int]],
+) -> Iterator[dict[int, Answer]]:
     """Answer by continuous batching: a new prompt starts whenever an answer ends."""
     ends = answer_end_ids(model, tokenizer)
-
-    def answer(rows: Sequence[PromptRow], batches: Sequence[Sequence[int]]) -> Iterator[dict[int, Answer]]:
-        numbers = [number for batch in batches for number in batch]
-        if numbers:
-            prompts = [rows[number].prompt_ids for number in numbers]
-            for place, one in answer_continuously(model, tokenizer, prompts, generation, batch_size, ends):
-                yield {numbers[place]: one}
-
-    return answer
+    numbers = [number for batch in batches for number in batch]
+    if numbers:
+        prompts = [rows[number].prompt_ids for number in numbers]
+        for place, one in answer_continuously(model, tokenizer, prompts, generation, batch_size, ends):
+            yield {numbers[place]: one}
 
 
-def through_endpoint(client: EndpointClient, concurrency: int) -> AnswerRows:
+def through_endpoint(
+    client: EndpointClient, concurrency: int, rows: Sequence[PromptRow], batches: Sequence[Sequence[int]]
+) -> Iterator[dict[int, Answer]]:
     """Answer by a server, `concurrency` requests at once. The seed of a row depends only on its number."""
-
-    def answer(rows: Sequence[PromptRow], batches: Sequence[Sequence[int]]) -> Iterator[dict[int, Answer]]:
-        numbers = [number for batch in batches for number in batch]
-        requests = []
-        for number in numbers:
-            row = rows[number]
-            question = row.prompt if row.plain else row.asked
-            requests.append(EndpointRequest(f"row {row.id}", question, number, row.thinking))
-        for index, one in client.answers(requests, concurrency):
-            yield {numbers[index]: one}
-
-    return answer
+    numbers = [number for batch in batches for number in batch]
+    requests = [
+        EndpointRequest(f"row {row.id}", row.prompt if row.plain else row.asked, number, row.thinking)
+        for number, row in ((number, rows[number]) for number in numbers)
+    ]
+    for index, one in client.answers(requests, concurrency):
+        yield {numbers[index]: one}
 
 
 def reference_sums(

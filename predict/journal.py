@@ -38,7 +38,7 @@ class _JournalLine(BaseModel):
     reasoning: str = ""
 
 
-class Journal:
+class Journal(contextlib.AbstractContextManager["Journal"]):
     """The answers of one prediction in `predictions.partial`: one file per process, one line per answer.
 
     The first line of each file identifies the prediction. Files of another prediction are ignored, and removed at the
@@ -121,9 +121,6 @@ class Journal:
                 if valid.text or valid.completion_tokens <= 1 or "reasoning" in valid.model_fields_set:
                     self.answers[valid.row] = Answer(**valid.model_dump(exclude={"row"}))
         return complete
-
-    def __enter__(self) -> Journal:
-        return self
 
     def __exit__(
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None

@@ -16,6 +16,7 @@ from novelgpt.model.card import SCORES, code, read_card, table, write_card
 from novelgpt.scoring.summary import reference_scores
 from novelgpt.settings.atomic_files import atomic_write, hash_file
 from novelgpt.settings.terminal import counted, say
+from novelgpt.text.messages import split_thought
 from predict.predictions import Prediction
 from predict.rows import PromptRow
 from predict.score import score_predictions, write_scores
@@ -43,8 +44,13 @@ class AnsweredRow:
     answer: Answer
 
     def __post_init__(self) -> None:
-        self.thought, self.text = self.row.split_answer(self.answer)
-        self.reference_thought, self.reference = self.row.split_reference()
+        self.thought, self.text = self.answer.reasoning, self.answer.text
+        self.reference_thought, self.reference = "", self.row.reference
+        if not self.row.plain:  # raw text has no thought
+            # Some gateways return the thought separately and leave it in the text as well.
+            thought, self.text = split_thought(self.text, False if self.thought else self.row.opened)
+            self.thought = self.thought or thought
+            self.reference_thought, self.reference = split_thought(self.reference, False)
 
 
 def write_results(

@@ -13,7 +13,6 @@ from transformers import PreTrainedTokenizerBase
 from dataset.instructions import Instructions
 from dataset.readers import SourceRow, read_conversation, read_source_rows
 from dataset.row_fields import ABSENT
-from novelgpt.inference.generation import Answer
 from novelgpt.settings.errors import UserError
 from novelgpt.text.conversation import IGNORE_INDEX, EncodedRow, encode_conversation, encode_prompt
 from novelgpt.text.encoding import encode, encode_document
@@ -24,7 +23,6 @@ from novelgpt.text.messages import (
     full_answer,
     is_empty_answer,
     opens_thought,
-    split_thought,
 )
 from predict.predictions import ScoringFields, read_scoring
 
@@ -65,18 +63,6 @@ class PromptRow:
     def prompt(self) -> str:
         """The texts of the messages before the reference."""
         return "\n".join(message["content"] for message in self.asked)
-
-    def split_answer(self, answer: Answer) -> tuple[str, str]:
-        """(thought, answer without it) of a model's or a server's answer; raw text has no thought."""
-        if self.plain:
-            return answer.reasoning, answer.text
-        # Some gateways return the thought separately and leave it in the text as well.
-        thought, text = split_thought(answer.text, False if answer.reasoning else self.opened)
-        return answer.reasoning or thought, text
-
-    def split_reference(self) -> tuple[str, str]:
-        """(thought, answer without it) of the reference."""
-        return ("", self.reference) if self.plain else split_thought(self.reference, False)
 
     def encoded_reference(self, tokenizer: PreTrainedTokenizerBase) -> EncodedRow | None:
         """Prompt and reference as a training row with labels on the last answer only; None without a reference.

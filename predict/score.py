@@ -73,8 +73,8 @@ def write_scores(rows: Sequence[RowScores], path: Path, further: Mapping[str, An
     Returns:
         The content of scores.json.
     """
-    scores, intervals = _overall_scores(rows)
-    texts = definitions()
+    scores, texts = _overall_scores(rows), definitions()
+    intervals = scores.pop("intervals")
     scores |= further or {}
     scores |= {"intervals": intervals, "definitions": {name: texts[name] for name in intervals if name in texts}}
     members: dict[str, list[RowScores]] = {}
@@ -82,12 +82,8 @@ def write_scores(rows: Sequence[RowScores], path: Path, further: Mapping[str, An
         if "score_group" in row:
             members.setdefault(row["score_group"], []).append(row)
     names = sorted(members, key=int) if all(map(str.isdecimal, members)) else list(members)
-    groups = {}
-    for name in names:
-        of_group, intervals_of_group = _overall_scores(members[name])
-        groups[name] = {**of_group, "intervals": intervals_of_group}
-    if groups:
-        scores["groups"] = groups
+    if members:
+        scores["groups"] = {name: _overall_scores(members[name]) for name in names}
     lines = "".join(json.dumps(row, ensure_ascii=False) + "\n" for row in rows)
     row_file = path.with_name("row_scores.jsonl") if path.name == "scores.json" else path.with_suffix(".rows.jsonl")
     path.parent.mkdir(parents=True, exist_ok=True)
@@ -97,8 +93,8 @@ def write_scores(rows: Sequence[RowScores], path: Path, further: Mapping[str, An
     return scores
 
 
-def _overall_scores(rows: Sequence[RowScores]) -> tuple[dict[str, Any], dict[str, list[float]]]:
-    """Means and counts of some rows, and the intervals of the means."""
+def _overall_scores(rows: Sequence[RowScores]) -> dict[str, Any]:
+    """Return means and counts of some rows, and the "intervals" of the means."""
     means, intervals = summarise_rows(rows)
     finite: dict[str, Any] = {name: value for name, value in means.items() if math.isfinite(value)}
     counts = {
@@ -106,7 +102,7 @@ def _overall_scores(rows: Sequence[RowScores]) -> tuple[dict[str, Any], dict[str
         "rows_without_reference": sum("rouge-1" not in row for row in rows),
         "empty_predictions": sum(row["prediction_characters"] == 0 for row in rows),
     }
-    return finite | counts, {name: intervals[name] for name in finite}
+    return finite | counts | {"intervals": {name: intervals[name] for name in finite}}
 
 
 @exit_on_user_error

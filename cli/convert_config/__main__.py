@@ -12,10 +12,10 @@ import contextlib
 import json
 import shlex
 from pathlib import Path
-from typing import Any
 
 from cli.convert_config.conversion import KINDS, Conversion, convert
 from cli.convert_config.llamafactory import LLAMAFACTORY
+from cli.convert_config.llamafactory_data import INFO
 from cli.convert_config.ms_swift import MS_SWIFT
 from cli.convert_config.source import read_settings
 from cli.convert_config.trl import TRL
@@ -43,14 +43,14 @@ def main(argv: list[str] | None = None) -> None:
     parser.add_argument("--output_data", type=Path, metavar="FOLDER", help="for rows that must be rewritten")
     args = parser.parse_args(argv)
     try:
-        _check_outputs(args.output, args.output_data)
         _convert(args)
     except OSError as error:
         cause = f"{error.filename or args.file}: {error.strerror or error}"
         raise UserError(cause, "name files that can be read and written") from error
 
 
-def _check_outputs(output: Path | None, output_data: Path | None) -> None:
+def _convert(args: argparse.Namespace) -> None:
+    output, output_data = args.output, args.output_data
     if output:
         if output.exists() or output.is_symlink():
             raise UserError(f"{output} already exists", "name a new file with -o")
@@ -59,18 +59,18 @@ def _check_outputs(output: Path | None, output_data: Path | None) -> None:
         check_folder_can_be_made(output_data, f"--output_data {output_data}")
     if output and output_data and output.absolute() in (output_data.absolute(), *output_data.absolute().parents):
         raise UserError(f"--output_data {output_data} must be a folder, and -o {output} a file", "name two places")
-
-
-def _convert(args: argparse.Namespace) -> None:
     tool, given = read_settings(args.file, args.tool)
-    root = args.root or _find_root(args.file, given)
+    # This folder, or the nearest above the file that has the data which the settings name.
+    places = (Path(), *args.file.absolute().parents) if {"dataset_dir", "finetuning_type"} & given.keys() else ()
+    info = Path(str(given.get("dataset_dir") or "data"), INFO)
+    root = args.root or next((place for place in places if (place / info).is_file()), Path())
     if not root.is_dir():
         raise UserError(f"--root {root} is not a folder", f"name the folder in which {tool} is called")
-    conversion = convert(PEERS[tool], given, args.file, root, args.output_data)
-    command = run_pipeline(conversion.pipeline, f"--config {shlex.quote(str(args.output or 'FILE'))}", model=None)
+    conversion = convert(PEERS[tool], given, args.file, root, output_data)
+    command = run_pipeline(conversion.pipeline, f"--config {shlex.quote(str(output or 'FILE'))}", model=None)
     text = _yaml(conversion, command)
-    _write_all(conversion.written | ({args.output: text} if args.output else {}))
-    on_stderr = args.output is None
+    _write_all(conversion.written | ({output: text} if output else {}))
+    on_stderr = output is None
     if on_stderr:
         say_text(text)
     say(f"{conversion.file} ({conversion.peer.tool}) -> {conversion.pipeline}", stderr=on_stderr)
@@ -80,17 +80,8 @@ def _convert(args: argparse.Namespace) -> None:
             say(*lines, style="yellow" if kind == "missing" else None, stderr=on_stderr)
     for path in conversion.written:
         say(f"wrote {path}", stderr=on_stderr)
-    if args.output:
-        say(f"wrote {args.output}", f"train with it: {command}")
-
-
-def _find_root(file: Path, given: dict[str, Any]) -> Path:
-    """This folder, or the nearest above the file that has the data which the settings name."""
-    if "dataset_dir" in given or "finetuning_type" in given:
-        for place in (Path(), *file.absolute().parents):
-            if (place / str(given.get("dataset_dir") or "data") / "dataset_info.json").is_file():
-                return place
-    return Path()
+    if output:
+        say(f"wrote {output}", f"train with it: {command}")
 
 
 def _yaml(conversion: Conversion, command: str) -> str:

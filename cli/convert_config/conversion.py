@@ -49,7 +49,7 @@ SHARED = (
     "lora_rank", "lora_dropout", "packing", "max_length", "trust_remote_code", "warmup_steps", "fsdp", "fsdp_config",
     "torch_empty_cache_steps", "average_tokens_across_devices",
 )  # fmt: skip
-_OF_ADAPTERS = ("lora_rank", "lora_dropout", "use_rslora", "use_dora")
+_OF_ADAPTERS = ("lora_targets", "lora_rank", "lora_dropout", "use_rslora", "use_dora")
 # Names without an equivalent that change what is trained, or how.
 CHANGES_TRAINING = (
     "rope_scaling", "max_model_len", "use_unsloth", "shift_attn", "mixture_of_depths", "use_kt", "resize_vocab",
@@ -226,10 +226,12 @@ def _convert_key(conversion: Conversion, key: str) -> None:
         option, make = {**_VALUES, **peer.values}[key]
         if value not in (None, ""):
             conversion.set(option, make(value), key)
-    elif key == peer.lora_targets[0]:
-        _convert_lora_targets(conversion)
-    elif key in SHARED or key in RENAMED:
+    elif key in SHARED or key in RENAMED or key == peer.lora_targets[0]:
         option = PEER_NAMES[key].options[0] if key in RENAMED else key
+        if key == peer.lora_targets[0]:
+            option, everything = "lora_targets", peer.lora_targets[1]
+            names = [name.strip() for name in value.split(",")] if isinstance(value, str) else value
+            value = ["all-linear"] if names == [everything] else names
         if option not in _OF_ADAPTERS or conversion.pipeline == "finetune_lora":
             if value is not None:
                 conversion.set(option, value, key)
@@ -291,7 +293,7 @@ def _deepspeed(conversion: Conversion, key: str) -> None:
 
 def _overwrite(conversion: Conversion, key: str) -> None:
     if conversion.value(key):
-        text = "here it empties the folder before it trains; type --overwrite_output_dir if you mean that"
+        text = "here it empties the folder before it trains; add --overwrite_output_dir if you mean that"
         conversion.note(key, "differs", text)
 
 
@@ -332,17 +334,6 @@ def quantization(conversion: Conversion, key: str) -> None:
         conversion.set("qlora", True, key)
     elif value:
         conversion.note(key, "missing", "a base is held in 4 bits (qlora: true) only beside an adapter")
-
-
-def _convert_lora_targets(conversion: Conversion) -> None:
-    """The modules of an adapter, whose names may be one text."""
-    key, everything = conversion.peer.lora_targets
-    value = conversion.value(key)
-    if conversion.pipeline == "finetune_lora" and value is not None:
-        names = [name.strip() for name in value.split(",")] if isinstance(value, str) else list(value)
-        conversion.set("lora_targets", ["all-linear"] if names == [everything] else names, key)
-    elif conversion.is_given(key):
-        conversion.note(key, "same", "the pipeline trains no adapter")
 
 
 _HANDLERS: dict[str, Handler] = {

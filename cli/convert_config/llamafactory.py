@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from cli.convert_config.conversion import TEMPLATE, Conversion, Peer, attention, quantization
 from cli.convert_config.llamafactory_data import dataset_files
-from cli.convert_config.rows import convert_files, hold_out
+from cli.convert_config.rows import convert_file, hold_out
 from novelgpt.settings.peer_names import ANSWERS_ONLY
 from novelgpt.settings.remedies import as_typed, pipeline_name
 
@@ -45,11 +45,11 @@ def _datasets(conversion: Conversion) -> None:
     if len(columns) > 1:
         named = " and ".join(sorted(map(str, columns)))
         raise conversion.refuse("dataset", f"their texts are in {named}", "give the column one name")
-    paths = convert_files(conversion, sources)
+    paths = [convert_file(conversion, source) for source in sources]
     conversion.set("train_files", paths, "dataset", why=f"by {conversion.path(folder) / 'dataset_info.json'}")
     if columns - {"text"}:
         conversion.set("text_column", columns.pop(), why="columns: prompt, in dataset_info.json")
-    valid = convert_files(conversion, dataset_files(conversion, "eval_dataset", folder))
+    valid = [convert_file(conversion, source) for source in dataset_files(conversion, "eval_dataset", folder)]
     if conversion.is_given("mask_history"):
         masked = conversion.value("mask_history")
         text = "the rows mark earlier answers as not trained" if masked else "all answers are trained, as here"

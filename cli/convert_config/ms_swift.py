@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import Any
 
 from cli.convert_config.conversion import TEMPLATE, Conversion, Peer, attention, quantization
-from cli.convert_config.rows import MAX_ROWS, RowFile, convert_files, hold_out
+from cli.convert_config.rows import MAX_ROWS, RowFile, convert_file, hold_out
 from dataset.readers import messages_of
 from dataset.records import Record
 from novelgpt.settings.remedies import as_typed
@@ -45,8 +45,8 @@ def _datasets(conversion: Conversion) -> None:
     sources = _dataset_files(conversion, "dataset")
     if not sources:
         raise conversion.refuse("dataset", "no dataset is named", "name files of rows")
-    conversion.set("train_files", convert_files(conversion, sources), "dataset")
-    valid = convert_files(conversion, _dataset_files(conversion, "val_dataset"))
+    conversion.set("train_files", [convert_file(conversion, source) for source in sources], "dataset")
+    valid = [convert_file(conversion, source) for source in _dataset_files(conversion, "val_dataset")]
     if conversion.is_given("loss_scale") and conversion.pipeline != "pretrain":
         base, _, further = str(conversion.value("loss_scale")).partition("+")
         known = {
@@ -111,8 +111,13 @@ def _columns(conversion: Conversion) -> dict[str, str]:
 def _read(record: Record, conversion: Conversion, names: dict[str, str], column: str | None) -> Record | None:
     """A row under the names that ms-swift gives its fields; its shapes are among those that are read here."""
     row: dict[str, Any] = {names.get(name, name): value for name, value in record.items()}
-    if column is not None:
-        return _text_row(row)
+    if column is not None:  # an answer without a question, or a field that is the answer
+        if isinstance(turns := row.get("messages"), list):
+            text = "".join(str(message.get("content") or "") for message in turns if isinstance(message, dict))
+        else:
+            fields = ("response", "text", "content", "output")
+            text = next((str(row[name]) for name in fields if row.get(name)), "")
+        return {"text": text} if text else None
     system = conversion.value("system")
     last_round = str(conversion.value("loss_scale")).startswith("last_round")
     if not system and not last_round:
@@ -127,17 +132,6 @@ def _read(record: Record, conversion: Conversion, names: dict[str, str], column:
                 message["loss"] = False
     kept = {"messages": [{name: value for name, value in one.items() if name != "trained"} for one in messages]}
     return kept | ({"tools": row["tools"]} if row.get("tools") else {})
-
-
-def _text_row(row: dict[str, Any]) -> Record | None:
-    """The text of a row for `swift pt`: an answer without a question, or a field that is the answer."""
-    messages = row.get("messages")
-    if isinstance(messages, list):
-        text = "".join(str(message.get("content") or "") for message in messages if isinstance(message, dict))
-    else:
-        fields = ("response", "text", "content", "output")
-        text = next((str(row[name]) for name in fields if row.get(name)), "")
-    return {"text": text} if text else None
 
 
 def _derived(conversion: Conversion) -> None:

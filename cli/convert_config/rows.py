@@ -46,16 +46,12 @@ class RowFile:
     text_column: str | None = None
 
 
-def convert_files(conversion: Conversion, sources: Sequence[RowFile]) -> list[str]:
-    """Paths of our files with the rows of the sources; what must be written is added to `conversion.written`.
+def convert_file(conversion: Conversion, source: RowFile) -> str:
+    """Return the path of our file with the rows of a source; what must be written is added to `conversion.written`.
 
     Raises:
         UserError: rows must be written, and no folder is named for them; or a row cannot be read.
     """
-    return [_convert_file(conversion, source) for source in sources]
-
-
-def _convert_file(conversion: Conversion, source: RowFile) -> str:
     path = str(source.file)
     if source.file.suffix.lower() == ".txt" and source.text_column:
         conversion.rows[path] = 1
@@ -94,8 +90,16 @@ def _read_rows(conversion: Conversion, source: RowFile) -> tuple[list[Record | N
         rows.append(row)
         if row is None:
             reason = reason or f"{where} is left out by {conversion.peer.tool}"
-        elif not reason and not _reads_alike(record, row, where, source.text_column):
-            reason = f"{where} is read differently here than by {conversion.peer.tool}"
+        elif not reason:
+            if source.text_column is not None:
+                alike = record.get(source.text_column) == row[source.text_column]
+            else:
+                expected = _as_read_here(row, where)  # raises UserError for a row that cannot be trained on here
+                try:
+                    alike = _as_read_here(record, where) == expected
+                except UserError:
+                    alike = False
+            reason = "" if alike else f"{where} is read differently here than by {conversion.peer.tool}"
     return rows, reason
 
 
@@ -112,22 +116,7 @@ def _write_rows(conversion: Conversion, source: RowFile, rows: Sequence[Record],
     return path
 
 
-def _reads_alike(record: Record, row: Record, where: str, text_column: str | None) -> bool:
-    """Whether our reader makes the same of a record as of the row that the tool makes of it.
-
-    Raises:
-        UserError: the row cannot be trained on here.
-    """
-    if text_column is not None:
-        return bool(record.get(text_column) == row[text_column])
-    expected = _worded(row, where)
-    try:
-        return _worded(record, where) == expected
-    except UserError:
-        return False
-
-
-def _worded(record: Record, where: str) -> Any:
+def _as_read_here(record: Record, where: str) -> Any:
     conversation = read_conversation(SourceRow("", record, where))
     return conversation["messages"], conversation.get("tools")
 

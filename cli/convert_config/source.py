@@ -97,25 +97,21 @@ def _read_script(file: Path, tool: str | None) -> tuple[str, dict[str, Any]]:
     name, known, words = calls[0]
     if words and not words[0].startswith("-"):
         raise UserError(f"{file} names the settings {words[0]}", "convert that file")
-    return name, _options(file, words) | known
-
-
-def _options(file: Path, words: list[str]) -> dict[str, Any]:
-    """Options with their values, read as YAML; an option without a value is true."""
     settings: dict[str, list[Any]] = {}
     key = None
     for word in words:
         if re.search(r"\$[\w{(]|`", word):
             raise UserError(f"{file}: {word} must be expanded by the shell", "write the value itself")
         if word.startswith("--"):
-            name, _, value = word[2:].partition("=")
-            key = name.replace("-", "_")
+            option, _, value = word[2:].partition("=")
+            key = option.replace("-", "_")
             settings[key] = [_read_word(value)] if value else []
         elif key is None:
             raise UserError(f"{file}: {word} belongs to no option", "write --option value")
         else:
             settings[key].append(_read_word(word))
-    return {name: values[0] if len(values) == 1 else values or True for name, values in settings.items()}
+    # An option without a value is true.
+    return name, {key: values[0] if len(values) == 1 else values or True for key, values in settings.items()} | known
 
 
 def _read_word(word: str) -> Any:

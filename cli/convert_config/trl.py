@@ -7,7 +7,7 @@ from functools import partial
 from pathlib import Path
 
 from cli.convert_config.conversion import Conversion, Peer, attention, quantization
-from cli.convert_config.rows import RowFile, convert_files, hold_out
+from cli.convert_config.rows import RowFile, convert_file, hold_out
 from dataset.records import Record, read_records
 from novelgpt.settings.peer_names import ANSWERS_ONLY
 
@@ -78,14 +78,15 @@ def _datasets(conversion: Conversion) -> None:
     read = partial(_read, column=column)
     key = "datasets" if conversion.is_given("datasets") else "dataset_name"
     sources = [RowFile(path.stem, path, read, text_column=column) for path in train]
-    conversion.set("train_files", convert_files(conversion, sources), key)
+    conversion.set("train_files", [convert_file(conversion, source) for source in sources], key)
     if column and column != "text":
         conversion.set("text_column", column, "dataset_text_field")
     sources = []
     if str(conversion.value("eval_strategy")) not in ("no", "False") and not conversion.value("test_split_size"):
         found = [path for path in _files(conversion, str(conversion.value("dataset_test_split"))) if path not in train]
         sources = [RowFile(f"test_{path.stem}", path, read, text_column=column) for path in found]
-    hold_out(conversion, convert_files(conversion, sources), "dataset_test_split", "test_split_size")
+    valid = [convert_file(conversion, source) for source in sources]
+    hold_out(conversion, valid, "dataset_test_split", "test_split_size")
     described = conversion.value("datasets")
     for one in described if isinstance(described, list) else [described]:
         if isinstance(one, dict) and one.get("fraction") is not None:

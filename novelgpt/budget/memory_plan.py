@@ -124,7 +124,13 @@ class MemoryPlan:
                 chosen.activation_checkpointing = True
                 estimate = self._estimate(chosen)
             if chosen.auto_batch:
-                chosen = with_rows(chosen, self._most_rows(chosen, estimate))
+                share = (TRIED_SHARE if self._can_try else ESTIMATED_SHARE) * self.capacity
+                rows = largest_fitting(
+                    micro_batches(chosen), lambda size: self._estimate(with_rows(chosen, size)).total <= share
+                )
+                if rows is None and not self._can_try:
+                    raise no_row_fits(estimate.total, self.capacity, self.tokens)
+                chosen = with_rows(chosen, rows or 1)
                 estimate = self._estimate(chosen)
             self._show(chosen, estimate)
         except UserError:
@@ -161,15 +167,6 @@ class MemoryPlan:
     def _estimate(self, training: TrainArguments) -> MemoryEstimate:
         assert self.model is not None
         return estimate_memory(self.model, training, self.tokens, self.packed)
-
-    def _most_rows(self, chosen: TrainArguments, one: MemoryEstimate) -> int:
-        share = (TRIED_SHARE if self._can_try else ESTIMATED_SHARE) * self.capacity
-        rows = largest_fitting(
-            micro_batches(chosen), lambda size: self._estimate(with_rows(chosen, size)).total <= share
-        )
-        if rows is None and not self._can_try:
-            raise no_row_fits(one.total, self.capacity, self.tokens)
-        return rows or 1
 
     def _show(self, chosen: TrainArguments, estimate: MemoryEstimate) -> None:
         """Print the estimate, and remedies where it does not fit."""

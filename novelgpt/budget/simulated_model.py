@@ -7,6 +7,7 @@ import io
 from collections.abc import Callable, Iterator
 from typing import Any
 
+import numpy
 import torch
 from peft import PeftModel, get_peft_model_state_dict
 from torch import nn
@@ -205,7 +206,7 @@ def worst_batch(rows: int, tokens: int, packed: bool, device: torch.device) -> d
     half = max(1, tokens // 2)
     starts = [row * tokens + start for row in range(rows) for start in ((0, half) if tokens > 1 else (0,))]
     # Attention on CPUs reads the boundaries, which fake tensors do not hold.
-    ends = _Boundaries([*starts, rows * tokens])
+    ends = numpy.array([*starts, rows * tokens])
     known = torch.tensor(ends, dtype=torch.int32, device=device) if device.type == "cuda" else ends
     positions = torch.arange(tokens, device=device).expand(rows, tokens)
     positions = torch.cat([positions[:, :half], positions[:, : tokens - half]], 1)
@@ -217,14 +218,6 @@ def worst_batch(rows: int, tokens: int, packed: bool, device: torch.device) -> d
         "max_length_q": longest,
         "max_length_k": longest,
     }
-
-
-class _Boundaries(list[int]):
-    """Numbers that are read as those of a tensor."""
-
-    def tolist(self) -> list[int]:
-        """Return the numbers."""
-        return list(self)
 
 
 def track_step(

@@ -144,7 +144,5 @@ def local_addresses(name: str, port: int = 0) -> list[tuple[int, tuple[str | int
 
 def interface_of(address: str) -> str | None:
     """Return the network interface that has an address, such as eth0."""
-    for name, entries in psutil.net_if_addrs().items():
-        if any(entry.address == address for entry in entries):
-            return name
-    return None
+    interfaces = psutil.net_if_addrs().items()
+    return next((name for name, entries in interfaces if any(entry.address == address for entry in entries)), None)

@@ -162,7 +162,11 @@ def _join(
     while True:
         watch()
         try:
-            link = Link(_connect(address, port), secret, first=False)
+            connection = socket.create_connection((address, port), timeout=5)
+            if connection.getsockname() == connection.getpeername():  # may be so where nobody listens yet
+                connection.close()
+                raise ConnectionRefusedError("nobody listens there")
+            link = Link(connection, secret, first=False)
         except OSError as error:
             trouble = str(error)
         else:
@@ -198,14 +202,6 @@ def _join(
                 "start there too; open the port; or name an address of it that this host can reach",
             )
         time.sleep(0.5)
-
-
-def _connect(address: str, port: int) -> socket.socket:
-    connection = socket.create_connection((address, port), timeout=5)
-    if connection.getsockname() == connection.getpeername():  # may be so on one machine, where nobody listens yet
-        connection.close()
-        raise ConnectionRefusedError("nobody listens there")
-    return connection
 
 
 def _ask(link: Link, hello: Hello, watch: Callable[[], None]) -> list[Message]:

@@ -88,23 +88,17 @@ class Failure:
     def explain(self) -> tuple[str, str]:
         """Return cause and remedy, one line each."""
         again = "the same command resumes from the newest checkpoint"
-        if self.status == -signal.SIGKILL:
-            return (
-                f"{self.who} was killed by SIGKILL",
-                "most likely the system had no memory left (`dmesg | tail` on that host says so): a smaller "
-                f"--per_device_train_batch_size or --max_length, ZERO=3, or more memory; {again}",
-            )
-        if self.status == -signal.SIGBUS:
-            return (
-                f"{self.who} was killed by SIGBUS",
-                f"most likely /dev/shm is full: make it larger (docker: --shm-size 16g); {again}",
-            )
-        if not self.who.startswith("rank"):
+        remedies = {
+            -signal.SIGKILL: "most likely the system had no memory left (`dmesg | tail` on that host says so): a "
+            "smaller --per_device_train_batch_size or --max_length, ZERO=3, or more memory",
+            -signal.SIGBUS: "most likely /dev/shm is full: make it larger (docker: --shm-size 16g)",
+        }
+        if self.status not in remedies and not self.who.startswith("rank"):
             return f"{self.who} is gone: {self.cause}", f"look there; {again}"
         if self.status < 0:
-            name = signal.Signals(-self.status).name
-            return f"{self.who} was killed by {name}", f"look at the lines above; {again}"
-        return f"{self.who} ended with exit status {self.status}", f"mend what the lines above say; {again}"
+            cause = f"{self.who} was killed by {signal.Signals(-self.status).name}"
+            return cause, f"{remedies.get(self.status, 'see the lines above')}; {again}"
+        return f"{self.who} ended with exit status {self.status}", f"fix what the lines above say; {again}"
 
 
 def show_tail(failure: Failure) -> None:
@@ -114,7 +108,7 @@ def show_tail(failure: Failure) -> None:
         say_text(f"{failure.tail}\n---", stderr=True)
 
 
-class Ranks:
+class Ranks(contextlib.AbstractContextManager["Ranks"]):
     """The running processes of this host. Leaving the context kills what is left of them.
 
     Rank 0 prints on the terminal. The others print into files under `logs`, so that nothing is shown twice; the end of
@@ -142,9 +136,6 @@ class Ranks:
             first = block.first_rank + local == 0
             variables |= of_first if first else {}
             self.processes.append(_start(args, variables, None if first else self.logs[local]))
-
-    def __enter__(self) -> Ranks:
-        return self
 
     def __exit__(
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None

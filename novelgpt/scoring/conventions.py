@@ -56,10 +56,9 @@ def opencompass(predictions: Sequence[str], references: Sequence[str]) -> dict[s
 
     Of each text, only the part before the first line end, "." or "," counts, without its punctuation.
     """
-    sides = []
-    for texts, placeholder in ((predictions, "__PREDPLACEHOLDER__"), (references, "__REFRPLACEHOLDER__")):
-        sides.append([segment(_opencompass_text(text)) or placeholder for text in texts])
-    means = mean_f([score_segmented(*pair) for pair in zip(*sides, strict=True)])
+    predicted = [segment(_opencompass_text(text)) or "__PREDPLACEHOLDER__" for text in predictions]
+    expected = [segment(_opencompass_text(text)) or "__REFRPLACEHOLDER__" for text in references]
+    means = mean_f(list(map(score_segmented, predicted, expected)))
     return {"rouge1": means["rouge-1"] * 100, "rouge2": means["rouge-2"] * 100, "rougeL": means["rouge-l"] * 100}
 
 

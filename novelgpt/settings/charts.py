@@ -113,7 +113,13 @@ def draw_picture(chart: Chart, font: ChineseFont | None) -> Picture:
     svgs = {}
     with rc_context(settings):
         for form, pixels in (("wide", width), ("narrow", NARROW)):
-            light = _draw_svg(chart, ChartLabels(font, form == "narrow"), pixels)
+            figure = _figure(chart, ChartLabels(font, form == "narrow"), pixels, title=False)
+            for background in (figure.patch, *(axes.patch for axes in figure.axes)):  # the page shows through
+                background.set_alpha(0.0)
+            stream = io.StringIO()
+            figure.savefig(stream, format="svg", metadata=dict.fromkeys(("Date", "Creator", "Format", "Type")))
+            light = stream.getvalue()
+            light = light[light.index("<svg") :]  # the root element, which is what a data URI takes
             dark = re.sub("|".join(_DARK), lambda found: _DARK[found[0]], light)
             for scheme, svg in (("light", light), ("dark", dark)):
                 svgs[form, scheme] = f"data:image/svg+xml;base64,{base64.b64encode(svg.encode()).decode()}"
@@ -126,17 +132,6 @@ def figure_png(figure: Figure, dpi: float | None = None) -> bytes:
     stream = io.BytesIO()
     figure.savefig(stream, format="png", dpi=dpi or figure.dpi, metadata={"Software": None})
     return stream.getvalue()
-
-
-def _draw_svg(chart: Chart, labels: ChartLabels, pixels: int) -> str:
-    """The root element, which is what a data URI takes; the page shows through the background."""
-    figure = _figure(chart, labels, pixels, title=False)
-    for background in (figure.patch, *(axes.patch for axes in figure.axes)):
-        background.set_alpha(0.0)
-    stream = io.StringIO()
-    figure.savefig(stream, format="svg", metadata=dict.fromkeys(("Date", "Creator", "Format", "Type")))
-    svg = stream.getvalue()
-    return svg[svg.index("<svg") :]
 
 
 def _figure(chart: Chart, labels: ChartLabels, pixels: int, title: bool) -> Figure:

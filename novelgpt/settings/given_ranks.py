@@ -15,7 +15,7 @@ import signal
 import sys
 import time
 import warnings
-from collections.abc import Mapping, MutableMapping, Sequence
+from collections.abc import Mapping, MutableMapping
 from pathlib import Path
 
 from novelgpt.settings.hardware import visible_gpus
@@ -56,7 +56,9 @@ def begin_rank() -> None:
     over = os.environ.pop(STARTED_OVER, None) is not None
     forget_remains(os.environ)
     command = sys.orig_argv
-    module = module_of(command, len(sys.argv) - 1)
+    last = command[: len(command) - (len(sys.argv) - 1)][-1]  # NAME after -m, -mNAME or -umNAME
+    name = last.partition("m")[2] if last.startswith("-") else last
+    module = name.removesuffix(".__main__").rpartition(".")[2]
     if module not in PIPELINES or not os.environ.get("RANK") or os.environ.get(LAUNCHED):
         return
     if any(os.environ.get(name) for name in OF_ENGINES):
@@ -67,18 +69,6 @@ def begin_rank() -> None:
         os.execve(sys.executable, [sys.executable, *command[1:]], variables)
     os.environ.update(missing)  # on Windows, a process that takes the place of this one would be another
     quieten_further_ranks()
-
-
-def module_of(command: Sequence[str], further: int) -> str:
-    """Return the last name of the module that Python runs by `-m NAME`, `-mNAME` or `-umNAME`.
-
-    Args:
-        command: Python's command line.
-        further: how many of its arguments are the module's own.
-    """
-    last = command[: len(command) - further][-1]
-    name = last.partition("m")[2] if last.startswith("-") else last
-    return name.removesuffix(".__main__").rpartition(".")[2]
 
 
 def forget_remains(environment: MutableMapping[str, str]) -> None:

@@ -43,8 +43,12 @@ def lock(path: Path, wait: bool = False, folder: bool = False) -> int:
         BlockingIOError: another process holds it, and `wait` is not set.
         OSError: it cannot be opened.
     """
-    if not LOCKS:
-        return _touch(path, folder)
+    if not LOCKS:  # nothing of `path` stays open, as an open file cannot be renamed there
+        if folder:
+            path.stat()
+        else:
+            path.touch()
+        return os.open(os.devnull, os.O_RDONLY)
     flags = os.O_RDONLY | os.O_DIRECTORY if folder else os.O_RDWR | os.O_APPEND | os.O_CREAT
     while True:
         with ExitStack() as stack:
@@ -69,15 +73,6 @@ def unlock(handle: int) -> None:
         with contextlib.suppress(OSError):
             fcntl.flock(handle, fcntl.LOCK_UN)
     os.close(handle)
-
-
-def _touch(path: Path, folder: bool) -> int:
-    """What is left of `lock` without locks. Nothing of `path` stays open, as an open file cannot be renamed there."""
-    if folder:
-        path.stat()
-    else:
-        path.touch()
-    return os.open(os.devnull, os.O_RDONLY)
 
 
 @contextmanager

@@ -16,6 +16,7 @@ REMEDY = "fetch the file again, or correct it"
 # Far above what any settings take; tokenizers and indices of shards are larger.
 MAX_BYTES = 1 << 30
 SHOWN = 60
+SCALARS, NOT_FIELDS = ("int", "float", "str", "bool"), ("constrained-", "list[", "dict[", "function-")
 # Of a YAML file, in which a few lines of references can stand for more than memory holds.
 MAX_VALUES = 1_000_000
 
@@ -128,21 +129,14 @@ def check_fields(model: type[Fields], content: object, name: str, remedy: str = 
         return model.model_validate(content)
     except ValidationError as error:
         first = error.errors(include_url=False, include_context=False)[0]
-        place = [part for part in map(str, first["loc"]) if not _is_member(part)]
-        found = f", not {_short(first['input'])}" if first["type"] not in ("missing", "value_error") else ""
+        # Without pydantic's names for members of a union.
+        place = [part for part in map(str, first["loc"]) if part not in SCALARS and not part.startswith(NOT_FIELDS)]
+        value = repr(first["input"])
+        value = value if len(value) <= SHOWN else f"{value[:SHOWN]}…"
+        found = f", not {value}" if first["type"] not in ("missing", "value_error") else ""
         message = first["msg"].removeprefix("Value error, ")
         where = f"{name}: {'.'.join(place)}" if place else name
         raise UserError(f"{where}: {message[:1].lower()}{message[1:]}{found}", remedy) from error
-
-
-def _is_member(part: str) -> bool:
-    """Whether a part of the place of an error is no field, but how pydantic names a member of a union."""
-    return part in ("int", "float", "str", "bool") or part.startswith(("constrained-", "list[", "dict[", "function-"))
-
-
-def _short(value: object) -> str:
-    text = repr(value)
-    return text if len(text) <= SHOWN else f"{text[:SHOWN]}…"
 
 
 def _mapping(pairs: list[tuple[str, Any]]) -> dict[str, Any]:

@@ -141,7 +141,13 @@ def _histogram_chart(
         axes.set_ylim(bottom=0.0)
         axes.grid(axis="y")
         if logarithmic:
-            _use_logarithmic_axis(axes, edges)
+            axes.set_xscale("log")
+            wide = edges[-1] / edges[0]
+            steps = (1.0,) if wide > 1e3 else (1.0, 2.0, 5.0) if wide > 8 else tuple(map(float, range(1, 10)))
+            axes.xaxis.set_major_locator(LogLocator(subs=steps) if wide > 2 else MaxNLocator(5))
+            axes.xaxis.set_minor_locator(NullLocator())
+            axes.xaxis.set_major_formatter(FuncFormatter(lambda x, _: f"{x:,.0f}" if x < 1e6 else f"{x:.0e}"))
+            axes.set_xlim(edges[0], edges[-1])
 
     return Chart(
         f"{metric}_histogram",
@@ -306,13 +312,3 @@ def _edges(values: Sequence[float], logarithmic: bool, rows: int) -> numpy.ndarr
     low, high = (float(numpy.percentile(values, share)) for share in (0.5, 99.5))
     low, high = max(1.0, low / 1.05), min(max(high, 1.0) * 1.05, 1e30)
     return numpy.geomspace(low, max(high, low * 1.2), bins + 1)
-
-
-def _use_logarithmic_axis(axes: Axes, edges: numpy.ndarray) -> None:
-    axes.set_xscale("log")
-    wide = edges[-1] / edges[0]
-    steps = (1.0,) if wide > 1e3 else (1.0, 2.0, 5.0) if wide > 8 else tuple(float(step) for step in range(1, 10))
-    axes.xaxis.set_major_locator(LogLocator(subs=steps) if wide > 2 else MaxNLocator(5))
-    axes.xaxis.set_minor_locator(NullLocator())
-    axes.xaxis.set_major_formatter(FuncFormatter(lambda value, _: f"{value:,.0f}" if value < 1e6 else f"{value:.0e}"))
-    axes.set_xlim(edges[0], edges[-1])

@@ -14,11 +14,8 @@ SEPARATOR = "\0"
 """Between texts that are searched together; no mark may cross it."""
 
 
-class MarkSpan(NamedTuple):
-    """Characters `start` to `end` of a text, end excluded."""
-
-    start: int
-    end: int
+MarkSpan = tuple[int, int]
+"""Start and end of characters in a text, end excluded."""
 
 
 class MarkedText(NamedTuple):
@@ -67,7 +64,7 @@ def loops(text: str) -> list[MarkSpan]:
     while (found := first_loop(text[searched:])) is not None:
         start = searched + found
         searched = max(_periodic_end(text, start, period) for period in range(1, LONGEST_PERIOD + 1))
-        spans.append(MarkSpan(start, searched))
+        spans.append((start, searched))
     return spans
 
 
@@ -92,9 +89,9 @@ def split_at_marks(text: str, marks: dict[str, list[MarkSpan]]) -> list[MarkedTe
     cuts = sorted({0, len(text), *(cut for spans in marks.values() for span in spans for cut in span)})
     changes: dict[int, list[tuple[str, bool]]] = {}
     for name, spans in marks.items():
-        for span in spans:
-            changes.setdefault(span.end, []).insert(0, (name, False))
-            changes.setdefault(span.start, []).append((name, True))
+        for start, end in spans:
+            changes.setdefault(end, []).insert(0, (name, False))
+            changes.setdefault(start, []).append((name, True))
     active = dict.fromkeys(marks, False)
     segments = []
     for start, end in pairwise(cuts):
@@ -117,7 +114,6 @@ def _tiles(text: str, lengths: list[int], shortest: int) -> list[MarkSpan]:
         match = text[start:end]
         if len(match.strip()) >= shortest:
             left = start + len(match) - len(match.lstrip())
-            span = MarkSpan(left, left + len(match.strip()))
-            taken.append(span)
-            free[span.start : span.end] = bytes(span.end - span.start)
+            taken.append((left, left + len(match.strip())))
+            free[slice(*taken[-1])] = bytes(len(match.strip()))
     return sorted(taken)

@@ -113,12 +113,9 @@ def matched_rows(first: ReportRun, other: ReportRun) -> list[int] | None:
 
 
 def _prediction_file(path: Path) -> Path:
-    if path.is_file():
-        return path
-    for folder in (path, path / "predict"):
-        for name in FILES:
-            if (folder / name).is_file():
-                return folder / name
+    places = (path, *(folder / name for folder in (path, path / "predict") for name in FILES))
+    if found := next((place for place in places if place.is_file()), None):
+        return found
     if not path.is_dir():
         raise UserError(f"{path} is not a folder", "name the folder of a run, or the folder with its predictions.jsonl")
     raise UserError(f"no predictions.jsonl in {path} or {path / 'predict'}", run_pipeline("predict", model=str(path)))
@@ -211,10 +208,9 @@ def _texts(entry: dict[str, Any]) -> tuple[Any, Any]:
 def _scored_texts(entry: dict[str, Any], row: RowScores) -> tuple[str, str] | None:
     """The texts that a row's scores belong to: unchanged, or without the thoughts before the answers; else None."""
     whole = _texts(entry)
-    for texts in (whole, (split_thought(whole[0], False)[1], split_thought(whole[1], False)[1])):
-        if len(texts[0][: entry.get("scored_characters")]) == row.get("prediction_characters"):
-            return texts
-    return None
+    answers = split_thought(whole[0], False)[1], split_thought(whole[1], False)[1]
+    scored, expected = slice(entry.get("scored_characters")), row.get("prediction_characters")
+    return next((texts for texts in (whole, answers) if len(texts[0][scored]) == expected), None)
 
 
 def _read_losses(folder: Path) -> list[dict[str, Any]]:

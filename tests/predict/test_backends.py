@@ -11,6 +11,7 @@ import time
 import urllib.error
 import urllib.request
 from collections.abc import Callable, Iterator
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -81,9 +82,9 @@ def asking(base_folder: Path) -> Callable[..., list[str]]:
     def answers(backend: str, **settings: Any) -> list[str]:
         generation = GenerationArguments(max_new_tokens=8, **settings)
         if backend == "continuous":
-            way = continuously(model, tokenizer, generation, 3)
+            way = partial(continuously, model, tokenizer, generation, 3)
         else:
-            way = in_batches(model, tokenizer, generation)
+            way = partial(in_batches, model, tokenizer, generation)
         found = {number: one for some in way(rows, [[0, 1, 2]]) for number, one in some.items()}
         return [found[number].text for number in range(3)]
 
