@@ -7,7 +7,7 @@ begins, and gives ranks what libraries read when they are imported; so each room
 import os
 import sys
 
-from novelgpt.settings.given_ranks import begin_rank
+from novelgpt.settings.external_ranks import start_rank
 from novelgpt.settings.library_settings import disable_telemetry, silence_imports
 from novelgpt.settings.signals import begin_command
 
@@ -15,6 +15,6 @@ __version__ = "0.1.0"
 
 if sys.argv[:1] == ["-m"]:  # as it reads until runpy has found the module
     begin_command()
-    begin_rank()
+    start_rank()
 disable_telemetry(os.environ)
 silence_imports()

@@ -74,7 +74,7 @@ def main(argv: list[str] | None = None) -> None:
         "--device": "cuda" if torch.cuda.is_available() else "cpu", "--output_path": str(output),
         "--num_fewshot": args.num_fewshot, "--limit": args.limit, "--include_path": args.include_path,
     }  # fmt: skip
-    chosen = [word for name, value in options.items() if value is not None for word in (name, value)]
+    chosen = [arg for option in options.items() if option[1] is not None for arg in option]
     _run_harness(["run", *chosen, *["--apply_chat_template"] * args.apply_chat_template, *further])
     say(f"results in {output}")
 

@@ -68,7 +68,7 @@ class PromptRow:
         """Prompt and reference as a training row with labels on the last answer only; None without a reference.
 
         Labels before the reference, at the ends of earlier answers, are removed. The reference of a plain row has no
-        end token, as the text goes on.
+        end token, as the text continues.
         """
         if not self.reference:
             return None

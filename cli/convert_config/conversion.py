@@ -9,7 +9,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Literal
 
-from cli.convert_config.source import typed
+from cli.convert_config.source import convert_types
 from novelgpt.settings.errors import UserError
 from novelgpt.settings.peer_names import PEER_NAMES
 from novelgpt.settings.remedies import as_typed
@@ -186,7 +186,7 @@ def convert(peer: Peer, given: dict[str, Any], file: Path, root: Path, output_da
     Raises:
         UserError: a value of the wrong type, a training that is not here, or data that cannot be read.
     """
-    conversion = Conversion(peer, file, root, typed(file, given, peer.defaults), output_data)
+    conversion = Conversion(peer, file, root, convert_types(file, given, peer.defaults), output_data)
     conversion.pipeline = peer.pipeline(conversion)
     if not conversion.is_given(peer.model_key):
         raise conversion.refuse(peer.model_key, "no model is named", "name one")

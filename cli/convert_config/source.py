@@ -70,7 +70,7 @@ def read_settings(file: Path, tool: str | None) -> tuple[str, dict[str, Any]]:
         tool, *others = [name for name, count in counts.items() if count == max(counts.values())]
         if others:
             raise UserError(
-                f"{file}: cannot tell which tool's settings these are", f"say it: --from {'|'.join(_OF_TOOLS)}"
+                f"{file}: cannot tell which tool's settings these are", f"pass --from {'|'.join(_OF_TOOLS)}"
             )
     return tool, named
 
@@ -84,47 +84,47 @@ def _read_script(file: Path, tool: str | None) -> tuple[str, dict[str, Any]]:
     calls = []
     for line in text.replace("\\\r\n", " ").replace("\\\n", " ").splitlines():
         try:
-            words = shlex.split(line, comments=True)
+            args = shlex.split(line, comments=True)
         except ValueError as error:
             raise UserError(f"{file}: {error}: {line.strip()[:60]}", "correct the script") from error
-        for index in range(len(words) - 1):
-            command = (Path(words[index]).name, words[index + 1])
+        for index in range(len(args) - 1):
+            command = (Path(args[index]).name, args[index + 1])
             if command in _COMMANDS and (tool is None or _COMMANDS[command][0] == tool):
-                calls.append((*_COMMANDS[command], words[index + 2 :]))
+                calls.append((*_COMMANDS[command], args[index + 2 :]))
     if len(calls) != 1:
         names = ", ".join(sorted({" ".join(command) for command in _COMMANDS}))
         raise UserError(f"{file} calls a tool {len(calls)} times", f"leave one call of {names} in a file of its own")
-    name, known, words = calls[0]
-    if words and not words[0].startswith("-"):
-        raise UserError(f"{file} names the settings {words[0]}", "convert that file")
+    name, known, args = calls[0]
+    if args and not args[0].startswith("-"):
+        raise UserError(f"{file} names the settings {args[0]}", "convert that file")
     settings: dict[str, list[Any]] = {}
     key = None
-    for word in words:
-        if re.search(r"\$[\w{(]|`", word):
-            raise UserError(f"{file}: {word} must be expanded by the shell", "write the value itself")
-        if word.startswith("--"):
-            option, _, value = word[2:].partition("=")
+    for arg in args:
+        if re.search(r"\$[\w{(]|`", arg):
+            raise UserError(f"{file}: {arg} must be expanded by the shell", "write the value itself")
+        if arg.startswith("--"):
+            option, _, value = arg[2:].partition("=")
             key = option.replace("-", "_")
-            settings[key] = [_read_word(value)] if value else []
+            settings[key] = [_parse_arg(value)] if value else []
         elif key is None:
-            raise UserError(f"{file}: {word} belongs to no option", "write --option value")
+            raise UserError(f"{file}: {arg} belongs to no option", "write --option value")
         else:
-            settings[key].append(_read_word(word))
+            settings[key].append(_parse_arg(arg))
     # An option without a value is true.
     return name, {key: values[0] if len(values) == 1 else values or True for key, values in settings.items()} | known
 
 
-def _read_word(word: str) -> Any:
+def _parse_arg(arg: str) -> Any:
     """A value as YAML reads it; invalid YAML is text."""
     try:
-        return yaml.safe_load(word)
+        return yaml.safe_load(arg)
     except (yaml.YAMLError, ValueError, RecursionError):
-        return word
+        return arg
 
 
 _NUMBER = re.compile(r"[-+]?(?:\d+\.?\d*|\.\d+)(?:[eE][-+]?\d+)?")
 _SWITCH = {"true": True, "yes": True, "1": True, "false": False, "no": False, "0": False}
-# Keys without a default that tells their type.
+# Keys without a default that shows their type.
 _SWITCHES = (
     "do_train", "fp16", "pure_bf16", "neat_packing", "mask_history", "train_on_prompt", "use_swanlab", "use_hf",
     "use_chat_template", "load_in_4bit", "assistant_only_loss", "completion_only_loss", "overwrite_output_dir",
@@ -162,7 +162,7 @@ _FREE = ("default_system", "system")
 _STRATEGIES = ("eval_strategy", "evaluation_strategy", "save_strategy", "logging_strategy")
 
 
-def typed(file: Path, given: Mapping[str, Any], defaults: Mapping[str, Any]) -> dict[str, Any]:
+def convert_types(file: Path, given: Mapping[str, Any], defaults: Mapping[str, Any]) -> dict[str, Any]:
     """The settings of a file, each of its type.
 
     Args:

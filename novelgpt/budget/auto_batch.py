@@ -35,7 +35,7 @@ def micro_batches(training: TrainArguments) -> list[int]:
 
 
 def with_rows(training: TrainArguments, rows: int) -> TrainArguments:
-    """Return a copy that takes `rows` at once, and as many per optimizer step as before."""
+    """Return a copy that takes micro-batches of `rows`, and as many rows per optimizer step as before."""
     changed = copy.copy(training)
     total = training.per_device_train_batch_size * training.gradient_accumulation_steps
     changed.per_device_train_batch_size, changed.gradient_accumulation_steps = rows, max(1, total // rows)

@@ -38,9 +38,9 @@ class DiskForecast:
 
     Attributes:
         checkpoint: of one, all processes' parts together.
-        most: checkpoints that are there at once, the one that is being written included; None where nothing limits
+        most: checkpoints that exist at the same time, the one that is being written included; None where nothing limits
             them.
-        kept: of these, those that stay when a newer one is whole.
+        kept: of these, those that are kept when a newer one is complete.
         final: of the final weights, which are written when no checkpoint is.
         other: logs and curves.
     """
@@ -92,7 +92,7 @@ def forecast_disk(
         tokenizer: bytes of its files.
         steps: optimizer steps of an epoch; None where the rows are not known.
     """
-    # ZeRO hands out copies, of which nothing tells any more that they were one.
+    # ZeRO gathers tied weights as separate copies.
     weights = model.saved + (model.shared if training.deepspeed else 0) + tokenizer + SMALL_FILES
     numbers = sum(count for count, _ in model.trained)
     each: float = optimizer_bytes(training)
@@ -121,7 +121,7 @@ def lack_of_room(forecast: DiskForecast, held: int, free: int, folder: Path) -> 
 
     Args:
         forecast: of the run.
-        held: bytes that its folder holds already, which it goes on from or replaces.
+        held: bytes that its folder holds already, which it resumes from or replaces.
         free: bytes of its file system.
         folder: of the run.
     """
@@ -131,7 +131,7 @@ def lack_of_room(forecast: DiskForecast, held: int, free: int, folder: Path) -> 
     if forecast.most is not None and forecast.most > 2:
         remedies.insert(0, f"keep fewer: --save_total_limit {max(1, forecast.most - 2)}")
     if forecast.most:
-        remedies.append("or weights without what is needed to go on: --save_only_model True")
+        remedies.append("or weights that cannot be resumed from: --save_only_model True")
     also = f", of which {gigabytes(held)} are there" if held else ""
     return UserError(
         f"the disk of {folder} is too small for this run: {describe(forecast)}{also}, and {gigabytes(free)} are free",
@@ -140,7 +140,7 @@ def lack_of_room(forecast: DiskForecast, held: int, free: int, folder: Path) -> 
 
 
 def describe(forecast: DiskForecast, held: int = 0) -> str:
-    """The forecast in words."""
+    """Format the forecast."""
     each = gigabytes(forecast.checkpoint)
     if forecast.most is None:
         what = f"final weights; nothing limits the checkpoints of {each} each"
@@ -165,7 +165,7 @@ def bytes_in(folder: Path) -> int:
 
 
 def _checkpoints(training: TrainArguments, total: int | None) -> tuple[int | None, int]:
-    """Checkpoints at once while one is being written, None where nothing limits them; and when it is whole.
+    """Checkpoints at once while one is being written, None where nothing limits them; and when it is complete.
 
     The best one is never deleted, so that a limit of 1 keeps two where the best one is tracked.
     """

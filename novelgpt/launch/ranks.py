@@ -12,7 +12,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from types import TracebackType
 
-from novelgpt.settings.given_ranks import LAUNCHED, stop_with_parent
+from novelgpt.settings.external_ranks import LAUNCHED, stop_with_parent
 from novelgpt.settings.terminal import say, say_text
 
 TAIL_BYTES = 6000

@@ -36,7 +36,7 @@ from typing import NoReturn
 from novelgpt.launch.hosts import is_loopback
 from novelgpt.launch.secret import forget_secret
 from novelgpt.settings.errors import UserError, exit_on_user_error
-from novelgpt.settings.given_ranks import is_alone, number_in, processes_here
+from novelgpt.settings.external_ranks import is_alone, number_in, processes_here
 from novelgpt.settings.hardware import visible_gpus
 from novelgpt.settings.library_settings import process_defaults
 from novelgpt.settings.paths import ROOT

@@ -45,7 +45,7 @@ class NoOtherHosts:
         """Do nothing."""
 
     def finish(self, seconds: float) -> list[Failure]:
-        """Return at once."""
+        """Return no failures, without waiting."""
         return []
 
     def listen(self) -> None:
@@ -68,7 +68,7 @@ class Signals:
                 signal.signal(number, self._note)
 
     def impatient(self) -> bool:
-        """Whether the end is wanted at once."""
+        """Whether to end immediately."""
         return sum(number in IMPATIENT_SIGNALS for number in self.received) > 1
 
     def exit_if_received(self) -> None:

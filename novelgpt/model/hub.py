@@ -176,7 +176,7 @@ def _needed_code(source: str) -> str | None:
     except OSError:  # an adapter, or only a tokenizer; loading reports what is missing
         config = {}
     if not isinstance(config, dict):  # transformers may accept it
-        raise UserError(f"{source}: its config.json holds no settings by name", "fetch the file again")
+        raise UserError(f"{source}: its config.json is not a mapping", "fetch the file again")
     kind: Any = config.get("model_type")
     known = CONFIG_MAPPING[kind] if kind in CONFIG_MAPPING else None  # noqa: SIM401  its `get` finds nothing
     if known is None or known not in MODEL_FOR_CAUSAL_LM_MAPPING:

@@ -162,7 +162,7 @@ FONT_FILES = (
 
 # Fonts that have a box or nothing for every letter.
 _EMPTY = ("lastresort", "adobeblank", "adobenotdef")
-# It tells of each font whose one weight is not called "normal".
+# It warns of each font whose only weight is not called "normal".
 logging.getLogger(font_manager.__name__).setLevel(logging.ERROR)
 _BOLD = re.compile(r"bold|black|heavy|medium|light|thin|bd\.|-[bl]\.", re.IGNORECASE)
 OWN_FAMILY = "DejaVu Sans"

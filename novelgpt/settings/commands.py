@@ -9,7 +9,7 @@ class Command(NamedTuple):
     """A command.
 
     Attributes:
-        name: as typed after `novelgpt`, in one word or two.
+        name: after `novelgpt`, of one or two words.
         module: with a `main`, and its subcommand where it has several.
         text: one line for --help.
     """

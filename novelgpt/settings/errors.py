@@ -6,7 +6,12 @@ import functools
 import os
 from collections.abc import Callable
 
-from novelgpt.settings.given_ranks import is_given, is_loss_of_a_rank, quieten_further_ranks, wait_for_launcher
+from novelgpt.settings.external_ranks import (
+    is_external_rank,
+    is_loss_of_a_rank,
+    quieten_further_ranks,
+    wait_for_launcher,
+)
 from novelgpt.settings.signals import hear_interrupts
 from novelgpt.settings.terminal import guard_terminal, leave_closed_output, say, visible
 
@@ -61,7 +66,7 @@ def exit_on_user_error(main: Callable[..., None]) -> Callable[..., None]:
             say(f"error: {error.cause}", f"  fix: {error.remedy}", stderr=True)
             raise SystemExit(2) from None
         except KeyboardInterrupt:
-            if not is_given() or os.environ["RANK"] == "0":
+            if not is_external_rank() or os.environ["RANK"] == "0":
                 say("stopped by Ctrl-C", stderr=True)
             raise SystemExit(130) from None
         except BrokenPipeError:

@@ -33,13 +33,13 @@ def read_object(
         name: of the file in errors; None for its path.
 
     Raises:
-        UserError: no file, no UTF-8, no JSON, not a mapping, or one with a key that stands there with two values; names
+        UserError: no file, not UTF-8, not JSON, not a mapping, or one that sets a key to two values; names
             the file, and line and column where there are any.
     """
     name = str(path) if name is None else name
     try:
         if path.exists() and not (path.is_file() or path.is_dir()):  # a pipe would be waited for
-            raise UserError(f"{name} is no file", remedy)
+            raise UserError(f"{name} is not a file", remedy)
         size = path.stat().st_size
         if size > max_bytes:
             raise UserError(f"{name} has {size} bytes, too many for what its name says", remedy)
@@ -62,15 +62,15 @@ def parse_object(content: bytes, name: str, remedy: str = REMEDY) -> dict[str, A
     if not content.strip():
         raise UserError(f"{name} is empty", remedy)
     if content.startswith((b"\xff\xfe", b"\xfe\xff", b"\xef\xbb\xbf")):
-        raise UserError(f"{name} begins with a byte order mark", "save it as UTF-8 without one")
+        raise UserError(f"{name} starts with a byte order mark", "save it as UTF-8 without one")
     try:
         value = json.loads(content.decode("utf-8"), object_pairs_hook=_mapping)
     except UnicodeDecodeError as error:
-        raise UserError(f"{name} is no UTF-8: byte {error.start}: {error.reason}", remedy) from error
+        raise UserError(f"{name} is not UTF-8: byte {error.start}: {error.reason}", remedy) from error
     except (ValueError, RecursionError) as error:
-        raise UserError(f"{name} is no JSON: {error}", remedy) from error
+        raise UserError(f"{name} is not JSON: {error}", remedy) from error
     if not isinstance(value, dict):
-        raise UserError(f"{name} holds no settings by name: it is a {type(value).__name__}", remedy)
+        raise UserError(f"{name} is not a mapping, but a {type(value).__name__}", remedy)
     return value
 
 
@@ -80,16 +80,16 @@ def read_yaml(path: Path, missing: str, remedy: str) -> Any:
     Args:
         path: of the file.
         missing: what to do where there is no such file.
-        remedy: what to do where it is no YAML.
+        remedy: what to do where it is not YAML.
 
     Raises:
-        UserError: it cannot be read, a key stands there twice, or it stands for more than a file would hold.
+        UserError: it cannot be read, a key is set twice, or it expands to more than a file would hold.
     """
     try:
         value = yaml.load(path.read_text(encoding="utf-8"), _UniqueKeys)
     except OSError as error:
         raise UserError(f"{path}: {error.strerror or error}", missing) from error
-    except (yaml.YAMLError, ValueError, RecursionError) as error:  # dates that are none are ValueErrors
+    except (yaml.YAMLError, ValueError, RecursionError) as error:  # invalid dates are ValueErrors
         raise UserError(f"{path} is not YAML: {error}", remedy) from error
     waiting, count = [value], 0
     while waiting:
@@ -97,19 +97,19 @@ def read_yaml(path: Path, missing: str, remedy: str) -> Any:
         waiting += list(part.values()) if isinstance(part, dict) else part if isinstance(part, list) else []
         count += 1
         if count > MAX_VALUES:
-            raise UserError(f"{path} stands for more than {MAX_VALUES} values", remedy)
+            raise UserError(f"{path} expands to more than {MAX_VALUES} values", remedy)
     return value
 
 
 class _UniqueKeys(yaml.SafeLoader):
-    """YAML in which a key that stands twice is an error, not the last one's silent win."""
+    """YAML in which a repeated key is an error; PyYAML would silently take the last one."""
 
     def construct_mapping(self, node: yaml.MappingNode, deep: bool = False) -> dict[Any, Any]:
         own = [key for key, _ in node.value if key.tag != "tag:yaml.org,2002:merge"]
         keys = [self.construct_object(key, deep=True) for key in own]  # type: ignore[no-untyped-call]
         twice = {str(key) for key in keys if keys.count(key) > 1}
         if twice:
-            raise yaml.YAMLError(f"{', '.join(sorted(twice))} stands twice in line {node.start_mark.line + 1}")
+            raise yaml.YAMLError(f"{', '.join(sorted(twice))} is set twice in line {node.start_mark.line + 1}")
         return super().construct_mapping(node, deep)  # type: ignore[no-any-return, no-untyped-call]
 
 
@@ -140,10 +140,10 @@ def check_fields(model: type[Fields], content: object, name: str, remedy: str = 
 
 
 def _mapping(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
-    """A key may stand there twice with one value, as in some published files; two values are two meanings."""
+    """Accept a repeated key with one value, as in some published files; two values are ambiguous."""
     found: dict[str, Any] = {}
     for key, value in pairs:
         if key in found and found[key] != value:
-            raise ValueError(f"{key!r} stands there with two values")
+            raise ValueError(f"{key!r} is set twice, to different values")
         found[key] = value
     return found

@@ -24,7 +24,7 @@ from novelgpt.settings.arguments import TrainArguments
 from novelgpt.settings.command_parser import CommandParser
 from novelgpt.settings.console import make_console
 from novelgpt.settings.errors import UserError
-from novelgpt.settings.given_ranks import problem_of_rank
+from novelgpt.settings.external_ranks import problem_of_rank
 from novelgpt.settings.parsed_files import read_yaml
 from novelgpt.settings.paths import EMBEDDED_BASE, ROOT, TINY, check_not_replaced, check_utf8, from_home, model_place
 from novelgpt.settings.peer_names import MODEL_NAMES, OTHER_NAMES, explain, settle_model

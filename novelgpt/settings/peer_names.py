@@ -1,4 +1,4 @@
-"""Names that users bring from LLaMA-Factory, ms-swift and TRL, and what stands in their place here.
+"""Names that users bring from LLaMA-Factory, ms-swift and TRL, and our counterparts.
 
 The error for an unknown option, `convert-config` and docs/coming_from.md all read this one table. Other names of the
 model, which are taken as they are, are settled here as well.
@@ -24,7 +24,7 @@ MODEL_NAMES = ("model", "base", *OTHER_NAMES)
 
 @dataclass(frozen=True)
 class PeerName:
-    """What stands here in place of a peer's option.
+    """Our counterpart of a peer's option.
 
     Attributes:
         tools: whose name it is, in letters of TOOLS.
@@ -37,7 +37,7 @@ class PeerName:
     here: str
 
     def whose(self) -> str:
-        """The tools in words."""
+        """Return the names of the tools."""
         *others, last = (TOOLS[letter] for letter in self.tools)
         return f"{', '.join(others)} and {last}" if others else last
 
@@ -75,7 +75,7 @@ _TABLE: tuple[tuple[str, str, str, str], ...] = (
     ("L", "use_fast_tokenizer low_cpu_mem_usage use_kv_cache offload_folder", "", AUTOMATIC),
     ("L", "split_special_tokens", "", "special tokens that a text spells are always text"),
     ("L", "upcast_layernorm upcast_lmhead_output", "", "weights that train are fp32, and so is the loss"),
-    ("L", "train_from_scratch", "", "pretrain goes on from the weights that model names"),
+    ("L", "train_from_scratch", "", "pretrain continues from the weights that model names"),
     ("LS", "infer_backend", "endpoint", "endpoint: the URL of a server such as vLLM's, in predict"),
     ("L", "print_param_status", "", AUTOMATIC),
     # Method.
@@ -194,7 +194,7 @@ def explain(key: str, options: Collection[str], command: str) -> tuple[str, str]
     """Whose name an unknown option is, and what to write in its place; None where no peer has it.
 
     Args:
-        key: as it was typed.
+        key: as given.
         options: that the command takes.
         command: its name.
     """
@@ -206,7 +206,7 @@ def explain(key: str, options: Collection[str], command: str) -> tuple[str, str]
         f" ({' and '.join(foreign)} is for another pipeline than {command})" if foreign else ""
     )
     page = "; docs/coming_from.md has all names" if IS_CHECKOUT else ""
-    remedy = f"a whole file is converted by {python_module('cli.convert_config FILE')}{page}"
+    remedy = f"convert a whole file with {python_module('cli.convert_config FILE')}{page}"
     return f"a name of {known.whose()}: here {here}", remedy
 
 
@@ -240,7 +240,7 @@ def settle_model(layers: Sequence[tuple[str, Mapping[str, Any]]], takes_base: bo
         raise UserError(
             f"{name} {adapter}: a training starts from a base, and makes an adapter of its own",
             f"merge it first: {python_module('finetune_lora.merge ADAPTER FOLDER')}, then model: FOLDER; an unfinished "
-            "run goes on when its command is typed again",
+            "run resumes when its command is repeated",
         )
     named_by, model = found.get("model", ("", adapter))
     if named_by == "model" and model != adapter:

@@ -37,7 +37,7 @@ def raise_on_all_ranks() -> Iterator[None]:
     """Raise a UserError of one rank on all of them; where several have one, that of the lowest rank.
 
     All ranks enter the block. Nothing within may wait for a rank that has left it with an error; other exceptions are
-    raised on their own rank alone, at once. Also decorates functions.
+    raised on their own rank alone, immediately. Also decorates functions.
     """
     problem: UserError | None = None
     try:
@@ -57,7 +57,7 @@ def leave_process_group(main: Callable[..., None]) -> Callable[..., None]:
     """Decorate a `main` so that its process leaves those that it works with before Python ends.
 
     Left to Python, gloo's threads may still let go of their last tensors while it ends, which aborts the process
-    (PyTorch issue 190489): a run that has ended well would be told as one that was killed. NCCL has no such threads,
+    (PyTorch issue 190489): a run that has ended well would be reported as killed. NCCL has no such threads,
     and waits for the others, who may wait for this one after an error; then it is left alone. Who makes a group of gloo
     beside NCCL's ends it.
     """

@@ -12,7 +12,7 @@ from types import FrameType
 STOP_SIGNALS: tuple[signal.Signals, ...] = tuple(
     vars(signal)[name] for name in ("SIGINT", "SIGTERM", "SIGUSR1", "SIGHUP") if name in vars(signal)
 )
-# Of these, a second one ends the run at once.
+# Of these, a second one ends the run immediately.
 IMPATIENT_SIGNALS = (signal.SIGINT, signal.SIGTERM)
 
 _began = False  # whether this process is a command of this toolkit

@@ -1,6 +1,6 @@
 """What a report reads of each run: scores, row scores, byte offsets of the texts in their file, training losses.
 
-Texts stay on disk: for each row only its offset is kept, and a hash that tells whether two runs answered the same rows.
+Texts stay on disk: for each row only its offset is kept, and a hash that identifies it in other runs.
 """
 
 from __future__ import annotations

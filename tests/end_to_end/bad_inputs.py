@@ -308,7 +308,7 @@ CASES = {
     "broken configuration": (
         "pretrain",
         ["--model", "{broken_config}"],
-        "config.json is no JSON: Expecting property name",
+        "config.json is not JSON: Expecting property name",
     ),
     "architecture nobody knows": (
         "pretrain",
@@ -331,7 +331,7 @@ CASES = {
         ["--model", "{weights_of_text}"],
         "model.safetensors cannot be read: Error while deserializing header: header too large",
     ),
-    "configuration that is a list": ("finetune", ["--model", "{list_config}"], "config.json holds no settings by name"),
+    "configuration that is a list": ("finetune", ["--model", "{list_config}"], "config.json is not a mapping"),
     "configuration of other sizes": ("finetune", ["--model", "{other_sizes}"], "other shapes than config.json says"),
     "weights in a pickle": (
         "finetune",
@@ -400,12 +400,12 @@ CASES = {
     "broken DeepSpeed settings": (
         "finetune",
         ["--deepspeed", "zero.json"],
-        "--deepspeed zero.json is no JSON: Expecting property name enclosed in double quotes",
+        "--deepspeed zero.json is not JSON: Expecting property name enclosed in double quotes",
     ),
     "DeepSpeed settings that are a list": (
         "finetune",
         ["--deepspeed", "list.json"],
-        "--deepspeed list.json holds no settings by name",
+        "--deepspeed list.json is not a mapping",
     ),
     "folder as DeepSpeed settings": ("finetune", ["--deepspeed", "{empty_folder}"], "Is a directory"),
     "learning rate that is no number": ("finetune", ["--learning_rate", "nan"], "--learning_rate nan is not a number"),
@@ -534,7 +534,7 @@ CASES = {
     "predict: broken adapter": (
         "predict",
         ["--model", "{broken_adapter}"],
-        "adapter_config.json is no JSON: Expecting property name",
+        "adapter_config.json is not JSON: Expecting property name",
     ),
     "predict: no prompts in a batch": ("predict", ["--batch_size", "0"], "--batch_size 0 is too small"),
     "predict: no row": ("predict", ["--max_rows", "0"], "--max_rows 0 is too small"),
@@ -612,7 +612,7 @@ CASES = {
         "no predictions.jsonl in",
     ),
     "report: no scores": ("predict.report", ["{unscored}", "--output", "{tmp}/out"], "scores.json is missing"),
-    "report: broken scores": ("predict.report", ["{misscored}", "--output", "{tmp}/out"], "scores.json is no JSON"),
+    "report: broken scores": ("predict.report", ["{misscored}", "--output", "{tmp}/out"], "scores.json is not JSON"),
     "continuations: missing text": (
         "predict.continuations",
         ["nowhere.txt", "{tmp}/out.jsonl"],
@@ -639,7 +639,7 @@ CASES = {
     "merge: broken adapter": (
         "finetune_lora.merge",
         ["{broken_adapter}", "{tmp}/out"],
-        "adapter_config.json is no JSON: Expecting property name",
+        "adapter_config.json is not JSON: Expecting property name",
     ),
     "merge: base that is gone": (
         "finetune_lora.merge",

@@ -195,7 +195,7 @@ def without_some_weights(folder: Path) -> None:
 # What is done to a copy of the embedded base, and the words of the cause.
 DAMAGES: dict[str, tuple[Callable[[Path], object], tuple[str, ...]]] = {
     "no config.json": (lambda folder: (folder / "config.json").unlink(), ("config.json",)),
-    "no JSON": (lambda folder: (folder / "config.json").write_text("{"), ("config.json", "is no JSON")),
+    "no JSON": (lambda folder: (folder / "config.json").write_text("{"), ("config.json", "is not JSON")),
     "no model_type": (lambda folder: change(folder / "config.json", model_type=None), ("model_type",)),
     "a type that nobody knows": (lambda folder: change(folder / "config.json", model_type="weaver"), ("`weaver`",)),
     "a model of another kind": (lambda folder: change(folder / "config.json", model_type="t5"), ("T5Config",)),

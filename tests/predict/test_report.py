@@ -239,7 +239,7 @@ def other_text(folder: Path) -> None:
         (lambda folder: (folder / "row_scores.jsonl").unlink(), "row_scores.jsonl is missing"),
         (lambda folder: (folder / "predictions.jsonl").unlink(), "no predictions.jsonl in"),
         (lambda folder: (folder / "scores.json").write_text("{}"), "is not about the 3 rows"),
-        (lambda folder: (folder / "scores.json").write_text("["), "is no JSON"),
+        (lambda folder: (folder / "scores.json").write_text("["), "is not JSON"),
         (break_line, "row_scores.jsonl:1: not JSON"),
         (drop_row, "is not what row_scores.jsonl was made of"),
         (other_text, "is not what row_scores.jsonl was made of"),

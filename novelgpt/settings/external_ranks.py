@@ -43,18 +43,18 @@ _LOST = re.compile(
 )
 
 
-def is_given() -> bool:
+def is_external_rank() -> bool:
     """Whether this process is a rank that another launcher than novelgpt.launch has started."""
     return all(os.environ.get(name) for name in ("RANK", "LOCAL_RANK")) and not os.environ.get(LAUNCHED)
 
 
-def begin_rank() -> None:
+def start_rank() -> None:
     """Give a pipeline's rank the variables that novelgpt.launch sets; called when `python -m` starts to import a room.
 
     Python starts over for it, in the same process, as glibc reads some of the variables before the first line.
     """
     over = os.environ.pop(STARTED_OVER, None) is not None
-    forget_remains(os.environ)
+    remove_leftovers(os.environ)
     command = sys.orig_argv
     last = command[: len(command) - (len(sys.argv) - 1)][-1]  # NAME after -m, -mNAME or -umNAME
     name = last.partition("m")[2] if last.startswith("-") else last
@@ -71,7 +71,7 @@ def begin_rank() -> None:
     quieten_further_ranks()
 
 
-def forget_remains(environment: MutableMapping[str, str]) -> None:
+def remove_leftovers(environment: MutableMapping[str, str]) -> None:
     """Remove variables of a rank that are empty, or that only describe a process by itself.
 
     Container images and other tools leave them behind. Libraries take '' for a number, and wait for other ranks.
@@ -131,7 +131,7 @@ def stop_with_parent() -> None:
 
 def quieten_further_ranks() -> None:
     """Silence libraries' warnings and progress bars on all ranks but the first, where they share a terminal."""
-    if not is_given() or os.environ["RANK"] == "0":
+    if not is_external_rank() or os.environ["RANK"] == "0":
         return
     warnings.filterwarnings("ignore")
     logging.disable(logging.WARNING)
@@ -173,7 +173,7 @@ def wait_for_launcher(refused: bool) -> None:
     Args:
         refused: whether the cause is an error of use, which all ranks have most likely, and the first one prints.
     """
-    if not is_given() or (refused and os.environ["RANK"] == "0"):
+    if not is_external_rank() or (refused and os.environ["RANK"] == "0"):
         return
     for number in (signal.SIGINT, signal.SIGTERM):
         signal.signal(number, signal.SIG_DFL)

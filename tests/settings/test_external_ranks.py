@@ -9,7 +9,13 @@ from pathlib import Path
 import pytest
 
 from novelgpt.settings.errors import UserError
-from novelgpt.settings.given_ranks import LAUNCHED, forget_remains, is_given, is_loss_of_a_rank, missing_variables
+from novelgpt.settings.external_ranks import (
+    LAUNCHED,
+    is_external_rank,
+    is_loss_of_a_rank,
+    missing_variables,
+    remove_leftovers,
+)
 from novelgpt.settings.hardware import usable_cores
 from novelgpt.settings.parser import parse_arguments
 from novelgpt.settings.runs import FinetuneRun, PredictRun
@@ -65,9 +71,9 @@ def test_a_rank_without_a_local_number_is_the_only_one_of_its_host_unless_slurm_
 def test_ranks_of_our_launcher_are_left_to_it(monkeypatch: pytest.MonkeyPatch) -> None:
     for name, value in RANK.items():
         monkeypatch.setenv(name, value)
-    assert is_given()
+    assert is_external_rank()
     monkeypatch.setenv(LAUNCHED, "1")
-    assert not is_given()
+    assert not is_external_rank()
 
 
 @pytest.mark.parametrize(
@@ -148,7 +154,7 @@ def test_what_something_has_left_behind_makes_no_rank(left: dict[str, str], tmp_
 def test_a_rank_of_one_that_has_a_place_to_meet_stays_one() -> None:
     rank = MEETING | {"RANK": "0", "LOCAL_RANK": "0", "WORLD_SIZE": "1"}
     variables = dict(rank)
-    forget_remains(variables)
+    remove_leftovers(variables)
     assert variables == rank
 
 
