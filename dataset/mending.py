@@ -49,17 +49,6 @@ class Reading(NamedTuple):
     log_probability: float
 
 
-class Shifted(NamedTuple):
-    """A line whose double bytes are paired up wrongly from some place on, though each pair is a character."""
-
-    number: int
-    """From 1, in the text."""
-    text: str
-    """The line, or what surrounds the first evidence in it."""
-    reading: str
-    """The same as it was most likely meant."""
-
-
 def common_characters() -> str:
     """The first level of GB 2312 and that of Big5: the characters in daily use, about 6,500 of both scripts."""
     simplified = bytes(byte for lead in range(0xB0, 0xD8) for trail in range(0xA1, 0xFF) for byte in (lead, trail))
@@ -139,8 +128,11 @@ def _is_cut(end: bytes, codec: str) -> bool:
         return False
 
 
-def find_shifted(text: str) -> Iterator[Shifted]:
+def find_shifted(text: str) -> Iterator[tuple[int, str, str]]:
     """Lines of `text` that became valid nonsense where GB18030 lost or gained a byte, with what they most likely said.
+
+    Yields the number of each line, from 1, the line (of a long one, what surrounds the first evidence), and its
+    likeliest reading.
 
     Such bytes decode without an error, so decoding leaves them as they are; files that others made UTF-8 have them too.
     Stretches of about 20 characters and more are found. A line is reported only where the other reading is e^40 times
@@ -157,7 +149,7 @@ def find_shifted(text: str) -> Iterator[Shifted]:
         near = text[max(begin, match.start() - _NEAR_BEFORE) : min(end, match.end() + _NEAR_BEHIND)]
         reading = mend(near.encode("gb18030", "ignore"), "gb18030", fixed=True, last=False)
         if reading.log_probability > log_probability(near) + _SURELY_BETTER:
-            yield Shifted(number, near, reading.text)
+            yield number, near, reading.text
 
 
 def _characters_at(data: bytes, at: int, codec: str) -> Iterator[tuple[int, str]]:

@@ -5,7 +5,6 @@ from __future__ import annotations
 import itertools
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
-from typing import NamedTuple
 
 from dataset.mending import find_shifted
 from dataset.novels.chapters.chapters import split_chapters
@@ -20,22 +19,20 @@ MAX_BAD_BYTES_SHOWN = 20
 MAX_SHIFTED_SHOWN = 20
 
 
-class RemovedFrom(NamedTuple):
-    """Text that was removed from a book."""
-
-    removed: Removed
-    """The text, its rule, and its line in the source, or in the section."""
-    section: int | None = None
-    """Number of the section, from 1, where the source gives sections."""
-
-
 @dataclass(frozen=True)
 class PreparedBook:
-    """A book after the steps that need no other book."""
+    """A book after the steps that need no other book.
+
+    Attributes:
+        record: of the book.
+        chapters: in order.
+        removed: what was removed, and the number of its section, from 1, where the source gives sections. Line numbers
+            are those in the section, else in the source.
+    """
 
     record: BookRecord
     chapters: list[ChapterText]
-    removed: list[RemovedFrom]
+    removed: list[tuple[Removed, int | None]]
 
 
 def count_visible(text: str) -> int:
@@ -59,20 +56,20 @@ def prepare_book(book: RawBook, rules: Rules, simplify: bool) -> PreparedBook:
         findings=list(book.findings),
     )
     chapters: list[ChapterText] = []
+    removed: list[tuple[Removed, int | None]] = []
     if book.sections is None:
         record.characters_in = count_visible(book.text)
         cleaned = clean(book.text, rules)
         split = split_chapters(cleaned.lines)
         chapters = split.chapters
         record.findings += [*split.findings, *_describe_shifted(book.text)]
-        removed = [RemovedFrom(entry) for entry in (*cleaned.removed, *split.removed)]
+        removed += [(entry, None) for entry in (*cleaned.removed, *split.removed)]
     else:
         record.characters_in = sum(count_visible(one.title) + count_visible(one.text) for one in book.sections)
-        removed = []
         for number, section in enumerate(book.sections, start=1):
             chapter, taken = _prepare_section(section, rules)
             chapters += [] if chapter is None else [chapter]
-            removed += [RemovedFrom(entry, number) for entry in taken]
+            removed += [(entry, number) for entry in taken]
     inserted = {rule.name: count_visible(rule.becomes) for rule in rules.rules}
     for (_, rule, text), _ in removed:
         counts = record.removed.setdefault(rule, {"lines": 0, "characters": 0})
@@ -105,8 +102,8 @@ def _describe_shifted(text: str) -> list[str]:
     """A sentence for each stretch that an earlier loss of a byte has turned into other characters."""
     shifted = list(itertools.islice(find_shifted(text), MAX_SHIFTED_SHOWN + 1))
     sentences = [
-        f"line {stretch.number}: double bytes paired up wrongly; it likely said: {stretch.reading[:80]}"
-        for stretch in shifted[:MAX_SHIFTED_SHOWN]
+        f"line {number}: double bytes paired up wrongly; it likely said: {reading[:80]}"
+        for number, _, reading in shifted[:MAX_SHIFTED_SHOWN]
     ]
     return [*sentences, "further lines of this kind are not listed"] if len(shifted) > len(sentences) else sentences
 

@@ -302,9 +302,9 @@ def test_what_became_valid_nonsense_is_found_with_its_meaning() -> None:
     prose = SIMPLIFIED.split("\n")[1].lstrip("　")
     line = "镕" + prose + "镕"
     shifted = (b"a" + line.encode("gb18030")[3:]).decode("gb18030", "ignore")
-    (found,) = find_shifted("一\n二\n" + shifted + "\n三")
-    assert (found.number, found.text) == (3, shifted)
-    assert prose[4:-4] in found.reading
+    ((number, text, reading),) = find_shifted("一\n二\n" + shifted + "\n三")
+    assert (number, text) == (3, shifted)
+    assert prose[4:-4] in reading
     assert list(find_shifted("\n".join(ENCODINGS.values()))) == []
 
 
