@@ -169,7 +169,9 @@ def prefill(model: PreTrainedModel, prompts: list[list[int]], pad: int, cache: D
     layers = [layer for layer in cache.layers if isinstance(layer, PreallocatedLayer)]
     steps = _steps(list(map(len, prompts)), CPU_STEP_TOKENS if model.device.type == "cpu" else GPU_STEP_TOKENS)
     length = max(map(len, prompts)) - 1
-    alike = len(layers) == len(cache.layers) and _takes_positions(model)
+    # Positions must follow the mask, or they would differ in the narrower rows of a step.
+    takes_positions = "position_ids" in inspect.signature(base_model(model).forward).parameters
+    alike = len(layers) == len(cache.layers) and takes_positions
     if not alike or not length or (len(steps) == 1 and beams == 1):
         return
     read = [_prefill_step(model, prompts[step], pad) for step in steps]
@@ -180,11 +182,6 @@ def prefill(model: PreTrainedModel, prompts: list[list[int]], pad: int, cache: D
         for part in parts:
             part.reset()
         layer.update(keys.repeat_interleave(beams, 0), values.repeat_interleave(beams, 0))
-
-
-def _takes_positions(model: PreTrainedModel) -> bool:
-    """Whether positions follow the mask. Otherwise they would differ in the narrower rows of a step."""
-    return "position_ids" in inspect.signature(base_model(model).forward).parameters
 
 
 def _steps(lengths: list[int], max_tokens: int) -> list[slice]:

@@ -19,9 +19,10 @@ from pathlib import Path
 
 import numpy
 import torch
-from huggingface_hub import snapshot_download
 from huggingface_hub.constants import HF_HOME
 from pydantic import BaseModel, TypeAdapter
+from transformers.utils import SAFE_WEIGHTS_INDEX_NAME, SAFE_WEIGHTS_NAME, WEIGHTS_INDEX_NAME, WEIGHTS_NAME, cached_file
+from transformers.utils.hub import get_checkpoint_shard_files
 
 from novelgpt.model.folder_checks import check_model_folder
 from novelgpt.model.weight_files import DTYPE_NAMES, stored_tensors, weight_files
@@ -36,7 +37,6 @@ CACHE = Path(HF_HOME) / "novelgpt" / "fingerprints.json"
 # Smaller folders are hashed each time, in about a second.
 CACHED_FROM_BYTES = 1 << 30
 CHUNK_BYTES = 1 << 26
-SAFETENSORS = "model*.safetensors"
 # Of config.json: what distinguishes models whose tensors have the same names and shapes.
 ESSENTIALS = ("model_type", "num_attention_heads", "n_head")
 _CACHED = TypeAdapter(dict[str, str])
@@ -88,10 +88,18 @@ def base_folder(source: str) -> Path:
         check_model_folder(Path(source))
         return Path(source)
     try:
-        folder = Path(snapshot_download(source, allow_patterns=["*.json", SAFETENSORS]))
-        if not any(folder.glob(SAFETENSORS)):
-            snapshot_download(source, allow_patterns=["pytorch_model*.bin"])
-        return folder
+        cached_file(source, "config.json")
+        problem = OSError(f"{source} has no weights")
+        for name in (SAFE_WEIGHTS_NAME, SAFE_WEIGHTS_INDEX_NAME, WEIGHTS_NAME, WEIGHTS_INDEX_NAME):
+            try:
+                file = str(cached_file(source, name))
+            except OSError as error:
+                problem = error
+                continue
+            if name in (SAFE_WEIGHTS_INDEX_NAME, WEIGHTS_INDEX_NAME):
+                get_checkpoint_shard_files(source, file)
+            return Path(file).parent
+        raise problem
     except (OSError, ValueError) as error:
         raise UserError(
             f"the base {source} is not there: {str(error).strip().splitlines()[0]}", "name its folder with --base"

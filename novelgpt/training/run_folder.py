@@ -126,7 +126,8 @@ class RunFolder:
             record["restarts"] = restarts
         if choice.resumed is not None:
             self._write(record)
-            remove_result_files(self.path)
+            for name in RESULT_FILES:  # of an attempt that was killed when it was almost complete
+                (self.path / name).unlink(missing_ok=True)
             return
         changed = sorted({name for name, _ in snapshot(self.path).items() ^ self._contents.items()})
         if changed:
@@ -261,9 +262,3 @@ def write_result_files(
     best = state.best_model_checkpoint and Path(state.best_model_checkpoint).name
     content = only_json(dataclasses.asdict(dataclasses.replace(state, best_model_checkpoint=best)))
     atomic_write(folder / TRAINER_STATE_NAME, json.dumps(content, indent=2, sort_keys=True) + "\n")
-
-
-def remove_result_files(folder: Path) -> None:
-    """Delete the files of an earlier attempt of a run that was killed when it was almost complete."""
-    for name in RESULT_FILES:
-        (folder / name).unlink(missing_ok=True)

@@ -9,6 +9,8 @@ from pathlib import Path
 import pytest
 from huggingface_hub import constants
 
+from novelgpt.model import fingerprint
+from novelgpt.model.fingerprint import weights_fingerprint
 from novelgpt.model.hub import check_hub
 from novelgpt.model.tokenizer import load_tokenizer
 from novelgpt.settings.arguments import ModelArguments
@@ -74,6 +76,16 @@ def test_what_is_cached_is_read_without_the_hub(
     assert len(hub) == 1
     assert "read from this host's cache" in capsys.readouterr().out
     assert os.environ["HF_HUB_OFFLINE"] == "1"
+
+
+def test_the_base_of_an_adapter_is_its_folder_in_the_cache(
+    hub: list[object], base_folder: Path, tmp_path: Path
+) -> None:  # fmt: skip
+    into_cache(base_folder, tmp_path / "cache")
+    check_hub(NAME)
+    assert weights_fingerprint(fingerprint.base_folder(NAME)) == weights_fingerprint(base_folder)
+    with pytest.raises(UserError, match=r"the base nobody/nothing is not there: \w+"):
+        fingerprint.base_folder("nobody/nothing")
 
 
 def test_offline_the_hub_is_not_asked(hub: list[object], monkeypatch: pytest.MonkeyPatch) -> None:
