@@ -88,7 +88,12 @@ def peek(folder: Path) -> Claim:
 def is_vacant(folder: Path) -> bool:
     """Whether a folder is missing or empty, except for a lock file that a killed process left."""
     target = Path(os.path.realpath(folder))
-    return not target.exists() or (target.is_dir() and all(path.name == LOCK for path in target.iterdir()))
+    try:
+        return all(path.name == LOCK for path in target.iterdir())
+    except FileNotFoundError:  # perhaps removed in this moment, by another run that left it unused
+        return True
+    except NotADirectoryError:
+        return False
 
 
 def check_none_held_below(folder: Path) -> None:

@@ -57,7 +57,7 @@ def test_runs_that_start_together_get_folders_of_their_own(
 ) -> None:
     monkeypatch.setattr(run_choice, "OUTPUT", tmp_path)
     count = 6
-    together = threading.Barrier(count)
+    together = threading.Barrier(count, timeout=60)  # a run that fails breaks it for all
 
     def claim(_: int) -> Path:
         run = parse_arguments(FinetuneRun, words(None))
