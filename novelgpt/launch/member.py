@@ -29,9 +29,9 @@ from novelgpt.launch.messages import (
     Done,
     End,
     Hello,
+    LauncherMessage,
     Link,
     LinkFault,
-    Message,
     Quit,
     RanksStart,
     Refused,
@@ -141,7 +141,7 @@ class Member:
         """Close the connection."""
         self.link.close()
 
-    def _take(self, messages: Iterable[Message]) -> None:
+    def _take(self, messages: Iterable[LauncherMessage]) -> None:
         for message in messages:
             if isinstance(message, RanksStart):
                 self.started = message
@@ -153,7 +153,7 @@ class Member:
 
 def _join(
     address: str, port: int, hello: Hello, secret: bytes, watch: Callable[[], None]
-) -> tuple[Link, list[Message]]:
+) -> tuple[Link, list[LauncherMessage]]:
     """Connect to the first host, which must prove to know the secret; also returns what it has sent since."""
     place = f"{address} port {port}"
     started = time.monotonic()
@@ -204,7 +204,7 @@ def _join(
         time.sleep(0.5)
 
 
-def _ask(link: Link, hello: Hello, watch: Callable[[], None]) -> list[Message]:
+def _ask(link: Link, hello: Hello, watch: Callable[[], None]) -> list[LauncherMessage]:
     """Introduce this host; returns the answer, or nothing where the connection fails or stays silent."""
     deadline = time.monotonic() + ANSWER_SECONDS
     asked = False

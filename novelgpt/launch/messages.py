@@ -30,13 +30,13 @@ VERSION = 3
 Status = Annotated[int, Field(ge=-64, lt=2**32)]
 
 
-class Message(BaseModel):
+class LauncherMessage(BaseModel):
     """The base of all messages: strict types, and no other fields."""
 
     model_config = ConfigDict(strict=True, extra="forbid", frozen=True)
 
 
-class Hello(Message):
+class Hello(LauncherMessage):
     """A host introduces itself. Sent once, before anything else."""
 
     kind: Literal["hello"] = "hello"
@@ -52,7 +52,7 @@ class Hello(Message):
         return self
 
 
-class Report(Message):
+class Report(LauncherMessage):
     """A rank of this host has failed."""
 
     kind: Literal["report"] = "report"
@@ -61,26 +61,26 @@ class Report(Message):
     tail: str = Field(max_length=TAIL_BYTES)
 
 
-class Done(Message):
+class Done(LauncherMessage):
     """All ranks of this host have ended, and all failures are reported."""
 
     kind: Literal["done"] = "done"
 
 
-class Quit(Message):
+class Quit(LauncherMessage):
     """A signal ends this host at a moment at which its ranks cannot agree with the others: it ends the run."""
 
     kind: Literal["quit"] = "quit"
     signal: int = Field(ge=1, le=64)
 
 
-class Welcome(Message):
+class Welcome(LauncherMessage):
     """This host is accepted, and waits for the others."""
 
     kind: Literal["welcome"] = "welcome"
 
 
-class Refused(Message):
+class Refused(LauncherMessage):
     """This host is not accepted: its number is taken, or the first host counts another number of `hosts`."""
 
     kind: Literal["refused"] = "refused"
@@ -88,7 +88,7 @@ class Refused(Message):
     hosts: int = Field(ge=2, le=MAX_HOSTS)
 
 
-class RanksStart(Message):
+class RanksStart(LauncherMessage):
     """All hosts have joined: these are this one's ranks, and where they meet.
 
     Where the run `heals`, a host whose ranks have ended waits for another `RanksStart` or the final `End`.
@@ -101,7 +101,7 @@ class RanksStart(Message):
     heals: bool
 
 
-class End(Message):
+class End(LauncherMessage):
     """Ranks have failed or are done, with this status: end what still runs. Where it is `final`, the run is over."""
 
     kind: Literal["end"] = "end"
@@ -175,7 +175,7 @@ class Link:
         """Whether the other side has sent its greeting, without which nothing can be signed."""
         return self._keys is not None
 
-    def send(self, message: Message) -> None:
+    def send(self, message: LauncherMessage) -> None:
         """Send a signed message."""
         if self._keys is None or self.fault is not None:
             return
@@ -187,9 +187,9 @@ class Link:
         """Tell the other side that its signature is not of this run."""
         self._write(UNVERIFIED)
 
-    def receive(self) -> list[Message]:
+    def receive(self) -> list[LauncherMessage]:
         """Return what has arrived, in order; nothing after a fault is parsed."""
-        messages: list[Message] = []
+        messages: list[LauncherMessage] = []
         for _ in range(ROUNDS):
             if self.fault is not None:
                 break
@@ -231,7 +231,7 @@ class Link:
             first, member = (hmac.digest(self._secret, end + both, "sha256") for end in (b"first", b"member"))
             self._keys = (first, member) if self._first else (member, first)
 
-    def _read_frame(self, messages: list[Message]) -> bool:
+    def _read_frame(self, messages: list[LauncherMessage]) -> bool:
         """Take one frame off what has arrived; whether there was a complete one."""
         if self._keys is None or self.fault is not None or len(self._rest) < HEAD.size:
             return False
