@@ -26,11 +26,11 @@ from novelgpt.settings.command_parser import CommandParser
 from novelgpt.settings.console import make_console, number_table
 from novelgpt.settings.errors import exit_on_user_error
 from novelgpt.settings.hardware import visible_gpus
-from novelgpt.settings.library_settings import process_defaults
 from novelgpt.settings.paths import OUTPUT, ROOT, SAMPLES, check_folder_can_be_made
 from novelgpt.settings.remedies import environment_program
 from novelgpt.settings.signals import STOP_SIGNALS
 from novelgpt.settings.terminal import say
+from novelgpt.settings.third_party import process_defaults
 
 POLL_SECONDS = 0.1
 BASE = "tiny-qwen3"

@@ -8,8 +8,8 @@ import os
 import sys
 
 from novelgpt.settings.external_ranks import start_rank
-from novelgpt.settings.library_settings import disable_telemetry, silence_imports
 from novelgpt.settings.signals import begin_command
+from novelgpt.settings.third_party import disable_telemetry, silence_imports
 
 __version__ = "0.1.0"
 

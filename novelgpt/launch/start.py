@@ -38,9 +38,9 @@ from novelgpt.launch.secret import forget_secret
 from novelgpt.settings.errors import UserError, exit_on_user_error
 from novelgpt.settings.external_ranks import is_alone, number_in, processes_here
 from novelgpt.settings.hardware import visible_gpus
-from novelgpt.settings.library_settings import process_defaults
 from novelgpt.settings.paths import ROOT
 from novelgpt.settings.terminal import counted
+from novelgpt.settings.third_party import process_defaults
 
 PIPELINES = ("pretrain", "finetune", "finetune_lora", "predict")
 HELP = {"--help", "-h", "--help_all"}

@@ -19,7 +19,7 @@ from collections.abc import Mapping, MutableMapping
 from pathlib import Path
 
 from novelgpt.settings.hardware import visible_gpus
-from novelgpt.settings.library_settings import process_defaults
+from novelgpt.settings.third_party import process_defaults
 
 PIPELINES = ("pretrain", "finetune", "finetune_lora", "predict")
 # Set by novelgpt.launch, which keeps its ranks' output and ends them.

@@ -21,7 +21,7 @@ from contextlib import contextmanager
 from datetime import timedelta
 from pathlib import Path
 
-from novelgpt.settings.library_settings import silence_libraries
+from novelgpt.settings.third_party import silence_libraries
 
 # Unicode categories of characters that control a terminal, reverse text, or cannot be written as UTF-8.
 STEERING = ("Cc", "Cf", "Cs", "Zl", "Zp")

@@ -24,7 +24,7 @@ from novelgpt.inference.loading import load_for_inference
 from novelgpt.model.loading import load_model
 from novelgpt.settings.arguments import ModelArguments
 from novelgpt.settings.errors import UserError
-from novelgpt.settings.library_settings import DECIDED_BY, SINGLE, disable_telemetry
+from novelgpt.settings.third_party import DECIDED_BY, SINGLE, disable_telemetry
 from tests.launched import PATIENCE
 
 ROOT = Path(__file__).resolve().parents[2]

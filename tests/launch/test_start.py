@@ -11,7 +11,7 @@ import pytest
 from novelgpt.launch.start import plan_start
 from novelgpt.settings.errors import UserError
 from novelgpt.settings.hardware import usable_cores
-from novelgpt.settings.library_settings import process_defaults
+from novelgpt.settings.third_party import process_defaults
 from tests.launched import PATIENCE, ROOT
 from tests.script_words import OF_SCRIPTS
 

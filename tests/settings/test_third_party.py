@@ -6,7 +6,7 @@ from pathlib import Path
 import pytest
 
 from novelgpt.settings.hardware import usable_cores, visible_gpus
-from novelgpt.settings.library_settings import process_defaults
+from novelgpt.settings.third_party import process_defaults
 
 
 def test_processes_of_a_host_share_its_cores() -> None:
