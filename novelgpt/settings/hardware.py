@@ -10,8 +10,12 @@ import subprocess
 import sys
 from collections.abc import Mapping
 
-if sys.platform != "win32":
+try:
     import resource
+except ImportError:  # Windows
+    HAS_RESOURCE = False
+else:
+    HAS_RESOURCE = True
 
 
 def usable_cores() -> int:
@@ -51,9 +55,10 @@ def visible_gpus(environment: Mapping[str, str]) -> int:
 
 def peak_process_memory() -> int:
     """Peak memory of this process so far, in bytes."""
-    if sys.platform == "win32":
+    if not HAS_RESOURCE:
         import psutil  # not before: what is settled at a process's start is the standard library's
 
-        return int(psutil.Process().memory_info().peak_wset)
+        memory: dict[str, int] = psutil.Process().memory_info()._asdict()
+        return memory.get("peak_wset", memory["rss"])
     peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
     return peak if sys.platform == "darwin" else peak * 1024  # KiB everywhere but there

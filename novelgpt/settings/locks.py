@@ -11,15 +11,17 @@ import contextlib
 import errno
 import os
 import stat
-import sys
 import uuid
 from collections.abc import Iterator
 from contextlib import ExitStack, contextmanager
 from pathlib import Path
 
-LOCKS = sys.platform != "win32"
-if sys.platform != "win32":
+try:
     import fcntl
+except ImportError:  # Windows
+    LOCKS = False
+else:
+    LOCKS = True
 
 # In which others may have taken a folder away; some places, as /proc, take none and say the same.
 ATTEMPTS = 1000

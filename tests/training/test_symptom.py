@@ -7,6 +7,7 @@ is one of two processes that train under ZeRO.
 import json
 import os
 import sys
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -18,12 +19,14 @@ from transformers import AttentionInterface, AttentionMaskInterface
 from transformers.masking_utils import sdpa_mask
 
 from dataset.conversations import EncodedRows
+from novelgpt.checks.first_step import first_rows, probe_first_rows
 from novelgpt.model.baichuan import BaichuanConfig, BaichuanForCausalLM
 from novelgpt.settings.arguments import TrainArguments
 from novelgpt.settings.errors import UserError
 from novelgpt.text.collator import Collator
 from novelgpt.text.conversation import EncodedRow
 from novelgpt.training import throughput
+from novelgpt.training.plan import Probe
 from novelgpt.training.trainer import NovelTrainer
 from tests.ranks import run_ranks
 
@@ -77,6 +80,7 @@ def evaluation_losses(
     trainer = NovelTrainer(
         model=model, args=settings, data_collator=Collator(0),
         train_dataset=EncodedRows(encoded.rows[:TRAIN_ROWS]), eval_dataset=EncodedRows(encoded.rows[TRAIN_ROWS:]),
+        probes=[Probe(partial(first_rows, TRAIN_ROWS), probe_first_rows)] if guards else [],
     )  # fmt: skip
     trainer.train()
     return [entry["eval_loss"] for entry in trainer.state.log_history if "eval_loss" in entry]
