@@ -266,13 +266,22 @@ def proses(draw: st.DrawFn, encoding: str) -> str:
     return text * (1 + 1000 // len(text))
 
 
+def is_utf_8(body: bytes) -> bool:
+    try:
+        body.decode("utf-8")
+    except UnicodeDecodeError:
+        return False
+    return True
+
+
 @settings(max_examples=100, deadline=None, suppress_health_check=list(HealthCheck))
 @given(st.data())
 @pytest.mark.parametrize("encoding", ENCODINGS)
 def test_any_text_comes_back_exactly(encoding: str, data: st.DataObject) -> None:
     text = data.draw(st.one_of(mixtures(encoding), proses(encoding)))
     body = text.encode(encoding)
-    assume(not body.isascii())  # a few characters in UTF-16 can also be read as English
+    # A few characters in UTF-16 can also be read as English, all of it or all but a letter ("啊" * 24 + "菇").
+    assume(encoding == "utf-8" or not is_utf_8(body))
     assert decode_tolerant(body, "x") == Decoded(text, encoding, ())
 
 
