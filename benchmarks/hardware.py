@@ -97,7 +97,7 @@ def main() -> None:
     arguments = parser.parse_args()
     for sizes in (loss.CHUNK_BYTES, loss.PRODUCT_BYTES):
         sizes["cpu"] = sizes["cuda"]
-    memory._heap = lambda *_: None  # glibc's holes: of CPUs alone
+    memory.Heap = lambda *_, **__: None  # glibc's holes, which only CPUs have
     console = make_console()
     table = Table("model", *METHODS, title=f"GB per GPU, estimated: bf16, packs of {TOKENS:,} tokens")
     results = []
