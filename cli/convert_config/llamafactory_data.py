@@ -20,7 +20,6 @@ from novelgpt.settings.parsed_files import check_fields, read_object
 
 INFO = "dataset_info.json"
 SUFFIXES = (".json", ".jsonl", ".csv", ".parquet", ".txt")
-_COLUMNS = ("prompt", "query", "response", "history", "messages", "system", "tools")
 _MEDIA = ("images", "videos", "audios")
 # Where dataset_info.json names no columns, and no tags.
 _DEFAULT_COLUMNS = {"prompt": "instruction", "query": "input", "response": "output", "messages": "conversations"}
