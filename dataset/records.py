@@ -7,7 +7,7 @@ import json
 import re
 from collections.abc import Iterator, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import pyarrow
 import pyarrow.parquet
@@ -17,6 +17,19 @@ from novelgpt.settings.errors import UserError
 from novelgpt.settings.terminal import counted
 
 Record = dict[str, Any]
+
+
+class RawRow(NamedTuple):
+    """A row before it is parsed.
+
+    Attributes:
+        place: where it is in its file, as errors write it behind the file's name: ":17" or " row 3".
+        text: JSON of the row: the line as it stands, or made from what another format holds.
+    """
+
+    place: str
+    text: str
+
 
 _DECODER = json.JSONDecoder()
 _NOT_BLANK = re.compile(r"\S")
@@ -70,6 +83,29 @@ def read_records(path: Path) -> Iterator[tuple[str, Record]]:
             raise UserError(f"{where}: the row is a {type(record).__name__}, not a mapping of fields",
                             'write rows like {"field": "value"}')  # fmt: skip
         yield where, record
+
+
+def read_raw_rows(path: Path) -> Iterator[RawRow]:
+    """The rows of a file that `read_records` knows, not parsed where each is a line; a few of them in memory at once.
+
+    Raises:
+        UserError: missing or empty file, undecodable bytes, invalid CSV, or invalid JSON of rows over several lines.
+    """
+    for where, record in read_records(path):
+        yield RawRow(where.removeprefix(str(path)), json.dumps(record, ensure_ascii=False, default=str))
+
+
+def load_record(text: str, where: str) -> Record:
+    """The fields of a row of `read_raw_rows`.
+
+    Raises:
+        UserError: what `load_json` raises, or the row is not a mapping; names `where`, the row's file and place.
+    """
+    record = load_json(text, where)
+    if not isinstance(record, dict):
+        raise UserError(f"{where}: the row is a {type(record).__name__}, not a mapping of fields",
+                        'write rows like {"field": "value"}')  # fmt: skip
+    return record
 
 
 def load_json(text: str, where: str) -> Any:
