@@ -129,10 +129,28 @@ def read_source_rows(path: Path) -> Iterator[SourceRow]:
             f"conversations of it: {python_module('dataset novels')}, then {python_module('dataset conversations')}",
         )
     for number, (where, record) in enumerate(read_records(path)):
-        if "\\r" in str(record):
+        yield make_source_row(record, where, f"{path.stem}-{number}")
+
+
+def make_source_row(record: Record, where: str, name: str) -> SourceRow:
+    """The row that a record holds.
+
+    Args:
+        record: of the row, as its file has it.
+        where: file and row, for errors.
+        name: the id, if the record holds none.
+    """
+    values: list[Any] = [record]  # yet to be looked into; no recursion, as rows may nest deeply
+    while values:
+        value = values.pop()
+        if isinstance(value, list):
+            values += value
+        elif isinstance(value, dict):
+            values += [*value, *value.values()]
+        elif isinstance(value, str) and "\r" in value:
             record = map_texts(record, _with_line_feeds)
-        name = f"{path.stem}-{number}" if record.get("id") in ABSENT else str(record["id"])
-        yield SourceRow(name, record, where)
+            break
+    return SourceRow(name if record.get("id") in ABSENT else str(record["id"]), record, where)
 
 
 def read_conversation(row: SourceRow, instructions: Instructions | None = None) -> Conversation:

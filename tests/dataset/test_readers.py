@@ -9,7 +9,7 @@ import pyarrow
 import pyarrow.parquet
 import pytest
 
-from dataset.readers import read_conversation_rows, read_text_rows
+from dataset.readers import make_source_row, read_conversation_rows, read_source_rows, read_text_rows
 from dataset.records import read_records
 from novelgpt.settings.errors import UserError
 
@@ -130,6 +130,18 @@ def test_other_text_column(tmp_path: Path) -> None:
     assert list(read_text_rows(path, "content")) == [
         {"text": "好\n的", "book": "书", "chapter": "3", "title": "", "source": f"{path}:1"}
     ]
+
+
+def test_line_ends_inside_json_texts_are_line_feeds_at_any_depth(tmp_path: Path) -> None:
+    path = tmp_path / "rows.jsonl"
+    rows = ['{"prompt": "问", "completion": "答", "more": [1, {"deep\\r\\nname": ["好\\r的", null]}]}', GOOD]
+    path.write_text("".join(rows), encoding="utf-8")
+    assert [row.fields for row in read_source_rows(path)] == [
+        {"prompt": "问", "completion": "答", "more": [1, {"deep\nname": ["好\n的", None]}]},
+        {"prompt": "问", "completion": "答"},
+    ]
+    where, record = next(read_records(path))
+    assert [make_source_row(record | more, where, "a").id for more in ({"id": 7}, {"id": None}, {})] == ["7", "a", "a"]
 
 
 GOOD = '{"prompt": "问", "completion": "答"}\n'
