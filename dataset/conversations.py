@@ -152,7 +152,7 @@ def encode_rows(
                 counts.rows += 1
                 counts.trained += trained
                 counts.context += len(part.input_ids) - repeated - trained
-                counts.lengths.append(len(part.input_ids))
+    counts.lengths = numpy.array([len(row.input_ids) for row in kept], numpy.int64)
     return kept, counts
 
 

@@ -71,7 +71,7 @@ def main(argv: list[str] | None = None) -> None:
     total = TokenCounts()
     rows = []
     for shown in reader(args, tokenizer):
-        total = TokenCounts(**{name: value + vars(shown.counts)[name] for name, value in vars(total).items()})
+        total += shown.counts
         if args.html:
             rows.append(shown)
         else:

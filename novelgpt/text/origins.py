@@ -10,11 +10,18 @@ from collections.abc import Iterable
 from pathlib import Path
 from typing import Any, NamedTuple, TextIO
 
+import numpy
 from torch.utils.data import Dataset
 
 
 class TracedRows(Dataset[Any]):
-    """Training rows that know their origins."""
+    """Training rows that know their origins and lengths without being read.
+
+    Attributes:
+        lengths: [rows] int64, tokens of each row.
+    """
+
+    lengths: numpy.ndarray
 
     @abstractmethod
     def origins(self, index: int, begin: int = 0, end: int | None = None) -> list[str]:

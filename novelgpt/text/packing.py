@@ -98,14 +98,15 @@ class PackedBlocks(TracedRows):
         block_begins = numpy.repeat(first, counts) + numbers * step
         block_ends = numpy.minimum(block_begins + max_length, numpy.repeat(last, counts))
         self.spans = numpy.stack([block_begins, block_ends], axis=1)
+        self.lengths = block_ends - block_begins
 
     def __len__(self) -> int:
         return len(self.spans)
 
     def subset(self, blocks: range | numpy.ndarray) -> PackedBlocks:
         """These blocks of the same text, renumbered from 0."""
-        part = copy.copy(self)
-        part.spans = self.spans[numpy.asarray(blocks, dtype=numpy.int64)]
+        part, numbers = copy.copy(self), numpy.asarray(blocks, dtype=numpy.int64)
+        part.spans, part.lengths = self.spans[numbers], self.lengths[numbers]
         return part
 
     def __getitem__(self, index: int) -> dict[str, torch.Tensor]:
@@ -148,7 +149,7 @@ class PackedBlocks(TracedRows):
             tokens_in=tokens_in,
             trained=tokens_in - context,
             context=context,
-            lengths=(ends - begins).tolist(),
+            lengths=self.lengths,
         )
 
 

@@ -40,7 +40,7 @@ class TokenCounts:
         trained: tokens with a label.
         context: tokens that are read and not trained: prompts, and the first token of each document.
         dropped: tokens that training never sees.
-        lengths: tokens per row.
+        lengths: [rows] int64, tokens per row. Counts are equal whatever these are.
         notes: number of rows affected, by description.
     """
 
@@ -49,8 +49,20 @@ class TokenCounts:
     trained: int = 0
     context: int = 0
     dropped: int = 0
-    lengths: list[int] = field(default_factory=list)
+    lengths: numpy.ndarray = field(default_factory=lambda: numpy.zeros(0, numpy.int64), compare=False)
     notes: Counter[str] = field(default_factory=Counter)
+
+    def __add__(self, other: TokenCounts) -> TokenCounts:
+        """Counts of the rows of both."""
+        return TokenCounts(
+            self.rows + other.rows,
+            self.tokens_in + other.tokens_in,
+            self.trained + other.trained,
+            self.context + other.context,
+            self.dropped + other.dropped,
+            numpy.concatenate([self.lengths, other.lengths]),
+            self.notes + other.notes,
+        )
 
 
 def show_counts(counts: dict[str, TokenCounts], console: VisibleConsole | None = None) -> None:
@@ -70,7 +82,7 @@ def show_counts(counts: dict[str, TokenCounts], console: VisibleConsole | None =
         shares = (f"{value:,} ({value / max(1, c.tokens_in):.1%})" for value, c in zip(values, columns, strict=True))
         table.add_row(label, *shares)
     table.add_row("tokens per row: p10 / median / p90 / max", *(
-        " / ".join(f"{q:.0f}" for q in numpy.quantile(c.lengths, (0.1, 0.5, 0.9, 1.0))) if c.lengths else "-"
+        " / ".join(f"{q:.0f}" for q in numpy.quantile(c.lengths, (0.1, 0.5, 0.9, 1.0))) if len(c.lengths) else "-"
         for c in columns
     ))  # fmt: skip
     console.print(table)

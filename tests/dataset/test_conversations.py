@@ -47,7 +47,7 @@ def assert_accounts(kept: list[EncodedRow], counts: TokenCounts, full: list[Enco
     assert counts.tokens_in == sum(len(row.input_ids) for row in full)
     assert counts.trained == sum(len(trained(row)) for row in kept)
     assert counts.rows == len(kept)
-    assert counts.lengths == [len(row.input_ids) for row in kept]
+    assert counts.lengths.tolist() == [len(row.input_ids) for row in kept]
     for row in kept:
         assert len(row.labels) == len(row.input_ids) <= max_length
         assert trained(row)

@@ -253,7 +253,7 @@ def assert_text_is_trained_once(
     assert counts.tokens_in == counts.trained + counts.context + counts.dropped
     assert (counts.context, counts.dropped) == (len(documents), 0)
     items = [blocks[index] for index in range(len(blocks))]
-    assert [len(item["input_ids"]) for item in items] == counts.lengths and max(counts.lengths) <= max_length
+    assert [len(item["input_ids"]) for item in items] == counts.lengths.tolist() and max(counts.lengths) <= max_length
     trained = [token for item in items for token in trained_tokens(item["labels"].tolist())]
     assert trained == [token for document in documents for token in document[1:]]
     for item in items:
@@ -319,7 +319,7 @@ def test_documents_cut_on_their_own_share_no_block() -> None:
             assert counts.tokens_in == sum(sizes) == counts.trained + counts.context
             assert (counts.trained, counts.context) == (sum(sizes) - len(sizes), len(sizes))
             assert (counts.rows, counts.dropped) == (len(items), 0)
-            assert counts.lengths == [len(item["input_ids"]) for item in items]
+            assert counts.lengths.tolist() == [len(item["input_ids"]) for item in items]
             half = blocks.subset(range(len(blocks) // 2, len(blocks)))
             seen_trained = sum(int((half[index]["labels"] != IGNORE_INDEX).sum()) for index in range(len(half)))
             assert half.counts().trained == seen_trained

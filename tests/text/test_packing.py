@@ -94,7 +94,7 @@ def test_counts_of_all_blocks_and_of_parts() -> None:
                 assert counts.tokens_in == counts.trained + counts.context + counts.dropped
                 assert counts.tokens_in == len(unrolled(part, "input_ids"))
                 assert counts.trained == sum(int((row["labels"] != IGNORE_INDEX).sum()) for row in rows)
-                assert counts.lengths == [len(row["input_ids"]) for row in rows]
+                assert counts.lengths.tolist() == part.lengths.tolist() == [len(row["input_ids"]) for row in rows]
                 assert (counts.rows, counts.dropped) == (len(part), 0)
             assert blocks.counts().tokens_in == total
             assert blocks.counts().trained == total - len(documents)

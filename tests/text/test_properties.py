@@ -180,7 +180,7 @@ def test_tokens_in_are_trained_context_or_dropped(
     assert counts.tokens_in == sum(len(row.input_ids) for row in whole)
     assert counts.tokens_in == counts.trained + counts.context + counts.dropped
     assert counts.trained == sum(len(trained(row)) for row in rows)
-    assert counts.lengths == [len(row.input_ids) for row in rows] and counts.rows == len(rows)
+    assert counts.lengths.tolist() == [len(row.input_ids) for row in rows] and counts.rows == len(rows)
     assert all(len(row.input_ids) <= max_length and trained(row) for row in rows)
     if overlong == "split":  # no answer loses a token
         assert [token for row in rows for token in trained(row)] == [token for row in whole for token in trained(row)]
@@ -281,4 +281,4 @@ def assert_counted(blocks: PackedBlocks, documents: list[list[int]], items: list
     assert counts.tokens_in == sum(map(len, documents)) == counts.trained + counts.context + counts.dropped
     assert counts.trained == sum(int((item["labels"] != IGNORE_INDEX).sum()) for item in items)
     assert (counts.dropped, counts.rows) == (0, len(items))
-    assert counts.lengths == [len(item["input_ids"]) for item in items]
+    assert counts.lengths.tolist() == [len(item["input_ids"]) for item in items]
