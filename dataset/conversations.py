@@ -8,6 +8,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
+import numpy
 from transformers import PreTrainedTokenizerBase
 
 from dataset.instructions import load_instructions
