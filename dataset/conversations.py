@@ -7,6 +7,7 @@ import random
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import numpy
 from transformers import PreTrainedTokenizerBase
@@ -18,7 +19,7 @@ from novelgpt.settings.errors import UserError
 from novelgpt.settings.process import is_first_process
 from novelgpt.settings.terminal import counted, say
 from novelgpt.text.conversation import IGNORE_INDEX, EncodedRow, encode_conversation
-from novelgpt.text.messages import OWN_THOUGHT, is_empty_answer
+from novelgpt.text.messages import OWN_THOUGHT, Message, is_empty_answer
 from novelgpt.text.origins import TracedRows
 from novelgpt.text.packing import PackedRows
 from novelgpt.text.statistics import TokenCounts, show_counts, show_row
@@ -36,9 +37,11 @@ class EncodedRows(TracedRows):
     def __len__(self) -> int:
         return len(self.rows)
 
-    def __getitem__(self, index: int) -> dict[str, list[int]]:
-        """{"input_ids", "labels"}, each [tokens]."""
-        return {"input_ids": self.rows[index].input_ids, "labels": self.rows[index].labels}
+    def __getitem__(self, index: int) -> dict[str, list[Any]]:
+        """{"input_ids", "labels"} and, of a weighted row, "loss_weights", each [tokens]."""
+        row = self.rows[index]
+        weights = {} if row.loss_weights is None else {"loss_weights": row.loss_weights}
+        return {"input_ids": row.input_ids, "labels": row.labels, **weights}
 
     def origins(self, index: int, begin: int = 0, end: int | None = None) -> list[str]:
         """The file and row."""
@@ -58,6 +61,8 @@ def read_conversations(
     """
     if data.max_length < 2:
         raise UserError(f"--max_length {data.max_length} leaves no token to predict", "take at least 2")
+    if data.min_length > data.max_length:
+        raise UserError(f"--min_length {data.min_length} is above --max_length {data.max_length}", "lower it")
     drawn = load_instructions(data.instruction_templates, data.instruction_seed)
     fixed = drawn.fixed()
     sources = [row for file in data.train_files for row in read_source_rows(Path(file))]
@@ -109,6 +114,8 @@ def _nothing_to_train(name: str, rows: int, counts: TokenCounts, max_length: int
     cause = f"no trainable token is left in the {counted(rows, f'{name} row')} within --max_length {max_length}"
     if any(note.startswith("rows above") for note in counts.notes):
         return UserError(cause, "raise --max_length, or bring rows with answers")
+    if any(note.startswith("rows below") for note in counts.notes):
+        return UserError(cause, "lower --min_length, or bring rows with answers")
     noted = "; ".join(f"{number:,} {note}" for note, number in counts.notes.items())
     return UserError(f"{cause}: {noted}", "bring rows with answers to train on")
 
@@ -124,14 +131,16 @@ def encode_rows(
         while messages and messages[0]["role"] == "assistant":
             messages = messages[1:]
             counts.notes["answers before any question, left out"] += 1
+        for message in messages:
+            if message["role"] == "assistant" and message.get("weight") == 0:
+                flagged = "answers that a flag keeps out of the loss"
+                counts.notes["empty answers, not trained" if is_empty_answer(message) else flagged] += 1
+        if data.mask_history:
+            messages = _mask_history(messages, counts)
         try:
             encoded = encode_conversation(messages, tokenizer, row.get("tools", ()))
         except UserError as error:
             raise UserError(f"{row['source']}: {error.cause}", error.remedy) from error
-        for message in messages:
-            if message["role"] == "assistant" and not message.get("trained", True):
-                flagged = "answers that a flag keeps out of the loss"
-                counts.notes["empty answers, not trained" if is_empty_answer(message) else flagged] += 1
         if not encoded:
             counts.notes["rows without an answer, left out"] += 1
         elif messages[-1]["role"] != "assistant":
@@ -140,8 +149,8 @@ def encode_rows(
             counts.tokens_in += len(whole.input_ids)
             # Each part with the number of tokens at its start that an earlier part has counted.
             parts = [(whole, 0)]
-            if len(whole.input_ids) > data.max_length:
-                parts = _shorten(whole, row["source"], data, counts)
+            if not data.min_length <= len(whole.input_ids) <= data.max_length:
+                parts = _fit(whole, row["source"], data, counts)
             for part, repeated in parts:
                 trained = sum(label != IGNORE_INDEX for label in part.labels)
                 if trained == 0:
@@ -157,25 +166,54 @@ def encode_rows(
     return kept, counts
 
 
-def _shorten(
+def _mask_history(messages: Sequence[Message], counts: TokenCounts) -> list[Message]:
+    """The messages with weight 0 for every answer but the last."""
+    turns = [number for number, message in enumerate(messages) if message["role"] == "assistant"]
+    masked = {number for number in turns[:-1] if messages[number].get("weight") != 0}
+    if masked:
+        counts.notes["answers before the last one, not trained (mask_history)"] += len(masked)
+    return [{**one, "weight": 0.0} if number in masked else one for number, one in enumerate(messages)]
+
+
+def _fit(
     row: EncodedRow, source: str, data: ConversationArguments, counts: TokenCounts
 ) -> list[tuple[EncodedRow, int]]:
-    """The parts of a row above `max_length` tokens, each with how many of its first tokens an earlier part holds."""
+    """What is left of a row below `min_length` or above `max_length` tokens.
+
+    Returns:
+        its parts, each with how many of its first tokens an earlier part holds.
+
+    Raises:
+        UserError: it is too long, and `overlong` is refuse.
+    """
     size, max_length = len(row.input_ids), data.max_length
+    if size < data.min_length:
+        counts.notes[f"rows below {data.min_length} tokens, left out"] += 1
+        counts.dropped += size
+        return []
     if data.overlong == "refuse":
         raise UserError(
             f"{source}: {size} tokens, above --max_length {max_length}",
             "raise --max_length, or choose --overlong truncate or split",
         )
     counts.notes[f"rows above {max_length} tokens ({data.overlong})"] += 1
+    if data.overlong == "drop":
+        counts.dropped += size
+        return []
     if data.overlong == "truncate":
         counts.dropped += size - max_length
-        return [(EncodedRow(row.input_ids[:max_length], row.labels[:max_length]), 0)]
+        return [(_part(row, 0, max_length, 0), 0)]
     # A row that is split starts each further part with half a row of what came before, untrained.
     context = max_length // 2
-    parts = []
-    for start in range(0, size - context, max_length - context):
-        repeated, stop = context if start else 0, start + max_length
-        labels = [IGNORE_INDEX] * repeated + row.labels[start + repeated : stop]
-        parts.append((EncodedRow(row.input_ids[start:stop], labels), repeated))
-    return parts
+    starts = range(0, size - context, max_length - context)
+    shares = [(start, context if start else 0) for start in starts]
+    return [(_part(row, start, start + max_length, repeated), repeated) for start, repeated in shares]
+
+
+def _part(row: EncodedRow, start: int, stop: int, repeated: int) -> EncodedRow:
+    """Tokens [start, stop) of a row, of which the first `repeated` are not trained."""
+    ids, labels = row.input_ids[start:stop], row.labels[start + repeated : stop]
+    weights = row.loss_weights
+    if weights is not None:
+        weights = [0.0] * repeated + weights[start + repeated : stop]
+    return EncodedRow(ids, [IGNORE_INDEX] * repeated + labels, weights)

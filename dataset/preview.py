@@ -102,7 +102,10 @@ def _parse(argv: list[str] | None) -> Namespace:
     parser.add_argument("--rows", type=int, default=3, help="number of rows from the start [default: 3]")
     parser.add_argument("--row", help="the id of one row instead")
     parser.add_argument("--max_length", type=int, default=2048, help="maximum tokens per row, as in training")
-    parser.add_argument("--overlong", choices=("truncate", "split", "refuse"), default="truncate", help="see training")
+    parser.add_argument("--overlong", choices=("truncate", "split", "drop", "refuse"), default="truncate",
+                        help="see training")  # fmt: skip
+    parser.add_argument("--min_length", type=int, default=0, help="see training")
+    parser.add_argument("--mask_history", action="store_true", help="see training")
     parser.add_argument("--instruction_templates", nargs="+", type=from_home, default=[], help="as in training")
     parser.add_argument("--instruction_seed", type=int, default=42, help="as in training")
     parser.add_argument("--wording", choices=("drawn", "first"), default="drawn", help="drawn: as in training; "
@@ -133,7 +136,9 @@ def _holds_text(args: Namespace) -> bool:
 
 def _conversations(args: Namespace, tokenizer: PreTrainedTokenizerBase) -> Iterator[RowPreview]:
     """The first rows, or one row; a row that is split, or whose template rewrites earlier turns, has several parts."""
-    data = ConversationArguments(max_length=args.max_length, overlong=args.overlong)
+    data = ConversationArguments(
+        max_length=args.max_length, overlong=args.overlong, min_length=args.min_length, mask_history=args.mask_history
+    )
     instructions = load_instructions(args.instruction_templates, args.instruction_seed)
     if args.wording == "first":
         instructions = instructions.fixed()

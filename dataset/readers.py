@@ -21,9 +21,9 @@ from dataset.row_fields import (
     merge_calls,
     read_call_text,
     read_calls,
-    read_flag,
     read_thought,
     read_tools,
+    read_weight,
     refuse_fields,
 )
 from novelgpt.settings.errors import UserError
@@ -156,7 +156,7 @@ def make_source_row(record: Record, where: str, name: str) -> SourceRow:
 def read_conversation(row: SourceRow, instructions: Instructions | None = None) -> Conversation:
     """The messages of a row, and what else it says.
 
-    Answers that say nothing, or that the row keeps out of the loss, have "trained": False.
+    The weight of an answer is the product of its own and the row's; answers that say nothing have weight 0.
 
     Args:
         row: in any accepted shape.
@@ -172,12 +172,12 @@ def read_conversation(row: SourceRow, instructions: Instructions | None = None) 
             special.pop(name, None)
         refuse_fields(special, REFUSED_IN_ROWS, f"{where}: field ")
     messages = messages_of(row.fields, where, instructions)
-    flag = read_flag(special, where) if special else None
-    untrained = flag is not None and not flag[1]
+    weight = read_weight(special, where) if special else None
+    factor = 1.0 if weight is None else weight[1]
     for message in messages:
         is_empty = EMPTY_CONTENT.fullmatch(message["content"]) is not None and is_empty_answer(message)
-        if message["role"] == "assistant" and (untrained or is_empty):
-            message["trained"] = False
+        if message["role"] == "assistant" and (factor != 1 or is_empty):
+            message["weight"] = 0.0 if is_empty else message.get("weight", 1.0) * factor
     conversation: Conversation = {"id": row.id, "messages": messages, "source": where}
     tools = read_tools(special, where) if special else []
     if tools:
@@ -340,14 +340,15 @@ def _read_special_turn(turn: Record, role: str, key: str, where: str, name: str)
             message[field] = turn[field]  # type: ignore[literal-required]
     if calls:
         message["tool_calls"] = calls
-    flag = read_flag(turn, where, f"{name}.")
-    if flag is not None and flag[1] and not is_answer:
+    weight = read_weight(turn, where, f"{name}.")
+    if weight is not None and weight[1] and not is_answer:
         raise UserError(
-            f"{where}: field {name}.{flag[0]} asks to train what the role {role!r} says, and only answers are trained",
+            f"{where}: field {name}.{weight[0]} asks to train what the role {role!r} says, "
+            "and only answers are trained",
             "leave it out, or set it to false",
         )
-    if flag is not None and not flag[1] and is_answer:
-        message["trained"] = False
+    if weight is not None and weight[1] != 1 and is_answer:
+        message["weight"] = weight[1]
     thought = read_thought(turn, where, f"{name}.")
     if thought and not is_answer:
         raise UserError(f"{where}: field {name} holds a thought of the role {role!r}", "let the assistant think")

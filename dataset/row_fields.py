@@ -1,11 +1,13 @@
 """Fields of rows and messages that change what is trained: obeyed, or refused by name; never ignored.
 
-Other tools give such fields a meaning: flags that keep answers out of the loss (ms-swift's `loss`, OpenAI's `weight`,
-axolotl's `train`), tools and their calls, preferences, media. Without this a row would be trained as something else.
+Other tools give such fields a meaning: flags that keep answers out of the loss (ms-swift's `loss`, axolotl's `train`),
+weights in it (OpenAI's `weight`), tools and their calls, preferences, media. Without this a row would be trained as
+something else.
 """
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping
 from typing import Any
 
@@ -15,8 +17,11 @@ from novelgpt.text.messages import Message
 
 # Values of fields that say nothing: formats with columns have every field in every row.
 ABSENT: tuple[Any, ...] = (None, "", [], {})
-# Fields that say whether an answer is trained: true, false, 1 or 0.
-FLAGS = ("loss", "weight", "train", "training", "trainable", "loss_scale", "loss_weight")
+# Fields that say whether an answer is trained: true, false, 1 or 0; and by how much it counts in the loss.
+FLAGS = ("loss", "train", "training", "trainable")
+WEIGHTS = ("weight", "loss_scale", "loss_weight")
+# Weights other than 0 lie between these, so that the product of a row's and a turn's is exact enough in fp32.
+LEAST_WEIGHT, MOST_WEIGHT = 1e-6, 1e6
 # Fields that hold what was thought before an answer, the standard name first.
 THOUGHTS = ("reasoning_content", "reasoning", "thinking")
 _TRUE, _FALSE = ("1", "1.0", "true"), ("0", "0.0", "false")
@@ -37,7 +42,7 @@ _REFUSED: dict[tuple[str, ...], tuple[str, str]] = {
         "input_ids", "attention_mask", "labels",
     ): (
         "says token by token or part by part what is trained, which is not read here",
-        'mark whole answers with "loss": false instead, or leave the field out',
+        'mark whole answers with "loss": false or a "weight" instead, or leave the field out',
     ),
     ("channel",): (
         "sorts the loss into channels, which is not done here",
@@ -62,7 +67,7 @@ _REFUSED_IN_MESSAGES = _REFUSED | {
 REFUSED_IN_ROWS = {name: reason for names, reason in _REFUSED_IN_ROWS.items() for name in names}
 REFUSED_IN_MESSAGES = {name: reason for names, reason in _REFUSED_IN_MESSAGES.items() for name in names}
 # Fields of rows that the ordinary row does not have.
-SPECIAL_FIELDS = frozenset(("tools", "functions", "enable_thinking", *FLAGS, *REFUSED_IN_ROWS))
+SPECIAL_FIELDS = frozenset(("tools", "functions", "enable_thinking", *FLAGS, *WEIGHTS, *REFUSED_IN_ROWS))
 
 
 def refuse_fields(fields: Mapping[str, Any], refused: Mapping[str, tuple[str, str]], place: str) -> None:
@@ -81,28 +86,47 @@ def refuse_fields(fields: Mapping[str, Any], refused: Mapping[str, tuple[str, st
             raise UserError(f"{place}{name} {cause}", remedy)
 
 
-def read_flag(fields: Mapping[str, Any], where: str, prefix: str = "") -> tuple[str, bool] | None:
-    """The flag of a row or message, with its name; None where it has none.
+def read_weight(fields: Mapping[str, Any], where: str, prefix: str = "") -> tuple[str, float] | None:
+    """The weight of a row or message in the loss, with the name of its field; None where it has none.
+
+    A flag is a weight of 1 or 0; beside a weight it only has to agree on whether there is anything to train.
 
     Raises:
-        UserError: a weight other than 0 and 1, another kind of value, or two flags that disagree.
+        UserError: a value that is no weight or no flag, or two fields that disagree.
     """
-    flags: dict[str, bool] = {}
-    for name in FLAGS:
+    found: tuple[str, float] | None = None
+    for name in (*WEIGHTS, *FLAGS):
         value = fields.get(name)
         if value in ABSENT:
             continue
         text = str(value).strip().lower()
-        if text not in (*_TRUE, *_FALSE):
+        if text in (*_TRUE, *_FALSE):
+            weight = float(text in _TRUE)
+        elif name in FLAGS:
             raise UserError(
-                f"{where}: field {prefix}{name} is {value!r}: an answer counts in the loss or not, not in part",
-                "write true or false (1 or 0), leave the field out, or rename it where it is only a note",
+                f"{where}: field {prefix}{name} is {value!r}: it says whether an answer counts in the loss",
+                'write true or false (1 or 0); by how much it counts, "weight" says; or rename a field that is a note',
             )
-        flags[name] = text in _TRUE
-        first = next(iter(flags))
-        if flags[name] != flags[first]:
-            raise UserError(f"{where}: fields {prefix}{first} and {prefix}{name} disagree", "leave one of them out")
-    return next(iter(flags.items()), None)
+        else:
+            weight = _number(text)
+            if weight != 0 and not LEAST_WEIGHT <= weight <= MOST_WEIGHT:
+                raise UserError(
+                    f"{where}: field {prefix}{name} is {value!r}, which is no weight in the loss",
+                    f"write 0, 1 or another number from {LEAST_WEIGHT:f} to {MOST_WEIGHT:,.0f}, or rename the field "
+                    "where it is only a note",
+                )
+        if found is not None and weight != (found[1] if name in WEIGHTS else float(found[1] != 0)):
+            raise UserError(f"{where}: fields {prefix}{found[0]} and {prefix}{name} disagree", "leave one of them out")
+        found = found or (name, weight)
+    return found
+
+
+def _number(text: str) -> float:
+    """The number that a text says; NaN where it says none."""
+    try:
+        return float(text)
+    except ValueError:
+        return math.nan
 
 
 def read_thought(fields: Mapping[str, Any], where: str, prefix: str = "") -> str:
@@ -206,7 +230,7 @@ def merge_calls(messages: list[Message], called: set[int]) -> list[Message]:
     merged: list[Message] = []
     for number, message in enumerate(messages):
         before = merged[-1] if merged and number in called else message
-        alike = before.get("trained", True) == message.get("trained", True)
+        alike = before.get("weight", 1.0) == message.get("weight", 1.0)
         if before is not message and before["role"] == "assistant" and alike:
             merged[-1] = {**before, "tool_calls": [*before.get("tool_calls", []), *message["tool_calls"]]}
         else:

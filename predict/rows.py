@@ -120,10 +120,10 @@ def _conversation_row(
     source: SourceRow, tokenizer: PreTrainedTokenizerBase | None, instructions: Instructions | None
 ) -> PromptRow:
     row = read_conversation(source, instructions)
-    # Whether an answer is trained does not matter: the last one is asked for.
+    # How much an answer counts in training does not matter: the last one is asked for.
     messages = row["messages"]
     for message in messages:
-        message.pop("trained", None)
+        message.pop("weight", None)
     answered = messages[-1]["role"] == "assistant"
     if answered and is_empty_answer(messages[-1]):
         messages, answered = messages[:-1], False

@@ -130,7 +130,7 @@ def _read(record: Record, conversion: Conversion, names: dict[str, str], column:
         for message in messages[:last]:
             if message["role"] == "assistant":
                 message["loss"] = False
-    kept = {"messages": [{name: value for name, value in one.items() if name != "trained"} for one in messages]}
+    kept = {"messages": [{name: value for name, value in one.items() if name != "weight"} for one in messages]}
     return kept | ({"tools": row["tools"]} if row.get("tools") else {})
 
 

@@ -173,10 +173,14 @@ class ConversationArguments:
     packing: bool = option(
         True, "Pack whole rows up to max_length tokens; none attends to another. False: pad each row."
     )
-    overlong: Literal["truncate", "split", "refuse"] = option(
+    overlong: Literal["truncate", "split", "drop", "refuse"] = option(
         "truncate",
         "Rows longer than max_length: truncate cuts off the end, split continues in another row that starts with half "
-        "a row of context, refuse stops before training. The counts are shown.",
+        "a row of context, drop leaves them out, refuse stops before training. The counts are shown.",
+    )
+    min_length: int = option(0, "Leave out rows of fewer tokens, prompt and answers together. The count is shown.")
+    mask_history: bool = option(
+        False, "Train only the last answer of each conversation; those before it are context. The count is shown."
     )
     instruction_templates: list[str] = option(
         [],

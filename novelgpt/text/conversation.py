@@ -31,11 +31,15 @@ class EncodedRow:
     question, is the end token, while the input there stays what it is. So the answer's last token learns to end, and
     the trained labels still read: answer, end token.
 
+    loss_weights: [tokens], the factor of each label's loss, 0 where there is no label; None where no factor is other
+    than 0 and 1.
+
     source: file and row that it came from, as errors name them.
     """
 
     input_ids: list[int]
     labels: list[int]
+    loss_weights: list[float] | None = None
     source: str = field(default="", compare=False)
 
 
@@ -50,7 +54,7 @@ def encode_conversation(
 
     One row as a rule. Where the template rewrites earlier turns, one row for each turn, each with the very prompt that
     prediction would use. Messages after the last answer are left out; a conversation without answers gives no row.
-    Answers with "trained": False are context.
+    Answers of weight 0 are context; the tokens of an answer, its end token among them, have its weight.
 
     An answer that starts with a thought (<think>…</think>, or "reasoning_content") is trained with it, in the line
     feeds that the template puts around thoughts. An empty thought is not part of an answer where the template puts it
@@ -76,7 +80,7 @@ def encode_conversation(
             chat.refuse_lost_texts(rendered, turns[-1] + 1)
         return [row]
     except _HistoryRewrittenError:
-        trained = [turn for turn in turns if chat.trained[turn]] or turns[-1:]
+        trained = [turn for turn in turns if chat.weights[turn]] or turns[-1:]
         thinking = {turn: OWN_THOUGHT.match(chat.answers[turn]) is not None for turn in trained}
         return [_encode_turns(chat, [turn], prompt=_prompt_ids(chat, turn, thinking[turn]))[0] for turn in trained]
 
@@ -143,7 +147,9 @@ def _encode_turns(
     end_id = int(chat.tokenizer.eos_token_id)
     input_ids: list[int] = []
     labels: list[int] = []
+    weights: list[float] = []
     rendered = ""
+    weight = 1.0  # of the last answer
     end_label: int | None = None  # of the end token that the last answer lacks, as the template puts nothing there
     for turn in turns:
         is_prompt = asks is not None and turn == turns[-1]
@@ -156,8 +162,9 @@ def _encode_turns(
             ids = [end_id]
         input_ids += ids
         labels += [IGNORE_INDEX] * len(ids)
+        weights += [0.0] * len(ids)
         if end_label is not None:
-            labels[-len(ids)] = end_label
+            labels[-len(ids)], weights[-len(ids)] = end_label, weight
         if is_prompt:
             return EncodedRow(input_ids, labels), before
         rendered = chat.render(chat.messages[: turn + 1], thinking)
@@ -174,14 +181,18 @@ def _encode_turns(
         if tail:
             ids.append(tail.pop(0) if tail[0] in chat.special.added_ids else end_id)
         input_ids += ids + tail
-        labels += [*(ids if chat.trained[turn] else [IGNORE_INDEX] * len(ids)), *[IGNORE_INDEX] * len(tail)]
+        weight = chat.weights[turn]
+        labels += [*(ids if weight else [IGNORE_INDEX] * len(ids)), *[IGNORE_INDEX] * len(tail)]
+        weights += [*[weight] * len(ids), *[0.0] * len(tail)]
         end_label = None
         if rest == answer:
-            end_label = end_id if chat.trained[turn] else IGNORE_INDEX
+            end_label = end_id if weight else IGNORE_INDEX
     if end_label is not None:
         input_ids.append(end_id)
         labels.append(end_label)
-    return EncodedRow(input_ids, labels), rendered
+        weights.append(weight)
+    weighted = any(chat.weights[turn] not in (0, 1) for turn in turns)
+    return EncodedRow(input_ids, labels, weights if weighted else None), rendered
 
 
 def _prompt_ids(chat: RenderedConversation, count: int, thinking: bool) -> list[int]:

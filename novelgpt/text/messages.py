@@ -17,15 +17,15 @@ class Message(_Speech, total=False):
     """One message.
 
     An answer may have `reasoning_content` (the thought before it), `tool_calls` (each {"type", "function": {"name",
-    "arguments": mapping}}) and `trained`: False, which keeps it out of the loss. The result of a tool may have `name`
-    and `tool_call_id`.
+    "arguments": mapping}}) and `weight`, the factor of its tokens in the loss where that is not 1: 0 makes it context.
+    The result of a tool may have `name` and `tool_call_id`.
     """
 
     reasoning_content: str
     tool_calls: list[dict[str, Any]]
     name: str
     tool_call_id: str
-    trained: bool
+    weight: float
 
 
 # An answer that starts with a thought: (thought, answer proper).

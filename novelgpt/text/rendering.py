@@ -39,7 +39,7 @@ class RenderedConversation:
 
     Attributes:
         messages: as they are rendered, with stand-ins.
-        trained: of each message, whether it is trained if it is an answer.
+        weights: of each message in the loss, if it is an answer.
         spelled: code of each stand-in -> the special token that it replaces.
         answers: number of each answer -> its text, thought included.
         instructions: numbers of the system and tool messages, which the template must write (`refuse_lost_texts`).
@@ -53,7 +53,7 @@ class RenderedConversation:
     ) -> None:
         self.tokenizer = tokenizer
         self.special = special_tokens(tokenizer)
-        self.trained = [message.get("trained", True) for message in messages]
+        self.weights = [message.get("weight", 1.0) for message in messages]
         self.messages: list[Any] = [{name: dict(one)[name] for name in _READ if name in one} for one in messages]
         self._tools = list(tools)
         self._calls = [

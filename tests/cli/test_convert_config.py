@@ -198,7 +198,7 @@ def test_rows_are_written_where_they_are_read_otherwise(
     assert len(rows) == {"pairs": 4}.get(more["dataset"], more.get("max_samples", 3))
     assert [message["content"] for row in rows for message in row if message["role"] == "system"] == systems
     for row in rows:
-        told = [message["content"] for message in row if message.get("trained") is False]
+        told = [message["content"] for message in row if message.get("weight") == 0]
         assert told == untrained
         assert row[-1]["content"] == ("答" if more["dataset"] == "pairs" else "雨")
 
@@ -394,7 +394,7 @@ def test_settings_of_ms_swift(place: Path, capsys: pytest.CaptureFixture[str]) -
     assert list(map(len, files)) == [5, 3]
     assert {row["messages"][0]["content"] for row in files[0]} == {"别的"}
     for row in files[1]:
-        assert [message.get("trained", True) for message in row["messages"]] == [True, True, False, True, True]
+        assert [message.get("weight", 1) for message in row["messages"]] == [1, 1, 0, 1, 1]
     (place / "ours.yaml").unlink()
     assert "rlhf_type: dpo: there is no such training" in refused(place, given | {"rlhf_type": "dpo"}, capsys)
 

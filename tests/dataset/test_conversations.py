@@ -34,8 +34,8 @@ def trained(row: EncodedRow) -> list[int]:
     return [label for label in row.labels if label != IGNORE_INDEX]
 
 
-def settings(max_length: int, overlong: str) -> ConversationArguments:
-    return ConversationArguments(max_length=max_length, overlong=overlong)
+def settings(max_length: int, overlong: str, min_length: int = 0) -> ConversationArguments:
+    return ConversationArguments(max_length=max_length, overlong=overlong, min_length=min_length)
 
 
 def whole(rows: list[Row], tokenizer: PreTrainedTokenizerBase) -> list[EncodedRow]:
@@ -60,7 +60,7 @@ def rows() -> list[Row]:
     return [conversation(draw, number) for number in range(40)]
 
 
-@pytest.mark.parametrize("overlong", ["truncate", "split", "refuse"])
+@pytest.mark.parametrize("overlong", ["truncate", "split", "drop", "refuse"])
 def test_rows_that_fit_are_kept_as_they_are(rows: list[Row], tokenizer: PreTrainedTokenizerBase, overlong: str) -> None:
     kept, counts = encode_rows(rows, tokenizer, settings(4096, overlong))
     assert kept == whole(rows, tokenizer)
@@ -96,6 +96,43 @@ def test_split_trains_each_answer_token_once_after_true_context(
     for (row, index), (origin, place) in zip(places, origins, strict=True):
         assert row.input_ids[: index + 1] == origin.input_ids[place - index : place + 1]
         assert index >= min(place, max_length // 2) > 0  # the loss predicts it, from at least half a row
+
+
+@pytest.mark.parametrize(("least", "most"), [(0, 200), (61, 4096), (61, 200)])
+def test_rows_of_other_lengths_are_left_out_and_counted(
+    rows: list[Row], tokenizer: PreTrainedTokenizerBase, least: int, most: int
+) -> None:
+    full = whole(rows, tokenizer)
+    kept, counts = encode_rows(rows, tokenizer, settings(most, "drop", least))
+    assert kept == [row for row in full if least <= len(row.input_ids) <= most] and 0 < len(kept) < len(full)
+    assert_accounts(kept, counts, full, most)
+    assert counts.dropped == counts.tokens_in - sum(len(row.input_ids) for row in kept)
+    above, below = (sum(map(outside, full)) for outside in (lambda row: len(row.input_ids) > most,
+                                                            lambda row: len(row.input_ids) < least))  # fmt: skip
+    named = {f"rows above {most} tokens (drop)": above, f"rows below {least} tokens, left out": below}
+    assert counts.notes == {note: number for note, number in named.items() if number}
+
+
+def test_parts_of_a_weighted_row_keep_the_weights_of_their_tokens(
+    rows: list[Row], tokenizer: PreTrainedTokenizerBase
+) -> None:
+    weighted = [
+        row | {"messages": [{**one, "weight": 0.5 + number} if one["role"] == "assistant" else one
+                            for number, one in enumerate(row["messages"])]}
+        for row in rows
+    ]  # fmt: skip
+    told = {}
+    for overlong, most in (("truncate", 4096), ("split", 61)):
+        kept, _ = encode_rows(weighted, tokenizer, settings(most, overlong))
+        told[overlong] = [
+            (label, weight)
+            for row in kept
+            for label, weight in zip(row.labels, row.loss_weights or [], strict=True)
+            if weight
+        ]
+        assert sum(len(trained(row)) for row in kept) == len(told[overlong])
+    assert told["split"] == told["truncate"]
+    assert {weight for _, weight in told["split"]} > {1.5, 3.5}
 
 
 def test_refuse_names_the_row(tmp_path: Path, tokenizer: PreTrainedTokenizerBase) -> None:

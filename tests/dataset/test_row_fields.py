@@ -104,6 +104,86 @@ def test_flags_where_the_template_rewrites_earlier_turns(tokenizer: PreTrainedTo
     assert rows == [] and counts.dropped == counts.tokens_in > 0
 
 
+def weighted(row: EncodedRow) -> list[tuple[int, float]]:
+    """(label, weight) of each trained token; tokens without a label have weight 0."""
+    weights = row.loss_weights or [float(label != IGNORE_INDEX) for label in row.labels]
+    pairs = list(zip(row.labels, weights, strict=True))
+    assert all((label == IGNORE_INDEX) == (weight == 0) for label, weight in pairs)
+    return [pair for pair in pairs if pair[1]]
+
+
+WEIGHTED: dict[str, tuple[dict[str, Any], tuple[float, float]]] = {
+    "a turn": ({"messages": [HELLO, {**OLD, "weight": 0.25}, AGAIN, NEW]}, (0.25, 1)),
+    "a turn left out": ({"messages": [HELLO, {**OLD, "weight": 0}, AGAIN, {**NEW, "loss_weight": 3}]}, (0, 3)),
+    "text": (sharegpt(loss_scale="1e-3"), (0.001, 1)),
+    "the row": ({"messages": [HELLO, OLD, AGAIN, NEW], "weight": 2.5}, (2.5, 2.5)),
+    "row and turn": ({"messages": [HELLO, {**OLD, "weight": 0.5}, AGAIN, NEW], "loss_scale": 3}, (1.5, 3)),
+    "beside flags": ({"messages": [HELLO, {**OLD, "loss": True, "weight": 0.5}, AGAIN, {**NEW, "train": 1}]}, (0.5, 1)),
+    "a history": ({"query": "再说一次", "response": NEW["content"], "history": [["你好", OLD["content"]]],
+                   "weight": 0.5}, (0.5, 0.5)),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("generation", [0, 1, 2])
+@pytest.mark.parametrize("name", WEIGHTED)
+def test_each_token_of_an_answer_and_its_end_have_its_weight(
+    name: str, generation: int, tokenizer: PreTrainedTokenizerBase, tmp_path: Path
+) -> None:
+    """Of templates that end answers (Baichuan's first generation among them) and of one that does not."""
+    record, (first, second) = WEIGHTED[name]
+    if generation:
+        tokenizer = load_baichuan(build_baichuan_folder(tmp_path / "base", generation))
+    (row,), _ = encoded(write(tmp_path, record), tokenizer)
+    (whole,) = encode_conversation([HELLO, OLD, AGAIN, NEW], tokenizer)
+    assert row.input_ids == whole.input_ids and whole.loss_weights is None
+    learnt = [label for label in whole.labels if label != IGNORE_INDEX]
+    end = learnt.index(learnt[-1]) + 1
+    assert learnt[-1] == tokenizer.eos_token_id and 1 < end < len(learnt)
+    expected = [(token, first) for token in learnt[:end]] + [(token, second) for token in learnt[end:]]
+    assert weighted(row) == [(token, pytest.approx(weight)) for token, weight in expected if weight]
+
+
+def test_weights_of_one_and_zero_change_nothing(tokenizer: PreTrainedTokenizerBase, tmp_path: Path) -> None:
+    plain = {"messages": [HELLO, OLD, AGAIN, NEW]}
+    same = [
+        {**plain, "weight": 1.0},
+        {"messages": [HELLO, {**OLD, "weight": 4}, AGAIN, {**NEW, "weight": 4}], "loss_scale": 0.25},
+    ]
+    rows, _ = encoded(write(tmp_path, plain, *same), tokenizer)
+    assert rows[0] == rows[1] == rows[2] and rows[0].loss_weights is None
+    (row,), _ = encoded(write(tmp_path, {"messages": [HELLO, {**OLD, "weight": 0}, AGAIN, NEW]}), tokenizer)
+    assert row.loss_weights is None
+
+
+def test_weights_where_the_template_rewrites_earlier_turns(tokenizer: PreTrainedTokenizerBase, tmp_path: Path) -> None:
+    thinking = with_template(tokenizer, "own", THINKING)
+    messages = [HELLO, {**OLD, "weight": 0.5}, AGAIN, NEW]
+    first, second = encoded(write(tmp_path, {"messages": messages}), thinking)[0]
+    plain = encode_conversation([HELLO, OLD, AGAIN, NEW], thinking)
+    assert (first.labels, second) == (plain[0].labels, plain[1])
+    assert [weight for _, weight in weighted(first)] == [0.5] * len(weighted(plain[0]))
+
+
+@pytest.mark.parametrize("template", ["whole", "rewritten"])
+def test_mask_history_trains_the_last_answer_alone(
+    template: str, tokenizer: PreTrainedTokenizerBase, tmp_path: Path
+) -> None:
+    if template == "rewritten":
+        tokenizer = with_template(tokenizer, "own", THINKING)
+    conversations = [
+        [HELLO, OLD, AGAIN, NEW], [HELLO, {**OLD, "weight": 0}, AGAIN, {**NEW, "weight": 0.5}], [HELLO, NEW],
+        [HELLO, OLD, AGAIN, OLD, AGAIN, NEW, HELLO],
+    ]  # fmt: skip
+    file = write(tmp_path, *({"messages": messages} for messages in conversations))
+    rows, counts = encode_rows(list(read_conversation_rows(file)), tokenizer, ConversationArguments(mask_history=True))
+    assert len(rows) == len(conversations)
+    assert [trained(row, tokenizer) for row in rows] == [NEW["content"] + "<|im_end|>"] * len(rows)
+    assert [row.loss_weights is not None for row in rows] == [False, True, False, False]
+    assert counts.tokens_in == counts.trained + counts.context == sum(len(row.input_ids) for row in rows)
+    assert counts.notes["answers before the last one, not trained (mask_history)"] == 3
+    assert counts.notes["answers that a flag keeps out of the loss"] == 1
+
+
 SHAPES = {
     "messages": {"messages": [HELLO, OLD]},
     "sharegpt": {"conversations": [{"from": "human", "value": "你好"}, {"from": "gpt", "value": "错误的旧回答"}]},
@@ -170,8 +250,9 @@ REFUSED_IN_ROWS: list[tuple[str, Any]] = [
     ("rejected_messages", [OLD]), ("label", True), ("label", False), ("label", 1), ("kto_tag", False), ("margin", 0.5),
     ("images", ["a.png"]), ("image", "a.png"), ("videos", ["a.mp4"]), ("audios", ["a.wav"]), ("objects", {"ref": [1]}),
     ("channel", "小说"), ("mask", [0, 1]), ("loss_mask", 0), ("train_detail", [{"begin_offset": 0, "train": False}]),
-    ("labels", [-100, 5]), ("input_ids", [5]), ("weight", 0.5), ("weight", 2), ("loss_scale", "last_round"),
-    ("loss", "maybe"), ("train", [1]), ("loss_weight", -1), ("weight", float("nan")), ("system_prompt", "你是诗人。"),
+    ("labels", [-100, 5]), ("input_ids", [5]), ("loss", 0.5), ("train", 2), ("loss_scale", "last_round"),
+    ("loss", "maybe"), ("train", [1]), ("loss_weight", -1), ("weight", float("nan")), ("weight", float("inf")),
+    ("weight", 1e-7), ("loss_scale", 1e7), ("weight", [0.5, 1.0]), ("system_prompt", "你是诗人。"),
     ("chat_template_kwargs", {"enable_thinking": True}), ("documents", [{"text": "…"}]), ("system", ["你是诗人。"]),
     ("enable_thinking", True), ("enable_thinking", "yes"),
 ]  # fmt: skip
@@ -196,7 +277,7 @@ def test_fields_that_are_not_obeyed_are_refused_by_name(shape: str, tmp_path: Pa
 
 
 REFUSED_IN_MESSAGES: list[tuple[str, Any]] = [
-    ("loss", 0.3), ("weight", 2), ("loss_scale", 2.0), ("loss_mask", [1, 0]), ("channel", "analysis"),
+    ("loss", 0.3), ("weight", "half"), ("loss_scale", -2.0), ("loss_mask", [1, 0]), ("channel", "analysis"),
     ("train_detail", [{"begin_offset": 0, "end_offset": 8, "train": False}]), ("images", ["a.png"]),
     ("audio", {"id": "a1"}), ("refusal", "我不能回答。"),
 ]  # fmt: skip
@@ -215,6 +296,9 @@ def test_fields_of_messages_that_are_not_obeyed_are_refused_by_name(field: str, 
     [
         ({"messages": [{**HELLO, "loss": True}, NEW]}, "messages[0].loss"),
         (sharegpt(weight=0, train=True), "conversations[1].weight"),
+        (sharegpt(weight=0.5, loss=False), "conversations[1].weight"),
+        (sharegpt(weight=0.5, loss_scale=2), "conversations[1].weight"),
+        ({"messages": [{**HELLO, "weight": 0.5}, NEW]}, "messages[0].weight"),
         ({"messages": [HELLO, NEW], "history": [["一", "二"]]}, "history"),
         ({"title": "题", "abstract": "文", "history": [["一", "二"]]}, "history"),
         ({"prompt": [HELLO], "completion": "好", "history": [["一", "二"]]}, "history"),
