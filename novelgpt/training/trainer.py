@@ -20,7 +20,7 @@ from accelerate.optimizer import AcceleratedOptimizer
 from accelerate.utils import DistributedType
 from peft import PeftModel
 from torch import nn
-from torch.utils.data import StackDataset
+from torch.utils.data import Dataset
 from transformers import (
     GenerationConfig,
     PreTrainedModel,
@@ -35,6 +35,7 @@ from novelgpt.settings.arguments import TrainArguments
 from novelgpt.settings.errors import UserError
 from novelgpt.settings.terminal import say, say_above_bars
 from novelgpt.text.collator import NUMBER, NUMBERS, ROW, Collator
+from novelgpt.text.sections import SectionedRows
 from novelgpt.training.checkpoints.folders import checkpoints, step_of
 from novelgpt.training.checkpoints.trainer import CheckpointTrainer
 from novelgpt.training.evaluations import EvaluationPlan
@@ -43,6 +44,20 @@ from novelgpt.training.plan import Probe
 from novelgpt.training.sample_predictions import SamplePredictions
 from novelgpt.training.signals import EvaluationStopped
 from novelgpt.training.throughput import Throughput
+
+
+class NumberedRows(Dataset[Any]):
+    """Rows with their numbers, by which their files and lines can be named."""
+
+    def __init__(self, rows: Any) -> None:
+        self.rows = rows
+
+    def __len__(self) -> int:
+        return self.rows.per_epoch if isinstance(self.rows, SectionedRows) else len(self.rows)
+
+    def __getitem__(self, number: int) -> dict[str, Any]:
+        """{"row", "number"}; of sections, numbers go on behind the length."""
+        return {ROW: self.rows[number], NUMBER: number}
 
 
 class NovelTrainer(CheckpointTrainer):
@@ -73,10 +88,7 @@ class NovelTrainer(CheckpointTrainer):
             arguments: of `CheckpointTrainer`.
         """
         self.rows = train_dataset
-        numbered = None
-        if train_dataset is not None:
-            # With their numbers, their files and lines can be named.
-            numbered = StackDataset(**{ROW: train_dataset, NUMBER: range(len(train_dataset))})
+        numbered = None if train_dataset is None else NumberedRows(train_dataset)
         super().__init__(
             **arguments,
             train_dataset=numbered,

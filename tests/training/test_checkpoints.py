@@ -21,7 +21,7 @@ from novelgpt.training.checkpoints.folders import (
     finish,
     unfinished_folder,
 )
-from novelgpt.training.checkpoints.sampling import ShuffledRows, seed_step
+from novelgpt.training.checkpoints.sampling import EpochRows, ShuffledRows, seed_step
 from novelgpt.training.checkpoints.weights import check_weights
 from novelgpt.training.run_identity import changes
 
@@ -45,6 +45,15 @@ def test_what_is_skipped_leaves_the_rest_of_the_epoch_in_its_place(skipped: int)
     assert found[skipped:] == list(whole)[skipped:]
     assert len(found) == len(whole)
     assert found[:1000] == list(whole)[:1000]  # accelerate fills the last batch up with the first rows
+
+
+def test_rows_without_an_end_go_on_from_one_epoch_to_the_next() -> None:
+    order = EpochRows(5)
+    taken = list(order)
+    order.epoch = 1
+    assert taken + list(order) == list(range(10))
+    order.skipped = 2
+    assert list(order)[2:] == [7, 8, 9]
 
 
 def test_a_steps_draws_follow_from_seed_rank_and_step() -> None:

@@ -10,21 +10,21 @@ from collections.abc import Iterator
 import numpy
 import torch
 from torch.utils.data import Sampler
+from transformers import TrainingArguments
 
 # Indices converted to Python numbers at once.
 AT_ONCE = 1 << 16
 
 
-class ShuffledRows(Sampler[int]):
-    """Indices of rows in the order of an epoch: the order of the stock Trainer for the same seed.
+class EpochRows(Sampler[int]):
+    """Numbers of an endless training's rows, `rows` in each epoch, one after the other: the rows have their own order.
 
-    The first `skipped` indices are 0, which costs nothing, except the very first ones of the epoch, with which
+    The first `skipped` numbers are 0, which costs nothing, except the very first ones of the epoch, with which
     accelerate fills up its last batch: a run that resumes within an epoch skips them.
     """
 
-    def __init__(self, rows: int, seed: int) -> None:
+    def __init__(self, rows: int) -> None:
         self.rows = rows
-        self.seed = seed
         self.epoch = 0
         self.skipped = 0
 
@@ -32,14 +32,35 @@ class ShuffledRows(Sampler[int]):
         return self.rows
 
     def __iter__(self) -> Iterator[int]:
-        generator = torch.Generator()
-        generator.manual_seed(self.seed + self.epoch)
-        order = torch.randperm(self.rows, generator=generator)
+        order = self.order()
         skipped = min(self.skipped, self.rows)
         yield from order[: min(skipped, AT_ONCE)].tolist()
         yield from itertools.repeat(0, max(0, skipped - AT_ONCE))
         for start in range(skipped, self.rows, AT_ONCE):
             yield from order[start : start + AT_ONCE].tolist()
+
+    def order(self) -> torch.Tensor:
+        """[rows] the numbers of the epoch, in order."""
+        return torch.arange(self.epoch * self.rows, (self.epoch + 1) * self.rows)
+
+
+class ShuffledRows(EpochRows):
+    """Indices of rows in the order of an epoch: the order of the stock Trainer for the same seed."""
+
+    def __init__(self, rows: int, seed: int) -> None:
+        super().__init__(rows)
+        self.seed = seed
+
+    def order(self) -> torch.Tensor:
+        """[rows] a permutation that follows from the seed and the epoch."""
+        generator = torch.Generator()
+        generator.manual_seed(self.seed + self.epoch)
+        return torch.randperm(self.rows, generator=generator)
+
+
+def order_seed(training: TrainingArguments) -> int:
+    """The seed of the order of rows."""
+    return training.seed if training.data_seed is None else training.data_seed
 
 
 def seed_step(seed: int, rank: int, step: int) -> None:

@@ -31,6 +31,7 @@ from novelgpt.model.portable import make_portable
 from novelgpt.settings.atomic_files import follow_umask
 from novelgpt.settings.errors import UserError
 from novelgpt.settings.process import raise_on_all_ranks
+from novelgpt.text.sections import SectionedRows
 from novelgpt.training.checkpoints.folders import (
     best_checkpoint,
     checkpoint_folder,
@@ -43,7 +44,7 @@ from novelgpt.training.checkpoints.folders import (
     unfinished_folder,
 )
 from novelgpt.training.checkpoints.optimizer_states import read_states, write_states
-from novelgpt.training.checkpoints.sampling import ShuffledRows, seed_step
+from novelgpt.training.checkpoints.sampling import EpochRows, ShuffledRows, order_seed, seed_step
 from novelgpt.training.checkpoints.weights import (
     StoredWeights,
     check_weights,
@@ -67,7 +68,7 @@ class CheckpointTrainer(Trainer):
         """`complete` adds files to a folder of weights, on the first process, before it is verified and hashed."""
         super().__init__(**arguments)
         self._complete = complete
-        self._order: ShuffledRows | None = None
+        self._order: EpochRows | None = None
         self._stored: dict[str, Any] | None = None  # states.json of the checkpoint that is resumed
         self._aux_sum = torch.zeros(())  # of the routers' balancing losses of this process, since the last log entry
         self._aux_loss: torch.Tensor | None = None  # of the current micro-batch
@@ -77,11 +78,14 @@ class CheckpointTrainer(Trainer):
 
     def _get_train_sampler(self, train_dataset: Any = None) -> torch.utils.data.Sampler[Any] | None:
         """The stock order of rows, which can start at any row at no cost."""
+        rows: Any = train_dataset or self.train_dataset
+        if isinstance(rows, SectionedRows):
+            self._order = EpochRows(rows.per_epoch)
+            return self._order
         stock = super()._get_train_sampler(train_dataset)
         if type(stock) is not torch.utils.data.RandomSampler:
             return stock
-        seed = self.args.seed if self.args.data_seed is None else self.args.data_seed
-        self._order = ShuffledRows(len(cast(Any, train_dataset or self.train_dataset)), seed)
+        self._order = ShuffledRows(len(rows), order_seed(self.args))
         return self._order
 
     def _init_training_state(self, max_steps: int, *arguments: Any, **keywords: Any) -> tuple[int, int]:
