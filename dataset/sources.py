@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 from dataset.records import Record, read_raw_rows
-from novelgpt.settings.atomic_files import hash_file
+from novelgpt.settings.file_hashes import content_hash
 
 
 class SourcedRow(NamedTuple):
@@ -55,7 +55,7 @@ class RowSource:
 
     def identity(self) -> dict[str, Any]:
         """What decides its rows, wherever its files lie: JSON that is equal where the rows are."""
-        return {"files": [[Path(file).suffix.lower(), hash_file(Path(file))[0]] for file in self.files]}
+        return {"files": [[Path(file).suffix.lower(), content_hash(Path(file))[0]] for file in self.files]}
 
 
 def find_row_sources(names: Sequence[str]) -> list[RowSource]:

@@ -1,7 +1,9 @@
 """What the tests share: the embedded base, built once, and its tokenizer."""
 
+import os
 import random
 import signal
+import tempfile
 from pathlib import Path
 
 import pytest
@@ -20,10 +22,14 @@ def pytest_addoption(parser: pytest.Parser) -> None:
 
 
 def pytest_configure(config: pytest.Config) -> None:
-    """Signals that are ignored or blocked here (by nohup, a shell's `&`, a supervisor) reach what the tests start.
+    """What the tests start gets all signals, and a cache of its own.
 
+    Signals that are ignored or blocked here (by nohup, a shell's `&`, a supervisor) reach what the tests start.
     An ignored signal stays so in each process that is started, and runs leave it ignored by design.
     """
+    cache = tempfile.TemporaryDirectory(prefix="cache-", ignore_cleanup_errors=True)
+    config.add_cleanup(cache.cleanup)
+    os.environ["HF_DATASETS_CACHE"] = cache.name
     signal.pthread_sigmask(signal.SIG_UNBLOCK, STOP_SIGNALS)
     for number in STOP_SIGNALS:
         if signal.getsignal(number) == signal.SIG_IGN:

@@ -54,6 +54,16 @@ def default_hub(environment: Mapping[str, str] = os.environ) -> Literal["hugging
     return "huggingface"
 
 
+def cache_folder(environment: Mapping[str, str] = os.environ) -> Path:
+    """Return the folder of what can be made again at any time, in the cache of the datasets library.
+
+    Args:
+        environment: variables of the process; HF_DATASETS_CACHE, HF_HOME and XDG_CACHE_HOME mean what they mean to it.
+    """
+    home = environment.get("HF_HOME", f"{environment.get('XDG_CACHE_HOME', '~/.cache')}/huggingface")
+    return Path(environment.get("HF_DATASETS_CACHE", f"{from_home(home)}/datasets"), "novelgpt")
+
+
 def from_home(path: str) -> str:
     """Expand a leading `~` to the user's home; otherwise keep the path as written: ./a stays ./a."""
     return os.path.expanduser(path)  # noqa: PTH111  a Path would drop the `./`

@@ -1,8 +1,8 @@
 """Describes a run and its data for run.json, and compares two descriptions before a run resumes from a checkpoint.
 
-Data are identified by role, order, number and content, wherever they are. Files are hashed completely. Tokens, of which
-there may be hundreds of gigabytes, are identified by the hashes in their manifest as long as the file system reports
-that nobody has written them since; otherwise they are hashed, too.
+Data are identified by role, order, number and content, wherever they are. Files are hashed completely, again only
+when the file system reports that they were written. Tokens, of which there may be hundreds of gigabytes, are identified
+by the hashes in their manifest as long as nobody has written them since; otherwise they are hashed, too.
 """
 
 from __future__ import annotations
@@ -27,6 +27,7 @@ from novelgpt import __version__
 from novelgpt.model.fingerprint import BASE_RECORD, check_base
 from novelgpt.settings.atomic_files import hash_file
 from novelgpt.settings.errors import UserError
+from novelgpt.settings.file_hashes import content_hash
 from novelgpt.settings.paths import IS_CHECKOUT, ROOT
 from novelgpt.settings.run_record import DataFile, DataSource, utc_now
 from novelgpt.settings.runs import TrainingRun
@@ -276,7 +277,7 @@ def _state_of(path: Path) -> dict[str, list[int]]:
 
 
 def _hash(path: Path, name: str) -> DataFile:
-    sha256, size = hash_file(path)
+    sha256, size = content_hash(path)
     return DataFile(name=name, bytes=size, sha256=sha256)
 
 
@@ -291,7 +292,7 @@ def _token_files(folder: Path, manifest: dict[str, Any]) -> list[DataFile]:
                 status = path.stat()
                 files.append(DataFile(
                     name=str(path.relative_to(folder)), bytes=status.st_size,
-                    sha256=shard.get("sha256", {}).get(name) or hash_file(path)[0],
+                    sha256=shard.get("sha256", {}).get(name) or content_hash(path)[0],
                     split=split, written=[status.st_ino, status.st_mtime_ns, status.st_ctime_ns],
                 ))  # fmt: skip
     return files
@@ -313,4 +314,4 @@ def _difference(old: DataSource, new: DataSource) -> str:
 @functools.cache
 def _hash_again(path: Path, _: tuple[int, ...]) -> str:
     """Hash a file once for as long as it is not written."""
-    return hash_file(path)[0]
+    return content_hash(path)[0]
