@@ -1,4 +1,7 @@
-"""Prepare data for training: python -m dataset novels | tokens | conversations | preview … (`--help` for each)."""
+"""Prepare data for training: python -m dataset COMMAND …
+
+COMMAND: novels, tokens, conversations, preferences or preview (`--help` for each).
+"""
 
 from __future__ import annotations
 
@@ -15,6 +18,7 @@ MODULES = {
     "novels": "dataset.novels.command",
     "tokens": "dataset.tokens_command",
     "conversations": "dataset.conversation_rows.command",
+    "preferences": "dataset.preferences",
     "preview": "dataset.preview",
 }
 

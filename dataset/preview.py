@@ -4,7 +4,8 @@
     python -m dataset preview rows.jsonl --model Qwen/Qwen3-0.6B --row p001 --borders
     python -m dataset preview prepared/ --html preview.html
 
-In conversations, the prompt is dim and the answer green; in text, the boundaries of documents are marked.
+In conversations, the prompt is dim and the answer green; preference rows show both answers; in text, the boundaries of
+documents are marked.
 """
 
 from __future__ import annotations
@@ -21,6 +22,7 @@ from transformers import PreTrainedTokenizerBase
 from dataset.conversation_rows.sources import find_splits
 from dataset.conversations import encode_rows
 from dataset.instructions import load_instructions
+from dataset.preferences import PreferenceRow, is_preference, read_preference
 from dataset.readers import messages_of, read_conversation, read_source_rows, read_text_rows
 from dataset.records import read_records
 from novelgpt.model.tokenizer import load_tokenizer
@@ -32,7 +34,9 @@ from novelgpt.settings.errors import UserError, exit_on_user_error
 from novelgpt.settings.html_pages import page_templates
 from novelgpt.settings.paths import TINY, from_home
 from novelgpt.settings.terminal import counted, say, visible
+from novelgpt.text.conversation import IGNORE_INDEX, encode_conversation
 from novelgpt.text.encoding import document_end_id, encode_document
+from novelgpt.text.messages import Message
 from novelgpt.text.packing import PackedBlocks, TokenizedText
 from novelgpt.text.statistics import TokenCounts, TokenSpan, row_spans, show_counts
 
@@ -144,6 +148,9 @@ def _conversations(args: Namespace, tokenizer: PreTrainedTokenizerBase) -> Itera
         instructions = instructions.fixed()
     found = (row for row in read_source_rows(args.file) if args.row in (None, row.id))
     for row in itertools.islice(found, None if args.row else args.rows):
+        if is_preference(row.fields):
+            yield _preference(read_preference(row), tokenizer, args.borders)
+            continue
         kept, counts = encode_rows([read_conversation(row, instructions)], tokenizer, data)
         parts = []
         for number, row_part in enumerate(kept, start=1):
@@ -153,6 +160,35 @@ def _conversations(args: Namespace, tokenizer: PreTrainedTokenizerBase) -> Itera
             what = f"{'cut here' if kept else 'left out'}: {counted(counts.dropped, 'token')}"
             parts.append((f"✂ {what} {'is' if counts.dropped == 1 else 'are'} not trained on", []))
         yield RowPreview(row.id, row.source, counts, parts)
+
+
+def _preference(row: PreferenceRow, tokenizer: PreTrainedTokenizerBase, borders: bool) -> RowPreview:
+    """Prompt, chosen and rejected answer, whole: how long they may be is for the trainer that reads such rows."""
+    counts = TokenCounts(rows=1)
+    counts.notes["preference rows, which no pipeline here trains on"] = 1
+    context: list[Message] = [{**message, "weight": 0.0} for message in row["messages"]]
+    parts: list[tuple[str, list[TokenSpan]]] = []
+    prompt: list[int] = []
+    lengths = []
+    for name, answer in (("chosen", row["chosen"]), ("rejected", row["rejected"])):
+        try:
+            (encoded,) = encode_conversation([*context, answer], tokenizer, row.get("tools", ()))
+        except UserError as error:
+            raise UserError(f"{row['source']}: {error.cause}", error.remedy) from error
+        ids, labels = encoded.input_ids, encoded.labels
+        begin = next(index for index, label in enumerate(labels) if label != IGNORE_INDEX)
+        sides = [("prompt", slice(begin)), (name, slice(begin, None))]
+        if ids[:begin] == prompt:  # as a rule; templates may write another before a thought
+            sides.pop(0)
+        for heading, part in sides:
+            parts.append((heading, list(row_spans(ids[part], labels[part], tokenizer, by_token=borders))))
+            counts.tokens_in += len(ids[part])
+        counts.trained += len(ids) - begin
+        lengths.append(len(ids))
+        prompt = ids[:begin]
+    counts.context = counts.tokens_in - counts.trained
+    counts.lengths = numpy.array(lengths, numpy.int64)
+    return RowPreview(row["id"], row["source"], counts, parts)
 
 
 def _blocks(args: Namespace, tokenizer: PreTrainedTokenizerBase) -> Iterator[RowPreview]:

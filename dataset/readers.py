@@ -200,8 +200,8 @@ def messages_of(record: Record, where: str, instructions: Instructions | None = 
     shape = next((shape for shape in _LISTS if shape[0] in record), None)
     pair = next((pair for pair in _PAIRS if pair[0] in record and pair[1] in record), None)
     if shape is not None:
-        _refuse_beside(record, ("history", *THOUGHTS), where, "beside a list of messages")
-        messages = _read_turns(record[shape[0]], *shape, where)
+        refuse_beside(record, ("history", *THOUGHTS), where, "beside a list of messages")
+        messages = read_turns(record[shape[0]], *shape, where)
     elif pair is not None:
         messages = _read_history(record["history"], where) if record.get("history") else []
         for field, role in zip(pair, ("user", "assistant"), strict=True):
@@ -209,7 +209,7 @@ def messages_of(record: Record, where: str, instructions: Instructions | None = 
             if isinstance(value, list) and field not in ("instruction", "output"):
                 if messages and field == pair[0]:
                     raise UserError(f"{where}: field history is beside a list of messages", f"put it into {field}")
-                messages += _read_turns(value, field, "role", "content", where)
+                messages += read_turns(value, field, "role", "content", where)
                 continue
             if not isinstance(value, str):
                 raise _not_a_text(value, where, field)
@@ -244,7 +244,7 @@ def _fields_of_task(record: Record, where: str, instructions: Instructions | Non
 def _word_task(record: Record, where: str, instructions: Instructions | None) -> list[Message]:
     """Messages of a row that names a task, or that has title and abstract."""
     fields = _fields_of_task(record, where, instructions)
-    _refuse_beside(record, {"history", *THOUGHTS}.difference(fields), where, "in a row of a task")
+    refuse_beside(record, {"history", *THOUGHTS}.difference(fields), where, "in a row of a task")
     if record.get("task"):
         return (instructions or load_instructions()).messages(record["task"], record, where)
     if "title" not in record or "abstract" not in record:
@@ -293,8 +293,19 @@ def _with_system(record: Record, where: str, messages: list[Message]) -> list[Me
     return [{"role": "system", "content": systems[0]}, *messages[len(leading) :]]
 
 
-def _read_turns(turns: Any, field: str, role_key: str, content_key: str, where: str) -> list[Message]:
-    """Messages of a list of turns."""
+def read_turns(turns: Any, field: str, role_key: str, content_key: str, where: str) -> list[Message]:
+    """Messages of a list of turns.
+
+    Args:
+        turns: the list, or its JSON text.
+        field: its name.
+        role_key: field of the role in each turn; `role` is read as well.
+        content_key: field of the content; `content` is read as well.
+        where: file and row, for errors.
+
+    Raises:
+        UserError: not a list of turns, an unknown role, or a field that is not read; names the field.
+    """
     if isinstance(turns, str):
         turns = load_json(turns, f"{where} field {field}")  # a column of a .csv
     if not isinstance(turns, list) or not turns:
@@ -378,7 +389,12 @@ def _checked_thinking(value: Any, messages: list[Message], where: str) -> bool:
     return thinking
 
 
-def _refuse_beside(record: Record, fields: Collection[str], where: str, place: str) -> None:
+def refuse_beside(record: Record, fields: Collection[str], where: str, place: str) -> None:
+    """Refuse a row with one of `fields`, which are not read in such a `place`.
+
+    Raises:
+        UserError: names the first of them.
+    """
     for field in sorted(fields):
         if record.get(field) not in ABSENT:
             raise UserError(

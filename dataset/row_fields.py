@@ -13,6 +13,7 @@ from typing import Any
 
 from dataset.records import Record, load_json
 from novelgpt.settings.errors import UserError
+from novelgpt.settings.remedies import as_typed
 from novelgpt.text.messages import Message
 
 # Values of fields that say nothing: formats with columns have every field in every row.
@@ -24,14 +25,23 @@ WEIGHTS = ("weight", "loss_scale", "loss_weight")
 LEAST_WEIGHT, MOST_WEIGHT = 1e-6, 1e6
 # Fields that hold what was thought before an answer, the standard name first.
 THOUGHTS = ("reasoning_content", "reasoning", "thinking")
+# Fields of rows that hold two answers to one prompt, of which one is preferred.
+PREFERENCE_FIELDS = ("chosen", "rejected", "rejected_response", "rejected_messages", "margin")
 _TRUE, _FALSE = ("1", "1.0", "true"), ("0", "0.0", "false")
 
-# Names of fields that are refused -> (cause, remedy).
+# Names of fields that are refused -> (cause, remedy); modules of ours in backquotes are shown as the user types them.
 _REFUSED: dict[tuple[str, ...], tuple[str, str]] = {
-    ("chosen", "rejected", "rejected_response", "rejected_messages", "kto_tag", "label", "margin"): (
-        "belongs to rows of preferences or classes (DPO, KTO, reward models), which no pipeline here trains on",
-        "train on them with TRL, LLaMA-Factory (--stage dpo) or ms-swift (swift rlhf); to fine-tune on the good "
+    PREFERENCE_FIELDS: (
+        "belongs to a preference row (two answers to one prompt, for DPO and reward models), and no pipeline here "
+        "trains on those",
+        "`dataset preview FILE` shows them; TRL's DPOTrainer, LLaMA-Factory (stage: dpo) and ms-swift (swift rlhf) "
+        "train on them, and `dataset preferences FILE pairs.jsonl` writes them for TRL; to fine-tune on the preferred "
         "answers, write those as messages and leave this field out",
+    ),
+    ("kto_tag", "label"): (
+        "says that an answer is good or bad (KTO), or names a class, and no pipeline here trains on that",
+        "train on it with TRL's KTOTrainer, LLaMA-Factory (stage: kto) or ms-swift (swift rlhf --rlhf_type kto); to "
+        "fine-tune on the good answers, keep their rows and leave this field out",
     ),
     ("image", "images", "video", "videos", "audio", "audios", "objects"): (
         "names images, sound or regions in them, and the models here read text only",
@@ -83,7 +93,7 @@ def refuse_fields(fields: Mapping[str, Any], refused: Mapping[str, tuple[str, st
     """
     for name, (cause, remedy) in refused.items():
         if fields.get(name) not in ABSENT:
-            raise UserError(f"{place}{name} {cause}", remedy)
+            raise UserError(f"{place}{name} {cause}", as_typed(remedy))
 
 
 def read_weight(fields: Mapping[str, Any], where: str, prefix: str = "") -> tuple[str, float] | None:

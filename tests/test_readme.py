@@ -10,6 +10,7 @@ from pathlib import Path
 
 import pytest
 
+from dataset.preferences import read_preference_rows
 from dataset.readers import messages_of, read_text_rows
 from novelgpt.settings import commands as novelgpt_commands
 from novelgpt.settings import remedies
@@ -26,6 +27,7 @@ COMMANDS = {
     "dataset novels": "dataset/novels/command.py",
     "dataset tokens": "dataset/tokens_command.py",
     "dataset conversations": "dataset/conversation_rows/command.py",
+    "dataset preferences": "dataset/preferences.py",
     "dataset preview": "dataset/preview.py",
 }
 # Options of other programs: tensorboard, sbatch, srun, torchrun, pip; and novelgpt --version, which is no command's.
@@ -159,11 +161,16 @@ def test_settings_of_the_yaml_example_exist(page: str) -> None:
 
 @pytest.mark.parametrize("page", ["docs/data.md", "docs/zh/data.md"])
 def test_example_rows_can_be_read(page: str, tmp_path: Path) -> None:
-    blocks = re.findall(r"^```jsonl( text)?\n(.*?)^```$", text_of(page), flags=re.MULTILINE | re.DOTALL)
+    blocks = re.findall(r"^```jsonl( text| preference)?\n(.*?)^```$", text_of(page), flags=re.MULTILINE | re.DOTALL)
     shapes = set()
     for kind, block in blocks:
         for row in map(json.loads, block.splitlines()):
-            if kind:
+            if kind == " preference":
+                file = tmp_path / "rows.jsonl"
+                file.write_text(block, encoding="utf-8")
+                pairs = [[read["messages"], read["chosen"], read["rejected"]] for read in read_preference_rows(file)]
+                assert pairs == [pairs[0]] * 4
+            elif kind:
                 file = tmp_path / "text.jsonl"
                 file.write_text(block, encoding="utf-8")
                 assert [read["text"] for read in read_text_rows(file)] == [row["text"]]

@@ -33,6 +33,8 @@ SECTIONS: dict[str, tuple[Command, ...]] = {
         Command("data tokens", "dataset tokens", "text -> tokens that training maps into memory"),
         Command("data conversations", "dataset conversations",
                 "papers or prepared novels -> question and answer rows from varied templates"),
+        Command("data preferences", "dataset preferences",
+                "preferred and rejected answers in any tool's shape -> rows for DPO"),
         Command("data preview", "dataset preview", "rows as training sees them, trained tokens coloured"),
     ),
     "Evaluation and chat": (

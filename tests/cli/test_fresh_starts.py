@@ -23,7 +23,7 @@ ELSEWHERE = {"pretrain", "data novels", "doctor"}
 HERE = {
     "score", "report", "continuations", "data conversations", "finetune", "lora", "merge", "predict", "chat",
     "data tokens", "data preview", "export llama", "export qwen2", "export safetensors", "lm-eval", "convert-config",
-    "demo",
+    "demo", "data preferences",
 }  # fmt: skip
 
 
@@ -53,6 +53,10 @@ def test_scores_and_their_report(tmp_path: Path) -> None:
 def test_rows_of_papers_and_of_a_novel(tmp_path: Path) -> None:
     ends_well(tmp_path, "data", "conversations", PAPERS, "rows.jsonl", "--task", "title_to_abstract")
     assert rows_of(tmp_path / "rows.jsonl")[0].keys() >= {"id", "source"}
+    pair = {"instruction": "写雨", "chosen": "雨下了一夜。", "rejected": "下雨了。"}
+    (tmp_path / "rated.jsonl").write_text(json.dumps(pair), encoding="utf-8")
+    ends_well(tmp_path, "data", "preferences", "rated.jsonl", "pairs.jsonl")
+    assert rows_of(tmp_path / "pairs.jsonl")[0]["prompt"] == [{"role": "user", "content": "写雨"}]
     ends_well(tmp_path, "continuations", NOVEL, "asked.jsonl", "--lengths", "100", "--prompt_characters", "200")
     assert rows_of(tmp_path / "asked.jsonl")[0]["text_completion"]
 

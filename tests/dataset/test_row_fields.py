@@ -319,26 +319,6 @@ def test_fields_in_the_wrong_place_are_refused_by_name(record: dict[str, Any], n
     assert caught.value.cause.startswith(f"{file}:1: ") and named in caught.value.cause and caught.value.remedy
 
 
-DPO = {
-    "LLaMA-Factory": {"conversations": [{"from": "human", "value": "你好"}], "chosen": {"from": "gpt", "value": "好"},
-                      "rejected": {"from": "gpt", "value": "坏"}},
-    "TRL": {"prompt": "你好", "chosen": "好", "rejected": "坏"},
-    "TRL without a prompt": {"chosen": [HELLO, NEW], "rejected": [HELLO, OLD]},
-    "ms-swift": {"messages": [HELLO, NEW], "rejected_response": "坏"},
-}  # fmt: skip
-
-
-@pytest.mark.parametrize("name", DPO)
-def test_rows_of_preferences_say_what_they_are_and_what_reads_them(
-    name: str, tokenizer: PreTrainedTokenizerBase, tmp_path: Path
-) -> None:
-    file = write(tmp_path, *[DPO[name]] * 9)
-    with pytest.raises(UserError) as caught:
-        read_conversations(ConversationArguments([str(file)]), tokenizer)
-    assert caught.value.cause.startswith(f"{file}:1: field ") and "preferences" in caught.value.cause
-    assert "DPO" in caught.value.cause and "TRL" in caught.value.remedy and "max_length" not in caught.value.remedy
-
-
 @pytest.mark.parametrize("fields", [("query", "response"), ("prompt", "response"), ("prompt", "completion")])
 def test_history_of_pairs_is_read_as_that_of_alpaca(fields: tuple[str, str], tmp_path: Path) -> None:
     history = [["我姓周。", "记住了，周先生。"], ["好。", "嗯。"]]
