@@ -4,7 +4,6 @@
 from __future__ import annotations
 
 import itertools
-import shlex
 from collections.abc import Collection, Iterator
 from pathlib import Path
 from typing import Any, NamedTuple, TypedDict
@@ -26,8 +25,9 @@ from dataset.row_fields import (
     read_weight,
     refuse_fields,
 )
+from dataset.sources import text_error
 from novelgpt.settings.errors import UserError
-from novelgpt.settings.remedies import pipeline_name, python_module, run_pipeline
+from novelgpt.settings.remedies import pipeline_name, python_module
 from novelgpt.text.messages import (
     EMPTY_CONTENT,
     THOUGHT,
@@ -123,11 +123,7 @@ def read_source_rows(path: Path) -> Iterator[SourceRow]:
         UserError: what `read_records` raises, or a file or folder of text, which is for pretraining.
     """
     if path.suffix.lower() == ".txt" or path.is_dir():
-        raise UserError(
-            f"{path}: no reader for {path.suffix.lower() or 'files without a suffix'}: it holds text, no conversations",
-            f"pretrain on it: {run_pipeline('pretrain', f'--train_files {shlex.quote(str(path))}')}; or make "
-            f"conversations of it: {python_module('dataset novels')}, then {python_module('dataset conversations')}",
-        )
+        raise text_error(path)
     for number, (where, record) in enumerate(read_records(path)):
         yield make_source_row(record, where, f"{path.stem}-{number}")
 

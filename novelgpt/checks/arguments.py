@@ -25,6 +25,7 @@ from novelgpt.settings.process import is_first_process
 from novelgpt.settings.remedies import pip_install, python_module
 from novelgpt.settings.runs import TrainingRun
 from novelgpt.settings.terminal import say
+from novelgpt.text.data_names import find_files, split_part
 
 MAX_STEPS = 1e12
 # Variables that launchers set and DeepSpeed reads.
@@ -61,10 +62,7 @@ def check_arguments(run: TrainingRun) -> None:
         UserError: names the first option that does not.
     """
     for name in (*run.data.train_files, *run.data.valid_files):
-        if not os.path.exists(name):  # noqa: PTH110 - Path.exists raises for names that are too long
-            raise UserError(
-                f"{name or repr(name)} does not exist", "check the path; relative ones start at the current folder"
-            )
+        find_files(split_part(name)[0])
     if not 0 < run.data.valid_fraction < 1:
         raise UserError(f"--valid_fraction {run.data.valid_fraction} is not a share", "use a number between 0 and 1")
     _check_numbers(run.training)

@@ -31,6 +31,7 @@ from novelgpt.settings.file_hashes import content_hash
 from novelgpt.settings.paths import IS_CHECKOUT, ROOT
 from novelgpt.settings.run_record import DataFile, DataSource, utc_now
 from novelgpt.settings.runs import TrainingRun
+from novelgpt.text.data_names import find_files, is_prepared, split_part
 from novelgpt.text.token_files import MANIFEST, SHARDS, STARTS, TOKENS, read_token_manifest
 
 PACKAGES = ("torch", "transformers", "accelerate", "peft", "deepspeed", "tokenizers")
@@ -235,10 +236,8 @@ def _identify(name: str) -> DataSource:
     path = Path(name).absolute()
     source = DataSource(role="", path=str(path), name=name, files=[])
     try:
-        if not path.exists():
-            return source  # reported where it is read
         in_folder = path.is_dir()
-        if not in_folder and not path.is_file():
+        if path.exists() and not in_folder and not path.is_file():
             raise UserError(f"{name} is not a regular file", "write its rows to a file, and name that")
         source.seen = _state_of(path)
         if (path / MANIFEST).is_file():
@@ -249,10 +248,12 @@ def _identify(name: str) -> DataSource:
         if tokens is not None:
             source.files = _token_files(path, tokens)
         else:
-            read = _prepared_files(path) if in_folder else [path]
+            read = _read_files(path)
             with ThreadPoolExecutor(HASHING_THREADS) as pool:
                 names = [file.name if in_folder else file.suffix.lower() for file in read]
                 source.files = list(pool.map(_hash, read, names))
+            if not path.exists() and read and (part := split_part(str(path))[1]) is not None:
+                source.files.append(DataFile(name=f"#{part.text}", bytes=0, sha256=""))
     except OSError as error:
         raise UserError(
             f"{error.filename or name} cannot be read: {error.strerror}", "name files you can read"
@@ -260,14 +261,21 @@ def _identify(name: str) -> DataSource:
     return source
 
 
-def _prepared_files(folder: Path) -> list[Path]:
-    found = sorted(path for pattern in PREPARED for path in folder.glob(pattern))
-    return [path for path in found if path.suffix in PREPARED_SUFFIXES]
+def _read_files(path: Path) -> list[Path]:
+    """The files that a run reads of a file, a folder or a pattern; none where it is refused when it is read."""
+    prepared = sorted(file for pattern in PREPARED for file in path.glob(pattern)) if path.is_dir() else []
+    shards = [file for file in prepared if file.suffix in PREPARED_SUFFIXES]
+    if shards and is_prepared(path):
+        return shards
+    try:
+        return list(map(Path, find_files(split_part(str(path))[0])))
+    except UserError:
+        return []
 
 
 def _state_of(path: Path) -> dict[str, list[int]]:
-    """Return [inode, size, mtime], which change with each write, of a file or of a folder's manifest and shards."""
-    files = [path / MANIFEST, *_prepared_files(path), *path.glob(f"{SHARDS}/*/*")] if path.is_dir() else [path]
+    """Return [inode, size, mtime], which change with each write, of the files that are read and a folder's manifest."""
+    files = [*_read_files(path), *([path / MANIFEST, *path.glob(f"{SHARDS}/*/*")] if path.is_dir() else [])]
     found = {}
     for file in files:
         with contextlib.suppress(FileNotFoundError):
