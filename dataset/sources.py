@@ -100,8 +100,7 @@ def find_row_sources(names: Sequence[str], max_rows: int | None = None) -> list[
     sources = []
     for given in names:
         place, part = split_part(given)
-        folder = Path(place)
-        files = [] if folder.is_dir() and is_prepared(folder) else find_files(place)
+        files = [] if is_prepared(place) else find_files(place)
         text = next((file for file in files if file.lower().endswith(TEXT)), None)
         if text is not None or not files:
             raise _no_rows_error(Path(text or place))
@@ -115,7 +114,7 @@ def find_row_sources(names: Sequence[str], max_rows: int | None = None) -> list[
 
 
 def _no_rows_error(path: Path) -> UserError:
-    if path.is_dir() and not is_prepared(path) and next(path.rglob(f"*{TEXT}"), None) is None:
+    if path.is_dir() and not is_prepared(str(path)) and next(path.rglob(f"*{TEXT}"), None) is None:
         return UserError(f"{path} holds no {', '.join(ROW_SUFFIXES)}", "name a folder with files of rows")
     return text_error(path)
 

@@ -100,9 +100,10 @@ def find_files(name: str) -> list[str]:
     return _in_order(path for path in matches if path.lower().endswith((*ROW_SUFFIXES, TEXT))) or _in_order(matches)
 
 
-def is_prepared(folder: Path) -> bool:
+def is_prepared(folder: str) -> bool:
     """Whether `dataset novels` or `dataset tokens` made a folder."""
-    return (folder / MANIFEST).is_file() and any(itertools.chain.from_iterable(map(folder.glob, _PREPARED)))
+    found = itertools.chain.from_iterable(map(Path(folder).glob, _PREPARED))
+    return os.path.isfile(os.path.join(folder, MANIFEST)) and any(found)  # noqa: PTH113, PTH118 - long names
 
 
 def _walk(folder: str) -> Iterator[tuple[str, str]]:
@@ -124,7 +125,7 @@ def _natural(text: str) -> list[tuple[int, str]]:
 def _missing(name: str, cause: str = "") -> UserError:
     """The error of a name that is not there."""
     place = Path(name)
-    above = next((path for path in place.parents if not glob.has_magic(str(path)) and path.is_dir()), None)
+    above = next((path for path in place.parents if os.path.isdir(path)), None)  # noqa: PTH112
     near: list[str] = []
     if name and above is not None:
         wanted = place.relative_to(above).parts[0]

@@ -265,7 +265,7 @@ def _read_files(path: Path) -> list[Path]:
     """The files that a run reads of a file, a folder or a pattern; none where it is refused when it is read."""
     prepared = sorted(file for pattern in PREPARED for file in path.glob(pattern)) if path.is_dir() else []
     shards = [file for file in prepared if file.suffix in PREPARED_SUFFIXES]
-    if shards and is_prepared(path):
+    if shards and is_prepared(str(path)):
         return shards
     try:
         return list(map(Path, find_files(split_part(str(path))[0])))
