@@ -38,11 +38,11 @@ class TokenLoss(ModelOutput):
     """What a model with `attach_chunked_loss` returns for labelled rows.
 
     Attributes:
-        loss: [] the sum (in nats) over trained tokens divided by `num_items_in_batch`, or their mean without it; where
-            gradients are computed, with the balancing loss of routers.
+        loss: [] the sum (in nats) over trained tokens, each times its weight, divided by `num_items_in_batch` or,
+            without it, by the sum of the weights; where gradients are computed, with the balancing loss of routers.
         aux_loss: [] the balancing loss alone, times the share of `num_items_in_batch` that these rows have: over all
-            micro-batches and processes of a step, a mean weighted by trained tokens. Without gradient and coefficient.
-        token_losses: [trained tokens] fp32, row by row, where no gradients are computed.
+            micro-batches and processes of a step, a mean weighted as the tokens are. Without gradient and coefficient.
+        token_losses: [trained tokens] fp32, row by row, without weights, where no gradients are computed.
         token_hits: [trained tokens] bool, whether the likeliest token was right, where no gradients are computed.
     """
 
@@ -56,6 +56,9 @@ def attach_chunked_loss(
     model: PreTrainedModel, head_is_last: bool = True, balance: RouterBalance | None = None
 ) -> None:
     """Let `model(labels=…)` return a TokenLoss. Without labels, it returns logits as before.
+
+    Beside labels it takes `num_items_in_batch`, by which the sum of losses is divided, and `loss_weights`, [rows,
+    tokens]: the weight of predicting the label at the same place, by default 1.
 
     The forward methods of the model and of its head are replaced on the instance, so that wrappers (peft, DDP,
     DeepSpeed) and their hooks still work: ZeRO-3 gathers the head's weights when the head is called.
@@ -76,6 +79,7 @@ def attach_chunked_loss(
         model: PreTrainedModel,
         *arguments: Any,
         labels: torch.Tensor | None = None,
+        loss_weights: torch.Tensor | None = None,
         num_items_in_batch: torch.Tensor | int | None = None,
         token_mask: torch.Tensor | None = None,
         **options: Any,
@@ -89,29 +93,35 @@ def attach_chunked_loss(
         # The token at t is predicted from t - 1.
         trained = labels[:, 1:] != IGNORE_INDEX
         targets = labels[:, 1:][trained]
-        items = len(targets) if num_items_in_batch is None else num_items_in_batch
+        weights = None if loss_weights is None else loss_weights[:, 1:][trained].float()
+        own_items = len(targets) if weights is None else weights.sum()
+        items = own_items if num_items_in_batch is None else num_items_in_batch
         # Where there are no items, the loss is that of none: 0.
-        scale = 1.0 / (items.clamp(min=1) if isinstance(items, torch.Tensor) else max(1, items))
+        scale = 1.0 / (items + (items == 0))
         if head_is_last:
-            loss = head(outputs.last_hidden_state[:, :-1][trained], targets=targets, scale=scale)
+            loss = head(outputs.last_hidden_state[:, :-1][trained], targets=targets, scale=scale, weights=weights)
         else:
-            loss = _plain_loss(outputs.logits[:, :-1][trained], targets, scale)
+            loss = _plain_loss(outputs.logits[:, :-1][trained], targets, scale, weights)
         if balance is None or not torch.is_grad_enabled():
             return loss
         mask = token_mask if token_mask is not None else options.get("attention_mask")
         # These rows count as much as their trained tokens do among those of the step.
-        share = balance.loss(outputs.router_logits, mask) * (len(targets) * scale)
+        share = balance.loss(outputs.router_logits, mask) * (own_items * scale)
         return TokenLoss(loss=loss.loss + balance.coefficient * share, aux_loss=share.detach())
 
     def forward_head(
-        head: nn.Module, hidden: torch.Tensor, targets: torch.Tensor | None = None, scale: torch.Tensor | float = 1.0
+        head: nn.Module,
+        hidden: torch.Tensor,
+        targets: torch.Tensor | None = None,
+        scale: torch.Tensor | float = 1.0,
+        weights: torch.Tensor | None = None,
     ) -> Any:
         if targets is None:
             return head_forward(hidden)
         if not torch.is_grad_enabled():
-            return _evaluate(head, head_forward, hidden, targets, scale)
+            return _evaluate(head, head_forward, hidden, targets, scale, weights)
         trained = [parameter for parameter in head.parameters() if parameter.requires_grad]
-        return TokenLoss(loss=_differentiate(head, head_forward, targets, scale, hidden, *trained))
+        return TokenLoss(loss=_differentiate(head, head_forward, targets, scale, weights, hidden, *trained))
 
     # `generate` and the Trainer read in the signature what the model takes.
     forward.__signature__ = inspect.signature(type(model).forward)  # type: ignore[attr-defined]
@@ -119,10 +129,12 @@ def attach_chunked_loss(
     model.forward = MethodType(forward, model)  # type: ignore[method-assign]
 
 
-def _plain_loss(logits: torch.Tensor, targets: torch.Tensor, scale: torch.Tensor | float) -> TokenLoss:
+def _plain_loss(
+    logits: torch.Tensor, targets: torch.Tensor, scale: torch.Tensor | float, weights: torch.Tensor | None
+) -> TokenLoss:
     """The loss of [trained tokens, vocabulary] logits, computed at once."""
     losses = functional.cross_entropy(logits.float(), targets, reduction="none")
-    loss = losses.sum() * scale
+    loss = (losses if weights is None else losses * weights).sum() * scale
     if torch.is_grad_enabled():
         return TokenLoss(loss=loss)
     return TokenLoss(loss=loss, token_losses=losses, token_hits=logits.argmax(-1) == targets)
@@ -135,6 +147,7 @@ def _evaluate(
     hidden: torch.Tensor,
     targets: torch.Tensor,
     scale: torch.Tensor | float,
+    weights: torch.Tensor | None,
 ) -> TokenLoss:
     """The loss of `head_forward(hidden)` against targets, each token's with it, in chunks; see `_HeadLoss`."""
     losses = torch.zeros(len(targets), dtype=torch.float32, device=hidden.device)
@@ -148,14 +161,16 @@ def _evaluate(
             part = part.float()
             part_losses.copy_(functional.cross_entropy(part, wanted, reduction="none"))
             part_hits.copy_(part.argmax(-1) == wanted)
-    return TokenLoss(loss=losses.sum() * scale, token_losses=losses, token_hits=hits)
+    loss = (losses if weights is None else losses * weights).sum() * scale
+    return TokenLoss(loss=loss, token_losses=losses, token_hits=hits)
 
 
 class _HeadLoss(torch.autograd.Function):
     """The scaled sum of losses, with the gradients of hidden states and of the head's trained parameters.
 
     Takes the module that turns hidden states into logits; its own forward; [tokens] ids of targets, of which there may
-    be none; the factor of the sum of losses; [tokens, width] hidden states; and the head's trained parameters.
+    be none; the factor of the sum of losses; [tokens] weights of the losses in it, or None where all are 1; [tokens,
+    width] hidden states; and the head's trained parameters.
     """
 
     @staticmethod
@@ -165,22 +180,26 @@ class _HeadLoss(torch.autograd.Function):
         head_forward: Callable[..., torch.Tensor],
         targets: torch.Tensor,
         scale: torch.Tensor | float,
+        weights: torch.Tensor | None,
         hidden: torch.Tensor,
         *trained: torch.Tensor,
     ) -> torch.Tensor:
         weight, device = next(head.parameters()), hidden.device.type
         dtype = _compute_dtype(weight.dtype, device)
         chunks = _chunks(len(hidden), len(weight), dtype, device)
+        # Of the gradient in hidden states, in fp32: the weights could take it out of the range of fp16.
+        factor = scale if weights is None else scale * weights[:, None]
         if isinstance(head, nn.Linear) and head.bias is None and type(head).forward is nn.Linear.forward:
             loss, grad_hidden, grad_weight = _product_gradients(
-                weight.to(dtype), weight.requires_grad, hidden, targets, scale, chunks
+                weight.to(dtype), weight.requires_grad, hidden, targets, scale, weights, chunks
             )
             grads = [] if grad_weight is None else [grad_weight.to(weight.dtype)]
         elif isinstance(head, NormHead) and type(head).forward is NormHead.forward:
-            loss, grad_hidden, grads = _norm_head_gradients(head, dtype, hidden, targets, scale, chunks)
+            loss, grad_hidden, grads = _norm_head_gradients(head, dtype, hidden, targets, scale, weights, chunks)
         else:
-            loss, grad_hidden, grads = _module_gradients(head_forward, hidden, targets, scale, chunks, trained)
-        ctx.grad_hidden, ctx.grads, ctx.scale, ctx.dtype = grad_hidden, grads, scale, hidden.dtype
+            loss, grad_hidden, grads = _module_gradients(head_forward, hidden, targets, scale, weights, chunks, trained)
+            factor = scale
+        ctx.grad_hidden, ctx.grads, ctx.factor, ctx.dtype = grad_hidden, grads, factor, hidden.dtype
         return loss
 
     @staticmethod
@@ -189,12 +208,12 @@ class _HeadLoss(torch.autograd.Function):
         # Passed on, not shared: autograd copies gradients that something else holds.
         grad_hidden, grads = ctx.grad_hidden, ctx.grads
         del ctx.grad_hidden, ctx.grads
-        grad_hidden = (grad_hidden.float() * (grad_loss * ctx.scale)).to(ctx.dtype)
+        grad_hidden = (grad_hidden.float() * (grad_loss * ctx.factor)).to(ctx.dtype)
         # On CPUs, finding that there is nothing to scale is cheaper than a pass over the head's gradient.
         if grad_loss.is_cuda or grad_loss != 1:
             for grad in grads:
                 grad.mul_(grad_loss)
-        return None, None, None, None, grad_hidden, *grads
+        return None, None, None, None, None, grad_hidden, *grads
 
 
 # Its chunks are few and large: nothing to gain for the compiler, and a loop to unroll.
@@ -207,6 +226,7 @@ def _product_gradients(
     hidden: torch.Tensor,
     targets: torch.Tensor,
     scale: torch.Tensor | float,
+    weights: torch.Tensor | None,
     chunks: list[slice],
 ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor | None]:
     """The loss of the logits `hidden @ factor.t()`, which are computed in the factor's number format.
@@ -217,15 +237,20 @@ def _product_gradients(
         hidden: [tokens, width].
         targets: [tokens].
         scale: factor of the sum of losses.
+        weights: [tokens], of the losses in the sum; None where all are 1.
         chunks: of the tokens.
 
     Returns:
-        The scaled loss, its unscaled gradient in hidden states, and, if trained, its scaled one in the factor, fp32.
+        The scaled loss; its gradient in hidden states without scale and weights; and, if trained, its scaled one in the
+        factor, fp32.
     """
     device, dtype = hidden.device, factor.dtype
     rows = max(1, PRODUCT_BYTES.get(device.type, PRODUCT_BYTES["cuda"]) // (dtype.itemsize * factor.shape[1]))
-    # fp16 would underflow under the scale of thousands of tokens; there it comes last.
-    early = 1.0 / max(1, len(hidden)) if dtype == torch.float16 else scale
+    early: Any = scale
+    if dtype == torch.float16:
+        # It would underflow under the scale of thousands of tokens; there it comes last.
+        items = len(hidden) if weights is None else weights.sum()
+        early = 1.0 / (items + (items == 0))
     losses = torch.empty(len(targets), dtype=torch.float32, device=device)
     grad_hidden = torch.empty(hidden.shape, dtype=dtype, device=device)
     make = torch.empty if chunks else torch.zeros
@@ -241,14 +266,15 @@ def _product_gradients(
             torch.mm(logits, factor, out=grad_hidden[chunk])
             if grad_factor is None:
                 continue
-            states = (states * early).to(dtype)
+            states = (states * (early if weights is None else early * weights[chunk, None])).to(dtype)
             # A few rows of the vocabulary at a time: no second [vocabulary, width] in the product's own number format,
             # and on CPUs it is added while it is in the cache.
             for total, part in zip(grad_factor.split(rows), logits.t().split(rows), strict=True):
                 (total.add_ if chunk.start else total.copy_)(part @ states)
     if grad_factor is not None and dtype == torch.float16:
         grad_factor *= scale / early
-    return losses.sum() * scale, grad_hidden, grad_factor
+    loss = (losses if weights is None else losses * weights).sum() * scale
+    return loss, grad_hidden, grad_factor
 
 
 def _turn_into_gradients(logits: torch.Tensor, targets: torch.Tensor) -> torch.Tensor:
@@ -276,6 +302,7 @@ def _norm_head_gradients(
     hidden: torch.Tensor,
     targets: torch.Tensor,
     scale: torch.Tensor | float,
+    weights: torch.Tensor | None,
     chunks: list[slice],
 ) -> tuple[torch.Tensor, torch.Tensor, list[torch.Tensor]]:
     """As `_product_gradients`, for logits `hidden @ (W / ||W||).t()`, each row of W divided by its own norm.
@@ -289,7 +316,7 @@ def _norm_head_gradients(
     for normalised, (weight, norms) in zip(factor.split(rows), parts, strict=True):
         normalised.copy_(weight.float() / norms)
     loss, grad_hidden, grad_weight = _product_gradients(
-        factor, head.weight.requires_grad, hidden, targets, scale, chunks
+        factor, head.weight.requires_grad, hidden, targets, scale, weights, chunks
     )
     if grad_weight is None:
         return loss, grad_hidden, []
@@ -304,17 +331,25 @@ def _module_gradients(
     hidden: torch.Tensor,
     targets: torch.Tensor,
     scale: torch.Tensor | float,
+    weights: torch.Tensor | None,
     chunks: list[slice],
     trained: tuple[torch.Tensor, ...],
 ) -> tuple[torch.Tensor, torch.Tensor, list[torch.Tensor]]:
-    """As `_product_gradients`, for any head: the graph of each chunk is built, differentiated and freed."""
+    """As `_product_gradients`, for any head: the graph of each chunk is built, differentiated and freed.
+
+    The gradient in hidden states has its weights.
+    """
     grad_hidden = torch.empty(hidden.shape, dtype=torch.float32, device=hidden.device)
     grads = [torch.zeros_like(parameter) for parameter in trained]
     loss = torch.zeros((), dtype=torch.float32, device=hidden.device)
     for chunk in chunks:
         with torch.enable_grad():
             states = hidden[chunk].detach().requires_grad_()
-            part = functional.cross_entropy(head_forward(states).float(), targets[chunk], reduction="sum")
+            logits = head_forward(states).float()
+            if weights is None:
+                part = functional.cross_entropy(logits, targets[chunk], reduction="sum")
+            else:
+                part = (functional.cross_entropy(logits, targets[chunk], reduction="none") * weights[chunk]).sum()
             grad_states, *grad_parts = torch.autograd.grad(part, [states, *trained])
         loss += part.detach()
         grad_hidden[chunk] = grad_states

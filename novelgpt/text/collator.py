@@ -31,14 +31,15 @@ class Collator:
     [documents + 1] int32, where documents start in the rows laid end to end, then the number of all tokens;
     "max_length_q" and "max_length_k", tokens of the longest. Of rows that are {"row", "number"}, "numbers" lists the
     numbers, to be removed before the model gets the batch. With `mask_packs`, packed rows also have a "token_mask",
-    [rows, tokens] bool, for the statistics of routers; attention does not need it.
+    [rows, tokens] bool, for the statistics of routers; attention does not need it. Where a row has "loss_weights",
+    the batch has them, [rows, tokens] float32: those of other rows are 1 where there is a label, else 0.
     """
 
     pad_token_id: int
     mask_packs: bool = False
 
     def __call__(self, rows: list[dict[str, Any]]) -> dict[str, Any]:
-        """Collate rows of {"input_ids", "labels"} and, where they are packed, "position_ids"."""
+        """Collate rows of {"input_ids", "labels"}, "loss_weights" if weighted, and "position_ids" if packed."""
         numbers = [row[NUMBER] for row in rows if ROW in row]
         rows = [row.get(ROW, row) for row in rows]
         batch: dict[str, Any] = {
@@ -50,6 +51,12 @@ class Collator:
         lengths = torch.tensor([len(row["input_ids"]) for row in rows])
         longest = batch["input_ids"].shape[1]
         mask = torch.arange(longest) < lengths[:, None]
+        if any("loss_weights" in row for row in rows):
+            batch["loss_weights"] = (batch["labels"] != IGNORE_INDEX).to(torch.float32)
+            for number, row in enumerate(rows):
+                if "loss_weights" in row:
+                    weights = torch.as_tensor(row["loss_weights"], dtype=torch.float32)
+                    batch["loss_weights"][number, : len(weights)] = weights
         if numbers:
             batch[NUMBERS] = numbers
         if not all("position_ids" in row for row in rows):

@@ -173,13 +173,21 @@ class PackedRows(TracedRows):
         return len(self.packs)
 
     def __getitem__(self, index: int) -> dict[str, torch.Tensor]:
-        """{"input_ids", "labels", "position_ids"}, each [at most max_length]; positions restart at each row."""
+        """{"input_ids", "labels", "position_ids"} and, where a row has them, "loss_weights".
+
+        Each is [at most max_length]; positions restart at each row.
+        """
         rows = [self.rows[number] for number in self.packs[index]]
-        return {
+        pack = {
             "input_ids": torch.cat([torch.tensor(row.input_ids) for row in rows]),
             "labels": torch.cat([torch.tensor([IGNORE_INDEX, *row.labels[1:]]) for row in rows]),
             "position_ids": torch.cat([torch.arange(len(row.input_ids)) for row in rows]),
         }
+        if any(row.loss_weights is not None for row in rows):
+            trained = (pack["labels"] != IGNORE_INDEX).to(torch.float32)
+            weights = [torch.tensor(row.loss_weights or [1.0] * len(row.input_ids)) for row in rows]
+            pack["loss_weights"] = torch.cat(weights) * trained
+        return pack
 
     def origins(self, index: int, begin: int = 0, end: int | None = None) -> list[str]:
         """Files and rows of the conversations in the pack."""

@@ -1,7 +1,7 @@
 """The stock Trainer with the chunked loss, evaluation in constant memory, guards, and throughput in its logs.
 
 With `num_items_in_batch` from the Trainer, the loss is the token mean over the whole optimizer step, micro-batches and
-ranks together.
+ranks together: sum(weight x loss) / sum(weight) over its trained tokens, where all weights are 1 unless rows say so.
 """
 
 from __future__ import annotations
@@ -33,8 +33,10 @@ from novelgpt.model.routers import explain_balance, router_balance
 from novelgpt.scoring.perplexity import row_sums, summarise
 from novelgpt.settings.arguments import TrainArguments
 from novelgpt.settings.errors import UserError
+from novelgpt.settings.process import raise_on_all_ranks
 from novelgpt.settings.terminal import say, say_above_bars
 from novelgpt.text.collator import NUMBER, NUMBERS, ROW, Collator
+from novelgpt.text.conversation import IGNORE_INDEX
 from novelgpt.text.sections import SectionedRows
 from novelgpt.training.checkpoints.folders import checkpoints, step_of
 from novelgpt.training.checkpoints.trainer import CheckpointTrainer
@@ -151,6 +153,31 @@ class NovelTrainer(CheckpointTrainer):
                 batch = self._prepare_inputs(self.data_collator(rows))
                 probe.run(cast(nn.Module, self.model), batch, training, self.accelerator.autocast)
         return prepared
+
+    def _get_num_items_in_batch(self, batch_samples: list[Any], device: torch.device) -> torch.Tensor | int | None:
+        """The stock divisor of a step's losses or, where rows are weighted, the sum of the weights of its tokens.
+
+        Raises:
+            UserError: weights with label smoothing, on all processes.
+        """
+        weighted = any("loss_weights" in batch for batch in batch_samples)
+        if self.label_smoother is not None:
+            with raise_on_all_ranks():
+                if weighted:
+                    raise UserError(
+                        "--label_smoothing_factor makes the loss of logits alone, without the weights of rows",
+                        "leave it out, or take the weights out of the rows",
+                    )
+        alone = self.args.world_size == 1 or not self.args.average_tokens_across_devices
+        if not batch_samples or (alone and not weighted):
+            return super()._get_num_items_in_batch(batch_samples, device)
+        # Another process may have weights where this one has none. Numbers of tokens are exact in fp64, as in integers.
+        items = torch.zeros((), dtype=torch.float32 if alone else torch.float64, device=device)
+        for batch in batch_samples:
+            trained = batch["labels"][:, 1:] != IGNORE_INDEX
+            own = batch["loss_weights"][:, 1:] * trained if "loss_weights" in batch else trained
+            items += own.sum(dtype=items.dtype).to(device)
+        return (items if alone else self.accelerator.gather(items).sum()).float()
 
     def training_step(
         self, model: nn.Module, inputs: dict[str, Any], num_items_in_batch: torch.Tensor | int | None = None
