@@ -51,12 +51,12 @@ class Collator:
         lengths = torch.tensor([len(row["input_ids"]) for row in rows])
         longest = batch["input_ids"].shape[1]
         mask = torch.arange(longest) < lengths[:, None]
-        if any("loss_weights" in row for row in rows):
+        given = [row.get("loss_weights") for row in rows]
+        if any(weights is not None for weights in given):
             batch["loss_weights"] = (batch["labels"] != IGNORE_INDEX).to(torch.float32)
-            for number, row in enumerate(rows):
-                if "loss_weights" in row:
-                    weights = torch.as_tensor(row["loss_weights"], dtype=torch.float32)
-                    batch["loss_weights"][number, : len(weights)] = weights
+            for line, weights in zip(batch["loss_weights"], given, strict=True):
+                if weights is not None:
+                    line[: len(weights)] = torch.as_tensor(weights, dtype=torch.float32)
         if numbers:
             batch[NUMBERS] = numbers
         if not all("position_ids" in row for row in rows):

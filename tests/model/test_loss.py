@@ -29,6 +29,7 @@ from transformers import (
 
 from novelgpt.model import attention as _attention  # noqa: F401  registers "packed"
 from novelgpt.model import loss as loss_module
+from novelgpt.model.baichuan import modeling
 from novelgpt.model.forward_checks import head_is_last
 from novelgpt.model.loss import attach_chunked_loss
 from novelgpt.text.collator import Collator
@@ -107,15 +108,24 @@ def untrained() -> Batch:
     return batch
 
 
+def weighted(batch: Batch, seed: int = 0) -> Batch:
+    """Weights from 0.1 to 2.1, and 1 for some tokens, where there are labels."""
+    draw = torch.Generator().manual_seed(seed)
+    shape = batch["labels"].shape
+    weights = torch.where(torch.rand(shape, generator=draw) < 0.2, 1.0, 0.1 + 2 * torch.rand(shape, generator=draw))
+    return batch | {"loss_weights": weights * (batch["labels"] != IGNORE_INDEX)}
+
+
 def plain_loss(model: nn.Module, batch: Batch, items: torch.Tensor | int | None = None) -> torch.Tensor:
-    """As transformers' own loss: all logits in fp32, shifted, summed, divided."""
-    inputs = {name: value for name, value in batch.items() if name != "labels"}
+    """As transformers' own loss: all logits in fp32, shifted, weighted, summed, divided."""
+    inputs = {name: value for name, value in batch.items() if name not in ("labels", "loss_weights")}
     logits = model(**inputs).logits.float()[:, :-1]
     targets = batch["labels"][:, 1:]
-    total = functional.cross_entropy(
-        logits.flatten(0, 1), targets.flatten(), ignore_index=IGNORE_INDEX, reduction="sum"
+    losses = functional.cross_entropy(
+        logits.flatten(0, 1), targets.flatten(), ignore_index=IGNORE_INDEX, reduction="none"
     )
-    return total / (max(1, int((targets != IGNORE_INDEX).sum())) if items is None else items)
+    weights = batch.get("loss_weights", (batch["labels"] != IGNORE_INDEX).float())[:, 1:].flatten()
+    return (losses * weights).sum() / (max(1e-9, float(weights.sum())) if items is None else items)
 
 
 def gradients(model: nn.Module) -> dict[str, torch.Tensor | None]:
@@ -228,6 +238,45 @@ def test_a_head_with_some_weights_frozen() -> None:
     model = with_head(lambda: nn.Linear(WIDTH, VOCABULARY, bias=True))
     model.get_output_embeddings().weight.requires_grad_(False)
     assert_same(model, padded())
+
+
+HEADS_OF_KINDS: dict[str, Callable[[], nn.Module]] = {
+    "tied": tiny,
+    "untied": lambda: tiny("qwen2", tied=False),
+    "frozen": lambda: with_head(lambda: nn.Linear(WIDTH, VOCABULARY, bias=False).requires_grad_(False)),
+    "normalised": lambda: with_head(baichuan2_head),
+    "bias": lambda: with_head(lambda: nn.Linear(WIDTH, VOCABULARY, bias=True)),
+    "two layers": lambda: with_head(lambda: nn.Sequential(nn.Linear(WIDTH, 8), nn.Tanh(), nn.Linear(8, VOCABULARY))),
+    "adapter": lambda: adapted(False, target_modules=["q_proj", "lm_head"]),
+    "logits changed later": lambda: tiny("granite", logits_scaling=3.0),
+}
+
+
+def baichuan2_head() -> nn.Module:
+    head = modeling.NormHead(WIDTH, VOCABULARY)
+    nn.init.normal_(head.weight)
+    return head
+
+
+@pytest.mark.parametrize("items", [None, torch.tensor(0.37), torch.tensor(61.0)])
+@pytest.mark.parametrize("make_batch", [padded, packed])
+@pytest.mark.parametrize("kind", HEADS_OF_KINDS)
+def test_weights_of_tokens_are_those_of_plain_cross_entropy(
+    kind: str, make_batch: Callable[[], Batch], items: torch.Tensor | None
+) -> None:
+    """Loss and gradients of each kind of head, the divisor below 1 among them."""
+    assert_same(HEADS_OF_KINDS[kind](), weighted(make_batch()), items)
+
+
+@pytest.mark.parametrize("kind", ["tied", "normalised", "two layers", "logits changed later"])
+def test_equal_weights_are_none(kind: str) -> None:
+    plain, equal = (attached(HEADS_OF_KINDS[kind]()) for _ in range(2))
+    batch = packed()
+    losses = [plain(**batch).loss, equal(**batch, loss_weights=0.3 * (batch["labels"] != IGNORE_INDEX)).loss]
+    for loss in losses:
+        loss.backward()
+    assert losses[1].item() == pytest.approx(losses[0].item(), rel=LOSS_TOLERANCE)
+    assert_equal_gradients(gradients(equal), gradients(plain))
 
 
 @pytest.mark.parametrize("tied", [True, False])
@@ -374,20 +423,38 @@ def test_weights_held_in_bf16() -> None:
         assert cosine(gradient, expected[name]) > 0.99, name
 
 
-def test_fp16_keeps_gradients_of_steps_with_many_tokens() -> None:
-    """A loss divided by 100,000 tokens and multiplied again, as gradient scaling does."""
+@pytest.mark.parametrize("factor", [None, 1e-3, 1e5])
+def test_fp16_keeps_gradients_of_steps_with_many_tokens(factor: float | None) -> None:
+    """A loss divided by 100,000 tokens and multiplied again, as gradient scaling does; weights may be of any size."""
     model = HEADS["untied"]()
     reference = copy.deepcopy(model)
-    (2.0**14 * plain_loss(reference, padded(), 100_000)).backward()
+    batch, items = padded(), 100_000.0
+    if factor is not None:
+        batch, items = weighted(batch), items * factor
+        batch["loss_weights"] *= factor
+    (2.0**14 * plain_loss(reference, batch, torch.tensor(items))).backward()
     attached(model)
     with torch.autocast("cpu", dtype=torch.float16):
-        loss = model(**padded(), num_items_in_batch=torch.tensor(100_000)).loss
+        loss = model(**batch, num_items_in_batch=torch.tensor(items)).loss
     (2.0**14 * loss).backward()
     expected = gradients(reference)
     for name, gradient in gradients(model).items():
         assert gradient is not None and expected[name] is not None
         assert cosine(gradient, expected[name]) > 0.999, name
         assert float(gradient.norm()) == pytest.approx(float(expected[name].norm()), rel=0.01)
+
+
+@pytest.mark.parametrize("kind", ["tied", "logits changed later"])
+def test_evaluation_weights_the_loss_and_not_those_of_tokens(kind: str) -> None:
+    model = attached(HEADS[kind]().eval())
+    batch = weighted(packed())
+    with torch.no_grad():
+        plain, output = model(**{**batch, "loss_weights": None}), model(**batch)
+    assert torch.equal(output.token_losses, plain.token_losses)
+    weights = batch["loss_weights"][:, 1:][batch["labels"][:, 1:] != IGNORE_INDEX]
+    expected = (plain.token_losses * weights).sum() / weights.sum()
+    assert output.loss.item() == pytest.approx(expected.item(), rel=LOSS_TOLERANCE)
+    assert output.loss.item() != pytest.approx(plain.loss.item(), rel=1e-3)
 
 
 @pytest.mark.parametrize("kind", HEADS)

@@ -131,6 +131,20 @@ def test_loss_and_gradients_are_those_of_transformers(kind: str, make: Callable[
     assert evaluated.aux_loss is None
 
 
+def test_the_balancing_loss_of_weighted_rows_has_their_share() -> None:
+    """As the cross-entropy: by their weights, among those of the whole step."""
+    model = tiny()
+    batch = packed()
+    weights = torch.rand(batch["labels"].shape) * (batch["labels"] != IGNORE_INDEX)
+    attach_chunked_loss(model, True, router_balance(model, 0.02))
+    plain, alone = model(**batch), model(**batch, loss_weights=weights)
+    assert float(alone.aux_loss) == pytest.approx(float(plain.aux_loss), rel=1e-6)
+    of_step = model(**batch, loss_weights=weights, num_items_in_batch=torch.tensor(50.0))
+    share = float(weights[:, 1:].sum()) / 50
+    assert float(of_step.aux_loss) == pytest.approx(share * float(alone.aux_loss), rel=1e-5)
+    assert of_step.loss.item() == pytest.approx(share * alone.loss.item(), rel=1e-5)
+
+
 @pytest.mark.parametrize("checkpointing", [False, True])
 def test_routers_learn_from_it_with_and_without_checkpointing(checkpointing: bool) -> None:
     model = tiny()

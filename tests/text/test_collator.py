@@ -2,6 +2,7 @@
 
 import doctest
 import random
+from typing import Any
 
 import torch
 
@@ -34,6 +35,18 @@ def test_padding_by_position_whatever_the_padding_token() -> None:
             assert batch["labels"][index].tolist() == row["labels"] + [IGNORE_INDEX] * rest
             assert batch["attention_mask"][index].tolist() == [1] * len(row["input_ids"]) + [0] * rest
         assert all(tensor.dtype == torch.int64 for tensor in batch.values())
+
+
+def test_weights_are_padded_with_zero_and_one_where_a_row_has_none() -> None:
+    rows: list[dict[str, Any]] = [
+        {"input_ids": [5, 6, 7], "labels": [-100, 6, 7], "loss_weights": [0.0, 0.25, 3.0]},
+        {"input_ids": [5, 6], "labels": [-100, 6]},
+        {"input_ids": [5, 6, 7, 8], "labels": [-100, -100, 7, 8], "loss_weights": None},
+    ]
+    batch = Collator(0)(rows)
+    assert batch["loss_weights"].dtype == torch.float32
+    assert batch["loss_weights"].tolist() == [[0, 0.25, 3, 0], [0, 1, 0, 0], [0, 0, 1, 1]]
+    assert "loss_weights" not in Collator(0)(rows[1:])
 
 
 def test_padding_of_packed_rows_is_a_document_of_its_own() -> None:

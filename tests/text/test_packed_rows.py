@@ -99,6 +99,16 @@ def documents_of(pack: dict[str, torch.Tensor]) -> list[dict[str, list[int]]]:
     ]
 
 
+def test_packs_hold_the_weights_of_their_rows() -> None:
+    """0 where there is no label, as at the first token of each row; 1 for the labels of rows that have none."""
+    ids, labels = [5, 6, 7], [5, IGNORE_INDEX, 7]
+    weighted = EncodedRow(ids, labels, [0.5, 0.0, 2.0])
+    pack = PackedRows([EncodedRow(ids, labels), weighted], max_length=6)[0]
+    assert pack["loss_weights"].dtype == torch.float32
+    assert pack["loss_weights"].tolist() == [0, 0, 1, 0, 0, 2]
+    assert "loss_weights" not in PackedRows([EncodedRow(ids, labels)], max_length=6)[0]
+
+
 def test_packs_hold_whole_rows_whose_first_token_is_not_trained() -> None:
     draw = random.Random(3)
     for _ in range(60):

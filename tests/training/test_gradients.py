@@ -15,6 +15,7 @@ import pytest
 import torch
 from accelerate.state import AcceleratorState
 from deepspeed import zero
+from torch.nn import functional
 from transformers import PreTrainedModel, Qwen3Config, Qwen3ForCausalLM, TrainerCallback
 from transformers.integrations.deepspeed import unset_hf_deepspeed_config
 
@@ -61,13 +62,18 @@ def encoded(number: int, longest: int = 40) -> list[EncodedRow]:
     return made
 
 
-def rows_of(packed: bool) -> Any:
-    """ROWS rows, padded or packs of three; two have no trained token."""
+def rows_of(packed: bool, weighted: bool = False) -> Any:
+    """ROWS rows, padded or packs of three; two have no trained token. Of weighted ones, only those of even number are:
+    the second of two processes has none.
+    """
     made = encoded(ROWS * 3 if packed else ROWS)
     share = 3 if packed else 1
     groups = [made[begin : begin + share] for begin in range(0, len(made), share)]
     for row in (row for index in UNTRAINED for row in groups[index]):
         row.labels = [IGNORE_INDEX] * len(row.labels)
+    if weighted:
+        for number, row in enumerate(row for group in groups[::2] for row in group[:2]):
+            row.loss_weights = [(0.2 + number % 5) * (label != IGNORE_INDEX) for label in row.labels]
     if packed:
         return [PackedRows(group, max_length=120)[0] for group in groups]
     return EncodedRows(made)
@@ -82,6 +88,7 @@ class Case:
     accumulation: int = 2
     tied: bool = True
     packed: bool = False
+    weighted: bool = False
     zero: int | None = None
     clipping: float = 0.0
     optimizer: str = "sgd"
@@ -114,7 +121,7 @@ def train(case: Case, folder: Path, rows: Any = None) -> dict[str, Any]:
     trainer = NovelTrainer(
         model=model,
         args=settings,
-        train_dataset=rows_of(case.packed) if rows is None else rows,
+        train_dataset=rows_of(case.packed, case.weighted) if rows is None else rows,
         data_collator=Collator(0),
         callbacks=[recorder],
     )
@@ -143,6 +150,9 @@ CASES = [
     Case("zero 3, padded", zero=3),
     Case("zero 3, packed", zero=3, packed=True, tied=False),
     Case("zero 3, clipped", zero=3, clipping=1.0, tied=False),
+    Case("ddp, padded, weighted", weighted=True, tied=False),
+    Case("zero 2, packed, weighted", zero=2, packed=True, weighted=True),
+    Case("zero 3, packed, weighted", zero=3, packed=True, weighted=True, tied=False),
 ]
 
 
@@ -189,6 +199,28 @@ def test_packed_rows_give_the_gradients_of_padded_ones(tmp_path: Path) -> None:
         packed = train(Case("", *shape), tmp_path, packs)
         assert_equal(packed["gradients"][0], padded["gradients"][0])
         assert packed["losses"] == pytest.approx(padded["losses"], rel=LOSS_TOLERANCE)
+
+
+@pytest.mark.parametrize("packed", [False, True])
+@pytest.mark.parametrize("rows_per_batch", [1, 2, 10])
+def test_gradients_of_weighted_rows_are_those_of_plain_cross_entropy(
+    rows_per_batch: int, packed: bool, tmp_path: Path
+) -> None:
+    """sum(weight x loss) / sum(weight) over one window of all rows, which is not filled at the end of the epoch."""
+    rows = rows_of(packed, weighted=True)
+    ours = train(Case("", rows_per_batch, 11, packed=packed), tmp_path, rows)
+    model = tiny(tied=True)
+    sums = []
+    for row in (Collator(0)([rows[number]]) for number in range(ROWS)):
+        labels, weights = row.pop("labels")[:, 1:], row.pop("loss_weights", torch.ones(1, row["input_ids"].shape[1]))
+        losses = functional.cross_entropy(model(**row).logits[0, :-1], labels[0], reduction="none")
+        sums.append(((losses * weights[0, 1:]).sum(), (weights[:, 1:] * (labels != IGNORE_INDEX)).sum()))
+    loss = sum(total for total, _ in sums) / sum(weight for _, weight in sums)
+    loss.backward()
+    expected = {name: parameter.grad for name, parameter in model.named_parameters()}
+    (gradients,) = ours["gradients"]
+    assert_equal(gradients, expected)
+    assert ours["losses"] == pytest.approx([loss.item()], abs=1e-4)
 
 
 def test_a_step_without_trained_tokens_changes_nothing(tmp_path: Path) -> None:
