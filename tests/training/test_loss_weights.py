@@ -55,7 +55,9 @@ def losses_by_hand(base: Path, tokenizer: PreTrainedTokenizerBase, last_only: bo
     return float((loss * weight).sum() / weight.sum()), float(loss[weight > 0].mean())
 
 
-@pytest.mark.parametrize(("packing", "mask_history"), [(True, False), pytest.param(False, True, marks=pytest.mark.long)])
+@pytest.mark.parametrize(
+    ("packing", "mask_history"), [(True, False), pytest.param(False, True, marks=pytest.mark.long)]
+)
 def test_the_first_loss_of_a_run_is_the_weighted_mean(
     packing: bool, mask_history: bool, base_folder: Path, tokenizer: PreTrainedTokenizerBase, tmp_path: Path
 ) -> None:
