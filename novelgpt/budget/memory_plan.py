@@ -31,13 +31,14 @@ from novelgpt.settings.errors import UserError
 from novelgpt.settings.process import first_process_value, is_first_process, raise_on_all_ranks
 from novelgpt.settings.runs import TrainingRun
 from novelgpt.settings.terminal import counted, say
-from novelgpt.text.packing import PackedBlocks
+from novelgpt.text.packing import PackedRows
+from novelgpt.text.statistics import row_lengths
 
 # An estimate above this share of the device's memory turns checkpointing on, or warns.
 FULL_SHARE = 0.9
 # The share that auto_batch may take by the estimate alone, on CPUs and under DeepSpeed.
 ESTIMATED_SHARE = 0.8
-# Packs whose lengths are read: all but the last are about as long as allowed.
+# Packs of rows that stand for all: all but the last are about as long as allowed.
 MAX_PACKS = 200
 
 # Limit and usage of the control group, in version 2 and 1.
@@ -86,7 +87,7 @@ class MemoryPlan:
     Attributes:
         run: with micro-batch and checkpointing settled.
         estimate: the peak with the run's settings; None where the model cannot be simulated.
-        lengths: tokens of the rows; of the first packs, which are about as long as the others, where rows are packed.
+        lengths: [rows] tokens of the rows; of the first packs, which stand for the others, where rows are packed.
         tokens: of the longest row.
         capacity: bytes of the device that this process may take.
         model: the simulated one, on the first process; None where the architecture cannot be simulated.
@@ -96,8 +97,8 @@ class MemoryPlan:
         self.run, self.packed = run, run.data.packing
         self.device = run.training.device
         self.estimate: MemoryEstimate | None = None
-        self.lengths = row_lengths(train, run.data.max_length if run.data.packing else None)
-        self.tokens = max(self.lengths)
+        self.lengths = row_lengths(train)[: MAX_PACKS if isinstance(train, PackedRows) else None]
+        self.tokens = int(self.lengths.max())
         self.capacity = available_memory(self.device)
         self.model: SimulatedModel | None = None
         # Elsewhere a step that runs out of memory ends the process, or the weights are sharded.
@@ -217,15 +218,6 @@ def available_memory(device: torch.device) -> int:
             left = min(left, int(limit.read_text()) - int(usage.read_text()))
     held = psutil.Process().memory_info().rss
     return held + left // int(os.environ.get("LOCAL_WORLD_SIZE", "1"))
-
-
-def row_lengths(train: Dataset[Any], packed_length: int | None = None) -> list[int]:
-    """Return the tokens of the rows; of the first packs, which stand for the others, where rows are packed."""
-    if isinstance(train, PackedBlocks):
-        return train.lengths.tolist()  # type: ignore[no-any-return]
-    count = len(train)  # type: ignore[arg-type]
-    looked_up = range(count if packed_length is None else min(count, MAX_PACKS))
-    return [len(train[index]["input_ids"]) for index in looked_up]
 
 
 def _batch_line(training: TrainArguments, tokens: int) -> str:

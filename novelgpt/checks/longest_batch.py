@@ -17,6 +17,7 @@ from dataclasses import asdict
 from functools import partial
 from typing import Any
 
+import numpy
 import psutil
 import torch
 from torch import nn
@@ -46,21 +47,21 @@ TEXT = "潮水退下去的时候，灯塔的影子正好落在那封没有寄出
 NAME = "longest batch"
 
 
-def rows_to_try(lengths: list[int], training: TrainArguments) -> list[int]:
+def rows_to_try(lengths: numpy.ndarray, training: TrainArguments) -> list[int]:
     """Indices of the longest rows, as many as a micro-batch has.
 
     On CPUs one row, as it takes seconds and no GPU memory is at stake; and none where even that would take longer than
     a step.
 
     Args:
-        lengths: tokens of each row.
+        lengths: [rows] tokens of each row.
         training: batch sizes and device.
     """
-    longest = sorted(range(len(lengths)), key=lambda index: -lengths[index])
     rows = training.per_device_train_batch_size
+    longest: list[int] = numpy.argsort(-lengths, kind="stable")[:rows].tolist()
     if training.device.type != "cpu":
-        return longest[:rows]
-    step = sum(lengths) / len(lengths) * rows * training.gradient_accumulation_steps
+        return longest
+    step = lengths.mean() * rows * training.gradient_accumulation_steps
     return longest[:1] if lengths[longest[0]] <= step else []
 
 

@@ -14,18 +14,21 @@ import numpy
 from rich.table import Table
 from rich.text import Text
 from tokenizers import pre_tokenizers
-from torch.utils.data import Dataset
+from torch.utils.data import Dataset, Subset
 from transformers import PreTrainedTokenizerBase
 
 from novelgpt.settings.console import VisibleConsole, make_console
 from novelgpt.settings.terminal import one_line, visible
 from novelgpt.text.conversation import IGNORE_INDEX
 from novelgpt.text.encoding import encode
+from novelgpt.text.origins import TracedRows
 
 # How a decoder renders bytes that are not a whole character.
 BROKEN = "\ufffd"
 # So many tokens complete any character that has started, with a margin.
 LOOKAHEAD = 16
+# Rows whose labels are looked at together.
+ROWS_AT_ONCE = 256
 # How SentencePiece writes a token of one byte.
 BYTE_TOKEN = re.compile(r"<0x([0-9A-F]{2})>")
 
@@ -152,6 +155,16 @@ def row_spans(
         begin = end
 
 
+def row_lengths(rows: Dataset[Any]) -> numpy.ndarray:
+    """[rows] int64, tokens of each row. Rows that do not know theirs are read, one by one."""
+    if isinstance(rows, TracedRows):
+        return rows.lengths.astype(numpy.int64, copy=False)
+    if isinstance(rows, Subset):
+        return row_lengths(rows.dataset)[numpy.asarray(rows.indices)]
+    count = len(rows)  # type: ignore[arg-type]
+    return numpy.fromiter((len(rows[index]["input_ids"]) for index in range(count)), numpy.int64, count)
+
+
 def trained_runs(labels: Sequence[int] | numpy.ndarray) -> list[tuple[int, int]]:
     """Begin and end (exclusive) of each run of trained tokens, in order; each answer of a conversation is one.
 
@@ -192,8 +205,9 @@ def trained_characters(dataset: Dataset[Any], tokenizer: PreTrainedTokenizerBase
         else:
             byte_token = BYTE_TOKEN.fullmatch(token)
             started[number] = starts_character[int(byte_token[1], 16)] if byte_token else len(token)
-    characters = 0
-    for index in range(len(dataset)):  # type: ignore[arg-type]
-        labels = numpy.asarray(dataset[index]["labels"])
+    characters, rows = 0, len(dataset)  # type: ignore[arg-type]
+    for begin in range(0, rows, ROWS_AT_ONCE):
+        block = range(begin, min(rows, begin + ROWS_AT_ONCE))
+        labels = numpy.concatenate([numpy.asarray(dataset[index]["labels"]) for index in block])
         characters += int(started[labels[labels != IGNORE_INDEX]].sum())
     return characters

@@ -6,6 +6,7 @@ import math
 from dataclasses import dataclass
 from typing import Any
 
+import numpy
 from torch.utils.data import Dataset, Subset
 from transformers.trainer_utils import IntervalStrategy
 
@@ -75,7 +76,7 @@ class EvaluationPlan:
 
 
 def plan_evaluations(
-    valid: Dataset[Any], lengths: list[int], valid_lengths: list[int], rows: int, training: TrainArguments
+    valid: Dataset[Any], lengths: numpy.ndarray, valid_lengths: numpy.ndarray, rows: int, training: TrainArguments
 ) -> EvaluationPlan:
     """Choose the rows to evaluate on, such that evaluations cost no more than a share of training.
 
@@ -83,15 +84,15 @@ def plan_evaluations(
 
     Args:
         valid: all validation rows.
-        lengths: tokens of training rows, of all or of a sample that gives their mean.
-        valid_lengths: tokens of each row of `valid`.
+        lengths: [any number] tokens of training rows, of all or of a sample that gives their mean.
+        valid_lengths: [rows] tokens of each row of `valid`.
         rows: number of training rows.
         training: `max_eval_share`, 0 for no limit; steps, epochs, and when to evaluate.
     """
     per_step = training.per_device_train_batch_size * training.gradient_accumulation_steps * training.world_size
     batches = math.ceil(rows / (training.per_device_train_batch_size * training.world_size))
     per_epoch = max(1, math.ceil(batches / training.gradient_accumulation_steps))
-    mean = sum(lengths) / max(1, len(lengths))
+    mean = int(lengths.sum()) / max(1, len(lengths))
     if training.max_steps > 0:
         last, trained = training.max_steps, training.max_steps * min(per_step, rows) * mean
     else:
@@ -99,16 +100,16 @@ def plan_evaluations(
         trained = training.num_train_epochs * rows * mean
     steps, closing = _times(training, last, per_epoch)
     times = len(steps) + closing
-    tokens = sum(valid_lengths)
+    tokens = int(valid_lengths.sum())
+    of_all = len(valid_lengths), tokens
     affordable = training.max_eval_share * trained / max(1, times)
     limit, chosen = max(affordable, MIN_TOKENS), valid
     if training.max_eval_share and tokens > limit:
         count = max(MIN_ROWS, int(limit / (tokens / len(valid_lengths))))
         if count < len(valid_lengths):
-            indices = [number * len(valid_lengths) // count for number in range(count)]
-            chosen, tokens = Subset(valid, indices), sum(valid_lengths[index] for index in indices)
-    of_all = len(valid_lengths), sum(valid_lengths)
-    least = tokens > affordable + max(valid_lengths)
+            indices = numpy.arange(count) * len(valid_lengths) // count
+            chosen, tokens = Subset(valid, indices), int(valid_lengths[indices].sum())  # type: ignore[arg-type]
+    least = tokens > affordable + int(valid_lengths.max())
     return EvaluationPlan(chosen, tokens, of_all, steps, closing, tokens * times / max(trained, 1.0), least)
 
 

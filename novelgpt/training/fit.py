@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import statistics
 import sys
 from contextlib import closing
@@ -19,7 +20,6 @@ from transformers import (
     ProgressCallback,
 )
 
-from novelgpt.budget.memory_plan import row_lengths
 from novelgpt.inference.generation import answer_end_ids
 from novelgpt.model.card import CARD, write_card
 from novelgpt.model.forward_checks import check_packing
@@ -29,7 +29,7 @@ from novelgpt.settings.errors import UserError
 from novelgpt.settings.process import raise_on_all_ranks
 from novelgpt.settings.terminal import say
 from novelgpt.text.collator import Collator
-from novelgpt.text.statistics import trained_characters
+from novelgpt.text.statistics import row_lengths, trained_characters
 from novelgpt.training.base_recorder import BaseRecorder
 from novelgpt.training.callbacks import (
     Curves,
@@ -97,7 +97,7 @@ def fit(
             samples=SamplePredictions(evaluations.rows, tokenizer, training, folder.path, writer),
             probes=plan.probes,
             watch_gradients=plan.watch_gradients,
-            characters=trained_characters(evaluations.rows, tokenizer),
+            characters=functools.cache(lambda: trained_characters(evaluations.rows, tokenizer)),
             evaluations=evaluations,
             model=model,
             args=training,

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import json
 import random
 from collections.abc import Iterator
@@ -53,16 +54,15 @@ class Sample:
 def choose_samples(
     dataset: Dataset[Any], tokenizer: PreTrainedTokenizerBase, count: int, max_new_tokens: int
 ) -> list[Sample]:
-    """Choose `count` samples spread evenly over the rows with trained tokens, the same ones each time.
+    """Choose `count` samples spread evenly over the rows, the same ones each time; no other row is read.
 
     Of a conversation, the reference is the last answer, the prompt everything before it. Raw text is to be continued
     after its first half (at most MAX_PROMPT_TOKENS); the reference is as much of the rest as the model may write. Of a
     row that packs several documents, the one with the most trained tokens is taken; others only where there are fewer
-    rows than samples. Where there are fewer documents than samples, all are taken.
+    rows than samples. Where there are fewer documents than samples, all are taken. In place of a row without a trained
+    token, the next one that has some is taken.
     """
-    if count < 1:
-        return []
-    rows = [documents_of(dataset[index]) for index in range(len(dataset))]  # type: ignore[arg-type]
+    rows = _trained_rows(dataset, count)
     samples: list[Sample] = []
     for rank in range(max(map(len, rows), default=0)):
         pool = [documents[rank] for documents in rows if rank < len(documents)]
@@ -70,6 +70,22 @@ def choose_samples(
         chosen = (pool[number * len(pool) // wanted] for number in range(wanted))
         samples += [_sample(document, tokenizer, max_new_tokens) for document in chosen]
     return samples
+
+
+def _trained_rows(dataset: Dataset[Any], count: int) -> list[list[Document]]:
+    """The documents of `count` rows, of as many as there are at most, each with a trained token, in order."""
+    total = len(dataset)  # type: ignore[arg-type]
+    count = min(count, total)
+    read: dict[int, list[Document]] = {}
+    for number in range(count):
+        start = number * total // count
+        for index in itertools.chain(range(start, total), range(start)):
+            if index in read:
+                continue
+            read[index] = documents_of(dataset[index])
+            if read[index]:
+                break
+    return [read[index] for index in sorted(read) if read[index]]
 
 
 @dataclass

@@ -38,6 +38,7 @@ from novelgpt.settings.terminal import say, say_above_bars
 from novelgpt.text.collator import NUMBER, NUMBERS, ROW, Collator
 from novelgpt.text.conversation import IGNORE_INDEX
 from novelgpt.text.sections import SectionedRows
+from novelgpt.text.statistics import row_lengths
 from novelgpt.training.checkpoints.folders import checkpoints, step_of
 from novelgpt.training.checkpoints.trainer import CheckpointTrainer
 from novelgpt.training.evaluations import EvaluationPlan
@@ -62,6 +63,20 @@ class NumberedRows(Dataset[Any]):
         return {ROW: self.rows[number], NUMBER: number}
 
 
+class RowLengths(Dataset[Any]):
+    """Rows of which only the lengths are true: samplers that sort by length would read all rows to know them."""
+
+    def __init__(self, rows: Any) -> None:
+        self.lengths = row_lengths(rows)
+
+    def __len__(self) -> int:
+        return len(self.lengths)
+
+    def __getitem__(self, index: int) -> dict[str, range]:
+        """{"input_ids"}, [tokens] numbers that stand for tokens."""
+        return {"input_ids": range(self.lengths[index])}
+
+
 class NovelTrainer(CheckpointTrainer):
     """Trainer whose metrics are token-weighted and whose evaluation keeps three numbers per row."""
 
@@ -70,7 +85,7 @@ class NovelTrainer(CheckpointTrainer):
         *,
         train_dataset: Any = None,
         samples: SamplePredictions | None = None,
-        characters: int | None = None,
+        characters: Callable[[], int] | None = None,
         evaluations: EvaluationPlan | None = None,
         note: Callable[[dict[str, Any]], None] | None = None,
         probes: Sequence[Probe] = (),
@@ -82,7 +97,7 @@ class NovelTrainer(CheckpointTrainer):
         Args:
             train_dataset: rows to train on; None where the trainer evaluates only.
             samples: answered at each evaluation.
-            characters: of the evaluation rows, for bits per character.
+            characters: counts those of the evaluation rows at the first evaluation, for bits per character.
             evaluations: the schedule, which adds those to come to the time left.
             note: takes entries of metrics.jsonl about single steps, such as skipped ones.
             probes: run before training (see `TrainingPlan`).
@@ -94,7 +109,9 @@ class NovelTrainer(CheckpointTrainer):
         super().__init__(
             **arguments,
             train_dataset=numbered,
-            compute_metrics=lambda prediction: summarise(numpy.asarray(prediction.predictions), characters),
+            compute_metrics=lambda prediction: summarise(
+                numpy.asarray(prediction.predictions), None if characters is None else characters()
+            ),
         )
         self.samples = samples
         self.evaluations = evaluations
@@ -137,7 +154,13 @@ class NovelTrainer(CheckpointTrainer):
 
     def _get_train_sampler(self, train_dataset: Any = None) -> torch.utils.data.Sampler[Any] | None:
         """The order of the rows themselves, as it may depend on their lengths."""
-        return super()._get_train_sampler(self.rows)
+        by_length = self.args.train_sampling_strategy in ("group_by_length", "batch_rebalance")
+        return super()._get_train_sampler(RowLengths(self.rows) if by_length else self.rows)
+
+    def _get_eval_sampler(self, eval_dataset: Any) -> torch.utils.data.Sampler[Any] | None:
+        """The stock order, which depends on the lengths of the rows where that of training does."""
+        by_length = self.args.train_sampling_strategy == "group_by_length"
+        return super()._get_eval_sampler(RowLengths(eval_dataset) if by_length else eval_dataset)
 
     def _prepare_for_training(self, *arguments: Any, **keywords: Any) -> Any:
         """The stock preparation; then each probe checks the model, set up for training, on its micro-batch.

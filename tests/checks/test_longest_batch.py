@@ -73,9 +73,9 @@ def test_a_batch_that_does_not_fit_is_a_plain_error(training: TrainArguments) ->
 
 
 def test_on_a_cpu_one_row_is_tried_unless_it_is_longer_than_a_step(training: TrainArguments) -> None:
-    assert rows_to_try([5, 9, 7, 8], training) == [1]
-    assert rows_to_try([1, 1, 1, 13], training) == [3]  # a step has 2 x 2 rows of 4 tokens
-    assert rows_to_try([1, 1, 1, 90, 1, 1, 1, 1], training) == []
+    assert rows_to_try(numpy.array([5, 9, 7, 8]), training) == [1]
+    assert rows_to_try(numpy.array([1, 1, 1, 13]), training) == [3]  # a step has 2 x 2 rows of 4 tokens
+    assert rows_to_try(numpy.array([1, 1, 1, 90, 1, 1, 1, 1]), training) == []
 
 
 def test_a_run_trains_the_same_with_and_without(base_folder: Path, tmp_path: Path) -> None:

@@ -4,6 +4,7 @@ import json
 from pathlib import Path
 from typing import Any
 
+import numpy
 import pytest
 from torch.utils.data import Subset
 
@@ -23,7 +24,7 @@ def small_least(monkeypatch: pytest.MonkeyPatch) -> None:
 def plan(valid_lengths: list[int], lengths: list[int], tmp_path: Path, **training: Any) -> EvaluationPlan:
     arguments = TrainArguments(output_dir=str(tmp_path), use_cpu=True, **training)
     rows: Any = list(range(len(valid_lengths)))
-    return plan_evaluations(rows, lengths, valid_lengths, len(lengths), arguments)
+    return plan_evaluations(rows, numpy.array(lengths), numpy.array(valid_lengths), len(lengths), arguments)
 
 
 def test_all_evaluations_together_take_a_share_of_training(tmp_path: Path) -> None:
