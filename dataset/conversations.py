@@ -34,6 +34,9 @@ class EncodedRows(TracedRows):
 
     rows: Sequence[EncodedRow]
 
+    def __post_init__(self) -> None:
+        self.lengths = numpy.array([len(row.input_ids) for row in self.rows], numpy.int64)
+
     def __len__(self) -> int:
         return len(self.rows)
 

@@ -167,7 +167,9 @@ class PackedRows(TracedRows):
     def __init__(self, rows: Sequence[EncodedRow], max_length: int) -> None:
         self.rows = rows
         self.max_length = max_length
-        self.packs = best_fit([len(row.input_ids) for row in rows], max_length)
+        lengths = [len(row.input_ids) for row in rows]
+        self.packs = best_fit(lengths, max_length)
+        self.lengths = numpy.array([sum(lengths[number] for number in pack) for pack in self.packs], numpy.int64)
 
     def __len__(self) -> int:
         return len(self.packs)
