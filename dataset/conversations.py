@@ -98,7 +98,7 @@ def read_conversations(
     if is_first_process():
         show_counts(counts)
         first = encoded["train"][0]
-        show_row(first.input_ids, first.labels, tokenizer)
+        show_row(first.input_ids, first.labels, tokenizer, first.loss_weights)
     if not data.packing:
         return EncodedRows(encoded["train"]), EncodedRows(encoded["valid"])
     train_packs, valid_packs = (PackedRows(encoded[name], data.max_length) for name in ("train", "valid"))

@@ -4,8 +4,8 @@
     python -m dataset preview rows.jsonl --model Qwen/Qwen3-0.6B --row p001 --borders
     python -m dataset preview prepared/ --html preview.html
 
-In conversations, the prompt is dim and the answer green; preference rows show both answers; in text, the boundaries of
-documents are marked.
+In conversations, the prompt is dim and the answer green, behind its weight where that is not 1; preference rows show
+both answers; in text, the boundaries of documents are marked.
 """
 
 from __future__ import annotations
@@ -154,7 +154,8 @@ def _conversations(args: Namespace, tokenizer: PreTrainedTokenizerBase) -> Itera
         kept, counts = encode_rows([read_conversation(row, instructions)], tokenizer, data)
         parts = []
         for number, row_part in enumerate(kept, start=1):
-            spans = list(row_spans(row_part.input_ids, row_part.labels, tokenizer, by_token=args.borders))
+            tokens = row_part.input_ids, row_part.labels, tokenizer, row_part.loss_weights
+            spans = list(row_spans(*tokens, by_token=args.borders))
             parts.append((f"part {number} of {len(kept)}" if len(kept) > 1 else "", spans))
         if counts.dropped:
             what = f"{'cut here' if kept else 'left out'}: {counted(counts.dropped, 'token')}"
@@ -226,7 +227,10 @@ def _blocks(args: Namespace, tokenizer: PreTrainedTokenizerBase) -> Iterator[Row
 
 
 def preview_text(shown: RowPreview, coloured: bool, borders: bool) -> str:
-    """A row for a terminal: trained tokens green and the others dim or, without colour, trained tokens in ⟦ ⟧."""
+    """A row for a terminal: trained tokens green and the others dim or, without colour, trained tokens in ⟦ ⟧.
+
+    Before trained tokens whose weight is not 1, it says which: ×0.5.
+    """
 
     def paint(text: str, style: str) -> str:
         return f"{style}{visible(text)}{RESET}" if coloured and text else visible(text)
@@ -238,14 +242,17 @@ def preview_text(shown: RowPreview, coloured: bool, borders: bool) -> str:
             lines.append(paint(f"──── {heading} ────", YELLOW))
         if not spans:
             continue
-        text, trained = "", False
+        text, weight = "", 0.0
+        opening, closing = ("", "") if coloured else (TRAINED_OPEN, TRAINED_CLOSE)
         for span in spans:
-            if not coloured and span.trained != trained:
-                text += TRAINED_OPEN if span.trained else TRAINED_CLOSE
-            trained = span.trained
-            style = (BOLD_GREEN if span.special else GREEN) if trained else DIM
+            if span.weight != weight:
+                text += closing if weight else ""
+                text += paint(f"×{span.weight:g}", YELLOW) if span.weight not in (0, 1) else ""
+                text += opening if span.weight else ""
+            weight = span.weight
+            style = (BOLD_GREEN if span.special else GREEN) if span.trained else DIM
             text += (BORDER if borders and span.begin else "") + paint(span.text, style)
-        lines.append(text + (TRAINED_CLOSE if trained and not coloured else ""))
+        lines.append(text + (closing if weight else ""))
     return "\n".join(lines) + "\n"
 
 

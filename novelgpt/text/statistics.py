@@ -95,12 +95,20 @@ def show_counts(counts: dict[str, TokenCounts], console: VisibleConsole | None =
 
 
 def show_row(
-    input_ids: list[int], labels: list[int], tokenizer: PreTrainedTokenizerBase, max_tokens: int = 400
+    input_ids: list[int],
+    labels: list[int],
+    tokenizer: PreTrainedTokenizerBase,
+    loss_weights: Sequence[float] | None = None,
+    max_tokens: int = 400,
 ) -> None:
-    """Print one row, trained tokens green, the others dim."""
+    """Print one row, trained tokens green behind a weight other than 1, the others dim."""
     console = make_console()
     text = Text()
-    for span in row_spans(input_ids, labels, tokenizer, max_tokens):
+    weight = 0.0
+    for span in row_spans(input_ids, labels, tokenizer, loss_weights, max_tokens):
+        if span.weight not in (weight, 0, 1):
+            text.append(f"×{span.weight:g}", style="yellow")
+        weight = span.weight
         text.append(visible(span.text), style="green" if span.trained else "dim")
     if len(input_ids) > max_tokens:
         text.append(f" … ({len(input_ids) - max_tokens:,} more tokens)", style="dim italic")
@@ -112,13 +120,14 @@ def show_row(
 class TokenSpan(NamedTuple):
     """Neighbouring tokens of a row that are alike.
 
-    text: their text; trained: whether they have labels; special: whether they are special tokens; begin: index of the
-    first of them.
+    text: their text; trained: whether they have labels; special: whether they are special tokens; weight: that of their
+    loss, 0 without labels; begin: index of the first of them.
     """
 
     text: str
     trained: bool
     special: bool
+    weight: float
     begin: int
 
 
@@ -126,10 +135,12 @@ def row_spans(
     input_ids: Sequence[int],
     labels: Sequence[int],
     tokenizer: PreTrainedTokenizerBase,
+    loss_weights: Sequence[float] | None = None,
     max_tokens: int | None = None,
     by_token: bool = False,
 ) -> Iterator[TokenSpan]:
-    """Decode a row in spans, cut where tokens start or cease to be trained or special; at every token with `by_token`.
+    """Decode a row in spans, cut where tokens start or cease to be trained or special, or to have one weight; at every
+    token with `by_token`.
 
     The texts of the trained spans, joined, are the decoded labels. A character whose bytes lie in several tokens is in
     the span of the last of them, as a rule.
@@ -137,7 +148,11 @@ def row_spans(
     # Where the two differ, the label is what is learnt (see EncodedRow).
     shown = [token if label == IGNORE_INDEX else label for token, label in zip(input_ids, labels, strict=True)]
     special = {number for number, token in tokenizer.added_tokens_decoder.items() if token.special}
-    kinds = [(label != IGNORE_INDEX, token in special) for token, label in zip(shown, labels, strict=True)]
+    weights = [float(label != IGNORE_INDEX) for label in labels] if loss_weights is None else loss_weights
+    kinds = [
+        (label != IGNORE_INDEX, token in special, weight)
+        for token, label, weight in zip(shown, labels, weights, strict=True)
+    ]
     count = len(shown) if max_tokens is None else min(max_tokens, len(shown))
     # Decodes from an earlier boundary, as a text may lose a space at its start; never from within a character.
     window, boundary, begin, decoded_before = 0, 0, 0, ""

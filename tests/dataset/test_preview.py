@@ -111,6 +111,24 @@ def test_without_colour_the_trained_text_stands_in_brackets(
         assert re.findall("⟦(.*?)⟧", shown) == ["答一<|im_end|>"]
 
 
+def test_weights_other_than_one_stand_before_what_they_weight(
+    tmp_path: Path, base_folder: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    question = {"role": "user", "content": "问"}
+    answers = [{"role": "assistant", "content": "答", "weight": weight} for weight in (0.5, 0, 1, 1.25)]
+    messages = [message for answer in answers for message in (question, answer)]
+    file = write(tmp_path / "rows.jsonl", [{"messages": messages}])
+    shown = show(capsys, file, "--model", base_folder)
+    assert re.findall("(×[0-9.]*)?⟦(.*?)⟧", shown) == [
+        ("×0.5", "答<|im_end|>"), ("", "答<|im_end|>"), ("×1.25", "答<|im_end|>")
+    ]  # fmt: skip
+    coloured = show(capsys, file, "--model", base_folder, "--color", "always")
+    assert re.findall("×[0-9.]+", coloured) == ["×0.5", "×1.25"]
+    show(capsys, file, "--model", base_folder, "--html", tmp_path / "page.html")
+    page = (tmp_path / "page.html").read_text(encoding="utf-8").partition("</p>")[2]
+    assert re.findall('<span class="weight">(×[0-9.]+)</span><span class="trained">答', page) == ["×0.5", "×1.25"]
+
+
 def test_letters_that_steer_a_terminal_are_shown_as_codes(
     tmp_path: Path, base_folder: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
