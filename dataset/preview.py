@@ -20,7 +20,7 @@ import numpy
 from transformers import PreTrainedTokenizerBase
 
 from dataset.conversation_rows.sources import find_splits
-from dataset.conversations import encode_rows
+from dataset.encoded_rows import encode_rows
 from dataset.instructions import load_instructions
 from dataset.preferences import PreferenceRow, is_preference, read_preference
 from dataset.readers import messages_of, read_conversation, read_source_rows, read_text_rows

@@ -123,10 +123,10 @@ def processes_here(environment: Mapping[str, str]) -> int | None:
     return number_in(environment.get("LOCAL_WORLD_SIZE") or environment.get("LOCAL_SIZE")) or None
 
 
-def stop_with_parent() -> None:
-    """Get SIGTERM when the parent is killed: a rank saves and ends instead of running on unseen."""
+def stop_with_parent(number: int = signal.SIGTERM) -> None:
+    """Get a signal when the parent is killed: by SIGTERM, a rank saves and ends instead of running on unseen."""
     if sys.platform == "linux":
-        ctypes.CDLL(None).prctl(PR_SET_PDEATHSIG, signal.SIGTERM)
+        ctypes.CDLL(None).prctl(PR_SET_PDEATHSIG, number)
 
 
 def quieten_further_ranks() -> None:

@@ -18,6 +18,11 @@ def is_first_process() -> bool:
     return os.environ.get("RANK", "0") == "0"
 
 
+def is_first_on_host() -> bool:
+    """Whether this is the rank that does on its host what needs to be done there once."""
+    return os.environ.get("LOCAL_RANK", "0") == "0"
+
+
 def in_process_group() -> bool:
     """Whether processes have met to work together; a launcher may start one alone, too."""
     return torch.distributed.is_available() and torch.distributed.is_initialized()
@@ -32,6 +37,15 @@ def first_process_value(value: Any) -> Any:
     return values[0]
 
 
+def all_processes_values(value: Any) -> list[Any]:
+    """What each process has, by rank, on all of them."""
+    values = [value]
+    if in_process_group():
+        values *= torch.distributed.get_world_size()
+        torch.distributed.all_gather_object(values, value)
+    return values
+
+
 @contextmanager
 def raise_on_all_ranks() -> Iterator[None]:
     """Raise a UserError of one rank on all of them; where several have one, that of the lowest rank.
@@ -44,11 +58,7 @@ def raise_on_all_ranks() -> Iterator[None]:
         yield
     except UserError as error:
         problem = error
-    problems = [problem]
-    if in_process_group():
-        problems *= torch.distributed.get_world_size()
-        torch.distributed.all_gather_object(problems, problem)
-    for found in problems:
+    for found in all_processes_values(problem):
         if found is not None:
             raise found
 

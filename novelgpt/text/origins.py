@@ -24,6 +24,10 @@ class TracedRows(Dataset[Any]):
     lengths: numpy.ndarray
 
     @abstractmethod
+    def __len__(self) -> int:
+        """Number of rows."""
+
+    @abstractmethod
     def origins(self, index: int, begin: int = 0, end: int | None = None) -> list[str]:
         """Files and rows that tokens [begin, end) of row `index` came from, such as `rows.jsonl:17`; [] if unknown."""
 

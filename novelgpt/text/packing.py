@@ -4,15 +4,15 @@ from __future__ import annotations
 
 import bisect
 import copy
-import itertools
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, NamedTuple
 
 import numpy
 import torch
 
-from novelgpt.text.conversation import IGNORE_INDEX, EncodedRow
+from novelgpt.text.conversation import IGNORE_INDEX
 from novelgpt.text.origins import SavedOrigins, TokenOrigins, TracedRows, unique
 from novelgpt.text.statistics import TokenCounts
 
@@ -154,84 +154,135 @@ class PackedBlocks(TracedRows):
 
 
 class PackedRows(TracedRows):
-    """Packs of whole rows, of at most `max_length` tokens together; no row is cut.
+    """Packs of whole rows, of at most `max_length` tokens together; no row is cut. A pack is assembled when asked for.
 
     Args:
         rows: encoded rows, each at most max_length tokens.
         max_length: tokens per pack.
 
     Attributes:
-        packs: the indices of the rows of each pack.
+        lengths: [packs] int64, tokens.
     """
 
-    def __init__(self, rows: Sequence[EncodedRow], max_length: int) -> None:
+    def __init__(self, rows: TracedRows, max_length: int) -> None:
         self.rows = rows
         self.max_length = max_length
-        lengths = [len(row.input_ids) for row in rows]
-        self.packs = best_fit(lengths, max_length)
-        self.lengths = numpy.array([sum(lengths[number] for number in pack) for pack in self.packs], numpy.int64)
+        self._packs = best_fit(rows.lengths, max_length)
+        self.lengths = numpy.add.reduceat(rows.lengths[self._packs.items], self._packs.starts[:-1], dtype=numpy.int64)
 
     def __len__(self) -> int:
-        return len(self.packs)
+        return len(self._packs)
+
+    def members(self, index: int) -> numpy.ndarray:
+        """Numbers of the rows of a pack, rising."""
+        return self._packs[index]
 
     def __getitem__(self, index: int) -> dict[str, torch.Tensor]:
-        """{"input_ids", "labels", "position_ids"} and, where a row has them, "loss_weights".
+        """{"input_ids", "labels", "position_ids"} and, where a row has weights, "loss_weights".
 
         Each is [at most max_length]; positions restart at each row.
         """
-        rows = [self.rows[number] for number in self.packs[index]]
+        rows = [self.rows[int(number)] for number in self._packs[index]]
+        lengths = [len(row["input_ids"]) for row in rows]
+        ids, labels = (
+            numpy.concatenate([row[name] for row in rows], dtype=numpy.int64) for name in ("input_ids", "labels")
+        )
+        labels[numpy.cumsum([0, *lengths[:-1]])] = IGNORE_INDEX  # no row predicts the start of the next
         pack = {
-            "input_ids": torch.cat([torch.tensor(row.input_ids) for row in rows]),
-            "labels": torch.cat([torch.tensor([IGNORE_INDEX, *row.labels[1:]]) for row in rows]),
-            "position_ids": torch.cat([torch.arange(len(row.input_ids)) for row in rows]),
+            "input_ids": torch.from_numpy(ids),
+            "labels": torch.from_numpy(labels),
+            "position_ids": torch.cat([torch.arange(length) for length in lengths]),
         }
-        if any(row.loss_weights is not None for row in rows):
-            trained = (pack["labels"] != IGNORE_INDEX).to(torch.float32)
-            weights = [torch.tensor(row.loss_weights or [1.0] * len(row.input_ids)) for row in rows]
-            pack["loss_weights"] = torch.cat(weights) * trained
+        if any("loss_weights" in row for row in rows):
+            weights = [row.get("loss_weights", numpy.ones(len(row["input_ids"]), numpy.float32)) for row in rows]
+            pack["loss_weights"] = torch.from_numpy(numpy.concatenate(weights) * (labels != IGNORE_INDEX))
         return pack
 
     def origins(self, index: int, begin: int = 0, end: int | None = None) -> list[str]:
         """Files and rows of the conversations in the pack."""
-        rows = [self.rows[number] for number in self.packs[index]]
-        stops = itertools.accumulate(len(row.input_ids) for row in rows)
-        return unique(
-            row.source
-            for row, stop in zip(rows, stops, strict=True)
-            if row.source and begin < stop and (end is None or stop - len(row.input_ids) < end)
-        )
+        numbers = self._packs[index]
+        stops = numpy.cumsum(self.rows.lengths[numbers])
+        starts = stops - self.rows.lengths[numbers]
+        inside = (begin < stops) & (starts < (stops[-1] if end is None else end))
+        return unique(name for number in numbers[inside] for name in self.rows.origins(int(number)))
 
     def fill(self) -> float:
         """Share of the packs' capacity that rows fill."""
-        return sum(len(row.input_ids) for row in self.rows) / max(1, len(self) * self.max_length)
+        return float(self.lengths.sum()) / max(1, len(self) * self.max_length)
 
 
-def best_fit(lengths: Sequence[int], capacity: int) -> list[list[int]]:
-    """Indices of items, packed so that no pack holds more than `capacity`.
+@dataclass(frozen=True)
+class Packs:
+    """Numbers of items in packs.
 
-    Best-fit decreasing: the longest first, each into the fullest pack that has room for it; O(n log n) for items plus
-    at worst O(capacity) for each distinct amount of room. Packs are ordered by their first item, items by index.
+    Attributes:
+        items: [items] int64, pack after pack, rising in each.
+        starts: [packs + 1] int64, where each pack starts in `items`.
+    """
 
-    >>> best_fit([5, 3, 4, 1, 2], capacity=6)
+    items: numpy.ndarray
+    starts: numpy.ndarray
+
+    def __len__(self) -> int:
+        return len(self.starts) - 1
+
+    def __getitem__(self, index: int) -> numpy.ndarray:
+        """Numbers of the items of a pack."""
+        return self.items[self.starts[index] : self.starts[index + 1]]
+
+    def __iter__(self) -> Iterator[numpy.ndarray]:
+        return (self[index] for index in range(len(self)))
+
+
+def best_fit(lengths: Sequence[int] | numpy.ndarray, capacity: int) -> Packs:
+    """Pack items so that no pack holds more than `capacity`; lengths are from 1 to `capacity`.
+
+    Best-fit decreasing: the longest first, each into the fullest pack that has room for it, of those the one that was
+    filled last. Packs are ordered by their first item. All items of one length are placed at once, into as many packs
+    of equal room as they fill, so that the time is that of a few steps for each distinct length, and of sorting.
+
+    >>> [pack.tolist() for pack in best_fit([5, 3, 4, 1, 2], capacity=6)]
     [[0, 3], [1], [2, 4]]
     """
-    packs: list[list[int]] = []
-    packs_by_room: dict[int, list[int]] = {}
-    rooms: list[int] = []  # sorted: the keys of packs_by_room that have packs
-    for item in sorted(range(len(lengths)), key=lambda number: (-lengths[number], number)):
-        place = bisect.bisect_left(rooms, lengths[item])
-        if place == len(rooms):
-            packs.append([])
-            chosen, room = len(packs) - 1, capacity
-        else:
-            room = rooms[place]
-            chosen = packs_by_room[room].pop()
-            if not packs_by_room[room]:
-                rooms.pop(place)
-        packs[chosen].append(item)
-        left = room - lengths[item]
-        waiting = packs_by_room.setdefault(left, [])
-        if not waiting:
-            bisect.insort(rooms, left)
-        waiting.append(chosen)
-    return sorted((sorted(pack) for pack in packs), key=lambda pack: pack[0])
+    lengths = numpy.asarray(lengths)
+    pack_of = numpy.empty(len(lengths), numpy.int64)
+    packs = 0
+    waiting: dict[int, list[numpy.ndarray]] = {}  # room -> packs that have it, the last filled last
+    rooms: list[int] = []  # sorted: the keys of waiting
+    order = numpy.argsort(-lengths.astype(numpy.int64), kind="stable")
+    for items in numpy.split(order, numpy.flatnonzero(numpy.diff(lengths[order])) + 1):
+        length = int(lengths[items[0]]) if len(items) else 0
+        while len(items):
+            place = bisect.bisect_left(rooms, length)
+            room = rooms[place] if place < len(rooms) else capacity
+            # A pack that gets one item and has room for another is the fullest that has: it is filled at once.
+            each = max(1, room // length)  # an item above the capacity gets a pack of its own
+            wanted = -(-len(items) // each)
+            if place == len(rooms):
+                chosen = numpy.arange(packs, packs + wanted)
+                packs += wanted
+            else:
+                top = waiting[room].pop()
+                chosen = top[: -wanted - 1 : -1]
+                if len(chosen) < len(top):
+                    waiting[room].append(top[: len(top) - len(chosen)])
+                elif not waiting[room]:
+                    del waiting[room]
+                    rooms.pop(place)
+            placed, items = items[: len(chosen) * each], items[len(chosen) * each :]
+            pack_of[placed] = numpy.repeat(chosen, each)[: len(placed)]
+            last = len(placed) - (len(chosen) - 1) * each  # items of the last pack
+            for filled, count in ((chosen[:-1], each), (chosen[-1:], last)):
+                left = room - count * length
+                if len(filled):
+                    if left not in waiting:
+                        waiting[left] = []
+                        bisect.insort(rooms, left)
+                    waiting[left].append(filled)
+    # By their first items: the first place of each pack in the order of the items.
+    _, first = numpy.unique(pack_of, return_index=True)
+    rank = numpy.empty(packs, numpy.int64)
+    rank[numpy.argsort(first)] = numpy.arange(packs)
+    ranked = rank[pack_of]
+    starts = numpy.concatenate([[0], numpy.cumsum(numpy.bincount(ranked, minlength=packs))])
+    return Packs(numpy.argsort(ranked, kind="stable"), starts)

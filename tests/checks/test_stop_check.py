@@ -24,6 +24,7 @@ from novelgpt.model.tokenizer import load_tokenizer
 from novelgpt.settings.arguments import GenerationArguments, ModelArguments, TrainArguments
 from novelgpt.text.conversation import encode_conversation, encode_prompt, end_token_ids
 from novelgpt.text.packing import PackedRows
+from tests.memory_rows import as_rows
 from tests.ranks import run_ranks
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -110,7 +111,7 @@ def test_first_prompts_are_spread_over_the_rows(
 
 
 def test_packs_are_asked_row_by_row(tokenizer: PreTrainedTokenizerBase) -> None:
-    packs = PackedRows(encoded(tokenizer), max_length=400)
+    packs = PackedRows(as_rows(encoded(tokenizer)), max_length=400)
     assert 1 < len(packs) < 5
     assert sorted(chosen(packs, tokenizer, 10)) == list(range(10))
     assert len(set(chosen(packs, tokenizer, 4))) == 4

@@ -10,12 +10,14 @@ from pathlib import Path
 import pytest
 from transformers import PreTrainedTokenizerBase
 
-from dataset.conversations import encode_rows, read_conversations
+from dataset.conversations import read_conversations
+from dataset.encoded_rows import encode_rows
 from novelgpt.settings.arguments import ConversationArguments
 from novelgpt.settings.errors import UserError
 from novelgpt.text.conversation import IGNORE_INDEX, EncodedRow, encode_conversation
 from novelgpt.text.statistics import TokenCounts
 from novelgpt.text.templates import CHATML_TEMPLATE
+from tests.memory_rows import as_list
 
 Row = dict[str, object]
 
@@ -179,11 +181,10 @@ def test_a_share_of_the_rows_is_held_out(tmp_path: Path, tokenizer: PreTrainedTo
     data = ConversationArguments(train_files=[str(tmp_path / "rows.jsonl")], valid_fraction=0.1, packing=False)
     train, valid = read_conversations(data, tokenizer)
     assert (len(train), len(valid)) == (27, math.ceil(30 * 0.1))
-    answers = [tokenizer.decode(trained(row)) for part in (train, valid) for row in part.rows]
+    answers = [tokenizer.decode(trained(row)) for part in (train, valid) for row in as_list(part)]
     assert sorted(answers) == sorted(f"第{number}答<|im_end|>" for number in range(30))
     again = read_conversations(data, tokenizer)
-    assert [part.rows for part in again] == [train.rows, valid.rows]
-    assert train[0] == {"input_ids": train.rows[0].input_ids, "labels": train.rows[0].labels}
+    assert list(map(as_list, again)) == [as_list(train), as_list(valid)]
 
 
 @pytest.mark.parametrize(("max_length", "cause"), [(3, "no trainable token is left in the 19 train rows")])

@@ -12,13 +12,15 @@ from pathlib import Path
 import pytest
 from transformers import PreTrainedTokenizerBase
 
-from dataset.conversations import encode_rows, read_conversations
+from dataset.conversations import read_conversations
+from dataset.encoded_rows import encode_rows
 from dataset.instructions import BUILT_IN, Instructions, load_instructions, rounded, rounded_up
 from dataset.readers import TITLE_TO_ABSTRACT, messages_of, read_conversation_rows
 from novelgpt.settings.arguments import ConversationArguments
 from novelgpt.settings.errors import UserError
 from novelgpt.text.conversation import IGNORE_INDEX
 from predict.rows import read_prompt_rows
+from tests.memory_rows import as_list
 
 ROOT = Path(__file__).resolve().parents[2]
 TASKS = sorted(load_instructions().tasks)
@@ -179,7 +181,7 @@ def test_what_is_trained_is_the_filled_answer_and_the_end(task: str, tokenizer: 
 
 
 def answers_and_prompts(rows: object, tokenizer: PreTrainedTokenizerBase) -> list[str]:
-    return sorted(tokenizer.decode(row.input_ids) for row in rows.rows)  # type: ignore[attr-defined]
+    return sorted(tokenizer.decode(row.input_ids) for row in as_list(rows))  # type: ignore[arg-type]
 
 
 @pytest.mark.parametrize("own_file", [True, False])

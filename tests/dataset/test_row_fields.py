@@ -9,7 +9,8 @@ import pyarrow.parquet
 import pytest
 from transformers import PreTrainedTokenizerBase
 
-from dataset.conversations import encode_rows, read_conversations
+from dataset.conversations import read_conversations
+from dataset.encoded_rows import encode_rows
 from dataset.instructions import load_instructions
 from dataset.preview import main as preview
 from dataset.readers import read_conversation_rows

@@ -25,7 +25,6 @@ from transformers import (
 )
 from transformers.models.qwen3_moe import modeling_qwen3_moe
 
-from dataset.conversations import EncodedRows
 from finetune.__main__ import main as finetune
 from finetune_lora.__main__ import main as finetune_lora
 from novelgpt.budget.simulated_model import SimulatedModel, track_step, worst_batch
@@ -43,6 +42,7 @@ from novelgpt.training import throughput
 from novelgpt.training.throughput import StepCost
 from novelgpt.training.trainer import NovelTrainer
 from tests.faults.runs import weights, write_base, write_rows
+from tests.memory_rows import as_rows
 from tests.ranks import run_pipeline
 
 VOCABULARY, EXPERTS, CHOSEN = 71, 4, 2
@@ -218,7 +218,7 @@ def train(model: nn.Module, folder: Path, rows: Any, steps: int = 1, **settings:
 def test_a_step_weighs_its_micro_batches_by_trained_tokens(tmp_path: Path) -> None:
     rows = encoded([30, 17, 24, 12])
     trainer, recorder = train(
-        tiny(), tmp_path, EncodedRows(rows), per_device_train_batch_size=2, gradient_accumulation_steps=2,
+        tiny(), tmp_path, as_rows(rows), per_device_train_batch_size=2, gradient_accumulation_steps=2,
         router_aux_loss_coef=0.5,
     )  # fmt: skip
     entry = next(entry for entry in trainer.state.log_history if "loss" in entry)
@@ -240,7 +240,7 @@ def test_a_step_weighs_its_micro_batches_by_trained_tokens(tmp_path: Path) -> No
 
 def test_a_smoothed_loss_is_a_mean_over_the_step_and_leaves_no_balancing_out(tmp_path: Path) -> None:
     config = Qwen3Config(**SIZES)
-    rows, smoothing = EncodedRows(encoded([30, 17, 24, 12])), {"label_smoothing_factor": 0.2}
+    rows, smoothing = as_rows(encoded([30, 17, 24, 12])), {"label_smoothing_factor": 0.2}
     torch.manual_seed(1)
     dense = Qwen3ForCausalLM._from_config(config, attn_implementation="packed").train()
     before = {name: weight.clone() for name, weight in dense.state_dict().items()}

@@ -10,7 +10,8 @@ import pytest
 import torch
 from transformers import AutoTokenizer, PreTrainedTokenizerBase
 
-from dataset.conversations import encode_rows, read_conversations
+from dataset.conversations import read_conversations
+from dataset.encoded_rows import encode_rows
 from dataset.readers import TITLE_TO_ABSTRACT, messages_of
 from novelgpt.settings.arguments import ConversationArguments
 from novelgpt.settings.errors import UserError
@@ -31,6 +32,7 @@ from novelgpt.text.templates import (
     settle_template,
     template_record,
 )
+from tests.memory_rows import as_rows
 from tests.text.test_templates import THINKING as QWEN3
 from tests.text.test_templates import build_baichuan_folder, load_baichuan, with_template
 
@@ -380,7 +382,7 @@ def test_baichuan2_rows_keep_their_labels_through_packs_padding_and_cuts(baichua
     messages = [SYSTEM, USER, ANSWER, USER_2, ANSWER_2, USER, ANSWER]
     (row,) = encode_conversation(messages, baichuan2)
     (short,) = encode_conversation([USER, ANSWER], baichuan2)
-    pack = PackedRows([row, short], 512)[0]
+    pack = PackedRows(as_rows([row, short]), 512)[0]
     assert pack["input_ids"].tolist() == row.input_ids + short.input_ids
     assert pack["labels"].tolist() == row.labels + short.labels
     batch = Collator(0)([vars(row), vars(short)])

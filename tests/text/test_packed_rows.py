@@ -15,13 +15,15 @@ from transformers import PreTrainedTokenizerBase
 import dataset.conversations
 import dataset.corpus
 import novelgpt.text.packing
-from dataset.conversations import EncodedRows, read_conversations
+from dataset.conversations import read_conversations
 from dataset.corpus import read_corpus
 from dataset.decode import decode_text, read_bytes
+from dataset.encoded_rows import EncodedRows
 from novelgpt.settings.arguments import ConversationArguments, CorpusArguments
 from novelgpt.text.conversation import IGNORE_INDEX, EncodedRow
 from novelgpt.text.packing import PackedBlocks, PackedRows, TokenizedText, best_fit
 from novelgpt.text.statistics import TokenCounts
+from tests.memory_rows import as_list, as_rows
 
 NOVELS = Path(__file__).resolve().parents[3] / "shared" / "data" / "novels"
 COMMON = (
@@ -48,13 +50,42 @@ def first_fit(lengths: list[int], capacity: int) -> int:
     return len(rooms)
 
 
+def packed(lengths: list[int], capacity: int) -> list[list[int]]:
+    return [pack.tolist() for pack in best_fit(lengths, capacity)]
+
+
+def one_by_one(lengths: list[int], capacity: int) -> list[list[int]]:
+    """Best-fit decreasing by its definition: of the packs with least room, the one that was filled last."""
+    packs: list[list[int]] = []
+    filled: list[int] = []  # packs by when an item was last put in
+    for item in sorted(range(len(lengths)), key=lambda number: -lengths[number]):
+        rooms = {pack: capacity - sum(lengths[one] for one in packs[pack]) for pack in filled}
+        fitting = [pack for pack in filled if rooms[pack] >= lengths[item]]
+        if not fitting:
+            packs.append([])
+        least = min((rooms[pack] for pack in fitting), default=0)
+        chosen = next((pack for pack in reversed(fitting) if rooms[pack] == least), len(packs) - 1)
+        packs[chosen].append(item)
+        filled = [pack for pack in filled if pack != chosen] + [chosen]
+    return sorted(sorted(pack) for pack in packs)
+
+
+def test_packs_are_those_of_best_fit_decreasing_item_by_item() -> None:
+    draw = random.Random(4)
+    for _ in range(150):
+        capacity = draw.choice([5, 20, 64])
+        most = draw.choice([capacity, max(1, capacity // 2), max(1, capacity // 6)])
+        lengths = [draw.randint(1, most) for _ in range(draw.choice([1, 5, 60]))]
+        assert packed(lengths, capacity) == one_by_one(lengths, capacity)
+
+
 def test_each_item_once_no_pack_overfull_and_no_more_packs_than_first_fit() -> None:
     draw = random.Random(1)
     for _ in range(400):
         capacity = draw.choice([2, 7, 100, 1024])
         most = draw.choice([capacity, max(1, capacity // 3)])
         lengths = [draw.randint(1, most) for _ in range(draw.choice([0, 1, 2, 30, 200]))]
-        packs = best_fit(lengths, capacity)
+        packs = packed(lengths, capacity)
         assert sorted(item for pack in packs for item in pack) == list(range(len(lengths)))
         assert all(sum(lengths[item] for item in pack) <= capacity for pack in packs)
         assert len(packs) <= first_fit(lengths, capacity)
@@ -63,21 +94,21 @@ def test_each_item_once_no_pack_overfull_and_no_more_packs_than_first_fit() -> N
 
 
 def test_an_item_goes_where_it_leaves_least_room() -> None:
-    assert best_fit([6, 5, 3, 4], capacity=10) == [[0, 3], [1, 2]]
-    assert best_fit([5, 6, 4], capacity=10) == [[0], [1, 2]]
-    assert best_fit([1] * 10, capacity=5) == [[0, 1, 2, 3, 4], [5, 6, 7, 8, 9]]
+    assert packed([6, 5, 3, 4], capacity=10) == [[0, 3], [1, 2]]
+    assert packed([5, 6, 4], capacity=10) == [[0], [1, 2]]
+    assert packed([1] * 10, capacity=5) == [[0, 1, 2, 3, 4], [5, 6, 7, 8, 9]]
 
 
 def test_an_item_above_the_capacity_has_a_pack_to_itself() -> None:
     """Readers give none; were there one, it is neither lost nor cut, and no other item joins it."""
-    assert best_fit([3, 12, 3, 11, 3, 1], capacity=10) == [[0, 2, 4, 5], [1], [3]]
+    assert packed([3, 12, 3, 11, 3, 1], capacity=10) == [[0, 2, 4, 5], [1], [3]]
 
 
 def test_many_items_leave_hardly_any_room() -> None:
     """As many as a large set of conversations has."""
     draw = random.Random(2)
     lengths = [draw.randint(1, 600) for _ in range(200_000)]
-    packs = best_fit(lengths, 2048)
+    packs = packed(lengths, 2048)
     assert sum(map(len, packs)) == len(lengths)
     assert len(packs) <= sum(lengths) / 2048 * 1.01 + 1
 
@@ -103,10 +134,10 @@ def test_packs_hold_the_weights_of_their_rows() -> None:
     """0 where there is no label, as at the first token of each row; 1 for the labels of rows that have none."""
     ids, labels = [5, 6, 7], [5, IGNORE_INDEX, 7]
     weighted = EncodedRow(ids, labels, [0.5, 0.0, 2.0])
-    pack = PackedRows([EncodedRow(ids, labels), weighted], max_length=6)[0]
+    pack = PackedRows(as_rows([EncodedRow(ids, labels), weighted]), max_length=6)[0]
     assert pack["loss_weights"].dtype == torch.float32
     assert pack["loss_weights"].tolist() == [0, 0, 1, 0, 0, 2]
-    assert "loss_weights" not in PackedRows([EncodedRow(ids, labels)], max_length=6)[0]
+    assert "loss_weights" not in PackedRows(as_rows([EncodedRow(ids, labels)]), max_length=6)[0]
 
 
 def test_packs_hold_whole_rows_whose_first_token_is_not_trained() -> None:
@@ -114,14 +145,14 @@ def test_packs_hold_whole_rows_whose_first_token_is_not_trained() -> None:
     for _ in range(60):
         capacity = draw.choice([20, 64])
         rows = random_rows(draw, draw.randint(1, 40), 20)
-        packs = PackedRows(rows, capacity)
+        packs = PackedRows(as_rows(rows), capacity)
         found: dict[int, dict[str, list[int]]] = {}
         for index in range(len(packs)):
             pack = packs[index]
             assert set(pack) == {"input_ids", "labels", "position_ids"}
             assert len({len(values) for values in pack.values()}) == 1 and len(pack["input_ids"]) <= capacity
             assert all(values.dtype == torch.int64 for values in pack.values())
-            found |= dict(zip(packs.packs[index], documents_of(pack), strict=True))
+            found |= dict(zip(packs.members(index).tolist(), documents_of(pack), strict=True))
         assert sorted(found) == list(range(len(rows)))
         for number, row in enumerate(rows):
             expected = {
@@ -210,27 +241,28 @@ def test_chats_of_all_lengths_are_accounted_for(
     assert counts.tokens_in == counts.trained + counts.context + counts.dropped
     assert counts.tokens_in == sum(len(row.input_ids) for row in whole)
     assert isinstance(train, PackedRows if packing else EncodedRows)
+    rows = as_list(train.rows if packing else train)
     items = [train[index] for index in range(len(train))]
     labels = [torch.as_tensor(item["labels"]).tolist() for item in items]
     assert counts.trained == sum(len(trained_tokens(part)) for part in labels)
     # What is trained, row by row, whatever pack the row went into.
     if overlong == "truncate":
         cut = [EncodedRow(row.input_ids[:max_length], row.labels[:max_length]) for row in whole]
-        assert train.rows == [row for row in cut if trained_tokens(row.labels)]
+        assert rows == [row for row in cut if trained_tokens(row.labels)]
         assert counts.dropped == counts.tokens_in - sum(len(item["input_ids"]) for item in items) > 0
         assert counts.context == sum(len(item["input_ids"]) for item in items) - counts.trained
     else:
-        assert [token for row in train.rows for token in trained_tokens(row.labels)] == [
+        assert [token for row in rows for token in trained_tokens(row.labels)] == [
             token for row in whole for token in trained_tokens(row.labels)
         ]
         assert counts.trained == sum(len(trained_tokens(row.labels)) for row in whole)
-    everything = Counter(tuple(row.input_ids) for row in train.rows)
+    everything = Counter(tuple(row.input_ids) for row in rows)
     if packing:
         found = [document for item in items for document in documents_of(item)]
         assert Counter(tuple(document["input_ids"]) for document in found) == everything
         assert sum(len(trained_tokens(document["labels"])) for document in found) == counts.trained
         assert all(document["labels"][0] == IGNORE_INDEX for document in found)
-        assert len(train) < len(train.rows) and max(len(item["input_ids"]) for item in items) <= max_length
+        assert len(train) < len(rows) and max(len(item["input_ids"]) for item in items) <= max_length
     # The text of what is trained: the answers and their end tokens.
     texts = [tokenizer.decode(trained_tokens(row.labels)) for row in whole]
     assert texts == [

@@ -13,12 +13,13 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as draw
 from transformers import PreTrainedTokenizerBase
 
-from dataset.conversations import encode_rows
+from dataset.encoded_rows import encode_rows
 from novelgpt.settings.arguments import ConversationArguments
 from novelgpt.text.conversation import IGNORE_INDEX, EncodedRow, encode_conversation, encode_prompt
 from novelgpt.text.messages import Message
 from novelgpt.text.packing import PackedBlocks, PackedRows, TokenizedText, best_fit
 from novelgpt.text.templates import PLAIN_TEMPLATE, template_record
+from tests.memory_rows import as_rows
 from tests.text.test_templates import build_baichuan_folder, load_baichuan, with_template
 
 # 2,000 cases: four properties of conversations under four templates each, and four of packing.
@@ -190,7 +191,7 @@ def test_tokens_in_are_trained_context_or_dropped(
 @given(capacity=draw.integers(1, 200), shares=draw.lists(draw.floats(0, 1), max_size=60))
 def test_best_fit_takes_each_item_once_and_overfills_no_pack(capacity: int, shares: list[float]) -> None:
     lengths = [max(1, round(share * capacity)) for share in shares]
-    packs = best_fit(lengths, capacity)
+    packs = [pack.tolist() for pack in best_fit(lengths, capacity)]
     assert Counter(item for pack in packs for item in pack) == Counter(range(len(lengths)))
     filled = [sum(lengths[item] for item in pack) for pack in packs]
     assert all(0 < content <= capacity for content in filled)
@@ -208,15 +209,15 @@ def test_packed_rows_are_whole_and_apart(rows: list[list[tuple[int, bool]]], max
         EncodedRow([token for token, _ in row], [token if kept else IGNORE_INDEX for token, kept in row])
         for row in rows
     ]
-    packs = PackedRows(encoded, max_length)
+    packs = PackedRows(as_rows(encoded), max_length)
     found: list[tuple[int, ...]] = []
     for number in range(len(packs)):
         ids, labels, positions = (packs[number][name] for name in ("input_ids", "labels", "position_ids"))
         assert len(ids) == len(labels) == len(positions) <= max_length
         borders = (positions == 0).nonzero().flatten().tolist()
-        assert len(borders) == len(packs.packs[number])
+        assert len(borders) == len(packs.members(number))
         for begin, end in zip(borders, [*borders[1:], len(ids)], strict=True):
-            own = encoded[packs.packs[number][borders.index(begin)]]
+            own = encoded[packs.members(number)[borders.index(begin)]]
             assert positions[begin:end].tolist() == list(range(end - begin))
             # What comes before a row is another one, which must not tell its first token.
             assert labels[begin:end].tolist() == [IGNORE_INDEX, *own.labels[1:]]

@@ -7,7 +7,7 @@ from typing import Any
 import pytest
 from transformers import PreTrainedTokenizerBase
 
-from dataset.conversations import encode_rows
+from dataset.encoded_rows import encode_rows
 from dataset.readers import read_conversation_rows
 from novelgpt.settings.arguments import ConversationArguments
 from novelgpt.settings.errors import UserError

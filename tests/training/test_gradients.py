@@ -19,7 +19,6 @@ from torch.nn import functional
 from transformers import PreTrainedModel, Qwen3Config, Qwen3ForCausalLM, TrainerCallback
 from transformers.integrations.deepspeed import unset_hf_deepspeed_config
 
-from dataset.conversations import EncodedRows
 from finetune.__main__ import main as finetune
 from novelgpt.model import attention as _attention  # noqa: F401  registers "packed"
 from novelgpt.settings.arguments import TrainArguments
@@ -28,6 +27,7 @@ from novelgpt.text.conversation import IGNORE_INDEX, EncodedRow
 from novelgpt.text.packing import PackedRows
 from novelgpt.training import throughput
 from novelgpt.training.trainer import NovelTrainer
+from tests.memory_rows import as_rows
 from tests.ranks import run_ranks
 from tests.rounding import LOSS_TOLERANCE, ROUNDINGS, assert_close
 
@@ -75,8 +75,8 @@ def rows_of(packed: bool, weighted: bool = False) -> Any:
         for number, row in enumerate(row for group in groups[::2] for row in group[:2]):
             row.loss_weights = [(0.2 + number % 5) * (label != IGNORE_INDEX) for label in row.labels]
     if packed:
-        return [PackedRows(group, max_length=120)[0] for group in groups]
-    return EncodedRows(made)
+        return [PackedRows(as_rows(group), max_length=120)[0] for group in groups]
+    return as_rows(made)
 
 
 @dataclass
@@ -192,9 +192,9 @@ def test_packed_rows_give_the_gradients_of_padded_ones(tmp_path: Path) -> None:
     rows = encoded(8)
     for row in rows:
         row.labels[0] = IGNORE_INDEX
-    packs = PackedRows(rows, max_length=80)
+    packs = PackedRows(as_rows(rows), max_length=80)
     assert 1 < len(packs) < 4
-    padded = train(Case("", 8, 1), tmp_path, EncodedRows(rows))
+    padded = train(Case("", 8, 1), tmp_path, as_rows(rows))
     for shape in ((len(packs), 1), (1, len(packs))):
         packed = train(Case("", *shape), tmp_path, packs)
         assert_equal(packed["gradients"][0], padded["gradients"][0])
@@ -227,7 +227,7 @@ def test_a_step_without_trained_tokens_changes_nothing(tmp_path: Path) -> None:
     rows = encoded(2)
     for row in rows:
         row.labels = [IGNORE_INDEX] * len(row.labels)
-    outcome = train(Case("", 1, 2), tmp_path, EncodedRows(rows))
+    outcome = train(Case("", 1, 2), tmp_path, as_rows(rows))
     assert outcome["losses"] == [0.0]
     before = {name: parameter.detach() for name, parameter in tiny(tied=True).named_parameters()}
     assert_equal(outcome["weights"], before, 0)

@@ -15,13 +15,14 @@ from deepspeed import zero
 from transformers import LlamaConfig, LlamaForCausalLM
 from transformers.integrations.deepspeed import unset_hf_deepspeed_config
 
-from dataset.conversations import EncodedRows
+from dataset.encoded_rows import EncodedRows
 from novelgpt.settings.arguments import TrainArguments
 from novelgpt.settings.errors import UserError
 from novelgpt.text.collator import Collator
 from novelgpt.text.conversation import EncodedRow
 from novelgpt.training import throughput
 from novelgpt.training.trainer import NovelTrainer
+from tests.memory_rows import as_rows
 from tests.ranks import ROOT, run_ranks
 
 VOCABULARY, NAN, ZERO = 50, 49, 48
@@ -47,7 +48,7 @@ def rows_of(bad: int | None, without: set[int]) -> EncodedRows:
             ids[0] = bad
         if number not in without:
             made.append(EncodedRow(ids, ids.copy(), source=f"rows:{number}"))
-    return EncodedRows(made)
+    return as_rows(made)
 
 
 def tiny() -> LlamaForCausalLM:

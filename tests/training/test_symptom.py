@@ -18,7 +18,6 @@ from torch.nn import functional
 from transformers import AttentionInterface, AttentionMaskInterface
 from transformers.masking_utils import sdpa_mask
 
-from dataset.conversations import EncodedRows
 from novelgpt.checks.first_step import first_rows, probe_first_rows
 from novelgpt.model.baichuan import BaichuanConfig, BaichuanForCausalLM
 from novelgpt.settings.arguments import TrainArguments
@@ -28,6 +27,7 @@ from novelgpt.text.conversation import EncodedRow
 from novelgpt.training import throughput
 from novelgpt.training.plan import Probe
 from novelgpt.training.trainer import NovelTrainer
+from tests.memory_rows import as_rows
 from tests.ranks import run_ranks
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -76,10 +76,10 @@ def evaluation_losses(
         logging_steps=1, save_strategy="no", eval_strategy="steps", eval_steps=EVALUATE_EVERY, eval_on_start=True,
         disable_tqdm=True, use_cpu=True, optim="adamw_torch", guards=guards, **deepspeed,
     )  # fmt: skip
-    encoded = EncodedRows([EncodedRow(row, row.copy()) for row in rows])
+    encoded = [EncodedRow(row, row.copy()) for row in rows]
     trainer = NovelTrainer(
         model=model, args=settings, data_collator=Collator(0),
-        train_dataset=EncodedRows(encoded.rows[:TRAIN_ROWS]), eval_dataset=EncodedRows(encoded.rows[TRAIN_ROWS:]),
+        train_dataset=as_rows(encoded[:TRAIN_ROWS]), eval_dataset=as_rows(encoded[TRAIN_ROWS:]),
         probes=[Probe(partial(first_rows, TRAIN_ROWS), probe_first_rows)] if guards else [],
     )  # fmt: skip
     trainer.train()
