@@ -2,16 +2,18 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
-from dataclasses import asdict, dataclass
+from collections.abc import Iterator, Mapping
+from dataclasses import asdict, astuple, dataclass, field
 from pathlib import Path
 from typing import Any
 
 from dataset.records import read_records
 from dataset.row_fields import ABSENT
 from novelgpt.scoring.answers import ANSWER_SCORES
+from novelgpt.scoring.row_scores import RowScores
 from novelgpt.settings.errors import UserError
 from novelgpt.text.messages import split_thought
+from predict.stored_rows import IdIndex, StoredRows
 
 # Field names of predictions and references: ours, LLaMA-Factory's, ms-swift's.
 TEXT_FIELDS = (("prediction", "reference"), ("predict", "label"), ("response", "labels"))
@@ -48,6 +50,7 @@ class Prediction:
         reference: the correct answer; "" for none.
         scoring: how it is scored.
         finish_reason: why it ended, "stop" for by itself; None where unknown.
+        of_the_model: scores of the reference under the model, where it is at hand.
     """
 
     id: str
@@ -55,6 +58,7 @@ class Prediction:
     reference: str
     scoring: ScoringFields = ScoringFields()
     finish_reason: str | None = None
+    of_the_model: RowScores = field(default_factory=dict)
 
     @property
     def scored_text(self) -> str:
@@ -62,41 +66,79 @@ class Prediction:
         return self.text[: self.scoring.scored_characters]
 
 
-def read_predictions(path: Path, keep_thoughts: bool = False) -> list[Prediction]:
-    """The rows of a prediction file.
+class PredictionFile:
+    """The rows of a prediction file, each of which was checked; they can be read many times, and are not in memory.
+
+    A row without an id has its number for one, with as many "~" behind it as tell it apart from ids of the file.
 
     Args:
-        path: of the file.
+        path: of the file; a pipe, too.
+        near: where results are written, on whose disk the rows are kept meanwhile.
         keep_thoughts: whether a thought (<think>…</think>) before an answer is part of the texts; otherwise both sides
             are the answer without it.
 
     Raises:
         UserError: an unreadable file, no rows, or a row without its texts.
     """
-    records = list(read_records(path))
-    taken = {str(record["id"]) for _, record in records if record.get("id") not in ABSENT}
-    predictions = []
-    for number, (where, record) in enumerate(records):
-        if record.get("id") in ABSENT:
-            name = str(number)
-            while name in taken:
-                name += "~"
-        else:
-            name = str(record["id"])
-        scoring = read_scoring(record, where)
-        fields = text_fields(record)
-        for field in fields:
-            if not isinstance(record.get(field), str):
-                pairs = ", ".join(" and ".join(pair) for pair in TEXT_FIELDS)
-                cause = f"{where}: field {field} is missing or not text"
-                raise UserError(cause, f"give every row both texts, under the names {pairs}")
-        text, reference = (record[field] for field in fields)
-        if not keep_thoughts:
-            text, reference = split_thought(text, False)[1], split_thought(reference, False)[1]
-        predictions.append(Prediction(name, text, reference, scoring, record.get("finish_reason")))
-    if not predictions:
-        raise UserError(f"{path} holds no row", "name a file with predictions")
-    return predictions
+
+    def __init__(self, path: Path, near: Path, keep_thoughts: bool = False) -> None:
+        self._rows = StoredRows(near)
+        named = 0
+        for where, record in read_records(path):
+            name = None if record.get("id") in ABSENT else str(record["id"])
+            named += name is not None
+            self._rows.append([name, *_checked_row(record, where, keep_thoughts)])
+        self._rows.finish()
+        if not len(self._rows):
+            raise UserError(f"{path} holds no row", "name a file with predictions")
+        self._given: IdIndex | None = None  # where some rows have an id, and others do not
+        if 0 < named < len(self._rows):
+            self._given = IdIndex((row[0] for row in self._stored()), lambda number: self._rows[number][0])
+
+    def __len__(self) -> int:
+        return len(self._rows)
+
+    def __iter__(self) -> Iterator[Prediction]:
+        return map(self.__getitem__, range(len(self)))
+
+    def __getitem__(self, number: int) -> Prediction:
+        name, text, reference, (metrics, answers, group, characters), finish_reason = self._rows[number]
+        scoring = ScoringFields(tuple(metrics), tuple(answers), group, characters)
+        return Prediction(self._name(number, name), text, reference, scoring, finish_reason)
+
+    def ids(self) -> Iterator[str]:
+        """The id of each row."""
+        return (self._name(number, row[0]) for number, row in enumerate(self._stored()))
+
+    def index(self) -> IdIndex:
+        """Which rows have an id."""
+        return IdIndex(self.ids(), lambda number: self._name(number, self._rows[number][0]))
+
+    def _stored(self) -> Iterator[Any]:
+        return map(self._rows.__getitem__, range(len(self._rows)))
+
+    def _name(self, number: int, given: str | None) -> str:
+        if given is not None:
+            return given
+        name = str(number)
+        while self._given is not None and self._given.numbers(name):
+            name += "~"
+        return name
+
+
+def _checked_row(record: Mapping[str, Any], where: str, keep_thoughts: bool) -> list[Any]:
+    """[text, reference, scoring fields, finish reason] of a row."""
+    scoring = read_scoring(record, where)
+    fields = text_fields(record)
+    for field_name in fields:
+        if not isinstance(record.get(field_name), str):
+            pairs = ", ".join(" and ".join(pair) for pair in TEXT_FIELDS)
+            cause = f"{where}: field {field_name} is missing or not text"
+            raise UserError(cause, f"give every row both texts, under the names {pairs}")
+    texts = [record[field_name] for field_name in fields]
+    if not keep_thoughts:
+        texts = [split_thought(text, False)[1] for text in texts]
+    return [*texts, astuple(scoring), record.get("finish_reason")]
 
 
 def read_scoring(record: Mapping[str, Any], where: str) -> ScoringFields:

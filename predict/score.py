@@ -10,46 +10,53 @@ LLaMA-Factory writes them, or `response` and `labels`, as ms-swift does.
 
 from __future__ import annotations
 
+import importlib.metadata
+import importlib.util
 import json
 import math
 from argparse import Namespace
-from collections.abc import Mapping, Sequence
+from array import array
+from collections import deque
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
+import numpy
+
 from novelgpt.scoring.conventions import CONVENTIONS
 from novelgpt.scoring.row_scores import RowScores, ScoredRow, score_rows
+from novelgpt.scoring.score_table import ScoreColumns, ScoreTable
 from novelgpt.scoring.segmentation import segment
-from novelgpt.scoring.summary import compare_rows, definitions, reference_name, summarise_rows
-from novelgpt.settings.atomic_files import atomic_write
+from novelgpt.scoring.summary import Comparison, compare_columns, definitions, reference_name, summarise_columns
+from novelgpt.settings.atomic_files import atomic_file, atomic_write
 from novelgpt.settings.command_parser import CommandParser
 from novelgpt.settings.console import make_console, number_table
 from novelgpt.settings.errors import UserError, exit_on_user_error
-from novelgpt.settings.paths import check_folder_can_be_made
+from novelgpt.settings.paths import check_folder_can_be_made, existing_folder
 from novelgpt.settings.remedies import pip_install
 from novelgpt.settings.terminal import counted, say
-from predict.predictions import Prediction, read_predictions
+from predict.predictions import Prediction, PredictionFile
 
 MAX_GROUPS = 4  # side by side in the terminal
 
 
-def score_predictions(
-    predictions: Sequence[Prediction], of_the_model: Mapping[int, RowScores] | None = None, workers: int | None = None
-) -> list[RowScores]:
+def score_predictions(predictions: Iterable[Prediction], workers: int | None = None) -> Iterator[RowScores]:
     """Scores of each row: "id" and, if set, "score_group" first; then "stopped" and "cut" where they are known.
 
     Args:
-        predictions: the rows.
-        of_the_model: number of a row -> scores of its reference under the model, which are added.
+        predictions: the rows, of which a few are in memory at once.
         workers: processes; None for as many as there is work for.
     """
-    scored = score_rows(
-        (ScoredRow(one.scored_text, one.reference, one.scoring.metrics, one.scoring.answers) for one in predictions),
-        workers,
-    )
-    rows = []
-    for number, (one, scores) in enumerate(zip(predictions, scored, strict=True)):
+    waiting: deque[Prediction] = deque()
+
+    def to_score() -> Iterator[ScoredRow]:
+        for one in predictions:
+            waiting.append(one)
+            yield ScoredRow(one.scored_text, one.reference, one.scoring.metrics, one.scoring.answers)
+
+    for scores in score_rows(to_score(), workers):
+        one = waiting.popleft()
         row: RowScores = {"id": one.id}
         if one.scoring.score_group:
             row["score_group"] = one.scoring.score_group
@@ -58,49 +65,57 @@ def score_predictions(
             row["stopped"] = float(one.finish_reason == "stop")
         if one.scoring.scored_characters is not None:
             row["cut"] = float(one.text != one.scored_text)
-        rows.append(row | (of_the_model or {}).get(number, {}))
-    return rows
+        yield row | one.of_the_model
 
 
-def write_scores(rows: Sequence[RowScores], path: Path, further: Mapping[str, Any] | None = None) -> dict[str, Any]:
+def write_scores(rows: Iterable[RowScores], path: Path, further: Mapping[str, Any] | None = None) -> dict[str, Any]:
     """Write scores.json (means, intervals, definitions, groups) and row_scores.jsonl beside it, and print the scores.
 
     Args:
-        rows: scores of each row, as `score_predictions` returns them.
+        rows: scores of each row, as `score_predictions` returns them; each is written when it comes.
         path: of scores.json.
         further: other entries: the model, the settings, the time it took.
 
     Returns:
         The content of scores.json.
     """
-    scores, texts = _overall_scores(rows), definitions()
-    intervals = scores.pop("intervals")
-    scores |= further or {}
-    scores |= {"intervals": intervals, "definitions": {name: texts[name] for name in intervals if name in texts}}
-    members: dict[str, list[RowScores]] = {}
-    for row in rows:
-        if "score_group" in row:
-            members.setdefault(row["score_group"], []).append(row)
-    names = sorted(members, key=int) if all(map(str.isdecimal, members)) else list(members)
-    if members:
-        scores["groups"] = {name: _overall_scores(members[name]) for name in names}
-    lines = "".join(json.dumps(row, ensure_ascii=False) + "\n" for row in rows)
     row_file = path.with_name("row_scores.jsonl") if path.name == "scores.json" else path.with_suffix(".rows.jsonl")
     path.parent.mkdir(parents=True, exist_ok=True)
-    atomic_write(row_file, lines)
+    table, texts = ScoreTable(path.parent), definitions()
+    groups: dict[str, int] = {}
+    group_of_row = array("i")
+    with atomic_file(row_file) as file:
+        for row in rows:
+            file.write((json.dumps(row, ensure_ascii=False) + "\n").encode())
+            table.append(row)
+            group = row.get("score_group")
+            group_of_row.append(-1 if group is None else groups.setdefault(group, len(groups)))
+        scores = _overall_scores(table.columns())
+        intervals = scores.pop("intervals")
+        scores |= further or {}
+        scores |= {"intervals": intervals, "definitions": {name: texts[name] for name in intervals if name in texts}}
+        members = numpy.frombuffer(group_of_row, numpy.int32)
+        names = sorted(groups, key=int) if all(map(str.isdecimal, groups)) else list(groups)
+        if groups:
+            scores["groups"] = {
+                name: _overall_scores(table.columns(numpy.flatnonzero(members == groups[name]))) for name in names
+            }
     _write_json(path, scores)
     _show_scores(scores)
     return scores
 
 
-def _overall_scores(rows: Sequence[RowScores]) -> dict[str, Any]:
+def _overall_scores(columns: ScoreColumns) -> dict[str, Any]:
     """Return means and counts of some rows, and the "intervals" of the means."""
-    means, intervals = summarise_rows(rows)
+    means, intervals = summarise_columns(columns)
     finite: dict[str, Any] = {name: value for name, value in means.items() if math.isfinite(value)}
+    with_reference = columns.places.get("rows_with_rouge-1")
+    empty = columns.values[columns.places["prediction_characters"]] == 0
     counts = {
-        "rows": len(rows),
-        "rows_without_reference": sum("rouge-1" not in row for row in rows),
-        "empty_predictions": sum(row["prediction_characters"] == 0 for row in rows),
+        "rows": columns.rows,
+        "rows_without_reference": columns.rows
+        - (0 if with_reference is None else int(columns.values[with_reference].sum())),
+        "empty_predictions": int(numpy.count_nonzero(empty)),
     }
     return finite | counts | {"intervals": {name: intervals[name] for name in finite}}
 
@@ -128,20 +143,24 @@ def main(argv: list[str] | None = None) -> None:
         if args.output.is_dir():
             raise UserError(f"--output {args.output} is a folder", "name a file")
         check_folder_can_be_made(args.output.parent, f"--output {args.output}")
-    predictions = read_predictions(args.file, keep_thoughts=args.convention is not None)
+    output = args.output or args.file.with_name("scores.json")
+    predictions = PredictionFile(args.file, output.parent, keep_thoughts=args.convention is not None)
     if args.convention:
         _score_by_convention(predictions, args)
     elif args.compare:
         _compare(predictions, args)
+    elif args.scorer == "rouge_chinese":
+        if importlib.util.find_spec("rouge_chinese") is None:
+            raise UserError("--scorer rouge_chinese needs that package", pip_install("rouge-chinese"))
+        version = importlib.metadata.version("rouge-chinese")
+        write_scores(_with_package_scores(predictions, args), output, {"scorer": f"rouge_chinese {version}"})
     else:
-        rows = score_predictions(predictions, workers=args.workers)
-        further = {"scorer": _score_by_package(predictions, rows)} if args.scorer == "rouge_chinese" else {}
-        write_scores(rows, args.output or args.file.with_name("scores.json"), further)
+        write_scores(score_predictions(predictions, args.workers), output)
 
 
-def _score_by_convention(predictions: Sequence[Prediction], args: Namespace) -> None:
+def _score_by_convention(predictions: PredictionFile, args: Namespace) -> None:
     convention = CONVENTIONS[args.convention]
-    scores = convention([one.scored_text for one in predictions], [one.reference for one in predictions])
+    scores = convention((one.scored_text for one in predictions), (one.reference for one in predictions))
     recipe = " ".join((convention.__doc__ or "").split())
     path = args.output or args.file.with_name("scores.json")
     path = path.with_name(f"scores.{args.convention}.json") if path.name == "scores.json" else path
@@ -154,39 +173,60 @@ def _score_by_convention(predictions: Sequence[Prediction], args: Namespace) -> 
     say(recipe)
 
 
-def _score_by_package(predictions: Sequence[Prediction], rows: list[RowScores]) -> str:
-    """Put rouge_chinese's own scores into the rows; returns its name and version."""
-    try:
-        import rouge_chinese
-    except ImportError as error:
-        raise UserError("--scorer rouge_chinese needs that package", pip_install("rouge-chinese")) from error
-    from importlib.metadata import version
+def _with_package_scores(predictions: PredictionFile, args: Namespace) -> Iterator[RowScores]:
+    """The rows' scores, with rouge_chinese's own in place of those that are equal to them."""
+    import rouge_chinese
 
-    for one, row in zip(predictions, rows, strict=True):
+    for one, row in zip(predictions, score_predictions(predictions, args.workers), strict=True):
         sides = [segment(text) for text in (one.scored_text, one.reference)]
         if all(side.strip() for side in sides):  # the package raises on blank texts
             row |= {name: value["f"] for name, value in rouge_chinese.Rouge().get_scores(*sides)[0].items()}
-    return f"rouge_chinese {version('rouge-chinese')}"
+        yield row
 
 
-def _compare(predictions: Sequence[Prediction], args: Namespace) -> None:
-    remedy = "predict with both models on the same files"
-    others = {one.id: one for one in read_predictions(args.compare)}
-    missing = [one.id for one in predictions if one.id not in others]
-    if missing or len(others) != len(predictions):
-        found = f"{missing[0]} is in the first only" if missing else f"{len(predictions)} and {len(others)} ids"
-        raise UserError(f"{args.file} and {args.compare} do not answer the same rows: {found}", remedy)
-    paired = [others[one.id] for one in predictions]
-    for one, other in zip(predictions, paired, strict=True):
-        if one.reference != other.reference:
-            raise UserError(f"row {one.id} has two references", remedy)
-    first, second = (score_predictions(side, workers=args.workers) for side in (predictions, paired))
-    comparisons = compare_rows(first, second)
+def _compare(predictions: PredictionFile, args: Namespace) -> None:
     path = args.output or args.file.with_name("comparison.json")
+    others = PredictionFile(args.compare, path.parent)
+    numbers = _numbers_of_same_rows(predictions, others, args)
+    folder = existing_folder(path.parent)
+    columns: list[ScoreColumns] = []
+    sides: tuple[Iterable[Prediction], ...] = (predictions, map(others.__getitem__, numbers))
+    for side in sides:
+        table = ScoreTable(folder)
+        for row in score_predictions(side, args.workers):
+            table.append(row)
+        columns.append(table.columns())
+    comparisons = compare_columns(columns[0], columns[1])
     scores = [asdict(comparison) for comparison in comparisons]
     files = {"first": str(args.file), "second": str(args.compare)}
     _write_json(path, {**files, "rows": len(predictions), "scores": scores})
-    title = f"Second against first, {counted(len(predictions), 'row')}"
+    _show_comparison(comparisons, len(predictions))
+    say(f"  {path}")
+
+
+def _numbers_of_same_rows(predictions: PredictionFile, others: PredictionFile, args: Namespace) -> Sequence[int]:
+    """For each prediction, the number of the other one with its id."""
+    remedy = "predict with both models on the same files"
+    index, numbers = others.index(), array("q")
+    missing = ""
+    for name in predictions.ids():
+        found = index.numbers(name)
+        if not found:
+            missing = f"{name} is in the first only"
+            break
+        numbers.append(found[-1])
+    ids = index.distinct()
+    if missing or ids != len(predictions):
+        found_ids = missing or f"{len(predictions)} and {ids} ids"
+        raise UserError(f"{args.file} and {args.compare} do not answer the same rows: {found_ids}", remedy)
+    for one, number in zip(predictions, numbers, strict=True):
+        if one.reference != others[number].reference:
+            raise UserError(f"row {one.id} has two references", remedy)
+    return numbers
+
+
+def _show_comparison(comparisons: Sequence[Comparison], rows: int) -> None:
+    title = f"Second against first, {counted(rows, 'row')}"
     table = number_table(title, "score", "first", "second", "difference", "95 % interval", "p")
     for score in comparisons:
         if score.name.startswith("reference_") or not (math.isfinite(score.first) and math.isfinite(score.second)):
@@ -198,7 +238,6 @@ def _compare(predictions: Sequence[Prediction], args: Namespace) -> None:
         )  # fmt: skip
     make_console().print(table)
     say("bold: p below 0.05 by approximate randomization. With many scores, one in twenty is so by chance.")
-    say(f"  {path}")
 
 
 def _show_scores(scores: Mapping[str, Any]) -> None:

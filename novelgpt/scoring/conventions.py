@@ -8,7 +8,8 @@ from __future__ import annotations
 
 import itertools
 import re
-from collections.abc import Callable, Sequence
+from array import array
+from collections.abc import Callable, Iterable
 
 import numpy
 
@@ -17,19 +18,21 @@ from novelgpt.scoring.rouge import METRICS, mean_f, score_counts, score_segmente
 from novelgpt.scoring.segmentation import segment
 
 
-def llamafactory(predictions: Sequence[str], references: Sequence[str]) -> dict[str, float]:
+def llamafactory(predictions: Iterable[str], references: Iterable[str]) -> dict[str, float]:
     """LLaMA-Factory 0.9.5, `train/sft/metric.py`: {"rouge-1", "rouge-2", "rouge-l", "bleu-4"}.
 
     rouge_chinese on jieba words, BLEU-4 on characters, each pair rounded to 4 places and then averaged; empty counts 0.
     """
-    rouge = score_texts(predictions, references)
-    scores = {metric: [round(pair[metric]["f"] * 100, 4) for pair in rouge] for metric in METRICS}
-    pairs = zip(predictions, references, strict=True)
-    scores["bleu-4"] = [round(bleu4_char(prediction, reference) * 100, 4) for prediction, reference in pairs]
+    scores = {name: array("d") for name in (*METRICS, "bleu-4")}
+    for prediction, reference in zip(predictions, references, strict=True):
+        (rouge,) = score_texts([prediction], [reference])
+        for metric in METRICS:
+            scores[metric].append(round(rouge[metric]["f"] * 100, 4))
+        scores["bleu-4"].append(round(bleu4_char(prediction, reference) * 100, 4))
     return {name: float(numpy.mean(values)) for name, values in scores.items()}
 
 
-def swift(predictions: Sequence[str], references: Sequence[str]) -> dict[str, float]:
+def swift(predictions: Iterable[str], references: Iterable[str]) -> dict[str, float]:
     """ms-swift 4.6.0, `metrics/nlg.py`: {"rouge-1", "rouge-2", "rouge-l", "bleu-4"}.
 
     The `rouge` package (not rouge_chinese) and BLEU-4, both on jieba words without blanks. Pairs without a reference
@@ -51,18 +54,18 @@ def swift(predictions: Sequence[str], references: Sequence[str]) -> dict[str, fl
     return {name: round(total / count * 100, 6) if count else 0.0 for name, total in totals.items()}
 
 
-def opencompass(predictions: Sequence[str], references: Sequence[str]) -> dict[str, float]:
+def opencompass(predictions: Iterable[str], references: Iterable[str]) -> dict[str, float]:
     """OpenCompass' JiebaRougeEvaluator: {"rouge1", "rouge2", "rougeL"}.
 
     Of each text, only the part before the first line end, "." or "," counts, without its punctuation.
     """
-    predicted = [segment(_opencompass_text(text)) or "__PREDPLACEHOLDER__" for text in predictions]
-    expected = [segment(_opencompass_text(text)) or "__REFRPLACEHOLDER__" for text in references]
-    means = mean_f(list(map(score_segmented, predicted, expected)))
+    predicted = (segment(_opencompass_text(text)) or "__PREDPLACEHOLDER__" for text in predictions)
+    expected = (segment(_opencompass_text(text)) or "__REFRPLACEHOLDER__" for text in references)
+    means = mean_f(map(score_segmented, predicted, expected))
     return {"rouge1": means["rouge-1"] * 100, "rouge2": means["rouge-2"] * 100, "rougeL": means["rouge-l"] * 100}
 
 
-CONVENTIONS: dict[str, Callable[[Sequence[str], Sequence[str]], dict[str, float]]] = {
+CONVENTIONS: dict[str, Callable[[Iterable[str], Iterable[str]], dict[str, float]]] = {
     "llamafactory": llamafactory,
     "swift": swift,
     "opencompass": opencompass,

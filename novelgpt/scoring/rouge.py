@@ -126,21 +126,20 @@ def score_texts(predictions: Sequence[str], references: Sequence[str]) -> list[P
     ]
 
 
-def mean_f(scores: Sequence[PairScores]) -> dict[str, float]:
+def mean_f(scores: Iterable[PairScores]) -> dict[str, float]:
     """Mean F of each of METRICS over the pairs, in [0, 1]; equal to the "f" of rouge_chinese's `get_scores(avg=True)`.
 
     Raises ValueError if there are no pairs.
     """
-    if not scores:
+    # Not sum(): from Python 3.12 on it compensates rounding, and the last bit would differ from rouge_chinese.
+    totals, count = dict.fromkeys(METRICS, 0.0), 0
+    for pair in scores:
+        count += 1
+        for metric in METRICS:
+            totals[metric] += pair[metric]["f"]
+    if not count:
         raise ValueError("no scores to average")
-    means = {}
-    for metric in METRICS:
-        # Not sum(): from Python 3.12 on it compensates rounding, and the last bit would differ from rouge_chinese.
-        total = 0.0
-        for pair in scores:
-            total += pair[metric]["f"]
-        means[metric] = total / len(scores)
-    return means
+    return {metric: total / count for metric, total in totals.items()}
 
 
 def character_rouge(prediction: str, reference: str) -> dict[str, float]:

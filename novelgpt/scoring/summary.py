@@ -8,7 +8,7 @@ n-grams), so rows are resampled, with replacement, by summing other rows (Efron'
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
 
 import numpy
@@ -16,6 +16,16 @@ from sacrebleu.metrics import BLEU
 
 from novelgpt.scoring.answers import ANSWER_DEFINITIONS
 from novelgpt.scoring.row_scores import RowScores, corpus_bleu
+from novelgpt.scoring.score_table import (
+    BLEU_COLUMNS,
+    BLOCK_ROWS,
+    MODELLED_CHARACTERS,
+    NATS,
+    TOKENS,
+    TOKENS_RIGHT,
+    ScoreColumns,
+    table_of,
+)
 from novelgpt.scoring.text_scores import DEFINITIONS as TEXT_DEFINITIONS
 from novelgpt.settings.terminal import counted
 
@@ -23,12 +33,11 @@ RESAMPLES = 2000
 PERMUTATIONS = 5000
 SEED = 42
 LEVEL = 95.0
-
-NATS = "reference_nats"
-TOKENS = "reference_tokens"
-TOKENS_RIGHT = "reference_tokens_right"
-CHARACTERS = "reference_characters"
-BLEU_COLUMNS = tuple(f"sacrebleu_statistics_{place}" for place in range(10))
+# Up to so many rows, each sample is summed by itself, all its rows at once. More rows are summed block by block, for
+# many samples together, which is several times as fast, and rounds differently in the last bits.
+ROWS_SUMMED_AT_ONCE = 32_768
+# For the samples that are summed together, one byte per row and sample.
+BYTES_OF_SAMPLES = 2**25
 
 
 @dataclass(frozen=True)
@@ -81,7 +90,7 @@ def _bleu(sums: numpy.ndarray) -> numpy.ndarray:
 _OF_THE_MODEL = (
     Statistic("loss", (NATS, TOKENS), _ratio),
     Statistic("perplexity", (NATS, TOKENS), lambda sums: numpy.exp(numpy.minimum(_ratio(sums), 700.0))),
-    Statistic("bits_per_character", (NATS, f"modelled_{CHARACTERS}"), lambda sums: _ratio(sums) / math.log(2.0)),
+    Statistic("bits_per_character", (NATS, MODELLED_CHARACTERS), lambda sums: _ratio(sums) / math.log(2.0)),
     Statistic("token_accuracy", (TOKENS_RIGHT, TOKENS), _ratio),
 )
 _BLEU = Statistic("sacrebleu", BLEU_COLUMNS, _bleu)
@@ -122,11 +131,21 @@ def definitions() -> dict[str, str]:
     }
 
 
-def summarise_rows(rows: Sequence[RowScores], seed: int = SEED) -> tuple[dict[str, float], dict[str, list[float]]]:
-    """Overall scores and their 95 % intervals (percentiles of `RESAMPLES` samples of rows).
+def summarise_rows(rows: Iterable[RowScores], seed: int = SEED) -> tuple[dict[str, float], dict[str, list[float]]]:
+    """`summarise_columns` of rows that are at hand.
 
     Args:
         rows: scores of each row by name; a row may lack some.
+        seed: of the samples.
+    """
+    return summarise_columns(table_of(rows).columns(), seed)
+
+
+def summarise_columns(scores: ScoreColumns, seed: int = SEED) -> tuple[dict[str, float], dict[str, list[float]]]:
+    """Overall scores and their 95 % intervals (percentiles of `RESAMPLES` samples of rows).
+
+    Args:
+        scores: of the rows.
         seed: of the samples.
 
     Returns:
@@ -135,44 +154,58 @@ def summarise_rows(rows: Sequence[RowScores], seed: int = SEED) -> tuple[dict[st
     Raises:
         ValueError: no rows.
     """
-    if not rows:
+    if not scores.rows:
         raise ValueError("no rows to summarise")
-    names, values = _columns(rows)
     # Row by row, as other tools sum, for bit-equality.
-    whole = values.cumsum(axis=0)[-1:]
-    (resampled,) = _resampled_sums([values], numpy.random.default_rng(seed))
+    whole = numpy.zeros((1, len(scores.places)))
+    for start in range(0, scores.rows, BLOCK_ROWS):
+        block = scores.block(start, start + BLOCK_ROWS)
+        whole = numpy.concatenate([whole, block]).cumsum(axis=0)[-1:]
+    (resampled,) = _resampled_sums([scores], numpy.random.default_rng(seed))
+    places = {name: place for place, name in enumerate(scores.places)}
     means, intervals = {}, {}
-    for statistic in _statistics(names):
-        places = [names[column] for column in statistic.columns]
-        means[statistic.name] = float(statistic.combine(whole[:, places])[0])
-        intervals[statistic.name] = _interval(statistic.combine(resampled[:, places]))
+    for statistic in _statistics(places):
+        chosen = [places[column] for column in statistic.columns]
+        means[statistic.name] = float(statistic.combine(whole[:, chosen])[0])
+        intervals[statistic.name] = _interval(statistic.combine(resampled[:, chosen]))
     return means, intervals
 
 
-def compare_rows(first: Sequence[RowScores], second: Sequence[RowScores], seed: int = SEED) -> list[Comparison]:
-    """Every score that both sets have, the difference with its interval and its p-value.
+def compare_rows(first: Iterable[RowScores], second: Iterable[RowScores], seed: int = SEED) -> list[Comparison]:
+    """`compare_columns` of rows that are at hand.
 
     Args:
         first: scores of each row.
+        second: scores of other predictions for the same rows, in the same order.
+        seed: of the samples.
+    """
+    return compare_columns(table_of(first).columns(), table_of(second).columns(), seed)
+
+
+def compare_columns(first: ScoreColumns, second: ScoreColumns, seed: int = SEED) -> list[Comparison]:
+    """Every score that both sets have, the difference with its interval and its p-value.
+
+    Args:
+        first: scores of the rows.
         second: scores of other predictions for the same rows, in the same order.
         seed: of the samples.
 
     Raises:
         ValueError: no rows, or different numbers of rows.
     """
-    if not first or len(first) != len(second):
-        raise ValueError(f"{counted(len(first), 'row')} against {len(second)}: a paired comparison needs the same rows")
-    (first_names, a), (second_names, b) = _columns(first), _columns(second)
-    shared = [name for name in first_names if name in second_names]
+    if not first.rows or first.rows != second.rows:
+        raise ValueError(f"{counted(first.rows, 'row')} against {second.rows}: a paired comparison needs the same rows")
+    shared = [name for name in first.places if name in second.places]
     names = {name: place for place, name in enumerate(shared)}
-    a, b = a[:, [first_names[name] for name in shared]], b[:, [second_names[name] for name in shared]]
+    sides = [first.only(shared), second.only(shared)]
     generator = numpy.random.default_rng(seed)
-    resampled = _resampled_sums([a, b], generator)
-    moved = numpy.stack([generator.integers(0, 2, len(a)) @ (b - a) for _ in range(PERMUTATIONS)])
+    resampled = _resampled_sums(sides, generator)
+    moved = _swapped_sums(sides[0], sides[1], generator)
+    whole = [numpy.array([[side.values[place].sum() for place in side.places.values()]]) for side in sides]
     comparisons = []
     for statistic in _statistics(names):
         places = [names[column] for column in statistic.columns]
-        sums = [side[:, places].sum(axis=0, keepdims=True) for side in (a, b)]
+        sums = [side[:, places] for side in whole]
         before, after = (float(statistic.combine(side)[0]) for side in sums)
         low, high = _interval(statistic.combine(resampled[1][:, places]) - statistic.combine(resampled[0][:, places]))
         chance = statistic.combine(sums[1] - moved[:, places]) - statistic.combine(sums[0] + moved[:, places])
@@ -183,15 +216,60 @@ def compare_rows(first: Sequence[RowScores], second: Sequence[RowScores], seed: 
     return comparisons
 
 
-def _resampled_sums(sides: list[numpy.ndarray], generator: numpy.random.Generator) -> list[numpy.ndarray]:
+def _resampled_sums(sides: Sequence[ScoreColumns], generator: numpy.random.Generator) -> list[numpy.ndarray]:
     """[RESAMPLES, columns] of each side: sums over as many rows, sampled with replacement, the same for all sides."""
-    count = len(sides[0])
-    resampled = [numpy.empty((RESAMPLES, side.shape[1])) for side in sides]
-    for draw in range(RESAMPLES):
-        weights = numpy.bincount(generator.integers(0, count, count), minlength=count)
-        for sums, side in zip(resampled, sides, strict=True):
-            sums[draw] = weights @ side
-    return resampled
+    rows = sides[0].rows
+    sums: list[list[numpy.ndarray]] = [[] for _ in sides]
+    # How often each sample holds each row: no row is drawn 256 times, which has a chance of 1 in 10^500.
+    for counts in _samples(RESAMPLES, rows):
+        for sample in counts:
+            for start in range(0, rows, BLOCK_ROWS):
+                drawn = generator.integers(0, rows, min(BLOCK_ROWS, rows - start))
+                numpy.add.at(sample, drawn, numpy.uint8(1))
+        for side, found in zip(sides, sums, strict=True):
+            found.append(_weighted_sums(counts, side))
+    return [numpy.concatenate(found) for found in sums]
+
+
+def _swapped_sums(first: ScoreColumns, second: ScoreColumns, generator: numpy.random.Generator) -> numpy.ndarray:
+    """[PERMUTATIONS, columns]: what moves from the second side to the first where half of the rows swap their sides."""
+    rows = first.rows
+    sums = []
+    for swapped in _samples(PERMUTATIONS, rows):
+        for sample in swapped:
+            for start in range(0, rows, BLOCK_ROWS):
+                sample[start : start + BLOCK_ROWS] = generator.integers(0, 2, min(BLOCK_ROWS, rows - start))
+        sums.append(_weighted_sums(swapped, second, minus=first))
+    return numpy.concatenate(sums)
+
+
+def _samples(total: int, rows: int) -> Iterator[numpy.ndarray]:
+    """[samples, rows] of zeros, `total` samples in all, as many at once as `BYTES_OF_SAMPLES` takes."""
+    together = max(1, BYTES_OF_SAMPLES // rows)
+    for first in range(0, total, together):
+        yield numpy.zeros((min(together, total - first), rows), numpy.uint8)
+
+
+def _weighted_sums(weights: numpy.ndarray, of: ScoreColumns, minus: ScoreColumns | None = None) -> numpy.ndarray:
+    """[samples, columns] sums over rows.
+
+    Args:
+        weights: [samples, rows] of each row in each sample.
+        of: what is summed.
+        minus: subtracted from it, row by row.
+    """
+
+    def block(start: int, stop: int) -> numpy.ndarray:
+        return of.block(start, stop) if minus is None else of.block(start, stop) - minus.block(start, stop)
+
+    if of.rows <= ROWS_SUMMED_AT_ONCE:
+        values = block(0, of.rows)
+        return numpy.stack([sample.astype(float) @ values for sample in weights])
+    sums = numpy.zeros((len(weights), len(of.places)))
+    for start in range(0, of.rows, BLOCK_ROWS):
+        stop = start + BLOCK_ROWS
+        sums += weights[:, start:stop].astype(float) @ block(start, stop)
+    return sums
 
 
 def _interval(values: numpy.ndarray) -> list[float]:
@@ -210,22 +288,3 @@ def _statistics(names: dict[str, int]) -> list[Statistic]:
         if f"rows_with_{name}" in names and name not in (NATS, TOKENS, TOKENS_RIGHT)
     ]
     return means + [extra for extra in (*_OF_THE_MODEL, _BLEU) if set(extra.columns) <= set(names)]
-
-
-def _columns(rows: Sequence[RowScores]) -> tuple[dict[str, int], numpy.ndarray]:
-    """Indices of the columns, and [rows, columns] to sum; for each mean, also which rows have the score."""
-    # Overall scores of the model come from its sums, not from the rows' own values.
-    derived = {statistic.name for statistic in _OF_THE_MODEL}
-    found = dict.fromkeys(
-        name for row in rows for name, value in row.items() if isinstance(value, (int, float)) and name not in derived
-    )
-    columns: dict[str, list[float]] = {}
-    for name in found:
-        columns[name] = [row.get(name, 0.0) for row in rows]
-        columns[f"rows_with_{name}"] = [float(name in row) for row in rows]
-    if NATS in found:
-        columns[f"modelled_{CHARACTERS}"] = [row.get(CHARACTERS, 0) * float(NATS in row) for row in rows]
-    counts = [row.get("sacrebleu_statistics", (0,) * len(BLEU_COLUMNS)) for row in rows]
-    if any(map(any, counts)):
-        columns |= {name: [row[place] for row in counts] for place, name in enumerate(BLEU_COLUMNS)}
-    return {name: place for place, name in enumerate(columns)}, numpy.array(list(columns.values()), dtype=float).T

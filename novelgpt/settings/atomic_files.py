@@ -11,7 +11,7 @@ import tempfile
 from collections.abc import Iterator
 from contextlib import ExitStack, contextmanager
 from pathlib import Path
-from typing import Any
+from typing import IO, Any
 
 from novelgpt.settings.errors import UserError
 from novelgpt.settings.locks import locked, make_and_lock, remove_empty, unlock
@@ -40,15 +40,25 @@ def atomic_write(path: Path, content: str | bytes) -> None:
 
     Processes that write it at once take turns.
     """
+    with atomic_file(path) as file:
+        file.write(content.encode() if isinstance(content, str) else content)
+
+
+@contextmanager
+def atomic_file(path: Path) -> Iterator[IO[bytes]]:
+    """`atomic_write` for content that need not be in memory at once: yield a file to write it to.
+
+    It gets the name `path` when the block ends, and is removed after an error.
+    """
     unfinished = path.with_name(f"{path.name}.unfinished")
     with locked(unfinished, wait=True):
         try:
             with unfinished.open("wb") as file:
-                file.write(content.encode() if isinstance(content, str) else content)
+                yield file
                 file.flush()
                 os.fsync(file.fileno())
             unfinished.replace(path)
-        except OSError:
+        except BaseException:
             with contextlib.suppress(OSError):
                 unfinished.unlink()
             raise

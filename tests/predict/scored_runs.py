@@ -32,7 +32,7 @@ def predict_folder(
 ) -> Path:
     """A prediction folder as `python -m predict` writes it: every fourth answer ends in a loop."""
     chance = random.Random(str((folder.name, share)))
-    entries, scored, sums = [], [], {}
+    entries, scored = [], []
     for number, (name, prompt, reference) in enumerate(rows):
         text = noised(reference or prompt, share, chance)[: 60 + 5 * number]
         looped = number % 4 == 1
@@ -41,15 +41,16 @@ def predict_folder(
         how = (scoring or {}).get(number, ScoringFields())
         entry = {"id": name, "prompt": prompt, "reference": reference, "prediction": text, "finish_reason": reason}
         entries.append(entry | {"prompt_tokens": len(prompt), "completion_tokens": len(text)} | how.fields())
-        scored.append(Prediction(name, text, reference, how, reason))
+        of_the_model = {}
         if losses and reference:
             tokens = max(1, len(reference) // 2)
-            sums[number] = reference_scores([tokens * chance.uniform(1.5, 4.0), tokens, tokens // 3])
+            of_the_model = reference_scores([tokens * chance.uniform(1.5, 4.0), tokens, tokens // 3])
+        scored.append(Prediction(name, text, reference, how, reason, of_the_model))
     folder.mkdir(parents=True, exist_ok=True)
     lines = "".join(json.dumps(entry, ensure_ascii=False) + "\n" for entry in entries)
     (folder / "predictions.jsonl").write_text(lines, encoding="utf-8", errors="replace")
     write_scores(
-        score_predictions(scored, sums, workers=1),
+        score_predictions(scored, workers=1),
         folder / "scores.json",
         {"seconds": 1.5, "model": folder.parent.name, "generation": {"max_new_tokens": 64, "do_sample": False}},
     )
