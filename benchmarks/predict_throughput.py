@@ -149,8 +149,11 @@ def main() -> None:
 
     def continuous() -> list[str]:
         settings = GenerationArguments(max_new_tokens=arguments.new_tokens)
-        answers = dict(answer_continuously(model, tokenizer, prompts, settings, BATCH_SIZES[0], NEVER))
-        return [answers[number].text for number in range(len(prompts))]
+        order = sorted(range(len(prompts)), key=lambda number: -len(prompts[number]))
+        longest_first, longest = [prompts[number] for number in order], len(prompts[order[0]])
+        answered = answer_continuously(model, tokenizer, longest_first, longest, settings, BATCH_SIZES[0], NEVER)
+        texts = {order[place]: answer.text for place, answer in answered}
+        return [texts[number] for number in range(len(prompts))]
 
     alone, reading = f"one by one ({len(some)} prompts)", "reading prompts, 1 new token"
     together = {f"batches of {size}": partial(batches, size, arguments.new_tokens, model) for size in BATCH_SIZES}

@@ -5,7 +5,7 @@ from __future__ import annotations
 import hashlib
 import json
 import time
-from collections.abc import Sequence
+from array import array
 from contextlib import nullcontext
 from dataclasses import asdict, dataclass
 from functools import partial
@@ -14,7 +14,7 @@ from pathlib import Path
 import numpy
 import torch
 from accelerate import PartialState
-from accelerate.utils import gather_object
+from accelerate.utils import broadcast_object_list, gather_object
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from dataset.instructions import load_instructions
@@ -35,8 +35,10 @@ from novelgpt.settings.runs import PredictRun
 from novelgpt.settings.terminal import counted, progress, say
 from predict.generate import AnswerRows, continuously, in_batches, reference_sums, through_endpoint
 from predict.journal import Journal, unwritten
-from predict.results import AnsweredRow, add_scores_to_card, say_endings, write_results
-from predict.rows import PromptRow, check_lengths, read_prompt_rows
+from predict.results import add_scores_to_card, say_endings, write_results
+from predict.rows import PromptRows, check_lengths, read_prompt_rows
+
+ROWS_SENT_AT_ONCE = 1024
 
 
 @dataclass
@@ -57,7 +59,7 @@ def main(argv: list[str] | None = None) -> None:
     if run.data.endpoint is not None and run.data.backend == "continuous":
         raise UserError("--backend continuous does nothing with --endpoint", "choose one of them")
     folder = _output_folder(run)
-    source, rows = _open_source(run)
+    source, rows = _open_source(run, folder)
     # Without `cpu`, accelerate takes several processes on CPUs for one each.
     state = PartialState(cpu=not torch.accelerator.is_available())
     if state.is_main_process:
@@ -71,47 +73,46 @@ def main(argv: list[str] | None = None) -> None:
         start = time.perf_counter()
         _answer(source.answer, rows, _unanswered(run, rows, journal, state), journal, state.is_main_process)
         seconds = time.perf_counter() - start
+        own = numpy.arange(state.process_index, len(rows), state.num_processes)
         sums = numpy.zeros((len(rows), 3))
         if source.model is not None and source.tokenizer is not None:
-            own = slice(state.process_index, None, state.num_processes)
-            sums[own] = reference_sums(source.model, source.tokenizer, rows[own], run.data.batch_size)
-        answers = journal.answers
+            sums[own] = reference_sums(source.model, source.tokenizer, rows, own, run.data.batch_size)
         if state.num_processes > 1:
-            answers = {number: answer for share in gather_object([answers]) for number, answer in share.items()}
-            sums = sum(gather_object([sums]), numpy.zeros_like(sums))
+            for process, share in enumerate(gather_object([sums[own]])):
+                sums[process :: state.num_processes] = share
+            _gather_answers(journal, len(rows), state)
         if not state.is_main_process:
             return
-        answered = [AnsweredRow(row, answers[number]) for number, row in enumerate(rows)]
         settings = {"seconds": seconds, "answered_before": known, "model": source.name}
         settings |= {"generation": asdict(run.generation)}
         try:
-            scores = write_results(answered, sums, settings, known, folder)
+            scores, endings = write_results(rows, journal.answers, sums, settings, known, folder)
         except OSError as error:
             raise unwritten(folder, error) from error
         if source.model is not None:
             add_scores_to_card(Path(source.name), run.data.data_files, scores)
         journal.remove()
         this_attempt().finish()
-        say_endings(answered)
+        say_endings(endings)
         say(f"  predictions   {folder / 'predictions.jsonl'}", f"  scores        {folder / 'scores.json'}")
 
 
-def _open_source(run: PredictRun) -> tuple[AnswerSource, list[PromptRow]]:
+def _open_source(run: PredictRun, folder: Path) -> tuple[AnswerSource, PromptRows]:
     """What answers, and the rows as it reads them; settings that it cannot honour are refused first."""
     data = run.data
     instructions = load_instructions(data.instruction_templates)
     if data.endpoint is not None:
         check_endpoint_settings(run.generation)
-        rows = read_prompt_rows(data.data_files, None, data.max_rows, instructions)
+        rows = read_prompt_rows(data.data_files, None, data.max_rows, instructions, folder)
         client = EndpointClient(str(data.endpoint), data.endpoint_model, run.generation, data.endpoint_timeout)
         return AnswerSource(client.name, partial(through_endpoint, client, data.endpoint_concurrency)), rows
     if data.backend == "continuous":
         check_continuous(run.generation)
     chosen = _chosen_model(run)
     tokenizer = load_tokenizer(chosen)
-    rows = read_prompt_rows(data.data_files, tokenizer, data.max_rows, instructions)
+    rows = read_prompt_rows(data.data_files, tokenizer, data.max_rows, instructions, folder)
     model = load_for_inference(chosen, tokenizer, run.model.base)
-    check_lengths(rows, tokenizer, longest_row(model.config), run.generation.max_new_tokens)
+    check_lengths(rows, longest_row(model.config), run.generation.max_new_tokens)
     answer: AnswerRows = partial(in_batches, model, tokenizer, run.generation)
     if data.backend == "continuous":
         answer = partial(continuously, model, tokenizer, run.generation, data.batch_size)
@@ -140,34 +141,36 @@ def _output_folder(run: PredictRun) -> Path:
     return folder
 
 
-def _identity(run: PredictRun, name: str, rows: Sequence[PromptRow]) -> str:
+def _identity(run: PredictRun, name: str, rows: PromptRows) -> str:
     """A hash of what the answers depend on: the model's files, the prompts, the settings."""
     local = run.data.endpoint is None and Path(name).is_dir()
     # Except the card, to which predictions add their scores.
     files = sorted(path for path in Path(name).iterdir() if path.is_file() and path.name != CARD) if local else []
     state = [(path.name, path.stat().st_size, path.stat().st_mtime_ns) for path in files]
     settings = asdict(run.generation), run.model.base, run.data.batch_size, run.data.backend, run.model.attention
-    prompts = [(row.id, row.prompt_ids, row.prompt, row.plain) for row in rows]
-    return hashlib.sha256(json.dumps([name, state, settings, prompts]).encode()).hexdigest()
+    # Piece by piece, the JSON of [name, state, settings, [prompts]].
+    digest = hashlib.sha256(json.dumps([name, state, settings])[:-1].encode())
+    for number, row in enumerate(rows):
+        prompt = json.dumps((row.id, row.prompt_ids, row.prompt, row.plain))
+        digest.update(f"{', ' if number else ', ['}{prompt}".encode())
+    digest.update(b"]]")
+    return digest.hexdigest()
 
 
-def _unanswered(run: PredictRun, rows: Sequence[PromptRow], journal: Journal, state: PartialState) -> list[list[int]]:
+def _unanswered(run: PredictRun, rows: PromptRows, journal: Journal, state: PartialState) -> list[array[int]]:
     """The rows of this process that the journal lacks, in batches that do not depend on the number of processes.
 
     Batches that are computed together are answered whole: in bf16, or where answers are sampled, an answer depends on
     the others in its batch, and an interrupted prediction must end like an uninterrupted one.
     """
-    lengths = [len(row.prompt_ids) or len(row.prompt) for row in rows]
-    own = plan_batches(lengths, run.data.batch_size)[state.process_index :: state.num_processes]
+    own = plan_batches(rows.lengths, run.data.batch_size)[state.process_index :: state.num_processes]
     if run.data.endpoint is None and run.data.backend == "batches":
         return [batch for batch in own if any(number not in journal.answers for number in batch)]
-    left = [[number for number in batch if number not in journal.answers] for batch in own]
+    left = [array("q", (number for number in batch if number not in journal.answers)) for batch in own]
     return [batch for batch in left if batch]
 
 
-def _answer(
-    answer_rows: AnswerRows, rows: Sequence[PromptRow], batches: list[list[int]], journal: Journal, show: bool
-) -> None:
+def _answer(answer_rows: AnswerRows, rows: PromptRows, batches: list[array[int]], journal: Journal, show: bool) -> None:
     total = sum(map(len, batches))
     shown = progress(total, "answers", "row") if show and total else nullcontext(lambda count: None)
     with shown as advance:
@@ -175,6 +178,20 @@ def _answer(
             journal.add(answers)
             this_attempt().reach(len(journal.answers), "row")
             advance(len(answers))
+
+
+def _gather_answers(journal: Journal, rows: int, state: PartialState) -> None:
+    """Let the first process read the answers of all; from hosts whose files it does not see, they are sent to it."""
+    state.wait_for_everyone()
+    if state.is_main_process:
+        journal.read_others()
+    unseen = array("q", (number for number in range(rows) if number not in journal.answers))
+    (unseen,) = broadcast_object_list([unseen])
+    for start in range(0, len(unseen), ROWS_SENT_AT_ONCE):
+        numbers = unseen[start : start + ROWS_SENT_AT_ONCE]
+        shares = gather_object([{number: journal.answers[number] for number in numbers if number in journal.answers}])
+        if state.is_main_process:
+            journal.add({number: answer for share in shares for number, answer in share.items()})
 
 
 if __name__ == "__main__":

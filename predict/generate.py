@@ -6,7 +6,10 @@ server is bound), and yields {number: answer} as soon as some are ready.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Sequence
+from array import array
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from itertools import chain
+from typing import Protocol
 
 import numpy
 import torch
@@ -19,9 +22,18 @@ from novelgpt.model.loss import attach_chunked_loss
 from novelgpt.scoring.perplexity import row_sums
 from novelgpt.settings.arguments import GenerationArguments
 from novelgpt.text.collator import Collator
-from predict.rows import PromptRow
+from predict.rows import PromptRow, PromptRows
 
-AnswerRows = Callable[[Sequence[PromptRow], Sequence[Sequence[int]]], Iterator[dict[int, Answer]]]
+
+class NumberedRows(Protocol):
+    """Rows that are asked for by number: a list, or `PromptRows`, which are on disk."""
+
+    def __getitem__(self, number: int, /) -> PromptRow:
+        """The row of that number."""
+        ...
+
+
+AnswerRows = Callable[[NumberedRows, Iterable[Sequence[int]]], Iterator[dict[int, Answer]]]
 """(all rows, batches of row numbers to answer) -> answers by number, as they come."""
 
 
@@ -29,8 +41,8 @@ def in_batches(
     model: PreTrainedModel,
     tokenizer: PreTrainedTokenizerBase,
     generation: GenerationArguments,
-    rows: Sequence[PromptRow],
-    batches: Sequence[Sequence[int]],
+    rows: NumberedRows,
+    batches: Iterable[Sequence[int]],
 ) -> Iterator[dict[int, Answer]]:
     """Answer batch by batch. Each batch has its own seed, so that sampled answers can be reproduced."""
     ends = answer_end_ids(model, tokenizer)
@@ -47,48 +59,63 @@ def continuously(
     tokenizer: PreTrainedTokenizerBase,
     generation: GenerationArguments,
     batch_size: int,
-    rows: Sequence[PromptRow],
-    batches: Sequence[Sequence[int]],
+    rows: NumberedRows,
+    batches: Iterable[Sequence[int]],
 ) -> Iterator[dict[int, Answer]]:
     """Answer by continuous batching: a new prompt starts whenever an answer ends."""
     ends = answer_end_ids(model, tokenizer)
-    numbers = [number for batch in batches for number in batch]
+    numbers = array("q", chain.from_iterable(batches))
     if numbers:
-        prompts = [rows[number].prompt_ids for number in numbers]
-        for place, one in answer_continuously(model, tokenizer, prompts, generation, batch_size, ends):
+        prompts = (rows[number].prompt_ids for number in numbers)
+        longest = max(len(rows[number].prompt_ids) for number in numbers)
+        for place, one in answer_continuously(model, tokenizer, prompts, longest, generation, batch_size, ends):
             yield {numbers[place]: one}
 
 
 def through_endpoint(
-    client: EndpointClient, concurrency: int, rows: Sequence[PromptRow], batches: Sequence[Sequence[int]]
+    client: EndpointClient, concurrency: int, rows: NumberedRows, batches: Iterable[Sequence[int]]
 ) -> Iterator[dict[int, Answer]]:
     """Answer by a server, `concurrency` requests at once. The seed of a row depends only on its number."""
-    numbers = [number for batch in batches for number in batch]
-    requests = [
-        EndpointRequest(f"row {row.id}", row.prompt if row.plain else row.asked, number, row.thinking)
-        for number, row in ((number, rows[number]) for number in numbers)
-    ]
-    for index, one in client.answers(requests, concurrency):
+    numbers = array("q", chain.from_iterable(batches))
+
+    def requests() -> Iterator[EndpointRequest]:
+        for number in numbers:
+            row = rows[number]
+            yield EndpointRequest(f"row {row.id}", row.prompt if row.plain else row.asked, number, row.thinking)
+
+    for index, one in client.answers(requests(), concurrency):
         yield {numbers[index]: one}
 
 
 def reference_sums(
-    model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, rows: Sequence[PromptRow], batch_size: int
+    model: PreTrainedModel,
+    tokenizer: PreTrainedTokenizerBase,
+    rows: PromptRows,
+    numbers: numpy.ndarray,
+    batch_size: int,
 ) -> numpy.ndarray:
-    """[rows, 3] sums of each row's reference under the model, as `row_sums` returns them; 0 where it has none."""
-    encoded = [(number, row.encoded_reference(tokenizer)) for number, row in enumerate(rows)]
-    present = [(number, row) for number, row in encoded if row is not None]
+    """[numbers, 3] sums of references under the model, as `row_sums` returns them; 0 where a row has none.
+
+    Args:
+        model: that the references are for.
+        tokenizer: of it.
+        rows: all of them.
+        numbers: of those to look at.
+        batch_size: rows at once.
+    """
+    lengths = numpy.frombuffer(rows.full_lengths, numpy.int64)[numbers]
     # Longest first: what does not fit into memory fails at once, and little is padded.
-    present.sort(key=lambda pair: -len(pair[1].input_ids))
+    order = numpy.argsort(-lengths, kind="stable")[: numpy.count_nonzero(lengths)]
     collate = Collator(int(tokenizer.pad_token_id))
     attach_chunked_loss(model, head_is_last(model))
-    sums = numpy.zeros((len(rows), 3))
-    for start in range(0, len(present), batch_size):
-        chosen = present[start : start + batch_size]
-        batch = collate([vars(row) for _, row in chosen])
+    sums = numpy.zeros((len(numbers), 3))
+    for start in range(0, len(order), batch_size):
+        chosen = order[start : start + batch_size]
+        encoded = [rows[number].encoded_reference(tokenizer) for number in numbers[chosen].tolist()]
+        batch = collate([vars(row) for row in encoded if row is not None])
         batch = {name: tensor.to(model.device) for name, tensor in batch.items()}
         with torch.inference_mode():
             outputs = model(**batch, use_cache=False)
         found = row_sums(outputs.token_losses, outputs.token_hits, batch["labels"])
-        sums[[number for number, _ in chosen]] = found.cpu().numpy()
+        sums[chosen] = found.cpu().numpy()
     return sums

@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 from collections import Counter
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -14,11 +14,11 @@ import numpy
 from novelgpt.inference.generation import Answer
 from novelgpt.model.card import SCORES, code, read_card, table, write_card
 from novelgpt.scoring.summary import reference_scores
-from novelgpt.settings.atomic_files import atomic_write, hash_file
+from novelgpt.settings.atomic_files import atomic_file, hash_file
 from novelgpt.settings.terminal import counted, say
 from novelgpt.text.messages import split_thought
 from predict.predictions import Prediction
-from predict.rows import PromptRow
+from predict.rows import PromptRow, PromptRows
 from predict.score import score_predictions, write_scores
 
 SHOWN_ANSWERS = 2
@@ -53,34 +53,74 @@ class AnsweredRow:
             self.reference_thought, self.reference = split_thought(self.reference, False)
 
 
+@dataclass
+class Endings:
+    """How answers ended.
+
+    Attributes:
+        rows: that were answered.
+        tokens: of all answers.
+        counted: whether the tokens of every answer that has any are known; some servers do not count them.
+        only_thoughts: answers that are a thought and no more.
+        reasons: how many answers ended for each reason.
+    """
+
+    rows: int = 0
+    tokens: int = 0
+    counted: bool = True
+    only_thoughts: int = 0
+    reasons: Counter[str] = field(default_factory=Counter)
+
+    def add(self, one: AnsweredRow) -> None:
+        """Count an answer."""
+        self.rows += 1
+        self.tokens += one.answer.completion_tokens
+        self.counted = self.counted and bool(one.answer.completion_tokens or not one.answer.text)
+        self.only_thoughts += bool(one.thought) and not one.text
+        self.reasons[one.answer.finish_reason] += 1
+
+
 def write_results(
-    answered: Sequence[AnsweredRow], sums: numpy.ndarray, settings: Mapping[str, Any], known: int, folder: Path
-) -> dict[str, Any]:
-    """Write predictions.jsonl and the scores, and print the first answers.
+    rows: PromptRows,
+    answers: Mapping[int, Answer],
+    sums: numpy.ndarray,
+    settings: Mapping[str, Any],
+    known: int,
+    folder: Path,
+) -> tuple[dict[str, Any], Endings]:
+    """Write predictions.jsonl and the scores, and print the first answers; one row after the other is in memory.
 
     Args:
-        answered: the rows.
+        rows: all of them.
+        answers: by the number of the row.
         sums: [rows, 3] of each reference under the model, as `row_sums` returns them; 0 for none.
         settings: further entries of scores.json; "seconds" is the time of all but `known` answers.
         known: number of answers from earlier, interrupted predictions.
         folder: of both files.
 
     Returns:
-        The content of scores.json.
+        The content of scores.json, and how the answers ended.
     """
-    atomic_write(folder / "predictions.jsonl", "".join(_line(one) + "\n" for one in answered))
-    for one in answered[:SHOWN_ANSWERS]:
-        _show(one)
-    predictions = [
-        Prediction(one.row.id, one.text, one.reference, one.row.scoring, one.answer.finish_reason) for one in answered
-    ]
-    of_the_model = {number: reference_scores(row) for number, row in enumerate(sums.tolist()) if row[1]}
-    answers = [one.answer for one in answered]
-    # The time of answers made before an interrupt is unknown, and some servers do not count tokens.
-    if not known and all(answer.completion_tokens or not answer.text for answer in answers):
-        tokens = sum(answer.completion_tokens for answer in answers)
-        settings = {**settings, "tokens_per_second": tokens / settings["seconds"]}
-    return write_scores(score_predictions(predictions, of_the_model), folder / "scores.json", settings)
+    endings = Endings()
+    with atomic_file(folder / "predictions.jsonl") as file:
+        for number, row in enumerate(rows):
+            one = AnsweredRow(row, answers[number])
+            file.write((_line(one) + "\n").encode())
+            endings.add(one)
+    for number in range(min(SHOWN_ANSWERS, len(rows))):
+        _show(AnsweredRow(rows[number], answers[number]))
+    # The time of answers made before an interrupt is unknown.
+    if not known and endings.counted:
+        settings = {**settings, "tokens_per_second": endings.tokens / settings["seconds"]}
+    predictions = (
+        _prediction(AnsweredRow(row, answers[number]), sums[number].tolist()) for number, row in enumerate(rows)
+    )
+    return write_scores(score_predictions(predictions), folder / "scores.json", settings), endings
+
+
+def _prediction(one: AnsweredRow, sums: list[float]) -> Prediction:
+    of_the_model = reference_scores(sums) if sums[1] else {}
+    return Prediction(one.row.id, one.text, one.reference, one.row.scoring, one.answer.finish_reason, of_the_model)
 
 
 def _line(one: AnsweredRow) -> str:
@@ -115,16 +155,15 @@ def _show(one: AnsweredRow) -> None:
     )
 
 
-def say_endings(answered: Sequence[AnsweredRow]) -> None:
+def say_endings(endings: Endings) -> None:
     """Say how many answers are only a thought, or ended neither by themselves nor at --max_new_tokens."""
-    if thoughts := sum(bool(one.thought) and not one.text for one in answered):
+    if endings.only_thoughts:
         say(
-            f"{thoughts} of {len(answered)} answers are only a thought, and count as empty: raise --max_new_tokens; a "
-            "server that takes whole answers for thoughts needs no reasoning parser"
+            f"{endings.only_thoughts} of {endings.rows} answers are only a thought, and count as empty: raise "
+            "--max_new_tokens; a server that takes whole answers for thoughts needs no reasoning parser"
         )
-    reasons = Counter(one.answer.finish_reason for one in answered)
-    for reason in sorted(reasons.keys() - {"stop", "length"}):
-        say(f"{reasons[reason]} of {len(answered)} answers ended with {reason!r}, according to the server")
+    for reason in sorted(endings.reasons.keys() - {"stop", "length"}):
+        say(f"{endings.reasons[reason]} of {endings.rows} answers ended with {reason!r}, according to the server")
 
 
 def add_scores_to_card(folder: Path, data_files: Sequence[str], scores: Mapping[str, Any]) -> None:

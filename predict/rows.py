@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from dataclasses import dataclass
-from itertools import chain, count, islice
+from array import array
+from collections.abc import Iterator, Sequence
+from dataclasses import astuple, dataclass
+from itertools import count, islice
 from pathlib import Path
 from typing import Any
 
+import numpy
 from transformers import PreTrainedTokenizerBase
 
 from dataset.instructions import Instructions
@@ -25,6 +27,7 @@ from novelgpt.text.messages import (
     opens_thought,
 )
 from predict.predictions import ScoringFields, read_scoring
+from predict.stored_rows import IdIndex, StoredRows
 
 
 @dataclass
@@ -80,12 +83,95 @@ class PromptRow:
         return EncodedRow(row.input_ids, [IGNORE_INDEX] * length + row.labels[length:])
 
 
+class PromptRows:
+    """Rows to answer, in their order; they are on disk, and memory holds some 30 bytes of each.
+
+    Args:
+        near: where results are written, on whose disk the rows are kept; None for that of temporary files.
+
+    Attributes:
+        lengths: of each row, the tokens of its prompt; for a server, its characters.
+        full_lengths: of each row, the tokens of prompt and reference; 0 without a reference, or for a server.
+    """
+
+    def __init__(self, near: Path | None) -> None:
+        self._rows = StoredRows(near)
+        self.lengths = array("q")
+        self.full_lengths = array("q")
+        self._unnamed = array("b")
+        # Of rows without an id of their own: what follows the made one, as "~2"; 0 for nothing.
+        self._suffixes = array("q")
+
+    def __len__(self) -> int:
+        return len(self._rows)
+
+    def __getitem__(self, number: int) -> PromptRow:
+        _, prompt_ids, messages, reference, (metrics, answers, group, characters), *further = self._rows[number]
+        scoring = ScoringFields(tuple(metrics), tuple(answers), group, characters)
+        return PromptRow(self._id(number), prompt_ids, messages, reference, scoring, *further)
+
+    def __iter__(self) -> Iterator[PromptRow]:
+        return map(self.__getitem__, range(len(self)))
+
+    def append(self, row: PromptRow, full_length: int, unnamed: bool) -> None:
+        """Add a row.
+
+        Args:
+            row: whose id is made of file and number where it is `unnamed`.
+            full_length: of prompt and reference, in tokens.
+            unnamed: whether the row has no id of its own.
+
+        Raises:
+            UserError: the disk is full.
+        """
+        further = row.plain, row.thinking, row.opened, row.tools
+        self._rows.append([row.id, row.prompt_ids, row.messages, row.reference, astuple(row.scoring), *further])
+        self.lengths.append(len(row.prompt_ids) or len(row.prompt))
+        self.full_lengths.append(full_length)
+        self._unnamed.append(unnamed)
+        self._suffixes.append(0)
+
+    def finish(self) -> None:
+        """Make the ids of rows that have none unique, once all rows are here.
+
+        Raises:
+            UserError: the disk is full.
+        """
+        self._rows.finish()
+        if not any(self._unnamed):
+            return
+        index = IdIndex((row[0] for row in map(self._rows.__getitem__, range(len(self)))), self._stored_id)
+        for numbers in index.repeated():
+            tried: dict[str, int] = {}
+            for number in numbers:
+                if self._unnamed[number]:
+                    name = self._stored_id(number)
+                    names = (
+                        (suffix, f"{name}~{suffix}" if suffix > 1 else name) for suffix in count(tried.get(name, 1))
+                    )
+                    suffix = next(suffix for suffix, made in names if not self._is_given(made, index))
+                    tried[name] = suffix + 1
+                    self._suffixes[number] = suffix if suffix > 1 else 0
+
+    def _is_given(self, name: str, index: IdIndex) -> bool:
+        """Whether a row has this id of its own."""
+        return not all(self._unnamed[number] for number in index.numbers(name))
+
+    def _stored_id(self, number: int) -> str:
+        return str(self._rows[number][0])
+
+    def _id(self, number: int) -> str:
+        suffix = self._suffixes[number]
+        return f"{self._stored_id(number)}~{suffix}" if suffix else self._stored_id(number)
+
+
 def read_prompt_rows(
     files: list[str],
     tokenizer: PreTrainedTokenizerBase | None,
     max_rows: int | None,
     instructions: Instructions | None = None,
-) -> list[PromptRow]:
+    near: Path | None = None,
+) -> PromptRows:
     """The rows of all files; a conversation asks for its last answer.
 
     Prompts leave room for a thought where the reference starts with one, as in training; rows without a reference
@@ -93,26 +179,28 @@ def read_prompt_rows(
     first built-in wording. Rows {"text_prompt", "text_completion"} are raw text to continue. Without a tokenizer (a
     server has its own), prompts have no tokens.
 
+    Args:
+        files: that hold the rows.
+        tokenizer: of the model; None for a server.
+        max_rows: as many are read; None for all.
+        instructions: wordings of tasks.
+        near: where results are written, on whose disk the rows are kept; by default that of temporary files.
+
     Raises:
-        UserError: what the readers raise, or no row at all.
+        UserError: what the readers raise, no row at all, or a full disk.
     """
-    rows: list[PromptRow] = []
-    unnamed: list[PromptRow] = []
+    rows = PromptRows(near)
     for source in islice((row for file in files for row in read_source_rows(Path(file))), max_rows):
         if "text_prompt" in source.fields:
-            rows.append(_plain_row(source, tokenizer))
+            row = _plain_row(source, tokenizer)
         else:
-            rows.append(_conversation_row(source, tokenizer, instructions))
-        if source.fields.get("id") in ABSENT:
-            unnamed.append(rows[-1])
-    if not rows:
+            row = _conversation_row(source, tokenizer, instructions)
+        encoded = None if tokenizer is None else row.encoded_reference(tokenizer)
+        full_length = 0 if encoded is None else len(encoded.input_ids)
+        rows.append(row, full_length, source.fields.get("id") in ABSENT)
+    if not len(rows):
         raise UserError(f"no row in {', '.join(files)}", "name --data_files with rows to answer")
-    made = set(map(id, unnamed))
-    taken = {row.id for row in rows if id(row) not in made}
-    for row in unnamed:
-        names = chain([row.id], map(f"{row.id}~{{}}".format, count(2)))
-        row.id = next(name for name in names if name not in taken)
-        taken.add(row.id)
+    rows.finish()
     return rows
 
 
@@ -168,14 +256,11 @@ def _plain_row(source: SourceRow, tokenizer: PreTrainedTokenizerBase | None) -> 
     return PromptRow(source.id, prompt_ids, messages, reference, scoring, plain=True, opened=False)
 
 
-def check_lengths(
-    rows: Sequence[PromptRow], tokenizer: PreTrainedTokenizerBase, positions: int | None, max_new_tokens: int
-) -> None:
+def check_lengths(rows: PromptRows, positions: int | None, max_new_tokens: int) -> None:
     """Refuse rows beyond the model's positions: there some models fail, others write nonsense.
 
     Args:
         rows: with the tokens of their prompts.
-        tokenizer: of the model.
         positions: of the model; None for no limit.
         max_new_tokens: of the longest answer.
 
@@ -184,22 +269,22 @@ def check_lengths(
     """
     if positions is None:
         return
-    beyond = [row for row in rows if len(row.prompt_ids) + max_new_tokens > positions]
-    if beyond:
+    lengths, full_lengths = (numpy.frombuffer(one, numpy.int64) for one in (rows.lengths, rows.full_lengths))
+    beyond = numpy.flatnonzero(lengths + max_new_tokens > positions)
+    if len(beyond):
         others = f", and so have {len(beyond) - 1} others" if len(beyond) > 1 else ""
-        room = positions - max(len(row.prompt_ids) for row in beyond)
+        room = positions - int(lengths.max())
         shorter = f"--max_new_tokens {room} leaves room for all; or " if room > 0 else ""
         raise UserError(
-            f"row {beyond[0].id}: its prompt of {len(beyond[0].prompt_ids)} tokens has no room for an answer of "
+            f"row {rows[int(beyond[0])].id}: its prompt of {lengths[beyond[0]]} tokens has no room for an answer of "
             f"{max_new_tokens} within the {positions} positions of the model{others}",
             f"{shorter}shorten the prompts or leave those rows out; a model whose positions were extended says so in "
             "its config.json",
         )
-    for row in rows:
-        reference = row.encoded_reference(tokenizer)
-        if reference is not None and len(reference.input_ids) > positions:
-            raise UserError(
-                f"row {row.id}: prompt and reference take {len(reference.input_ids)} tokens, more than the "
-                f"{positions} positions of the model, so the reference has no loss",
-                "shorten the reference or leave the row out",
-            )
+    too_long = numpy.flatnonzero(full_lengths > positions)
+    if len(too_long):
+        raise UserError(
+            f"row {rows[int(too_long[0])].id}: prompt and reference take {full_lengths[too_long[0]]} tokens, more than "
+            f"the {positions} positions of the model, so the reference has no loss",
+            "shorten the reference or leave the row out",
+        )

@@ -22,11 +22,11 @@ class StoredRows:
     The file has no name from the moment it is made, so that not even a kill leaves it behind.
 
     Args:
-        near: a folder on that disk, or one that is to be made there.
+        near: a folder on that disk, or one that is to be made there; None for the disk of temporary files.
     """
 
-    def __init__(self, near: Path) -> None:
-        self._folder = existing_folder(near)
+    def __init__(self, near: Path | None) -> None:
+        self._folder = Path(tempfile.gettempdir()) if near is None else existing_folder(near)
         try:
             self._file = tempfile.TemporaryFile(dir=self._folder)  # noqa: SIM115  closed when the rows are collected
         except OSError as error:

@@ -17,7 +17,7 @@ import os
 import re
 import socket
 import threading
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass, field, replace
 from typing import Any
 
@@ -117,17 +117,17 @@ class EndpointClient:
         self.dialect = Dialect()
         self.shown_causes: set[str] = set()
 
-    def answers(self, requests: Sequence[EndpointRequest], concurrency: int) -> Iterator[tuple[int, Answer]]:
+    def answers(self, requests: Iterable[EndpointRequest], concurrency: int) -> Iterator[tuple[int, Answer]]:
         """Yield (index of the request, answer) as they arrive.
 
         Args:
-            requests: in the order in which they are sent.
+            requests: in the order in which they are sent; of a long iterator, `concurrency` are in memory.
             concurrency: max requests at once.
 
         Raises:
             UserError: the server refuses a request, or does not answer after all retries.
         """
-        queue: asyncio.Queue[tuple[int, Answer] | BaseException | None] = asyncio.Queue()
+        queue: asyncio.Queue[tuple[int, Answer] | BaseException | None] = asyncio.Queue(concurrency)
         with _event_loop() as loop:
             loop.create_task(self._send_all(requests, concurrency, queue))
             # The loop only runs here, while an answer is awaited: Ctrl-C interrupts it in this thread.
@@ -136,7 +136,7 @@ class EndpointClient:
                     raise item
                 yield item
 
-    async def _send_all(self, requests: Sequence[EndpointRequest], concurrency: int, queue: asyncio.Queue[Any]) -> None:
+    async def _send_all(self, requests: Iterable[EndpointRequest], concurrency: int, queue: asyncio.Queue[Any]) -> None:
         """Queue (index, answer) as they arrive; at the end None, or the first error."""
         waiting = iter(enumerate(requests))
         max_bytes = FURTHER_BYTES + BYTES_PER_TOKEN * self.generation.max_new_tokens
@@ -150,7 +150,7 @@ class EndpointClient:
         except Exception as error:
             await queue.put(error)
             return
-        workers = [asyncio.ensure_future(work(connection)) for _ in range(min(concurrency, len(requests)))]
+        workers = [asyncio.ensure_future(work(connection)) for _ in range(concurrency)]
         try:
             await asyncio.gather(*workers)
             await queue.put(None)

@@ -2,10 +2,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+import itertools
+from array import array
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
+import numpy
 from transformers import GenerationConfig, PreTrainedModel, PreTrainedTokenizerBase
 from transformers.generation.configuration_utils import ContinuousBatchingConfig
 
@@ -17,6 +20,9 @@ from novelgpt.settings.errors import UserError
 from novelgpt.settings.terminal import counted
 from novelgpt.text.conversation import end_token_ids
 from novelgpt.text.encoding import decode_answer
+
+# That continuous batching is given at once: many more than it answers at once.
+MAX_REQUESTS = 4096
 
 
 @dataclass
@@ -69,9 +75,9 @@ def answer_prompts(
     return [answers[number] for number in range(len(prompts))]
 
 
-def plan_batches(lengths: list[int], batch_size: int) -> list[list[int]]:
+def plan_batches(lengths: Sequence[int], batch_size: int) -> list[array[int]]:
     """Indices of prompts in batches of similar length, the longest first: too little memory shows at once."""
-    order = sorted(range(len(lengths)), key=lambda number: -lengths[number])
+    order = array("q", numpy.argsort(-numpy.asarray(lengths, numpy.int64), kind="stable").tobytes())
     return [order[start : start + batch_size] for start in range(0, len(order), batch_size)]
 
 
@@ -118,7 +124,8 @@ def check_continuous(generation: GenerationArguments) -> None:
 def answer_continuously(
     model: PreTrainedModel,
     tokenizer: PreTrainedTokenizerBase,
-    prompts: list[list[int]],
+    prompts: Iterable[list[int]],
+    longest: int,
     generation: GenerationArguments,
     batch_size: int,
     ends: list[int],
@@ -131,7 +138,9 @@ def answer_continuously(
     Args:
         model: one that generates, without beams.
         tokenizer: its tokenizer.
-        prompts: token ids, at least one each.
+        prompts: token ids, at least one each, in the order in which they start, best the longest first; of a long
+            iterator, `MAX_REQUESTS` are in memory.
+        longest: tokens of the longest prompt.
         generation: how tokens are chosen; `seed` is that of all samples.
         batch_size: prompts answered at once.
         ends: tokens that end an answer.
@@ -146,15 +155,19 @@ def answer_continuously(
         )
     config = generation_config(generation, ends, int(tokenizer.pad_token_id))
     with model.continuous_batching_context_manager(  # type: ignore[operator]
-        generation_config=config, continuous_batching_config=_paging(model, prompts, generation, batch_size)
+        generation_config=config, continuous_batching_config=_paging(model, longest, generation, batch_size)
     ) as manager:
-        # The longest first, as in batches. Request ids are ours, as the manager may reorder prompts.
-        for number in sorted(range(len(prompts)), key=lambda number: -len(prompts[number])):
-            manager.add_request(
-                prompts[number], request_id=str(number), max_new_tokens=generation.max_new_tokens, eos_token_id=ends
-            )
-        left = len(prompts)
-        while left:
+        coming = enumerate(prompts)
+        left = 0
+        while True:
+            # Request ids are ours, as the manager may reorder prompts.
+            for number, prompt in itertools.islice(coming, MAX_REQUESTS - left):
+                left += 1
+                manager.add_request(
+                    prompt, request_id=str(number), max_new_tokens=generation.max_new_tokens, eos_token_id=ends
+                )
+            if not left:
+                return
             output = manager.get_result(timeout=1)
             if output is None:
                 if not manager.is_running():
@@ -169,13 +182,13 @@ def answer_continuously(
 
 
 def _paging(
-    model: PreTrainedModel, prompts: list[list[int]], generation: GenerationArguments, batch_size: int
+    model: PreTrainedModel, longest: int, generation: GenerationArguments, batch_size: int
 ) -> ContinuousBatchingConfig:
     """Pages for `batch_size` prompts at once; on a GPU, sizes are derived from its memory."""
     if model.device.type == "cuda":
         return ContinuousBatchingConfig(seed=generation.seed)
     page_size = 32
-    pages = -(-(max(map(len, prompts)) + generation.max_new_tokens) // page_size)
+    pages = -(-(longest + generation.max_new_tokens) // page_size)
     return ContinuousBatchingConfig(
         page_size=page_size,
         num_blocks=batch_size * pages,
