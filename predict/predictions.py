@@ -93,29 +93,29 @@ class PredictionFile:
             raise UserError(f"{path} holds no row", "name a file with predictions")
         self._given: IdIndex | None = None  # where some rows have an id, and others do not
         if 0 < named < len(self._rows):
-            self._given = IdIndex((row[0] for row in self._stored()), lambda number: self._rows[number][0])
+            self._given = IdIndex((row[0] for row in self._rows), lambda number: self._rows[number][0])
 
     def __len__(self) -> int:
         return len(self._rows)
 
     def __iter__(self) -> Iterator[Prediction]:
-        return map(self.__getitem__, range(len(self)))
+        return (self._prediction(number, row) for number, row in enumerate(self._rows))
 
     def __getitem__(self, number: int) -> Prediction:
-        name, text, reference, (metrics, answers, group, characters), finish_reason = self._rows[number]
+        return self._prediction(number, self._rows[number])
+
+    def _prediction(self, number: int, row: list[Any]) -> Prediction:
+        name, text, reference, (metrics, answers, group, characters), finish_reason = row
         scoring = ScoringFields(tuple(metrics), tuple(answers), group, characters)
         return Prediction(self._name(number, name), text, reference, scoring, finish_reason)
 
     def ids(self) -> Iterator[str]:
         """The id of each row."""
-        return (self._name(number, row[0]) for number, row in enumerate(self._stored()))
+        return (self._name(number, row[0]) for number, row in enumerate(self._rows))
 
     def index(self) -> IdIndex:
         """Which rows have an id."""
         return IdIndex(self.ids(), lambda number: self._name(number, self._rows[number][0]))
-
-    def _stored(self) -> Iterator[Any]:
-        return map(self._rows.__getitem__, range(len(self._rows)))
 
     def _name(self, number: int, given: str | None) -> str:
         if given is not None:

@@ -2,10 +2,10 @@
 
 from __future__ import annotations
 
+import itertools
 from array import array
 from collections.abc import Iterator, Sequence
 from dataclasses import astuple, dataclass
-from itertools import count, islice
 from pathlib import Path
 from typing import Any
 
@@ -84,7 +84,7 @@ class PromptRow:
 
 
 class PromptRows:
-    """Rows to answer, in their order; they are on disk, and memory holds some 30 bytes of each.
+    """Rows to answer, in their order; they are on disk, and memory holds some 25 bytes of each.
 
     Args:
         near: where results are written, on whose disk the rows are kept; None for that of temporary files.
@@ -106,12 +106,17 @@ class PromptRows:
         return len(self._rows)
 
     def __getitem__(self, number: int) -> PromptRow:
-        _, prompt_ids, messages, reference, (metrics, answers, group, characters), *further = self._rows[number]
-        scoring = ScoringFields(tuple(metrics), tuple(answers), group, characters)
-        return PromptRow(self._id(number), prompt_ids, messages, reference, scoring, *further)
+        return self._row(number, self._rows[number])
 
     def __iter__(self) -> Iterator[PromptRow]:
-        return map(self.__getitem__, range(len(self)))
+        return itertools.starmap(self._row, enumerate(self._rows))
+
+    def _row(self, number: int, stored: list[Any]) -> PromptRow:
+        name, prompt_ids, messages, reference, (metrics, answers, group, characters), *further = stored
+        scoring = ScoringFields(tuple(metrics), tuple(answers), group, characters)
+        suffix = self._suffixes[number]
+        name = f"{name}~{suffix}" if suffix else name
+        return PromptRow(name, prompt_ids, messages, reference, scoring, *further)
 
     def append(self, row: PromptRow, full_length: int, unnamed: bool) -> None:
         """Add a row.
@@ -140,14 +145,15 @@ class PromptRows:
         self._rows.finish()
         if not any(self._unnamed):
             return
-        index = IdIndex((row[0] for row in map(self._rows.__getitem__, range(len(self)))), self._stored_id)
+        index = IdIndex((row[0] for row in self._rows), self._stored_id)
         for numbers in index.repeated():
             tried: dict[str, int] = {}
             for number in numbers:
                 if self._unnamed[number]:
                     name = self._stored_id(number)
                     names = (
-                        (suffix, f"{name}~{suffix}" if suffix > 1 else name) for suffix in count(tried.get(name, 1))
+                        (suffix, f"{name}~{suffix}" if suffix > 1 else name)
+                        for suffix in itertools.count(tried.get(name, 1))
                     )
                     suffix = next(suffix for suffix, made in names if not self._is_given(made, index))
                     tried[name] = suffix + 1
@@ -159,10 +165,6 @@ class PromptRows:
 
     def _stored_id(self, number: int) -> str:
         return str(self._rows[number][0])
-
-    def _id(self, number: int) -> str:
-        suffix = self._suffixes[number]
-        return f"{self._stored_id(number)}~{suffix}" if suffix else self._stored_id(number)
 
 
 def read_prompt_rows(
@@ -190,7 +192,7 @@ def read_prompt_rows(
         UserError: what the readers raise, no row at all, or a full disk.
     """
     rows = PromptRows(near)
-    for source in islice((row for file in files for row in read_source_rows(Path(file))), max_rows):
+    for source in itertools.islice((row for file in files for row in read_source_rows(Path(file))), max_rows):
         if "text_prompt" in source.fields:
             row = _plain_row(source, tokenizer)
         else:

@@ -82,24 +82,21 @@ def write_scores(rows: Iterable[RowScores], path: Path, further: Mapping[str, An
     row_file = path.with_name("row_scores.jsonl") if path.name == "scores.json" else path.with_suffix(".rows.jsonl")
     path.parent.mkdir(parents=True, exist_ok=True)
     table, texts = ScoreTable(path.parent), definitions()
-    groups: dict[str, int] = {}
-    group_of_row = array("i")
+    members: dict[str, array[int]] = {}  # of each group, numbers of its rows
     with atomic_file(row_file) as file:
-        for row in rows:
+        for number, row in enumerate(rows):
             file.write((json.dumps(row, ensure_ascii=False) + "\n").encode())
             table.append(row)
-            group = row.get("score_group")
-            group_of_row.append(-1 if group is None else groups.setdefault(group, len(groups)))
+            if "score_group" in row:
+                members.setdefault(row["score_group"], array("q")).append(number)
         scores = _overall_scores(table.columns())
         intervals = scores.pop("intervals")
         scores |= further or {}
         scores |= {"intervals": intervals, "definitions": {name: texts[name] for name in intervals if name in texts}}
-        members = numpy.frombuffer(group_of_row, numpy.int32)
-        names = sorted(groups, key=int) if all(map(str.isdecimal, groups)) else list(groups)
-        if groups:
-            scores["groups"] = {
-                name: _overall_scores(table.columns(numpy.flatnonzero(members == groups[name]))) for name in names
-            }
+        names = sorted(members, key=int) if all(map(str.isdecimal, members)) else list(members)
+        if members:
+            numbers = {name: numpy.frombuffer(members[name], numpy.int64) for name in names}
+            scores["groups"] = {name: _overall_scores(table.columns(numbers[name])) for name in names}
     _write_json(path, scores)
     _show_scores(scores)
     return scores

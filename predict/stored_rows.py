@@ -3,10 +3,11 @@
 from __future__ import annotations
 
 import hashlib
+import itertools
 import json
 import tempfile
 from array import array
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -15,9 +16,11 @@ import numpy
 from novelgpt.settings.errors import UserError
 from novelgpt.settings.paths import existing_folder
 
+STEP = 16
+
 
 class StoredRows:
-    """Values that JSON can hold, by number, on the disk of the results; memory holds 8 bytes of each.
+    """Values that JSON can hold, by number, on the disk of the results; memory holds half a byte of each.
 
     The file has no name from the moment it is made, so that not even a kill leaves it behind.
 
@@ -31,10 +34,11 @@ class StoredRows:
             self._file = tempfile.TemporaryFile(dir=self._folder)  # noqa: SIM115  closed when the rows are collected
         except OSError as error:
             raise self._full(error) from error
-        self._ends = array("q", [0])
+        self._starts = array("q")  # of every `STEP`-th value, the first byte
+        self._count = self._end = 0
 
     def __len__(self) -> int:
-        return len(self._ends) - 1
+        return self._count
 
     def append(self, value: Any) -> None:
         """Add a value behind the others.
@@ -42,12 +46,15 @@ class StoredRows:
         Raises:
             UserError: the disk is full.
         """
-        data = json.dumps(value, ensure_ascii=False).encode("utf-8", "surrogatepass")
+        line = json.dumps(value, ensure_ascii=False).encode("utf-8", "surrogatepass") + b"\n"
         try:
-            self._file.write(data)
+            self._file.write(line)
         except OSError as error:
             raise self._full(error) from error
-        self._ends.append(self._ends[-1] + len(data))
+        if self._count % STEP == 0:
+            self._starts.append(self._end)
+        self._count += 1
+        self._end += len(line)
 
     def finish(self) -> None:
         """Nothing more is appended.
@@ -61,9 +68,18 @@ class StoredRows:
             raise self._full(error) from error
 
     def __getitem__(self, number: int) -> Any:
-        self._file.seek(self._ends[number])
-        data = self._file.read(self._ends[number + 1] - self._ends[number])
-        return json.loads(data.decode("utf-8", "surrogatepass"))
+        place, further = divmod(number, STEP)
+        self._file.seek(self._starts[place])
+        line = next(itertools.islice(iter(self._file.readline, b""), further, None))
+        return json.loads(line.decode("utf-8", "surrogatepass"))
+
+    def __iter__(self) -> Iterator[Any]:
+        start = 0
+        for _ in range(self._count):
+            self._file.seek(start)  # in between, others read elsewhere
+            line = self._file.readline()
+            start += len(line)
+            yield json.loads(line.decode("utf-8", "surrogatepass"))
 
     def _full(self, error: OSError) -> UserError:
         cause = f"a temporary copy of the rows cannot be written into {self._folder}: {error.strerror or error}"

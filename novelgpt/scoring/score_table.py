@@ -67,7 +67,7 @@ class ScoreTable:
         self._names: dict[str, int] = {}  # name -> index of its value in a row
         # Names of a row in its order -> number of that kind of rows, of which there are few, and indices of its values.
         self._kinds: dict[tuple[str, ...], tuple[int, numpy.ndarray]] = {}
-        self._kind_of_row = array("I")
+        self._kind_of_row = array("H")
         self._blocks: list[tuple[int, int]] = []  # (first byte, values per row) of each full block
         self._block = numpy.zeros((BLOCK_ROWS, len(BLEU_COLUMNS)))
 
@@ -112,7 +112,7 @@ class ScoreTable:
         Raises:
             OSError: the disk is full.
         """
-        kinds = numpy.frombuffer(self._kind_of_row, numpy.uint32)
+        kinds = numpy.frombuffer(self._kind_of_row, numpy.uint16)
         names = self._names_of(kinds if rows is None else kinds[rows])
         columns = [column for name in names for column in (name, f"rows_with_{name}")]
         columns += [MODELLED_CHARACTERS] * (NATS in names)

@@ -37,7 +37,7 @@ LEVEL = 95.0
 # many samples together, which is several times as fast, and rounds differently in the last bits.
 ROWS_SUMMED_AT_ONCE = 32_768
 # For the samples that are summed together, one byte per row and sample.
-BYTES_OF_SAMPLES = 2**25
+BYTES_OF_SAMPLES = 2**24
 
 
 @dataclass(frozen=True)
