@@ -90,7 +90,7 @@ def main(argv: list[str] | None = None) -> None:
         except OSError as error:
             raise unwritten(folder, error) from error
         if source.model is not None:
-            add_scores_to_card(Path(source.name), run.data.data_files, scores)
+            add_scores_to_card(Path(source.name), rows.sources, scores)
         journal.remove()
         this_attempt().finish()
         say_endings(endings)

@@ -11,10 +11,12 @@ from typing import Any
 
 import numpy
 
+from dataset.sources import RowSource
 from novelgpt.inference.generation import Answer
 from novelgpt.model.card import SCORES, code, read_card, table, write_card
 from novelgpt.scoring.summary import reference_scores
-from novelgpt.settings.atomic_files import atomic_file, hash_file
+from novelgpt.settings.atomic_files import atomic_file, hash_json
+from novelgpt.settings.file_hashes import content_hash
 from novelgpt.settings.terminal import counted, say
 from novelgpt.text.messages import split_thought
 from predict.predictions import Prediction
@@ -166,7 +168,13 @@ def say_endings(endings: Endings) -> None:
         say(f"{endings.reasons[reason]} of {endings.rows} answers ended with {reason!r}, according to the server")
 
 
-def add_scores_to_card(folder: Path, data_files: Sequence[str], scores: Mapping[str, Any]) -> None:
+def _digest(source: RowSource) -> str:
+    """What tells the rows of a source from others: the hash of its file, or of all that decides them."""
+    is_file = source.files == (source.given,) and Path(source.given).is_file()
+    return content_hash(Path(source.given))[0] if is_file else hash_json(source.identity())
+
+
+def add_scores_to_card(folder: Path, sources: Sequence[RowSource], scores: Mapping[str, Any]) -> None:
     """Add a line to the scores of a model's card, replacing an earlier one for the same rows.
 
     Nothing happens if the folder has no card, or one that was edited, or if rows came through a pipe, which cannot be
@@ -174,13 +182,13 @@ def add_scores_to_card(folder: Path, data_files: Sequence[str], scores: Mapping[
 
     Args:
         folder: of the model.
-        data_files: whose rows were answered.
+        sources: whose rows were answered.
         scores: content of scores.json.
     """
     card = read_card(folder)
-    if card is None or not all(Path(file).is_file() for file in data_files):
+    if card is None or any(Path(file).exists() and not Path(file).is_file() for one in sources for file in one.files):
         return
-    hashes = [(Path(file).name, hash_file(Path(file))[0]) for file in data_files]
+    hashes = [(Path(source.given).name, _digest(source)) for source in sources]
     names = ", ".join(f"{code(name)} sha256 {code(digest[:16])}" for name, digest in hashes)
     cells = [f"{scores[name]:.4f}" if name in scores else "" for name in CARD_COLUMNS[2:]]
     *head, line = table(CARD_COLUMNS, [[names, str(scores["rows"]), *cells]]).splitlines()

@@ -6,6 +6,7 @@ import itertools
 from array import array
 from collections.abc import Iterator, Sequence
 from dataclasses import astuple, dataclass
+from operator import attrgetter
 from pathlib import Path
 from typing import Any
 
@@ -13,8 +14,10 @@ import numpy
 from transformers import PreTrainedTokenizerBase
 
 from dataset.instructions import Instructions
-from dataset.readers import SourceRow, read_conversation, read_source_rows
+from dataset.readers import SourceRow, make_source_row, read_conversation
+from dataset.records import load_record
 from dataset.row_fields import ABSENT
+from dataset.sources import RowSource, find_row_sources
 from novelgpt.settings.errors import UserError
 from novelgpt.text.conversation import IGNORE_INDEX, EncodedRow, encode_conversation, encode_prompt
 from novelgpt.text.encoding import encode, encode_document
@@ -87,14 +90,17 @@ class PromptRows:
     """Rows to answer, in their order; they are on disk, and memory holds some 25 bytes of each.
 
     Args:
+        sources: that the rows come from.
         near: where results are written, on whose disk the rows are kept; None for that of temporary files.
 
     Attributes:
+        sources: that the rows come from.
         lengths: of each row, the tokens of its prompt; for a server, its characters.
         full_lengths: of each row, the tokens of prompt and reference; 0 without a reference, or for a server.
     """
 
-    def __init__(self, near: Path | None) -> None:
+    def __init__(self, sources: Sequence[RowSource], near: Path | None) -> None:
+        self.sources = sources
         self._rows = StoredRows(near)
         self.lengths = array("q")
         self.full_lengths = array("q")
@@ -174,7 +180,7 @@ def read_prompt_rows(
     instructions: Instructions | None = None,
     near: Path | None = None,
 ) -> PromptRows:
-    """The rows of all files; a conversation asks for its last answer.
+    """The rows of all sources; a conversation asks for its last answer.
 
     Prompts leave room for a thought where the reference starts with one, as in training; rows without a reference
     follow the majority of the training's answers. Rows that name a task are worded by `instructions`, by default by the
@@ -182,7 +188,7 @@ def read_prompt_rows(
     server has its own), prompts have no tokens.
 
     Args:
-        files: that hold the rows.
+        files: names of files, patterns and folders, as `find_row_sources` takes them.
         tokenizer: of the model; None for a server.
         max_rows: as many are read; None for all.
         instructions: wordings of tasks.
@@ -191,8 +197,8 @@ def read_prompt_rows(
     Raises:
         UserError: what the readers raise, no row at all, or a full disk.
     """
-    rows = PromptRows(near)
-    for source in itertools.islice((row for file in files for row in read_source_rows(Path(file))), max_rows):
+    rows = PromptRows(find_row_sources(files), near)
+    for source in itertools.islice(_source_rows(rows.sources), max_rows):
         if "text_prompt" in source.fields:
             row = _plain_row(source, tokenizer)
         else:
@@ -204,6 +210,16 @@ def read_prompt_rows(
         raise UserError(f"no row in {', '.join(files)}", "name --data_files with rows to answer")
     rows.finish()
     return rows
+
+
+def _source_rows(sources: Sequence[RowSource]) -> Iterator[SourceRow]:
+    for source in sources:
+        for file, rows in itertools.groupby(source.rows(), key=attrgetter("file")):
+            path = source.files[file]
+            for number, (_, place, text) in enumerate(rows):
+                where = f"{path}{place}"
+                record = source.record(load_record(text, where), where)
+                yield make_source_row(record, where, f"{Path(path).stem}-{number}")
 
 
 def _conversation_row(
