@@ -250,15 +250,15 @@ def _read_parquet(path: Path) -> Iterator[tuple[str, Any]]:
     try:
         batches = pyarrow.parquet.ParquetFile(path).iter_batches(batch_size=1024)
         for number, record in enumerate(record for batch in batches for record in batch.to_pylist()):
-            yield f"{path} row {number}", {name: _without_nulls(value) for name, value in record.items()}
+            yield f"{path} row {number}", {name: without_nulls(value) for name, value in record.items()}
     except pyarrow.ArrowException as error:
         raise UserError(f"{path} is not a readable parquet file: {error}", "write the file again") from error
 
 
-def _without_nulls(value: Any) -> Any:
+def without_nulls(value: Any) -> Any:
     """A value without the nested fields that it has only because the format gives all rows of a column the same."""
     if isinstance(value, list):
-        return [_without_nulls(item) for item in value]
+        return [without_nulls(item) for item in value]
     if isinstance(value, dict):
-        return {name: _without_nulls(item) for name, item in value.items() if item is not None}
+        return {name: without_nulls(item) for name, item in value.items() if item is not None}
     return value

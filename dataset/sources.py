@@ -7,20 +7,25 @@ import itertools
 import random
 import shlex
 from collections import Counter
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, NamedTuple
 
-from dataset.records import Record, read_raw_rows
+from dataset.hub_rows import open_hub_data, read_hub_rows
+from dataset.records import Record, load_record, read_raw_rows
+from dataset.row_columns import RowColumns, describe_columns, read_columns
 from novelgpt.settings.errors import UserError
 from novelgpt.settings.file_hashes import content_hash
 from novelgpt.settings.process import is_first_process
 from novelgpt.settings.remedies import python_module, run_pipeline
 from novelgpt.settings.terminal import counted, say
-from novelgpt.text.data_names import ROW_SUFFIXES, TEXT, Part, find_files, is_prepared, split_part
+from novelgpt.text.data_names import ROW_SUFFIXES, TEXT, Part, find_data, is_prepared, split_part
+from novelgpt.text.dataset_info import find_datasets
+from novelgpt.text.hub_data import HubData, version_of
 
 PART_SEED = 42
+_SHOWN_FIELDS = 20
 
 
 class SourcedRow(NamedTuple):
@@ -47,6 +52,8 @@ class RowSource:
         files: names of its files, as errors write them.
         part: of its rows that is drawn; None for all.
         max_rows: of these, the first ones that are taken; None for all.
+        columns: names of the rows' fields; None where they are the readers' own.
+        hub: the data set of a hub, which is in place of files; `files` has its name.
     """
 
     name: str
@@ -54,6 +61,8 @@ class RowSource:
     files: tuple[str, ...]
     part: Part | None = None
     max_rows: int | None = None
+    columns: RowColumns | None = None
+    hub: HubData | None = None
 
     def rows(self) -> Iterator[SourcedRow]:
         """All rows, or those of its part, in order.
@@ -63,12 +72,13 @@ class RowSource:
         """
         rows = self._all_rows()
         if self.part is not None:
-            rows = _drawn(rows, sum(1 for _ in self._all_rows()), self.part, self.given)
+            count = len(open_hub_data(self.hub)) if self.hub else sum(1 for _ in self._all_rows())
+            rows = _drawn(rows, count, self.part, self.given)
         return itertools.islice(rows, self.max_rows)
 
     def _all_rows(self) -> Iterator[SourcedRow]:
         for number, file in enumerate(self.files):
-            for row in read_raw_rows(Path(file)):
+            for row in read_raw_rows(Path(file)) if self.hub is None else read_hub_rows(self.hub):
                 yield SourcedRow(number, *row)
 
     def record(self, fields: Record, where: str) -> Record:
@@ -77,40 +87,99 @@ class RowSource:
         Args:
             fields: of the row.
             where: its file and place, for errors.
+
+        Raises:
+            UserError: what `RowColumns.record` raises.
         """
-        return fields
+        return fields if self.columns is None else self.columns.record(fields, where)
 
     def identity(self) -> dict[str, Any]:
         """What decides its rows, wherever its files lie: JSON that is equal where the rows are."""
-        chosen = {"part": self.part.text} if self.part else {}
-        chosen |= {"max_rows": str(self.max_rows)} if self.max_rows is not None else {}
+        chosen: dict[str, Any] = {} if self.part is None else {"part": self.part.text}
+        chosen |= {} if self.max_rows is None else {"max_rows": self.max_rows}
+        chosen |= {} if self.columns is None else {"columns": self.columns.said()}
+        if self.hub is not None:
+            return {"data": str(self.hub), "folder": self.hub.folder, "version": version_of(self.hub), **chosen}
         return {"files": [[Path(file).suffix.lower(), content_hash(Path(file))[0]] for file in self.files], **chosen}
 
 
-def find_row_sources(names: Sequence[str], max_rows: int | None = None) -> list[RowSource]:
-    """The sources that `--train_files` and its like name, in order.
+def find_row_sources(
+    names: Sequence[str],
+    datasets: Sequence[str] = (),
+    dataset_dir: str = "",
+    columns: Mapping[str, str] | None = None,
+    max_rows: int | None = None,
+) -> list[RowSource]:
+    """The sources that `--train_files`, `--dataset` and their like name, in order.
 
     Args:
-        names: of files, patterns and folders, each with the part of its rows that is meant (see `data_names`).
+        names: of files, patterns, folders and data sets of hubs, each with the part of its rows that is meant (see
+            `data_names` and `hub_data`).
+        datasets: names in a dataset_info.json.
+        dataset_dir: the folder of that file, or the file itself.
+        columns: standard field -> field of the rows of `names`.
         max_rows: of each source, the first ones; None for all.
 
     Raises:
-        UserError: a name that is none, or text, which is for pretraining.
+        UserError: a name that is none, text, which is for pretraining, or a column that no row has.
     """
-    sources = []
-    for given in names:
-        place, part = split_part(given)
-        files = [] if is_prepared(place) else find_files(place)
-        text = next((file for file in files if file.lower().endswith(TEXT)), None)
-        if text is not None or not files:
-            raise _no_rows_error(Path(text or place))
-        if files != [place] and is_first_process():
-            say(f"{given}: {counted(len(files), 'file')}")
-        if part is not None and not all(Path(file).is_file() for file in files):
-            raise UserError(f"{given}: a pipe can be read only once, and its rows must be counted to draw some of them",
-                            "write its rows to a file, and name that")  # fmt: skip
-        sources.append(RowSource(_short_name(place), given, tuple(files), part, max_rows))
-    return _named_apart(sources)
+    sources = [_find_source(given, *split_part(given)) for given in names]
+    renamed = read_columns(columns)
+    if renamed is not None:
+        sources = [replace(source, columns=renamed) for source in sources]
+        _check_columns(sources, renamed)
+    for described in find_datasets(datasets, dataset_dir):
+        part = None if described.num_samples is None else Part(str(described.num_samples))
+        source = _find_source(described.where, described.place, part, described.folder or "")
+        sources.append(replace(source, name=described.name, columns=describe_columns(described)))
+    return _named_apart([replace(source, max_rows=max_rows) for source in sources])
+
+
+def _find_source(given: str, place: str, part: Part | None, folder: str = "") -> RowSource:
+    """The source of a place: a path, a pattern or a hub's name.
+
+    Args:
+        given: as the user wrote it.
+        place: without the part.
+        part: of its rows.
+        folder: within a hub's data set.
+    """
+    files = [] if is_prepared(place) else find_data(place, folder)
+    if isinstance(files, HubData):
+        return RowSource(files.repository.rpartition("/")[2], given, (str(files),), part, hub=files)
+    text = next((file for file in files if file.lower().endswith(TEXT)), None)
+    if text is not None or not files:
+        raise _no_rows_error(Path(text or place))
+    if files != [place] and is_first_process():
+        say(f"{given}: {counted(len(files), 'file')}")
+    if part is not None and not all(Path(file).is_file() for file in files):
+        raise UserError(f"{given}: a pipe can be read only once, and its rows must be counted to draw some of them",
+                        "write its rows to a file, and name that")  # fmt: skip
+    return RowSource(_short_name(place), given, tuple(files), part)
+
+
+def _check_columns(sources: Sequence[RowSource], columns: RowColumns) -> None:
+    """Make sure that some row has each field of `--columns`; the first one tells, unless a field is rare.
+
+    Raises:
+        UserError: names the fields that no row has.
+    """
+    lacking = {own for _, own in columns.names}
+    seen: dict[str, None] = {}
+    for source in sources:
+        if source.hub is None and not all(Path(file).is_file() for file in source.files):
+            return  # a pipe, which can be read only once
+        for row in source.rows():
+            fields = load_record(row.text, f"{source.files[row.file]}{row.place}")
+            seen |= dict.fromkeys(fields)
+            lacking -= fields.keys()
+            if not lacking:
+                return
+    if seen:
+        held = ", ".join(list(seen)[:_SHOWN_FIELDS])
+        raise UserError(
+            f"--columns: no row has a field {', '.join(sorted(lacking))}", f"name fields of the rows: they have {held}"
+        )
 
 
 def _no_rows_error(path: Path) -> UserError:

@@ -18,14 +18,21 @@ from novelgpt.budget.memory import checkpointing_options
 from novelgpt.model.hub import locate
 from novelgpt.model.loading import adapter_base, longest_row, read_config
 from novelgpt.model.weight_files import check_no_pickles
-from novelgpt.settings.arguments import ANSWER_FIGURES, EVALUATION_FIGURES, TrainArguments, check_ranges
+from novelgpt.settings.arguments import (
+    ANSWER_FIGURES,
+    EVALUATION_FIGURES,
+    CorpusArguments,
+    TrainArguments,
+    check_ranges,
+)
 from novelgpt.settings.errors import UserError
 from novelgpt.settings.paths import EMBEDDED_BASE, TINY
 from novelgpt.settings.process import is_first_process
 from novelgpt.settings.remedies import pip_install, python_module
 from novelgpt.settings.runs import TrainingRun
 from novelgpt.settings.terminal import say
-from novelgpt.text.data_names import find_files, split_part
+from novelgpt.text.data_names import find_data, split_part
+from novelgpt.text.dataset_info import find_datasets
 
 MAX_STEPS = 1e12
 # Variables that launchers set and DeepSpeed reads.
@@ -62,7 +69,10 @@ def check_arguments(run: TrainingRun) -> None:
         UserError: names the first option that does not.
     """
     for name in (*run.data.train_files, *run.data.valid_files):
-        find_files(split_part(name)[0])
+        find_data(split_part(name)[0])
+    if not isinstance(run.data, CorpusArguments):
+        for described in find_datasets([*run.data.dataset, *run.data.eval_dataset], run.data.dataset_dir):
+            find_data(described.place, described.folder or "")
     if not 0 < run.data.valid_fraction < 1:
         raise UserError(f"--valid_fraction {run.data.valid_fraction} is not a share", "use a number between 0 and 1")
     _check_numbers(run.training)

@@ -27,6 +27,12 @@ from novelgpt.settings.remedies import pip_install
 # predict_during_eval.
 EVALUATION_FIGURES = {"loss": False, "perplexity": False, "bits_per_character": False, "token_accuracy": True}
 ANSWER_FIGURES = {"rouge-1": True, "rouge-2": True, "rouge-l": True, "rep4_char": False}
+DATASET_DIR = "data"
+DATASET_DIR_HELP = "Folder of the dataset_info.json that --dataset names are looked up in, or the file itself."
+COLUMNS_HELP = (
+    "Names of the rows' fields where they are others than those that are read: prompt=question,response=std_answer, or "
+    "a mapping in YAML. For all files that are named; not for --dataset, whose dataset_info.json says them."
+)
 HUB_HELP = (
     "Hub on which names are looked up. modelscope needs the package modelscope. Default: huggingface, or modelscope "
     "where USE_MODELSCOPE_HUB=1 is set."
@@ -162,10 +168,20 @@ class ConversationArguments:
 
     train_files: list[str] = option(
         _samples("papers/train.jsonl"),
-        "Training files, .jsonl .json .csv .parquet: Alpaca, ShareGPT, OpenAI messages, prompt/completion or "
-        "title/abstract rows, or rows that name a task.",
+        "Training rows: files (.jsonl .json .csv .parquet), patterns (data/**/*.jsonl), folders of files, and data "
+        "sets of hubs (hf://OWNER/NAME:SUBSET, ms://OWNER/NAME), all or a part: rows.jsonl#1000, rows.jsonl#30%. "
+        "Alpaca, ShareGPT, OpenAI messages, prompt/completion or title/abstract rows, or rows that name a task.",
     )
-    valid_files: list[str] = option([], "Validation files. Default: a share of the training rows.")
+    valid_files: list[str] = option(
+        [], "Validation rows, named as in train_files. Default: a share of the training rows."
+    )
+    dataset: list[str] = option(
+        [], "Training rows beside, or in place of, train_files: names in LLaMA-Factory's dataset_info.json."
+    )
+    eval_dataset: list[str] = option([], "Validation rows, by names in that dataset_info.json.")
+    dataset_dir: str = option(DATASET_DIR, DATASET_DIR_HELP)
+    columns: dict[str, str] | None = option(None, COLUMNS_HELP)
+    max_rows: int | None = option(None, "Train on at most this many rows, the first ones, of each name.")
     valid_fraction: float = option(
         0.05, "Share of the training rows held out for validation where there are no valid_files."
     )
@@ -190,6 +206,16 @@ class ConversationArguments:
     instruction_seed: int = option(
         42, "Seed with which each training row draws a template of its task. Validation rows use the first one."
     )
+
+    def __post_init__(self) -> None:
+        """Check ranges; data sets that are named take the place of the samples.
+
+        Raises:
+            UserError: names the option.
+        """
+        _check_least(self, {"max_rows": 1})
+        if self.dataset and self.train_files == _samples("papers/train.jsonl"):
+            self.train_files = []
 
 
 @dataclass
@@ -387,7 +413,15 @@ class PredictArguments:
 
     _argument_group_name: ClassVar[str] = "Prediction"
 
-    data_files: list[str] = option(_samples("papers/valid.jsonl"), "Rows to answer, in any format of fine-tuning.")
+    data_files: list[str] = option(
+        _samples("papers/valid.jsonl"),
+        "Rows to answer, in any format and named in any way of fine-tuning's train_files.",
+    )
+    dataset: list[str] = option(
+        [], "Rows to answer beside, or in place of, data_files: names in LLaMA-Factory's dataset_info.json."
+    )
+    dataset_dir: str = option(DATASET_DIR, DATASET_DIR_HELP)
+    columns: dict[str, str] | None = option(None, COLUMNS_HELP)
     output_dir: str | None = option(None, "Folder for predictions.jsonl and scores.json. Default: MODEL/predict.")
     max_rows: int | None = option(None, "Answer only this many rows.")
     instruction_templates: list[str] = option(
@@ -418,6 +452,8 @@ class PredictArguments:
             UserError: names the option.
         """
         _check_least(self, {"batch_size": 1, "max_rows": 1, "endpoint_concurrency": 1})
+        if self.dataset and self.data_files == _samples("papers/valid.jsonl"):
+            self.data_files = []
         check_ranges(self, {"endpoint_timeout": (0.1, 1e6)})
 
 

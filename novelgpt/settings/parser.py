@@ -33,7 +33,7 @@ from novelgpt.settings.refused_settings import refuse_settings_of_accelerate
 Run = TypeVar("Run")
 # Options that hold paths, in which `~` is the user's home.
 PATHS = (
-    "config", "model", "train_files", "valid_files", "data_files", "instruction_templates", "output_dir",
+    "config", "model", "train_files", "valid_files", "data_files", "dataset_dir", "instruction_templates", "output_dir",
     "resume_from_checkpoint", "deepspeed", "fsdp_config", "accelerator_config",
 )  # fmt: skip
 # What --save_steps alone turns on, as --save_strategy steps would.
@@ -44,7 +44,9 @@ SHARING = ("deepspeed", "fsdp")
 # Numbers of YAML 1.2 and JSON that YAML 1.1 reads as text, such as 1e-6.
 EXPONENT = re.compile(r"[-+]?[0-9]+(\.[0-9]*)?[eE][-+]?[0-9]+")
 # Options that name training data.
-OWN_DATA = ("train_files", "valid_files")
+OWN_DATA = ("train_files", "valid_files", "dataset", "eval_dataset")
+# Mappings that are written name=value,name=value as well.
+PAIRS = ("columns",)
 
 
 class _Parser(CommandParser, HfArgumentParser):
@@ -160,9 +162,11 @@ def _settings_of_model(
 
 
 def _mapping_of(name: str, text_too: bool) -> typing.Callable[[str], Any]:
-    """Return the type function of an option that takes a mapping in JSON; some take the path of a file, too."""
+    """Return the type function of an option that takes a mapping in JSON; some take a file's path, or pairs."""
 
     def read(text: str) -> Any:
+        if name in PAIRS and not text.startswith("{"):
+            return _read_pairs(text)
         if name in PATHS and not text.startswith("{"):
             return from_home(text)
         try:
@@ -174,6 +178,15 @@ def _mapping_of(name: str, text_too: bool) -> typing.Callable[[str], Any]:
         return text if text_too else value  # transformers parses the text itself
 
     return read
+
+
+def _read_pairs(text: str) -> dict[str, str]:
+    pairs = [part.partition("=") for part in text.split(",")]
+    if not all(name and mark and value for name, mark, value in pairs):
+        raise argparse.ArgumentTypeError(f"{text!r} is not written name=value,name=value")
+    if len({name for name, _, _ in pairs}) < len(pairs):
+        raise argparse.ArgumentTypeError(f"{text!r} sets a name twice")
+    return {name.strip(): value.strip() for name, _, value in pairs}
 
 
 def _refuse_constant(constant: str) -> typing.NoReturn:

@@ -1,6 +1,6 @@
 """What `--train_files` and its like name, and the files behind it.
 
-    rows.jsonl   data/*.jsonl   data/**/*.jsonl   data/   rows.jsonl#1000   data/*.jsonl#30%
+    rows.jsonl   data/*.jsonl   data/**/*.jsonl   data/   hf://OWNER/NAME   rows.jsonl#1000   data/*.jsonl#30%
 
 A file or folder of exactly that name always wins over what `#` and `*` mean elsewhere.
 """
@@ -18,6 +18,7 @@ from fractions import Fraction
 from pathlib import Path
 
 from novelgpt.settings.errors import UserError
+from novelgpt.text.hub_data import HubData, is_hub_name, read_hub_name, version_of
 from novelgpt.text.token_files import MANIFEST, SHARDS
 
 ROW_SUFFIXES, TEXT = (".jsonl", ".json", ".csv", ".parquet"), ".txt"
@@ -75,6 +76,23 @@ def split_part(name: str) -> tuple[str, Part | None]:
             )
         return name, None
     return place, Part(text)
+
+
+def find_data(place: str, folder: str = "") -> HubData | list[str]:
+    """What a name without its part stands for: a data set of a hub that can be read, or files.
+
+    Args:
+        place: path, pattern, or name on a hub.
+        folder: of the files of a hub's data set; "" for all.
+
+    Raises:
+        UserError: what `read_hub_name`, `version_of` and `find_files` raise.
+    """
+    if not is_hub_name(place):
+        return find_files(place)
+    data = read_hub_name(place, folder)
+    version_of(data)  # refuses what cannot be read
+    return data
 
 
 def find_files(name: str) -> list[str]:

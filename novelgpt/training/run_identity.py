@@ -25,13 +25,15 @@ from pydantic import TypeAdapter
 
 from novelgpt import __version__
 from novelgpt.model.fingerprint import BASE_RECORD, check_base
-from novelgpt.settings.atomic_files import hash_file
+from novelgpt.settings.atomic_files import hash_file, hash_json
 from novelgpt.settings.errors import UserError
 from novelgpt.settings.file_hashes import content_hash
 from novelgpt.settings.paths import IS_CHECKOUT, ROOT
 from novelgpt.settings.run_record import DataFile, DataSource, utc_now
 from novelgpt.settings.runs import TrainingRun
-from novelgpt.text.data_names import find_files, is_prepared, split_part
+from novelgpt.text.data_names import Part, find_files, is_prepared, split_part
+from novelgpt.text.dataset_info import Description, find_datasets
+from novelgpt.text.hub_data import is_hub_name, read_hub_name, version_of
 from novelgpt.text.token_files import MANIFEST, SHARDS, STARTS, TOKENS, read_token_manifest
 
 PACKAGES = ("torch", "transformers", "accelerate", "peft", "deepspeed", "tokenizers")
@@ -48,7 +50,9 @@ SMALL_FILES = (
     "config.json", "tokenizer.json", "tokenizer_config.json", "tokenizer.model", "chat_template.jinja", "vocab.json",
     "merges.txt", "vocab.txt", "added_tokens.json", "special_tokens_map.json", "qwen.tiktoken",
 )  # fmt: skip
-ROLES = ("train_files", "valid_files", "instruction_templates")
+ROLES = ("train_files", "valid_files", "dataset", "eval_dataset", "instruction_templates")
+# Data arguments that say where the data are, which are compared by their content.
+PLACES = {*ROLES, "dataset_dir"}
 PREPARED = ("train-*", "held_out-*")
 PREPARED_SUFFIXES = (".parquet", ".jsonl")
 HASHING_THREADS = 8
@@ -128,7 +132,7 @@ def changes(before: dict[str, Any], now: dict[str, Any]) -> list[str]:
         if group == "model":
             continue
         old = before["arguments"].get(group, {})
-        names = [name for name in values if name in DECISIVE] if group == "training" else sorted(set(values) - {*ROLES})
+        names = [name for name in values if name in DECISIVE] if group == "training" else sorted(set(values) - PLACES)
         found += [
             f"{name} ({old[name]}, now {values[name]})" for name in names if name in old and old[name] != values[name]
         ]
@@ -185,8 +189,23 @@ def identify_data(run: TrainingRun) -> list[DataSource]:
         UserError: a file cannot be read.
     """
     identify = functools.cache(_identify)  # each file is hashed once, however often it is named
-    named = [(role, name) for role in ROLES for name in vars(run.data).get(role, [])]  # raw text has no templates
-    return [identify(name).model_copy(update={"role": role}) for role, name in named]
+    found = []
+    for role in ROLES:
+        names = vars(run.data).get(role, [])  # raw text has no templates
+        if role in ("dataset", "eval_dataset"):
+            described = find_datasets(names, vars(run.data).get("dataset_dir", ""))
+            sources = [_identify_described(one, identify(one.place)) for one in described]
+        else:
+            sources = [identify(name) for name in names]
+        found += [source.model_copy(update={"role": role}) for source in sources]
+    return found
+
+
+def _identify_described(described: Description, source: DataSource) -> DataSource:
+    """Identify a data set of a dataset_info.json by its files and what is said of them."""
+    said = described.model_dump(exclude={"name", "info", "file_name"})
+    description = DataFile(name="dataset_info.json", bytes=0, sha256=hash_json(said))
+    return source.model_copy(update={"name": described.name, "files": [*source.files, description]})
 
 
 def check_unwritten(sources: Iterable[DataSource]) -> None:
@@ -233,6 +252,11 @@ def data_changes(before: Sequence[dict[str, Any]], now: Sequence[dict[str, Any]]
 
 def _identify(name: str) -> DataSource:
     """Hash a file or folder, whose role is left open."""
+    place, part = split_part(name)
+    if is_hub_name(place):
+        data = read_hub_name(place)
+        files = [DataFile(name=str(data), bytes=0, sha256=version_of(data)), *_part_file(part)]
+        return DataSource(role="", path=name, name=name, files=files)
     path = Path(name).absolute()
     source = DataSource(role="", path=str(path), name=name, files=[])
     try:
@@ -252,13 +276,17 @@ def _identify(name: str) -> DataSource:
             with ThreadPoolExecutor(HASHING_THREADS) as pool:
                 names = [file.name if in_folder else file.suffix.lower() for file in read]
                 source.files = list(pool.map(_hash, read, names))
-            if not path.exists() and read and (part := split_part(str(path))[1]) is not None:
-                source.files.append(DataFile(name=f"#{part.text}", bytes=0, sha256=""))
+            source.files += _part_file(part)
     except OSError as error:
         raise UserError(
             f"{error.filename or name} cannot be read: {error.strerror}", "name files you can read"
         ) from error
     return source
+
+
+def _part_file(part: Part | None) -> list[DataFile]:
+    """What stands for the part of a source's rows among its files."""
+    return [] if part is None else [DataFile(name=f"#{part.text}", bytes=0, sha256="")]
 
 
 def _read_files(path: Path) -> list[Path]:

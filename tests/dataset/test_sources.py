@@ -117,7 +117,7 @@ def test_max_rows_are_the_first_of_each_source_after_the_draw(place: Path) -> No
 
 def test_identity_is_that_of_the_rows(place: Path) -> None:
     def identities(*names: str, max_rows: int | None = None) -> list[str]:
-        return [json.dumps(source.identity()) for source in find_row_sources(names, max_rows)]
+        return [json.dumps(source.identity()) for source in find_row_sources(names, max_rows=max_rows)]
 
     (before,) = identities("data")
     (place / "data").rename(place / "moved")
