@@ -21,6 +21,7 @@ from novelgpt.text.origins import TracedRows
 from novelgpt.training import evaluations
 from novelgpt.training.fit import fit
 from novelgpt.training.run_folder import claim_run_folder
+from novelgpt.training.sample_predictions import choose_samples
 from novelgpt.training.trainer import NovelTrainer
 from tests.faults.runs import write_base
 
@@ -77,6 +78,12 @@ def test_as_many_rows_are_read_of_many_as_of_few(base: Path, tmp_path: Path, mon
         run(base, tmp_path / str(rows), train, valid, "--max_steps", "2")
         reads.append((len(train.read), len(set(valid.read))))
     assert reads[0] == reads[1] and max(map(max, reads)) < 100
+
+
+def test_only_the_samples_are_read_to_choose_samples(tokenizer: PreTrainedTokenizerBase) -> None:
+    rows = NotedRows(1000)
+    assert len(choose_samples(rows, tokenizer, 3, 8)) == 3
+    assert rows.read == [0, 333, 666]
 
 
 def test_a_resumed_run_does_not_read_what_it_skips(base: Path, tmp_path: Path) -> None:
