@@ -50,10 +50,8 @@ def _datasets(conversion: Conversion) -> None:
     if columns - {"text"}:
         conversion.set("text_column", columns.pop(), why="columns: prompt, in dataset_info.json")
     valid = [convert_file(conversion, source) for source in dataset_files(conversion, "eval_dataset", folder)]
-    if conversion.is_given("mask_history"):
-        masked = conversion.value("mask_history")
-        text = "the rows mark earlier answers as not trained" if masked else "all answers are trained, as here"
-        conversion.note("mask_history", "same", text)
+    if conversion.is_given("mask_history") and conversion.pipeline != "pretrain":
+        conversion.set("mask_history", bool(conversion.value("mask_history")), "mask_history")
     if conversion.pipeline == "pretrain" and any(source.file.suffix.lower() == ".txt" for source in sources):
         text = "LLaMA-Factory takes each line of a .txt as a separate text; here the file is one text"
         conversion.note("dataset", "differs", text)

@@ -184,9 +184,5 @@ def _takes_turns(roles: Sequence[str]) -> bool:
 def _row(messages: list[dict[str, Any]], system: Any, tools: Any, conversion: Conversion) -> Record:
     """Our row, with the effects of the settings."""
     system = system or conversion.value("default_system")
-    if conversion.value("mask_history"):
-        for message in messages[:-1]:
-            if message["role"] in ("assistant", "function_call"):
-                message["loss"] = False
     first = [{"role": "system", "content": system}] if system else []
     return {"messages": [*first, *messages]} | ({"tools": tools} if tools else {})

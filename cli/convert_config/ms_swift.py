@@ -17,7 +17,7 @@ from novelgpt.settings.remedies import as_typed
 
 SUFFIXES = (".json", ".jsonl", ".csv", ".parquet")
 _METHOD_KEYS = ("tuner_type", "train_type", "sft_type")
-_OVERLONG = {"right": "truncate", "split": "split", "delete": "refuse", "left": "refuse"}
+_OVERLONG = {"right": "truncate", "split": "split", "delete": "drop", "left": "refuse"}
 _PRECISIONS = {"bfloat16": "bf16", "float16": "fp16", "float32": "fp32"}
 
 
@@ -56,7 +56,7 @@ def _datasets(conversion: Conversion) -> None:
         if base in known:
             conversion.note("loss_scale", "same", known[base])
         if base not in known or further:
-            text = "an answer counts in the loss or not, with one weight for all of it"
+            text = "an answer has one weight for all of it, which rows say"
             conversion.note("loss_scale", "missing", text)
     share = "dataset_test_ratio" if conversion.is_given("dataset_test_ratio") else "split_dataset_ratio"
     hold_out(conversion, valid, "val_dataset", share)
@@ -129,9 +129,8 @@ def _read(record: Record, conversion: Conversion, names: dict[str, str], column:
         last = max((number for number, message in enumerate(messages) if message["role"] == "user"), default=0)
         for message in messages[:last]:
             if message["role"] == "assistant":
-                message["loss"] = False
-    kept = {"messages": [{name: value for name, value in one.items() if name != "weight"} for one in messages]}
-    return kept | ({"tools": row["tools"]} if row.get("tools") else {})
+                message["weight"] = 0
+    return {"messages": messages} | ({"tools": row["tools"]} if row.get("tools") else {})
 
 
 def _derived(conversion: Conversion) -> None:
@@ -171,7 +170,7 @@ def _truncation(conversion: Conversion, key: str) -> None:
     else:
         conversion.set("overlong", _OVERLONG[value], key)
         if _OVERLONG[value] == "refuse":
-            text = "rows above max_length stop the run before it trains; overlong takes truncate and split as well"
+            text = "longer rows stop the run before it trains; overlong takes truncate, split and drop as well"
             conversion.note(key, "differs", text)
 
 

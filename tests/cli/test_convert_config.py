@@ -166,6 +166,7 @@ def test_defaults_of_llamafactory_are_written_out(place: Path) -> None:
         ({"deepspeed": "examples/deepspeed/ds_z0_config.json"}, {"deepspeed": None}),
         ({"stage": "pt", "finetuning_type": "full", "dataset": "novel"},
          {"train_files": ["data/text.jsonl"], "text_column": "content", "packing": True}),
+        ({"dataset": "talk", "mask_history": True}, {"train_files": ["data/talk.json"], "mask_history": True}),
     ],
 )  # fmt: skip
 def test_meanings_and_not_names_alone(more: dict[str, Any], expected: dict[str, Any], place: Path) -> None:
@@ -178,17 +179,16 @@ def test_meanings_and_not_names_alone(more: dict[str, Any], expected: dict[str, 
 
 
 @pytest.mark.parametrize(
-    ("more", "untrained", "systems"),
+    ("more", "systems"),
     [
-        ({"dataset": "talk", "mask_history": True}, ["夜雨"], ["你是作者"] * 3),
-        ({"dataset": "unnamed"}, [], []),
-        ({"dataset": "odd", "default_system": "别的"}, [], ["你是作者"] * 3),
-        ({"dataset": "unnamed", "default_system": "别的", "max_samples": 2}, [], ["别的"] * 2),
-        ({"dataset": "pairs"}, [], []),
+        ({"dataset": "unnamed"}, []),
+        ({"dataset": "odd", "default_system": "别的"}, ["你是作者"] * 3),
+        ({"dataset": "unnamed", "default_system": "别的", "max_samples": 2}, ["别的"] * 2),
+        ({"dataset": "pairs"}, []),
     ],
 )  # fmt: skip
 def test_rows_are_written_where_they_are_read_otherwise(
-    more: dict[str, Any], untrained: list[str], systems: list[str], place: Path, capsys: pytest.CaptureFixture[str]
+    more: dict[str, Any], systems: list[str], place: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     given = {"model_name_or_path": "a/b", "finetuning_type": "lora"} | more
     assert "name a folder for them: --output_data FOLDER" in refused(place, given, capsys)
@@ -198,8 +198,6 @@ def test_rows_are_written_where_they_are_read_otherwise(
     assert len(rows) == {"pairs": 4}.get(more["dataset"], more.get("max_samples", 3))
     assert [message["content"] for row in rows for message in row if message["role"] == "system"] == systems
     for row in rows:
-        told = [message["content"] for message in row if message.get("weight") == 0]
-        assert told == untrained
         assert row[-1]["content"] == ("答" if more["dataset"] == "pairs" else "雨")
 
 
@@ -386,7 +384,7 @@ def test_settings_of_ms_swift(place: Path, capsys: pytest.CaptureFixture[str]) -
     expected = {
         "hub": "modelscope", "lora_rank": 8, "lora_alpha": 32, "lora_dropout": 0.05, "weight_decay": 0.1,
         "adam_beta2": 0.95, "gradient_accumulation_steps": 16, "learning_rate": 1e-4, "precision": "bf16",
-        "overlong": "refuse", "deepspeed": "zero2", "warmup_steps": 0.05, "eval_strategy": "no",
+        "overlong": "drop", "deepspeed": "zero2", "warmup_steps": 0.05, "eval_strategy": "no",
         "attention": "flash_attention_2",
     }  # fmt: skip
     assert {key: ours[key] for key in expected} == expected
