@@ -118,7 +118,7 @@ _TABLE: tuple[tuple[str, str, str, str], ...] = (
     ("LST", "val_size split_dataset_ratio dataset_test_ratio test_split_size", "valid_fraction",
      "valid_fraction, a share"),
     ("LST", "cutoff_len max_seq_length max_seq_len", "max_length", ""),
-    ("ST", "truncation_strategy truncation_mode", "overlong", "overlong: truncate, split or refuse"),
+    ("ST", "truncation_strategy truncation_mode", "overlong", "overlong: truncate, split, drop or refuse"),
     ("LS", "template template_type", "",
      "automatic: the tokenizer's own chat template; a file chat_template.jinja in the model's folder sets another"),
     ("T", "chat_template_path", "",
