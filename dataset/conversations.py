@@ -19,7 +19,7 @@ from novelgpt.settings.errors import UserError
 from novelgpt.settings.process import is_first_process
 from novelgpt.settings.terminal import counted, say
 from novelgpt.text.packing import PackedRows
-from novelgpt.text.statistics import TokenCounts, show_counts, show_row
+from novelgpt.text.statistics import TokenCounts, show_counts, show_first_row
 from novelgpt.text.templates import record_thinking
 
 SPLIT_SEED = 42
@@ -69,9 +69,7 @@ def read_conversations(
         encoded[name] = EncodedRows(rows.table, parts, rows.sources)
     if is_first_process():
         show_counts(counts)
-        first = encoded["train"][0]
-        ids, labels = (first[name].tolist() for name in ("input_ids", "labels"))
-        show_row(ids, labels, tokenizer, first["loss_weights"].tolist() if "loss_weights" in first else None)
+        show_first_row(encoded["train"], tokenizer)
     if not data.packing:
         return encoded["train"], encoded["valid"]
     train_packs, valid_packs = (PackedRows(encoded[name], data.max_length) for name in ("train", "valid"))

@@ -21,7 +21,7 @@ from novelgpt.settings.terminal import counted, say
 from novelgpt.text.chunks import ChunkEncoder, DocumentCutter
 from novelgpt.text.origins import TokenOrigins
 from novelgpt.text.packing import PackedBlocks, TokenizedText
-from novelgpt.text.statistics import show_counts, show_row
+from novelgpt.text.statistics import show_counts, show_first_row
 from novelgpt.text.token_files import open_tokens, read_token_manifest
 
 SPLITS = TRAIN, HELD_OUT = "train", "held_out"
@@ -93,7 +93,7 @@ def read_corpus(data: CorpusArguments, tokenizer: PreTrainedTokenizerBase) -> tu
             counts.dropped = counts.tokens_in - counts.trained - counts.context
             counts.notes[f"of {len(whole):,} held-out blocks are evaluated on (--max_valid_tokens)"] = len(valid)
         show_counts({"train": train.counts(), "valid": counts})
-        show_row(train[0]["input_ids"].tolist(), train[0]["labels"].tolist(), tokenizer, max_tokens=120)
+        show_first_row(train, tokenizer, max_tokens=120)
     return train, valid
 
 

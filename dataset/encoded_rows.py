@@ -8,7 +8,7 @@ and keeps what is counted of it.
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -20,7 +20,7 @@ import pyarrow.compute
 from transformers import PreTrainedTokenizerBase
 
 from dataset.instructions import Instructions
-from dataset.readers import Conversation, is_worded, make_source_row, read_conversation
+from dataset.readers import Conversation, make_source_row, read_conversation
 from dataset.records import load_record
 from dataset.sources import RowSource
 from novelgpt.settings.arguments import ConversationArguments
@@ -39,9 +39,15 @@ SCHEMA = pyarrow.schema({
     # What is counted; of several parts of one row, the first has what concerns the whole row.
     "trained": pyarrow.int32(), "tokens_in": pyarrow.int32(), "dropped": pyarrow.int32(),
     "answers": pyarrow.int32(), "thoughts": pyarrow.int32(), "notes": pyarrow.list_(pyarrow.string()),
-    # Whether an instruction template worded the row.
+    # Whether its messages may depend on the choice of an instruction template.
     "worded": pyarrow.bool_(),
 })  # fmt: skip
+# Neighbouring rows of a source, not parsed: what a process encodes at once, and one batch of the table.
+BLOCK_FEATURES = datasets.Features({
+    "row": datasets.List(datasets.Value("int64")), "file": datasets.List(datasets.Value("int32")),
+    "place": datasets.List(datasets.Value("string")), "text": datasets.List(datasets.Value("large_string")),
+})  # fmt: skip
+BLOCK_CHARACTERS, BLOCK_ROWS = 2**18, 4096
 # What training reads, and as what.
 TYPES = {"input_ids": numpy.int64, "labels": numpy.int64, "loss_weights": numpy.float32}
 
@@ -52,12 +58,14 @@ class EncodedPart:
 
     Attributes:
         row: its tokens and labels, of which some are trained; none where it is left out.
+        trained: number of tokens with a label.
         tokens_in: tokens of the encoded row before it was cut, with the first of its parts.
         dropped: those of them that training never sees.
         notes: what is to be counted, in words.
     """
 
     row: EncodedRow = field(default_factory=lambda: EncodedRow([], []))
+    trained: int = 0
     tokens_in: int = 0
     dropped: int = 0
     notes: list[str] = field(default_factory=list)
@@ -90,17 +98,27 @@ def encode_row(row: Conversation, tokenizer: PreTrainedTokenizerBase, data: Conv
         notes.append("rows without an answer, left out")
     elif messages[-1]["role"] != "assistant":
         notes.append("rows whose last messages have no answer, which were left out")
-    parts = [part for whole in encoded for part in _fit(whole, row["source"], data)] or [EncodedPart()]
+    parts: list[EncodedPart] = []
+    for whole in encoded:
+        size, trained = len(whole.input_ids), len(whole.labels) - whole.labels.count(IGNORE_INDEX)
+        if trained and data.min_length <= size <= data.max_length:
+            parts.append(EncodedPart(whole, trained, size))
+        else:
+            parts += _fit(whole, row["source"], data)
+    parts = parts or [EncodedPart()]
     parts[0].notes[:0] = notes
     return parts
 
 
 def _fit(row: EncodedRow, source: str, data: ConversationArguments) -> list[EncodedPart]:
-    """What is left of an encoded row within `min_length` and `max_length` tokens; parts that are left out are empty."""
+    """What is left of a row outside `min_length` and `max_length` tokens, or without a trained one.
+
+    Parts that are left out are empty; the first has what is counted of the whole row.
+    """
     size, max_length, notes = len(row.input_ids), data.max_length, []
-    parts = [(0, size, 0)]  # tokens [start, stop) of the row, and how many of them an earlier part has counted
+    spans = [(0, size, 0)]  # tokens [start, stop), and how many of them an earlier part has counted
     if size < data.min_length:
-        notes, parts = [f"rows below {data.min_length} tokens, left out"], []
+        notes, spans = [f"rows below {data.min_length} tokens, left out"], []
     elif size > max_length:
         notes = [f"rows above {max_length} tokens ({data.overlong})"]
         if data.overlong == "refuse":
@@ -112,12 +130,14 @@ def _fit(row: EncodedRow, source: str, data: ConversationArguments) -> list[Enco
         context = max_length // 2
         starts = range(0, size - context, max_length - context)
         splits = [(start, min(start + max_length, size), context if start else 0) for start in starts]
-        parts = {"truncate": [(0, max_length, 0)], "drop": [], "split": splits}[data.overlong]
+        spans = {"truncate": [(0, max_length, 0)], "drop": [], "split": splits}[data.overlong]
     fitted, dropped = [], size
-    for start, stop, repeated in parts:
-        part = _part(row, start, stop, repeated)
-        if part.trained_tokens():
-            fitted.append(EncodedPart(part))
+    for start, stop, repeated in spans:
+        labels = [IGNORE_INDEX] * repeated + row.labels[start + repeated : stop]
+        weights = row.loss_weights and [0.0] * repeated + row.loss_weights[start + repeated : stop]
+        trained = len(labels) - labels.count(IGNORE_INDEX)
+        if trained:
+            fitted.append(EncodedPart(EncodedRow(row.input_ids[start:stop], labels, weights), trained))
             dropped -= stop - start - repeated
         else:
             fitted.append(EncodedPart(notes=["rows without a trainable token, left out"]))
@@ -127,15 +147,30 @@ def _fit(row: EncodedRow, source: str, data: ConversationArguments) -> list[Enco
     return fitted
 
 
-def _part(row: EncodedRow, start: int, stop: int, repeated: int) -> EncodedRow:
-    """Tokens [start, stop) of a row, of which the first `repeated` are not trained."""
-    if (start, stop) == (0, len(row.input_ids)):
-        return row
-    ids, labels = row.input_ids[start:stop], row.labels[start + repeated : stop]
-    weights = row.loss_weights
-    if weights is not None:
-        weights = [0.0] * repeated + weights[start + repeated : stop]
-    return EncodedRow(ids, [IGNORE_INDEX] * repeated + labels, weights)
+def read_blocks(source: RowSource, wanted: set[int] | None = None) -> Iterator[dict[str, list[Any]]]:
+    """The rows of a source, not parsed, in blocks of BLOCK_FEATURES.
+
+    Args:
+        source: of the rows.
+        wanted: numbers of the rows to take; None for all.
+
+    Raises:
+        UserError: what `RowSource.rows` raises.
+    """
+    block: dict[str, list[Any]] = {name: [] for name in BLOCK_FEATURES}
+    characters = 0
+    for number, row in enumerate(source.rows()):
+        if wanted is not None and number not in wanted:
+            continue
+        for values, value in zip(block.values(), (number, *row), strict=True):
+            values.append(value)
+        characters += len(row.text)
+        if characters >= BLOCK_CHARACTERS or len(block["row"]) == BLOCK_ROWS:
+            yield block
+            block = {name: [] for name in BLOCK_FEATURES}
+            characters = 0
+    if block["row"]:
+        yield block
 
 
 def encode_block(
@@ -149,7 +184,7 @@ def encode_block(
     """Encode rows of a source that lie next to each other; for `datasets.Dataset.map`, in any process.
 
     Args:
-        block: [1] lists of {"row", "file", "place", "text"} (see `token_cache`).
+        block: [1] blocks of `read_blocks`, as `map` gives them in batches of one.
         source: of the rows.
         tokenizer: of the model.
         data: how rows are read and cut.
@@ -174,8 +209,8 @@ def encode_block(
             said = len(answers), thoughts
             for part in encode_row(conversation, tokenizer, data):
                 of_table = (number, file, place, part.row.input_ids, part.row.labels, part.row.loss_weights,
-                            part.row.trained_tokens(), part.tokens_in, part.dropped, *said, part.notes,
-                            is_worded(record, instructions))  # fmt: skip
+                            part.trained, part.tokens_in, part.dropped, *said, part.notes,
+                            "task" in record or "title" in record)  # fmt: skip
                 said = 0, 0
                 for column, value in zip(columns.values(), of_table, strict=True):
                     column.append(value)
@@ -196,7 +231,7 @@ def encode_rows(
             if part.row.input_ids:
                 part.row.source = row["source"]
                 kept.append(part.row)
-            counts.trained += part.row.trained_tokens()
+            counts.trained += part.trained
             counts.tokens_in += part.tokens_in
             counts.dropped += part.dropped
             counts.notes.update(part.notes)

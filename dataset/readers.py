@@ -226,13 +226,6 @@ def messages_of(record: Record, where: str, instructions: Instructions | None = 
     return messages
 
 
-def is_worded(record: Record, instructions: Instructions) -> bool:
-    """Whether instruction templates make the messages of a row, so that they depend on the choice of a wording."""
-    is_list = any(shape[0] in record for shape in _LISTS)
-    is_pair = any(prompt in record and completion in record for prompt, completion in _PAIRS)
-    return not (is_list or is_pair) and bool(record.get("task") or instructions.words_papers)
-
-
 def _fields_of_task(record: Record, where: str, instructions: Instructions | None) -> Collection[str]:
     """Fields that a row of a task, or of title and abstract, reads as texts, whatever they mean in other rows."""
     is_list = any(shape[0] in record for shape in _LISTS)

@@ -22,7 +22,6 @@ from contextlib import ExitStack, contextmanager
 from functools import partial
 from importlib.metadata import version
 from pathlib import Path
-from typing import Any
 
 import datasets.table
 import multiprocess
@@ -32,7 +31,7 @@ import pyarrow.compute
 from transformers import PreTrainedTokenizerBase
 
 import novelgpt.text
-from dataset.encoded_rows import SCHEMA, encode_block
+from dataset.encoded_rows import BLOCK_FEATURES, BLOCK_ROWS, SCHEMA, encode_block, read_blocks
 from dataset.instructions import Instructions
 from dataset.sources import RowSource
 from novelgpt.settings.arguments import ConversationArguments
@@ -49,14 +48,8 @@ from novelgpt.text.templates import template_record
 from novelgpt.text.token_files import tokenizer_digest
 
 INDEX = "index.json"
-# What a process encodes at once, and one batch of the table.
-BLOCK_CHARACTERS, BLOCK_ROWS = 2**18, 4096
 # Of fewer blocks, one process encodes all before others would have started.
 FEW_BLOCKS = 4
-BLOCK_FEATURES = datasets.Features({
-    "row": datasets.List(datasets.Value("int64")), "file": datasets.List(datasets.Value("int32")),
-    "place": datasets.List(datasets.Value("string")), "text": datasets.List(datasets.Value("large_string")),
-})  # fmt: skip
 LIBRARIES = ("datasets", "tokenizers", "transformers", "jinja2", "sentencepiece")
 # The arguments that decide how rows are read and cut; the others only choose among them.
 DECISIVE = ("max_length", "overlong", "min_length", "mask_history")
@@ -199,7 +192,7 @@ def _make(
     shutil.rmtree(folder, ignore_errors=True)  # there, but not whole
     try:
         with atomic_folder(folder) as unfinished, tempfile.TemporaryDirectory(dir=unfinished) as temporary:
-            blocks = _read_blocks(source, numbers, Path(temporary))
+            blocks = _materialise(source, numbers, Path(temporary))
             encode = partial(
                 encode_block, source=source, tokenizer=tokenizer, data=data, instructions=instructions,
                 stop=Path(temporary, "stop"),
@@ -220,37 +213,15 @@ def _make(
         ) from error
 
 
-def _read_blocks(source: RowSource, numbers: numpy.ndarray | None, folder: Path) -> datasets.Dataset:
-    """The rows of a source, not parsed, in blocks: {"row", "file", "place", "text"} with a list each.
-
-    Args:
-        source: of the rows.
-        numbers: of the rows to take, rising; None for all.
-        folder: for the text.
-    """
+def _materialise(source: RowSource, numbers: numpy.ndarray | None, folder: Path) -> datasets.Dataset:
+    """Blocks of a source, in a folder, so that all cores may encode them and no text is in memory."""
     wanted = None if numbers is None else set(numbers.tolist())
-
-    def blocks() -> Iterator[dict[str, list[Any]]]:
-        block: dict[str, list[Any]] = {name: [] for name in BLOCK_FEATURES}
-        characters = 0
-        for number, row in enumerate(source.rows()):
-            if wanted is not None and number not in wanted:
-                continue
-            for values, value in zip(block.values(), (number, *row), strict=True):
-                values.append(value)
-            characters += len(row.text)
-            if characters >= BLOCK_CHARACTERS or len(block["row"]) == BLOCK_ROWS:
-                yield block
-                block = {name: [] for name in BLOCK_FEATURES}
-                characters = 0
-        if block["row"]:
-            yield block
-
     try:
         with _progress_bars(False):
             return datasets.Dataset.from_generator(
-                blocks, features=BLOCK_FEATURES, cache_dir=str(folder), fingerprint="blocks", writer_batch_size=1
-            )
+                partial(read_blocks, source, wanted), features=BLOCK_FEATURES, cache_dir=str(folder),
+                fingerprint="blocks", writer_batch_size=1,
+            )  # fmt: skip
     except datasets.exceptions.DatasetGenerationError as error:
         # What the readers raise is told as they tell it.
         raise error.__cause__ or error from None

@@ -8,7 +8,7 @@ import pyarrow
 
 from dataset.encoded_rows import SCHEMA, EncodedRows, EncodedTable
 from dataset.sources import RowSource
-from novelgpt.text.conversation import EncodedRow
+from novelgpt.text.conversation import IGNORE_INDEX, EncodedRow
 
 
 def as_rows(rows: Sequence[EncodedRow]) -> EncodedRows:
@@ -17,8 +17,8 @@ def as_rows(rows: Sequence[EncodedRow]) -> EncodedRows:
         {
             "row": number, "file": 0, "place": row.source, "input_ids": row.input_ids, "labels": row.labels,
             "loss_weights": row.loss_weights,
-            "trained": row.trained_tokens(), "tokens_in": len(row.input_ids), "dropped": 0, "answers": 1,
-            "thoughts": 0, "notes": [], "worded": False,
+            "trained": len(row.labels) - row.labels.count(IGNORE_INDEX), "tokens_in": len(row.input_ids), "dropped": 0,
+            "answers": 1, "thoughts": 0, "notes": [], "worded": False,
         }
         for number, row in enumerate(rows)
     ]  # fmt: skip

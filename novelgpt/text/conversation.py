@@ -42,10 +42,6 @@ class EncodedRow:
     loss_weights: list[float] | None = None
     source: str = field(default="", compare=False)
 
-    def trained_tokens(self) -> int:
-        """Number of tokens with a label."""
-        return len(self.labels) - self.labels.count(IGNORE_INDEX)
-
 
 class _HistoryRewrittenError(Exception):
     """The chat template renders earlier turns differently once later ones follow (Qwen3 drops old thoughts)."""

@@ -94,14 +94,10 @@ def show_counts(counts: dict[str, TokenCounts], console: VisibleConsole | None =
             console.print(one_line(f"{name}: {number:,} {note}"), style="yellow")
 
 
-def show_row(
-    input_ids: list[int],
-    labels: list[int],
-    tokenizer: PreTrainedTokenizerBase,
-    loss_weights: Sequence[float] | None = None,
-    max_tokens: int = 400,
-) -> None:
-    """Print one row, trained tokens green behind a weight other than 1, the others dim."""
+def show_first_row(rows: TracedRows, tokenizer: PreTrainedTokenizerBase, max_tokens: int = 400) -> None:
+    """Print the first row, trained tokens green behind a weight other than 1, the others dim."""
+    columns = {name: values.tolist() for name, values in rows[0].items()}
+    input_ids, labels, loss_weights = columns["input_ids"], columns["labels"], columns.get("loss_weights")
     console = make_console()
     text = Text()
     weight = 0.0
