@@ -87,11 +87,11 @@ def _encode_rows(data: ConversationArguments, tokenizer: PreTrainedTokenizerBase
     """Encode the rows of all sources, and divide them into training and validation rows."""
     drawn = load_instructions(data.instruction_templates, data.instruction_seed)
     fixed = drawn.fixed()
-    sources = find_row_sources(data.train_files)
+    sources = find_row_sources(data.train_files, data.dataset, data.dataset_dir, data.columns, data.max_rows)
     table = EncodedTable([encoded_table(source, tokenizer, data, drawn) for source in sources])
     count = table.read_rows
-    if data.valid_files:
-        further = find_row_sources(data.valid_files)
+    if data.valid_files or data.eval_dataset:
+        further = find_row_sources(data.valid_files, data.eval_dataset, data.dataset_dir, data.columns)
         table = table.extended([encoded_table(source, tokenizer, data, fixed) for source in further])
         return _Rows(table, [*sources, *further], numpy.arange(count), numpy.arange(count, table.read_rows))
     held_out = math.ceil(count * data.valid_fraction)

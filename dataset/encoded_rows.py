@@ -202,7 +202,9 @@ def encode_block(
     try:
         for number, file, place, text in [] if stop.exists() else rows:
             where = f"{source.files[file]}{place}"
-            record = source.record(load_record(text, where), where)
+            record = load_record(text, where)
+            if source.columns is not None:
+                record = source.columns.record(record, where)
             conversation = read_conversation(make_source_row(record, where, where), instructions)
             answers = [message for message in conversation["messages"] if message["role"] == "assistant"]
             thoughts = sum(1 for one in answers if one.get("reasoning_content") or OWN_THOUGHT.match(one["content"]))

@@ -77,9 +77,11 @@ class RowSource:
         return itertools.islice(rows, self.max_rows)
 
     def _all_rows(self) -> Iterator[SourcedRow]:
-        for number, file in enumerate(self.files):
-            for row in read_raw_rows(Path(file)) if self.hub is None else read_hub_rows(self.hub):
-                yield SourcedRow(number, *row)
+        return (
+            SourcedRow(number, *row)
+            for number, file in enumerate(self.files)
+            for row in (read_raw_rows(Path(file)) if self.hub is None else read_hub_rows(self.hub))
+        )
 
     def record(self, fields: Record, where: str) -> Record:
         """The fields of a row under the names that the readers know.
