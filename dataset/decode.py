@@ -21,8 +21,8 @@ _BYTE_ORDER_MARKS = (
     (codecs.BOM_UTF16_LE, "utf-16-le"),
     (codecs.BOM_UTF16_BE, "utf-16-be"),
 )
-_NARROW = ("utf-8", "gb18030", "big5hkscs")
-_UNMARKED = (*_NARROW, "utf-16-le", "utf-16-be")
+NARROW = ("utf-8", "gb18030", "big5hkscs")
+_UNMARKED = (*NARROW, "utf-16-le", "utf-16-be")
 # Natural logarithm of the prior probability of each encoding; it only decides texts of a few characters.
 _PRIOR = {"utf-8": 2.0, "gb18030": 1.0, "big5hkscs": 0.0, "utf-16-le": -9.0, "utf-16-be": -10.0}
 _WINDOW, _WINDOWS = 512, 5  # bytes and number of samples
@@ -70,19 +70,21 @@ def decode_text(data: bytes, source: str) -> str:
     Raises:
         UserError: no encoding fits; names the offset of the first invalid byte.
     """
-    mark, encoding = next((known for known in _BYTE_ORDER_MARKS if data.startswith(known[0])), (b"", "utf-8"))
+    mark, encoding = find_mark(data[:4])
+    encoding = encoding or "utf-8"
     body = memoryview(data)[len(mark) :]
     try:
         text = str(body, encoding.removesuffix("-sig"))
     except UnicodeDecodeError:
         # The most plausible encoding was meant, even where it fails: damaged UTF-8 can pass for GB18030.
         # Strict GBK and Big5 fail on most real files of these names; their supersets do not.
-        tried = (encoding,) if mark else _NARROW
+        tried = (encoding,) if mark else NARROW
         encoding = encoding if mark else likeliest_encoding(data, tried)
         try:
             text = str(body, encoding.removesuffix("-sig"))
         except UnicodeDecodeError as error:
-            raise _no_fit(data, source, len(mark) + error.start, tried, encoding) from None
+            offset = len(mark) + error.start
+            raise no_fit(data[offset], source, offset, tried, encoding) from None
     if not text.strip():
         raise UserError(f"{source} is empty", "name a file with content, or leave this one out")
     return text.replace("\r\n", "\n").replace("\r", "\n")
@@ -99,7 +101,7 @@ def decode_tolerant(data: bytes, source: str) -> Decoded:
     Raises:
         UserError: empty, not text, or more invalid bytes than that; names the offset of the first one.
     """
-    mark, encoding = next((known for known in _BYTE_ORDER_MARKS if data.startswith(known[0])), (b"", ""))
+    mark, encoding = find_mark(data[:4])
     if not mark:
         encoding = likeliest_encoding(data)
         _refuse_binary(data, source, encoding)
@@ -146,10 +148,21 @@ def likeliest_encoding(data: bytes, candidates: Sequence[str] = _UNMARKED) -> st
             if not _CONTROL_BYTE.search(data):
                 if data.isascii():
                     return "utf-8"
-                candidates = [encoding for encoding in candidates if encoding in _NARROW]
+                candidates = [encoding for encoding in candidates if encoding in NARROW]
+    return likeliest_of_samples(memoryview(data), candidates)
+
+
+def likeliest_of_samples(data: memoryview, candidates: Sequence[str]) -> str:
+    """The candidate that `likeliest_encoding` chooses where it is not settled that `data` is UTF-8.
+
+    Args:
+        data: of a file, or of a mapped one, of which little more than the samples is loaded.
+        candidates: encodings.
+    """
+    data = _without_last_nuls(data)
     sampled = b"".join(_REPEATED.sub(_shorten, sample) for sample in _samples(data, "utf-8"))
     if len(sampled) >= _ENOUGH_FOR_UTF_16 and not _CONTROL_BYTE.search(sampled):
-        candidates = [encoding for encoding in candidates if encoding in _NARROW] or candidates
+        candidates = [encoding for encoding in candidates if encoding in NARROW] or candidates
     return max(candidates, key=lambda encoding: _likelihood(data, encoding))
 
 
@@ -162,24 +175,49 @@ def read_bytes(path: Path) -> bytes:
     try:
         data = path.read_bytes()
     except OSError as error:
-        raise UserError(f"{path}: {error.strerror}", "check the path; relative ones start where you type") from error
+        raise unreadable(path, error) from error
     if not data.strip():
         raise UserError(f"{path} is empty", "name a file with content, or leave this one out")
     return data
 
 
-def _no_fit(data: bytes, source: str, offset: int, tried: Sequence[str], encoding: str, more: str = "") -> UserError:
+def find_mark(data: bytes) -> tuple[bytes, str]:
+    """The byte-order mark with which a file begins and the encoding that it stands for; of each, nothing without one.
+
+    Args:
+        data: at least the first three bytes.
+    """
+    return next((known for known in _BYTE_ORDER_MARKS if data.startswith(known[0])), (b"", ""))
+
+
+def unreadable(path: Path, error: OSError) -> UserError:
+    """The error that says why a file cannot be read."""
+    return UserError(f"{path}: {error.strerror}", "check the path; relative ones start where you type")
+
+
+def no_fit(byte: int, source: str, offset: int, tried: Sequence[str], encoding: str, more: str = "") -> UserError:
+    """The error that names the first byte of a file that is part of no character."""
     return UserError(
-        f"{source}: byte {data[offset]:#04x} at offset {offset} fits no encoding "
+        f"{source}: byte {byte:#04x} at offset {offset} fits no encoding "
         f"(tried {', '.join(tried)}; {encoding} reads best){more}",
         "fix or remove that byte, or save the file as UTF-8",
     )
 
 
-def _samples(data: bytes, encoding: str) -> Iterator[bytes]:
+def _without_last_nuls(data: memoryview) -> memoryview:
+    """All but the NULs at the end; one stays that may be the second byte of the last character in UTF-16."""
+    end = len(data)
+    while end >= _BLOCK and not any(data[end - _BLOCK : end]):
+        end -= _BLOCK
+    last = bytes(data[max(0, end - _BLOCK) : end])
+    end -= len(last) - len(last.rstrip(b"\0"))
+    return data[: end + end % 2]
+
+
+def _samples(data: bytes | memoryview, encoding: str) -> Iterator[bytes]:
     """Windows of `data` that start at a character: at the first non-ASCII byte, and spread over the rest."""
     if len(data) <= _WINDOW * _WINDOWS:
-        yield data
+        yield bytes(data)
         return
     first = _NON_ASCII.search(data)
     begin = first.start() if first else 0
@@ -190,12 +228,12 @@ def _samples(data: bytes, encoding: str) -> Iterator[bytes]:
             if boundary is None:
                 continue
             at = boundary.end()
-        if encoding not in _NARROW:
+        if encoding not in NARROW:
             at -= at % 2
-        yield data[at : at + _WINDOW]
+        yield bytes(data[at : at + _WINDOW])
 
 
-def _likelihood(data: bytes, encoding: str) -> float:
+def _likelihood(data: memoryview, encoding: str) -> float:
     """Logarithm of the probability of the samples, for the mean number of bytes that samples have."""
     total, sampled = 0.0, 0
     valid, high, letters = encoding == "utf-8", 0, 0
@@ -217,7 +255,7 @@ def _log_probability(sample: bytes, encoding: str) -> float:
     """Log-probability of a decoded sample, taking neighbouring characters into account."""
     text = sample.decode(encoding, "replace")
     value = log_probability(text)
-    if encoding in _NARROW:
+    if encoding in NARROW:
         value += _PUNCTUATION_BONUS * sum(match.end() - match.start() - 1 for match in _PUNCTUATION.finditer(text))
     if encoding in ("gb18030", "big5hkscs"):
         isolated = (match[0][1:].decode(encoding, "ignore") for match in _ISOLATED.finditer(b"\n" + sample))
@@ -254,8 +292,8 @@ def _refuse_binary(data: bytes, source: str, encoding: str) -> None:
 
 def _refuse_too_many(data: bytes, source: str, encoding: str, first: int, count: int) -> None:
     if count > max(len(data) // 1000, min(8, len(data) // 8)):
-        tried = (encoding,) if any(data.startswith(mark) for mark, _ in _BYTE_ORDER_MARKS) else _UNMARKED
-        raise _no_fit(data, source, first, tried, encoding, f", and {count - 1} or more after it")
+        tried = (encoding,) if find_mark(data)[0] else _UNMARKED
+        raise no_fit(data[first], source, first, tried, encoding, f", and {count - 1} or more after it")
 
 
 def _nuls(data: bytes, start: int, end: int, encoding: str, count: int, source: str) -> list[BadBytes]:
@@ -263,7 +301,7 @@ def _nuls(data: bytes, start: int, end: int, encoding: str, count: int, source: 
         return [BadBytes(found.start(), found[0]) for found in re.finditer(rb"\0+", data[:end])]
     nuls = [BadBytes(at, b"\0\0") for at in range(start, end - 1, 2) if data[at : at + 2] == b"\0\0"]
     if len(nuls) != count:
-        raise _no_fit(data, source, data.find(b"\0\0"), (encoding,), encoding)
+        raise no_fit(0, source, data.find(b"\0\0"), (encoding,), encoding)
     return nuls
 
 

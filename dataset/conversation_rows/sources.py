@@ -4,15 +4,16 @@ from __future__ import annotations
 
 import re
 from collections import deque
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
-from dataset.decode import decode_text, read_bytes
+from dataset.csv_rows import read_csv
 from dataset.instructions import Instructions
 from dataset.novels.chapters.headings import LONGEST_HEADING
 from dataset.novels.chapters.numerals import to_number
-from dataset.records import Record, read_csv, read_records
+from dataset.records import Record, read_records
+from dataset.text_files import open_text
 from novelgpt.settings.errors import UserError
 from novelgpt.settings.remedies import python_module
 from novelgpt.settings.terminal import counted
@@ -92,15 +93,14 @@ def read_table(path: Path, columns: Sequence[str] = ()) -> Records:
     if kind != ".tsv" and not (kind == ".csv" and columns):
         yield from read_records(path)
         return
-    text = decode_text(read_bytes(path), str(path))
     read = _read_tsv if kind == ".tsv" else read_csv
-    for where, record in read(text, str(path), columns):
+    for where, record in read(open_text(path).lines(), str(path), columns):
         yield where, {name: value for name, value in record.items() if name != SKIPPED_COLUMN}
 
 
-def _read_tsv(text: str, path: str, columns: Sequence[str]) -> Iterator[tuple[str, dict[str, str]]]:
+def _read_tsv(lines: Iterable[str], path: str, columns: Sequence[str]) -> Iterator[tuple[str, dict[str, str]]]:
     names = list(columns)
-    for number, line in enumerate(text.split("\n"), start=1):
+    for number, line in enumerate(lines, start=1):
         values = line.split("\t")
         if not line.strip():
             continue

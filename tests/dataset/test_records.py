@@ -1,17 +1,21 @@
 """Rows in wrapped and spread JSON are all read; a CSV line that could be read in two ways is an error."""
 
 import csv
+import datetime
+import decimal
 import io
 import json
 import random
 from pathlib import Path
 from typing import Any
 
+import pyarrow
+import pyarrow.parquet
 import pytest
 
 from dataset.conversation_rows.sources import read_table
 from dataset.readers import read_conversation_rows
-from dataset.records import read_records
+from dataset.records import load_record, read_raw_rows, read_records
 from novelgpt.settings.errors import UserError
 
 ROWS = [
@@ -141,3 +145,23 @@ def test_csv_columns_that_say_nothing(tmp_path: Path) -> None:
     assert [record for _, record in read_records(path)] == [
         {"instruction": "写诗", "output": "好诗"}, {"instruction": "续写", "output": "春天"},
     ]  # fmt: skip
+
+
+def test_rows_that_are_not_parsed_hold_what_records_hold(tmp_path: Path) -> None:
+    """Values that JSON has no type for give the same ids, and are no texts."""
+    day = datetime.date(2024, 2, 29)
+    rows = [{"id": day, "text": "好\r\n\u2028", "n": 0.1}, {"id": None, "text": None, "n": float("inf")}]
+    pyarrow.parquet.write_table(pyarrow.Table.from_pylist(rows), tmp_path / "rows.parquet")
+    values: list[Any] = [b"\xff", day, decimal.Decimal("1.50"), datetime.timedelta(1)]
+    columns = {str(number): [value] for number, value in enumerate(values)}
+    pyarrow.parquet.write_table(pyarrow.table(columns), tmp_path / "values.parquet")
+    (tmp_path / "rows.csv").write_text('id,text\n1,"好 ""\\ud83d\n"\n', encoding="utf-8")
+    for name in ("rows.parquet", "rows.csv"):
+        records = [
+            (where, record | {"id": record["id"] and str(record["id"])})
+            for where, record in read_records(tmp_path / name)
+        ]
+        raw = [(f"{tmp_path / name}{row.place}", row.text) for row in read_raw_rows(tmp_path / name)]
+        assert [(where, load_record(text, where)) for where, text in raw] == records
+    (row,) = read_raw_rows(tmp_path / "values.parquet")
+    assert [type(value) for value in load_record(row.text, "x").values()] == [dict] * len(values)
