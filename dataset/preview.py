@@ -3,6 +3,7 @@
     python -m dataset preview rows.jsonl
     python -m dataset preview rows.jsonl --model Qwen/Qwen3-0.6B --row p001 --borders
     python -m dataset preview prepared/ --html preview.html
+    python -m dataset preview hf://OWNER/NAME --columns prompt=question,response=answer
 
 In conversations, the prompt is dim and the answer green, behind its weight where that is not 1; preference rows show
 both answers; in text, the boundaries of documents are marked.
@@ -11,6 +12,7 @@ both answers; in text, the boundaries of documents are marked.
 from __future__ import annotations
 
 import itertools
+import os
 from argparse import Namespace
 from collections.abc import Iterator
 from dataclasses import dataclass
@@ -23,18 +25,20 @@ from dataset.conversation_rows.sources import find_splits
 from dataset.encoded_rows import encode_rows
 from dataset.instructions import load_instructions
 from dataset.preferences import PreferenceRow, is_preference, read_preference
-from dataset.readers import messages_of, read_conversation, read_source_rows, read_text_rows
-from dataset.records import read_records
+from dataset.readers import messages_of, read_conversation, read_sourced_rows, read_text_rows
+from dataset.sources import RowSource, find_row_sources
 from novelgpt.model.tokenizer import load_tokenizer
-from novelgpt.settings.arguments import ConversationArguments, ModelArguments
+from novelgpt.settings.arguments import DATASET_DIR, ConversationArguments, ModelArguments
 from novelgpt.settings.atomic_files import atomic_write
 from novelgpt.settings.command_parser import CommandParser
 from novelgpt.settings.console import make_console
 from novelgpt.settings.errors import UserError, exit_on_user_error
 from novelgpt.settings.html_pages import page_templates
+from novelgpt.settings.parser import mapping_of
 from novelgpt.settings.paths import TINY, from_home
 from novelgpt.settings.terminal import counted, say, visible
 from novelgpt.text.conversation import IGNORE_INDEX, encode_conversation
+from novelgpt.text.data_names import TEXT, find_files, is_prepared
 from novelgpt.text.encoding import document_end_id, encode_document
 from novelgpt.text.messages import Message
 from novelgpt.text.packing import PackedBlocks, TokenizedText
@@ -69,26 +73,26 @@ def main(argv: list[str] | None = None) -> None:
     if args.model is None:
         say(f"no --model: in the tokens and the template of the small base ({TINY})")
     tokenizer = load_tokenizer(ModelArguments(args.model or TINY))
-    reader = _blocks if _holds_text(args) else _conversations
+    sources = _find_sources(args)
+    shown_rows = _conversations(args, sources, tokenizer) if sources else _blocks(args, tokenizer)
+    name = args.name or ", ".join(args.dataset)
     console = make_console()
     coloured = args.color == "always" or (args.color == "auto" and console.is_terminal and not console.no_color)
     total = TokenCounts()
     rows = []
-    for shown in reader(args, tokenizer):
+    for shown in shown_rows:
         total += shown.counts
         if args.html:
             rows.append(shown)
         else:
             print(preview_text(shown, coloured, args.borders))  # noqa: T201 - visible text in colours
     if not total.tokens_in:
-        raise UserError(
-            f"{args.file} has no row {args.row}" if args.row else f"{args.file} holds no row", "name another"
-        )
+        raise UserError(f"{name} has no row {args.row}" if args.row else f"{name} holds no row", "name another")
     if args.html:
         try:
             args.html.parent.mkdir(parents=True, exist_ok=True)
             page = page_templates(Path(__file__).parent).get_template("preview.html")
-            text = page.render(rows=rows, title=args.file.name, total=total, borders=args.borders, describe=describe,
+            text = page.render(rows=rows, title=Path(name).name, total=total, borders=args.borders, describe=describe,
                                visible=visible, counted=counted)  # fmt: skip
             atomic_write(args.html, text)
         except OSError as error:
@@ -100,7 +104,11 @@ def main(argv: list[str] | None = None) -> None:
 
 def _parse(argv: list[str] | None) -> Namespace:
     parser = CommandParser(prog="python -m dataset preview", description=(__doc__ or "").split("\n")[0])
-    parser.add_argument("file", type=Path, help="conversation rows, text, or a folder of prepared novels")
+    parser.add_argument("name", nargs="?", metavar="file", type=from_home, help="conversation rows, named as in "
+                        "--train_files of training; text; or a folder of prepared novels")  # fmt: skip
+    parser.add_argument("--dataset", nargs="+", default=[], help="names in a dataset_info.json instead, as in training")
+    parser.add_argument("--dataset_dir", type=from_home, default=DATASET_DIR, help="as in training")
+    parser.add_argument("--columns", type=mapping_of("columns", text_too=False), help="as in training")
     parser.add_argument("--model", help="folder or hub name whose tokenizer and chat template are used "
                         "[default: tiny, the small base]")  # fmt: skip
     parser.add_argument("--rows", type=int, default=3, help="number of rows from the start [default: 3]")
@@ -121,24 +129,33 @@ def _parse(argv: list[str] | None) -> Namespace:
     args = parser.parse_args(argv)
     if args.rows < 1 or args.max_length < 2:
         raise UserError("nothing to show", "take at least 1 of --rows and 2 of --max_length")
+    if (args.name is None) == (not args.dataset):
+        raise UserError("name one thing to show", "a file, pattern, folder or data set of a hub; or --dataset NAME")
     return args
 
 
-def _holds_text(args: Namespace) -> bool:
-    """Whether the file holds text for pretraining, not conversations, judged by its first row."""
-    if args.file.is_dir() or args.file.suffix.lower() == ".txt":
-        return True
-    where, record = next(read_records(args.file), (str(args.file), {}))
-    if args.text_column not in record:
-        return False
+def _find_sources(args: Namespace) -> list[RowSource]:
+    """The sources of conversations; none where the name is that of text for pretraining, judged by its first row."""
+    name = args.name or ""
+    in_folder = os.path.isdir(name)  # noqa: PTH112 - Path.is_dir raises for names that are too long
+    if name.lower().endswith(TEXT) or is_prepared(name) or (in_folder and not find_files(name)):
+        return []
+    sources = find_row_sources([args.name] if args.name else [], args.dataset, args.dataset_dir, args.columns)
+    first = next(itertools.chain.from_iterable(map(read_sourced_rows, sources)), None)
+    if first is None or args.text_column not in first.fields or first.fields.get("task"):
+        return sources
     try:
-        messages_of(record, where, load_instructions(args.instruction_templates))
+        messages_of(first.fields, first.source, load_instructions(args.instruction_templates))
     except UserError:
-        return not record.get("task")
-    return False
+        if not in_folder and not Path(name).is_file():
+            raise UserError(f"{name} holds text, of which one file or folder is shown", "name one") from None
+        return []
+    return sources
 
 
-def _conversations(args: Namespace, tokenizer: PreTrainedTokenizerBase) -> Iterator[RowPreview]:
+def _conversations(
+    args: Namespace, sources: list[RowSource], tokenizer: PreTrainedTokenizerBase
+) -> Iterator[RowPreview]:
     """The first rows, or one row; a row that is split, or whose template rewrites earlier turns, has several parts."""
     data = ConversationArguments(
         max_length=args.max_length, overlong=args.overlong, min_length=args.min_length, mask_history=args.mask_history
@@ -146,7 +163,7 @@ def _conversations(args: Namespace, tokenizer: PreTrainedTokenizerBase) -> Itera
     instructions = load_instructions(args.instruction_templates, args.instruction_seed)
     if args.wording == "first":
         instructions = instructions.fixed()
-    found = (row for row in read_source_rows(args.file) if args.row in (None, row.id))
+    found = (row for source in sources for row in read_sourced_rows(source) if args.row in (None, row.id))
     for row in itertools.islice(found, None if args.row else args.rows):
         if is_preference(row.fields):
             yield _preference(read_preference(row), tokenizer, args.borders)
@@ -194,7 +211,7 @@ def _preference(row: PreferenceRow, tokenizer: PreTrainedTokenizerBase, borders:
 
 def _blocks(args: Namespace, tokenizer: PreTrainedTokenizerBase) -> Iterator[RowPreview]:
     """The first blocks of a text, with the boundaries of documents."""
-    shards = find_splits(args.file)
+    shards = find_splits(Path(args.name))
     rows = (row for file in shards["train"] or shards["held_out"] for row in read_text_rows(file, args.text_column))
     numbers = itertools.count()
     names: list[str] = []
@@ -206,7 +223,7 @@ def _blocks(args: Namespace, tokenizer: PreTrainedTokenizerBase) -> Iterator[Row
         # A token has hardly ever more than four characters: text beyond the blocks shown is not tokenised.
         ids = [*encode_document(text[: 4 * wanted], tokenizer), document_end_id(tokenizer)]
         documents.append(TokenizedText(numpy.array(ids, numpy.int32)))
-        names.append(book if isinstance(book, str) else args.file.name)
+        names.append(book if isinstance(book, str) else Path(args.name).name)
         wanted -= len(ids)
         if wanted <= 0:
             break
@@ -223,7 +240,7 @@ def _blocks(args: Namespace, tokenizer: PreTrainedTokenizerBase) -> Iterator[Row
             verb = "begins" if blocks.starts[document] == begin + low else "continues"
             spans = list(row_spans(ids[low:high], labels[low:high], tokenizer, by_token=args.borders))
             parts.append((f"document {document + 1} {verb}: {names[document]}", spans))
-        yield RowPreview(f"block {index + 1}", str(args.file), blocks.subset(range(index, index + 1)).counts(), parts)
+        yield RowPreview(f"block {index + 1}", args.name, blocks.subset(range(index, index + 1)).counts(), parts)
 
 
 def preview_text(shown: RowPreview, coloured: bool, borders: bool) -> str:

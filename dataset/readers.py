@@ -5,12 +5,13 @@ from __future__ import annotations
 
 import itertools
 from collections.abc import Collection, Iterator
+from operator import attrgetter
 from pathlib import Path
 from typing import Any, NamedTuple, TypedDict
 
 from dataset.decode import decode_text, read_bytes
 from dataset.instructions import PAPERS_TASK, Instructions, load_instructions
-from dataset.records import Record, load_json, read_records
+from dataset.records import Record, load_json, load_record, read_records
 from dataset.row_fields import (
     ABSENT,
     REFUSED_IN_MESSAGES,
@@ -25,7 +26,7 @@ from dataset.row_fields import (
     read_weight,
     refuse_fields,
 )
-from dataset.sources import text_error
+from dataset.sources import RowSource, text_error
 from novelgpt.settings.errors import UserError
 from novelgpt.settings.remedies import pipeline_name, python_module
 from novelgpt.text.messages import (
@@ -126,6 +127,20 @@ def read_source_rows(path: Path) -> Iterator[SourceRow]:
         raise text_error(path)
     for number, (where, record) in enumerate(read_records(path)):
         yield make_source_row(record, where, f"{path.stem}-{number}")
+
+
+def read_sourced_rows(source: RowSource) -> Iterator[SourceRow]:
+    """The rows of a source under the names that are read here, before any of them is read as a conversation.
+
+    Raises:
+        UserError: what `RowSource.rows`, `load_record` and `RowSource.record` raise.
+    """
+    for file, rows in itertools.groupby(source.rows(), key=attrgetter("file")):
+        path = source.files[file]
+        for number, row in enumerate(rows):
+            where = f"{path}{row.place}"
+            record = source.record(load_record(row.text, where), where)
+            yield make_source_row(record, where, f"{Path(path).stem}-{number}")
 
 
 def make_source_row(record: Record, where: str, name: str) -> SourceRow:

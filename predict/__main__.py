@@ -18,6 +18,7 @@ from accelerate.utils import broadcast_object_list, gather_object
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from dataset.instructions import load_instructions
+from dataset.sources import find_row_sources
 from novelgpt.inference.endpoint_client import EndpointClient, check_endpoint_settings
 from novelgpt.inference.generation import check_continuous, plan_batches
 from novelgpt.inference.loading import load_for_inference, with_default_model
@@ -101,16 +102,17 @@ def _open_source(run: PredictRun, folder: Path) -> tuple[AnswerSource, PromptRow
     """What answers, and the rows as it reads them; settings that it cannot honour are refused first."""
     data = run.data
     instructions = load_instructions(data.instruction_templates)
+    sources = find_row_sources(data.data_files, data.dataset, data.dataset_dir, data.columns)
     if data.endpoint is not None:
         check_endpoint_settings(run.generation)
-        rows = read_prompt_rows(data.data_files, None, data.max_rows, instructions, folder)
+        rows = read_prompt_rows(sources, None, data.max_rows, instructions, folder)
         client = EndpointClient(str(data.endpoint), data.endpoint_model, run.generation, data.endpoint_timeout)
         return AnswerSource(client.name, partial(through_endpoint, client, data.endpoint_concurrency)), rows
     if data.backend == "continuous":
         check_continuous(run.generation)
     chosen = _chosen_model(run)
     tokenizer = load_tokenizer(chosen)
-    rows = read_prompt_rows(data.data_files, tokenizer, data.max_rows, instructions, folder)
+    rows = read_prompt_rows(sources, tokenizer, data.max_rows, instructions, folder)
     model = load_for_inference(chosen, tokenizer, run.model.base)
     check_lengths(rows, longest_row(model.config), run.generation.max_new_tokens)
     answer: AnswerRows = partial(in_batches, model, tokenizer, run.generation)

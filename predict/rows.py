@@ -6,7 +6,6 @@ import itertools
 from array import array
 from collections.abc import Iterator, Sequence
 from dataclasses import astuple, dataclass
-from operator import attrgetter
 from pathlib import Path
 from typing import Any
 
@@ -14,10 +13,9 @@ import numpy
 from transformers import PreTrainedTokenizerBase
 
 from dataset.instructions import Instructions
-from dataset.readers import SourceRow, make_source_row, read_conversation
-from dataset.records import load_record
+from dataset.readers import SourceRow, read_conversation, read_sourced_rows
 from dataset.row_fields import ABSENT
-from dataset.sources import RowSource, find_row_sources
+from dataset.sources import RowSource
 from novelgpt.settings.errors import UserError
 from novelgpt.text.conversation import IGNORE_INDEX, EncodedRow, encode_conversation, encode_prompt
 from novelgpt.text.encoding import encode, encode_document
@@ -174,7 +172,7 @@ class PromptRows:
 
 
 def read_prompt_rows(
-    files: list[str],
+    sources: Sequence[RowSource],
     tokenizer: PreTrainedTokenizerBase | None,
     max_rows: int | None,
     instructions: Instructions | None = None,
@@ -188,7 +186,7 @@ def read_prompt_rows(
     server has its own), prompts have no tokens.
 
     Args:
-        files: names of files, patterns and folders, as `find_row_sources` takes them.
+        sources: of the rows.
         tokenizer: of the model; None for a server.
         max_rows: as many are read; None for all.
         instructions: wordings of tasks.
@@ -197,8 +195,8 @@ def read_prompt_rows(
     Raises:
         UserError: what the readers raise, no row at all, or a full disk.
     """
-    rows = PromptRows(find_row_sources(files), near)
-    for source in itertools.islice(_source_rows(rows.sources), max_rows):
+    rows = PromptRows(sources, near)
+    for source in itertools.islice(itertools.chain.from_iterable(map(read_sourced_rows, sources)), max_rows):
         if "text_prompt" in source.fields:
             row = _plain_row(source, tokenizer)
         else:
@@ -207,19 +205,11 @@ def read_prompt_rows(
         full_length = 0 if encoded is None else len(encoded.input_ids)
         rows.append(row, full_length, source.fields.get("id") in ABSENT)
     if not len(rows):
-        raise UserError(f"no row in {', '.join(files)}", "name --data_files with rows to answer")
+        raise UserError(
+            f"no row in {', '.join(source.given for source in sources)}", "name --data_files with rows to answer"
+        )
     rows.finish()
     return rows
-
-
-def _source_rows(sources: Sequence[RowSource]) -> Iterator[SourceRow]:
-    for source in sources:
-        for file, rows in itertools.groupby(source.rows(), key=attrgetter("file")):
-            path = source.files[file]
-            for number, (_, place, text) in enumerate(rows):
-                where = f"{path}{place}"
-                record = source.record(load_record(text, where), where)
-                yield make_source_row(record, where, f"{Path(path).stem}-{number}")
 
 
 def _conversation_row(

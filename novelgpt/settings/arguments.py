@@ -175,13 +175,6 @@ class ConversationArguments:
     valid_files: list[str] = option(
         [], "Validation rows, named as in train_files. Default: a share of the training rows."
     )
-    dataset: list[str] = option(
-        [], "Training rows beside, or in place of, train_files: names in LLaMA-Factory's dataset_info.json."
-    )
-    eval_dataset: list[str] = option([], "Validation rows, by names in that dataset_info.json.")
-    dataset_dir: str = option(DATASET_DIR, DATASET_DIR_HELP)
-    columns: dict[str, str] | None = option(None, COLUMNS_HELP)
-    max_rows: int | None = option(None, "Train on at most this many rows, the first ones, of each name.")
     valid_fraction: float = option(
         0.05, "Share of the training rows held out for validation where there are no valid_files."
     )
@@ -206,6 +199,13 @@ class ConversationArguments:
     instruction_seed: int = option(
         42, "Seed with which each training row draws a template of its task. Validation rows use the first one."
     )
+    dataset: list[str] = option(
+        [], "Training rows beside, or in place of, train_files: names in LLaMA-Factory's dataset_info.json."
+    )
+    eval_dataset: list[str] = option([], "Validation rows, by names in that dataset_info.json.")
+    dataset_dir: str = option(DATASET_DIR, DATASET_DIR_HELP)
+    columns: dict[str, str] | None = option(None, COLUMNS_HELP)
+    max_rows: int | None = option(None, "Train on at most this many rows, the first ones, of each name.")
 
     def __post_init__(self) -> None:
         """Check ranges; data sets that are named take the place of the samples.

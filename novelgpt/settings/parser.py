@@ -92,7 +92,7 @@ def parse_arguments(run_type: type[Run], argv: list[str] | None = None) -> Run:
     kinds = {name: hint for group in groups.values() for name, hint in typing.get_type_hints(group).items()}
     for name, action in actions.items():
         if _takes(kinds.get(name), dict):
-            action.type = _mapping_of(name, text_too=_takes(kinds[name], str))
+            action.type = mapping_of(name, text_too=_takes(kinds[name], str))
         elif name in PATHS:
             action.type = from_home
     # A namespace's own values are not set to defaults: what is None is not on the command line.
@@ -161,7 +161,7 @@ def _settings_of_model(
     return _read_yaml(settings, actions, kinds, pipeline)
 
 
-def _mapping_of(name: str, text_too: bool) -> typing.Callable[[str], Any]:
+def mapping_of(name: str, text_too: bool) -> typing.Callable[[str], Any]:
     """Return the type function of an option that takes a mapping in JSON; some take a file's path, or pairs."""
 
     def read(text: str) -> Any:

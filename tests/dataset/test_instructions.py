@@ -16,6 +16,7 @@ from dataset.conversations import read_conversations
 from dataset.encoded_rows import encode_rows
 from dataset.instructions import BUILT_IN, Instructions, load_instructions, rounded, rounded_up
 from dataset.readers import TITLE_TO_ABSTRACT, messages_of, read_conversation_rows
+from dataset.sources import find_row_sources
 from novelgpt.settings.arguments import ConversationArguments
 from novelgpt.settings.errors import UserError
 from novelgpt.text.conversation import IGNORE_INDEX
@@ -211,7 +212,7 @@ def test_prediction_asks_in_the_first_wording_with_or_without_a_reference(
     row = row_of("next_chapter", 0)
     asked = {name: row[name] for name in row if name != "next"}
     file = write(tmp_path / "rows.jsonl", [row, asked])
-    answered, unanswered = read_prompt_rows([file], tokenizer, None)
+    answered, unanswered = read_prompt_rows(find_row_sources([file]), tokenizer, None)
     assert answered.prompt_ids == unanswered.prompt_ids
     assert (answered.reference, unanswered.reference) == (row["next"], "")
     assert contents(unanswered.messages) == [f"下面是小说的前文，请接着写下一章。\n\n{row['previous']}"]
@@ -241,7 +242,7 @@ def test_own_wordings_replace_or_extend(tmp_path: Path, tokenizer: PreTrainedTok
         assert texts in (["写：" + row["title"], "要"], ["简", row["title"] + "？", "要"])
     assert {len(texts) for texts in asked} == {2, 3}
     file = write(tmp_path / "rows.jsonl", papers)
-    prompts = read_prompt_rows([file], tokenizer, None, own.fixed())
+    prompts = read_prompt_rows(find_row_sources([file]), tokenizer, None, own.fixed())
     assert [row.messages[0]["content"] for row in prompts] == ["写：" + row["title"] for row in papers]
     assert load_instructions([str(BUILT_IN)]).tasks == built_in.tasks
 

@@ -10,6 +10,7 @@ import pytest
 from transformers import PreTrainedTokenizerBase
 
 from dataset.preview import main
+from dataset.sources import find_row_sources
 from novelgpt.model.tokenizer import load_tokenizer
 from novelgpt.settings.arguments import ModelArguments
 from novelgpt.text.conversation import IGNORE_INDEX, encode_conversation
@@ -234,7 +235,7 @@ def test_text_is_shown_in_blocks_with_the_borders_of_documents(
     ("words", "cause"),
     [
         (["rows.jsonl", "--row", "none"], "rows.jsonl has no row none"),
-        (["none.jsonl"], "none.jsonl: No such file"),
+        (["none.jsonl"], "none.jsonl does not exist"),
         (["folder"], "folder holds no manifest.json"),
         (["rows.jsonl", "--rows", "0"], "nothing to show"),
         (["rows.jsonl", "--max_length", "8", "--overlong", "refuse"], "rows.jsonl:1: "),
@@ -252,3 +253,27 @@ def test_errors(
         main(words if "--model" in words else [*words, "--model", str(base_folder)])
     assert caught.value.code == 2
     assert cause in capsys.readouterr().err
+
+
+def test_whatever_may_be_trained_on_is_shown(
+    base_folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """A part of the rows of a pattern under other names, a folder, and a data set of a dataset_info.json."""
+    monkeypatch.chdir(tmp_path)
+    Path("data").mkdir()
+    for name in "ab":
+        rows = [json.dumps({"q": f"{name}问{number}", "a": f"{name}答{number}"}) + "\n" for number in range(20)]
+        Path(f"data/{name}.jsonl").write_text("".join(rows), encoding="utf-8")
+    info = {"mine": {"file_name": "b.jsonl", "columns": {"prompt": "q", "response": "a"}}}
+    Path("data/dataset_info.json").write_text(json.dumps(info), encoding="utf-8")
+    model = ["--model", str(base_folder)]
+    drawn = [json.loads(row.text)["a"] for row in find_row_sources(["data/?.jsonl#3"])[0].rows()]
+    main(["data/?.jsonl#3", "--columns", "prompt=q,response=a", *model])
+    shown = capsys.readouterr().out
+    assert len(drawn) == 3 and all(f"⟦{answer}" in shown for answer in drawn) and shown.count("⟦") == 3
+    main(["--dataset", "mine", "--rows", "1", *model])
+    assert "b问0" in (shown := capsys.readouterr().out) and "⟦b答0" in shown
+    for words in ([], ["data", "--dataset", "mine"]):
+        with pytest.raises(SystemExit):
+            main([*words, *model])
+        assert "name one thing to show" in capsys.readouterr().err

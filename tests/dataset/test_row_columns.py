@@ -9,9 +9,11 @@ from typing import Any
 import pytest
 from transformers import PreTrainedTokenizerBase
 
+from dataset.conversations import read_conversations
 from dataset.readers import SourceRow, read_conversation
 from dataset.records import load_record
 from dataset.sources import RowSource, find_row_sources
+from novelgpt.settings.arguments import ConversationArguments
 from novelgpt.settings.errors import UserError
 from novelgpt.settings.parser import parse_arguments
 from novelgpt.settings.runs import FinetuneRun
@@ -267,3 +269,25 @@ def test_data_sets_take_the_place_of_the_samples() -> None:
     assert (data.train_files, data.dataset) == (["b"], ["a"])
     with pytest.raises(UserError, match="no model is named"):
         parse_arguments(FinetuneRun, ["--dataset", "a"])
+
+
+def test_training_and_validation_rows_of_every_kind_of_name(tmp_path: Path, tokenizer: PreTrainedTokenizerBase) -> None:
+    """Packs of described, renamed and partly drawn rows are those of the same rows in one file by hand."""
+    rows = [{"q": f"第{number}问", "a": f"第{number}答。"} for number in range(20)]
+    by_hand = [{"instruction": row["q"], "output": row["a"]} for row in rows]
+    info = {"it": {"file_name": "rows.jsonl", "columns": {"prompt": "q", "response": "a"}}}
+    (tmp_path / "dataset_info.json").write_text(json.dumps(info), encoding="utf-8")
+    file = write(tmp_path / "rows.jsonl", rows)
+    drawn = [json.loads(row.text)["q"] for row in find_row_sources([f"{file}#6"])[0].rows()]
+    hand = [*by_hand[:6], *(row for row in by_hand if row["instruction"] in drawn), *by_hand[:6]]
+    train_file, valid_file = write(tmp_path / "hand.jsonl", hand), write(tmp_path / "valid.jsonl", by_hand)
+    named = {"dataset": ["it"], "eval_dataset": ["it"], "dataset_dir": str(tmp_path), "max_rows": 6, "max_length": 256}
+    names = [file, f"{file}#6"]
+    columns = {"prompt": "q", "response": "a"}
+    mine = read_conversations(ConversationArguments(names, columns=columns, **named), tokenizer)  # type: ignore[arg-type]
+    theirs = read_conversations(ConversationArguments([train_file], [valid_file], max_length=256), tokenizer)
+    for one, other in zip(mine, theirs, strict=True):
+        assert len(one) == len(other) > 0
+        for index in range(len(one)):
+            packs = [{name: list(values) for name, values in packs[index].items()} for packs in (one, other)]
+            assert packs[0] == packs[1]

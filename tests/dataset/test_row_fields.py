@@ -14,6 +14,7 @@ from dataset.encoded_rows import encode_rows
 from dataset.instructions import load_instructions
 from dataset.preview import main as preview
 from dataset.readers import read_conversation_rows
+from dataset.sources import find_row_sources
 from novelgpt.settings.arguments import ConversationArguments
 from novelgpt.settings.errors import UserError
 from novelgpt.text.conversation import IGNORE_INDEX, EncodedRow, encode_conversation, encode_prompt
@@ -80,7 +81,7 @@ def test_an_answer_that_a_flag_leaves_out_is_context(
     assert trained(row, tokenizer) == NEW["content"] + "<|im_end|>"
     assert counts.notes == {"answers that a flag keeps out of the loss": 1} and counts.dropped == 0
     # Prediction asks for the last answer, whether it was trained or not.
-    (asked,) = read_prompt_rows([str(file)], tokenizer, None)
+    (asked,) = read_prompt_rows(find_row_sources([str(file)]), tokenizer, None)
     assert (asked.messages, asked.reference) == ([HELLO, OLD, AGAIN, NEW], NEW["content"])
 
 
@@ -240,7 +241,7 @@ def test_empty_answers_are_left_out_and_counted(
     left_out = [[{"role": "user", "content": "写诗"}, empty], [HELLO, empty]]
     assert counts.dropped == sum(len(encode_conversation(messages, tokenizer)[0].input_ids) for messages in left_out)
     assert counts.notes == {"empty answers, not trained": 4, "rows without a trainable token, left out": 2}
-    asked = read_prompt_rows([str(file)], tokenizer, None)
+    asked = read_prompt_rows(find_row_sources([str(file)]), tokenizer, None)
     assert [row.reference for row in asked] == ["", "", NEW["content"], ""]
     assert asked[0].asked == left_out[0][:1] and asked[0].prompt_ids == encode_prompt(left_out[0][:1], tokenizer)
 
@@ -372,7 +373,7 @@ def test_the_switch_for_thoughts(tokenizer: PreTrainedTokenizerBase, tmp_path: P
         {"messages": [HELLO, NEW], "enable_thinking": False},
         {"messages": [HELLO], "enable_thinking": True}, {"messages": [HELLO], "enable_thinking": False},
     ]  # fmt: skip
-    asked = read_prompt_rows([str(write(tmp_path, *records))], thinking, None)
+    asked = read_prompt_rows(find_row_sources([str(write(tmp_path, *records))]), thinking, None)
     assert [row.prompt_ids for row in asked] == [encode_prompt([HELLO], thinking, on) for on in (True, False) * 2]
     for record in ({"messages": [HELLO, NEW], "enable_thinking": True},
                    {"messages": [HELLO, thoughtful], "enable_thinking": False}):  # fmt: skip
@@ -418,7 +419,7 @@ def test_rows_without_an_id_get_one_that_no_other_row_has(tokenizer: PreTrainedT
         (tmp_path / folder).mkdir()
     first = write(tmp_path / "a", {**pair, "id": None}, {**pair, "id": ""}, pair, {**pair, "id": "rows-1"})
     second = write(tmp_path / "b", {**pair, "id": None}, {**pair, "id": 0})
-    rows = read_prompt_rows([str(first), str(second)], tokenizer, None)
+    rows = read_prompt_rows(find_row_sources([str(first), str(second)]), tokenizer, None)
     assert len({row.id for row in rows}) == 6
     assert [rows[number].id for number in (0, 2, 3, 5)] == ["rows-0", "rows-2", "rows-1", "0"]
 

@@ -10,6 +10,7 @@ import pytest
 from transformers import PreTrainedTokenizerBase
 
 from dataset.__main__ import main as dataset_main
+from dataset.sources import find_row_sources
 from novelgpt.scoring.row_scores import ScoredRow, score_row
 from novelgpt.scoring.text_scores import repetition_scores
 from novelgpt.settings.errors import UserError
@@ -182,7 +183,7 @@ def test_asked_in_a_conversation(tmp_path: Path) -> None:
 
 def test_the_prompt_is_raw_text(tmp_path: Path, tokenizer: PreTrainedTokenizerBase) -> None:
     made = make(tmp_path, str(NOVELS[0]), *SHORT, "--per_book", "2")
-    rows = read_prompt_rows([str(tmp_path / "rows.jsonl")], tokenizer, None)
+    rows = read_prompt_rows(find_row_sources([str(tmp_path / "rows.jsonl")]), tokenizer, None)
     for row, record in zip(rows, made, strict=True):
         assert row.prompt_ids == encode(record["text_prompt"], tokenizer)
         encoded = row.encoded_reference(tokenizer)
@@ -197,14 +198,14 @@ def test_a_plain_row_without_text_is_refused(field: dict[str, Any], tmp_path: Pa
     row = {"text_prompt": "话", "text_completion": "说", **field}
     (tmp_path / "rows.jsonl").write_text(json.dumps(row), encoding="utf-8")
     with pytest.raises(UserError, match="rows.jsonl:1"):
-        read_prompt_rows([str(tmp_path / "rows.jsonl")], None, None)
+        read_prompt_rows(find_row_sources([str(tmp_path / "rows.jsonl")]), None, None)
 
 
 @pytest.mark.parametrize("field", [{"score_group": 7}, {"scored_characters": 0}, {"scored_characters": "7"}])
 def test_a_field_of_scores_of_another_kind_is_refused(field: dict[str, Any], tmp_path: Path) -> None:
     (tmp_path / "rows.jsonl").write_text(json.dumps({"text_prompt": "话", **field}), encoding="utf-8")
     with pytest.raises(UserError, match=next(iter(field))):
-        read_prompt_rows([str(tmp_path / "rows.jsonl")], None, None)
+        read_prompt_rows(find_row_sources([str(tmp_path / "rows.jsonl")]), None, None)
 
 
 def test_through_prediction_each_length_has_scores_of_its_own(

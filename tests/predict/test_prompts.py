@@ -8,6 +8,7 @@ from pathlib import Path
 import pytest
 from transformers import AutoTokenizer, PreTrainedTokenizerBase
 
+from dataset.sources import find_row_sources
 from novelgpt.inference.chat import ChatHistory
 from novelgpt.text.conversation import IGNORE_INDEX, encode_conversation
 from novelgpt.text.encoding import encode
@@ -83,7 +84,7 @@ def predict_row(messages: list[Message], tokenizer: PreTrainedTokenizerBase, fol
     """As prediction reads it from a file."""
     file = folder / "rows.jsonl"
     file.write_text(json.dumps({"messages": messages}, ensure_ascii=False), encoding="utf-8")
-    (row,) = read_prompt_rows([str(file)], tokenizer, None)
+    (row,) = read_prompt_rows(find_row_sources([str(file)]), tokenizer, None)
     return row
 
 

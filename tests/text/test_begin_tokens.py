@@ -8,6 +8,7 @@ from tokenizers.processors import TemplateProcessing
 from transformers import AutoTokenizer, PreTrainedTokenizerBase
 
 from dataset.corpus import read_corpus
+from dataset.sources import find_row_sources
 from dataset.tokens_command import main as tokens
 from novelgpt.inference.chat import TextHistory
 from novelgpt.model.tokenizer import load_tokenizer
@@ -106,7 +107,7 @@ def test_raw_texts_to_continue_begin_with_it(plain: PreTrainedTokenizerBase, tmp
     rows = tmp_path / "rows.jsonl"
     record = {"text_prompt": TEXTS[0], "text_completion": TEXTS[1]}
     rows.write_text(json.dumps(record) + "\n", encoding="utf-8")
-    (row,) = read_prompt_rows([str(rows)], plain, None)
+    (row,) = read_prompt_rows(find_row_sources([str(rows)]), plain, None)
     assert row.prompt_ids == [plain.bos_token_id, *encode(TEXTS[0], plain)]
     encoded = row.encoded_reference(plain)
     assert encoded is not None and encoded.input_ids == [*row.prompt_ids, *encode(TEXTS[1], plain)]

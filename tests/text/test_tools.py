@@ -9,6 +9,7 @@ from transformers import PreTrainedTokenizerBase
 
 from dataset.encoded_rows import encode_rows
 from dataset.readers import read_conversation_rows
+from dataset.sources import find_row_sources
 from novelgpt.settings.arguments import ConversationArguments
 from novelgpt.settings.errors import UserError
 from novelgpt.text.conversation import IGNORE_INDEX, EncodedRow, encode_conversation, encode_prompt
@@ -281,7 +282,7 @@ def test_a_thought_in_its_own_field_is_one_in_the_answer(
     ):
         rows, _ = encoded(record, qwen3, tmp_path)
         assert rows == expected
-        (asked,) = read_prompt_rows([str(tmp_path / "rows.jsonl")], qwen3, None)
+        (asked,) = read_prompt_rows(find_row_sources([str(tmp_path / "rows.jsonl")]), qwen3, None)
         assert asked.reference == written["content"]
         assert asked.prompt_ids == encode_prompt([question], qwen3, thinking=True)
 
@@ -316,7 +317,7 @@ def test_what_the_template_has_no_place_for_is_refused(
     assert caught.value.cause.startswith(f"{tmp_path / 'rows.jsonl'}:1: ") and named in caught.value.cause
     if "thoughts" not in name:  # those of earlier turns are no part of a prompt
         with pytest.raises(UserError) as caught:
-            read_prompt_rows([str(tmp_path / "rows.jsonl")], without, None)
+            read_prompt_rows(find_row_sources([str(tmp_path / "rows.jsonl")]), without, None)
         assert caught.value.cause.startswith(f"{tmp_path / 'rows.jsonl'}:1: ")
 
 
@@ -350,8 +351,8 @@ def test_prediction_asks_with_the_tools_and_has_the_calls_as_reference(
 ) -> None:
     rows, _ = encoded(openai(call()), chat, tmp_path)
     file = str(tmp_path / "rows.jsonl")
-    (asked,) = read_prompt_rows([file], chat, None)
+    (asked,) = read_prompt_rows(find_row_sources([file]), chat, None)
     assert asked.prompt_ids == encode_prompt([USER], chat, tools=[WEATHER]) and asked.reference == BLOCK
     assert asked.asked == [USER] and asked.encoded_reference(chat) == rows[0]
     with pytest.raises(UserError, match="field tools"):
-        read_prompt_rows([file], None, None)
+        read_prompt_rows(find_row_sources([file]), None, None)

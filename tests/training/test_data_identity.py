@@ -242,3 +242,42 @@ def test_what_cannot_be_read_twice_is_refused(base_folder: Path, own: Path, tmp_
     ):
         pass
     assert not (tmp_path / "run").exists()
+
+
+def write_info(own: Path, described: dict[str, object]) -> None:
+    info = {"it": {"file_name": "a.jsonl"} | described, "other": {"file_name": "b.jsonl"}}
+    (own / "dataset_info.json").write_text(json.dumps(info), encoding="utf-8")
+
+
+@pytest.mark.parametrize(
+    ("change", "words", "told"),
+    [
+        (nothing, [], None),
+        (lambda own: write_info(own, {}), [], None),
+        (lambda own: shutil.copy(own / "a.jsonl", own / "d.jsonl"), [], "content of"),
+        (append("v.jsonl", '{"prompt": "问", "completion": "答"}\n'), [], "content of"),
+        (lambda own: write_info(own, {"columns": {"prompt": "completion", "response": "prompt"}}), [], "content of it"),
+        (append("a.jsonl", '{"prompt": "问", "completion": "答"}\n'), [], "content of"),
+        (nothing, ["--train_files", "?.jsonl#4"], "content of"),
+        (nothing, ["--train_files", "?.jsonl"], "content of"),
+        (nothing, ["--dataset", "other"], "content of other"),
+        (nothing, ["--max_rows", "2"], r"max_rows \(None, now 2\)"),
+        (nothing, ["--columns", "output=completion,instruction=prompt"], "columns"),
+    ],
+)
+def test_patterns_parts_and_described_data_are_those_of_the_start(
+    change: Callable[[Path], object], words: list[str], told: str | None, base_folder: Path, own: Path, tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:  # fmt: skip
+    monkeypatch.chdir(own)
+    write_info(own, {})
+    given = ["--model", str(base_folder), "--output_dir", str(tmp_path / "run"), "--train_files", "?.jsonl#5"]
+    given += ["--dataset", "it", "--dataset_dir", str(own)]
+    begin(parse_arguments(FinetuneRun, given))
+    change(own)
+    again = parse_arguments(FinetuneRun, [*given, *words])
+    if told is None:
+        assert preview_run_folder(again).training.output_dir == str(tmp_path / "run")
+        return
+    with pytest.raises(UserError, match=told):
+        preview_run_folder(again)
