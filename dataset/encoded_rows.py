@@ -8,7 +8,7 @@ and keeps what is counted of it.
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -197,28 +197,46 @@ def encode_block(
     Raises:
         UserError: a row cannot be read or encoded; names its file and place.
     """
-    columns: dict[str, list[Any]] = {name: [] for name in SCHEMA.names}
     rows = zip(*(block[name][0] for name in ("row", "file", "place", "text")), strict=True)
     try:
-        for number, file, place, text in [] if stop.exists() else rows:
-            where = f"{source.files[file]}{place}"
-            record = load_record(text, where)
-            if source.columns is not None:
-                record = source.columns.record(record, where)
-            conversation = read_conversation(make_source_row(record, where, where), instructions)
-            answers = [message for message in conversation["messages"] if message["role"] == "assistant"]
-            thoughts = sum(1 for one in answers if one.get("reasoning_content") or OWN_THOUGHT.match(one["content"]))
-            said = len(answers), thoughts
-            for part in encode_row(conversation, tokenizer, data):
-                of_table = (number, file, place, part.row.input_ids, part.row.labels, part.row.loss_weights,
-                            part.trained, part.tokens_in, part.dropped, *said, part.notes,
-                            "task" in record or "title" in record)  # fmt: skip
-                said = 0, 0
-                for column, value in zip(columns.values(), of_table, strict=True):
-                    column.append(value)
+        return encode_raw_rows(() if stop.exists() else rows, source, tokenizer, data, instructions)
     except Exception:
         stop.touch()
         raise
+
+
+def encode_raw_rows(
+    rows: Iterable[tuple[int, int, str, str]],
+    source: RowSource,
+    tokenizer: PreTrainedTokenizerBase,
+    data: ConversationArguments,
+    instructions: Instructions,
+) -> pyarrow.Table:
+    """Encode rows of a source: its number, and file, place and text as in `SourcedRow`, of each.
+
+    Returns:
+        A table of SCHEMA.
+
+    Raises:
+        UserError: a row cannot be read or encoded; names its file and place.
+    """
+    columns: dict[str, list[Any]] = {name: [] for name in SCHEMA.names}
+    for number, file, place, text in rows:
+        where = f"{source.files[file]}{place}"
+        record = load_record(text, where)
+        if source.columns is not None:
+            record = source.columns.record(record, where)
+        conversation = read_conversation(make_source_row(record, where, where), instructions)
+        answers = [message for message in conversation["messages"] if message["role"] == "assistant"]
+        thoughts = sum(1 for one in answers if one.get("reasoning_content") or OWN_THOUGHT.match(one["content"]))
+        said = len(answers), thoughts
+        for part in encode_row(conversation, tokenizer, data):
+            of_table = (number, file, place, part.row.input_ids, part.row.labels, part.row.loss_weights,
+                        part.trained, part.tokens_in, part.dropped, *said, part.notes,
+                        "task" in record or "title" in record)  # fmt: skip
+            said = 0, 0
+            for column, value in zip(columns.values(), of_table, strict=True):
+                column.append(value)
     return pyarrow.table(columns, schema=SCHEMA)
 
 

@@ -24,7 +24,7 @@ def main(argv: list[str] | None = None) -> None:
     with claim_run_folder(run) as folder:
         tokenizer = load_tokenizer(run.model)
         preflight(run, tokenizer)
-        train, valid = read_conversations(run.data, tokenizer)
+        train, valid = read_conversations(run.data, tokenizer, folder.run.training)
         plan = check(folder, tokenizer, train)
         model = load_model(run.model, tokenizer)
         fit(model, tokenizer, train, valid, plan)

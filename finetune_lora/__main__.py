@@ -29,7 +29,7 @@ def main(argv: list[str] | None = None) -> None:
     with claim_run_folder(run) as folder:
         tokenizer = load_tokenizer(run.model)
         preflight(run, tokenizer)
-        train, valid = read_conversations(run.data, tokenizer)
+        train, valid = read_conversations(run.data, tokenizer, folder.run.training)
         adapt = partial(attach_lora, lora=run.lora, tokenizer=tokenizer)
         plan = check(folder, tokenizer, train, frozen_dtype(), run.lora.qlora, adapt)
         base = load_model(run.model, tokenizer, dtype=frozen_dtype(), qlora=run.lora.qlora)

@@ -59,7 +59,7 @@ CHANGES_TRAINING = (
     "freeze_parameters_ratio",
     "freeze_parameters_regex", "trainable_parameters", "trainable_parameters_regex", "use_galore", "use_apollo",
     "use_badam", "use_adam_mini", "use_muon", "use_dft_loss", "enable_dft_loss", "use_asft_loss", "use_eaft_loss",
-    "loss_type", "fp8", "train_on_prompt", "streaming", "dataset_streaming", "mix_strategy", "interleave_probs",
+    "loss_type", "fp8", "train_on_prompt", "dataset_streaming", "mix_strategy", "interleave_probs",
     "interleave_prob", "tokenized_path", "cached_dataset", "tool_format", "agent_template", "early_stopping_steps",
     "early_stop_interval", "sequence_parallel_size", "target_regex", "target_parameters", "lora_target_parameters",
     "model_revision", "chat_template_path", "eos_token", "disable_shuffling", "external_plugins", "optimizer",
@@ -305,6 +305,20 @@ def _resume(conversion: Conversion, key: str) -> None:
         conversion.note(key, "differs" if value in (True, "true") else "missing", text)
 
 
+def _streaming(conversion: Conversion, key: str) -> None:
+    """A stream of conversations, and the rows that are shuffled together."""
+    if not conversion.is_given(key):
+        return
+    if not conversion.value("streaming"):
+        conversion.note(key, "same", "rows are not streamed")
+    elif conversion.pipeline == "pretrain":
+        conversion.note(key, "missing", "here text is tokenised before training: `dataset tokens`")
+    elif key == "streaming":
+        conversion.set("streaming", True, key)
+    else:
+        conversion.set("buffer_rows", int(conversion.value(key)), key)
+
+
 def _trackers(conversion: Conversion, _: str) -> None:
     value = conversion.value("report_to")
     names = {value} if isinstance(value, str) else set(value)
@@ -343,6 +357,7 @@ _HANDLERS: dict[str, Handler] = {
     "deepspeed": _deepspeed,
     "overwrite_output_dir": _overwrite,
     "resume_from_checkpoint": _resume,
+    **dict.fromkeys(("streaming", "buffer_size", "shuffle_buffer_size"), _streaming),
 }
 _VALUES: dict[str, tuple[str, Callable[[Any], Any]]] = {
     "output_dir": ("output_dir", str),

@@ -21,6 +21,7 @@ from novelgpt.settings.errors import UserError
 from novelgpt.settings.paths import existing_folder
 from novelgpt.settings.process import is_first_process, raise_on_all_ranks
 from novelgpt.settings.terminal import gigabytes, say
+from novelgpt.text.sections import rows_per_epoch
 
 # DeepSpeed trains copies of the weights in fp32, which belong to the optimizer's states.
 MASTER_BYTES = 4
@@ -71,7 +72,7 @@ def check_disk(plan: MemoryPlan, train: Dataset[Any], tokenizer: PreTrainedToken
         UserError: less is free than the run takes, on all processes.
     """
     if is_first_process() and plan.model is not None:
-        steps = steps_in_epoch(len(train), plan.training)  # type: ignore[arg-type]
+        steps = steps_in_epoch(rows_per_epoch(train), plan.training)
         forecast = forecast_disk(plan.model, plan.training, saved_bytes(tokenizer), steps)
         folder = Path(str(plan.training.output_dir))
         held, free = bytes_in(folder), shutil.disk_usage(existing_folder(folder)).free

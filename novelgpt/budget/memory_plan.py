@@ -26,7 +26,7 @@ from novelgpt.budget.auto_batch import (
 )
 from novelgpt.budget.memory import MemoryEstimate, compute_dtype, estimate_memory
 from novelgpt.budget.simulated_model import SimulatedModel
-from novelgpt.settings.arguments import TrainArguments
+from novelgpt.settings.arguments import ConversationArguments, TrainArguments
 from novelgpt.settings.errors import UserError
 from novelgpt.settings.process import first_process_value, is_first_process, raise_on_all_ranks
 from novelgpt.settings.runs import TrainingRun
@@ -98,7 +98,9 @@ class MemoryPlan:
         self.device = run.training.device
         self.estimate: MemoryEstimate | None = None
         self.lengths = row_lengths(train)[: MAX_PACKS if isinstance(train, PackedRows) else None]
-        self.tokens = int(self.lengths.max())
+        # Of a stream, longer rows may follow.
+        streamed = isinstance(run.data, ConversationArguments) and run.data.streaming
+        self.tokens = run.data.max_length if streamed else int(self.lengths.max())
         self.capacity = available_memory(self.device)
         self.model: SimulatedModel | None = None
         # Elsewhere a step that runs out of memory ends the process, or the weights are sharded.

@@ -21,6 +21,7 @@ from novelgpt.model.weight_files import check_no_pickles
 from novelgpt.settings.arguments import (
     ANSWER_FIGURES,
     EVALUATION_FIGURES,
+    ConversationArguments,
     CorpusArguments,
     TrainArguments,
     check_ranges,
@@ -76,7 +77,10 @@ def check_arguments(run: TrainingRun) -> None:
     if not 0 < run.data.valid_fraction < 1:
         raise UserError(f"--valid_fraction {run.data.valid_fraction} is not a share", "use a number between 0 and 1")
     _check_numbers(run.training)
-    for refused, cause, remedy in _combinations(run.training):
+    if isinstance(run.data, ConversationArguments) and run.data.streaming:
+        _check_streaming(run.data, run.training)
+    mixed = isinstance(run.data, ConversationArguments) and bool(run.data.mix)
+    for refused, cause, remedy in _combinations(run.training, mixed):
         if refused:
             raise UserError(cause, remedy)
     _check_optimizer(run.training)
@@ -110,8 +114,13 @@ def _check_numbers(training: TrainArguments) -> None:
             raise UserError(f"--{name}_steps {every} is not an interval", "use a number of steps, or a share below 1")
 
 
-def _combinations(training: TrainArguments) -> tuple[tuple[object, str, str], ...]:
-    """Return (whether it is refused, cause, remedy) of options that do not fit each other or the launcher."""
+def _combinations(training: TrainArguments, mixed: bool) -> tuple[tuple[object, str, str], ...]:
+    """Return (whether it is refused, cause, remedy) of options that do not fit each other or the launcher.
+
+    Args:
+        training: all of its arguments.
+        mixed: whether sources are mixed by weight, so that evaluations tell the loss of each.
+    """
     metric = (training.metric_for_best_model or "loss").removeprefix("eval_")
     metrics = EVALUATION_FIGURES | ANSWER_FIGURES
     missing = next((name for name in LAUNCHER_VARIABLES if name not in os.environ), None)
@@ -123,9 +132,15 @@ def _combinations(training: TrainArguments) -> tuple[tuple[object, str, str], ..
             "set how many rows they answer: --predict_during_eval ROWS",
         ),
         (
-            metric not in metrics,
+            metric not in metrics and not (mixed and metric.endswith("_loss")),
             f"--metric_for_best_model {metric} is not a metric of evaluations",
             f"use one of {', '.join(metrics)}",
+        ),
+        (
+            mixed and training.train_sampling_strategy != "random",
+            f"--train_sampling_strategy {training.train_sampling_strategy} cannot be combined with --mix, which draws "
+            "the rows of each epoch in an order of its own",
+            "leave one of the two out",
         ),
         (
             training.load_best_model_at_end and training.save_only_model and training.deepspeed,
@@ -143,6 +158,35 @@ def _combinations(training: TrainArguments) -> tuple[tuple[object, str, str], ..
             "NPROC=2 before the command, or more",
         ),
     )
+
+
+def _check_streaming(data: ConversationArguments, training: TrainArguments) -> None:
+    """Check that the options of a run fit rows whose number is unknown.
+
+    Raises:
+        UserError: names the first one that does not.
+    """
+    one_by_one = "--streaming reads rows one after the other"
+    for refused, cause, remedy in (
+        (training.max_steps < 1, "--streaming needs --max_steps, as the number of rows is unknown", "add it"),
+        (
+            not (data.valid_files or data.eval_dataset),
+            "--streaming needs --valid_files, as no rows can be held out of a stream",
+            "name them",
+        ),
+        (
+            training.train_sampling_strategy != "random",
+            f"{one_by_one}, and --train_sampling_strategy {training.train_sampling_strategy} needs all of them",
+            "leave one of the two out; rows are shuffled within --buffer_rows",
+        ),
+        (
+            training.dataloader_num_workers > 0,
+            f"{one_by_one}, in a thread of its own, and each of --dataloader_num_workers would read all of them",
+            "leave one of the two out",
+        ),
+    ):
+        if refused:
+            raise UserError(cause, remedy)
 
 
 def _check_optimizer(training: TrainArguments) -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Sequence
 
 import numpy
 import torch
@@ -49,3 +50,15 @@ def summarise(sums: numpy.ndarray, characters: int | None = None) -> dict[str, f
     if characters is not None:
         means["bits_per_character"] = nll / math.log(2.0) / max(characters, 1)
     return means
+
+
+def loss_by_source(sums: numpy.ndarray, sources: numpy.ndarray, names: Sequence[str]) -> dict[str, float]:
+    """{"NAME_loss": nats per token} of the rows of each source that has any.
+
+    Args:
+        sums: [rows, 3], as `row_sums` gives them.
+        sources: [rows] the source of each row.
+        names: of the sources, unlike each other.
+    """
+    nll, tokens = (numpy.bincount(sources, sums[:, column], len(names)) for column in (0, 1))
+    return {f"{names[source]}_loss": float(nll[source] / max(tokens[source], 1.0)) for source in numpy.unique(sources)}

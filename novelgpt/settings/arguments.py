@@ -19,6 +19,7 @@ from novelgpt.settings.deepspeed_settings import (
     release_build_locks,
 )
 from novelgpt.settings.errors import UserError
+from novelgpt.settings.mix import format_weight, parse_mix
 from novelgpt.settings.paths import SAMPLES, TINY, default_hub, model_place
 from novelgpt.settings.refused_settings import precision_of_accelerate, refuse_ignored
 from novelgpt.settings.remedies import pip_install
@@ -43,6 +44,9 @@ MOST_DROPOUT = 0.95
 
 def _samples(*names: str) -> list[str]:
     return [str(SAMPLES / name) for name in names]
+
+
+PAPERS = _samples("papers/train.jsonl")
 
 
 def option(default: Any, help_text: str, former_name: str | None = None) -> Any:
@@ -167,7 +171,7 @@ class ConversationArguments:
     _argument_group_name: ClassVar[str] = "Data"
 
     train_files: list[str] = option(
-        _samples("papers/train.jsonl"),
+        PAPERS,
         "Training rows: files (.jsonl .json .csv .parquet), patterns (data/**/*.jsonl), folders of files, and data "
         "sets of hubs (hf://OWNER/NAME:SUBSET, ms://OWNER/NAME), all or a part: rows.jsonl#1000, rows.jsonl#30%. "
         "Alpaca, ShareGPT, OpenAI messages, prompt/completion or title/abstract rows, or rows that name a task.",
@@ -206,16 +210,33 @@ class ConversationArguments:
     dataset_dir: str = option(DATASET_DIR, DATASET_DIR_HELP)
     columns: dict[str, str] | None = option(None, COLUMNS_HELP)
     max_rows: int | None = option(None, "Train on at most this many rows, the first ones, of each name.")
+    mix: list[str] = option(
+        [],
+        "Weights of training sources: NAME=WEIGHT for each, or a YAML file of `name: weight` lines. A weight is the "
+        "number of passes over a source in an epoch, such as 2 or 0.3; 1 for those not named. Without train_files, the "
+        "names are the files. Validation loss is logged for each source.",
+    )
+    streaming: bool = option(
+        False,
+        "Read and encode training rows as the training goes on, and store nothing: for data whose tokens would not fit "
+        "on the disk. Needs max_steps and valid_files.",
+    )
+    buffer_rows: int = option(
+        10_000, "With streaming: rows that are read ahead, shuffled and packed together; on each device."
+    )
 
     def __post_init__(self) -> None:
-        """Check ranges; data sets that are named take the place of the samples.
+        """Check ranges; data sets that are named take the place of the samples, else the sources of a mix do.
 
         Raises:
-            UserError: names the option.
+            UserError: names the option; or as parse_mix.
         """
         _check_least(self, {"max_rows": 1})
-        if self.dataset and self.train_files == _samples("papers/train.jsonl"):
-            self.train_files = []
+        check_ranges(self, {"buffer_rows": (1, 1e7)})
+        weights = parse_mix(self.mix)
+        self.mix = [f"{name}={format_weight(weight)}" for name, weight in weights.items()]
+        if (self.dataset or self.mix) and self.train_files == PAPERS:
+            self.train_files = [] if self.dataset else list(weights)
 
 
 @dataclass

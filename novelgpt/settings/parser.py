@@ -33,7 +33,8 @@ from novelgpt.settings.refused_settings import refuse_settings_of_accelerate
 Run = TypeVar("Run")
 # Options that hold paths, in which `~` is the user's home.
 PATHS = (
-    "config", "model", "train_files", "valid_files", "data_files", "dataset_dir", "instruction_templates", "output_dir",
+    "config", "model", "train_files", "valid_files", "data_files", "dataset_dir", "instruction_templates", "mix",
+    "output_dir",
     "resume_from_checkpoint", "deepspeed", "fsdp_config", "accelerator_config",
 )  # fmt: skip
 # What --save_steps alone turns on, as --save_strategy steps would.
@@ -44,7 +45,7 @@ SHARING = ("deepspeed", "fsdp")
 # Numbers of YAML 1.2 and JSON that YAML 1.1 reads as text, such as 1e-6.
 EXPONENT = re.compile(r"[-+]?[0-9]+(\.[0-9]*)?[eE][-+]?[0-9]+")
 # Options that name training data.
-OWN_DATA = ("train_files", "valid_files", "dataset", "eval_dataset")
+OWN_DATA = ("train_files", "valid_files", "dataset", "eval_dataset", "mix")
 # Mappings that are written name=value,name=value as well.
 PAIRS = ("columns",)
 
@@ -256,6 +257,8 @@ def _read_value(where: str, value: Any, action: argparse.Action, kind: Any) -> A
         return _with_numbers(where, value)
     if isinstance(value, dict) and action.dest == "optim_args":
         return ",".join(f"{name}={part}" for name, part in value.items())
+    if isinstance(value, dict) and action.dest == "mix":
+        return [f"{name}={part}" for name, part in value.items()]
     if isinstance(value, list) and (several or _takes(kind, list)):
         return [_read_single(where, part, action) for part in value]
     if isinstance(value, (list, dict)):

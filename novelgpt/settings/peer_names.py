@@ -136,10 +136,12 @@ _TABLE: tuple[tuple[str, str, str, str], ...] = (
     ("LST", "preprocessing_num_workers preprocessing_batch_size dataset_num_proc", "", "all cores are used"),
     ("LST", "overwrite_cache load_from_cache_file lazy_tokenize download_mode data_shared_file_system "
      "dataset_kwargs skip_prepare_dataset", "", AUTOMATIC),
-    ("LST", "streaming dataset_streaming buffer_size shuffle_buffer_size", "",
-     "rows are read whole; for text that does not fit into memory, tokenise it first: `dataset tokens`"),
-    ("LS", "mix_strategy interleave_probs interleave_prob stopping_strategy", "train_files",
-     "the rows of all train_files are shuffled together; make files of the sizes that you want"),
+    ("T", "dataset_streaming", "streaming",
+     "streaming, of conversations, with max_steps and valid_files; text is tokenised first: `dataset tokens`"),
+    ("LS", "buffer_size shuffle_buffer_size", "buffer_rows", ""),
+    ("LS", "mix_strategy interleave_probs interleave_prob stopping_strategy", "mix",
+     "mix: the passes over each file in an epoch (mix: a.jsonl=2 b.jsonl=0.3), in place of probabilities; without it, "
+     "the rows of all train_files are shuffled together"),
     ("LS", "tokenized_path cached_dataset cached_val_dataset", "train_files",
      "train_files takes a folder of `dataset tokens`, in pretraining"),
     ("LS", "tool_format agent_template", "", "calls of tools are written as the tokenizer's own chat template does"),

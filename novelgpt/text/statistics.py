@@ -8,6 +8,7 @@ import re
 from collections import Counter
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
+from fractions import Fraction
 from typing import Any, NamedTuple
 
 import numpy
@@ -17,7 +18,8 @@ from tokenizers import pre_tokenizers
 from torch.utils.data import Dataset, Subset
 from transformers import PreTrainedTokenizerBase
 
-from novelgpt.settings.console import VisibleConsole, make_console
+from novelgpt.settings.console import VisibleConsole, make_console, number_table
+from novelgpt.settings.mix import format_weight
 from novelgpt.settings.terminal import one_line, visible
 from novelgpt.text.conversation import IGNORE_INDEX
 from novelgpt.text.encoding import encode
@@ -68,6 +70,24 @@ class TokenCounts:
         )
 
 
+class SourceCounts(NamedTuple):
+    """Training rows of one source.
+
+    Attributes:
+        name: of the source.
+        rows: that training sees.
+        tokens: of these rows.
+        trained: tokens with a label.
+        passes: over the source, in an epoch.
+    """
+
+    name: str
+    rows: int
+    tokens: int
+    trained: int
+    passes: Fraction
+
+
 def show_counts(counts: dict[str, TokenCounts], console: VisibleConsole | None = None) -> None:
     """Print the table of counts, one column per data set."""
     console = console or make_console()
@@ -92,6 +112,28 @@ def show_counts(counts: dict[str, TokenCounts], console: VisibleConsole | None =
     for name, count in counts.items():
         for note, number in count.notes.items():
             console.print(one_line(f"{name}: {number:,} {note}"), style="yellow")
+
+
+def show_sources(counts: Sequence[SourceCounts], epochs: float, console: VisibleConsole | None = None) -> None:
+    """Print a table of the training rows by source.
+
+    Args:
+        counts: of each source.
+        epochs: of the run.
+        console: that prints.
+    """
+    passes = ("passes per epoch", "passes of the run")
+    table = number_table(
+        "Training data by source", "source", "rows", "tokens", "tokens trained", *passes, "share of the tokens"
+    )
+    read = float(sum(count.tokens * count.passes for count in counts))
+    for count in counts:
+        table.add_row(
+            count.name, f"{count.rows:,}", f"{count.tokens:,}", f"{count.trained:,}",
+            format_weight(count.passes), f"{float(count.passes) * epochs:.2f}",
+            f"{float(count.tokens * count.passes) / max(1.0, read):.1%}",
+        )  # fmt: skip
+    (console or make_console()).print(table)
 
 
 def show_first_row(rows: TracedRows, tokenizer: PreTrainedTokenizerBase, max_tokens: int = 400) -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -12,6 +13,7 @@ from transformers.trainer_utils import IntervalStrategy
 
 from novelgpt.settings.arguments import TrainArguments
 from novelgpt.settings.terminal import counted
+from novelgpt.text.mixture import RowsBySource
 
 # Minimum of an evaluation, where there is as much: below it, figures are too noisy.
 MIN_TOKENS, MIN_ROWS = 20_000, 8
@@ -31,6 +33,8 @@ class EvaluationPlan:
         closing: evaluations after the last step.
         share: tokens of all evaluations, relative to those of training.
         least: whether the limit would leave fewer rows than are meaningful.
+        sources: of `rows`; None where the loss is not told by source.
+        names: of the sources.
     """
 
     rows: Dataset[Any]
@@ -40,6 +44,8 @@ class EvaluationPlan:
     closing: int
     share: float
     least: bool
+    sources: numpy.ndarray | None = None
+    names: Sequence[str] = ()
 
     @property
     def times(self) -> int:
@@ -107,10 +113,26 @@ def plan_evaluations(
     if training.max_eval_share and tokens > limit:
         count = max(MIN_ROWS, int(limit / (tokens / len(valid_lengths))))
         if count < len(valid_lengths):
-            indices = numpy.arange(count) * len(valid_lengths) // count
+            indices = spread_evenly(valid, count)
             chosen, tokens = Subset(valid, indices), int(valid_lengths[indices].sum())  # type: ignore[arg-type]
     least = tokens > affordable + int(valid_lengths.max())
-    return EvaluationPlan(chosen, tokens, of_all, steps, closing, tokens * times / max(trained, 1.0), least)
+    plan = EvaluationPlan(chosen, tokens, of_all, steps, closing, tokens * times / max(trained, 1.0), least)
+    if isinstance(valid, RowsBySource):
+        plan.names = valid.names
+        plan.sources = valid.sources[chosen.indices] if isinstance(chosen, Subset) else valid.sources
+    return plan
+
+
+def spread_evenly(rows: Dataset[Any], count: int) -> numpy.ndarray:
+    """Indices of about `count` rows, spread evenly over all, and over those of each source, MIN_ROWS of it at least."""
+    total = len(rows)  # type: ignore[arg-type]
+    sizes = numpy.bincount(rows.sources).tolist() if isinstance(rows, RowsBySource) else [total]
+    parts, start = [], 0
+    for size in sizes:
+        share = min(size, max(MIN_ROWS, count * size // total)) if size < total else count
+        parts.append(start + numpy.arange(share) * size // max(1, share))
+        start += size
+    return numpy.concatenate(parts)
 
 
 def _times(training: TrainArguments, last: int, per_epoch: int) -> tuple[list[int], int]:

@@ -29,6 +29,7 @@ from novelgpt.settings.errors import UserError
 from novelgpt.settings.process import raise_on_all_ranks
 from novelgpt.settings.terminal import say
 from novelgpt.text.collator import Collator
+from novelgpt.text.sections import rows_per_epoch
 from novelgpt.text.statistics import row_lengths, trained_characters
 from novelgpt.training.base_recorder import BaseRecorder
 from novelgpt.training.callbacks import (
@@ -74,7 +75,7 @@ def fit(
     memory, folder = plan.memory.settle_micro_batch(model), plan.folder
     training, first = memory.run.training, memory.run.training.process_index == 0
     folder.start(memory.run)
-    rows = len(train)  # type: ignore[arg-type]
+    rows = rows_per_epoch(train)
     evaluations = plan_evaluations(valid, memory.lengths, row_lengths(valid), rows, training)
     if first:
         say(evaluations.explain())

@@ -15,6 +15,7 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase, TrainerState
 from novelgpt.model.card import Card, base_identity, base_metadata, code, shown_name, table, use_section
 from novelgpt.settings.runs import TrainingRun
 from novelgpt.text.conversation import IGNORE_INDEX
+from novelgpt.text.sections import rows_per_epoch
 from novelgpt.training.run_identity import DECISIVE
 
 KINDS = {
@@ -54,7 +55,7 @@ class RunCard:
     ) -> None:
         """`description` is the content of run.json, `model` the one within an adapter."""
         self.run, self.description = run, description
-        self.rows = len(train)  # type: ignore[arg-type]
+        self.rows = rows_per_epoch(train)
         self.architecture = str(model.config.model_type)
         self.language = _language(tokenizer, train)
 

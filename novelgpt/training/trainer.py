@@ -30,14 +30,14 @@ from novelgpt.model.forward_checks import head_is_last
 from novelgpt.model.lora import base_model
 from novelgpt.model.loss import TokenLoss, attach_chunked_loss
 from novelgpt.model.routers import explain_balance, router_balance
-from novelgpt.scoring.perplexity import row_sums, summarise
+from novelgpt.scoring.perplexity import loss_by_source, row_sums, summarise
 from novelgpt.settings.arguments import TrainArguments
 from novelgpt.settings.errors import UserError
 from novelgpt.settings.process import raise_on_all_ranks
 from novelgpt.settings.terminal import say, say_above_bars
 from novelgpt.text.collator import NUMBER, NUMBERS, ROW, Collator
 from novelgpt.text.conversation import IGNORE_INDEX
-from novelgpt.text.sections import SectionedRows
+from novelgpt.text.sections import ROWS_STATE, SectionedRows, rows_per_epoch
 from novelgpt.text.statistics import row_lengths
 from novelgpt.training.checkpoints.folders import checkpoints, step_of
 from novelgpt.training.checkpoints.trainer import CheckpointTrainer
@@ -56,7 +56,7 @@ class NumberedRows(Dataset[Any]):
         self.rows = rows
 
     def __len__(self) -> int:
-        return self.rows.per_epoch if isinstance(self.rows, SectionedRows) else len(self.rows)
+        return rows_per_epoch(self.rows)
 
     def __getitem__(self, number: int) -> dict[str, Any]:
         """{"row", "number"}; of sections, numbers go on behind the length."""
@@ -109,9 +109,7 @@ class NovelTrainer(CheckpointTrainer):
         super().__init__(
             **arguments,
             train_dataset=numbered,
-            compute_metrics=lambda prediction: summarise(
-                numpy.asarray(prediction.predictions), None if characters is None else characters()
-            ),
+            compute_metrics=lambda prediction: self._figures(numpy.asarray(prediction.predictions), characters),
         )
         self.samples = samples
         self.evaluations = evaluations
@@ -161,6 +159,13 @@ class NovelTrainer(CheckpointTrainer):
         """The stock order, which depends on the lengths of the rows where that of training does."""
         by_length = self.args.train_sampling_strategy == "group_by_length"
         return super()._get_eval_sampler(RowLengths(eval_dataset) if by_length else eval_dataset)
+
+    def _rows_state(self) -> dict[str, Any]:
+        """Where the rows of the next step are, for rows that are read as the training goes on."""
+        if not isinstance(self.rows, SectionedRows):
+            return {}
+        state = self.rows.state(self.state.global_step * self.rows_per_step())
+        return {} if state is None else {ROWS_STATE: state}
 
     def _prepare_for_training(self, *arguments: Any, **keywords: Any) -> Any:
         """The stock preparation; then each probe checks the model, set up for training, on its micro-batch.
@@ -301,6 +306,13 @@ class NovelTrainer(CheckpointTrainer):
             outputs = model(**inputs)
         sums = row_sums(outputs.token_losses, outputs.token_hits, inputs["labels"])
         return None, sums, sums[:, 1]
+
+    def _figures(self, sums: numpy.ndarray, characters: Callable[[], int] | None) -> dict[str, float]:
+        """Figures of an evaluation: of all rows, and the loss of each source where it is told."""
+        figures = summarise(sums, None if characters is None else characters())
+        if self.evaluations is None or self.evaluations.sources is None:
+            return figures
+        return figures | loss_by_source(sums, self.evaluations.sources, self.evaluations.names)
 
     def evaluate(self, *arguments: Any, **keywords: Any) -> dict[str, float]:
         """The stock evaluation; its time does not count in the training throughput.

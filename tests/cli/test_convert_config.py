@@ -122,6 +122,13 @@ def test_a_file_of_llamafactory_starts_a_run(
     assert {name: told[name] for name in expected} == expected
 
 
+def test_a_stream_is_one_here_too(place: Path) -> None:
+    stream = {"streaming": True, "buffer_size": 500, "max_steps": 9, "val_size": 0.0, "eval_dataset": "papers"}
+    ours = converted(place, LLAMAFACTORY | stream)[1]
+    assert (ours["streaming"], ours["buffer_rows"], ours["max_steps"]) == (True, 500, 9)
+    assert "buffer_rows" not in converted(place, LLAMAFACTORY | {"buffer_size": 500})[1]
+
+
 def test_what_is_passed_on_is_an_option_of_ours() -> None:
     groups = [group for run in RUNS.values() for group in typing.get_type_hints(run).values()]
     ours = {field.name for group in groups if dataclasses.is_dataclass(group) for field in dataclasses.fields(group)}

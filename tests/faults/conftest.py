@@ -60,6 +60,19 @@ class Runs:
             "zero2": Command("finetune", padded, ranks=2, zero=2, variables=built),
             "zero3": Command("finetune", padded, ranks=2, zero=3, variables=built),
         }
+        # Two sources, each of some of the rows: more than once, or not all of them in an epoch.
+        parts = [place / "rows" / f"part {number}.jsonl" for number in (1, 2)]
+        lines = self.questions.read_text(encoding="utf-8").splitlines(keepends=True)
+        for path, part in zip(parts, (lines[:10], lines[10:]), strict=True):
+            path.write_text("".join(part), encoding="utf-8")
+        mixed = ("--mix", f"{parts[0]}=1.7", f"{parts[1]}=0.6", *words)
+        stream = ("--streaming", "--buffer_rows", "9", "--valid_files", str(self.questions), "--max_steps", "6")
+        self.commands |= {
+            "mix": Command("finetune", (*mixed, "--num_train_epochs", "3")),
+            "mix on two": Command("finetune", (*mixed, "--num_train_epochs", "3"), ranks=2),
+            "stream": Command("finetune", (*mixed, *stream)),
+            "stream on two": Command("finetune", (*mixed, *stream, "--packing", "False"), ranks=2),
+        }
         # The same run on two ranks and on one: as many rows a step, and no draws, which are another rank's own.
         even = write_rows(place / "even rows", EVEN_ROWS)[1]
         words = (*padded, "--model", str(self.other_base), "--train_files", str(even), "--learning_rate", "1e-3")

@@ -15,12 +15,16 @@ from tests.faults.training_process import Stop
 from tests.rounding import LOSS_TOLERANCE
 
 # An epoch has 5 steps on one rank and 3 on two, the last of them of fewer micro-batches.
-STOPS = {"finetune": [2, 5], "data parallel": [2, 3], "zero3": [3, 4]}
+STOPS = {
+    "finetune": [2, 5], "data parallel": [2, 3], "zero3": [3, 4],
+    "mix": [2, 8], "mix on two": [2, 4], "stream": [2, 4], "stream on two": [2, 4],
+}  # fmt: skip
+LONG = ("data parallel", "mix", "mix on two", "stream", "stream on two")
 
 
 @pytest.mark.slow
 @pytest.mark.parametrize(
-    "name", [pytest.param(name, marks=pytest.mark.long) if name == "data parallel" else name for name in STOPS]
+    "name", [pytest.param(name, marks=pytest.mark.long) if name in LONG else name for name in STOPS]
 )
 def test_stopped_and_gone_on_with_is_the_same(name: str, runs: Runs, tmp_path: Path) -> None:
     undisturbed = runs.undisturbed(name)

@@ -5,7 +5,7 @@ import math
 import numpy
 import pytest
 
-from novelgpt.scoring.perplexity import summarise
+from novelgpt.scoring.perplexity import loss_by_source, summarise
 
 # nats, trained tokens, tokens predicted right of three rows
 SUMS = numpy.array([[6.0, 3.0, 1.0], [10.0, 4.0, 2.0], [0.0, 0.0, 0.0]])
@@ -38,3 +38,11 @@ def test_a_uniform_guess_costs_its_bits_whatever_the_tokens() -> None:
 
 def test_nothing_trained_is_no_division_by_zero() -> None:
     assert summarise(numpy.zeros((1, 3)), characters=0)["bits_per_character"] == 0.0
+
+
+def test_the_losses_of_sources_are_those_of_their_rows() -> None:
+    sums = numpy.array([[6.0, 3, 1], [4.0, 1, 0], [8.0, 2, 2]])
+    sources = numpy.array([2, 0, 2])
+    assert loss_by_source(sums, sources, ["novels", "unseen", "general"]) == {"novels_loss": 4.0, "general_loss": 2.8}
+    weighted = sum(summarise(sums[sources == one])["loss"] * sums[sources == one, 1].sum() for one in (0, 2))
+    assert summarise(sums)["loss"] == weighted / sums[:, 1].sum()

@@ -10,6 +10,8 @@ from torch.utils.data import Subset
 
 from finetune.__main__ import main as finetune
 from novelgpt.settings.arguments import TrainArguments
+from novelgpt.text.mixture import RowsBySource
+from novelgpt.text.origins import TracedRows
 from novelgpt.training import callbacks, evaluations, throughput
 from novelgpt.training.evaluations import EvaluationPlan, plan_evaluations
 from tests.faults.runs import write_base, write_rows
@@ -39,6 +41,32 @@ def test_all_evaluations_together_take_a_share_of_training(tmp_path: Path) -> No
     assert "4 times, on 45 of 400 rows, spread evenly, 4,500 of 40,000 tokens" in text and "--max_eval_share 0" in text
     again = plan([100] * 400, [100] * 1000, tmp_path, max_eval_share=0.06)
     assert isinstance(again.rows, Subset) and list(again.rows.indices) == chosen
+
+
+class Lengths(TracedRows):
+    """Rows of which only their lengths matter."""
+
+    def __init__(self, lengths: numpy.ndarray) -> None:
+        self.lengths = lengths
+
+    def __len__(self) -> int:
+        return len(self.lengths)
+
+    def origins(self, index: int, begin: int = 0, end: int | None = None) -> list[str]:
+        return []
+
+    def subset(self, numbers: numpy.ndarray) -> "Lengths":
+        return Lengths(self.lengths[numbers])
+
+
+def test_of_each_source_some_rows_are_evaluated(tmp_path: Path) -> None:
+    sources = numpy.array([0] * 390 + [1] * 3 + [2] * 7)
+    valid = RowsBySource(Lengths(numpy.full(400, 100)), sources, ["a", "b", "c"])
+    arguments = TrainArguments(output_dir=str(tmp_path), use_cpu=True, max_eval_share=0.06)
+    found = plan_evaluations(valid, numpy.full(1000, 100), valid.lengths, 1000, arguments)
+    assert isinstance(found.rows, Subset) and found.sources is not None
+    assert numpy.bincount(found.sources).tolist() == [43, 2, 2]
+    assert found.sources.tolist() == sources[found.rows.indices].tolist()
 
 
 @pytest.mark.parametrize(

@@ -5,7 +5,7 @@ from __future__ import annotations
 import hashlib
 import itertools
 import random
-from collections.abc import Iterator
+from collections.abc import Callable, Iterable, Iterator
 
 import numpy
 import torch
@@ -32,16 +32,17 @@ class EpochRows(Sampler[int]):
         return self.rows
 
     def __iter__(self) -> Iterator[int]:
-        order = self.order()
+        part = self.order()
         skipped = min(self.skipped, self.rows)
-        yield from order[: min(skipped, AT_ONCE)].tolist()
+        yield from part(0, min(skipped, AT_ONCE))
         yield from itertools.repeat(0, max(0, skipped - AT_ONCE))
         for start in range(skipped, self.rows, AT_ONCE):
-            yield from order[start : start + AT_ONCE].tolist()
+            yield from part(start, start + AT_ONCE)
 
-    def order(self) -> torch.Tensor:
-        """[rows] the numbers of the epoch, in order."""
-        return torch.arange(self.epoch * self.rows, (self.epoch + 1) * self.rows)
+    def order(self) -> Callable[[int, int], Iterable[int]]:
+        """The numbers of the epoch: a function that gives those from one place to another."""
+        numbers = range(self.epoch * self.rows, (self.epoch + 1) * self.rows)
+        return lambda start, stop: numbers[start:stop]
 
 
 class ShuffledRows(EpochRows):
@@ -51,11 +52,12 @@ class ShuffledRows(EpochRows):
         super().__init__(rows)
         self.seed = seed
 
-    def order(self) -> torch.Tensor:
-        """[rows] a permutation that follows from the seed and the epoch."""
+    def order(self) -> Callable[[int, int], Iterable[int]]:
+        """A permutation that follows from the seed and the epoch."""
         generator = torch.Generator()
         generator.manual_seed(self.seed + self.epoch)
-        return torch.randperm(self.rows, generator=generator)
+        numbers = torch.randperm(self.rows, generator=generator)
+        return lambda start, stop: numbers[start:stop].tolist()
 
 
 def order_seed(training: TrainingArguments) -> int:

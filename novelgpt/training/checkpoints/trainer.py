@@ -234,6 +234,14 @@ class CheckpointTrainer(Trainer):
                 shutil.rmtree(unfinished, ignore_errors=True)
             raise
 
+    def rows_per_step(self) -> int:
+        """Rows of an optimizer step, on all processes."""
+        return self.args.train_batch_size * self.args.gradient_accumulation_steps * self.args.world_size
+
+    def _rows_state(self) -> dict[str, Any]:
+        """What states.json holds of the rows: nothing where these follow from the step."""
+        return {}
+
     def _write_states(self, unfinished: Path) -> None:
         """Write what the run needs to resume, beside the weights."""
         if self.is_fsdp_enabled:
@@ -258,7 +266,7 @@ class CheckpointTrainer(Trainer):
             "aux_losses": [aux_loss for _, aux_loss in losses],
             "total_loss": self._total_loss_scalar,
             "last_logged": self._globalstep_last_logged,
-        }
+        } | self._rows_state()
         (unfinished / STATES).write_text(json.dumps(states, indent=1) + "\n", encoding="utf-8")
         for callback in (*self.callback_handler.callbacks, self.control):
             if isinstance(callback, ExportableState):
@@ -313,8 +321,8 @@ class _Steps(TrainerCallback):
         """Set the order of the epoch; rows of steps before the checkpoint are skipped without being read."""
         if self.trainer._order is not None:
             epoch, steps = divmod(state.global_step, self._steps_per_epoch())
-            rows = args.train_batch_size * args.gradient_accumulation_steps * args.world_size
-            self.trainer._order.epoch, self.trainer._order.skipped = epoch, steps * rows
+            self.trainer._order.epoch = epoch
+            self.trainer._order.skipped = steps * self.trainer.rows_per_step()
 
     def on_step_begin(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **_: Any) -> None:
         """Set the random state of the step."""
