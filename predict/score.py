@@ -141,6 +141,16 @@ def main(argv: list[str] | None = None) -> None:
             raise UserError(f"--output {args.output} is a folder", "name a file")
         check_folder_can_be_made(args.output.parent, f"--output {args.output}")
     output = args.output or args.file.with_name("scores.json")
+    try:
+        _score(args, output)
+    except BrokenPipeError:
+        raise  # of the terminal
+    except OSError as error:
+        cause = f"{error.filename or output.parent} cannot be written: {error.strerror or error}"
+        raise UserError(cause, "make room there, or name another --output") from error
+
+
+def _score(args: Namespace, output: Path) -> None:
     predictions = PredictionFile(args.file, output.parent, keep_thoughts=args.convention is not None)
     if args.convention:
         _score_by_convention(predictions, args)

@@ -51,7 +51,9 @@ class ScoreColumns:
 
     def block(self, start: int, stop: int) -> numpy.ndarray:
         """[rows, columns] of some rows, in the order of `places`; each column is contiguous."""
-        return self.values[list(self.places.values()), start:stop].T
+        chosen = list(self.places.values())
+        all_in_order = chosen == list(range(len(self.values)))
+        return (self.values[:, start:stop] if all_in_order else self.values[chosen, start:stop]).T
 
 
 class ScoreTable:

@@ -36,8 +36,8 @@ LEVEL = 95.0
 # Up to so many rows, each sample is summed by itself, all its rows at once. More rows are summed block by block, for
 # many samples together, which is several times as fast, and rounds differently in the last bits.
 ROWS_SUMMED_AT_ONCE = 32_768
-# For the samples that are summed together, one byte per row and sample.
-BYTES_OF_SAMPLES = 2**24
+# For the samples that are drawn together, one byte per row and sample; so many are enough where rows are few.
+BYTES_OF_SAMPLES, FEW_SAMPLES = 2**24, 64
 
 
 @dataclass(frozen=True)
@@ -244,8 +244,8 @@ def _swapped_sums(first: ScoreColumns, second: ScoreColumns, generator: numpy.ra
 
 
 def _samples(total: int, rows: int) -> Iterator[numpy.ndarray]:
-    """[samples, rows] of zeros, `total` samples in all, as many at once as `BYTES_OF_SAMPLES` takes."""
-    together = max(1, BYTES_OF_SAMPLES // rows)
+    """[samples, rows] of zeros, `total` samples in all, as many at once as are summed together."""
+    together = FEW_SAMPLES if rows <= ROWS_SUMMED_AT_ONCE else max(1, BYTES_OF_SAMPLES // rows)
     for first in range(0, total, together):
         yield numpy.zeros((min(together, total - first), rows), numpy.uint8)
 

@@ -12,7 +12,7 @@ import json
 import re
 import signal
 import threading
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from datetime import datetime, timedelta, timezone
 from email.utils import format_datetime
 from http.server import BaseHTTPRequestHandler
@@ -22,8 +22,10 @@ from typing import Any
 import pytest
 
 from novelgpt.inference import endpoint_client, endpoint_http
+from novelgpt.inference.endpoint_client import EndpointClient, EndpointRequest
 from novelgpt.inference.endpoint_http import EndpointAddress
 from novelgpt.inference.endpoint_replies import InvalidReplyError, read_chat_reply, read_model_names
+from novelgpt.settings.arguments import GenerationArguments
 from novelgpt.settings.errors import UserError
 from tests.inference.endpoint_servers import (
     Asked,
@@ -48,6 +50,24 @@ def quick(monkeypatch: pytest.MonkeyPatch) -> None:
 
 def without(reply: dict[str, Any], key: str) -> dict[str, Any]:
     return {name: value for name, value in reply.items() if name != key}
+
+
+def test_requests_are_made_as_they_are_sent() -> None:
+    """Of a long iterator, as many are in memory as are on their way, and as many answers as nobody has taken."""
+    made = taken = 0
+
+    def requests() -> Iterator[EndpointRequest]:
+        nonlocal made
+        for made in range(1, 101):
+            yield EndpointRequest(f"row {made}", [{"role": "user", "content": "问"}], made)
+
+    with serving(always(completion())) as served:
+        client = EndpointClient(served.url, None, GenerationArguments())
+        indices = []
+        for taken, (index, answer) in enumerate(client.answers(requests(), 4), start=1):
+            indices.append(index)
+            assert answer.text == "雨停了。" and made - taken <= 3 * 4
+    assert sorted(indices) == list(range(100)) == list(range(taken)) and made == 100
 
 
 DEEP = b'{"choices": ' + b"[" * 100_000 + b"]" * 100_000 + b"}"

@@ -236,3 +236,27 @@ def test_a_row_that_the_server_refuses_is_named_and_the_others_are_kept(
         main([*words, "--do_sample", "--top_k", "5", "--output_dir", str(tmp_path)])  # this server knows no top_k
     printed = capsys.readouterr().err
     assert "refuses row" in printed and "status 422" in printed and "--top_k" in printed
+
+
+@pytest.mark.long
+def test_hosts_that_share_no_disk_send_their_answers(base_folder: Path, tmp_path: Path) -> None:
+    """Two processes whose --output_dir is another folder on each; the first one writes what one process writes."""
+    words = ["--model", str(base_folder), *QUICK, "--batch_size", "2"]
+    with socket.socket() as listener:
+        listener.bind(("127.0.0.1", 0))
+        port = listener.getsockname()[1]
+    shared = {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port), "WORLD_SIZE": "2", "LOCAL_WORLD_SIZE": "1"}
+    shared |= {"PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1", "LOCAL_RANK": "0"}
+    processes = []
+    main([*words, "--output_dir", str(tmp_path / "alone")])
+    words += ["--output_dir", "out"]
+    for rank in ("0", "1"):
+        (tmp_path / rank).mkdir()
+        environment = os.environ | shared | {"RANK": rank}
+        processes.append(
+            subprocess.Popen([sys.executable, "-m", "predict", *words], cwd=tmp_path / rank, env=environment)
+        )
+    assert [process.wait(PATIENCE) for process in processes] == [0, 0]
+    assert predictions(tmp_path / "0" / "out") == predictions(tmp_path / "alone")
+    assert not (tmp_path / "1" / "out" / "predictions.jsonl").exists()
+    assert not (tmp_path / "0" / "out" / "predictions.partial").exists()

@@ -38,6 +38,24 @@ def test_each_process_reads_what_all_have_written(tmp_path: Path) -> None:
         assert alone.answers == {3: ANSWERS[3], 7: ANSWERS[7]}
 
 
+def test_the_first_process_reads_in_the_end_what_the_others_wrote_meanwhile(tmp_path: Path) -> None:
+    with Journal(tmp_path, "one", 0) as first, Journal(tmp_path, "one", 1) as second:
+        first.add({3: ANSWERS[3]})
+        second.add({0: ANSWERS[0]})
+        second.add({7: ANSWERS[7]})
+        assert first.answers == {3: ANSWERS[3]}
+        first.read_others()
+        assert first.answers == ANSWERS and (7 in first.answers, 8 in first.answers) == (True, False)
+
+
+def test_a_row_that_is_answered_twice_has_the_last_answer(tmp_path: Path) -> None:
+    with Journal(tmp_path, "one") as journal:
+        journal.add({5: ANSWERS[3]})
+        assert journal.answers[5] == ANSWERS[3]
+        journal.add({5: ANSWERS[7]})
+        assert journal.answers == {5: ANSWERS[7]} and len(journal.answers) == 1
+
+
 def test_wherever_the_file_is_cut_what_was_complete_is_kept_and_the_rest_written_again(tmp_path: Path) -> None:
     with Journal(tmp_path, "one") as journal:
         journal.add(ANSWERS)

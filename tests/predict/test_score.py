@@ -2,6 +2,7 @@
 
 import json
 import random
+import resource
 from pathlib import Path
 from typing import Any
 
@@ -9,7 +10,9 @@ import pytest
 import rouge_chinese
 
 from novelgpt.scoring.conventions import llamafactory
+from novelgpt.scoring.row_scores import RowScores, ScoredRow, score_row
 from novelgpt.scoring.segmentation import segment
+from novelgpt.scoring.summary import summarise_rows
 from novelgpt.scoring.text_scores import score_pair
 from predict.score import main
 
@@ -63,6 +66,64 @@ def test_no_row_is_dropped_whatever_it_holds(tmp_path: Path) -> None:
     scores = load(tmp_path / "scores.json")
     assert (scores["rows"], scores["rows_without_reference"], scores["empty_predictions"]) == (81, 9, 9)
     assert len((tmp_path / "row_scores.jsonl").read_text(encoding="utf-8").splitlines()) == 81
+
+
+def test_what_is_written_row_by_row_is_what_the_rows_give_at_once(tmp_path: Path) -> None:
+    """Rows without an id, with the id that another one would get, groups, thoughts, short answers, parts that count."""
+    made: list[dict[str, Any]] = rows(0.5, 60)
+    expected: list[RowScores] = []
+    for number, row in enumerate(made):
+        name = {0: None, 1: str(number - 1), 2: "", 3: f"r{number}"}[number % 4]
+        row |= {"id": name} | ({"score_group": "乙甲"[number % 2]} if number % 3 else {})
+        row |= {"metrics": ["exact_match"], "answers": ["甲"]} if number % 5 == 0 else {}
+        row |= {"scored_characters": 20 + number} if number % 6 == 0 else {}
+        row |= {"reference": ""} if number % 7 == 0 else {}
+        text = row["prediction"]
+        row |= {"prediction": f"<think>\n想\n</think>\n\n{text}"} if number % 8 == 0 else {}
+        row |= {"finish_reason": "length"} if number % 9 == 0 else {}
+        answers = tuple(row.get("answers", ())), tuple(row.get("metrics", ()))
+        scored = text[: row.get("scored_characters")]
+        scores = score_row(ScoredRow(scored, row["reference"], answers[1], answers[0]))
+        scores |= {"stopped": float(row["finish_reason"] == "stop")}
+        scores |= {"cut": float(scored != text)} if "scored_characters" in row else {}
+        group = {"score_group": row["score_group"]} if "score_group" in row else {}
+        expected.append({"id": {0: f"{number}~", 2: str(number)}.get(number % 4, name), **group, **scores})
+    main([str(write(tmp_path / "predictions.jsonl", made))])
+    lines = "".join(json.dumps(row, ensure_ascii=False) + "\n" for row in expected)
+    assert (tmp_path / "row_scores.jsonl").read_text(encoding="utf-8") == lines
+    written = load(tmp_path / "scores.json")
+    assert list(written["groups"]) == list(
+        dict.fromkeys(row["score_group"] for row in expected if "score_group" in row)
+    )
+    of_groups = [[row for row in expected if row.get("score_group") == name] for name in written["groups"]]
+    for scores, members in zip((written, *written["groups"].values()), (expected, *of_groups), strict=True):
+        means, intervals = summarise_rows(members)
+        assert {name: scores[name] for name in means} == means and list(scores)[: len(means)] == list(means)
+        assert scores["intervals"] == intervals and scores["rows"] == len(members)
+        assert scores["rows_without_reference"] == sum("rouge-1" not in row for row in members)
+    names = {"predictions.jsonl", "row_scores.jsonl", "scores.json"}
+    assert {path.name for path in tmp_path.iterdir()} == names
+
+
+@pytest.mark.parametrize(
+    ("share", "message"),
+    [(0.25, "a temporary copy of the rows cannot be written into"), (0.75, "cannot be written: File")],
+)
+def test_a_full_disk_leaves_the_former_scores(
+    share: float, message: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    file = write(tmp_path / "predictions.jsonl", rows(0.5, 40))
+    main([str(file)])
+    before = {path: path.read_bytes() for path in tmp_path.iterdir()}
+    limit = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (round(share * len(before[tmp_path / "row_scores.jsonl"])), limit[1]))
+    try:
+        with pytest.raises(SystemExit) as left:
+            main([str(file)])
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, limit)
+    assert left.value.code == 2 and message in capsys.readouterr().err
+    assert {path: path.read_bytes() for path in tmp_path.iterdir()} == before
 
 
 def test_the_package_itself_gives_the_same(tmp_path: Path) -> None:
