@@ -53,6 +53,8 @@ SMALL_FILES = (
 ROLES = ("train_files", "valid_files", "dataset", "eval_dataset", "instruction_templates")
 # Data arguments that say where the data are, which are compared by their content.
 PLACES = {*ROLES, "dataset_dir"}
+# Data arguments that run.json of earlier versions lacks, and what these did.
+UNKNOWN_BEFORE: dict[str, Any] = {"mix": [], "streaming": False}
 PREPARED = ("train-*", "held_out-*")
 PREPARED_SUFFIXES = (".parquet", ".jsonl")
 HASHING_THREADS = 8
@@ -131,12 +133,22 @@ def changes(before: dict[str, Any], now: dict[str, Any]) -> list[str]:
     for group, values in now["arguments"].items():
         if group == "model":
             continue
-        old = before["arguments"].get(group, {})
+        old = (UNKNOWN_BEFORE if group == "data" else {}) | before["arguments"].get(group, {})
         names = [name for name in values if name in DECISIVE] if group == "training" else sorted(set(values) - PLACES)
         found += [
-            f"{name} ({old[name]}, now {values[name]})" for name in names if name in old and old[name] != values[name]
+            f"{name} ({old[name]}, now {values[name]})"
+            for name in names
+            if name in old and _comparable(name, old[name]) != _comparable(name, values[name])
         ]
     return found
+
+
+def _comparable(name: str, value: Any) -> Any:
+    """The value of an argument, wherever the files lie that it names."""
+    if name != "mix":
+        return value
+    pairs = [word.rpartition("=") for word in value]
+    return [(Path(source).name, weight) for source, _, weight in pairs]
 
 
 def _changed_hashes(before: dict[str, Any], now: dict[str, Any]) -> list[str]:

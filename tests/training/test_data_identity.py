@@ -46,8 +46,11 @@ def own(inputs: Path, tmp_path: Path) -> Path:
     return Path(shutil.copytree(inputs, tmp_path / "inputs"))
 
 
-def sft(base: Path, folder: Path, own: Path, train: list[str], valid: list[str]) -> TrainingRun:
+def sft(
+    base: Path, folder: Path, own: Path, train: list[str], valid: list[str], weight: str | None = None
+) -> TrainingRun:
     words = ["--model", str(base), "--output_dir", str(folder), "--instruction_templates", str(own / "ask.yaml")]
+    words += [] if weight is None else ["--mix", f"{own / train[0]}={weight}"]
     words += ["--train_files", *(str(own / name) for name in train)]
     return parse_arguments(FinetuneRun, [*words, "--valid_files", *(str(own / name) for name in valid)])
 
@@ -183,6 +186,22 @@ def test_the_same_data_elsewhere_are_the_same(
     shutil.rmtree(own)
     preview_run_folder(sft(base_folder, tmp_path / "sft", moved, *SFT))
     preview_run_folder(corpus(base_folder, tmp_path / "corpus", moved, *CORPUS))
+
+
+def test_a_mix_is_one_of_weights_wherever_its_files_lie(base_folder: Path, own: Path, tmp_path: Path) -> None:
+    begin(sft(base_folder, tmp_path / "run", own, *SFT, "1/3"))
+    moved = Path(shutil.copytree(own, tmp_path / "moved"))
+    preview_run_folder(sft(base_folder, tmp_path / "run", moved, *SFT, "1/3"))
+    for weight in ("0.3", None):
+        with pytest.raises(UserError, match="other settings: mix"):
+            preview_run_folder(sft(base_folder, tmp_path / "run", own, *SFT, weight))
+    path = tmp_path / "run" / "run.json"
+    record = json.loads(path.read_text(encoding="utf-8"))
+    del record["arguments"]["data"]["mix"]  # of a version that had none
+    path.write_text(json.dumps(record), encoding="utf-8")
+    preview_run_folder(sft(base_folder, tmp_path / "run", own, *SFT))
+    with pytest.raises(UserError, match="other settings: mix"):
+        preview_run_folder(sft(base_folder, tmp_path / "run", own, *SFT, "1/3"))
 
 
 def test_another_vocabulary_is_another_model(base_folder: Path, own: Path, tmp_path: Path) -> None:
