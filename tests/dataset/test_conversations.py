@@ -115,6 +115,20 @@ def test_rows_of_other_lengths_are_left_out_and_counted(
     assert counts.notes == {note: number for note, number in named.items() if number}
 
 
+def test_limits_that_leave_no_row_are_named(tmp_path: Path, tokenizer: PreTrainedTokenizerBase) -> None:
+    row = json.dumps({"prompt": "问", "completion": "答" * 50}, ensure_ascii=False)
+    (tmp_path / "rows.jsonl").write_text(f"{row}\n" * 4, encoding="utf-8")
+    files = [str(tmp_path / "rows.jsonl")]
+    for limits, cause, remedy in (
+        ({"min_length": 600}, "no trainable token is left in the", "lower --min_length"),
+        ({"max_length": 20, "overlong": "drop"}, "no trainable token is left in the", "raise --max_length"),
+        ({"min_length": 99, "max_length": 64}, "--min_length 99 is above --max_length 64", "lower it"),
+    ):
+        with pytest.raises(UserError) as caught:
+            read_conversations(ConversationArguments(files, files, **limits), tokenizer)
+        assert cause in caught.value.cause and remedy in caught.value.remedy
+
+
 def test_parts_of_a_weighted_row_keep_the_weights_of_their_tokens(
     rows: list[Row], tokenizer: PreTrainedTokenizerBase
 ) -> None:

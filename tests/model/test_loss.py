@@ -423,7 +423,7 @@ def test_weights_held_in_bf16() -> None:
         assert cosine(gradient, expected[name]) > 0.99, name
 
 
-@pytest.mark.parametrize("factor", [None, 1e-3, 1e5])
+@pytest.mark.parametrize("factor", [None, 1e-6, 1e6])
 def test_fp16_keeps_gradients_of_steps_with_many_tokens(factor: float | None) -> None:
     """A loss divided by 100,000 tokens and multiplied again, as gradient scaling does; weights may be of any size."""
     model = HEADS["untied"]()
