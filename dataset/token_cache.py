@@ -259,8 +259,8 @@ def _progress_bars(shown: bool) -> Iterator[None]:
 def _workers() -> Iterator[None]:
     """Settle the processes that are forked within the block, and what their pool raises."""
     global _encoding
-    parallel = os.environ.get("TOKENIZERS_PARALLELISM")
-    os.environ["TOKENIZERS_PARALLELISM"] = "false"  # the processes are all that the cores can take
+    variables, parallel = os.environ, os.environ.get("TOKENIZERS_PARALLELISM")
+    variables["TOKENIZERS_PARALLELISM"] = "false"  # the processes are all that the cores can take
     _encoding = True
     try:
         yield
@@ -269,9 +269,10 @@ def _workers() -> Iterator[None]:
         raise error.__context__ or error from None
     finally:
         _encoding = False
-        os.environ.pop("TOKENIZERS_PARALLELISM")
+        os.environ = variables  # noqa: B003 - the library has put a copy in its place, and others hold this one
+        del variables["TOKENIZERS_PARALLELISM"]
         if parallel is not None:
-            os.environ["TOKENIZERS_PARALLELISM"] = parallel
+            variables["TOKENIZERS_PARALLELISM"] = parallel
 
 
 def _settle_worker() -> None:
