@@ -28,7 +28,7 @@ from novelgpt.text.templates import use_template
 from tests.faults.test_disk import small_disk  # noqa: F401 - a fixture
 from tests.launched import PATIENCE
 from tests.memory_rows import as_list
-from tests.ranks import ROOT, run_pipeline
+from tests.ranks import ROOT, run_pipeline, run_ranks
 
 ENCODE = Path(__file__).with_name("encode_process.py")
 
@@ -68,7 +68,7 @@ def settings(file: Path, **options: Any) -> ConversationArguments:
 
 
 def entries(cache: Path) -> list[Path]:
-    return sorted(cache.glob("rows-*"))
+    return sorted(path for path in cache.glob("rows-*") if path.suffix != ".lock")
 
 
 def by_hand(file: Path, tokenizer: PreTrainedTokenizerBase, data: ConversationArguments) -> list[tuple[Any, ...]]:
@@ -123,8 +123,9 @@ def test_a_changed_option_is_noticed(
     read_conversations(settings(file), tokenizer)
     calls.clear()
     changed = settings(file, **change)
-    assert as_read(read_conversations(changed, tokenizer)) == by_hand(file, tokenizer, changed)
+    found = as_read(read_conversations(changed, tokenizer))
     assert len(calls) == 20
+    assert found == by_hand(file, tokenizer, changed)
 
 
 def test_a_changed_row_template_or_tokenizer_is_noticed_and_what_does_not_matter_is_not(
@@ -136,8 +137,9 @@ def test_a_changed_row_template_or_tokenizer_is_noticed_and_what_does_not_matter
     def encoded(file: Path, of: PreTrainedTokenizerBase, **options: Any) -> int:
         calls.clear()
         data = settings(file, **options)
-        assert as_read(read_conversations(data, of)) == by_hand(file, of, data)
-        return len(calls)
+        found, count = as_read(read_conversations(data, of)), len(calls)
+        assert found == by_hand(file, of, data)
+        return count
 
     file = write_rows(tmp_path / "rows.jsonl", 20)
     assert encoded(file, tokenizer()) == 20
@@ -279,14 +281,27 @@ def test_a_signal_ends_all_processes_that_encode(
 
 
 @pytest.mark.slow
-def test_of_two_runs_one_encodes_and_both_ranks_of_the_other_map(
-    tmp_path: Path, base_folder: Path, cache: Path
-) -> None:
+def test_of_two_runs_one_encodes_and_the_other_maps(tmp_path: Path, base_folder: Path, cache: Path) -> None:
     file = write_rows(tmp_path / "rows.jsonl", 200)
     first, second = (Encoding(file, base_folder, cache.parent, pause=0.01) for _ in range(2))
     assert [one.end().count("300 rows") for one in (first, second)] == [0, 0]
     assert (first.process.returncode, second.process.returncode) == (0, 0)
     assert first.number() == 200
+
+
+@pytest.mark.slow
+def test_of_two_ranks_one_encodes(tmp_path: Path, base_folder: Path) -> None:
+    file = write_rows(tmp_path / "rows.jsonl", 40)
+    run_ranks(str(ENCODE.with_name("encode_ranks.py")), str(file), str(base_folder), str(tmp_path), logs=tmp_path)
+    assert [path.name for path in sorted(tmp_path.glob("calls-*"))] == ["calls-0"]
+    assert (tmp_path / "calls-0").read_bytes() == b"." * 40
+    assert (tmp_path / "rows-0").read_text(encoding="utf-8") == (tmp_path / "rows-1").read_text(encoding="utf-8")
+
+
+@pytest.mark.long
+def test_ranks_of_a_run_map_what_was_made(tmp_path: Path, base_folder: Path, cache: Path) -> None:
+    file = write_rows(tmp_path / "rows.jsonl", 200)
+    assert Encoding(file, base_folder, cache.parent).end().count("Traceback") == 0
     made = {path.name: path.stat().st_mtime_ns for path in entries(cache)[0].iterdir()}
     words = ["--model", str(base_folder), "--train_files", str(file), "--max_steps", "1", "--output_dir"]
     # The default of the command line: packed, which is a matter of drawing.
