@@ -71,6 +71,8 @@ class Tracer:
         tokens: ids of the rare character in the vocabulary of the small base.
         entries: calls within which a row is on its way; so are those that take rows out of datasets.
         loss: the function that returns the loss.
+        tokenizer: the function that identifies the tokenizer, by all of its vocabulary.
+        asides: number of its calls on the call stack, within which nothing counts.
         depth: number of entries on the call stack.
         seen: (file, qualified name) of each function, in order.
         finished: whether the loss has been returned.
@@ -79,6 +81,8 @@ class Tracer:
     tokens: list[int]
     entries: set[CodeType]
     loss: CodeType
+    tokenizer: CodeType
+    asides: int = 0
     depth: int = 0
     seen: dict[tuple[str, str], None] = field(default_factory=dict)
     finished: bool = False
@@ -91,7 +95,9 @@ class Tracer:
         entry = code in self.entries or code.co_name == "__getitem__"
         if event == "call" and entry:
             self.depth += 1
-        if self.depth:
+        if code is self.tokenizer:
+            self.asides += 1 if event == "call" else -1
+        if self.depth and not self.asides:
             self._note(code, frame, event, value)
         if event == "return":
             self.depth -= entry
@@ -142,6 +148,7 @@ def trace(pipeline: str, folder: Path) -> list[list[str]]:
     from novelgpt.model.tokenizer import load_tokenizer
     from novelgpt.settings.arguments import ModelArguments
     from novelgpt.text.collator import Collator
+    from novelgpt.text.token_files import tokenizer_digest
     from novelgpt.training.trainer import NovelTrainer
 
     main = importlib.import_module(f"{pipeline}.__main__").main
@@ -149,7 +156,7 @@ def trace(pipeline: str, folder: Path) -> list[list[str]]:
     tokens = load_tokenizer(ModelArguments(model="tiny"))(RARE, add_special_tokens=False)["input_ids"]
     read = read_conversations if pipeline == "finetune" else read_corpus
     entries = {read.__code__, Collator.__call__.__code__, NovelTrainer.training_step.__code__}
-    tracer = Tracer(tokens, entries, NovelTrainer.compute_loss.__code__)
+    tracer = Tracer(tokens, entries, NovelTrainer.compute_loss.__code__, tokenizer_digest.__code__)
     sys.setprofile(tracer)
     try:
         main(arguments)

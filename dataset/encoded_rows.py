@@ -20,8 +20,8 @@ import pyarrow.compute
 from transformers import PreTrainedTokenizerBase
 
 from dataset.instructions import Instructions
-from dataset.readers import Conversation, make_source_row, read_conversation
-from dataset.records import load_record
+from dataset.readers import Conversation, SourceRow, make_source_row, read_conversation
+from dataset.records import load_json, not_a_mapping
 from dataset.sources import RowSource
 from novelgpt.settings.arguments import ConversationArguments
 from novelgpt.settings.errors import UserError
@@ -162,7 +162,7 @@ def read_blocks(source: RowSource, wanted: set[int] | None = None) -> Iterator[d
     for number, row in enumerate(source.rows()):
         if wanted is not None and number not in wanted:
             continue
-        for values, value in zip(block.values(), (number, *row), strict=True):
+        for values, value in zip(block.values(), (number, row.file, row.place, row.text), strict=True):
             values.append(value)
         characters += len(row.text)
         if characters >= BLOCK_CHARACTERS or len(block["row"]) == BLOCK_ROWS:
@@ -212,7 +212,7 @@ def encode_raw_rows(
     data: ConversationArguments,
     instructions: Instructions,
 ) -> pyarrow.Table:
-    """Encode rows of a source: its number, and file, place and text as in `SourcedRow`, of each.
+    """Encode rows of a source: its number, and file, place and text as in `RawRow`, of each.
 
     Returns:
         A table of SCHEMA.
@@ -223,10 +223,15 @@ def encode_raw_rows(
     columns: dict[str, list[Any]] = {name: [] for name in SCHEMA.names}
     for number, file, place, text in rows:
         where = f"{source.files[file]}{place}"
-        record = load_record(text, where)
+        record = load_json(text, where)
+        if not isinstance(record, dict):
+            raise not_a_mapping(record, where)
         if source.columns is not None:
             record = source.columns.record(record, where)
-        conversation = read_conversation(make_source_row(record, where, where), instructions)
+        row = SourceRow(where, record, where)
+        if "\\r" in text or "\\u000" in text:  # line ends in JSON
+            row = make_source_row(record, where, where)
+        conversation = read_conversation(row, instructions)
         answers = [message for message in conversation["messages"] if message["role"] == "assistant"]
         thoughts = sum(1 for one in answers if one.get("reasoning_content") or OWN_THOUGHT.match(one["content"]))
         said = len(answers), thoughts

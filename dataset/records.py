@@ -28,10 +28,12 @@ class RawRow(NamedTuple):
     Attributes:
         place: where it is in its file, as errors write it behind the file's name: ":17" or " row 3".
         text: JSON of the row: the line as it stands, or made from what another format holds.
+        file: index of the file among those of its source.
     """
 
     place: str
     text: str
+    file: int = 0
 
 
 # May spell half of a character, which no tokenizer takes.
@@ -55,7 +57,7 @@ def read_records(path: Path) -> Iterator[tuple[str, Record]]:
     elif suffix == ".csv":
         yield from read_csv(open_text(path).lines(), str(path))
     else:
-        for place, text in _read_json(path):
+        for place, text, _ in _read_json(path):
             yield f"{path}{place}", load_record(text, f"{path}{place}")
 
 
@@ -78,9 +80,15 @@ def load_record(text: str, where: str) -> Record:
     """
     record = load_json(text, where)
     if not isinstance(record, dict):
-        raise UserError(f"{where}: the row is a {type(record).__name__}, not a mapping of fields",
-                        'write rows like {"field": "value"}')  # fmt: skip
+        raise not_a_mapping(record, where)
     return record
+
+
+def not_a_mapping(value: Any, where: str) -> UserError:
+    """The error of a row that is another JSON value."""
+    return UserError(
+        f"{where}: the row is a {type(value).__name__}, not a mapping of fields", 'write rows like {"field": "value"}'
+    )
 
 
 def load_json(text: str, where: str) -> Any:

@@ -9,11 +9,12 @@ import shlex
 from collections import Counter
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
+from operator import methodcaller
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any
 
 from dataset.hub_rows import open_hub_data, read_hub_rows
-from dataset.records import Record, load_record, read_raw_rows
+from dataset.records import RawRow, Record, load_record, read_raw_rows
 from dataset.row_columns import RowColumns, describe_columns, read_columns
 from novelgpt.settings.errors import UserError
 from novelgpt.settings.file_hashes import content_hash
@@ -26,20 +27,6 @@ from novelgpt.text.hub_data import HubData, version_of
 
 PART_SEED = 42
 _SHOWN_FIELDS = 20
-
-
-class SourcedRow(NamedTuple):
-    """A row of a source, not parsed.
-
-    Attributes:
-        file: index in `RowSource.files`.
-        place: of the row in that file (see `RawRow`).
-        text: JSON of the row.
-    """
-
-    file: int
-    place: str
-    text: str
 
 
 @dataclass(frozen=True)
@@ -64,7 +51,7 @@ class RowSource:
     columns: RowColumns | None = None
     hub: HubData | None = None
 
-    def rows(self) -> Iterator[SourcedRow]:
+    def rows(self) -> Iterator[RawRow]:
         """All rows, or those of its part, in order.
 
         Raises:
@@ -76,11 +63,10 @@ class RowSource:
             rows = _drawn(rows, count, self.part, self.given)
         return itertools.islice(rows, self.max_rows)
 
-    def _all_rows(self) -> Iterator[SourcedRow]:
-        return (
-            SourcedRow(number, *row)
-            for number, file in enumerate(self.files)
-            for row in (read_raw_rows(Path(file)) if self.hub is None else read_hub_rows(self.hub))
+    def _all_rows(self) -> Iterator[RawRow]:
+        read = (read_raw_rows(Path(file)) if self.hub is None else read_hub_rows(self.hub) for file in self.files)
+        return itertools.chain.from_iterable(
+            map(methodcaller("_replace", file=number), rows) for number, rows in enumerate(read)
         )
 
     def record(self, fields: Record, where: str) -> Record:
@@ -199,7 +185,7 @@ def text_error(path: Path) -> UserError:
     )
 
 
-def _drawn(rows: Iterable[SourcedRow], count: int, part: Part, given: str) -> Iterator[SourcedRow]:
+def _drawn(rows: Iterable[RawRow], count: int, part: Part, given: str) -> Iterator[RawRow]:
     """The rows of a part, in order: each set of that many rows is equally likely (Knuth, algorithm S)."""
     wanted = part.count(count)
     if part.exceeds > count and is_first_process():

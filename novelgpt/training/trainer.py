@@ -20,7 +20,7 @@ from accelerate.optimizer import AcceleratedOptimizer
 from accelerate.utils import DistributedType
 from peft import PeftModel
 from torch import nn
-from torch.utils.data import Dataset
+from torch.utils.data import Dataset, StackDataset
 from transformers import (
     GenerationConfig,
     PreTrainedModel,
@@ -49,18 +49,29 @@ from novelgpt.training.signals import EvaluationStopped
 from novelgpt.training.throughput import Throughput
 
 
-class NumberedRows(Dataset[Any]):
-    """Rows with their numbers, by which their files and lines can be named."""
+class Numbers(Dataset[int]):
+    """Each number of `count`, and those behind them, is itself."""
+
+    def __init__(self, count: int) -> None:
+        self.count = count
+
+    def __len__(self) -> int:
+        return self.count
+
+    def __getitem__(self, number: int) -> int:
+        """The number."""
+        return number
+
+
+class NumberedRows(StackDataset[Any]):
+    """{"row", "number"} of each row, by which its file and line can be named; of sections, of rows without an end."""
 
     def __init__(self, rows: Any) -> None:
+        super().__init__(**{ROW: rows, NUMBER: Numbers(len(rows))})
         self.rows = rows
 
     def __len__(self) -> int:
         return rows_per_epoch(self.rows)
-
-    def __getitem__(self, number: int) -> dict[str, Any]:
-        """{"row", "number"}; of sections, numbers go on behind the length."""
-        return {ROW: self.rows[number], NUMBER: number}
 
 
 class RowLengths(Dataset[Any]):

@@ -248,7 +248,7 @@ def test_killed_twice_while_it_encodes_the_next_start_ends_right(
 ) -> None:
     file = write_rows(tmp_path / "rows.jsonl", 300)
     for further in (10, 60):
-        killed = Encoding(file, base_folder, cache.parent, pause=0.05)
+        killed = Encoding(file, base_folder, cache.parent, pause=0.03)
         workers = killed.wait_for(killed.number() + further)
         assert workers
         killed.process.kill()
@@ -262,7 +262,8 @@ def test_killed_twice_while_it_encodes_the_next_start_ends_right(
     assert [path.name for path in cache.iterdir()] == [entries(cache)[0].name]
     # What it has made is read here, and is what is made here.
     found = as_read(read_conversations(settings(file), tokenizer))
-    assert found == by_hand(file, tokenizer, settings(file)) and calls == []
+    assert calls == []
+    assert found == by_hand(file, tokenizer, settings(file))
 
 
 @pytest.mark.slow
