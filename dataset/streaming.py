@@ -22,7 +22,8 @@ from transformers import PreTrainedTokenizerBase
 from dataset.encoded_rows import EncodedRows, EncodedTable, encode_raw_rows
 from dataset.instructions import Instructions, load_instructions
 from dataset.mix import check_figure, rows_by_source, weights_of
-from dataset.sources import RowSource, SourcedRow, find_row_sources
+from dataset.records import RawRow
+from dataset.sources import RowSource, find_row_sources
 from dataset.token_cache import encoded_table
 from novelgpt.settings.arguments import ConversationArguments, TrainArguments
 from novelgpt.settings.errors import UserError
@@ -77,9 +78,9 @@ class InterleavedRows:
         self.sources = sources
         self._weights = [float(weight) for weight in weights]
         self._positions = [SourcePosition(**asdict(position)) for position in positions or _starts(sources)]
-        self._rows: list[Iterator[SourcedRow] | None] = [None] * len(sources)
+        self._rows: list[Iterator[RawRow] | None] = [None] * len(sources)
 
-    def take(self, count: int) -> list[tuple[int, int, SourcedRow]]:
+    def take(self, count: int) -> list[tuple[int, int, RawRow]]:
         """The next rows: (index of its source, its number there, row).
 
         Raises:
@@ -91,7 +92,7 @@ class InterleavedRows:
         """Where the next row is."""
         return [SourcePosition(**asdict(position)) for position in self._positions]
 
-    def _take(self) -> tuple[int, int, SourcedRow]:
+    def _take(self) -> tuple[int, int, RawRow]:
         due = (
             (position.progress() / weight, index)
             for index, (position, weight) in enumerate(zip(self._positions, self._weights, strict=True))
@@ -209,7 +210,7 @@ class StreamedRows(SectionedRows):
         self._positions[section + 1] = reader.positions()
         by_source: list[list[tuple[int, int, str, str]]] = [[] for _ in self._sources]
         for index, number, row in taken:
-            by_source[index].append((number, *row))
+            by_source[index].append((number, row.file, row.place, row.text))
         table = EncodedTable([
             datasets.table.InMemoryTable(encode_raw_rows(rows, source, self._tokenizer, self._data, self._instructions))
             for rows, source in zip(by_source, self._sources, strict=True)
