@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import itertools
 import math
+import os
 import sys
 from collections.abc import Sequence
 from pathlib import Path
@@ -19,6 +20,7 @@ from novelgpt.settings.process import is_first_process
 from novelgpt.settings.remedies import python_module
 from novelgpt.settings.terminal import counted, say
 from novelgpt.text.chunks import ChunkEncoder, DocumentCutter
+from novelgpt.text.data_names import find_text_files
 from novelgpt.text.origins import TokenOrigins
 from novelgpt.text.packing import PackedBlocks, TokenizedText
 from novelgpt.text.statistics import show_counts, show_first_row
@@ -98,21 +100,19 @@ def read_corpus(data: CorpusArguments, tokenizer: PreTrainedTokenizerBase) -> tu
 
 
 def find_sources(names: Sequence[str]) -> list[CorpusSource]:
-    """The contents of files and prepared folders, in order; neighbouring files are one source.
+    """The contents of files, of patterns and of prepared folders, in order; neighbouring files are one source.
 
     Raises:
-        UserError: a name that is neither, or a folder that is not finished.
+        UserError: a name that is none of these, or a folder that is not finished.
     """
     found: list[CorpusSource] = []
     for name in names:
         path = Path(name)
-        if path.is_file():
+        if not os.path.isdir(name):  # noqa: PTH112 - Path.is_dir raises for names that are too long
             if not found or found[-1].folder is not None:
                 found.append(CorpusSource(TRAIN, []))
-            found[-1].files.append(path)
+            found[-1].files.extend(map(Path, find_text_files(name)))
             continue
-        if not path.is_dir():
-            raise UserError(f"{name} is not a file", "check the path; relative ones start where you type")
         if (manifest := read_token_manifest(path)) is not None:
             found += [CorpusSource(split, [], path, manifest) for split in manifest["splits"]]
             continue

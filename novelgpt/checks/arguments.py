@@ -32,7 +32,7 @@ from novelgpt.settings.process import is_first_process
 from novelgpt.settings.remedies import pip_install, python_module
 from novelgpt.settings.runs import TrainingRun
 from novelgpt.settings.terminal import say
-from novelgpt.text.data_names import find_data, split_part
+from novelgpt.text.data_names import find_data, find_text_files, split_part
 from novelgpt.text.dataset_info import find_datasets
 
 MAX_STEPS = 1e12
@@ -70,7 +70,10 @@ def check_arguments(run: TrainingRun) -> None:
         UserError: names the first option that does not.
     """
     for name in (*run.data.train_files, *run.data.valid_files):
-        find_data(split_part(name)[0])
+        if isinstance(run.data, CorpusArguments):
+            find_text_files(name)
+        else:
+            find_data(split_part(name)[0])
     if not isinstance(run.data, CorpusArguments):
         for described in find_datasets([*run.data.dataset, *run.data.eval_dataset], run.data.dataset_dir):
             find_data(described.place, described.folder or "")

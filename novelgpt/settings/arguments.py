@@ -143,8 +143,8 @@ class CorpusArguments:
 
     train_files: list[str] = option(
         _samples("novels/deng_ta_xia_de_xin.txt"),
-        "Training data: text files (.txt .jsonl .json .csv .parquet), or folders made by `dataset novels` or "
-        "`dataset tokens`.",
+        "Training data: text files (.txt .jsonl .json .csv .parquet), patterns (books/*.txt), or folders made by "
+        "`dataset novels` or `dataset tokens`.",
     )
     valid_files: list[str] = option(
         [],

@@ -18,6 +18,7 @@ from fractions import Fraction
 from pathlib import Path
 
 from novelgpt.settings.errors import UserError
+from novelgpt.settings.remedies import environment_program
 from novelgpt.text.hub_data import HubData, is_hub_name, read_hub_name, version_of
 from novelgpt.text.token_files import MANIFEST, SHARDS
 
@@ -116,6 +117,22 @@ def find_files(name: str) -> list[str]:
         raise _missing(name, f"{name} matches no file")
     # Files without a reader, such as notes, are passed over where there are others.
     return _in_order(path for path in matches if path.lower().endswith((*ROW_SUFFIXES, TEXT))) or _in_order(matches)
+
+
+def find_text_files(name: str) -> list[str]:
+    """The files of text that a name stands for in pretraining.
+
+    Raises:
+        UserError: what `find_files` raises, or the name is that of a data set of a hub, or of a part of a file.
+    """
+    if is_hub_name(name):
+        raise UserError(
+            f"{name}: pretraining reads text from files of this host, not from a hub",
+            f"download it, with `{environment_program('hf')} download --repo-type dataset`, and name its files",
+        )
+    if split_part(name)[1] is not None:
+        raise UserError(f"{name}: pretraining reads whole files", "leave out # and what follows, or write it to a file")
+    return find_files(name)
 
 
 def is_prepared(folder: str) -> bool:

@@ -7,6 +7,7 @@ from pathlib import Path
 
 import pytest
 
+from dataset.corpus import find_sources
 from dataset.sources import find_row_sources
 from novelgpt.settings.errors import UserError
 
@@ -163,3 +164,18 @@ def test_a_part_of_a_pipe_is_refused(tmp_path: Path) -> None:
     with pytest.raises(UserError, match="a pipe can be read only once"):
         find_row_sources([f"{tmp_path / 'pipe.jsonl'}#5"])
     assert len(find_row_sources([str(tmp_path / "pipe.jsonl")])) == 1
+
+
+def test_pretraining_takes_patterns_and_refuses_what_names_rows(place: Path) -> None:
+    for number in (1, 2, 10):
+        (place / f"book{number}.txt").write_text("灯塔" * 9, encoding="utf-8")
+    (source,) = find_sources(["book1.txt", "book*.txt"])
+    assert source.files == [Path(f"book{number}.txt") for number in (1, 1, 2, 10)]
+    for name, told in (
+        ("hf://org/text", "hf://org/text: pretraining reads text from files"),
+        ("book1.txt#5", "book1.txt#5: pretraining reads whole files"),
+        ("boko*.txt", "boko*.txt matches no file"),
+    ):
+        with pytest.raises(UserError) as refused:
+            find_sources([name])
+        assert refused.value.cause.startswith(told)

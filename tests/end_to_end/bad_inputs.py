@@ -696,7 +696,7 @@ CASES = {
     "tokens: missing file": (
         "dataset",
         ["tokens", "nowhere.txt", "{tmp}/out", "--model", "{base}"],
-        "nowhere.txt is not a file",
+        "nowhere.txt does not exist",
     ),
     "tokens: empty file": ("dataset", ["tokens", "empty.txt", "{tmp}/out", "--model", "{base}"], "empty.txt is empty"),
     "tokens: undecodable bytes": (
