@@ -15,7 +15,6 @@ from pathlib import Path
 
 from cli.convert_config.conversion import KINDS, Conversion, convert
 from cli.convert_config.llamafactory import LLAMAFACTORY
-from cli.convert_config.llamafactory_data import INFO
 from cli.convert_config.ms_swift import MS_SWIFT
 from cli.convert_config.source import read_settings
 from cli.convert_config.trl import TRL
@@ -25,6 +24,7 @@ from novelgpt.settings.errors import UserError, exit_on_user_error
 from novelgpt.settings.paths import check_folder_can_be_made
 from novelgpt.settings.remedies import run_pipeline
 from novelgpt.settings.terminal import say, say_text
+from novelgpt.text.dataset_info import INFO
 
 PEERS = {"llamafactory": LLAMAFACTORY, "ms-swift": MS_SWIFT, "trl": TRL}
 

@@ -1,6 +1,7 @@
 """Datasets of LLaMA-Factory: names in dataset_info.json -> files, and rows as its converters read them.
 
-Read in llamafactory 0.9.5: data/parser.py, data/loader.py, data/converter.py.
+Read in llamafactory 0.9.5: data/loader.py, data/converter.py. What dataset_info.json may say is in
+`novelgpt.text.dataset_info`; here is what LLaMA-Factory makes of the rows, including those that it drops.
 """
 
 from __future__ import annotations
@@ -8,43 +9,20 @@ from __future__ import annotations
 from collections.abc import Iterator, Sequence
 from functools import partial
 from pathlib import Path
-from typing import Any, Literal
-
-from pydantic import BaseModel, Field
+from typing import Any
 
 from cli.convert_config.conversion import Conversion
-from cli.convert_config.rows import MAX_ROWS, RowFile
+from cli.convert_config.rows import RowFile
 from dataset.records import Record
 from novelgpt.settings.errors import UserError
-from novelgpt.settings.parsed_files import check_fields, read_object
+from novelgpt.settings.parsed_files import read_object
+from novelgpt.text.data_names import ROW_SUFFIXES, TEXT
+from novelgpt.text.dataset_info import DEFAULT_TAGS, INFO, ROLES_OF_TAGS, Description, describe_dataset
 
-INFO = "dataset_info.json"
-SUFFIXES = (".json", ".jsonl", ".csv", ".parquet", ".txt")
-_MEDIA = ("images", "videos", "audios")
-# Where dataset_info.json names no columns, and no tags.
-_DEFAULT_COLUMNS = {"prompt": "instruction", "query": "input", "response": "output", "messages": "conversations"}
-_TAGS = {
-    "role_tag": "from", "content_tag": "value", "user_tag": "human", "assistant_tag": "gpt",
-    "observation_tag": "observation", "function_tag": "function_call", "system_tag": "system",
-}  # fmt: skip
-_ELSEWHERE = {
-    "hf_hub_url": "lies on a hub: hf download --repo-type dataset {url} --local-dir FOLDER",
-    "ms_hub_url": "lies on a hub: modelscope download --dataset {url} --local_dir FOLDER",
-    "om_hub_url": "lies on a hub: download {url}",
-    "script_url": "is made by code, {url}, which is not run here: write its rows to a file",
-    "cloud_file_name": "lies in a cloud: download {url}",
-}
-
-
-class _Described(BaseModel):
-    """A dataset in dataset_info.json, as far as its rows depend on it."""
-
-    file_name: str
-    formatting: Literal["alpaca", "sharegpt", "openai"] = "alpaca"
-    columns: dict[str, str | None] | None = None
-    tags: dict[str, str | None] | None = None
-    num_samples: int | None = Field(default=None, gt=0, le=MAX_ROWS)
-    split: str | None = None
+SUFFIXES = (*ROW_SUFFIXES, TEXT)
+# On hubs, which are not asked for a conversion.
+_DOWNLOADS = {"hf_hub_url": "hf download --repo-type dataset {} --local-dir FOLDER",
+              "ms_hub_url": "modelscope download --dataset {} --local_dir FOLDER"}  # fmt: skip
 
 
 def dataset_files(conversion: Conversion, key: str, folder: str) -> list[RowFile]:
@@ -68,50 +46,36 @@ def dataset_files(conversion: Conversion, key: str, folder: str) -> list[RowFile
         )
     info_file = conversion.path(folder) / INFO
     info = read_object(info_file, f"name the folder in which {conversion.peer.tool} was called with --root FOLDER")
-    sources: list[RowFile] = []
-    for name in names:
-        if not isinstance(info.get(name), dict):
-            raise UserError(f"{info_file} describes no dataset {name!r}", f"it has {', '.join(list(info)[:12])}, …")
-        sources += _files_of(conversion, name, info[name], info_file)
-    return sources
+    return [file for name in names for file in _files_of(conversion, describe_dataset(name, info, info_file))]
 
 
-def _files_of(conversion: Conversion, name: str, described: dict[str, Any], info: Path) -> Iterator[RowFile]:
-    where = f"{info}: {name}"
-    for kind, text in _ELSEWHERE.items():
-        if kind in described:
-            what = text.format(url=described[kind])
-            raise UserError(f"{where} {what.split(':')[0]}", f"{what.partition(': ')[2]}, then set its file_name")
-    if described.get("ranking") or "kto_tag" in (described.get("columns") or {}):
+def _files_of(conversion: Conversion, described: Description) -> Iterator[RowFile]:
+    where = described.where
+    if not described.file_name:
+        key = "hf_hub_url" if described.hf_hub_url else "ms_hub_url"
         raise UserError(
-            f"{where} holds preferences", "train on them with LLaMA-Factory or TRL; it is not supported here"
+            f"{where} lies on a hub", f"{_DOWNLOADS[key].format(vars(described)[key])}, then set its file_name"
         )
-    fields = check_fields(_Described, described, where, "correct it; file_name names the rows")
-    columns = {key: name for key, name in (fields.columns or _DEFAULT_COLUMNS).items() if name}
-    if media := [column for column in _MEDIA if column in columns]:
-        raise UserError(f"{where} names {media[0]}", "models here read only text: leave the dataset out")
-    if fields.split not in (None, "train"):
-        raise UserError(f"{where}: a file has no split {fields.split!r}", "name a file with the rows of that split")
-    file = info.parent / fields.file_name
+    columns, tags = described.columns_read(), DEFAULT_TAGS | described.tags_read()
+    file = Path(described.place)
     if not file.exists():
         raise UserError(f"{file}, which {where} names, does not exist", "check the path, or name --root FOLDER")
     files = sorted(file.iterdir()) if file.is_dir() else [file]
-    tags = _TAGS | {key: name for key, name in (fields.tags or {}).items() if name}
-    first, sampled = conversion.value("max_samples"), fields.num_samples
+    first, sampled = conversion.value("max_samples"), described.num_samples
     if len(files) > 1 and (first or sampled):
         key = "num_samples" if sampled else "max_samples"
         raise UserError(f"{where}: {key} of several files", "join them into one file")
     for path in files:
         if path.suffix.lower() not in SUFFIXES:
             raise UserError(f"{path}: no reader for {path.suffix or 'files without a suffix'}", "make it .jsonl")
-        own = name if len(files) == 1 else f"{name}_{path.stem}"
+        own = described.name if len(files) == 1 else f"{described.name}_{path.stem}"
         column = None
         if conversion.pipeline == "pretrain":
             column = columns["prompt"] if "query" not in columns and columns.get("prompt") else "text"
             read = partial(_text, columns=columns, column=column)
-        elif path.suffix.lower() == ".txt":
+        elif path.suffix.lower() == TEXT:
             raise UserError(f"{path} holds text, not conversations", "stage: pt trains on text")
-        elif fields.formatting == "alpaca":
+        elif described.formatting == "alpaca":
             read = partial(_alpaca, columns=columns, conversion=conversion)
         else:
             read = partial(_sharegpt, columns=columns, tags=tags, conversion=conversion)
@@ -149,10 +113,7 @@ def _sharegpt(record: Record, columns: dict[str, str], tags: dict[str, str], con
     turns = _cell(record, columns, "messages")
     if not isinstance(turns, list) or not turns:
         return None
-    roles = {
-        tags["user_tag"]: "user", tags["assistant_tag"]: "assistant", tags["observation_tag"]: "observation",
-        tags["function_tag"]: "function_call", tags["system_tag"]: "system",
-    }  # fmt: skip
+    roles = {tags[tag]: role for tag, role in ROLES_OF_TAGS.items()}
     if not all(isinstance(turn, dict) for turn in turns):
         raise ValueError(f"a turn of {columns['messages']} is not a mapping of fields")
     named = [(roles.get(str(turn.get(tags["role_tag"]))), turn.get(tags["content_tag"]), turn) for turn in turns]

@@ -10,10 +10,11 @@ from pathlib import Path
 from typing import Any
 
 from cli.convert_config.conversion import TEMPLATE, Conversion, Peer, attention, quantization
-from cli.convert_config.rows import MAX_ROWS, RowFile, convert_file, hold_out
+from cli.convert_config.rows import RowFile, convert_file, hold_out
 from dataset.readers import messages_of
 from dataset.records import Record
 from novelgpt.settings.remedies import as_typed
+from novelgpt.text.dataset_info import MAX_ROWS
 
 SUFFIXES = (".json", ".jsonl", ".csv", ".parquet")
 _METHOD_KEYS = ("tuner_type", "train_type", "sft_type")

@@ -16,8 +16,6 @@ from novelgpt.settings.errors import UserError
 from novelgpt.settings.terminal import counted
 
 SEED = 42
-# Sampled from a dataset; a larger number is a typing error.
-MAX_ROWS = 10_000_000
 # Shares that mean a number of rows from 1 on.
 _OR_ROWS = ("val_size", "test_split_size")
 # One row, of any number of rows.
