@@ -18,7 +18,6 @@ class _Hub(BaseHTTPRequestHandler):
 
     root: Path
     asked: list[str]
-    protocol_version = "HTTP/1.1"
 
     def log_message(self, *args: Any) -> None:
         """Nothing: the requests are in `asked`."""

@@ -4,13 +4,17 @@ from __future__ import annotations
 
 import json
 import os
+import shutil
 import subprocess
 import sys
+import types
+from contextlib import ExitStack
 from pathlib import Path
 from typing import Any
 
 import pytest
 
+from dataset.sources import find_row_sources
 from novelgpt.settings.errors import UserError
 from novelgpt.text.hub_data import HubData, is_hub_name, read_hub_name
 from tests.hub_server import hub
@@ -67,20 +71,28 @@ def test_rows_of_the_hub(repositories: Path, tmp_path: Path) -> None:
     environment = os.environ | {"HF_HOME": str(tmp_path / "home"), "HF_HUB_OFFLINE": "0", "PYTHONPATH": str(ROOT)}
     for name in ("HF_HUB_CACHE", "HF_DATASETS_CACHE", "HF_DATASETS_OFFLINE", "HF_TOKEN"):
         environment.pop(name, None)
-    reader = [sys.executable, "-c", READER]
-    with hub(repositories) as (address, asked):
-        environment["HF_ENDPOINT"] = address
-        with subprocess.Popen(
-            reader, env=environment, text=True, stdin=subprocess.PIPE, stdout=subprocess.PIPE
-        ) as process:
-            assert process.stdin is not None and process.stdout is not None
+    new = [f"new{number}" for number in range(2500)]
+    told = {
+        "hf://org/none": "has no data set that this user may see named org/none",
+        "hf://org/gated": "asks for consent before it hands out hf://org/gated",
+        "hf://org/made": "hf://org/made is made by code, made.py, which is not run here",
+        "hf://org/talk@nope": "hf://org/talk has no revision 'nope'",
+        "hf://org/talk::nope": "Should be one of ['train', 'test']",
+        "hf://org/parts": "'first', 'second'",
+    }
+    with ExitStack() as stack:
+        with hub(repositories) as (address, asked):
+            process: Any = subprocess.Popen(
+                [sys.executable, "-c", READER], env=environment | {"HF_ENDPOINT": address}, text=True,
+                stdin=subprocess.PIPE, stdout=subprocess.PIPE,
+            )  # fmt: skip
+            stack.enter_context(process)
 
             def read(*names: str) -> list[Any]:
-                process.stdin.write(json.dumps(names) + "\n")  # type: ignore[union-attr]
-                process.stdin.flush()  # type: ignore[union-attr]
-                return json.loads(process.stdout.readline())  # type: ignore[union-attr]
+                process.stdin.write(json.dumps(names) + "\n")
+                process.stdin.flush()
+                return json.loads(next(line for line in process.stdout if line.startswith("[")))
 
-            new = [f"new{number}" for number in range(2500)]
             assert read("hf://org/talk@" + OLD, "hf://org/talk", "hf://org/talk::test", "hf://org/parts:second") == [
                 [["old0", "old1"], f"hf://org/talk@{OLD} row 0", OLD],
                 [new, "hf://org/talk row 0", NEW],
@@ -90,37 +102,15 @@ def test_rows_of_the_hub(repositories: Path, tmp_path: Path) -> None:
             ((drawn, place, _),) = read("hf://datasets/org/talk#40%")
             assert len(drawn) == 1000 and drawn == [question for question in new if question in set(drawn)]
             assert place == f"hf://org/talk row {drawn[0].removeprefix('new')}"
-            refused = read(
-                "hf://org/none",
-                "hf://org/gated",
-                "hf://org/made",
-                "hf://org/talk@nope",
-                "hf://org/talk::nope",
-                "hf://org/parts",
-            )
-            told = [
-                "has no data set that this user may see named org/none", "asks for consent before it hands out hf://org/gated",
-                "hf://org/made is made by code, made.py, which is not run here", "hf://org/talk has no revision 'nope'",
-                "Unknown split", "Config name is missing",
-            ]  # fmt: skip
-            assert all(part in cause for part, cause in zip(told, refused, strict=True)), refused
-            assert "'first', 'second'" in refused[-1] and "refs/convert/parquet" in refused[2]
+            refused = read(*told)
+            assert all(part in cause for part, cause in zip(told.values(), refused, strict=True)), refused
             assert not (tmp_path / "ran").exists() and not any("made.py" in line for line in asked)
             count = len(asked)
             assert count < 80  # no retries
-            # Another version is on the hub: the next process would take it, this one stays with what it has begun with.
-            assert read("hf://org/talk")[0][2] == NEW and len(asked) == count
-            process.stdin.close()
-            process.wait()
-    with subprocess.Popen(reader, env=environment, text=True, stdin=subprocess.PIPE, stdout=subprocess.PIPE) as process:
-        told, _ = process.communicate(
-            json.dumps(["hf://org/parts:second", f"hf://org/parts:second@{OLD}", "hf://org/none"])
-        )
-    warning, line = told.splitlines()
-    cached, other, missing = json.loads(line)
-    assert "cannot be reached" in warning
-    assert cached == [["b"], "hf://org/parts:second row 0", NEW]
-    assert f"as of {NEW}, not {OLD}" in other and "hf://org/none is in no cache of this host" in missing
+            assert read("hf://org/talk")[0][2] == NEW and len(asked) == count  # as of when the process began
+        cached, other, missing = read("hf://org/parts:second@main", f"hf://org/parts:second@{OLD}", "hf://org/nobody")
+        assert cached == [["b"], "hf://org/parts:second@main row 0", NEW]
+        assert f"as of {NEW}, not {OLD}" in other and "hf://org/nobody is in no cache of this host" in missing
 
 
 @pytest.mark.parametrize(
@@ -152,9 +142,31 @@ def test_names_that_are_none_are_refused(name: str) -> None:
 
 
 def test_modelscope_needs_its_package(monkeypatch: pytest.MonkeyPatch) -> None:
-    from dataset.sources import find_row_sources
-
     monkeypatch.setitem(sys.modules, "modelscope", None)
     with pytest.raises(UserError) as refused:
         find_row_sources(["ms://org/talk"])
     assert refused.value.cause == "ms://org/talk needs the package modelscope" and "pip install" in refused.value.remedy
+
+
+def test_rows_of_modelscope(repositories: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Its client fetches files, and no code; subsets and splits are those of the hub's own library."""
+    asked: list[Any] = []
+
+    def download(name: str, revision: str | None, ignore_file_pattern: list[str]) -> str:
+        asked.append((name, revision, ignore_file_pattern))
+        if name == "org/none":
+            raise ValueError("no such data set")
+        left_out = shutil.ignore_patterns(*ignore_file_pattern)
+        place = tmp_path / "fetched" / f"{name}@{revision}"
+        return str(shutil.copytree(repositories / name / (revision or NEW), place, ignore=left_out, dirs_exist_ok=True))
+
+    monkeypatch.setitem(sys.modules, "modelscope", types.SimpleNamespace(dataset_snapshot_download=download))
+    names = ["ms://org/talk::test", f"ms://org/talk@{OLD}", "ms://org/parts:second", "ms://org/made"]
+    sources = find_row_sources(names)
+    read = [[json.loads(row.text)["instruction"] for row in source.rows()] for source in sources]
+    assert read == [["test"], ["old0", "old1"], ["b"], ["made"]]
+    assert not (tmp_path / "ran").exists() and ("org/talk", OLD, ["*.py"]) in asked
+    versions = [source.identity()["version"] for source in sources]
+    assert len(set(versions)) == 4 and versions == [source.identity()["version"] for source in find_row_sources(names)]
+    with pytest.raises(UserError, match="ms://org/none cannot be downloaded from ModelScope: no such data set"):
+        find_row_sources(["ms://org/none"])
