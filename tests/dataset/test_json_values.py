@@ -61,16 +61,14 @@ def test_values_one_after_the_other(between: str, tmp_path: Path) -> None:
 def faults(text: str) -> list[str]:
     """The text without each of its characters, and with each of some characters in every place."""
     cuts = [text[:at] + text[at + 1 :] for at in range(len(text))] + [text[:at] for at in range(1, len(text))]
-    return cuts + [
-        text[:at] + more + text[at:] for at in range(len(text)) for more in ('"', ",", "]", "}", ":", "\\", "1")
-    ]
+    return cuts + [text[:at] + more + text[at:] for at in range(len(text)) for more in '",]}\\']
 
 
 @pytest.mark.parametrize("wrapper", ["[%s]", '{"v":\n1, "d": [%s]}', "%s"])
 def test_invalid_json_is_named_by_line_and_column(wrapper: str, tmp_path: Path) -> None:
     """As the parser names it that reads the text as a whole."""
     path = tmp_path / "rows.json"
-    row = '{"a": "b\\n",\n "c": [1, {}]}'
+    row = '{"a": "\\n",\n "c": [1]}'
     text = wrapper % (f"{row},\n{row}" if "%s]" in wrapper else row)
     assert json.loads(text)
     found = 0
@@ -181,7 +179,7 @@ def growth(shape: str, path: Path, megabytes: int) -> float:
 @pytest.mark.parametrize("shape", ["lines", "list"])
 def test_memory_holds_a_few_rows(shape: str, tmp_path: Path) -> None:
     suffix = ".jsonl" if shape == "lines" else ".json"
-    assert growth(shape, tmp_path / f"rows{suffix}", 20) < 8
+    assert growth(shape, tmp_path / f"rows{suffix}", 12) < 6
 
 
 @pytest.mark.long
