@@ -96,7 +96,7 @@ def test_a_pipe_is_read_once(tmp_path: Path) -> None:
     assert "".join(file.blocks()) == "".join(file.blocks()) == decode_text(FILES["gb18030"] * 99, "x")
 
 
-@pytest.mark.parametrize("change", ["longer", "shorter", "replaced", "removed"])
+@pytest.mark.parametrize("change", ["longer", "shorter", "rewritten", "replaced", "removed"])
 def test_a_file_that_another_program_changes_is_an_error(change: str, tmp_path: Path) -> None:
     path = tmp_path / "rows.jsonl"
     path.write_bytes(FILES["utf-8"] * 9_999)
@@ -105,6 +105,9 @@ def test_a_file_that_another_program_changes_is_an_error(change: str, tmp_path: 
     other.write_bytes(FILES["utf-8"] * 9_999)
     if change == "longer":
         path.write_bytes(FILES["utf-8"] * 10_000)
+    elif change == "rewritten":
+        path.write_bytes(FILES["utf-8"] * 9_999)
+        os.utime(path, ns=(0, file.status.st_mtime_ns + 1_000_000))
     elif change == "replaced":
         other.replace(path)
     elif change == "removed":
