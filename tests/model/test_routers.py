@@ -261,6 +261,10 @@ def test_a_smoothed_loss_is_a_mean_over_the_step_and_leaves_no_balancing_out(tmp
     assert_close(recorder.gradients[0], gradients(model))
     with pytest.raises(UserError, match="--label_smoothing_factor makes the loss of logits alone"):
         train(tiny(), tmp_path, rows, **batches, **smoothing, router_aux_loss_coef=0.5)
+    weighted = encoded([30, 17])
+    weighted[1].loss_weights = [0.5 * (label != IGNORE_INDEX) for label in weighted[1].labels]
+    with pytest.raises(UserError, match="--label_smoothing_factor makes .* without the weights of rows"):
+        train(model, tmp_path, as_rows(weighted), **batches, **smoothing)
 
 
 # --- whole runs

@@ -202,7 +202,7 @@ def test_packed_rows_give_the_gradients_of_padded_ones(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize("packed", [False, True])
-@pytest.mark.parametrize("rows_per_batch", [1, 2, 10])
+@pytest.mark.parametrize("rows_per_batch", [1, 4])
 def test_gradients_of_weighted_rows_are_those_of_plain_cross_entropy(
     rows_per_batch: int, packed: bool, tmp_path: Path
 ) -> None:

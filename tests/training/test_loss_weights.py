@@ -72,14 +72,3 @@ def test_the_first_loss_of_a_run_is_the_weighted_mean(
     assert abs(weighted - plain) > 1e-3  # else nothing is told
     assert next(entry["loss"] for entry in entries if "loss" in entry) == pytest.approx(weighted, abs=2e-4)
     assert next(entry["eval_loss"] for entry in entries if "eval_loss" in entry) == pytest.approx(plain, abs=2e-4)
-
-
-def test_label_smoothing_knows_no_weights(
-    base_folder: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
-) -> None:
-    words = ["--model", str(base_folder), *write(tmp_path / "rows.jsonl"), "--output_dir", str(tmp_path / "run")]
-    words += ["--max_steps", "1", "--guards", "False", "--eval_strategy", "no", "--eval_on_start", "False"]
-    with pytest.raises(SystemExit) as caught:
-        finetune([*words, "--label_smoothing_factor", "0.1", "--preflight", "False"])
-    assert caught.value.code == 2
-    assert "--label_smoothing_factor makes the loss of logits alone, without the weights" in capsys.readouterr().err
