@@ -11,6 +11,7 @@ from typing import Any
 
 import pytest
 
+from dataset.sources import find_row_sources
 from novelgpt.settings.errors import UserError
 from predict.predictions import PredictionFile
 from predict.rows import read_prompt_rows
@@ -86,9 +87,9 @@ def test_questions_without_an_id_are_told_apart(tmp_path: Path) -> None:
         files.append(str(write(tmp_path / folder / "rows.jsonl", rows)))
         given += [(row.get("id"), f"rows-{number}") for number, row in enumerate(rows)]
     expected = named(given)
-    found = [row.id for row in read_prompt_rows(files, None, None, near=tmp_path)]
+    found = [row.id for row in read_prompt_rows(find_row_sources(files), None, None, near=tmp_path)]
     assert found == expected and Counter(name.count("~") for name in found)[1] > 20
-    assert [row.id for row in read_prompt_rows(files[:2], None, 50)] == named(given[:50])
+    assert [row.id for row in read_prompt_rows(find_row_sources(files[:2]), None, 50)] == named(given[:50])
 
 
 def test_predictions_without_an_id_are_told_apart(tmp_path: Path) -> None:
