@@ -20,7 +20,7 @@ from typing import Any
 
 from pydantic import BaseModel, ConfigDict, Field, field_validator
 
-from novelgpt.settings.atomic_files import atomic_write
+from novelgpt.settings.atomic_files import atomic_write, hash_json
 from novelgpt.settings.errors import UserError
 from novelgpt.settings.parsed_files import check_fields
 from novelgpt.settings.paths import OUTPUT
@@ -73,8 +73,11 @@ class DataSource(BaseModel):
 
     @property
     def digest(self) -> str:
-        """sha256 of a file, or of a prepared folder's manifest."""
-        return self.manifest_sha256 or (self.files[0].sha256 if self.files else "")
+        """sha256 of a file, of a prepared folder's manifest, or of the list of several files."""
+        if self.manifest_sha256 or not self.files:
+            return self.manifest_sha256
+        own = [[file.name, file.sha256] for file in self.files]
+        return self.files[0].sha256 if len(own) == 1 else hash_json(own)
 
 
 class _Batch(BaseModel):

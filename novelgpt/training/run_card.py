@@ -13,10 +13,11 @@ from torch.utils.data import Dataset
 from transformers import PreTrainedModel, PreTrainedTokenizerBase, TrainerState
 
 from novelgpt.model.card import Card, base_identity, base_metadata, code, shown_name, table, use_section
+from novelgpt.settings.run_record import DataSource
 from novelgpt.settings.runs import TrainingRun
 from novelgpt.text.conversation import IGNORE_INDEX
 from novelgpt.text.sections import rows_per_epoch
-from novelgpt.training.run_identity import DECISIVE
+from novelgpt.training.run_identity import DECISIVE, PLACES
 
 KINDS = {
     "pretrain": ("Continued pretraining of", ["continued-pretraining"]),
@@ -29,7 +30,7 @@ SHOWN = {
     "metric_for_best_model", "on_non_finite", "use_liger_kernel",
 }  # fmt: skip
 # Files, which have a table of their own, and names of places.
-LEFT_OUT = {"model", "train_files", "valid_files", "instruction_templates", "hub"}
+LEFT_OUT = {"model", *PLACES, "hub"}
 FIGURES = {
     "eval_loss": "eval loss", "eval_perplexity": "eval perplexity", "eval_token_accuracy": "eval token accuracy",
     "eval_bits_per_character": "eval bits per character", "eval_tokens": "tokens of the evaluation",
@@ -94,7 +95,7 @@ class RunCard:
     def _data(self) -> str:
         rows = []
         for source in self.description["data"]:
-            digest = source["manifest_sha256"] or (source["files"][0]["sha256"] if source["files"] else "")
+            digest = DataSource.model_validate(source).digest
             size = sum(file["bytes"] for file in source["files"])
             rows.append([code(source["role"]), code(Path(source["name"]).name), f"{size:,}", code(digest)])
         listed = table(["role", "file", "bytes", "sha256"], rows)

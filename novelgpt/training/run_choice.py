@@ -22,7 +22,7 @@ from novelgpt.settings.terminal import say
 from novelgpt.training.checkpoints.folders import checkpoints, damage, step_of
 from novelgpt.training.checkpoints.trainer import STATES
 from novelgpt.training.folder_claim import LOCK, Claim, check_none_held_below, is_vacant, peek
-from novelgpt.training.run_identity import ROLES, changes, check_same_run, describe_run, identify_data
+from novelgpt.training.run_identity import NAMES, ROLES, changes, check_same_run, describe_run, identify_data
 
 RELEASE_SECONDS = 60.0  # for a rank that has lost its launcher to save and exit
 MAX_FOLDERS = 10_000
@@ -196,7 +196,10 @@ def _choose_named(run: TrainingRun, record: Record, take: Take, named: str) -> _
         # What the run reads, what an adapter needs later, and what is in use must not be deleted with the old run.
         check_none_held_below(folder)
         options: dict[str, list[Any]] = {"model": [run.model.model], "deepspeed": [run.training.deepspeed]}
-        for option, values in (options | {role: vars(run.data).get(role, []) for role in ROLES}).items():
+        options |= {role: vars(run.data).get(role, []) for role in ROLES if role not in NAMES}
+        if any(vars(run.data).get(role) for role in NAMES):
+            options["dataset_dir"] = [vars(run.data)["dataset_dir"]]
+        for option, values in options.items():
             for value in values:
                 if isinstance(value, str):
                     check_not_replaced(value, option, folder)

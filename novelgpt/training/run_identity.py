@@ -51,6 +51,8 @@ SMALL_FILES = (
     "merges.txt", "vocab.txt", "added_tokens.json", "special_tokens_map.json", "qwen.tiktoken",
 )  # fmt: skip
 ROLES = ("train_files", "valid_files", "dataset", "eval_dataset", "instruction_templates")
+# Of these, names in a dataset_info.json.
+NAMES = ("dataset", "eval_dataset")
 # Data arguments that say where the data are, which are compared by their content.
 PLACES = {*ROLES, "dataset_dir"}
 # Data arguments that run.json of earlier versions lacks, and what these did.
@@ -204,7 +206,7 @@ def identify_data(run: TrainingRun) -> list[DataSource]:
     found = []
     for role in ROLES:
         names = vars(run.data).get(role, [])  # raw text has no templates
-        if role in ("dataset", "eval_dataset"):
+        if role in NAMES:
             described = find_datasets(names, vars(run.data).get("dataset_dir", ""))
             sources = [_identify_described(one, identify(one.place)) for one in described]
         else:
