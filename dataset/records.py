@@ -38,6 +38,8 @@ class RawRow(NamedTuple):
 
 # May spell half of a character, which no tokenizer takes.
 _HALF_CHARACTER = re.compile(r"\\u[dD]")
+# A date, say, is no text: where a text is needed, what stands for it is refused as it is itself.
+_ENCODER = json.JSONEncoder(ensure_ascii=False, default=lambda value: {type(value).__name__: str(value)})
 _SUFFIXES = (".jsonl", ".json", ".csv", ".parquet")
 
 
@@ -117,8 +119,7 @@ def _as_json(record: Record) -> str:
     name = record.get("id")
     if not isinstance(name, (str, int, float, list, dict, type(None))):
         record = record | {"id": str(name)}
-    # A date, say, is no text, and where a text is needed it is refused as it is itself.
-    return json.dumps(record, ensure_ascii=False, default=lambda value: {type(value).__name__: str(value)})
+    return _ENCODER.encode(record)
 
 
 def _known_suffix(path: Path) -> str:
