@@ -151,4 +151,4 @@ def _nothing_to_train(name: str, rows: int, counts: TokenCounts, max_length: int
     if any(note.startswith("rows below") for note in counts.notes):
         return UserError(cause, "lower --min_length, or bring rows with answers")
     noted = "; ".join(f"{number:,} {note}" for note, number in counts.notes.items())
-    return UserError(f"{cause}: {noted}", "bring rows with answers to train on")
+    return UserError(f"{cause}: {noted}" if noted else cause, "bring rows with answers to train on")

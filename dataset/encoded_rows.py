@@ -148,7 +148,7 @@ def _fit(row: EncodedRow, source: str, data: ConversationArguments) -> list[Enco
 
 
 def read_blocks(source: RowSource, wanted: set[int] | None = None) -> Iterator[dict[str, list[Any]]]:
-    """The rows of a source, not parsed, in blocks of BLOCK_FEATURES.
+    """The rows of a source, not parsed, in blocks of BLOCK_FEATURES: at least one, which may be empty.
 
     Args:
         source: of the rows.
@@ -158,7 +158,7 @@ def read_blocks(source: RowSource, wanted: set[int] | None = None) -> Iterator[d
         UserError: what `RowSource.rows` raises.
     """
     block: dict[str, list[Any]] = {name: [] for name in BLOCK_FEATURES}
-    characters = 0
+    characters = blocks = 0
     for number, row in enumerate(source.rows()):
         if wanted is not None and number not in wanted:
             continue
@@ -168,8 +168,8 @@ def read_blocks(source: RowSource, wanted: set[int] | None = None) -> Iterator[d
         if characters >= BLOCK_CHARACTERS or len(block["row"]) == BLOCK_ROWS:
             yield block
             block = {name: [] for name in BLOCK_FEATURES}
-            characters = 0
-    if block["row"]:
+            characters, blocks = 0, blocks + 1
+    if block["row"] or not blocks:  # the library refuses data of no blocks
         yield block
 
 

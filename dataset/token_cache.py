@@ -79,12 +79,12 @@ def encoded_table(
 
     Raises:
         UserError: a row cannot be read or encoded, the source is written meanwhile, hosts see different rows, or the
-            disk is full; on all ranks.
+            cache cannot be written or is full; on all ranks.
     """
     key = ""
     held = None
     with ExitStack() as on_error:
-        with raise_on_all_ranks():
+        with raise_on_all_ranks(), _named_cache():
             if is_first_on_host():
                 key = _key(source, tokenizer, data, instructions, numbers)
                 cache_folder().mkdir(parents=True, exist_ok=True)
@@ -100,7 +100,7 @@ def encoded_table(
             )
         on_error.pop_all()
     folder = cache_folder() / f"rows-{keys.pop()}"
-    with raise_on_all_ranks():
+    with raise_on_all_ranks(), _named_cache():
         if not is_first_on_host():
             _wait_for(folder)
         else:
@@ -112,7 +112,29 @@ def encoded_table(
             finally:
                 _lock_of(folder).unlink(missing_ok=True)
                 unlock(held)
+    # Only now that none has failed: whoever waited for one that has would find nothing.
+    with raise_on_all_ranks(), _named_cache():
         return _open(folder)
+
+
+@contextmanager
+def _named_cache() -> Iterator[None]:
+    """Tell of a cache that cannot be written or read, or is full, with what can be done."""
+    try:
+        yield
+    except OSError as error:
+        folder = cache_folder()
+        if error.errno in (errno.ENOSPC, errno.EDQUOT):
+            raise UserError(
+                f"{folder}: the disk is full", "make room there, or set HF_DATASETS_CACHE to a folder with more"
+            ) from error
+        failed = Path(os.fsdecode(error.filename or ""))
+        if folder not in (failed, *failed.parents) and failed not in folder.parents:
+            raise
+        raise UserError(
+            f"the cache of encoded rows cannot be used: {failed}: {error.strerror}",
+            "set HF_DATASETS_CACHE to a folder that you can write to",
+        ) from error
 
 
 def _key(
@@ -168,7 +190,7 @@ def _open(folder: Path) -> datasets.table.Table:
     """The table of an entry, mapped."""
     names = json.loads((folder / INDEX).read_text(encoding="utf-8"))["bytes"]
     tables = [datasets.table.MemoryMappedTable.from_file(str(folder / name)) for name in names]
-    return datasets.table.concat_tables(tables or [datasets.table.InMemoryTable(SCHEMA.empty_table())])
+    return datasets.table.concat_tables(tables)
 
 
 def _make(
@@ -182,7 +204,8 @@ def _make(
     """Make the entry of a source, whose lock this process holds.
 
     Raises:
-        UserError: a row cannot be read or encoded, the source is written meanwhile, or the disk is full.
+        UserError: a row cannot be read or encoded, or the source is written meanwhile.
+        OSError: the cache cannot be written, or its disk is full.
     """
     before = source.identity()
     for path in folder.parent.glob("rows-*.unfinished-*"):  # of killed processes
@@ -190,27 +213,20 @@ def _make(
         if owner == folder or not is_locked(_lock_of(owner)):
             shutil.rmtree(path, ignore_errors=True)
     shutil.rmtree(folder, ignore_errors=True)  # there, but not whole
-    try:
-        with atomic_folder(folder) as unfinished, tempfile.TemporaryDirectory(dir=unfinished) as temporary:
-            blocks = _materialise(source, numbers, Path(temporary))
-            encode = partial(
-                encode_block, source=source, tokenizer=tokenizer, data=data, instructions=instructions,
-                stop=Path(temporary, "stop"),
-            )  # fmt: skip
-            _encode(blocks, encode, unfinished / "rows.arrow", source)
-            if source.identity() != before:
-                raise UserError(
-                    f"{source.given} was written while this run read it, which may have read some of both versions",
-                    "start again once nothing writes there",
-                )
-            sizes = {path.name: path.stat().st_size for path in sorted(unfinished.glob("*.arrow"))}
-            (unfinished / INDEX).write_text(json.dumps({"source": source.given, "bytes": sizes}), encoding="utf-8")
-    except OSError as error:
-        if error.errno not in (errno.ENOSPC, errno.EDQUOT):
-            raise
-        raise UserError(
-            f"{folder.parent}: the disk is full", "make room there, or set HF_DATASETS_CACHE to a folder with more"
-        ) from error
+    with atomic_folder(folder) as unfinished, tempfile.TemporaryDirectory(dir=unfinished) as temporary:
+        blocks = _materialise(source, numbers, Path(temporary))
+        encode = partial(
+            encode_block, source=source, tokenizer=tokenizer, data=data, instructions=instructions,
+            stop=Path(temporary, "stop"),
+        )  # fmt: skip
+        _encode(blocks, encode, unfinished / "rows.arrow", source)
+        if source.identity() != before:
+            raise UserError(
+                f"{source.given} was written while this run read it, which may have read some of both versions",
+                "start again once nothing writes there",
+            )
+        sizes = {path.name: path.stat().st_size for path in sorted(unfinished.glob("*.arrow"))}
+        (unfinished / INDEX).write_text(json.dumps({"source": source.given, "bytes": sizes}), encoding="utf-8")
 
 
 def _materialise(source: RowSource, numbers: numpy.ndarray | None, folder: Path) -> datasets.Dataset:
@@ -229,8 +245,6 @@ def _materialise(source: RowSource, numbers: numpy.ndarray | None, folder: Path)
 
 def _encode(blocks: datasets.Dataset, encode: Callable[..., pyarrow.Table], file: Path, source: RowSource) -> None:
     """Encode blocks on all cores into `file`, or into several files of like names, in order."""
-    if not len(blocks):
-        return
     processes = min(usable_cores(), len(blocks)) if len(blocks) >= FEW_BLOCKS else 1
     shows = processes > 1 and is_first_process()
     if shows:
@@ -264,9 +278,16 @@ def _workers() -> Iterator[None]:
     _encoding = True
     try:
         yield
-    except multiprocess.TimeoutError as error:
+    except (multiprocess.TimeoutError, EOFError, ConnectionError, RuntimeError) as error:
         # The pool's haste hides what ended it, as a signal.
-        raise error.__context__ or error from None
+        ended_by = error.__context__ if isinstance(error, multiprocess.TimeoutError) else error
+        # The library has no type for the loss of a process that encodes; that of their queue reaches its users.
+        if isinstance(ended_by, (EOFError, ConnectionError)) or "abruptly died" in str(ended_by):
+            raise UserError(
+                "a process that tokenised rows was killed, as the system does where memory runs out",
+                "free memory and start again; `taskset -c 0,1` before the command lets two processes do it",
+            ) from error
+        raise ended_by or error from None
     finally:
         _encoding = False
         os.environ = variables  # noqa: B003 - the library has put a copy in its place, and others hold this one

@@ -25,8 +25,10 @@ def parse_mix(words: Sequence[str]) -> dict[str, Fraction]:
     """
     weights: dict[str, Fraction] = {}
     for name, weight, where in _pairs(words):
+        exponent = weight.strip().lower().partition("e")[2]
         try:
-            passes = Fraction(weight.strip())
+            # A long exponent would be written out, digit by digit.
+            passes = Fraction(weight.strip() if len(exponent) <= len("-99") else "nan")
         except (ValueError, ZeroDivisionError):
             passes = Fraction(-1)
         if not 0 <= passes <= MOST:

@@ -1,4 +1,5 @@
-"""Ranks that read the same rows: FILE MODEL OUT. Each writes what it has read; each row that one encodes is noted."""
+"""Ranks that read the same rows: FILE MODEL OUT. Each writes what it has read, or why it has not; each row
+that one encodes is noted."""
 
 import os
 import sys
@@ -10,6 +11,7 @@ from dataset import encoded_rows
 from dataset.conversations import read_conversations
 from novelgpt.model.tokenizer import load_tokenizer
 from novelgpt.settings.arguments import ConversationArguments, ModelArguments
+from novelgpt.settings.errors import UserError
 from tests.memory_rows import as_list
 
 
@@ -25,8 +27,12 @@ def main() -> None:
 
     encoded_rows.encode_row = noted
     data = ConversationArguments(train_files=[file], packing=False)
-    train, valid = read_conversations(data, load_tokenizer(ModelArguments(model)))
-    Path(out, f"rows-{rank}").write_text(repr([as_list(train), as_list(valid)]), encoding="utf-8")
+    try:
+        train, valid = read_conversations(data, load_tokenizer(ModelArguments(model)))
+        read = repr([as_list(train), as_list(valid)])
+    except UserError as error:
+        read = error.cause
+    Path(out, f"rows-{rank}").write_text(read, encoding="utf-8")
     torch.distributed.destroy_process_group()
 
 

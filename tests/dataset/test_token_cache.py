@@ -191,6 +191,24 @@ def test_an_error_in_another_process_names_the_row_and_leaves_nothing(
     assert list(cache.iterdir()) == []
 
 
+def test_a_file_of_no_rows_has_nothing_to_split(tmp_path: Path, tokenizer: PreTrainedTokenizerBase) -> None:
+    file = tmp_path / "rows.json"
+    file.write_text("[]")
+    with pytest.raises(UserError, match="0 rows cannot be split"):
+        read_conversations(settings(file), tokenizer)
+
+
+def test_a_cache_that_cannot_be_made_is_named(
+    tmp_path: Path, tokenizer: PreTrainedTokenizerBase, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    taken = tmp_path / "taken"
+    taken.touch()
+    monkeypatch.setenv("HF_DATASETS_CACHE", str(taken))
+    with pytest.raises(UserError) as caught:
+        read_conversations(settings(write_rows(tmp_path / "rows.jsonl", 20)), tokenizer)
+    assert caught.value.cause == f"the cache of encoded rows cannot be used: {taken}/novelgpt: Not a directory"
+
+
 def test_a_source_that_is_written_while_it_is_read_is_refused(
     tmp_path: Path, tokenizer: PreTrainedTokenizerBase, cache: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -281,6 +299,21 @@ def test_a_signal_ends_all_processes_that_encode(
     assert until(lambda: gone(workers))
 
 
+@pytest.mark.long
+@pytest.mark.parametrize("which", [0, -1], ids=["worker", "queue"])
+def test_a_killed_process_of_those_that_encode_ends_the_run(
+    tmp_path: Path, base_folder: Path, cache: Path, which: int
+) -> None:
+    run = Encoding(write_rows(tmp_path / "rows.jsonl", 300), base_folder, cache.parent, pause=0.05)
+    workers = run.wait_for(10)
+    sorted(workers, key=lambda one: one.pid)[which].kill()
+    out = run.end()
+    assert run.process.returncode == 2, out
+    assert "error: a process that tokenised rows was killed" in out and "Traceback" not in out
+    assert until(lambda: gone(workers))
+    assert entries(cache) == []
+
+
 @pytest.mark.slow
 def test_of_two_runs_one_encodes_and_the_other_maps(tmp_path: Path, base_folder: Path, cache: Path) -> None:
     file = write_rows(tmp_path / "rows.jsonl", 200)
@@ -297,6 +330,15 @@ def test_of_two_ranks_one_encodes(tmp_path: Path, base_folder: Path) -> None:
     assert [path.name for path in sorted(tmp_path.glob("calls-*"))] == ["calls-0"]
     assert (tmp_path / "calls-0").read_bytes() == b"." * 40
     assert (tmp_path / "rows-0").read_text(encoding="utf-8") == (tmp_path / "rows-1").read_text(encoding="utf-8")
+
+
+@pytest.mark.slow
+def test_an_error_of_the_rank_that_encodes_is_that_of_all(tmp_path: Path, base_folder: Path) -> None:
+    file = write_rows(tmp_path / "rows.jsonl", 20)
+    file.write_text(file.read_text(encoding="utf-8") + '{"prompt": "问", "response": 7}', encoding="utf-8")
+    run_ranks(str(ENCODE.with_name("encode_ranks.py")), str(file), str(base_folder), str(tmp_path), logs=tmp_path)
+    for rank in range(2):
+        assert (tmp_path / f"rows-{rank}").read_text(encoding="utf-8") == f"{file}:21: field response is not a text"
 
 
 @pytest.mark.long

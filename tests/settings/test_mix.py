@@ -27,6 +27,7 @@ def test_weights_are_as_exact_as_they_are_written(tmp_path: Path) -> None:
         (["a.jsonl=much"], "the weight 'much' of a.jsonl is not a number from 0 to 1,000"),
         (["a.jsonl=-1"], "the weight '-1' of a.jsonl"),
         (["a.jsonl=nan"], "the weight 'nan' of a.jsonl"),
+        (["a.jsonl=1e999999999"], "the weight '1e999999999' of a.jsonl"),
         (["a.jsonl=1", "a.jsonl=2"], "--mix a.jsonl=2 names a.jsonl twice"),
         (["missing.yaml"], "missing.yaml: No such file"),
     ],
