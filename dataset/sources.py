@@ -82,12 +82,20 @@ class RowSource:
         return fields if self.columns is None else self.columns.record(fields, where)
 
     def identity(self) -> dict[str, Any]:
-        """What decides its rows, wherever its files lie: JSON that is equal where the rows are."""
+        """What decides its rows, wherever its files lie: JSON that is equal where the rows are.
+
+        Raises:
+            UserError: a file is a pipe, whose rows would be gone once they are hashed.
+        """
         chosen: dict[str, Any] = {} if self.part is None else {"part": self.part.text}
         chosen |= {} if self.max_rows is None else {"max_rows": self.max_rows}
         chosen |= {} if self.columns is None else {"columns": self.columns.said()}
         if self.hub is not None:
             return {"data": str(self.hub), "folder": self.hub.folder, "version": version_of(self.hub), **chosen}
+        pipe = next((file for file in self.files if Path(file).is_fifo()), None)
+        if pipe is not None:
+            raise UserError(f"{pipe}: a pipe can be read only once, and rows are hashed before they are read",
+                            "write its rows to a file, and name that")  # fmt: skip
         return {"files": [[Path(file).suffix.lower(), content_hash(Path(file))[0]] for file in self.files], **chosen}
 
 
