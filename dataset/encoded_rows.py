@@ -7,6 +7,7 @@ and keeps what is counted of it.
 
 from __future__ import annotations
 
+import copy
 from collections import Counter
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass, field
@@ -329,28 +330,31 @@ class EncodedTable:
 class EncodedRows(TracedRows):
     """Rows of a table, in any order, those without tokens left out; only what is asked for is read.
 
+    In memory are 8 bytes of each row: the arrays of the table are not kept.
+
     Args:
         table: of all sources.
         parts: rows of the table.
         sources: those of the table.
 
     Attributes:
+        rows: the table, mapped.
+        parts: [rows] unsigned integers, rows of the table.
         lengths: [rows] int32, tokens.
-        trained: [rows] int32, tokens with a label.
     """
 
     def __init__(self, table: EncodedTable, parts: numpy.ndarray, sources: Sequence[RowSource]) -> None:
-        self.table, self.sources = table, sources
-        self.parts = parts[table.lengths[parts] > 0]
+        self.rows, self.sources = table.rows, sources
+        self._ends = table.ends
+        self.parts = parts[table.lengths[parts] > 0].astype(numpy.min_scalar_type(len(table.lengths)))
         self.lengths = table.lengths[self.parts]
-        self.trained = table.values("trained")[self.parts]
 
     def __len__(self) -> int:
         return len(self.parts)
 
     def __getitem__(self, index: int) -> dict[str, numpy.ndarray]:
         """{"input_ids", "labels"}, each [tokens] int64, and, of a weighted row, "loss_weights", [tokens] float32."""
-        row = self.table.rows.fast_slice(int(self.parts[index]), 1)
+        row = self.rows.fast_slice(int(self.parts[index]), 1)
         columns = {name: row.column(name).chunk(0) for name in TYPES}
         return {
             name: column.flatten().to_numpy().astype(TYPES[name])  # a copy: the file is mapped to be read only
@@ -360,15 +364,21 @@ class EncodedRows(TracedRows):
 
     def source_numbers(self) -> numpy.ndarray:
         """[rows] indices in `sources`."""
-        return numpy.searchsorted(self.table.ends, self.parts, side="right")
+        return numpy.searchsorted(self._ends, self.parts, side="right")
+
+    def trained_tokens(self) -> numpy.ndarray:
+        """[rows] int32, tokens with a label."""
+        return self.rows.column("trained").to_numpy()[self.parts]
 
     def subset(self, numbers: numpy.ndarray) -> EncodedRows:
         """These rows, in this order."""
-        return EncodedRows(self.table, self.parts[numbers], self.sources)
+        part = copy.copy(self)
+        part.parts, part.lengths = self.parts[numbers], self.lengths[numbers]
+        return part
 
     def origins(self, index: int, begin: int = 0, end: int | None = None) -> list[str]:
         """The file and row."""
         part = int(self.parts[index])
-        source = self.sources[int(numpy.searchsorted(self.table.ends, part, side="right"))]
-        row = self.table.rows.fast_slice(part, 1)
+        source = self.sources[int(numpy.searchsorted(self._ends, part, side="right"))]
+        row = self.rows.fast_slice(part, 1)
         return [f"{source.files[row.column('file')[0].as_py()]}{row.column('place')[0].as_py()}"]

@@ -119,7 +119,7 @@ def show_source_table(
         epochs = training.max_steps * training.gradient_accumulation_steps * per_batch / per_epoch
     numbers = train.source_numbers()
     rows, tokens, trained = (
-        numpy.bincount(numbers, values, len(sources)) for values in (None, train.lengths, train.trained)
+        numpy.bincount(numbers, values, len(sources)) for values in (None, train.lengths, train.trained_tokens())
     )
     counts = [
         SourceCounts(source.name, int(rows[number]), int(tokens[number]), int(trained[number]), weights[number])

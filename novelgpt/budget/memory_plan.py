@@ -3,12 +3,15 @@
 from __future__ import annotations
 
 import copy
+import ctypes
 import os
+import platform
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import psutil
+import pyarrow
 import torch
 from torch import nn
 from torch.utils.data import Dataset
@@ -69,6 +72,7 @@ def plan_memory(
     Raises:
         UserError: with auto_batch, not even one row fits; or `prepare` raises it.
     """
+    return_freed_memory()  # of reading the rows: some is kept of each of them, if less than their tokens
     plan = MemoryPlan(run, train)
     outcome: Any = None
     with raise_on_all_ranks():
@@ -205,6 +209,13 @@ class MemoryPlan:
         else:
             texts.append("--qlora, a shorter --max_length, or a smaller model")
         return "Try " + "; ".join(texts)
+
+
+def return_freed_memory() -> None:
+    """Return what this process has freed to the system; glibc and Arrow keep it for what is allocated later."""
+    pyarrow.default_memory_pool().release_unused()
+    if platform.libc_ver()[0] == "glibc":
+        ctypes.CDLL(None).malloc_trim(0)
 
 
 def available_memory(device: torch.device) -> int:

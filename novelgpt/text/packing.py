@@ -216,7 +216,7 @@ class Packs:
     """Numbers of items in packs.
 
     Attributes:
-        items: [items] int64, pack after pack, rising in each.
+        items: [items] unsigned integers, pack after pack, rising in each.
         starts: [packs + 1] int64, where each pack starts in `items`.
     """
 
@@ -285,4 +285,5 @@ def best_fit(lengths: Sequence[int] | numpy.ndarray, capacity: int) -> Packs:
     rank[numpy.argsort(first)] = numpy.arange(packs)
     ranked = rank[pack_of]
     starts = numpy.concatenate([[0], numpy.cumsum(numpy.bincount(ranked, minlength=packs))])
-    return Packs(numpy.argsort(ranked, kind="stable"), starts)
+    items = numpy.argsort(ranked, kind="stable")
+    return Packs(items.astype(numpy.min_scalar_type(len(items))), starts)

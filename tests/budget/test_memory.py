@@ -2,6 +2,7 @@
 
 import copy
 import os
+import platform
 import re
 import subprocess
 import sys
@@ -27,7 +28,7 @@ from novelgpt.budget import memory_plan, simulated_model
 from novelgpt.budget.auto_batch import largest_fitting, micro_batches, try_micro_batches, with_rows
 from novelgpt.budget.live_bytes import HOLES, Heap, LiveBytes
 from novelgpt.budget.memory import MemoryEstimate, estimate_memory
-from novelgpt.budget.memory_plan import plan_memory
+from novelgpt.budget.memory_plan import plan_memory, return_freed_memory
 from novelgpt.budget.simulated_model import SimulatedModel, track_step, worst_batch
 from novelgpt.checks.devices import NEARLY_AS_FAST
 from novelgpt.model.lora import attach_lora
@@ -265,6 +266,21 @@ def test_micro_batches_divide_the_rows_of_a_step() -> None:
     training = with_rows(training, 6)
     assert (training.per_device_train_batch_size, training.gradient_accumulation_steps) == (6, 2)
     assert micro_batches(training) == [1, 2, 3, 4, 6, 12]
+
+
+@pytest.mark.skipif(platform.libc_ver()[0] != "glibc", reason="other allocators return memory in other ways")
+def test_memory_between_blocks_in_use_is_returned() -> None:
+    def private() -> int:
+        status = Path("/proc/self/status").read_text()
+        return 1024 * int(re.findall(r"RssAnon:\s+(\d+)", status)[0])
+
+    size, count = 50_000, 2000  # below what glibc maps one by one
+    blocks = [b"x" * size for _ in range(count)]
+    used = blocks[::2]
+    del blocks
+    before = private()
+    return_freed_memory()
+    assert len(used) * size * 0.8 < before - private()
 
 
 def test_the_largest_size_that_fits() -> None:

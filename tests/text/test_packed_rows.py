@@ -303,6 +303,19 @@ def assert_text_is_trained_once(
         assert item["labels"][0] == IGNORE_INDEX
 
 
+def test_a_few_bytes_of_each_row_are_in_memory() -> None:
+    def in_memory(holder: object) -> int:
+        return sum(value.nbytes for value in vars(holder).values() if isinstance(value, numpy.ndarray))
+
+    count = 400
+    rows = as_rows([EncodedRow([1, 2, 3, 4], [IGNORE_INDEX, 2, 3, 4])] * count)
+    packs = PackedRows(rows.subset(numpy.arange(count)[::-1]), max_length=40)
+    # Of each, where it is in the table, and its length; of a pack, its items, where they start, and its length.
+    assert in_memory(rows) - rows._ends.nbytes <= 8 * count
+    assert in_memory(packs) + in_memory(packs._packs) <= 4 * count + 17 * len(packs)
+    assert packs[0]["input_ids"].tolist() == [1, 2, 3, 4] * 10
+
+
 @pytest.mark.parametrize("packing", [True, False])
 def test_a_long_text_is_accounted_for(
     tmp_path: Path, tokenizer: PreTrainedTokenizerBase, shown: dict[str, TokenCounts], packing: bool
