@@ -8,12 +8,15 @@ from __future__ import annotations
 
 import itertools
 import json
-from collections.abc import Iterator, Sequence
-from concurrent.futures import Future, ThreadPoolExecutor
-from dataclasses import asdict, dataclass
+import sys
+import threading
+from collections import Counter
+from collections.abc import Iterable, Iterator, Sequence
+from concurrent.futures import Future
+from dataclasses import asdict, dataclass, replace
 from fractions import Fraction
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 import datasets
 import numpy
@@ -37,6 +40,8 @@ from novelgpt.text.statistics import TokenCounts, show_counts, show_first_row
 from novelgpt.text.templates import record_thinking
 from novelgpt.training.checkpoints.sampling import order_seed
 from novelgpt.training.checkpoints.trainer import STATES
+
+T = TypeVar("T")
 
 
 @dataclass
@@ -102,7 +107,7 @@ class InterleavedRows:
         position, source = self._positions[index], self.sources[index]
         rows = self._rows[index]
         if rows is None:
-            rows = self._rows[index] = itertools.islice(source.rows(), position.rows, None)
+            rows = self._rows[index] = itertools.islice(_until_exit(source.rows()), position.rows, None)
         row = next(rows, None)
         if row is None:
             if not position.rows:
@@ -115,6 +120,14 @@ class InterleavedRows:
         position.rows += 1
         position.size += len(row.text.encode())
         return index, position.rows - 1, row
+
+
+def _until_exit(rows: Iterable[T]) -> Iterator[T]:
+    """The rows, for a thread that ends with the main one: Python waits for it before the process exits."""
+    for row in rows:
+        if not threading.main_thread().is_alive():
+            sys.exit()
+        yield row
 
 
 def _starts(sources: Sequence[RowSource]) -> list[SourcePosition]:
@@ -165,7 +178,9 @@ class StreamedRows(SectionedRows):
         self._positions = {first: positions or _starts(sources)}
         self.starts = [(0 if state is None else int(state["start"]), first)]
         self._reader: tuple[int, InterleavedRows] | None = None  # the section that it reads next
-        self._thread = ThreadPoolExecutor(1, "stream")
+        # Sums over the rows before each section that is known, without their lengths, whose number has no bound.
+        self._counts = {first: TokenCounts() if state is None else _counts_of(state["counts"])}
+        self._reading = threading.Lock()
         self._coming: tuple[int, Future[tuple[EncodedTable, TracedRows]]] | None = None
         rows, order = self.section(first)
         self.lengths = rows.lengths[order]
@@ -182,23 +197,42 @@ class StreamedRows(SectionedRows):
             UserError: a row cannot be read or encoded, or none has anything to train.
         """
         if self._coming is None or self._coming[0] != section:
-            self._coming = section, self._thread.submit(self._read, section)
+            self._coming = section, self._start(section)
         table, rows = self._coming[1].result()
         if not self._made:
             self.table = table
+        sums = self._counts[section] + table.counts(numpy.arange(len(table.lengths)))
+        self._counts[section + 1] = replace(sums, lengths=TokenCounts().lengths)
         if self.start_of(section) + len(rows) < self.per_epoch:
-            self._coming = section + 1, self._thread.submit(self._read, section + 1)
+            self._coming = section + 1, self._start(section + 1)
         return rows
 
     def state(self, number: int) -> dict[str, Any]:
         """What a run needs to go on with a number, which lies in a section that is or was made, or in the next one."""
         section, start = self.position(number)
         positions = [asdict(position) for position in self._positions[section]]
-        return {"section": section, "start": start, "positions": positions, "thinking": self.thinking}
+        counts = {name: value for name, value in vars(self._counts[section]).items() if name != "lengths"}
+        return {
+            "section": section, "start": start, "positions": positions, "thinking": self.thinking, "counts": counts
+        }  # fmt: skip
 
     def counts(self) -> TokenCounts:
-        """Counts of the rows of the first section of this process."""
-        return self.table.counts(numpy.arange(len(self.table.lengths)))
+        """Counts of the rows of all sections that the run has made so far, without their lengths."""
+        return self._counts[max(self._counts)]
+
+    def _start(self, section: int) -> Future[tuple[EncodedTable, TracedRows]]:
+        """Start to read a section, in a thread of its own; one at a time reads."""
+        made: Future[tuple[EncodedTable, TracedRows]] = Future()
+
+        def read() -> None:
+            try:
+                with self._reading:
+                    made.set_result(self._read(section))
+            except BaseException as error:  # told where the section is needed
+                made.set_exception(error)
+
+        threading.Thread(target=read, name="stream").start()
+        return made
 
     def _read(self, section: int) -> tuple[EncodedTable, TracedRows]:
         """Read, encode and pack a section, whose start in the files is known."""
@@ -212,7 +246,9 @@ class StreamedRows(SectionedRows):
         for index, number, row in taken:
             by_source[index].append((number, row.file, row.place, row.text))
         table = EncodedTable([
-            datasets.table.InMemoryTable(encode_raw_rows(rows, source, self._tokenizer, self._data, self._instructions))
+            datasets.table.InMemoryTable(
+                encode_raw_rows(_until_exit(rows), source, self._tokenizer, self._data, self._instructions)
+            )
             for rows, source in zip(by_source, self._sources, strict=True)
         ])  # fmt: skip
         encoded = EncodedRows(table, numpy.arange(len(table.lengths)), self._sources)
@@ -223,6 +259,11 @@ class StreamedRows(SectionedRows):
             raise UserError(f"no trainable token is left in the {counted(len(taken), 'row')} from {first} to {last}",
                             "raise --max_length or --buffer_rows, or bring rows with answers")  # fmt: skip
         return table, PackedRows(encoded, self._data.max_length) if self._data.packing else encoded
+
+
+def _counts_of(stored: dict[str, Any]) -> TokenCounts:
+    """Counts as a checkpoint holds them."""
+    return TokenCounts(**stored | {"notes": Counter(stored["notes"])})
 
 
 def stream_conversations(
@@ -260,8 +301,9 @@ def stream_conversations(
     if not len(valid):
         raise UserError("no trainable token is left in the validation rows", "raise --max_length, or bring others")
     if is_first_process():
-        buffered = f"train: the first {counted(data.buffer_rows, 'row')}" if state is None else "train: from here on"
-        show_counts({buffered: train.counts(), "valid": table.counts(numpy.arange(len(table.lengths)))})
+        buffered = f"train: {'the first' if state is None else 'the next'} {counted(data.buffer_rows, 'row')}"
+        columns = {buffered: train.table, "valid": table}
+        show_counts({name: one.counts(numpy.arange(len(one.lengths))) for name, one in columns.items()})
         show_first_row(train, tokenizer)
     if data.mix:
         by_source = rows_by_source(valid, data)

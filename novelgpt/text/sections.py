@@ -11,6 +11,7 @@ import numpy
 from torch.utils.data import Dataset
 
 from novelgpt.text.origins import TracedRows
+from novelgpt.text.statistics import TokenCounts
 
 # Sections that are kept once they are made: a batch may lie across two.
 KEPT = 2
@@ -81,6 +82,10 @@ class SectionedRows(TracedRows):
 
     def state(self, number: int) -> dict[str, Any] | None:
         """What a run needs to resume with the row of a number, in JSON; None where that follows from the number."""
+        return None
+
+    def counts(self) -> TokenCounts | None:
+        """What is counted of all rows that the run has read so far; None where all were counted before it."""
         return None
 
     def position(self, number: int) -> tuple[int, int]:

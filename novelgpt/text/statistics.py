@@ -88,10 +88,10 @@ class SourceCounts(NamedTuple):
     passes: Fraction
 
 
-def show_counts(counts: dict[str, TokenCounts], console: VisibleConsole | None = None) -> None:
+def show_counts(counts: dict[str, TokenCounts], console: VisibleConsole | None = None, title: str = "Data") -> None:
     """Print the table of counts, one column per data set."""
     console = console or make_console()
-    table = Table("", title="Data", title_justify="left")
+    table = Table("", title=title, title_justify="left")
     for name in counts:
         table.add_column(name, justify="right")
     columns = list(counts.values())

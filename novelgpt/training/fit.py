@@ -5,7 +5,8 @@ from __future__ import annotations
 import functools
 import statistics
 import sys
-from contextlib import closing
+from collections.abc import Iterator
+from contextlib import closing, contextmanager
 from pathlib import Path
 from typing import Any, cast
 
@@ -29,8 +30,8 @@ from novelgpt.settings.errors import UserError
 from novelgpt.settings.process import raise_on_all_ranks
 from novelgpt.settings.terminal import say
 from novelgpt.text.collator import Collator
-from novelgpt.text.sections import rows_per_epoch
-from novelgpt.text.statistics import row_lengths, trained_characters
+from novelgpt.text.sections import SectionedRows, rows_per_epoch
+from novelgpt.text.statistics import row_lengths, show_counts, trained_characters
 from novelgpt.training.base_recorder import BaseRecorder
 from novelgpt.training.callbacks import (
     Curves,
@@ -114,7 +115,7 @@ def fit(
         trainer.remove_callback(PrinterCallback if training.disable_tqdm else ProgressCallback)
         trainer.add_callback(ProgressLines() if training.disable_tqdm else ProgressBar())
         trainer.add_callback(curves)
-        with shared_cores(training.device):
+        with shared_cores(training.device), _counts_shown_at_the_end(train, first):
             outcome = trainer.train(resume_from_checkpoint=training.resume_from_checkpoint)
         with trainer.at_saved_step():
             trainer.evaluate_saved()
@@ -152,6 +153,22 @@ def fit(
             )
     trainer.accelerator.wait_for_everyone()
     return results
+
+
+@contextmanager
+def _counts_shown_at_the_end(rows: Dataset[Any], first: bool) -> Iterator[None]:
+    """Where rows are read as the training goes on, print what was counted of them, however it ends.
+
+    Args:
+        rows: to train on.
+        first: whether this is the first process, which prints.
+    """
+    try:
+        yield
+    finally:
+        counts = rows.counts() if first and isinstance(rows, SectionedRows) else None
+        if counts is not None:
+            show_counts({"train": counts}, title="Data read")
 
 
 def _set_end_tokens(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase) -> None:

@@ -1,6 +1,12 @@
 """Rows that are read as the training goes on: how sources take turns, and how a stream goes on where it was left."""
 
 import json
+import os
+import re
+import signal
+import subprocess
+import threading
+import time
 from dataclasses import dataclass, field, replace
 from fractions import Fraction
 from pathlib import Path
@@ -10,6 +16,7 @@ import numpy
 import pytest
 from transformers import PreTrainedTokenizerBase
 
+from dataset.encoded_rows import encode_rows
 from dataset.instructions import load_instructions
 from dataset.records import Record
 from dataset.row_columns import RowColumns
@@ -18,9 +25,32 @@ from dataset.streaming import InterleavedRows, StreamedRows
 from finetune.__main__ import main as finetune
 from novelgpt.settings.arguments import ConversationArguments
 from novelgpt.settings.errors import UserError
+from tests.launched import PATIENCE, ROOT
+from tests.warm_python import warm_python
 
 SIZES = {"a": 40, "b": 120}
 WEIGHTS = [Fraction(2), Fraction(1)]
+# Ends after a row of the second section, while a thread reads it.
+ENDING_PROGRAM = """
+import sys, threading
+from tests.dataset.test_streaming import NotedColumns, RowSource, stream
+from novelgpt.model.tokenizer import load_tokenizer
+from novelgpt.settings.arguments import ModelArguments
+
+class EndingColumns(NotedColumns):
+    def record(self, fields, where):
+        if where.endswith(":30"):
+            reached.set()
+            threading.main_thread().join()
+        print(where.rpartition(":")[2], flush=True)
+        return fields
+
+reached = threading.Event()
+files = sys.argv[2:]
+sources = [RowSource("a", files[0], (files[0],), columns=EndingColumns((), "")), RowSource("b", files[1], (files[1],))]
+stream(sources, load_tokenizer(ModelArguments(model=sys.argv[1])), buffer_rows=50)
+reached.wait()
+"""
 
 
 @dataclass(frozen=True)
@@ -97,6 +127,73 @@ def test_a_resumed_stream_encodes_nothing_twice_and_gives_the_same_rows(
     assert [resumed.origins(number) for number in range(75, 90)] == origins[75:90]
     sections = sum(start < 90 for start, _ in resumed.starts) + 1  # and one ahead
     assert 0 < len(noted.parsed) <= 30 * sections < 30 * (state["section"] + sections)
+
+
+@pytest.mark.parametrize("packing", [True, False])
+def test_all_rows_that_were_read_are_counted_also_before_a_resume(
+    packing: bool, sources: list[RowSource], tokenizer: PreTrainedTokenizerBase
+) -> None:
+    whole = stream(sources, tokenizer, packing=packing, max_length=34)
+    for number in range(75):
+        whole[number]
+    state = json.loads(json.dumps(whole.state(75)))
+    resumed = stream(sources, tokenizer, state, packing=packing, max_length=34)
+    for number in range(75, 200):
+        assert whole[number]["input_ids"].tolist() == resumed[number]["input_ids"].tolist()
+    sections = len(whole.starts) - 1  # of which the last start is that of the next one
+    assert sections > 3
+    records = [json.loads(row.text) for _, _, row in InterleavedRows(sources, WEIGHTS).take(30 * sections)]
+    roles = {"prompt": "user", "response": "assistant"}
+    conversations: list[Any] = [
+        {"messages": [{"role": roles[name], "content": text} for name, text in record.items()], "source": ""}
+        for record in records
+    ]
+    _, expected = encode_rows(conversations, tokenizer, ConversationArguments(max_length=34))
+    assert whole.counts() == resumed.counts() == expected
+    assert expected.dropped > 0 and expected.notes
+    assert expected.tokens_in == expected.trained + expected.context + expected.dropped
+
+
+def test_the_thread_that_reads_ends_with_the_program(
+    sources: list[RowSource], base_folder: Path, tmp_path: Path
+) -> None:
+    files = [source.given for source in sources]
+    program = tmp_path / "ending.py"
+    program.write_text(ENDING_PROGRAM, encoding="utf-8")
+    words = [warm_python(), str(program), str(base_folder), *files]
+    environment = os.environ | {"PYTHONPATH": str(ROOT)}
+    done = subprocess.run(words, capture_output=True, text=True, check=True, timeout=PATIENCE, env=environment)
+    printed = [int(line) for line in done.stdout.splitlines()]
+    assert printed == [*range(1, 31)]
+    assert "Traceback" not in done.stderr
+
+
+def test_a_run_that_is_stopped_says_what_it_has_read(
+    sources: list[RowSource], base_folder: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    files = [source.given for source in sources]
+    folder, metrics = tmp_path / "run", tmp_path / "run" / "metrics.jsonl"
+
+    def stop() -> None:
+        while not (metrics.is_file() and '"loss"' in metrics.read_text(encoding="utf-8")):
+            time.sleep(0.01)
+        os.kill(os.getpid(), signal.SIGTERM)
+
+    threading.Thread(target=stop, daemon=True).start()
+    with pytest.raises(SystemExit) as ended:
+        finetune([
+            "--model", str(base_folder), "--train_files", *files, "--valid_files", files[0], "--streaming",
+            "--buffer_rows", "30", "--max_length", "64", "--max_steps", "100000", "--per_device_train_batch_size", "1",
+            "--stop_check", "0", "--eval_strategy", "no", "--logging_steps", "1", "--output_dir", str(folder),
+        ])  # fmt: skip
+    assert ended.value.code == 128 + signal.SIGTERM
+    (saved,) = folder.glob("checkpoint-*")
+    before = json.loads((saved / "states.json").read_text(encoding="utf-8"))["rows"]["counts"]["rows"]
+    shown = capsys.readouterr().out
+    found = re.search(r"Data read.*?rows\D+([\d,]+)", shown, re.DOTALL)
+    assert found is not None, shown
+    rows = int(found[1].replace(",", ""))
+    assert rows % 30 == 0 and before <= rows <= before + 60
 
 
 def test_origins_are_those_of_the_rows(sources: list[RowSource], tokenizer: PreTrainedTokenizerBase) -> None:

@@ -75,9 +75,19 @@ class Runs:
         }
         # The same run on two ranks and on one: as many rows a step, and no draws, which are another rank's own.
         even = write_rows(place / "even rows", EVEN_ROWS)[1]
-        words = (*padded, "--model", str(self.other_base), "--train_files", str(even), "--learning_rate", "1e-3")
-        self.on_two = Command("finetune", words, ranks=2, zero=2, variables=built)
-        self.on_one = Command("finetune", (*words, "--gradient_accumulation_steps", "6"))
+        alike = (*padded, "--model", str(self.other_base), "--learning_rate", "1e-3", "--train_files")
+        of_parts = [str(path.with_stem(f"even {path.stem}")) for path in parts]
+        for name, part in zip(of_parts, (lines[:8], lines[8:20]), strict=True):
+            Path(name).write_text("".join(part), encoding="utf-8")
+        mixed = (*alike, *of_parts, "--mix", f"{of_parts[0]}=1.5", f"{of_parts[1]}=1", "--valid_files", str(even))
+        words = {"rows": (*alike, str(even)), "mix": mixed, "stream": (*mixed, *stream)}
+        self.on_two = {
+            name: Command("finetune", words[name], ranks=2, zero=zero, variables=built)
+            for name, zero in {"rows": 2, "mix": 0, "stream": 0}.items()
+        }
+        self.on_one = {
+            name: Command("finetune", (*own, "--gradient_accumulation_steps", "6")) for name, own in words.items()
+        }
         self._undisturbed: dict[str, Undisturbed] = {}
 
     def undisturbed(self, name: str) -> Undisturbed:

@@ -36,9 +36,10 @@ def test_stopped_and_gone_on_with_is_the_same(name: str, runs: Runs, tmp_path: P
 
 
 @pytest.mark.slow
-def test_from_two_ranks_to_one_and_back(runs: Runs, tmp_path: Path) -> None:
+@pytest.mark.parametrize("name", ["rows", *(pytest.param(name, marks=pytest.mark.long) for name in ("mix", "stream"))])
+def test_from_two_ranks_to_one_and_back(name: str, runs: Runs, tmp_path: Path) -> None:
     """The rows of a step are the same, so its loss is but for the order of sums."""
-    both, alone = runs.on_two, runs.on_one
+    both, alone = runs.on_two[name], runs.on_one[name]
     complete(alone, tmp_path / "alone", tmp_path / "logs")
     expected = figures(tmp_path / "alone")
     folder = tmp_path / "run"
@@ -47,9 +48,9 @@ def test_from_two_ranks_to_one_and_back(runs: Runs, tmp_path: Path) -> None:
     complete(both, folder, tmp_path / "logs")
     found = figures(folder)
     assert found.keys() == expected.keys()
-    for (step, name), values in expected.items():
-        if name in ("loss", "eval_loss", "learning_rate"):
-            assert max(found[step, name]) == pytest.approx(max(values), rel=LOSS_TOLERANCE), (step, name)
+    for (step, figure), values in expected.items():
+        if figure in ("loss", "eval_loss", "learning_rate"):
+            assert max(found[step, figure]) == pytest.approx(max(values), rel=LOSS_TOLERANCE), (step, figure)
 
 
 @pytest.mark.parametrize("count", [1, 2, 4])
