@@ -323,7 +323,7 @@ CASES = {
     "template that was changed": (
         "finetune",
         ["--model", "{other_template}"],
-        "the chat template changes the answer '为提高芳烃硝化过程的本质安全水平，在心形'…, so what",
+        "the chat template changes the answer '针对目标检测模型参数量大、难以在边缘设备'…, so what",
     ),
     "empty tokenizer": ("finetune", ["--model", "{empty_tokenizer}"], "no tokenizer can be loaded from"),
     "text for weights": (
@@ -461,7 +461,7 @@ CASES = {
     "wrong choice in YAML": (
         "finetune",
         ["--config", "choice.yaml"],
-        "choice.yaml: overlong: 'eat' is not one of truncate, split, refuse",
+        "choice.yaml: overlong: 'eat' is not one of truncate, split, drop, refuse",
     ),
     "missing wordings": (
         "finetune",
@@ -752,7 +752,7 @@ CASES = {
     "preview: missing file": (
         "dataset",
         ["preview", "nowhere.jsonl", "--model", "{base}", "--html", "{tmp}/out.html"],
-        "nowhere.jsonl: No such file or directory",
+        "nowhere.jsonl does not exist",
     ),
     "preview: no such row": (
         "dataset",
