@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import copy
 from collections import Counter
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -180,12 +180,12 @@ def encode_block(
     tokenizer: PreTrainedTokenizerBase,
     data: ConversationArguments,
     instructions: Instructions,
-    stop: Path,
+    stop: Path | None = None,
 ) -> pyarrow.Table:
-    """Encode rows of a source that lie next to each other; for `datasets.Dataset.map`, in any process.
+    """Encode rows of a source, in any process.
 
     Args:
-        block: [1] blocks of `read_blocks`, as `map` gives them in batches of one.
+        block: of `read_blocks`, as `datasets.Dataset.map` gives it in a batch of one: [1] lists of each column.
         source: of the rows.
         tokenizer: of the model.
         data: how rows are read and cut.
@@ -198,51 +198,34 @@ def encode_block(
     Raises:
         UserError: a row cannot be read or encoded; names its file and place.
     """
-    rows = zip(*(block[name][0] for name in ("row", "file", "place", "text")), strict=True)
-    try:
-        return encode_raw_rows(() if stop.exists() else rows, source, tokenizer, data, instructions)
-    except Exception:
-        stop.touch()
-        raise
-
-
-def encode_raw_rows(
-    rows: Iterable[tuple[int, int, str, str]],
-    source: RowSource,
-    tokenizer: PreTrainedTokenizerBase,
-    data: ConversationArguments,
-    instructions: Instructions,
-) -> pyarrow.Table:
-    """Encode rows of a source: its number, and file, place and text as in `RawRow`, of each.
-
-    Returns:
-        A table of SCHEMA.
-
-    Raises:
-        UserError: a row cannot be read or encoded; names its file and place.
-    """
     columns: dict[str, list[Any]] = {name: [] for name in SCHEMA.names}
-    for number, file, place, text in rows:
-        where = f"{source.files[file]}{place}"
-        record = load_json(text, where)
-        if not isinstance(record, dict):
-            raise not_a_mapping(record, where)
-        if source.columns is not None:
-            record = source.columns.record(record, where)
-        row = SourceRow(where, record, where)
-        if "\\r" in text or "\\u000" in text:  # line ends in JSON
-            row = make_source_row(record, where, where)
-        conversation = read_conversation(row, instructions)
-        answers = [message for message in conversation["messages"] if message["role"] == "assistant"]
-        thoughts = sum(1 for one in answers if one.get("reasoning_content") or OWN_THOUGHT.match(one["content"]))
-        said = len(answers), thoughts
-        for part in encode_row(conversation, tokenizer, data):
-            of_table = (number, file, place, part.row.input_ids, part.row.labels, part.row.loss_weights,
-                        part.trained, part.tokens_in, part.dropped, *said, part.notes,
-                        "task" in record or "title" in record)  # fmt: skip
-            said = 0, 0
-            for column, value in zip(columns.values(), of_table, strict=True):
-                column.append(value)
+    rows = zip(*(block[name][0] for name in BLOCK_FEATURES), strict=True)
+    try:
+        for number, file, place, text in rows if stop is None or not stop.exists() else ():
+            where = f"{source.files[file]}{place}"
+            record = load_json(text, where)
+            if not isinstance(record, dict):
+                raise not_a_mapping(record, where)
+            if source.columns is not None:
+                record = source.columns.record(record, where)
+            row = SourceRow(where, record, where)
+            if "\\r" in text or "\\u000" in text:  # line ends in JSON
+                row = make_source_row(record, where, where)
+            conversation = read_conversation(row, instructions)
+            answers = [message for message in conversation["messages"] if message["role"] == "assistant"]
+            thoughts = sum(1 for one in answers if one.get("reasoning_content") or OWN_THOUGHT.match(one["content"]))
+            said = len(answers), thoughts
+            for part in encode_row(conversation, tokenizer, data):
+                of_table = (number, file, place, part.row.input_ids, part.row.labels, part.row.loss_weights,
+                            part.trained, part.tokens_in, part.dropped, *said, part.notes,
+                            "task" in record or "title" in record)  # fmt: skip
+                said = 0, 0
+                for column, value in zip(columns.values(), of_table, strict=True):
+                    column.append(value)
+    except Exception:
+        if stop is not None:
+            stop.touch()
+        raise
     return pyarrow.table(columns, schema=SCHEMA)
 
 

@@ -22,7 +22,7 @@ import datasets
 import numpy
 from transformers import PreTrainedTokenizerBase
 
-from dataset.encoded_rows import EncodedRows, EncodedTable, encode_raw_rows
+from dataset.encoded_rows import BLOCK_FEATURES, EncodedRows, EncodedTable, encode_block
 from dataset.instructions import Instructions, load_instructions
 from dataset.mix import check_figure, rows_by_source, weights_of
 from dataset.records import RawRow
@@ -242,14 +242,15 @@ class StreamedRows(SectionedRows):
         taken = reader.take(self._data.buffer_rows)
         self._reader = section + 1, reader
         self._positions[section + 1] = reader.positions()
-        by_source: list[list[tuple[int, int, str, str]]] = [[] for _ in self._sources]
+        blocks: list[dict[str, Any]] = [{name: [[]] for name in BLOCK_FEATURES} for _ in self._sources]
         for index, number, row in taken:
-            by_source[index].append((number, row.file, row.place, row.text))
+            for column, value in zip(blocks[index].values(), (number, row.file, row.place, row.text), strict=True):
+                column[0].append(value)
         table = EncodedTable([
-            datasets.table.InMemoryTable(
-                encode_raw_rows(_until_exit(rows), source, self._tokenizer, self._data, self._instructions)
-            )
-            for rows, source in zip(by_source, self._sources, strict=True)
+            datasets.table.InMemoryTable(encode_block(
+                block | {"row": [_until_exit(block["row"][0])]}, source, self._tokenizer, self._data, self._instructions
+            ))
+            for block, source in zip(blocks, self._sources, strict=True)
         ])  # fmt: skip
         encoded = EncodedRows(table, numpy.arange(len(table.lengths)), self._sources)
         if not len(encoded):

@@ -4,10 +4,12 @@ from __future__ import annotations
 
 from collections.abc import Collection, Iterable
 
-from transformers import PreTrainedTokenizerBase
+from tokenizers import Tokenizer
+from transformers import PreTrainedTokenizerBase, TokenizersBackend
 
 # Options of a tokenizer for the tokens of a text alone: nothing added before or after, whatever its length.
 AS_IT_IS = {"add_special_tokens": False, "verbose": False}
+AS_IT_IS_FAST = {"add_special_tokens": False}
 
 
 def document_begin_ids(tokenizer: PreTrainedTokenizerBase) -> list[int]:
@@ -29,7 +31,26 @@ def encode_document(text: str, tokenizer: PreTrainedTokenizerBase) -> list[int]:
 
 def encode(text: str, tokenizer: PreTrainedTokenizerBase) -> list[int]:
     """Tokens of a segment of text, with nothing added before or after, whatever its length."""
-    return list(tokenizer(text, **AS_IT_IS)["input_ids"])
+    backend = fast_backend(tokenizer)
+    if backend is None:
+        return list(tokenizer(text, **AS_IT_IS)["input_ids"])
+    return list(backend.encode_batch_fast([text], **AS_IT_IS_FAST)[0].ids)
+
+
+def fast_backend(tokenizer: PreTrainedTokenizerBase) -> Tokenizer | None:
+    """What gives a tokenizer's own tokens of a text in a third less time than calling it; None where nothing does.
+
+    It must be asked for before each text, as calls of the tokenizer leave settings in it.
+    """
+    if not isinstance(tokenizer, TokenizersBackend):
+        return None
+    backend = tokenizer.backend_tokenizer
+    if backend.truncation is not None:
+        backend.no_truncation()
+    if backend.padding is not None:
+        backend.no_padding()
+    backend.encode_special_tokens = tokenizer.split_special_tokens
+    return backend
 
 
 def document_end_id(tokenizer: PreTrainedTokenizerBase) -> int:

@@ -14,7 +14,7 @@ from transformers import PreTrainedTokenizerBase
 
 from novelgpt.settings.errors import UserError
 from novelgpt.text import template_bounds
-from novelgpt.text.encoding import AS_IT_IS, encode
+from novelgpt.text.encoding import AS_IT_IS, AS_IT_IS_FAST, encode, fast_backend
 from novelgpt.text.messages import Message, full_answer, map_texts
 from novelgpt.text.special_tokens import encode_literally, special_tokens
 
@@ -23,6 +23,8 @@ _READ = ("role", "content", "reasoning_content", "tool_calls", "tool_call_id", "
 # Characters of a plane without meanings: they replace special tokens that a text spells while a template renders it.
 _STAND_INS = range(0xF0000, 0xFFFFE)
 _PROBE = "novelgpt"
+# Texts of so few characters are kept with their tokens: what templates put behind each answer is always the same.
+SHORT = 16
 
 
 class RenderedConversation:
@@ -131,6 +133,11 @@ class RenderedConversation:
     def tokens(self, text: str) -> list[int]:
         """Tokens of a part of the rendered text."""
         if not any(chr(stand_in) in text for stand_in in self.spelled):
+            if len(text) <= SHORT:
+                return list(_encode_short(text, self.tokenizer, len(self.tokenizer)))
+            backend = fast_backend(self.tokenizer)
+            if backend is not None:
+                return list(backend.encode_batch_fast([text], **AS_IT_IS_FAST)[0].ids)
             return list(self.tokenizer(text, **AS_IT_IS)["input_ids"])
         ids: list[int] = []
         parts = re.split(f"({self.special.pattern.pattern})", text)
@@ -227,3 +234,9 @@ class RenderedConversation:
             return rendered == self.render(others, with_tools=with_tools)
         except UserError:
             return False
+
+
+@functools.lru_cache(maxsize=1024)
+def _encode_short(text: str, tokenizer: PreTrainedTokenizerBase, size: int) -> tuple[int, ...]:
+    """`encode`; `size` is that of the vocabulary, to which tokens may be added."""
+    return tuple(encode(text, tokenizer))
