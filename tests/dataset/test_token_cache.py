@@ -285,7 +285,7 @@ def test_killed_twice_while_it_encodes_the_next_start_ends_right(
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
+@pytest.mark.parametrize("number", [signal.SIGTERM, pytest.param(signal.SIGINT, marks=pytest.mark.long)])
 def test_a_signal_ends_all_processes_that_encode(
     tmp_path: Path, base_folder: Path, cache: Path, number: signal.Signals
 ) -> None:
