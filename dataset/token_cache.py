@@ -54,7 +54,7 @@ LIBRARIES = ("datasets", "tokenizers", "transformers", "jinja2", "sentencepiece"
 # The arguments that decide how rows are read and cut; the others only choose among them.
 DECISIVE = ("max_length", "overlong", "min_length", "mask_history")
 # A process that waits for another looks at it so often, and takes it for ended when it has found it idle so many times.
-SECONDS_BETWEEN_LOOKS, LOOKS = 1.0, 3
+SECONDS_BETWEEN_LOOKS, LOOKS = 0.05, 30
 
 _encoding = False  # whether processes that are forked now are to encode
 

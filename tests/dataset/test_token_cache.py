@@ -5,8 +5,6 @@ import os
 import random
 import shutil
 import signal
-import subprocess
-import sys
 import time
 from collections.abc import Callable
 from pathlib import Path
@@ -28,7 +26,8 @@ from novelgpt.text.templates import use_template
 from tests.faults.test_disk import small_disk  # noqa: F401 - a fixture
 from tests.launched import PATIENCE
 from tests.memory_rows import as_list
-from tests.ranks import ROOT, run_pipeline, run_ranks
+from tests.ranks import run_pipeline, run_ranks
+from tests.warm_python import start_warm
 
 ENCODE = Path(__file__).with_name("encode_process.py")
 
@@ -230,11 +229,10 @@ class Encoding:
 
     def __init__(self, file: Path, base: Path, cache: Path, pause: float = 0.0) -> None:
         self.calls = cache / "calls"
-        environment = os.environ | {"HF_DATASETS_CACHE": str(cache), "PYTHONPATH": str(ROOT)}
-        self.process = subprocess.Popen(
-            [sys.executable, str(ENCODE), str(file), str(base), str(pause)],
-            env=environment, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True,
-        )  # fmt: skip
+        self.log = file.with_name(f"{len(list(file.parent.glob('*.log')))}.log")
+        self.process = start_warm(
+            [str(ENCODE), str(file), str(base), str(pause)], {"HF_DATASETS_CACHE": str(cache)}, self.log
+        )
 
     def number(self) -> int:
         return self.calls.stat().st_size if self.calls.exists() else 0
@@ -244,9 +242,9 @@ class Encoding:
         assert until(lambda: self.number() >= calls or self.process.poll() is not None)
         return psutil.Process(self.process.pid).children(recursive=True)
 
-    def end(self) -> str:
-        out, _ = self.process.communicate(timeout=PATIENCE)
-        return out
+    def end(self) -> tuple[int | None, str]:
+        """Its status and what it has printed."""
+        return self.process.wait(PATIENCE), self.log.read_text(encoding="utf-8")
 
 
 def until(condition: Callable[[], bool]) -> bool:
@@ -269,13 +267,14 @@ def test_killed_twice_while_it_encodes_the_next_start_ends_right(
         killed = Encoding(file, base_folder, cache.parent, pause=0.03)
         workers = killed.wait_for(killed.number() + further)
         assert workers
-        killed.process.kill()
-        assert killed.process.wait() == -signal.SIGKILL
+        killed.process.signal(signal.SIGKILL)
+        assert killed.end()[0] == -signal.SIGKILL
         assert until(lambda: gone(workers))  # noqa: B023 - at once
         assert not entries(cache) or "unfinished" in entries(cache)[0].name
     before = killed.number()
     last = Encoding(file, base_folder, cache.parent)
-    assert "300 rows" in last.end() and last.process.returncode == 0
+    status, out = last.end()
+    assert status == 0 and "300 rows" in out
     assert last.number() == before + 300
     assert [path.name for path in cache.iterdir()] == [entries(cache)[0].name]
     # What it has made is read here, and is what is made here.
@@ -293,8 +292,8 @@ def test_a_signal_ends_all_processes_that_encode(
     workers = stopped.wait_for(10)
     for one in [psutil.Process(stopped.process.pid), *(workers if number == signal.SIGINT else [])]:
         one.send_signal(number)  # Ctrl-C in a terminal reaches them all
-    out = stopped.end()
-    assert stopped.process.returncode in (-number, 128 + number)
+    status, out = stopped.end()
+    assert status in (-number, 128 + number)
     assert "Traceback" not in out
     assert until(lambda: gone(workers))
 
@@ -307,8 +306,8 @@ def test_a_killed_process_of_those_that_encode_ends_the_run(
     run = Encoding(write_rows(tmp_path / "rows.jsonl", 300), base_folder, cache.parent, pause=0.05)
     workers = run.wait_for(10)
     sorted(workers, key=lambda one: one.pid)[which].kill()
-    out = run.end()
-    assert run.process.returncode == 2, out
+    status, out = run.end()
+    assert status == 2, out
     assert "error: a process that tokenised rows was killed" in out and "Traceback" not in out
     assert until(lambda: gone(workers))
     assert entries(cache) == []
@@ -318,8 +317,7 @@ def test_a_killed_process_of_those_that_encode_ends_the_run(
 def test_of_two_runs_one_encodes_and_the_other_maps(tmp_path: Path, base_folder: Path, cache: Path) -> None:
     file = write_rows(tmp_path / "rows.jsonl", 200)
     first, second = (Encoding(file, base_folder, cache.parent, pause=0.01) for _ in range(2))
-    assert [one.end().count("300 rows") for one in (first, second)] == [0, 0]
-    assert (first.process.returncode, second.process.returncode) == (0, 0)
+    assert [one.end()[0] for one in (first, second)] == [0, 0]
     assert first.number() == 200
 
 
@@ -344,7 +342,7 @@ def test_an_error_of_the_rank_that_encodes_is_that_of_all(tmp_path: Path, base_f
 @pytest.mark.long
 def test_ranks_of_a_run_map_what_was_made(tmp_path: Path, base_folder: Path, cache: Path) -> None:
     file = write_rows(tmp_path / "rows.jsonl", 200)
-    assert Encoding(file, base_folder, cache.parent).end().count("Traceback") == 0
+    assert Encoding(file, base_folder, cache.parent).end()[0] == 0
     made = {path.name: path.stat().st_mtime_ns for path in entries(cache)[0].iterdir()}
     words = ["--model", str(base_folder), "--train_files", str(file), "--max_steps", "1", "--output_dir"]
     # The default of the command line: packed, which is a matter of drawing.
@@ -359,7 +357,7 @@ def test_a_full_disk_is_named_and_leaves_nothing(
 ) -> None:  # fmt: skip
     (small_disk / "ballast").write_bytes(bytes(shutil.disk_usage(small_disk).free - 40_000))
     failed = Encoding(write_rows(tmp_path / "rows.jsonl", 600), base_folder, small_disk)
-    out = failed.end()
-    assert failed.process.returncode == 2, out
+    status, out = failed.end()
+    assert status == 2, out
     assert "the disk is full" in out and "Traceback" not in out
     assert not list((small_disk / "novelgpt").glob("rows-*"))

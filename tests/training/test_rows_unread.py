@@ -86,6 +86,7 @@ def test_only_the_samples_are_read_to_choose_samples(tokenizer: PreTrainedTokeni
     assert rows.read == [0, 333, 666]
 
 
+@pytest.mark.long
 def test_a_resumed_run_does_not_read_what_it_skips(base: Path, tmp_path: Path) -> None:
     steps = ["--eval_strategy", "no", "--save_strategy", "steps", "--save_steps", "20", "--max_steps", "24"]
     whole, stopped, resumed = NotedRows(200), NotedRows(200, 145), NotedRows(200)
