@@ -11,7 +11,6 @@ from functools import partial
 from typing import Any
 
 import torch
-import torch.distributed
 from torch import nn
 
 from novelgpt.budget.memory import checkpointing_options, compute_dtype, optimizer_bytes
@@ -20,7 +19,7 @@ from novelgpt.model.lora import base_model
 from novelgpt.model.loss import attach_chunked_loss
 from novelgpt.settings.arguments import TrainArguments
 from novelgpt.settings.errors import UserError
-from novelgpt.settings.process import in_process_group
+from novelgpt.settings.process import all_processes_values
 from novelgpt.settings.runs import TrainingRun, with_training
 from novelgpt.settings.terminal import counted
 
@@ -119,10 +118,7 @@ def try_micro_batches(
             if taken + later > capacity * TRIED_SHARE:
                 break
             fitting = rows
-    if in_process_group():
-        of_ranks = [0] * torch.distributed.get_world_size()
-        torch.distributed.all_gather_object(of_ranks, fitting)
-        fitting = min(of_ranks)
+    fitting = min(all_processes_values(fitting))
     if not fitting:
         raise no_row_fits(float("inf"), capacity, tokens)
     return fitting

@@ -161,28 +161,25 @@ class PackedRows(TracedRows):
         max_length: tokens per pack.
 
     Attributes:
+        packs: the numbers of the rows of each pack.
         lengths: [packs] int64, tokens.
     """
 
     def __init__(self, rows: TracedRows, max_length: int) -> None:
         self.rows = rows
         self.max_length = max_length
-        self._packs = best_fit(rows.lengths, max_length)
-        self.lengths = numpy.add.reduceat(rows.lengths[self._packs.items], self._packs.starts[:-1], dtype=numpy.int64)
+        self.packs = best_fit(rows.lengths, max_length)
+        self.lengths = numpy.add.reduceat(rows.lengths[self.packs.items], self.packs.starts[:-1], dtype=numpy.int64)
 
     def __len__(self) -> int:
-        return len(self._packs)
-
-    def members(self, index: int) -> numpy.ndarray:
-        """Numbers of the rows of a pack, rising."""
-        return self._packs[index]
+        return len(self.packs)
 
     def __getitem__(self, index: int) -> dict[str, torch.Tensor]:
         """{"input_ids", "labels", "position_ids"} and, where a row has weights, "loss_weights".
 
         Each is [at most max_length]; positions restart at each row.
         """
-        rows = [self.rows[int(number)] for number in self._packs[index]]
+        rows = [self.rows[int(number)] for number in self.packs[index]]
         lengths = [len(row["input_ids"]) for row in rows]
         ids, labels = (
             numpy.concatenate([row[name] for row in rows], dtype=numpy.int64) for name in ("input_ids", "labels")
@@ -200,7 +197,7 @@ class PackedRows(TracedRows):
 
     def origins(self, index: int, begin: int = 0, end: int | None = None) -> list[str]:
         """Files and rows of the conversations in the pack."""
-        numbers = self._packs[index]
+        numbers = self.packs[index]
         stops = numpy.cumsum(self.rows.lengths[numbers])
         starts = stops - self.rows.lengths[numbers]
         inside = (begin < stops) & (starts < (stops[-1] if end is None else end))

@@ -22,7 +22,13 @@ from transformers.trainer import TRAINER_STATE_NAME
 
 from novelgpt.settings.atomic_files import atomic_write
 from novelgpt.settings.errors import UserError
-from novelgpt.settings.process import first_process_value, in_process_group, is_first_process, raise_on_all_ranks
+from novelgpt.settings.process import (
+    all_processes_values,
+    first_process_value,
+    in_process_group,
+    is_first_process,
+    raise_on_all_ranks,
+)
 from novelgpt.settings.run_record import RUN_FILE, DataSource, only_json, this_attempt, utc_now, write_run_record
 from novelgpt.settings.runs import TrainingRun
 from novelgpt.settings.terminal import say
@@ -216,8 +222,7 @@ def _check_shared(folder: RunFolder) -> None:
         os.close(descriptor)
     path = Path(first_process_value(token))
     try:
-        answers: list[str | None] = [None] * ranks
-        distributed.all_gather_object(answers, None if _appears(path) else socket.gethostname())
+        answers = all_processes_values(None if _appears(path) else socket.gethostname())
     finally:
         if is_first_process():
             path.unlink()

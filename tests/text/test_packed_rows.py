@@ -152,7 +152,7 @@ def test_packs_hold_whole_rows_whose_first_token_is_not_trained() -> None:
             assert set(pack) == {"input_ids", "labels", "position_ids"}
             assert len({len(values) for values in pack.values()}) == 1 and len(pack["input_ids"]) <= capacity
             assert all(values.dtype == torch.int64 for values in pack.values())
-            found |= dict(zip(packs.members(index).tolist(), documents_of(pack), strict=True))
+            found |= dict(zip(packs.packs[index].tolist(), documents_of(pack), strict=True))
         assert sorted(found) == list(range(len(rows)))
         for number, row in enumerate(rows):
             expected = {
@@ -312,7 +312,7 @@ def test_a_few_bytes_of_each_row_are_in_memory() -> None:
     packs = PackedRows(rows.subset(numpy.arange(count)[::-1]), max_length=40)
     # Of each, where it is in the table, and its length; of a pack, its items, where they start, and its length.
     assert in_memory(rows) - rows._ends.nbytes <= 8 * count
-    assert in_memory(packs) + in_memory(packs._packs) <= 4 * count + 17 * len(packs)
+    assert in_memory(packs) + in_memory(packs.packs) <= 4 * count + 17 * len(packs)
     assert packs[0]["input_ids"].tolist() == [1, 2, 3, 4] * 10
 
 

@@ -215,9 +215,9 @@ def test_packed_rows_are_whole_and_apart(rows: list[list[tuple[int, bool]]], max
         ids, labels, positions = (packs[number][name] for name in ("input_ids", "labels", "position_ids"))
         assert len(ids) == len(labels) == len(positions) <= max_length
         borders = (positions == 0).nonzero().flatten().tolist()
-        assert len(borders) == len(packs.members(number))
+        assert len(borders) == len(packs.packs[number])
         for begin, end in zip(borders, [*borders[1:], len(ids)], strict=True):
-            own = encoded[packs.members(number)[borders.index(begin)]]
+            own = encoded[packs.packs[number][borders.index(begin)]]
             assert positions[begin:end].tolist() == list(range(end - begin))
             # What comes before a row is another one, which must not tell its first token.
             assert labels[begin:end].tolist() == [IGNORE_INDEX, *own.labels[1:]]
