@@ -84,6 +84,10 @@ class Conversation(_Conversation, total=False):
 def read_text_rows(path: Path, text_column: str = "text") -> Iterator[Record]:
     """Text rows of a .txt (the whole file is one row), .jsonl, .json, .csv or .parquet file.
 
+    Args:
+        path: of the file.
+        text_column: field of the text; of several, separated by commas, the texts are joined by line ends.
+
     Raises:
         UserError: missing or empty file, undecodable bytes, invalid JSON, a row without `text_column`.
     """
@@ -91,16 +95,20 @@ def read_text_rows(path: Path, text_column: str = "text") -> Iterator[Record]:
         yield {"text": decode_text(read_bytes(path), str(path)), "book": path.stem, "chapter": "", "title": "",
                "source": str(path)}  # fmt: skip
         return
+    fields = text_column.split(",")
     for where, record in read_records(path):
-        text = record.get(text_column)
-        if not isinstance(text, str):
-            raise UserError(
-                f"{where}: no text in field {text_column!r} (the row has: {', '.join(map(str, record)) or 'nothing'})",
-                "name the field that holds the text with --text_column; conversations are for fine-tuning: "
-                f"{pipeline_name('finetune')} or {pipeline_name('finetune_lora')}",
-            )
+        texts = []
+        for field in fields if text_column not in record else [text_column]:
+            text = record.get(field)
+            if not isinstance(text, str):
+                raise UserError(
+                    f"{where}: no text in field {field!r} (the row has: {', '.join(map(str, record)) or 'nothing'})",
+                    "name the field that holds the text with --text_column; conversations are for fine-tuning: "
+                    f"{pipeline_name('finetune')} or {pipeline_name('finetune_lora')}",
+                )
+            texts.append(_with_line_feeds(text))
         extra = {key: str(record.get(key) or "") for key in ("book", "chapter", "title")}
-        yield {"text": _with_line_feeds(text), **extra, "source": where}
+        yield {"text": "\n".join(texts), **extra, "source": where}
 
 
 def read_conversation_rows(path: Path, instructions: Instructions | None = None) -> Iterator[Conversation]:

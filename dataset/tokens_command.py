@@ -171,7 +171,11 @@ def main(argv: list[str] | None = None) -> None:
     parser.add_argument(
         "--model", required=True, help="folder or hub name of the model to train; tiny is the small base"
     )
-    parser.add_argument("--text_column", default="text", help="column or key of the text [default: text]")
+    parser.add_argument(
+        "--text_column",
+        default="text",
+        help="column or key of the text; several are joined by line ends: title,abstract [default: text]",
+    )
     parser.add_argument("--workers", type=int, help="cores to use [default: all]")
     parser.add_argument("--trust_remote_code", action="store_true", help="run Python code from the tokenizer's folder")
     parser.add_argument("--hub", choices=["huggingface", "modelscope"], help="where names are looked up")

@@ -157,7 +157,11 @@ class CorpusArguments:
     valid_fraction: float = option(
         0.02, "Share of the training blocks held out for validation where there are no valid_files."
     )
-    text_column: str = option("text", "Column or key of the text, for all formats but .txt.")
+    text_column: str = option(
+        "text",
+        "Column or key of the text, for all formats but .txt. Of several, as in title,abstract, the texts are joined "
+        "by line ends.",
+    )
     max_length: int = option(2048, "Tokens per block. Text that does not fit continues in the next block.")
     packing: bool = option(
         True, "Pack several documents into a block; none attends to another. False: each block holds one document."

@@ -132,6 +132,16 @@ def test_other_text_column(tmp_path: Path) -> None:
     ]
 
 
+def test_a_text_of_several_columns_is_theirs_line_by_line(tmp_path: Path) -> None:
+    path = tmp_path / "rows.jsonl"
+    row = {"title": "题", "abstract": "摘\r\n要", "a,b": "一列"}
+    path.write_text(json.dumps(row), encoding="utf-8")
+    for column, text in (("title,abstract", "题\n摘\n要"), ("abstract,title", "摘\n要\n题"), ("a,b", "一列")):
+        assert [read["text"] for read in read_text_rows(path, column)] == [text]
+    with pytest.raises(UserError, match="no text in field 'author'"):
+        list(read_text_rows(path, "title,author"))
+
+
 def test_line_ends_inside_json_texts_are_line_feeds_at_any_depth(tmp_path: Path) -> None:
     path = tmp_path / "rows.jsonl"
     rows = ['{"prompt": "问", "completion": "答", "more": [1, {"deep\\r\\nname": ["好\\r的", null]}]}', GOOD]
