@@ -16,7 +16,9 @@ from typing import Any
 from dataset.novels.artefacts import BOOKS, CHAPTERS, FINGERPRINTS, REMOVED, SKIPPED, json_line, read_rows
 from dataset.novels.duplicates.near_duplicates import BookPrints, Location, Thresholds, find_duplicates
 from dataset.novels.duplicates.shingles import load_fingerprints
-from dataset.novels.duplicates.split import Decision, assign_splits, decide
+from dataset.novels.duplicates.split import NOTHING, Decision, assign_splits, decide
+from dataset.novels.held_out.recognition import recognise
+from dataset.novels.held_out.works import HeldOutWorks
 from dataset.novels.records import BookRecord
 from dataset.novels.report.report import EXAMPLES, write_report
 from dataset.novels.shards import ShardWriter
@@ -77,6 +79,8 @@ def write_collection(
     options: CollectionOptions,
     shown_options: Mapping[str, Any],
     folder: Path,
+    listed: HeldOutWorks | None = None,
+    sha256_of: Mapping[str, str] | None = None,
 ) -> CollectionResult:
     """Write everything but the manifest.
 
@@ -86,12 +90,14 @@ def write_collection(
         options: of the run.
         shown_options: for the report.
         folder: to write to; empty.
+        listed: works that are held out, too.
+        sha256_of: source -> hash of the file, by which listed works are recognised.
 
     Raises:
         UserError: no book matches a name of `options.held_out`.
     """
     books = [book for records in sources.values() for book in records]
-    pairs, decisions = _compare_books(sources, options)
+    pairs, decisions = _compare_books(sources, options, listed, sha256_of or {})
     # Books that share a name get their source appended: rows of a training file that share a name are one document.
     counts = Counter(book.name for book in books)
     for book in books:
@@ -115,7 +121,10 @@ def write_collection(
 
 
 def _compare_books(
-    sources: Mapping[Path, Sequence[BookRecord]], options: CollectionOptions
+    sources: Mapping[Path, Sequence[BookRecord]],
+    options: CollectionOptions,
+    listed: HeldOutWorks | None,
+    sha256_of: Mapping[str, str],
 ) -> tuple[list[dict[str, Any]], dict[int, list[Decision]]]:
     """Compare all books that can be used, and store the split of each in its record.
 
@@ -129,10 +138,12 @@ def _compare_books(
     prints = [BookPrints(book.name, book.source, fingerprints) for _, book, fingerprints in usable]
     thresholds = Thresholds(near=options.near_duplicate_threshold, contained=options.near_duplicate_threshold)
     duplicates = find_duplicates(prints, thresholds)
-    splits = assign_splits(prints, duplicates, options.held_out, options.held_out_share, options.seed)
-    for (_, book, _), split in zip(usable, splits, strict=True):
+    reserved = recognise(listed, prints, duplicates, sha256_of) if listed else NOTHING
+    splits = assign_splits(prints, duplicates, options.held_out, options.held_out_share, options.seed, reserved)
+    for number, ((_, book, _), split) in enumerate(zip(usable, splits, strict=True)):
         book.split = split
-    decisions = decide(prints, duplicates, splits, thresholds)
+        book.left_out = reserved.left_out[number] if split == "left_out" else ""
+    decisions = decide(prints, duplicates, splits, thresholds, reserved)
     pairs = [
         {"kind": pair.kind, "level": pair.level, "first": _source_of(pair.first), "second": _source_of(pair.second),
          "similarity": round(float(pair.similarity), 4)}
@@ -172,7 +183,7 @@ def _write_chapters(
                 other = _source_of(decision.other) if decision.other else ""
                 file.write(json_line(row | {"reason": decision.reason, "other": other}))
                 left_out[decision.reason.partition(":")[0]] += 1
-                book.duplicate_chapters += not book.refused
+                book.duplicate_chapters += not (book.refused or book.left_out)
             else:
                 writers[book.split].add(row)
                 book.characters_out += book.chapter_characters[chapter]

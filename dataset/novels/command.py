@@ -19,6 +19,7 @@ from pathlib import Path
 from dataset.novels.collection import CollectionOptions, CollectionResult, read_records, write_collection
 from dataset.novels.engines.cluster import read_slurm_options, run_on
 from dataset.novels.engines.workers import map_files
+from dataset.novels.held_out.works import SHIPPED, HeldOutWorks, load_held_out_works
 from dataset.novels.manifest import HashedFile, hash_files, is_up_to_date, publish, write_manifest
 from dataset.novels.prepare import FileOptions, artefact_of, code_digest, file_options, prepare_file
 from dataset.novels.shards import FORMATS
@@ -56,7 +57,10 @@ def make_parser() -> CommandParser:
                         help="books (name or file) that are kept out of training, for evaluation")  # fmt: skip
     parser.add_argument("--held_out_share", type=float, default=None, metavar="SHARE",
                         help="share of the books, chosen by the seed, that is held out [default: 0.05, and 0 where "
-                        "--held_out names some]")  # fmt: skip
+                        "--held_out or --held_out_works names some]")  # fmt: skip
+    parser.add_argument("--held_out_works", default="", metavar="LIST",
+                        help="works that are kept out of training wherever they occur, in whatever edition: "
+                        f"{', '.join(SHIPPED)}, or a file that `{python_module('dataset held_out')}` made")  # fmt: skip
     parser.add_argument("--seed", type=int, default=42, help="[default: 42]")
     parser.add_argument("--near_duplicate_threshold", type=float, default=0.8, metavar="SHARE",
                         help="similarity from which chapters are duplicates [default: 0.8]")  # fmt: skip
@@ -73,7 +77,8 @@ def make_parser() -> CommandParser:
 def main(argv: list[str] | None = None) -> None:
     """Prepare the folder that the command line names."""
     args = make_parser().parse_args(argv)
-    share = args.held_out_share if args.held_out_share is not None else 0.0 if args.held_out else 0.05
+    named = args.held_out or args.held_out_works
+    share = args.held_out_share if args.held_out_share is not None else 0.0 if named else 0.05
     for name, value, fits in (
         ("shard_size", args.shard_size, args.shard_size >= 1),
         ("workers", args.workers, args.workers >= 1),
@@ -94,7 +99,8 @@ def main(argv: list[str] | None = None) -> None:
     display = Display()
     try:
         files = file_options(tuple(path.resolve() for path in args.rules), args.to_simplified)
-        result = prepare_novels(args.raw, args.out, files, collection, engine, display)
+        listed = load_held_out_works(args.held_out_works) if args.held_out_works else None
+        result = prepare_novels(args.raw, args.out, files, collection, engine, display, listed)
         if result is None:
             say("nothing to do: the same files, rules and options 无需处理")
         else:
@@ -123,9 +129,15 @@ class EngineOptions:
 
 
 def prepare_novels(
-    raw: Path, out: Path, files: FileOptions, collection: CollectionOptions, engine: EngineOptions, display: Display
+    raw: Path,
+    out: Path,
+    files: FileOptions,
+    collection: CollectionOptions,
+    engine: EngineOptions,
+    display: Display,
+    listed: HeldOutWorks | None = None,
 ) -> CollectionResult | None:
-    """Bring `out` up to date with `raw`.
+    """Bring `out` up to date with `raw`; works in `listed` are kept out of training.
 
     Returns:
         The collection; None if there was nothing to do.
@@ -142,11 +154,17 @@ def prepare_novels(
     if taken or (out.exists() and not out.is_dir()):
         raise UserError(f"{out} holds something else", "name a new folder")
     with exclusive_folder(out, artefacts):
-        return _run(raw, out, files, collection, engine, display)
+        return _run(raw, out, files, collection, engine, display, listed)
 
 
 def _run(
-    raw: Path, out: Path, files: FileOptions, collection: CollectionOptions, engine: EngineOptions, display: Display
+    raw: Path,
+    out: Path,
+    files: FileOptions,
+    collection: CollectionOptions,
+    engine: EngineOptions,
+    display: Display,
+    listed: HeldOutWorks | None,
 ) -> CollectionResult | None:
     paths, skipped = list_folder(raw)
     hashed: dict[str, HashedFile] = {}
@@ -159,7 +177,8 @@ def _run(
             else:
                 hashed[source] = file
             advance(file.size)
-    options = {"to_simplified": files.to_simplified, **asdict(collection)}
+    works = f"{listed.name}, sha256 {listed.digest}" if listed else ""
+    options = {"to_simplified": files.to_simplified, **asdict(collection), "held_out_works": works}
     origin = {
         "version": VERSION,
         "code": code_digest(all_steps=True),
@@ -186,7 +205,8 @@ def _run(
             raise UserError(f"nothing usable in {raw}", "name a folder with novels in Chinese")
         finished.mkdir()
         shown = {**options, "rules": files.rules_digest[:12]}
-        result = write_collection(sources, skipped, collection, shown, finished)
+        sha256_of = {source: file.sha256 for source, file in hashed.items()}
+        result = write_collection(sources, skipped, collection, shown, finished, listed, sha256_of)
         write_manifest(finished, origin, result.rows_of, engine.workers)
     # Artefacts of files that are gone or have changed, and what a killed run left.
     for folder in set((out / "cache" / "files").iterdir()).difference(artefacts.values()):

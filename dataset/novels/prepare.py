@@ -25,8 +25,8 @@ from novelgpt.settings.errors import UserError
 
 # Modules and rooms whose code does not affect an artefact; a change of any other invalidates all artefacts.
 LATER_STEPS = frozenset((
-    "engines", "report", "near_duplicates", "overlaps", "split", "collection", "command", "manifest", "shards",
-    "terminal",
+    "engines", "report", "near_duplicates", "overlaps", "split", "held_out", "collection", "command", "manifest",
+    "shards", "terminal",
 ))  # fmt: skip
 LIBRARIES = ("numpy", "opencc", "rensa")
 _rules = functools.lru_cache(maxsize=1)(load_rules)

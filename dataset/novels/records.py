@@ -112,8 +112,9 @@ class BookRecord:
         repetition: share of the book's 20-character windows that occur more than once, in [0, 1].
         script: "simplified", "traditional" or "none".
         refused: why the whole book was left out; "" if it was not.
-        duplicate_chapters: chapters left out as duplicates of others.
-        split: "train", "held_out", or "refused".
+        duplicate_chapters: chapters left out, as duplicates of others or because they overlap a held-out book.
+        left_out: why all of it is in neither split, if it is not refused: "held_out_author", for example; else "".
+        split: "train", "held_out", "left_out", or "refused".
         characters_out: characters (without white space) of its chapters that went into the shards.
     """
 
@@ -132,6 +133,7 @@ class BookRecord:
     script: str = "none"
     refused: str = ""
     duplicate_chapters: int = 0
+    left_out: str = ""
     split: str = "train"
     characters_out: int = 0
 

@@ -84,11 +84,18 @@ class Display:
         table = Table(title="Novels 小说", title_justify="left")
         for column in ("", "books 书（本）", "chapters 章节", "characters 字数"):
             table.add_column(column, justify="right" if column else "left")
-        for label, split in (("train 训练", "train"), ("held out 留出", "held_out"), ("refused 拒收", "refused")):
+        for label, split in (
+            ("train 训练", "train"),
+            ("held out 留出", "held_out"),
+            ("left out 排除", "left_out"),
+            ("refused 拒收", "refused"),
+        ):
             chosen = [book for book in books if book.split == split]
+            if split == "left_out" and not chosen:
+                continue
             chapters = sum(len(book.chapter_characters) - book.duplicate_chapters for book in chosen)
             characters = sum(book.characters_out for book in chosen)
-            shown = (f"{chapters:,}", f"{characters:,}") if split != "refused" else ("", "")
+            shown = (f"{chapters:,}", f"{characters:,}") if split in ("train", "held_out") else ("", "")
             table.add_row(label, f"{len(chosen):,}", *shown)
         self.console.print(table)
         self._show_removed(books)

@@ -133,15 +133,15 @@ def find_duplicates(books: Sequence[BookPrints], thresholds: Thresholds = DEFAUL
     return found
 
 
-def order_of(books: Sequence[BookPrints], first: Sequence[bool] = ()) -> list[int]:
-    """Indices of the books, in the order in which they are kept: those flagged in `first`, the longest, by source.
+def order_of(books: Sequence[BookPrints], ranks: Sequence[int] = ()) -> list[int]:
+    """Indices of the books, in the order in which they are kept: those of the highest rank, the longest, by source.
 
     The longest of several editions is the one least likely to lack something, and is kept whole.
     """
-    is_first = first or [False] * len(books)
+    ranks = ranks or [0] * len(books)
     return sorted(
         range(len(books)),
-        key=lambda i: (not is_first[i], -int(books[i].prints.characters.sum()), books[i].source, books[i].name),
+        key=lambda i: (-ranks[i], -int(books[i].prints.characters.sum()), books[i].source, books[i].name),
     )
 
 

@@ -10,7 +10,8 @@ import difflib
 import fnmatch
 import hashlib
 from collections import defaultdict
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
 from pathlib import PurePosixPath
 from typing import Literal, NamedTuple
 
@@ -39,7 +40,7 @@ from dataset.novels.duplicates.overlaps import (
 )
 from novelgpt.settings.errors import UserError
 
-Split = Literal["train", "held_out"]
+Split = Literal["train", "held_out", "left_out"]
 
 _RELIABLE = 8  # sampled shingles, of some 250 characters: fewer may all be changed ones
 
@@ -49,13 +50,31 @@ class Decision(NamedTuple):
 
     fate: Literal["train", "held_out", "left_out"]
     reason: str = ""
-    """Why it is left out: "leak" where it overlaps a held-out book; the `kind` of `Pair` where it duplicates a chapter
-    that is kept; a sentence where its book is refused."""
+    """Why it is left out: "leak" where it overlaps a held-out book, or one in neither split; the `kind` of `Pair` where
+    it duplicates a chapter that is kept; what `Reserved` says; a sentence where its book is refused."""
     other: Location | None = None
     """That other chapter."""
     similarity: float = 0.0
     """As in `Pair`; of a leak the share of either in the other, or their similarity; of a chapter too short to judge,
     left out for the leak beside it, the value of that one."""
+
+
+@dataclass(frozen=True)
+class Reserved:
+    """What a list of held-out works says about a collection.
+
+    Attributes:
+        held_out: indices of the books that are works to test on.
+        left_out: index of a book that goes to neither split -> the reason.
+        chapters: (index of the book, index of the chapter in it) of chapters that overlap a listed work, in any book.
+    """
+
+    held_out: frozenset[int] = frozenset()
+    left_out: Mapping[int, str] = field(default_factory=dict)
+    chapters: Mapping[tuple[int, int], Decision] = field(default_factory=dict)
+
+
+NOTHING = Reserved()
 
 
 def assign_splits(
@@ -64,6 +83,7 @@ def assign_splits(
     held_out_names: Sequence[str] = (),
     held_out_share: float = 0.0,
     seed: int = 0,
+    reserved: Reserved = NOTHING,
 ) -> list[Split]:
     """The split of each book. Editions of one book go together.
 
@@ -76,6 +96,8 @@ def assign_splits(
             from the share requested; but where it is above 0, nothing is held out by name, and there are two books or
             more, at least one book is held out, and at least one is not.
         seed: of the draw.
+        reserved: books that a list assigns. A book held out by name is held out all the same; of the others, and of
+            their editions, none is drawn.
 
     Raises:
         UserError: a name matches no book, no book is left to train on, or the share is out of range.
@@ -88,45 +110,61 @@ def assign_splits(
         digest = hashlib.sha256(f"{seed}\n{book.name}".encode()).digest()
         # The min of its editions: one more edition may hold the book out, but never moves it back to training.
         draws[edition] = min(int.from_bytes(digest[:8], "big") / 2**64, draws.get(edition, 1.0))
-    if held and held == set(draws):
-        raise UserError("all books are held out by name", "leave some to train on")
+    assigned: dict[int, Split] = dict.fromkeys(reserved.left_out, "left_out")
+    assigned |= dict.fromkeys(reserved.held_out, "held_out")
+    for number in assigned:
+        draws.pop(duplicates.editions[number], None)
+    if (held or assigned) and held.issuperset(draws):
+        raise UserError("all books are held out by name" + " or by the list" * bool(assigned), "leave some to train on")
     if held_out_share > 0 and len(draws) > 1:
         ranked = sorted(draws, key=lambda edition: (draws[edition], books[edition].source))
-        at_least = set() if held else {ranked[0]}
+        at_least = set() if held or reserved.held_out else {ranked[0]}
         held |= {edition for edition in ranked[:-1] if draws[edition] < held_out_share} | at_least
-        if held == set(draws):
+        if held.issuperset(draws):
             held.discard(ranked[-1])
-    return ["held_out" if edition in held else "train" for edition in duplicates.editions]
+    return [
+        "held_out" if edition in held else assigned.get(number, "train")
+        for number, edition in enumerate(duplicates.editions)
+    ]
 
 
 def decide(
-    books: Sequence[BookPrints], duplicates: Duplicates, splits: Sequence[Split], thresholds: Thresholds = DEFAULTS
+    books: Sequence[BookPrints],
+    duplicates: Duplicates,
+    splits: Sequence[Split],
+    thresholds: Thresholds = DEFAULTS,
+    reserved: Reserved = NOTHING,
 ) -> list[list[Decision]]:
     """What becomes of each chapter of each book; independent of the order of `books`.
 
-    Books are ranked: held-out before training, then the longest first, then by source. A chapter is left out of
-    training where it overlaps any held-out chapter; and left out of its split where it duplicates what is kept before
-    it. Of several editions the longest is thus kept whole, and of the others what it lacks.
+    Books are ranked: held-out, in neither split, training; then the longest first, then by source. A chapter is left
+    out of training where it overlaps any chapter of the first two ranks, or a listed work; and left out of its split
+    where it duplicates what is kept before it. Of several editions the longest is thus kept whole, and of the others
+    what it lacks.
 
     Args:
         books: the collection.
         duplicates: from `find_duplicates`, of these books in the same order.
         splits: from `assign_splits`, or any other choice.
         thresholds: for overlaps and duplicates.
+        reserved: as for `assign_splits`.
     """
-    order = order_of(books, [split == "held_out" for split in splits])
+    order = order_of(books, [("train", "left_out", "held_out").index(split) for split in splits])
     collection = collect([books[i].prints for i in order])
-    is_held = np.array([splits[order[rank]] == "held_out" for rank in collection.book_of], bool)
+    is_held = np.array([splits[order[rank]] != "train" for rank in collection.book_of], bool)
     same = same_digests(collection)
     alike = similar_signatures(collection, min(thresholds.near, thresholds.leak))
     least = min(thresholds.leak, thresholds.related, thresholds.contained)
     shared = shared_shingles(collection, least).chapters
     left_out = _find_leaks(collection, is_held, (same, alike), shared, thresholds.leak)
+    settled = _settled_by_list(collection, order, splits, reserved, left_out)
     _find_repeats(collection, same, alike, shared, left_out, thresholds, duplicates, order)
     decisions: list[list[Decision]] = [[] for _ in books]
     for chapter, held in enumerate(is_held.tolist()):
         decision = Decision("held_out" if held else "train")
-        if chapter in left_out:
+        if chapter in settled:
+            decision = settled[chapter]
+        elif chapter in left_out:
             reason, other, similarity = left_out[chapter]
             decision = Decision("left_out", reason, location_of(books, order, collection, other), similarity)
         decisions[order[collection.book_of[chapter]]].append(decision)
@@ -136,10 +174,26 @@ def decide(
 _LeftOut = dict[int, tuple[Kind | Literal["leak"], int, float]]
 
 
+def _settled_by_list(
+    collection: Collection, order: Sequence[int], splits: Sequence[Split], reserved: Reserved, left_out: _LeftOut
+) -> dict[int, Decision]:
+    """Chapters that the list leaves out, by their number; marks them in `left_out`, so that none counts as kept."""
+    settled: dict[int, Decision] = {}
+    for rank, book in enumerate(order):
+        first, end = collection.firsts[rank : rank + 2].tolist()
+        for chapter in range(first, end):
+            if splits[book] == "left_out":
+                settled[chapter] = Decision("left_out", reserved.left_out[book])
+            elif splits[book] == "train" and (book, chapter - first) in reserved.chapters and chapter not in left_out:
+                settled[chapter] = reserved.chapters[book, chapter - first]
+    left_out |= {chapter: ("leak", chapter, decision.similarity) for chapter, decision in settled.items()}
+    return settled
+
+
 def _find_leaks(
     collection: Collection, is_held: np.ndarray, similar: Sequence[Pairs], shared: Pairs, least: float
 ) -> _LeftOut:
-    """Chapters of training books -> ("leak", the held-out chapter that it overlaps most, by how much)."""
+    """Chapters of training books -> ("leak", the chapter kept from training that it overlaps most, by how much)."""
     overlaps: list[tuple[int, int, float]] = []
     for pairs in similar:
         crossing = ~is_held[pairs.later] & is_held[pairs.earlier] & (pairs.value >= least)

@@ -37,11 +37,13 @@ FATES = {
     "held_out": ("Held out", "留出用于评估"),
     "duplicate": ("Repeated chapters", "重复章节"),
     "removed": ("Removed by rules", "按规则删除"),
+    "left_out": ("With held-out works", "与留出作品一同排除"),
     "refused": ("In refused books", "拒收的书"),
 }
 SCRIPTS = {"simplified": "simplified 简体", "traditional": "traditional 繁体", "none": "–"}
 SHARES_SHOWN = (("shortest 最短", 0), ("10 %", 0.1), ("90 %", 0.9), ("longest 最长", 1))
-SPLITS = {"train": "training 训练", "held_out": "held out 留出", "refused": "refused 拒收"}
+SPLITS = {"train": "training 训练", "held_out": "held out 留出", "left_out": "left out 排除", "refused": "refused 拒收"}
+KEPT = ("train", "held_out")
 
 
 class Truncated(NamedTuple):
@@ -74,7 +76,7 @@ def write_report(
     environment.filters.update(
         short=short_number, tick=tick_label, wan=chinese_number, visible=visible, percent=percent, degree=degree
     )
-    kept = [book for book in books if book.split != "refused"]
+    kept = [book for book in books if book.split in KEPT]
     refused = [book for book in books if book.split == "refused"]
     text = environment.get_template("page.html").render(
         style=style,
@@ -102,19 +104,22 @@ def count_fates(book: BookRecord) -> dict[str, int]:
     if book.split == "refused":
         return counts | {"refused": book.characters_in}
     counts["removed"] = book.characters_in - book.characters_kept
+    if book.split == "left_out":
+        return counts | {"left_out": book.characters_kept}
     counts["duplicate"] = book.characters_kept - book.characters_out
     counts[book.split] = book.characters_out
     return counts
 
 
 def count_totals(books: Sequence[BookRecord]) -> dict[str, int]:
-    """Headline figures of a collection; those of its text exclude refused books, `characters_in` does not."""
-    kept = [book for book in books if book.split != "refused"]
+    """Headline figures of a collection; those of its text are of the books kept, `characters_in` is of all."""
+    kept = [book for book in books if book.split in KEPT]
     return {
         "files": len({book.source.split("!")[0] for book in books}),
         "books": len(books),
         "kept": len(kept),
-        "refused": len(books) - len(kept),
+        "refused": sum(book.split == "refused" for book in books),
+        "left_out": sum(book.split == "left_out" for book in books),
         "chapters": sum(len(book.chapter_characters) for book in kept),
         "duplicates": sum(book.duplicate_chapters for book in kept),
         "held_out": sum(book.split == "held_out" for book in kept),

@@ -210,7 +210,7 @@ def test_a_large_collection_gives_a_page_that_opens(tmp_path: Path) -> None:
 
 def test_an_empty_collection_has_a_page(tmp_path: Path) -> None:
     text = write(tmp_path / "report.html", [], pairs=[], examples={}, options={})
-    assert [share for _, share in legend(text)] == [0.0] * 6
+    assert [share for _, share in legend(text)] == [0.0] * 7
 
 
 def test_files_that_are_no_texts_are_named(tmp_path: Path) -> None:
