@@ -17,6 +17,7 @@ from transformers.training_args import OptimizerNames, ParallelMode
 from novelgpt.budget.memory import checkpointing_options
 from novelgpt.model.hub import locate
 from novelgpt.model.loading import adapter_base, longest_row, read_config
+from novelgpt.model.random_base import ensure_random_base
 from novelgpt.model.weight_files import check_no_pickles
 from novelgpt.settings.arguments import (
     ANSWER_FIGURES,
@@ -30,7 +31,7 @@ from novelgpt.settings.errors import UserError
 from novelgpt.settings.paths import EMBEDDED_BASE, TINY
 from novelgpt.settings.process import is_first_process
 from novelgpt.settings.remedies import pip_install, python_module
-from novelgpt.settings.runs import TrainingRun
+from novelgpt.settings.runs import PretrainRun, TrainingRun
 from novelgpt.settings.terminal import say
 from novelgpt.text.data_names import find_data, find_text_files, split_part
 from novelgpt.text.dataset_info import find_datasets
@@ -89,6 +90,7 @@ def check_arguments(run: TrainingRun) -> None:
     _check_optimizer(run.training)
     if run.model.model == str(EMBEDDED_BASE) and is_first_process():
         say(f"training the small base ({TINY}), with the settings of {run.pipeline}/configs/{TINY}.yaml")
+    make_random_base(run)
     if adapter_base(run.model.model) is not None:
         raise UserError(
             f"{run.model.model} is an adapter, not a base",
@@ -101,6 +103,16 @@ def check_arguments(run: TrainingRun) -> None:
             f"--max_length {run.data.max_length} exceeds the {longest} positions of {run.model.model}",
             f"use --max_length {longest} or less; a model with extended positions says so in its config.json",
         )
+
+
+def make_random_base(run: TrainingRun) -> None:
+    """Draw the weights of a run that starts from random ones, unless they are there.
+
+    Raises:
+        UserError: as ensure_random_base.
+    """
+    if isinstance(run, PretrainRun) and run.model.random_weights is not None:
+        ensure_random_base(run.model.random_weights, run.model)
 
 
 def _check_numbers(training: TrainArguments) -> None:

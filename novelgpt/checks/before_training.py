@@ -26,11 +26,12 @@ from novelgpt.checks.findings import Check, run_check
 from novelgpt.checks.first_step import check_gradients, first_rows, probe_first_rows
 from novelgpt.checks.longest_batch import rows_to_try, try_batch
 from novelgpt.checks.run import check_files, check_vocabulary
+from novelgpt.checks.scale import scale_of
 from novelgpt.checks.stop_check import check_stops
 from novelgpt.model.weight_files import pickled_weights
 from novelgpt.settings.errors import UserError
 from novelgpt.settings.process import is_first_process, raise_on_all_ranks
-from novelgpt.settings.runs import TrainingRun
+from novelgpt.settings.runs import PretrainRun, TrainingRun
 from novelgpt.settings.terminal import say
 from novelgpt.training.plan import Probe, TrainingPlan
 from novelgpt.training.run_folder import RunFolder
@@ -107,6 +108,8 @@ def check(
     """
     memory = plan_memory(folder.run, train, dtype, qlora, prepare)
     check_disk(memory, train, tokenizer)
+    if is_first_process() and isinstance(folder.run, PretrainRun) and folder.run.model.random_weights is not None:
+        say(scale_of(memory))
     training, probes = memory.training, []
     if training.guards:
         probes.append(Probe(partial(first_rows, len(train)), probe_first_rows))  # type: ignore[arg-type]

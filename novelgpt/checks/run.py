@@ -18,7 +18,7 @@ from transformers.utils import GENERATION_CONFIG_NAME
 
 from novelgpt.budget.disk import bytes_in, describe, forecast_disk, lack_of_room
 from novelgpt.budget.memory_plan import FULL_SHARE, MemoryPlan, plan_memory
-from novelgpt.checks.arguments import check_arguments
+from novelgpt.checks.arguments import check_arguments, make_random_base
 from novelgpt.checks.findings import Finding, first_case
 from novelgpt.model.embedded_base import ensure_embedded_base
 from novelgpt.model.hub import cached_folder, looks_like_path, runs_own_code
@@ -49,7 +49,8 @@ def parse_run(pipeline: str, args: Sequence[str]) -> TrainingRun:
             code, which never runs here.
     """
     run = parse_arguments(RUNS[pipeline], list(args))
-    model = replace(run.model, model=local_model(run.model.model))
+    make_random_base(run)
+    model: Any = replace(run.model, model=local_model(run.model.model))
     if model.trust_remote_code and runs_own_code(model):
         raise UserError(
             f"{model.model} needs its own code, and none of that is run for checks",

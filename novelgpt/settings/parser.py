@@ -28,13 +28,14 @@ from novelgpt.settings.external_ranks import problem_of_rank
 from novelgpt.settings.parsed_files import read_yaml
 from novelgpt.settings.paths import EMBEDDED_BASE, ROOT, TINY, check_not_replaced, check_utf8, from_home, model_place
 from novelgpt.settings.peer_names import MODEL_NAMES, OTHER_NAMES, explain, settle_model
+from novelgpt.settings.random_weights import FROM_SCRATCH
 from novelgpt.settings.refused_settings import refuse_settings_of_accelerate
 
 Run = TypeVar("Run")
 # Options that hold paths, in which `~` is the user's home.
 PATHS = (
-    "config", "model", "train_files", "valid_files", "data_files", "dataset_dir", "instruction_templates", "mix",
-    "output_dir",
+    "config", "model", "config_name", "tokenizer_name", "train_files", "valid_files", "data_files", "dataset_dir",
+    "instruction_templates", "mix", "output_dir",
     "resume_from_checkpoint", "deepspeed", "fsdp_config", "accelerator_config",
 )  # fmt: skip
 # What --save_steps alone turns on, as --save_strategy steps would.
@@ -47,7 +48,7 @@ EXPONENT = re.compile(r"[-+]?[0-9]+(\.[0-9]*)?[eE][-+]?[0-9]+")
 # Options that name training data.
 OWN_DATA = ("train_files", "valid_files", "dataset", "eval_dataset", "mix")
 # Mappings that are written name=value,name=value as well.
-PAIRS = ("columns",)
+PAIRS = ("columns", "config_overrides")
 
 
 class _Parser(CommandParser, HfArgumentParser):
@@ -136,7 +137,7 @@ def _settings_of_model(
     actions: dict[str, argparse.Action],
     kinds: dict[str, Any],
 ) -> dict[str, Any]:
-    """Return the settings for training the small base; none for every other model.
+    """Return the settings for training the small base, or random weights; none for every other model.
 
     Args:
         pipeline: that runs.
@@ -146,8 +147,15 @@ def _settings_of_model(
         kinds: types of the options.
 
     Raises:
-        UserError: training data is given, and no model.
+        UserError: training data is given, and no model; or a model beside random weights.
     """
+    if "config_name" in named:
+        if model is not None:
+            raise UserError(
+                f"--config_name starts from random weights, and --model {model} from weights that are there",
+                "leave one of them out (the variable MODEL is --model, too)",
+            )
+        return _read_yaml(ROOT / pipeline / "configs" / f"{FROM_SCRATCH}.yaml", actions, kinds, pipeline)
     settings = ROOT / pipeline / "configs" / f"{TINY}.yaml"
     if not settings.is_file():
         return {}

@@ -75,7 +75,8 @@ _TABLE: tuple[tuple[str, str, str, str], ...] = (
     ("L", "use_fast_tokenizer low_cpu_mem_usage use_kv_cache offload_folder", "", AUTOMATIC),
     ("L", "split_special_tokens", "", "special tokens that a text spells are always text"),
     ("L", "upcast_layernorm upcast_lmhead_output", "", "weights that train are fp32, and so is the loss"),
-    ("L", "train_from_scratch", "", "pretrain continues from the weights that model names"),
+    ("L", "train_from_scratch", "config_name tokenizer_name",
+     "config_name, a ready size or a config.json, with tokenizer_name, in pretrain"),
     ("LS", "infer_backend", "endpoint", "endpoint: the URL of a server such as vLLM's, in predict"),
     ("L", "print_param_status", "", AUTOMATIC),
     # Method.

@@ -17,6 +17,7 @@ from novelgpt.settings.arguments import (
     TrainArguments,
     option,
 )
+from novelgpt.settings.random_weights import PretrainModelArguments
 
 
 @dataclass
@@ -28,12 +29,20 @@ class LoraTrainArguments(TrainArguments):
 
 @dataclass
 class PretrainRun:
-    """Continued pretraining: raw text, all weights."""
+    """Pretraining, continued or from random weights: raw text, all weights."""
 
     pipeline: ClassVar[str] = "pretrain"
-    model: ModelArguments
+    model: PretrainModelArguments
     data: CorpusArguments
     training: TrainArguments
+
+    def __post_init__(self) -> None:
+        """Let the run's seed decide random weights, too.
+
+        Raises:
+            UserError: as settle_random_weights.
+        """
+        self.model.settle_random_weights(self.training.seed)
 
 
 @dataclass

@@ -1,0 +1,128 @@
+"""The configuration of a model with random weights: settings of a file, overrides, and the tokenizer's vocabulary."""
+
+from __future__ import annotations
+
+import dataclasses
+import difflib
+import re
+from typing import Any
+
+from huggingface_hub.errors import StrictDataclassError
+from transformers import CONFIG_MAPPING, MODEL_FOR_CAUSAL_LM_MAPPING, PreTrainedConfig, PreTrainedTokenizerBase
+
+from novelgpt.model.folder_checks import CONFIGURATION
+from novelgpt.settings.errors import UserError, reason_of
+from novelgpt.settings.parsed_files import check_fields
+from novelgpt.settings.random_weights import RandomWeights, ready_sizes
+
+CORRECT = "correct --config_overrides, or the file"
+# What huggingface_hub writes before the reason.
+OF_VALIDATORS = re.compile(r"^Class validation error for validator '\w+': (\w+Error: )?")
+# Kinds of the layers one by one, in files that list them.
+PER_LAYER = "layer_types"
+# What files say of the weights that they came with.
+OF_OTHER_WEIGHTS = ("_name_or_path", "auto_map", "transformers_version", "dtype", "torch_dtype", "quantization_config")
+
+
+def random_config(weights: RandomWeights, tokenizer: PreTrainedTokenizerBase) -> PreTrainedConfig:
+    """Make the configuration of a model for a tokenizer.
+
+    The tokenizer decides the special ids, and the vocabulary where no override does, up to the next multiple of the
+    divisor.
+
+    Args:
+        weights: settings and overrides.
+        tokenizer: of the model.
+
+    Raises:
+        UserError: the family is unknown or no causal language model, overrides that it does not have, of another type
+            or out of range, sizes that do not divide, or a tokenizer larger than the vocabulary.
+    """
+    where = f"--config_name {weights.source}"
+    family = _family(weights.settings.get("model_type"), where)
+    overrides = _check_overrides(weights, family)
+    settings = {name: value for name, value in weights.settings.items() if name not in OF_OTHER_WEIGHTS}
+    if "num_hidden_layers" in overrides and len(set(settings.get(PER_LAYER) or [])) == 1:
+        del settings[PER_LAYER]  # all alike
+    rows = max(len(tokenizer), max(tokenizer.get_vocab().values()) + 1)
+    vocabulary = overrides.get("vocab_size", rows)
+    if isinstance(vocabulary, int) and vocabulary < rows:
+        raise UserError(
+            f"the tokenizer {weights.tokenizer} has {rows:,} tokens, more than the vocab_size of {vocabulary:,}",
+            f"leave vocab_size out, which is then the tokenizer's, or train a tokenizer of at most {vocabulary:,}",
+        )
+    settings |= overrides | _token_ids(tokenizer) | {"vocab_size": vocabulary}
+    check_fields(CONFIGURATION, settings, where, CORRECT)
+    settings["vocab_size"] = -(-vocabulary // weights.divisor) * weights.divisor
+    try:
+        config: PreTrainedConfig = family.from_dict(settings)
+    except (StrictDataclassError, ValueError, TypeError, KeyError) as error:
+        raise UserError(f"{where}: {OF_VALIDATORS.sub('', reason_of(error))}", CORRECT) from error
+    _check_sizes(config, settings, where)
+    return config
+
+
+def _family(kind: Any, where: str) -> type[PreTrainedConfig]:
+    """The configuration class of a family.
+
+    Raises:
+        UserError: there is none, or it has no causal language model.
+    """
+    family: type[PreTrainedConfig] | None = CONFIG_MAPPING[kind] if kind in CONFIG_MAPPING else None  # noqa: SIM401
+    if family is not None and family in MODEL_FOR_CAUSAL_LM_MAPPING:
+        return family
+    what = "which transformers does not know" if family is None else "which has no causal language model"
+    raise UserError(
+        f"{where} says no model_type" if kind is None else f"{where} is of the family {kind!r}, {what}",
+        f"name a causal language model as model_type, or a ready size: {', '.join(ready_sizes())}",
+    )
+
+
+def _check_overrides(weights: RandomWeights, family: type[PreTrainedConfig]) -> dict[str, Any]:
+    """The overrides by the names that the family's files have.
+
+    Raises:
+        UserError: a setting does not exist, or may not be changed.
+    """
+    names: dict[str, str] = family.attribute_map
+    known = {field.name for field in dataclasses.fields(family)} | set(names) | set(weights.settings)
+    for name in weights.overrides:
+        if name == "model_type":
+            raise UserError("--config_overrides sets model_type, which is another family", "name another --config_name")
+        if name not in known:
+            nearest = difflib.get_close_matches(name, sorted(known), n=1, cutoff=0.0)[0]
+            raise UserError(
+                f"--config_overrides sets {name!r}, which {family.model_type} does not have",
+                f"did you mean {nearest!r}?",
+            )
+    return {names.get(name, name): value for name, value in weights.overrides.items()}
+
+
+def _token_ids(tokenizer: PreTrainedTokenizerBase) -> dict[str, int | None]:
+    """The special ids of the configuration.
+
+    The embedding of the padding token gets no gradient, so one that begins or ends texts as well is not named for it.
+    """
+    begin, end, pad = tokenizer.bos_token_id, tokenizer.eos_token_id, tokenizer.pad_token_id
+    return {"bos_token_id": begin, "eos_token_id": end, "pad_token_id": None if pad in (begin, end) else pad}
+
+
+def _check_sizes(config: PreTrainedConfig, settings: dict[str, Any], where: str) -> None:
+    """Refuse sizes that do not divide where the family does not, and would make smaller heads without a word.
+
+    Raises:
+        UserError: names the two.
+    """
+    text = config.get_text_config()
+    sizes = {name: vars(text).get(text.attribute_map.get(name, name)) for name in
+             ("hidden_size", "num_attention_heads", "num_key_value_heads", "head_dim", "rope_parameters")}  # fmt: skip
+    width, heads, groups = (sizes[name] for name in ("hidden_size", "num_attention_heads", "num_key_value_heads"))
+    if not isinstance(width, int) or not isinstance(heads, int):
+        return
+    if "head_dim" not in settings and width % heads:
+        raise UserError(f"{where}: {heads} attention heads do not divide a hidden_size of {width}", CORRECT)
+    if isinstance(groups, int) and heads % groups:
+        raise UserError(f"{where}: {groups} key and value heads do not divide {heads} attention heads", CORRECT)
+    head = sizes["head_dim"] or width // heads
+    if sizes["rope_parameters"] and head % 2:
+        raise UserError(f"{where}: heads of {head} have no pairs, which rotary positions turn", CORRECT)

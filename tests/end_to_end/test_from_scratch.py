@@ -1,0 +1,159 @@
+"""Pretraining from random weights through the real command line, on one process, two, and with weights in parts."""
+
+import json
+import random
+import shutil
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from safetensors.torch import load_file
+
+import novelgpt.settings.random_weights as settings
+import pretrain.__main__
+from novelgpt.checks.arguments import make_random_base
+from novelgpt.checks.scale import describe_scale, run_tokens
+from novelgpt.model.random_base import WeightCounts
+from novelgpt.settings.parser import parse_arguments
+from novelgpt.settings.runs import PretrainRun
+from tests.model import random_base_of_rank
+from tests.model.reloaded import tensors_hash
+from tests.model.test_random_base import tiny_words
+from tests.ranks import run_pipeline, run_ranks
+
+SHORT = [
+    "--max_steps", "2", "--max_length", "64", "--per_device_train_batch_size", "1", "--eval_strategy", "no",
+    "--save_strategy", "no",
+]  # fmt: skip
+
+
+@pytest.fixture
+def words(base_folder: Path) -> Iterator[list[str]]:
+    """A run of a seed that no other had, whose base is removed in the end: processes have no other place for it."""
+    chosen = tiny_words(base_folder, "qwen3-5m", "--seed", str(random.SystemRandom().randrange(2**31)))
+    yield chosen
+    shutil.rmtree(parse_arguments(PretrainRun, chosen).model.model, ignore_errors=True)
+
+
+def weights_here(words: list[str], place: Path, monkeypatch: pytest.MonkeyPatch) -> dict[str, torch.Tensor]:
+    """The random weights that this process makes of the same words, in a place of their own."""
+    with monkeypatch.context() as patch:
+        patch.setattr(settings, "OUTPUT", place)
+        run = parse_arguments(PretrainRun, words)
+        make_random_base(run)
+    return load_file(Path(run.model.model) / "model.safetensors")
+
+
+def check_run(words: list[str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch, processes: int, zero: int) -> None:
+    """Train from random weights, which are bit for bit those of a single process."""
+    folder = Path(parse_arguments(PretrainRun, words).model.model)
+    assert not folder.exists()
+    printed = run_pipeline("pretrain", [*words, *SHORT, "--output_dir", str(tmp_path / "run")], processes, zero)
+    assert printed.count("random weights of qwen3-5m") == 1 and printed.count("scale: ") == 1
+    assert f"this run trains on {2 * processes * 64} tokens" in printed
+    made, expected = load_file(folder / "model.safetensors"), weights_here(words, tmp_path, monkeypatch)
+    assert made.keys() == expected.keys()
+    assert all(torch.equal(made[name], tensor) for name, tensor in expected.items())
+    record: dict[str, Any] = json.loads((tmp_path / "run" / "run.json").read_text(encoding="utf-8"))
+    assert (record["model"], record["arguments"]["model"]["config_name"]) == (str(folder), "qwen3-5m")
+    trained = load_file(tmp_path / "run" / "model.safetensors")
+    assert trained.keys() == expected.keys()
+    assert not torch.equal(trained["model.norm.weight"], expected["model.norm.weight"])
+
+
+def test_two_ranks_train_the_weights_that_one_process_draws(
+    words: list[str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    check_run(words, tmp_path, monkeypatch, processes=2, zero=0)
+
+
+@pytest.mark.long
+@pytest.mark.parametrize(("processes", "zero"), [(1, 0), (2, 3)])
+def test_other_launches_train_the_same_weights(
+    processes: int, zero: int, words: list[str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    check_run(words, tmp_path, monkeypatch, processes, zero)
+
+
+def test_weights_in_parts_are_those_of_one_process(
+    base_folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    words = tiny_words(base_folder, "gpt2-10m")
+    run_ranks(random_base_of_rank.__file__, str(tmp_path), *words, logs=tmp_path)
+    alone = weights_here(words, tmp_path / "alone", monkeypatch)
+    alone["lm_head.weight"] = alone["transformer.wte.weight"]  # tied, and stored once
+    hashes = {(tmp_path / f"{rank}.txt").read_text(encoding="utf-8") for rank in range(2)}
+    assert hashes == {tensors_hash(alone)}
+
+
+def test_the_scale_of_a_run() -> None:
+    counts = WeightCounts(total=5_000_000, embeddings=2_000_000)
+    line = describe_scale(counts, 50_000_000)
+    assert "5.0 M weights, 3.0 M without embeddings" in line
+    assert "50,000,000 tokens, 10 a weight" in line and "would take 100.0 M tokens, 20 a weight" in line
+    training: Any = parse_arguments(PretrainRun, ["--num_train_epochs", "3"]).training
+    assert run_tokens(1000, 10, training) == 3000
+    training.max_steps, training.gradient_accumulation_steps = 7, 2
+    assert run_tokens(1000, 10, training) == 7 * 2 * training.per_device_train_batch_size * 100
+
+
+CONFIG = {"model_type": "llama", "hidden_size": 64, "num_hidden_layers": 2, "num_attention_heads": 4}
+FILES = {
+    "unknown.json": CONFIG | {"model_type": "lama"},
+    "encoder.json": {"model_type": "clip"},
+    "bert.json": CONFIG | {"model_type": "bert", "intermediate_size": 64},
+    "no_family.json": {"hidden_size": 64},
+    "good.json": CONFIG | {"num_key_value_heads": 4, "intermediate_size": 64},
+}
+SIZE, OVER = ["--config_name", "qwen3-5m"], "--config_overrides"
+GOOD = ["--config_name", "good.json", "--tokenizer_name", "{base}"]
+CASES: dict[str, tuple[list[str], str, str]] = {
+    "unknown size": (["--config_name", "qwen3-5", *GOOD[2:]], "qwen3-5 is no ready size", "did you mean qwen3-5m?"),
+    "no tokenizer": (SIZE, "needs a tokenizer", "--tokenizer_name FOLDER"),
+    "tokenizer: no folder": ([*SIZE, "--tokenizer_name", "./none"], "./none is not a folder", "tokenizer.json"),
+    "tokenizer: empty folder": ([*SIZE, "--tokenizer_name", "."], "holds no tokenizer", "tokenizer.json"),
+    "beside --model": ([*SIZE, "--tokenizer_name", "{base}", "--model", "{base}"], "--config_name starts", "leave one"),
+    "tokenizer alone": (["--tokenizer_name", "{base}"], "no --config_name says", "add --config_name"),
+    "overrides alone": ([OVER, "hidden_size=64"], "no --config_name says", "add --config_name"),
+    "unknown family": ([*GOOD[2:], "--config_name", "unknown.json"], "family 'lama', which transformers", "model_type"),
+    "no family": ([*GOOD[2:], "--config_name", "no_family.json"], "says no model_type", "ready size"),
+    "no language model": ([*GOOD[2:], "--config_name", "encoder.json"], "which has no causal language", "model_type"),
+    "reads what follows": ([*GOOD[2:], "--config_name", "bert.json"], "attend to those that follow", "is_decoder"),
+    "unknown setting": ([*GOOD, OVER, "hiden_size=32"], "'hiden_size', which llama does not have", "'hidden_size'"),
+    "another family": ([*GOOD, OVER, "model_type=gpt2"], "sets model_type", "another --config_name"),
+    "a word": ([*GOOD, OVER, "hidden_size=wide"], "hidden_size: input should be a valid integer", "correct"),
+    "a fraction": ([*GOOD, OVER, "num_hidden_layers=2.5"], "num_hidden_layers: input should be", "correct"),
+    "none": ([*GOOD, OVER, "num_hidden_layers=0"], "num_hidden_layers: input should be greater", "correct"),
+    "no pair": ([*GOOD, OVER, "hidden_size"], "is not written name=value", "--help"),
+    "heads": ([*GOOD, OVER, "hidden_size=66"], "(66) is not a multiple of the number of attention heads", "correct"),
+    "heads of a family that does not look": (
+        ["--config_name", "baichuan-10m-rope", *GOOD[2:], OVER, "hidden_size=66"],
+        "4 attention heads do not divide a hidden_size of 66", "correct",
+    ),
+    "groups": ([*GOOD, OVER, "num_key_value_heads=3"], "3 key and value heads do not divide 4", "correct"),
+    "odd heads": ([*GOOD, OVER, "hidden_size=60"], "even rotary dimension", "correct"),
+    "another type": ([*GOOD, OVER, "attention_bias=often"], "'attention_bias'", "correct"),
+    "vocabulary": ([*GOOD, OVER, "vocab_size=900"], "1,000 tokens, more than the vocab_size of 900", "at most 900"),
+    "divisor": ([*GOOD, "--make_vocab_size_divisible_by", "0"], "0 is out of range", "64"),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("name", CASES)
+def test_wrong_input_is_told_and_leaves_nothing(
+    name: str, base_folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    given, cause, remedy = CASES[name]
+    (tmp_path / "typed").mkdir()
+    for file, content in FILES.items():
+        (tmp_path / "typed" / file).write_text(json.dumps(content), encoding="utf-8")
+    monkeypatch.chdir(tmp_path / "typed")
+    monkeypatch.setattr(settings, "OUTPUT", tmp_path / "output")
+    words = [word.replace("{base}", str(base_folder)) for word in given]
+    with pytest.raises(SystemExit) as refused:
+        pretrain.__main__.main([*words, "--output_dir", str(tmp_path / "run")])
+    lines = [line for line in capsys.readouterr().err.splitlines() if line.startswith(("error:", "  fix:"))]
+    assert refused.value.code == 2 and len(lines) == 2, lines
+    assert cause in lines[0] and remedy in lines[1], lines
+    assert {path.name for path in tmp_path.iterdir()} == {"typed"}

@@ -1,0 +1,276 @@
+"""Random weights by configuration: numbers, first losses, the same bits everywhere, folders that anyone loads."""
+
+import json
+import math
+import os
+import subprocess
+import sys
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from transformers import CONFIG_MAPPING, MODEL_FOR_CAUSAL_LM_MAPPING, PreTrainedConfig, PreTrainedModel
+
+import novelgpt.settings.random_weights as settings
+from novelgpt.checks.arguments import make_random_base
+from novelgpt.model.loading import load_model
+from novelgpt.model.random_base import build_random_model, count_weights
+from novelgpt.model.tokenizer import load_tokenizer
+from novelgpt.settings.parser import parse_arguments
+from novelgpt.settings.random_weights import ready_sizes
+from novelgpt.settings.runs import PretrainRun
+from tests.launched import PATIENCE
+from tests.model.reloaded import NEW_TOKENS, PROMPT, weights_hash
+
+SMALL = ["gpt2-10m", "qwen3-5m", "baichuan-10m-rope", "baichuan-10m-alibi"]
+MIDDLE = ["llama-43m", "glm-30m", "qwen3-26m"]
+UP_TO_50M = [*SMALL, *(pytest.param(name, marks=pytest.mark.long) for name in MIDDLE)]
+# What the names say, and the published model, which is smaller than its name.
+STATED = {"qwen3-0.6b": 596_049_920, "gpt2-124m": 124_439_808}
+ROWS, TOKENS = 2, 64
+
+
+def config_of(size: str, **overrides: Any) -> PreTrainedConfig:
+    """The configuration of a ready size with the vocabulary in its file."""
+    _, content = settings.read_size(size)
+    content |= {"bos_token_id": None, "eos_token_id": 0, "pad_token_id": None} | overrides
+    return CONFIG_MAPPING[content["model_type"]].from_dict(content)
+
+
+def on_meta(config: PreTrainedConfig) -> PreTrainedModel:
+    architecture: Any = MODEL_FOR_CAUSAL_LM_MAPPING[type(config)]
+    with torch.device("meta"):
+        model: PreTrainedModel = architecture(config)
+    return model
+
+
+def gpt2(c: Any) -> tuple[int, int]:
+    """(weights of embeddings and head, of all the rest); tied, biases everywhere, two norms a layer and one."""
+    d = c.n_embd
+    layer = (3 * d * d + 3 * d) + (d * d + d) + (4 * d * d + 4 * d) + (4 * d * d + d) + 4 * d
+    return (c.vocab_size + c.n_positions) * d, c.n_layer * layer + 2 * d
+
+
+def llama(c: Any) -> tuple[int, int]:
+    d, kv = c.hidden_size, c.hidden_size // c.num_attention_heads * c.num_key_value_heads
+    layer = 2 * d * d + 2 * d * kv + 3 * d * c.intermediate_size + 2 * d
+    return 2 * c.vocab_size * d, c.num_hidden_layers * layer + d
+
+
+def glm(c: Any) -> tuple[int, int]:
+    """As Llama, with biases of queries, keys and values."""
+    d, q, kv = c.hidden_size, c.num_attention_heads * c.head_dim, c.num_key_value_heads * c.head_dim
+    layer = 2 * d * q + 2 * d * kv + q + 2 * kv + 3 * d * c.intermediate_size + 2 * d
+    return 2 * c.vocab_size * d, c.num_hidden_layers * layer + d
+
+
+def qwen3(c: Any) -> tuple[int, int]:
+    """Tied, with a norm of the queries' heads and one of the keys'."""
+    d, q, kv = c.hidden_size, c.num_attention_heads * c.head_dim, c.num_key_value_heads * c.head_dim
+    layer = 2 * d * q + 2 * d * kv + 2 * c.head_dim + 3 * d * c.intermediate_size + 2 * d
+    return c.vocab_size * d, c.num_hidden_layers * layer + d
+
+
+def baichuan(c: Any) -> tuple[int, int]:
+    d = c.hidden_size
+    return 2 * c.vocab_size * d, c.num_hidden_layers * (4 * d * d + 3 * d * c.intermediate_size + 2 * d) + d
+
+
+FORMULAS: dict[str, Callable[[Any], tuple[int, int]]] = {
+    "gpt2": gpt2, "llama": llama, "glm": glm, "qwen3": qwen3, "baichuan": baichuan,
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("size", ready_sizes())
+def test_the_number_of_weights_is_that_of_the_formula_and_of_the_name(size: str) -> None:
+    config = config_of(size)
+    counts = count_weights(on_meta(config))
+    embeddings, inner = FORMULAS[config.model_type](config)
+    assert (counts.embeddings, counts.inner) == (embeddings, inner)
+    number = size.split("-")[1]
+    named = float(number[:-1]) * {"m": 1e6, "b": 1e9}[number[-1]]
+    assert counts.total == STATED[size] if size in STATED else abs(counts.total / named - 1) < 0.04
+
+
+def test_two_sizes_have_the_layers_and_heads_that_others_name_them_by() -> None:
+    llama_43m, gpt2_124m = config_of("llama-43m"), config_of("gpt2-124m")
+    heads = (llama_43m.hidden_size, llama_43m.num_hidden_layers, llama_43m.num_attention_heads)
+    assert heads == (256, 12, 8)
+    total = count_weights(on_meta(gpt2_124m)).total
+    assert round((total - gpt2_124m.n_positions * gpt2_124m.n_embd) / 1e6, 2) == 123.65
+
+
+@pytest.mark.parametrize("size", UP_TO_50M)
+def test_the_loss_at_step_0_is_that_of_a_guess(size: str) -> None:
+    config = config_of(size)
+    model = build_random_model(config, seed=1).eval()
+    generator = torch.Generator().manual_seed(2)
+    ids = torch.randint(config.vocab_size, (ROWS, TOKENS), generator=generator)
+    with torch.no_grad():
+        logits = model(input_ids=ids).logits.float()
+    # Over all tokens in place of the one that follows: the mean of the loss, without the chance of a small batch.
+    loss = float((logits.logsumexp(-1) - logits.mean(-1)).mean())
+    assert abs(loss - (math.log(config.vocab_size) + float(logits.var(-1).mean()) / 2)) < 0.05
+
+
+def test_weights_depend_on_the_seed_alone() -> None:
+    config = config_of("qwen3-5m", num_hidden_layers=2, vocab_size=512)
+    threads = torch.get_num_threads()
+    torch.manual_seed(5)
+    before = torch.get_rng_state()
+    hashes = []
+    try:
+        for seed, used in ((1, 1), (1, 2), (2, 1)):
+            torch.set_num_threads(used)
+            hashes.append(weights_hash(build_random_model(config, seed)))
+            torch.rand(3)
+    finally:
+        torch.set_num_threads(threads)
+    assert hashes[0] == hashes[1] != hashes[2]
+    torch.set_rng_state(before)
+    first = torch.rand(1)
+    torch.set_rng_state(before)
+    build_random_model(config, 3)
+    assert torch.equal(torch.rand(1), first)  # what others draw next is the same
+
+
+def deviation(model: PreTrainedModel, name: str) -> float:
+    return float(model.get_parameter(name).detach().std())
+
+
+def test_each_family_is_initialised_as_its_paper_or_code_says() -> None:
+    small = {"num_hidden_layers": 8, "vocab_size": 512}
+    gpt = build_random_model(config_of("gpt2-10m", n_layer=8, vocab_size=512), 1)
+    assert deviation(gpt, "transformer.h.3.mlp.c_fc.weight") == pytest.approx(0.02, rel=0.02)
+    for name in ("attn.c_proj", "mlp.c_proj"):
+        assert deviation(gpt, f"transformer.h.3.{name}.weight") == pytest.approx(0.02 / 4, rel=0.02)  # sqrt(2 * 8)
+    assert deviation(gpt, "transformer.wpe.weight") == pytest.approx(0.01, rel=0.02)
+    for size, share in (("glm-30m", 4), ("llama-43m", 1), ("qwen3-5m", 1)):
+        model = build_random_model(config_of(size, **small), 1)
+        assert deviation(model, "model.layers.3.self_attn.q_proj.weight") == pytest.approx(0.02, rel=0.02)
+        for name in ("self_attn.o_proj", "mlp.down_proj"):
+            assert deviation(model, f"model.layers.3.{name}.weight") == pytest.approx(0.02 / share, rel=0.02)
+
+
+def tiny_words(base: Path, size: str, *words: str) -> list[str]:
+    """Options of a model of this family, small enough to be made in no time."""
+    width, inner = ("n_embd", "n_inner") if size.startswith("gpt2") else ("hidden_size", "intermediate_size")
+    head = ",head_dim=16" if size.startswith(("qwen3", "glm")) else ""
+    overrides = f"{width}=64,num_hidden_layers=2,{inner}=96{head}"
+    return ["--config_name", size, "--tokenizer_name", str(base), "--config_overrides", overrides, *words]
+
+
+def made(words: list[str]) -> PretrainRun:
+    """A run with these words, whose random weights are there."""
+    run = parse_arguments(PretrainRun, words)
+    make_random_base(run)
+    return run
+
+
+def reloaded(folders: list[str]) -> dict[str, tuple[str, list[int]]]:
+    """What a process with transformers alone makes of folders."""
+    environment = {name: value for name, value in os.environ.items() if name != "PYTHONPATH"}
+    done = subprocess.run(
+        [sys.executable, str(Path(__file__).with_name("reloaded.py")), *folders], cwd="/",
+        env=environment | {"OMP_NUM_THREADS": "1", "HF_HUB_OFFLINE": "1"},
+        capture_output=True, text=True, timeout=PATIENCE, check=False,
+    )  # fmt: skip
+    assert done.returncode == 0, done.stderr[-3000:]
+    found: dict[str, tuple[str, list[int]]] = json.loads(done.stdout)
+    return found
+
+
+def check_reloading(runs: list[PretrainRun]) -> None:
+    """Transformers alone has the same weights as this toolkit, and writes the same."""
+    found = reloaded([run.model.model for run in runs])
+    for run in runs:
+        tokenizer = load_tokenizer(run.model)
+        model = load_model(run.model, tokenizer)
+        ids = tokenizer(PROMPT, return_tensors="pt").input_ids
+        model.set_attn_implementation("sdpa")
+        options = {"max_new_tokens": NEW_TOKENS, "min_new_tokens": NEW_TOKENS, "do_sample": False}
+        written: Any = model.eval().generate(ids, **options)  # type: ignore[operator]
+        assert found[run.model.model] == [weights_hash(model), written[0].tolist()]
+
+
+def test_transformers_alone_loads_and_writes(
+    base_folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(settings, "OUTPUT", tmp_path)
+    check_reloading([made(tiny_words(base_folder, size)) for size in ("gpt2-10m", "llama-43m", "glm-30m", "qwen3-5m")])
+
+
+@pytest.mark.long
+def test_transformers_alone_loads_each_size_up_to_50m(
+    base_folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(settings, "OUTPUT", tmp_path)
+    sizes = [size for size in (*SMALL, *MIDDLE) if not size.startswith("baichuan")]
+    check_reloading([made(["--config_name", size, "--tokenizer_name", str(base_folder)]) for size in sizes])
+
+
+@pytest.mark.parametrize("kind", ["rope", "alibi"])
+def test_baichuan_loads_and_writes_here(
+    kind: str, base_folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(settings, "OUTPUT", tmp_path)
+    run = made(tiny_words(base_folder, f"baichuan-10m-{kind}"))
+    tokenizer = load_tokenizer(run.model)
+    model = load_model(run.model, tokenizer).eval()
+    assert (model.config.position_embedding, model.config.norm_head) == (kind, kind == "alibi")
+    weights = run.model.random_weights
+    assert weights is not None
+    assert weights_hash(model) == weights_hash(build_random_model(model.config, weights.seed))
+    written: Any = model.generate(tokenizer(PROMPT, return_tensors="pt").input_ids, max_new_tokens=4)  # type: ignore[operator]
+    assert written.shape[1] > len(tokenizer(PROMPT).input_ids)
+
+
+def test_the_folder_is_decided_by_all_that_decides_the_weights(
+    base_folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(settings, "OUTPUT", tmp_path)
+    words = tiny_words(base_folder, "qwen3-5m")
+    (tmp_path / "mine.yaml").write_text(
+        f"config_name: qwen3-5m\ntokenizer_name: {base_folder}\nconfig_overrides:\n  head_dim: 16\n  hidden_size: 64\n"
+        "  num_hidden_layers: 2\n  intermediate_size: 96\n",
+        encoding="utf-8",
+    )
+    (tmp_path / "config.json").write_text(json.dumps(settings.read_size("qwen3-5m")[1]), encoding="utf-8")
+    same = [words, ["--config", str(tmp_path / "mine.yaml")], [*words, "--learning_rate", "1e-4"]]
+    others = [
+        [*words, "--seed", "7"],
+        [*words, "--make_vocab_size_divisible_by", "64"],
+        [*words, "--config_overrides", "hidden_size=64"],
+        ["--config_name", "qwen3-26m", *words[2:]],
+    ]
+    folders = [parse_arguments(PretrainRun, each).model.model for each in (*same, *others)]
+    assert len(set(folders[:3])) == 1 and len(set(folders)) == 1 + len(others)
+    assert Path(folders[0]).name.startswith("qwen3-5m-")
+    in_file = parse_arguments(PretrainRun, [*words, "--config_name", str(tmp_path / "config.json")]).model.model
+    assert in_file.rpartition("-")[2] == folders[0].rpartition("-")[2]
+
+
+def test_the_tokenizer_decides_vocabulary_and_special_ids(
+    base_folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(settings, "OUTPUT", tmp_path)
+    words = tiny_words(base_folder, "gpt2-10m")
+    run = made([*words, "--make_vocab_size_divisible_by", "64"])
+    tokenizer = load_tokenizer(run.model)
+    model = load_model(run.model, tokenizer)
+    assert len(tokenizer) == 1000 and model.config.vocab_size == 1024 == model.get_input_embeddings().num_embeddings
+    assert model.config.eos_token_id == tokenizer.eos_token_id and model.config.bos_token_id is None
+    assert model.generation_config is not None
+    assert model.generation_config.pad_token_id == tokenizer.pad_token_id
+    wide = made([*words[:-1], f"{words[-1]},vocab_size=1200"])
+    assert load_model(wide.model, tokenizer).config.vocab_size == 1200
+
+
+def test_settings_of_random_weights_apply_unless_the_user_sets_others(base_folder: Path) -> None:
+    words = ["--config_name", "qwen3-5m", "--tokenizer_name", str(base_folder)]
+    training = parse_arguments(PretrainRun, words).training
+    assert (training.learning_rate, training.adam_beta2, training.weight_decay) == (1e-3, 0.95, 0.1)
+    training = parse_arguments(PretrainRun, [*words, "--learning_rate", "3e-4"]).training
+    assert (training.learning_rate, training.adam_beta2) == (3e-4, 0.95)
