@@ -68,11 +68,11 @@ def novelgpt_args(module_args: str) -> str | None:
     >>> novelgpt_args("finetune_lora --lora_rank 8")
     'lora --lora_rank 8'
     """
-    for name, module, _ in COMMANDS.values():
-        names = {module: name}
-        if " " in module:  # the group, as of `dataset novels`
-            names[module.split()[0]] = name.split()[0]
-        for known, typed in names.items():
-            if f"{module_args} ".startswith(f"{known} "):
-                return f"{typed}{module_args[len(known) :]}"
+    names = {module: name for name, module, _ in COMMANDS.values()}
+    groups = {
+        module.split()[0]: name.split()[0] for module, name in names.items() if " " in module
+    }  # of `dataset novels`
+    for known, typed in (names | groups).items():
+        if f"{module_args} ".startswith(f"{known} "):
+            return f"{typed}{module_args[len(known) :]}"
     return None

@@ -27,6 +27,7 @@ from dataset.novels.duplicates.shingles import fold
 from dataset.novels.held_out.sketches import LIMIT, Sketch
 from novelgpt.settings.atomic_files import atomic_write
 from novelgpt.settings.errors import UserError
+from novelgpt.settings.paths import from_home
 from novelgpt.settings.remedies import python_module
 
 SHIPPED = ("public_domain",)
@@ -111,7 +112,7 @@ def load_held_out_works(name: str) -> HeldOutWorks:
     Raises:
         UserError: no such list, or it is not one.
     """
-    path = Path(__file__).with_name(f"{name}.json") if name in SHIPPED else Path(name)
+    path = Path(__file__).with_name(f"{name}.json") if name in SHIPPED else Path(from_home(name))
     remedy = f"name {', '.join(SHIPPED)} or a file that `{python_module('dataset held_out')}` made"
     try:
         data = path.read_bytes()

@@ -141,7 +141,7 @@ def test_a_work_of_the_author_by_content_is_in_neither_split_and_neither_is_a_co
 
 
 def test_a_chapter_of_a_work_that_only_its_name_gives_away_is_a_leak_too() -> None:
-    _, decisions = fates(("沈默_别的.txt", TOWER), ("b.txt", [*WIND, TOWER[0]]))
+    _, decisions = fates(("沈默_别的.txt", TOWER), ("b.txt", [*WIND, *with_ads(TOWER[:1])]))
     assert reasons(decisions[0]) == ["held_out_author"] * 4
     assert reasons(decisions[1]) == ["train"] * 4 + ["leak"]
 
@@ -151,6 +151,11 @@ def test_beside_the_very_file_other_editions_are_in_neither_split() -> None:
     books = ("a.txt", traditional(HILLS)), ("b.txt", HILLS), ("c.txt", WIND)
     assert fates(*books, listed=listed, b="f" * 64)[0] == ["left_out", "held_out", "train"]
     assert fates(*books, listed=listed)[0] == ["held_out", "held_out", "train"]
+
+
+def test_an_edition_of_what_only_its_name_gives_away_goes_with_it() -> None:
+    books = ("沈默_山中.txt", TOWER), ("b.txt", traditional(TOWER)), ("c.txt", WIND)
+    assert fates(*books)[0] == ["held_out", "held_out", "train"]
 
 
 def test_names_and_list_are_held_out_together() -> None:
@@ -191,6 +196,8 @@ def test_a_list_made_from_a_folder_binds_the_next_run(tmp_path: Path, capsys: py
     ]
     assert listed.works[0].characters == sum(len(fold(row["text"])) for row in shard_rows(first, "train")
                                              if row["book"] == "沈默_山中")  # fmt: skip
+    sizes = [len(one.sketch.values) for one in listed.works]
+    assert 10 * sizes[1] < sizes[0]  # it holds only what the first one lacks
     text = path.read_text(encoding="utf-8")
     assert not [body[i : i + 4] for body in HILLS for i in range(len(body)) if body[i : i + 4] in text]
 
