@@ -1,0 +1,312 @@
+"""What models of random weights reach in minutes: loss, bits a character and sample texts of every small ready size.
+
+    python benchmarks/from_scratch.py --held_out PREPARED --tokenizer FOLDER --folder WORK
+        [--minutes 10] [--only NAME …] [--docs docs] [--json FILE]
+
+PREPARED is a folder of `dataset novels` with held-out works. Every ready size of at most 10.5 M weights is trained with
+`python -m pretrain --config_name SIZE` and the settings of pretrain/configs/from_scratch.yaml: a few steps tell its
+speed, and so how many steps fill the minutes. A hundredth and a tenth of the steps are runs of their own, so that their
+learning rate has come down as well; all three write 200 characters after the openings of held-out chapters, drawn at
+temperature 0.8 and top-p 0.8, and are asked for bits a character on the held-out works.
+
+Sizes that WORK/SIZE.json tells of are not trained again. --docs writes the figures, in both languages, between the
+`measured` marks of from_scratch.md and zh/from_scratch.md of that folder, and from_scratch.png beside. For larger sizes
+they hold an estimate, marked as such: 6 FLOPs a weight and token, at the FLOP/s that the small ones reached.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import os
+import re
+import shutil
+import statistics
+import subprocess
+import sys
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+# Processes that are started do not get the folder of this file by themselves.
+sys.path.insert(0, str(Path(__file__).resolve().parent))
+
+from held_out_bits import bits_of_works, load, read_works, weights_of
+from matplotlib.figure import Figure
+from results import make_console, make_parser, write_results
+from tiny_base import DRAWN, openings, run
+
+from novelgpt.model.card import code, table
+from novelgpt.settings.atomic_files import atomic_write
+from novelgpt.settings.charts import COLOURS, LINES, figure_png
+from novelgpt.settings.hardware import usable_cores
+from novelgpt.settings.paths import ROOT
+
+SIZES = ROOT / "pretrain" / "configs" / "models"
+MOST_WEIGHTS = 10_500_000
+SHARES = (0.01, 0.1, 1.0)
+CALIBRATION_STEPS = 12
+ROWS, LENGTH = 8, 512
+STEP_TOKENS = ROWS * LENGTH
+EVALUATED_CHARACTERS, EVALUATED_CONTEXT = 20_000, 512
+SAMPLES, SAMPLE_TOKENS, SAMPLE_CHARACTERS = 2, 300, 200
+OPTIMAL = 20  # tokens a weight, arXiv:2203.15556
+SECTION = re.compile(r"(<!-- measured -->\n).*?(<!-- /measured -->)", re.DOTALL)
+
+
+def read_arguments() -> argparse.Namespace:
+    """The command line."""
+    parser = make_parser("What models of random weights reach in minutes")
+    parser.add_argument("--held_out", type=Path, required=True, metavar="PREPARED", help="folder of `dataset novels`")
+    parser.add_argument("--tokenizer", type=Path, required=True, metavar="FOLDER")
+    parser.add_argument("--folder", type=Path, required=True, metavar="WORK", help="for tokens, runs and figures")
+    parser.add_argument("--train_files", nargs="+", default=[], metavar="FOLDER",
+                        help="tokens to train on, in place of those made of PREPARED")  # fmt: skip
+    parser.add_argument("--minutes", type=float, default=10.0, help="of training, of each size")
+    parser.add_argument("--only", nargs="+", default=[], metavar="NAME", help="some of the sizes")
+    parser.add_argument("--precision", default="auto", help="as in training")
+    parser.add_argument("--docs", type=Path, metavar="FOLDER", help="pages to write the figures into")
+    return parser.parse_args()
+
+
+def weights_with(size: Path, vocabulary: int, work: Path) -> dict[str, int]:
+    """Weights of a ready size with another vocabulary."""
+    config = json.loads(size.read_text(encoding="utf-8")) | {"vocab_size": vocabulary}
+    folder = work / "configs" / size.stem
+    folder.mkdir(parents=True, exist_ok=True)
+    (folder / "config.json").write_text(json.dumps(config), encoding="utf-8")
+    return weights_of(folder)
+
+
+def pretrain(size: str, steps: int, out: Path, words: Sequence[str]) -> list[dict[str, Any]]:
+    """Train from random weights; the entries of metrics.jsonl. What had been interrupted is done again."""
+    shutil.rmtree(out, ignore_errors=True)
+    run("pretrain", "--config_name", size, "--output_dir", str(out), "--max_steps", str(steps), "--max_length",
+        str(LENGTH), "--per_device_train_batch_size", str(ROWS), "--save_strategy", "no", *words)  # fmt: skip
+    return [json.loads(line) for line in (out / "metrics.jsonl").read_text(encoding="utf-8").splitlines()]
+
+
+def speed(entries: Sequence[Mapping[str, Any]]) -> float:
+    """Tokens a second; the first figures include warming up."""
+    speeds = [entry["tokens_per_second"] for entry in entries if "tokens_per_second" in entry]
+    return float(statistics.median_high(speeds))
+
+
+def sample_texts(model: Path, rows: Path, work: Path) -> list[str]:
+    """What a model writes after each opening."""
+    out = work / "samples"
+    shutil.rmtree(out, ignore_errors=True)
+    run("predict", "--model", str(model), "--data_files", str(rows), "--output_dir", str(out), "--max_new_tokens",
+        str(SAMPLE_TOKENS), *DRAWN)  # fmt: skip
+    lines = (out / "predictions.jsonl").read_text(encoding="utf-8").splitlines()
+    return [json.loads(line)["prediction"][:SAMPLE_CHARACTERS] for line in lines]
+
+
+def measure(size: Path, arguments: argparse.Namespace, train: Sequence[str], valid: str) -> dict[str, Any]:
+    """Train a size for the minutes, and for parts of its steps; all that is known of it then."""
+    work = arguments.folder / size.stem
+    work.mkdir(parents=True, exist_ok=True)
+    words = ["--tokenizer_name", str(arguments.tokenizer), "--train_files", *train, "--valid_files", valid]
+    words += ["--precision", arguments.precision, "--max_eval_share", "0.05"]
+    quiet = ["--eval_strategy", "no", "--eval_on_start", "False", "--logging_steps", "4"]
+    rate = speed(pretrain(size.stem, CALIBRATION_STEPS, work / "calibration", [*words, *quiet]))
+    steps = max(1, round(arguments.minutes * 60 * rate / STEP_TOKENS))
+    rows = openings(arguments.held_out, SAMPLES, 42, work)
+    works = read_works(arguments.held_out, EVALUATED_CHARACTERS)
+    found: dict[str, Any] = {"name": size.stem, "minutes": arguments.minutes, "cores": usable_cores(), "parts": []}
+    for share in SHARES:
+        part = max(1, round(steps * share))
+        out = work / f"{share:g}"
+        eval_steps = str(0.1 if part >= 10 else 1.0)
+        options = [*words, "--eval_steps", eval_steps, "--logging_steps", str(max(1, part // 100))]
+        entries = pretrain(size.stem, part, out, options)
+        loaded = load(out)
+        bits = bits_of_works(loaded, works, EVALUATED_CONTEXT)
+        texts = sample_texts(out, work / "openings.jsonl", work)
+        written = [{"id": row["id"], "opening": row["text_prompt"].rstrip()[-60:], "text": text}
+                   for row, text in zip(rows, texts, strict=True)]  # fmt: skip
+        found["parts"].append({"share": share, "steps": part, "tokens": part * STEP_TOKENS, "bits": bits["all"],
+                               "loss": bits["loss"], "samples": written})  # fmt: skip
+        if share == SHARES[-1]:
+            found |= curve_of(entries) | {"tokens_per_second": speed(entries), "weights": weights_of(out),
+                                          "characters_a_token": bits["characters_a_token"]}  # fmt: skip
+    return found
+
+
+def curve_of(entries: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
+    """{"losses": of training, "evaluations"}, each with the tokens read and the seconds of the run so far."""
+    losses, evaluations, seconds = [], [], 0.0
+    for entry in entries:
+        seconds = entry.get("seconds", seconds)
+        place = {"tokens": entry["step"] * STEP_TOKENS, "seconds": seconds}
+        if "loss" in entry:
+            losses.append(place | {"loss": entry["loss"]})
+        elif "eval_bits_per_character" in entry:
+            evaluations.append(place | {"loss": entry["eval_loss"], "bits": entry["eval_bits_per_character"]})
+    return {"losses": losses, "evaluations": evaluations}
+
+
+def flops_a_token(weights: Mapping[str, int], tied: bool) -> int:
+    """6 for each weight that a token is multiplied with: all but a table of embeddings that is only looked up."""
+    looked_up = 0 if tied else weights["embeddings"] // 2
+    return 6 * (weights["all"] - looked_up)
+
+
+def is_tied(size: Path) -> bool:
+    """Whether the head of a size is its table of embeddings."""
+    return bool(json.loads(size.read_text(encoding="utf-8")).get("tie_word_embeddings", False))
+
+
+def estimate_rows(
+    sizes: Sequence[Path], found: Sequence[Mapping[str, Any]], arguments: argparse.Namespace
+) -> list[list[str]]:
+    """A row a larger size: weights, tokens a second, tokens and hours of a compute-optimal run.
+
+    Args:
+        sizes: the larger ones.
+        found: of small ones, whose FLOP/s are taken for all.
+        arguments: of the command line.
+    """
+    reached = statistics.median(
+        flops_a_token(one["weights"], is_tied(SIZES / f"{one['name']}.json")) * one["tokens_per_second"]
+        for one in found
+    )
+    vocabulary = vocabulary_of(arguments.tokenizer)
+    rows = []
+    for size in sizes:
+        weights = weights_with(size, vocabulary, arguments.folder)
+        rate = reached / flops_a_token(weights, is_tied(size))
+        tokens = OPTIMAL * weights["all"]
+        rows.append([code(size.stem), f"{weights['all'] / 1e6:,.1f} M", f"{rate:,.0f}", f"{tokens / 1e6:,.0f} M",
+                     f"{tokens / rate / 3600:,.0f} h"])  # fmt: skip
+    return rows
+
+
+def vocabulary_of(tokenizer: Path) -> int:
+    """Its number of tokens."""
+    content = json.loads((tokenizer / "tokenizer.json").read_text(encoding="utf-8"))
+    added = {token["content"] for token in content["added_tokens"]}
+    vocabulary = content["model"]["vocab"]
+    words = set(vocabulary) if isinstance(vocabulary, dict) else {word for word, _ in vocabulary}
+    return len(words | added)
+
+
+WORDS: dict[str, dict[str, Any]] = {
+    "en": {
+        "lead": "Measured by `python benchmarks/from_scratch.py`: {minutes:g} minutes of training each on {cores} CPU "
+        "cores, with a vocabulary of {vocabulary:,} tokens. Loss and bits a character are those on held-out works, of "
+        "each the first {characters:,} characters. A hundredth and a tenth of the steps are runs of their own.",
+        "measured": ["size", "weights", "tokens/s", "seconds", "tokens", "nats a token", "bits a character"],
+        "curve": "Evaluations of the longest runs",
+        "larger": "Larger sizes are **not measured here**: their speed is computed from the FLOP/s that the small ones "
+        "reached (median), at 6 FLOPs a weight and token. Large matrices do better.",
+        "estimated": ["size", "weights", "tokens/s", "20 tokens a weight", "time for them"],
+        "samples": "What they write after the opening of a held-out chapter, drawn at temperature 0.8 and top-p 0.8, "
+        "not selected:",
+    },
+    "zh": {
+        "lead": "用 `python benchmarks/from_scratch.py` 实测：{cores} 个 CPU 核，每种规模训练 {minutes:g} 分钟，"
+        "词表 {vocabulary:,}。损失和每字比特数是在留出作品上测的，每部取开头 {characters:,} 字。"
+        "百分之一、十分之一的步数各自单独训练，跑完整个学习率计划。",
+        "measured": ["规模", "权重", "token/s", "秒", "token 数", "每 token 损失", "每字比特"],
+        "curve": "各规模最长一次训练的评估",
+        "larger": "更大的规模**没有在这里实测**：速度按小模型达到的 FLOP/s（中位数）、每 token 每权重 6 FLOP 推算；"
+        "矩阵越大，实际越快。",
+        "estimated": ["规模", "权重", "token/s", "每权重 20 个 token", "所需时间"],
+        "samples": "接着留出章节的开头往下写，采样（温度 0.8，top-p 0.8），未经挑选：",
+    },
+}
+
+
+def section(
+    language: str, found: Sequence[Mapping[str, Any]], estimated: list[list[str]], facts: Mapping[str, Any]
+) -> str:
+    """The Markdown of a page.
+
+    Args:
+        language: en or zh.
+        found: of every small size.
+        estimated: rows of larger ones.
+        facts: for the first sentence.
+    """
+    words = WORDS[language]
+    rows = []
+    for one in found:
+        for part in one["parts"]:
+            seconds = part["tokens"] / one["tokens_per_second"]
+            rows.append([code(one["name"]), f"{one['weights']['all'] / 1e6:.2f} M", f"{one['tokens_per_second']:,.0f}",
+                         f"{seconds:,.0f}", f"{part['tokens'] / 1e6:.2f} M", f"{part['loss']:.2f}",
+                         f"{part['bits']:.2f}"])  # fmt: skip
+    picture = "from_scratch.png" if language == "en" else "../from_scratch.png"
+    lines = [words["lead"].format(**facts), table(words["measured"], rows), f"![{words['curve']}]({picture})"]
+    if estimated:
+        lines += [words["larger"], table(words["estimated"], estimated)]
+    lines.append(words["samples"])
+    for one in found:
+        for part in one["parts"]:
+            sample = part["samples"][0]
+            text = f"…{sample['opening']}\n→ {sample['text']}".replace("```", "'''")
+            lines.append(f"{code(one['name'])}, {part['tokens'] / 1e6:.2f} M token\n\n```text\n{text}\n```")
+    return "\n\n".join(lines) + "\n"
+
+
+def draw(found: Sequence[Mapping[str, Any]]) -> bytes:
+    """Bits a character over seconds, as a PNG file."""
+    figure = Figure(figsize=(6, 3.4), dpi=100, layout="constrained")
+    axes = figure.add_subplot()
+    for number, one in enumerate(found):
+        evaluations = one["evaluations"][1:]  # before training there is nothing to see
+        seconds = [each["tokens"] / one["tokens_per_second"] for each in evaluations]
+        axes.plot(seconds, [each["bits"] for each in evaluations], color=COLOURS[number % len(COLOURS)],
+                  linestyle=LINES[number % len(LINES)], label=one["name"])  # fmt: skip
+    axes.set_xlabel("seconds of training")
+    axes.set_ylabel("bits a character, held-out works")
+    axes.grid(alpha=0.4)
+    axes.legend(frameon=False)
+    return figure_png(figure)
+
+
+def write_docs(
+    folder: Path, found: Sequence[Mapping[str, Any]], estimated: list[list[str]], facts: dict[str, Any]
+) -> None:
+    """Put the figures into both pages, and the picture beside them."""
+    for language, path in (("en", folder / "from_scratch.md"), ("zh", folder / "zh" / "from_scratch.md")):
+        page = path.read_text(encoding="utf-8")
+        if not SECTION.search(page):
+            sys.exit(f"{path} has no <!-- measured --> and <!-- /measured --> to write between")
+        text = section(language, found, estimated, facts)
+        atomic_write(path, SECTION.sub(lambda marks: f"{marks[1]}{text}{marks[2]}", page))
+    atomic_write(folder / "from_scratch.png", draw(found))
+
+
+def main() -> None:
+    """Measure what is not known yet, a size after the other; then the pages."""
+    arguments = read_arguments()
+    console = make_console()
+    arguments.folder.mkdir(parents=True, exist_ok=True)
+    os.environ["HF_HUB_OFFLINE"] = "1"
+    vocabulary = vocabulary_of(arguments.tokenizer)
+    tokens = arguments.folder / "tokens"
+    run("dataset", "tokens", str(arguments.held_out), str(tokens), "--model", str(arguments.tokenizer))
+    weights = {size: weights_with(size, vocabulary, arguments.folder)["all"] for size in sorted(SIZES.glob("*.json"))}
+    small = [size for size in weights if weights[size] <= MOST_WEIGHTS and size.stem in (arguments.only or [size.stem])]
+    found = []
+    for size in sorted(small, key=lambda size: weights[size]):
+        path = arguments.folder / f"{size.stem}.json"
+        if not path.is_file():
+            figures = measure(size, arguments, arguments.train_files or [str(tokens)], str(tokens))
+            atomic_write(path, json.dumps(figures, ensure_ascii=False, indent=1) + "\n")
+        found.append(json.loads(path.read_text(encoding="utf-8")))
+        parts = ", ".join(f"{part['tokens'] / 1e6:.2f} M tokens: {part['bits']:.3f}" for part in found[-1]["parts"])
+        console.print(f"{size.stem}: {found[-1]['tokens_per_second']:,.0f} tokens/s; bits a character after {parts}")
+    larger = sorted((size for size in weights if weights[size] > MOST_WEIGHTS), key=lambda size: weights[size])
+    estimated = estimate_rows(larger, found, arguments) if found else []
+    facts = {"cores": usable_cores(), "minutes": arguments.minutes, "vocabulary": vocabulary,
+             "characters": EVALUATED_CHARACTERS}  # fmt: skip
+    if arguments.docs:
+        write_docs(arguments.docs, found, estimated, facts)
+    write_results([], arguments.json, sizes=found, estimated=estimated)
+
+
+if __name__ == "__main__":
+    main()

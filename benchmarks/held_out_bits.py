@@ -1,0 +1,134 @@
+"""Bits a character of models on held-out works, work by work: what compares models of different tokenizers.
+
+Every character is predicted once, from the tokens before it in its block of its work.
+"""
+
+from __future__ import annotations
+
+import itertools
+import math
+import sys
+from operator import itemgetter
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import numpy
+import torch
+from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedModel, PreTrainedTokenizerBase
+
+sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
+
+import novelgpt.model  # noqa: F401 - makes the architectures of the project known
+from dataset.readers import read_text_rows
+from novelgpt.inference.loading import load_for_inference
+from novelgpt.model.forward_checks import head_is_last
+from novelgpt.model.loss import attach_chunked_loss
+from novelgpt.model.tokenizer import load_tokenizer
+from novelgpt.scoring.perplexity import row_sums
+from novelgpt.settings.arguments import ModelArguments
+from novelgpt.text.chunks import ChunkEncoder, DocumentCutter
+from novelgpt.text.collator import Collator
+from novelgpt.text.packing import PackedBlocks, TokenizedText
+from predict.continuations import held_out_files
+
+TOKENS_AT_ONCE = 8192
+
+
+class Work(NamedTuple):
+    """The text of a held-out work, or its first part."""
+
+    name: str
+    text: str
+
+
+class LoadedModel(NamedTuple):
+    """A model that computes losses, its tokenizer, and what encodes works as training does."""
+
+    model: PreTrainedModel
+    tokenizer: PreTrainedTokenizerBase
+    encoder: ChunkEncoder
+
+
+def read_works(prepared: Path, characters: int = 0) -> list[Work]:
+    """The held-out works of a folder of `dataset novels`.
+
+    Args:
+        prepared: the folder.
+        characters: of each work, from its start; 0 for all of it.
+
+    Raises:
+        UserError: the folder holds nothing out.
+    """
+    rows = (row for file in held_out_files([str(prepared)]) for row in read_text_rows(file))
+    books = itertools.groupby(rows, key=itemgetter("book"))
+    return [Work(name, "\n\n".join(row["text"] for row in of_book)[: characters or None]) for name, of_book in books]
+
+
+def load(folder: Path) -> LoadedModel:
+    """A checkpoint, to be evaluated.
+
+    Raises:
+        UserError: it cannot be loaded.
+    """
+    arguments = ModelArguments(str(folder), attention="sdpa")
+    tokenizer = load_tokenizer(arguments)
+    model = load_for_inference(arguments, tokenizer)
+    attach_chunked_loss(model, head_is_last(model))
+    return LoadedModel(model, tokenizer, ChunkEncoder(tokenizer))
+
+
+def text_sums(loaded: LoadedModel, work: Work, context: int) -> numpy.ndarray:
+    """Sums over a work as one document: [3], nats, tokens predicted, tokens predicted right; the end token counts.
+
+    Args:
+        loaded: model and tokenizer.
+        work: to read.
+        context: tokens of a block, within which a token sees those before it.
+    """
+    row = {"text": work.text, "book": work.name, "chapter": "", "title": "", "source": work.name}
+    chunks = DocumentCutter(loaded.encoder.in_chunks).cut([row], last=True)
+    tokens = numpy.concatenate([batch for batch, _ in loaded.encoder.encode(chunks, lambda *_: None)])
+    blocks = PackedBlocks([TokenizedText(tokens)], context, mixed=False)
+    collate = Collator(int(loaded.tokenizer.pad_token_id))
+    rows = max(1, TOKENS_AT_ONCE // context)
+    sums = numpy.zeros(3)
+    for start in range(0, len(blocks), rows):
+        batch = collate([blocks[number] for number in range(start, min(start + rows, len(blocks)))])
+        batch = {name: tensor.to(loaded.model.device) for name, tensor in batch.items()}
+        with torch.inference_mode():
+            outputs = loaded.model(**batch, use_cache=False)
+        sums += row_sums(outputs.token_losses, outputs.token_hits, batch["labels"]).sum(dim=0).cpu().numpy()
+    return sums
+
+
+def bits_of_works(loaded: LoadedModel, works: list[Work], context: int) -> dict[str, Any]:
+    """Bits a character, all nats / ln 2 / characters.
+
+    Returns:
+        {"works": {name: bits a character}, "all": of all characters together, "loss": nats a token,
+        "characters_a_token"}.
+    """
+    sums = [text_sums(loaded, work, context) for work in works]
+    nats, tokens, _ = numpy.sum(sums, axis=0).tolist()
+    characters = sum(len(work.text) for work in works)
+    in_bits = [float(one[0]) / math.log(2) / len(work.text) for one, work in zip(sums, works, strict=True)]
+    return {
+        "works": {work.name: each for work, each in zip(works, in_bits, strict=True)},
+        "all": nats / math.log(2) / characters,
+        "loss": nats / tokens,
+        "characters_a_token": characters / tokens,
+    }
+
+
+def weights_of(place: Path) -> dict[str, int]:
+    """{"all", "embeddings"}: numbers of weights that a config.json, or its folder, describes.
+
+    Tied weights count once; embeddings are those of the input and, where it has its own, of the head.
+    """
+    with torch.device("meta"):
+        model = AutoModelForCausalLM.from_config(AutoConfig.from_pretrained(place))
+    tables = {table.weight for table in (model.get_input_embeddings(), model.get_output_embeddings())}
+    return {
+        "all": sum(weight.numel() for weight in model.parameters()),
+        "embeddings": sum(weight.numel() for weight in tables),
+    }

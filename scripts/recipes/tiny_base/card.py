@@ -1,0 +1,194 @@
+"""The model card of a base that the recipe made, from recorded figures alone: python …/card.py OUT.
+
+Reads OUT/parts/books.json, the run folders OUT/stable and OUT/decay, and OUT/evaluation.json; writes README.md and
+curve.png into OUT/tiny.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import sys
+from collections.abc import Mapping, Sequence
+from operator import itemgetter
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import jinja2
+from matplotlib.figure import Figure
+
+from novelgpt.model.card import Card, code, table, use_section, write_card
+from novelgpt.settings.atomic_files import atomic_write, hash_file
+from novelgpt.settings.charts import COLOURS, figure_png
+from novelgpt.settings.errors import UserError, exit_on_user_error
+from novelgpt.settings.parsed_files import read_object
+from novelgpt.settings.terminal import say
+
+STAGES = ("stable", "decay")
+PARTS = ("modern", "earlier", "held_out")
+SAMPLES = 10
+MAX_BYTES = 50_000_000
+
+
+class Curve(NamedTuple):
+    """Figures of one run: its evaluations after so many tokens of the whole training."""
+
+    name: str
+    evaluations: list[dict[str, float]]
+    tokens: int
+    max_length: int
+    seconds: float
+    tokens_per_second: float
+    run: dict[str, Any]
+
+
+def recipe_hash() -> str:
+    """sha256 of the names and contents of the recipe's files: the script, and all beside this file."""
+    here = Path(__file__).resolve().parent
+    files = sorted([here.with_suffix(".sh"), *(path for path in here.iterdir() if path.is_file())])
+    return hashlib.sha256("".join(f"{path.name} {hash_file(path)[0]}\n" for path in files).encode()).hexdigest()
+
+
+def read_curve(folder: Path, before: int) -> Curve:
+    """The figures of a finished run.
+
+    Args:
+        folder: of the run.
+        before: tokens of earlier runs.
+
+    Raises:
+        UserError: the run has not finished.
+    """
+    run = read_object(folder / "run.json")
+    if run.get("status") != "finished":
+        raise UserError(f"{folder} is not finished", "run the recipe again: it resumes")
+    training = run["arguments"]["training"]
+    rows = training["per_device_train_batch_size"] * training["gradient_accumulation_steps"] * run["processes"]
+    step_tokens = rows * run["arguments"]["data"]["max_length"]
+    entries = map(json.loads, (folder / "metrics.jsonl").read_text(encoding="utf-8").splitlines())
+    evaluations = {
+        entry["step"]: {
+            "tokens": before + entry["step"] * step_tokens,
+            "loss": entry["eval_loss"],
+            "bits": entry["eval_bits_per_character"],
+        }
+        for entry in entries
+        if "eval_bits_per_character" in entry
+    }
+    results = run["results"]
+    return Curve(
+        folder.name, [evaluations[step] for step in sorted(evaluations)], training["max_steps"] * step_tokens,
+        run["arguments"]["data"]["max_length"], results["train_runtime"], results["tokens_per_second"], run,
+    )  # fmt: skip
+
+
+def curve_table(curves: Sequence[Curve]) -> str:
+    """The evaluations of the training."""
+    rows = [
+        [f"{one['tokens'] / 1e6:.2f} M", f"{one['loss']:.3f}", f"{one['bits']:.3f}"]
+        for curve in curves
+        for one in curve.evaluations
+    ]
+    return table(["tokens read 已读", "nats a token", "bits a character 每字比特"], rows)
+
+
+def bits_table(bits: Mapping[str, Any], characters: Mapping[str, int]) -> str:
+    """A row a held-out work, a column a model.
+
+    Args:
+        bits: of each model, as benchmarks/tiny_base.py records them.
+        characters: of each work that were read.
+    """
+    rows = [[code(work), f"{count:,}", *(f"{one['works'][work]:.3f}" for one in bits.values())]
+            for work, count in characters.items()]  # fmt: skip
+    rows.append(["all 合计", f"{sum(characters.values()):,}", *(f"{one['all']:.3f}" for one in bits.values())])
+    tokens = [f"{one['characters_a_token']:.2f}" for one in bits.values()]
+    rows.append(["characters a token 每 token 字数", "", *tokens])
+    for label, name in (("M weights 权重", "all"), ("of these embeddings 其中嵌入", "embeddings")):
+        rows.append([label, "", *(f"{one['weights'][name] / 1e6:.2f}" for one in bits.values())])
+    return table(["work 作品", "characters 字数", *map(code, bits)], rows)
+
+
+def sample_of(drawn: Sequence[Mapping[str, Any]]) -> list[dict[str, str]]:
+    """Continuations at equal distances, without what would end a block of Markdown."""
+    chosen = drawn[:: max(1, len(drawn) // SAMPLES)][:SAMPLES]
+    texts = [{"id": one["id"], "opening": one["opening"].rstrip()[-80:], "text": one["text"]} for one in chosen]
+    return [{name: text.replace("```", "'''") for name, text in one.items()} for one in texts]
+
+
+def draw_curve(curves: Sequence[Curve]) -> bytes:
+    """Bits a character against tokens, as a PNG file."""
+    figure = Figure(figsize=(6, 3.2), dpi=100, layout="constrained")
+    axes = figure.add_subplot()
+    for curve, colour in zip(curves, COLOURS, strict=False):
+        evaluations = curve.evaluations if curve.name != STAGES[0] else curve.evaluations[1:]  # random weights
+        tokens, bits = ([one[name] for one in evaluations] for name in ("tokens", "bits"))
+        label = f"blocks of {curve.max_length:,} tokens"
+        axes.plot([number / 1e6 for number in tokens], bits, "o-", color=colour, markersize=3, label=label)
+    axes.set_xlabel("million tokens read")
+    axes.set_ylabel("bits a character, held-out works")
+    axes.grid(alpha=0.4)
+    axes.legend(frameon=False)
+    return figure_png(figure)
+
+
+def render(out: Path, curves: Sequence[Curve], evaluation: dict[str, Any]) -> Card:
+    """The card, from the template beside this file.
+
+    Args:
+        out: folder of the recipe, with the list of its books.
+        curves: of its runs.
+        evaluation: what benchmarks/tiny_base.py recorded.
+    """
+    listed = read_object(out / "parts" / "books.json", max_bytes=MAX_BYTES)
+    books = {part: [book for book in listed["books"] if book["part"] == part] for part in PARTS}
+    written = evaluation["continuations"]
+    drawn = written.get("drawn", [])
+    environment = jinja2.Environment(undefined=jinja2.StrictUndefined, autoescape=False)
+    template = environment.from_string(Path(__file__).with_suffix(".md").read_text(encoding="utf-8"))
+    text = template.render(
+        own=next(iter(evaluation["bits"].values())), compared=len(evaluation["bits"]) > 2, curves=curves, drawn=drawn,
+        books={part: sorted(of_part, key=itemgetter("title")) for part, of_part in books.items()},
+        parts=listed["parts"], papers=listed["papers"], use=use_section(False, "tiny", "qwen3", chat=False),
+        tokens=sum(curve.tokens for curve in curves), seconds=sum(curve.seconds for curve in curves),
+        recipe=recipe_hash(), curve_table=curve_table(curves), samples=sample_of(drawn),
+        bits_table=bits_table(evaluation["bits"], evaluation["characters"]),
+        loops=sum(one["loops"] for one in drawn) / max(1, len(drawn)), broken=sum(one["broken"] for one in drawn),
+        greedy_loops=written.get("greedy_loops", 0.0), code=code, millions=lambda number: f"{number / 1e6:,.2f}",
+        percent=lambda share: f"{share:.0%}",
+    )  # fmt: skip
+    lead, *parts = text.strip("\n").split("\n## ")
+    named = (part.partition("\n") for part in parts)
+    metadata = {
+        "library_name": "transformers", "pipeline_tag": "text-generation", "license": "apache-2.0", "language": ["zh"],
+        "tags": ["novelgpt", "from-scratch"], "metrics": ["perplexity"],
+    }  # fmt: skip
+    return Card(metadata, "tiny", {"": lead} | {name: body.strip("\n") for name, _, body in named})
+
+
+def write(out: Path) -> None:
+    """Write the card and its picture.
+
+    Raises:
+        UserError: a file is missing, or the folder has a card of someone else.
+    """
+    curves: list[Curve] = []
+    for stage in STAGES:
+        curves.append(read_curve(out / stage, sum(curve.tokens for curve in curves)))
+    card = render(out, curves, read_object(out / "evaluation.json", max_bytes=MAX_BYTES))
+    folder = out / "tiny"
+    if not write_card(folder, card):
+        raise UserError(f"{folder} has a README.md that somebody has edited", "move it away, and run this again")
+    atomic_write(folder / "curve.png", draw_curve(curves))
+    say(f"{folder / 'README.md'}")
+
+
+@exit_on_user_error
+def main(argv: list[str] | None = None) -> None:
+    """Write the card of the folder that the command line names."""
+    (out,) = sys.argv[1:] if argv is None else argv
+    write(Path(out))
+
+
+if __name__ == "__main__":
+    main()
