@@ -34,15 +34,16 @@ sys.path.insert(0, str(Path(__file__).resolve().parent))
 from held_out_bits import bits_of_works, load, read_works, weights_of
 from matplotlib.figure import Figure
 from results import make_console, make_parser, write_results
-from tiny_base import DRAWN, openings, run
+from tiny_base import DRAWN, openings, quietly
 
 from novelgpt.model.card import code, table
 from novelgpt.settings.atomic_files import atomic_write
 from novelgpt.settings.charts import COLOURS, LINES, figure_png
 from novelgpt.settings.hardware import usable_cores
 from novelgpt.settings.paths import ROOT
+from novelgpt.settings.random_weights import SIZES
+from predict.__main__ import main as predict_main
 
-SIZES = ROOT / "pretrain" / "configs" / "models"
 MOST_WEIGHTS = 10_500_000
 SHARES = (0.01, 0.1, 1.0)
 CALIBRATION_STEPS = 12
@@ -78,6 +79,14 @@ def weights_with(size: Path, vocabulary: int, work: Path) -> dict[str, int]:
     return weights_of(folder)
 
 
+def run(module: str, *words: str) -> None:
+    """A command of the toolkit in a process of its own; what it says is shown only where it fails."""
+    variables = os.environ | {"PYTHONPATH": str(ROOT), "HF_HUB_OFFLINE": "1"}
+    done = subprocess.run([sys.executable, "-m", module, *words], env=variables, capture_output=True, text=True)
+    if done.returncode:
+        sys.exit(f"{module}: {done.stdout[-1500:]}{done.stderr[-1500:]}")
+
+
 def pretrain(size: str, steps: int, out: Path, words: Sequence[str]) -> list[dict[str, Any]]:
     """Train from random weights; the entries of metrics.jsonl. What had been interrupted is done again."""
     shutil.rmtree(out, ignore_errors=True)
@@ -96,8 +105,8 @@ def sample_texts(model: Path, rows: Path, work: Path) -> list[str]:
     """What a model writes after each opening."""
     out = work / "samples"
     shutil.rmtree(out, ignore_errors=True)
-    run("predict", "--model", str(model), "--data_files", str(rows), "--output_dir", str(out), "--max_new_tokens",
-        str(SAMPLE_TOKENS), *DRAWN)  # fmt: skip
+    words = ["--model", str(model), "--data_files", str(rows), "--output_dir", str(out)]
+    quietly(predict_main, *words, "--max_new_tokens", str(SAMPLE_TOKENS), *DRAWN)
     lines = (out / "predictions.jsonl").read_text(encoding="utf-8").splitlines()
     return [json.loads(line)["prediction"][:SAMPLE_CHARACTERS] for line in lines]
 
@@ -272,10 +281,11 @@ def write_docs(
     """Put the figures into both pages, and the picture beside them."""
     for language, path in (("en", folder / "from_scratch.md"), ("zh", folder / "zh" / "from_scratch.md")):
         page = path.read_text(encoding="utf-8")
-        if not SECTION.search(page):
+        marks = SECTION.search(page)
+        if marks is None:
             sys.exit(f"{path} has no <!-- measured --> and <!-- /measured --> to write between")
-        text = section(language, found, estimated, facts)
-        atomic_write(path, SECTION.sub(lambda marks: f"{marks[1]}{text}{marks[2]}", page))
+        before, end = page[: marks.end(1)], page[marks.start(2) :]
+        atomic_write(path, f"{before}{section(language, found, estimated, facts)}{end}")
     atomic_write(folder / "from_scratch.png", draw(found))
 
 

@@ -14,13 +14,14 @@ A model of 3 M weights takes about 8 minutes on 2 CPU cores for 2 M characters; 
 from __future__ import annotations
 
 import argparse
+import contextlib
+import io
 import itertools
 import json
-import os
-import subprocess
 import sys
 import tempfile
 import time
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -34,7 +35,8 @@ from rich.console import Console
 from rich.table import Table
 
 from novelgpt.scoring.repetition import first_loop
-from novelgpt.settings.paths import ROOT
+from predict.__main__ import main as predict_main
+from predict.continuations import main as continuations_main
 
 CONTINUATIONS, CHARACTERS, PROMPT_CHARACTERS = 100, 500, 300
 DRAWN = ("--do_sample", "--temperature", "0.8", "--top_p", "0.8", "--top_k", "0")
@@ -105,7 +107,7 @@ def show_bits(found: dict[str, dict[str, Any]], works: list[Work], console: Cons
 def openings(held_out: Path, count: int, seed: int, folder: Path) -> list[dict[str, Any]]:
     """Rows of `predict.continuations`: openings of held-out chapters, of each work in turn until there are enough."""
     path = folder / "openings.jsonl"
-    run("predict.continuations", str(held_out), str(path), "--lengths", str(CHARACTERS), "--prompt_characters",
+    quietly(continuations_main, str(held_out), str(path), "--lengths", str(CHARACTERS), "--prompt_characters",
         str(PROMPT_CHARACTERS), "--per_book", str(count), "--seed", str(seed))  # fmt: skip
     rows = [json.loads(line) for line in path.read_text(encoding="utf-8").splitlines()]
     books = [list(of_book) for _, of_book in itertools.groupby(rows, key=lambda row: row["book"])]
@@ -114,12 +116,15 @@ def openings(held_out: Path, count: int, seed: int, folder: Path) -> list[dict[s
     return taken
 
 
-def run(module: str, *words: str) -> None:
-    """A command of the toolkit; what it says is shown only where it fails."""
-    variables = os.environ | {"PYTHONPATH": str(ROOT), "HF_HUB_OFFLINE": "1"}
-    done = subprocess.run([sys.executable, "-m", module, *words], env=variables, capture_output=True, text=True)
-    if done.returncode:
-        sys.exit(f"{module}: {done.stdout[-1500:]}{done.stderr[-1500:]}")
+def quietly(command: Callable[[list[str]], None], *words: str) -> None:
+    """A command of the toolkit in this process, without what it says."""
+    with contextlib.redirect_stdout(io.StringIO()), contextlib.redirect_stderr(io.StringIO()) as said:
+        try:
+            command(list(words))
+        except SystemExit as stop:
+            if stop.code:
+                said.write(f"{command.__module__} ended with status {stop.code}")
+                raise SystemExit(said.getvalue()) from stop
 
 
 def continuations(model: Path, rows: Path, out: Path, seed: int, *words: str) -> list[dict[str, Any]]:
@@ -127,7 +132,7 @@ def continuations(model: Path, rows: Path, out: Path, seed: int, *words: str) ->
 
     `text` is cut to CHARACTERS; `ended` whether the model ended it before.
     """
-    run("predict", "--model", str(model), "--data_files", str(rows), "--output_dir", str(out),
+    quietly(predict_main, "--model", str(model), "--data_files", str(rows), "--output_dir", str(out),
         "--max_new_tokens", str(TOKENS), "--batch_size", "25", "--seed", str(seed), *words)  # fmt: skip
     found = []
     for line in (out / "predictions.jsonl").read_text(encoding="utf-8").splitlines():

@@ -1,4 +1,4 @@
-"""The recipe of the tiny base: its parts, its weights, its card, and how it is evaluated; and the whole of it on little."""
+"""The recipe of the tiny base: its parts, its weights, its card, its evaluation; and the whole of it on little."""
 
 from __future__ import annotations
 
@@ -223,7 +223,6 @@ def test_estimates_follow_from_what_was_measured(base_folder: Path, tmp_path: Pa
 
 @pytest.mark.long
 def test_the_whole_recipe_on_the_samples(tmp_path: Path) -> None:
-    """Killed at a step of the training, the same command ends as if nothing had happened; and again, it does nothing."""
     corpus, out = SAMPLES / "novels", tmp_path / "out"
     words = [str(corpus), str(SAMPLES / "papers" / "train.jsonl"), str(out)]
     variables = {"STABLE_STEPS": "6", "DECAY_STEPS": "2", "VOCABULARY": "900", "EVALUATED": "500",
