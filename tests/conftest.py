@@ -1,5 +1,6 @@
 """What the tests share: the embedded base, built once, and its tokenizer."""
 
+import gc
 import os
 import random
 import signal
@@ -37,14 +38,47 @@ def pytest_configure(config: pytest.Config) -> None:
             signal.signal(number, default)
 
 
+@pytest.hookimpl(trylast=True)  # once -k and others have chosen
 def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
-    """Leave out what is marked `long`, unless asked for by --all."""
-    if config.getoption("--all"):
-        return
-    left_out = [item for item in items if item.get_closest_marker("long") is not None]
-    if left_out:
-        config.hook.pytest_deselected(items=left_out)
-        items[:] = [item for item in items if item not in left_out]
+    """Leave out what is marked `long`, unless asked for by --all; let each worker begin with slow files."""
+    if not config.getoption("--all"):
+        left_out = [item for item in items if item.get_closest_marker("long") is not None]
+        if left_out:
+            config.hook.pytest_deselected(items=left_out)
+            items[:] = [item for item in items if item.get_closest_marker("long") is None]
+    items[:] = slow_files_first(items, int(os.environ.get("PYTEST_XDIST_WORKER_COUNT", "1")))
+
+
+def pytest_collection_finish() -> None:
+    """Leave what is imported by now out of garbage collections, of which libraries ask for many.
+
+    Among millions of objects each takes half a second. It stays until the end in any case.
+    """
+    gc.collect()
+    gc.freeze()
+
+
+def slow_files_first(items: list[pytest.Item], workers: int) -> list[pytest.Item]:
+    """Order tests, file by file, for workers each of which is given an equal share of the list at first.
+
+    Each share begins with files in which a test is marked `slow`: near the end, the others would wait for such a test.
+    What one worker has not begun is taken by another from the end of its share.
+    """
+    files: dict[Path, list[pytest.Item]] = {}
+    for item in items:
+        files.setdefault(item.path, []).append(item)
+    begin = [path for path, tests in files.items() if any(item.get_closest_marker("slow") for item in tests)]
+    slow = [files.pop(path) for path in begin]
+    quick = [item for tests in files.values() for item in tests]
+    shares: list[list[pytest.Item]] = [
+        [item for tests in slow[worker::workers] for item in tests] for worker in range(workers)
+    ]
+    for worker, share in enumerate(shares):  # as xdist divides what is left among the workers that are left
+        rest = len(quick) + sum(map(len, shares[worker:]))
+        count = max(0, rest // (workers - worker) - len(share))
+        share += quick[:count]
+        del quick[:count]
+    return [item for share in shares for item in share] + quick
 
 
 @pytest.fixture(scope="session")
