@@ -11,13 +11,13 @@ from pathlib import Path
 import pytest
 from safetensors.torch import load_file
 
-from tests.launched import Launched
+from tests.launched import PATIENCE, Launched
 
 NOVEL = "第一章 海\n" + "他站在船头，看着远处的灯塔慢慢亮了起来。" * 400
 QUICK = ["--max_length", "64", "--per_device_train_batch_size", "1", "--logging_steps", "1", "--max_steps", "100000"]
 QUICK += ["--eval_on_start", "False", "--guards", "False", "--save_strategy", "no", "--eval_strategy", "no"]
 # One process, and two ranks that share optimizer states and gradients.
-RUNS = [pytest.param(1, 0, id="one"), pytest.param(2, 2, id="zero2", marks=pytest.mark.slow)]
+RUNS = [pytest.param(1, 0, id="one"), pytest.param(2, 2, id="zero2", marks=[pytest.mark.slow, pytest.mark.long])]
 
 
 @pytest.fixture
@@ -53,7 +53,7 @@ def check_saved(run: Launched, folder: Path, name: str) -> int:
 @pytest.mark.parametrize(
     ("number", "processes", "zero"),
     [
-        pytest.param(signal.SIGTERM, 1, 0, id="SIGTERM-one"),
+        pytest.param(signal.SIGTERM, 1, 0, id="SIGTERM-one", marks=pytest.mark.long),
         pytest.param(signal.SIGINT, 1, 0, id="SIGINT-one"),
         pytest.param(signal.SIGINT, 2, 2, id="SIGINT-zero2", marks=pytest.mark.slow),
     ],
@@ -110,19 +110,22 @@ def test_a_signal_before_the_first_step_leaves_nothing(words: list[str], tmp_pat
 
 
 def test_a_second_signal_does_not_wait_for_the_step(words: list[str], tmp_path: Path) -> None:
-    with launched([*words, "--gradient_accumulation_steps", "500"], tmp_path, 1, 0) as run:
+    with launched([*words, "--gradient_accumulation_steps", "100"], tmp_path, 1, 0) as run:
         run.until(r"step +1/")
-        # All three wait for it while it is halted, so that no step ends in between, however busy the machine is.
-        # Python handles them by number: SIGINT, SIGUSR1 (a warning ahead of time, which does not count), SIGTERM.
+        # All three wait for it while it is halted, so that no step ends in between, however busy the machine is. Of
+        # them SIGUSR1, a warning ahead of time, does not count. Python handles by number those that have come, but
+        # another thread may take the first and be scheduled late: either of the two others can be the second one.
         run.process.send_signal(signal.SIGSTOP)
         for number in (signal.SIGINT, signal.SIGUSR1, signal.SIGTERM, signal.SIGCONT):
             run.process.send_signal(number)
-        assert run.ends() == 128 + signal.SIGTERM
+        # By the signal itself: a run that waits for its step exits.
+        assert -run.process.wait(PATIENCE) in (signal.SIGINT, signal.SIGTERM)
         assert "stopped by" not in run.text()
         assert not list((tmp_path / "run").glob("checkpoint-*"))
 
 
 @pytest.mark.slow
+@pytest.mark.long
 def test_a_killed_rank_ends_the_run_with_the_cause(words: list[str], tmp_path: Path) -> None:
     with launched(words, tmp_path, 2, 2) as run:
         run.until(r"step +2/")
