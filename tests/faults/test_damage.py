@@ -137,7 +137,16 @@ def test_the_run_goes_on_from_the_one_before(killed: Path, runs: Runs, tmp_path:
 
 
 @pytest.mark.slow
-def test_a_shard_of_another_rank_is_missed(runs: Runs, tmp_path: Path) -> None:
+def test_a_shard_of_another_rank_is_missed(runs: Runs, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    folder = interrupted(runs.commands["zero2"], tmp_path / "run", "checkpoint-2")
+    lose("optimizer-1-of-2.safetensors")(folder / "checkpoint-2")
+    assert newest_intact_checkpoint(folder) == folder / "checkpoint-1"
+    assert "checkpoint-2 is not used: optimizer-1-of-2.safetensors is missing" in capsys.readouterr().out
+
+
+@pytest.mark.slow
+@pytest.mark.long
+def test_two_ranks_go_on_from_the_one_before(runs: Runs, tmp_path: Path) -> None:
     undisturbed = runs.undisturbed("zero2")
     folder = interrupted(undisturbed.command, tmp_path / "run", "checkpoint-4")
     lose("optimizer-1-of-2.safetensors")(folder / "checkpoint-4")
