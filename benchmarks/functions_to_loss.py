@@ -34,6 +34,7 @@ import torch
 from results import make_console, make_parser, result, show_results, write_results
 
 ROOT = Path(__file__).resolve().parents[1]
+OURS = str(ROOT)
 
 ROOMS = ("novelgpt", "dataset", "predict", "pretrain", "finetune", "finetune_lora", "cli")
 LAYERS = ("novelgpt/model/attention.py",)
@@ -90,7 +91,7 @@ class Tracer:
     def __call__(self, frame: FrameType, event: str, value: Any) -> None:
         """A profile function (see sys.setprofile)."""
         code = frame.f_code
-        if self.finished or event not in ("call", "return") or not code.co_filename.startswith(str(ROOT)):
+        if self.finished or event not in ("call", "return") or not code.co_filename.startswith(OURS):
             return
         entry = code in self.entries or code.co_name == "__getitem__"
         if event == "call" and entry:
@@ -102,6 +103,8 @@ class Tracer:
         if event == "return":
             self.depth -= entry
             self.finished = code is self.loss and self.depth > 0
+            if self.finished:
+                sys.setprofile(None)  # the run ends at its own speed
 
     def _note(self, code: CodeType, frame: FrameType, event: str, value: Any) -> None:
         file = Path(code.co_filename).relative_to(ROOT).as_posix()

@@ -8,6 +8,8 @@ from pathlib import Path
 
 import pytest
 
+from tests.warm_python import warm_python
+
 ROOT = Path(__file__).resolve().parents[1]
 PIPELINES = ("finetune", "pretrain")
 # From a row on disk to its loss, a reader opens no more than these.
@@ -22,7 +24,7 @@ def ways(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Way]:
     if sys.version_info < (3, 11):
         pytest.skip("qualified names of code objects came with Python 3.11")
     report = tmp_path_factory.mktemp("ways") / "ways.json"
-    command = [sys.executable, str(ROOT / "benchmarks" / "functions_to_loss.py"), "--json", str(report)]
+    command = [warm_python(), str(ROOT / "benchmarks" / "functions_to_loss.py"), "--json", str(report)]
     subprocess.run(command, check=True, capture_output=True, text=True, timeout=300)
     found: dict[str, Way] = json.loads(report.read_text(encoding="utf-8"))["ways"]
     return found

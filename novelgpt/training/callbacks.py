@@ -87,7 +87,7 @@ class RunRecorder(TrainerCallback):
         entry = {"step": state.global_step, **logs}
         self.history.append(entry)
         self.write(entry)
-        if time.monotonic() >= self.next_plot:
+        if state.global_step and time.monotonic() >= self.next_plot:
             self.draw()
 
     def on_step_end(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **_: Any) -> None:
