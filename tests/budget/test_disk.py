@@ -59,7 +59,7 @@ CASES = [
     ("finetune", 1, 0),
     ("finetune_lora", 1, 0),
     ("finetune", 2, 2),
-    ("finetune_lora", 2, 2),
+    pytest.param("finetune_lora", 2, 2, marks=pytest.mark.long),
 ]
 
 

@@ -218,7 +218,7 @@ def test_settings_that_a_run_would_refuse(base_folder: Path, tmp_path: Path) -> 
 
 
 def test_a_model_that_does_not_fit_is_not_loaded(folder: Path) -> None:
-    edit(folder / "config.json", hidden_size=2**15, num_hidden_layers=200, layer_types=["full_attention"] * 200)
+    edit(folder / "config.json", hidden_size=2**15, num_hidden_layers=20, layer_types=["full_attention"] * 20)
     words = ["--model", str(folder), *SHORT]
     plan = estimate_run(parse_run("finetune", words))
     assert marks(list(check_memory(plan))) == {"memory": "problem"}

@@ -147,7 +147,7 @@ def test_raw_text_has_no_prompts(tokenizer: PreTrainedTokenizerBase, model: PreT
 # --- what is counted
 
 
-@pytest.mark.parametrize("limit", [None, 60])
+@pytest.mark.parametrize("limit", [pytest.param(None, marks=pytest.mark.long), 60])
 def test_the_share_is_that_of_the_answers(
     limit: int | None, model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, capsys: pytest.CaptureFixture[str]
 ) -> None:
@@ -236,7 +236,7 @@ def assert_all_ends(folder: Path, tokenizer: PreTrainedTokenizerBase) -> None:
     assert not {"temperature", "top_k", "top_p"} & config.keys()
 
 
-@pytest.mark.parametrize("pipeline", ["finetune", "finetune_lora"])
+@pytest.mark.parametrize("pipeline", [pytest.param("finetune", marks=pytest.mark.long), "finetune_lora"])
 def test_every_saved_folder_names_all_end_tokens(pipeline: str, own_ends_base: Path, tmp_path: Path) -> None:
     folder = tmp_path / "run"
     results = run(pipeline, own_ends_base, folder, "--stop_check_max_new_tokens", "20")
@@ -272,7 +272,7 @@ def test_a_reloaded_model_stops_at_each_of_them(own_ends_base: Path, tmp_path: P
 
 
 def test_pretraining_asks_nothing(own_ends_base: Path, tmp_path: Path) -> None:
-    more = ["--train_files", str(NOVEL), "--valid_files", str(NOVEL)]
+    more = ["--train_files", str(NOVEL), "--valid_files", str(NOVEL), "--max_valid_tokens", "1000"]
     results = run("pretrain", own_ends_base, tmp_path / "run", *more)
     assert "stopped" not in results and "eval_loss" in results
     for folder in (tmp_path / "run", tmp_path / "run" / "checkpoint-1"):

@@ -122,9 +122,9 @@ def test_remedies_name_commands_as_the_user_called_the_program(tmp_path: Path) -
         (str(program), environment, "bin/novelgpt"),
         (str(program), on_path, "novelgpt"),
     ):
-        words = [called, "data", "conversations", "a.jsonl"]
+        words = [called, "score"]  # which imports little
         done = subprocess.run(words, env=variables, cwd=tmp_path, capture_output=True, text=True, timeout=PATIENCE)
-        assert (done.returncode, done.stderr.splitlines()[-1]) == (2, f"  fix: see `{name} data conversations --help`")
+        assert (done.returncode, done.stderr.splitlines()[-1]) == (2, f"  fix: see `{name} score --help`")
 
 
 def test_remedies_in_a_checkout_name_scripts_and_modules(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -93,7 +93,9 @@ def refused(place: Path, given: dict[str, Any], capsys: pytest.CaptureFixture[st
     return capsys.readouterr().err
 
 
-@pytest.mark.parametrize("given", [LLAMAFACTORY, FULL], ids=["lora", "full"])
+@pytest.mark.parametrize(
+    "given", [pytest.param(LLAMAFACTORY, id="lora"), pytest.param(FULL, id="full", marks=pytest.mark.long)]
+)
 def test_a_file_of_llamafactory_starts_a_run(
     given: dict[str, Any], place: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:

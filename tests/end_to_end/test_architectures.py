@@ -63,7 +63,14 @@ def predictions(folder: Path) -> list[dict[str, str]]:
     return [json.loads(line) for line in (folder / "predictions.jsonl").read_text(encoding="utf-8").splitlines()]
 
 
-@pytest.mark.parametrize("architecture", WRITERS)
+# Both positions, the head of either generation, and each way in which weights lie on the disk but one.
+TOGETHER = ("Baichuan-7B", "Baichuan2-13B", "Qwen")
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(
+    "architecture", [name if name in TOGETHER else pytest.param(name, marks=pytest.mark.long) for name in WRITERS]
+)
 def test_all_pipelines(architecture: str, rows: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     base = tmp_path / "base"
     WRITERS[architecture](base)

@@ -19,7 +19,10 @@ ROOT = Path(__file__).resolve().parents[2]
 
 
 def test_a_run_without_the_parts_that_windows_lacks_is_the_same(base_folder: Path, tmp_path: Path) -> None:
+    row = json.dumps({"prompt": "灯塔下有什么？", "completion": "一封没有寄出的信。"}, ensure_ascii=False) + "\n"
+    (tmp_path / "rows.jsonl").write_text(row * 8, encoding="utf-8")
     words = ["finetune_lora", "--model", str(base_folder), "--max_steps", "2", "--save_steps", "1", "--stop_check", "0"]
+    words += ["--train_files", str(tmp_path / "rows.jsonl"), "--valid_files", str(tmp_path / "rows.jsonl")]
     environment = {name: value for name, value in os.environ.items() if name not in OF_LAUNCHERS}
     environment |= {"OMP_NUM_THREADS": "1", "MKL_NUM_THREADS": "1", "HF_HUB_OFFLINE": "1"}
     elsewhere, here = tmp_path / "elsewhere", tmp_path / "here"

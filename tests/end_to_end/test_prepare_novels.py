@@ -52,7 +52,7 @@ def finish(process: subprocess.Popen[str]) -> tuple[str, str]:
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("kills", [8, pytest.param(20, marks=pytest.mark.long)])
+@pytest.mark.parametrize("kills", [4, pytest.param(20, marks=pytest.mark.long)])
 def test_killed_at_any_moment_the_next_run_leaves_what_an_undisturbed_one_does(kills: int, tmp_path: Path) -> None:
     write_novels(tmp_path / "raw")
     finish(start(tmp_path / "raw", tmp_path / "first"))

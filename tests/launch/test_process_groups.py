@@ -25,7 +25,13 @@ ENDS = {
 }
 
 
-@pytest.mark.parametrize("name", ENDS)
+# Pipelines end alike.
+LONG = ("finetune", "finetune_lora")
+
+
+@pytest.mark.parametrize(
+    "name", [pytest.param(name, marks=pytest.mark.long) if name in LONG else name for name in ENDS]
+)
 def test_ranks_leave_their_group(name: str, base_folder: Path, tmp_path: Path) -> None:
     status, words = ENDS[name]
     words = ["--model", str(base_folder), "--output_dir", str(tmp_path / "run"), *words]

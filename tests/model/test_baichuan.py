@@ -365,6 +365,7 @@ def test_published_files_load_as_they_are(
     assert all(torch.equal(again[key], tensor) for key, tensor in tensors.items())
 
 
+@pytest.mark.long
 def test_a_fresh_process_loads_what_was_saved(tmp_path: Path) -> None:
     model = tiny("Baichuan2-13B", "sdpa")
     model.save_pretrained(tmp_path)

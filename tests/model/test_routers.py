@@ -328,7 +328,7 @@ def test_a_run_gone_on_with_ends_with_the_same_experts(
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("zero", [0, 2])
+@pytest.mark.parametrize("zero", [pytest.param(0, marks=pytest.mark.long), 2])
 def test_two_ranks_balance_as_one_does(zero: int, base: Path, rows: Path, tmp_path: Path) -> None:
     one = words_of(base, rows, tmp_path / "one", "--optim sgd --packing False --lr_scheduler_type constant --seed 3")
     one[one.index("--logging_steps") + 1] = "1"

@@ -176,7 +176,7 @@ def test_rows_without_references_get_a_sentence(tmp_path: Path) -> None:
     assert "Most repetition" in page
 
 
-@pytest.mark.parametrize("answer", ["", "好" * 30])
+@pytest.mark.parametrize("answer", ["", pytest.param("好" * 30, marks=pytest.mark.long)])
 def test_a_single_row_makes_a_report(tmp_path: Path, answer: str) -> None:
     folder = predict_folder(tmp_path / "predict", [("only", "问", "好")], predictions={0: answer})
     main([str(folder)])

@@ -316,7 +316,7 @@ def test_a_few_bytes_of_each_row_are_in_memory() -> None:
     assert packs[0]["input_ids"].tolist() == [1, 2, 3, 4] * 10
 
 
-@pytest.mark.parametrize("packing", [True, False])
+@pytest.mark.parametrize("packing", [True, pytest.param(False, marks=pytest.mark.long)])
 def test_a_long_text_is_accounted_for(
     tmp_path: Path, tokenizer: PreTrainedTokenizerBase, shown: dict[str, TokenCounts], packing: bool
 ) -> None:

@@ -20,7 +20,7 @@ TOKENIZERS = ["embedded"] + [name for name in ("qwen2", "baichuan2-fast") if (SH
 CHARACTERS = "天地人，。\n a1é龘𠮷😀"
 
 
-@pytest.fixture(params=TOKENIZERS)
+@pytest.fixture(scope="module", params=TOKENIZERS)
 def any_tokenizer(request: pytest.FixtureRequest, tokenizer: PreTrainedTokenizerBase) -> PreTrainedTokenizerBase:
     return tokenizer if request.param == "embedded" else load_tokenizer(ModelArguments(str(SHARED / request.param)))
 

@@ -35,7 +35,9 @@ ODD = [
 ]
 
 
-@pytest.fixture(scope="module", params=["embedded", "qwen2", "baichuan2", "baichuan2-fast"])
+@pytest.fixture(
+    scope="module", params=["embedded", "qwen2", "baichuan2", pytest.param("baichuan2-fast", marks=pytest.mark.long)]
+)
 def any_tokenizer(
     request: pytest.FixtureRequest, tokenizer: PreTrainedTokenizerBase, tmp_path_factory: pytest.TempPathFactory
 ) -> PreTrainedTokenizerBase:
@@ -94,7 +96,7 @@ def test_chunks_of_real_novels_have_the_tokens_of_the_whole(any_tokenizer: PreTr
 def test_chunks_of_odd_texts_have_the_tokens_of_the_whole(any_tokenizer: PreTrainedTokenizerBase) -> None:
     draw = random.Random(1)
     parts = [*ODD, "。", "”\n", "\n\n", "\n　　", " \n", "\r\n", "\n ", "1", "ab", "—", "\t", "　", "<s>"]
-    for _ in range(8):
+    for _ in range(4):
         texts = ["".join(draw.choices(parts, k=draw.choice([1, 3, 3000]))) for _ in range(3)]
         assert_as_whole([texts[:2], texts[2:], texts[1:]], any_tokenizer)
 

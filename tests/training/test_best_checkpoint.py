@@ -142,7 +142,7 @@ def check_result_files(folder: Path, results: dict[str, Any]) -> None:
     assert str(folder.parent) not in (folder / "trainer_state.json").read_text(encoding="utf-8")
 
 
-@pytest.mark.parametrize("main", [finetune, finetune_lora])
+@pytest.mark.parametrize("main", [pytest.param(finetune, marks=pytest.mark.long), finetune_lora])
 def test_the_best_step_is_saved_and_recorded(
     main: Any, base: Path, files: tuple[Path, Path], tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
@@ -233,7 +233,7 @@ def test_a_signal_while_the_best_is_evaluated_leaves_all_checkpoints_as_they_are
     ("main", "zero"),
     [
         pytest.param(finetune, 0, marks=pytest.mark.long),
-        (finetune, 2),
+        pytest.param(finetune, 2, marks=pytest.mark.long),
         pytest.param(finetune, 3, marks=pytest.mark.long),
         (finetune_lora, 3),
     ],

@@ -97,7 +97,7 @@ def reported_loss(folder: Path) -> float:
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("zero", [2, 3])
+@pytest.mark.parametrize("zero", [pytest.param(2, marks=pytest.mark.long), 3])
 def test_two_ranks_equal_one_process(
     zero: int, one_process: tuple[Path, list[float]], base_folder: Path, train_file: Path, tmp_path: Path,
     tokenizer: PreTrainedTokenizerBase, monkeypatch: pytest.MonkeyPatch,
@@ -120,7 +120,7 @@ def test_two_ranks_equal_one_process(
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("zero", [2, 3])
+@pytest.mark.parametrize("zero", [pytest.param(2, marks=pytest.mark.long), 3])
 def test_lora_saves_a_whole_adapter(
     zero: int, base_folder: Path, train_file: Path, tmp_path: Path, tokenizer: PreTrainedTokenizerBase
 ) -> None:

@@ -180,7 +180,7 @@ def assert_same_training(ours: dict[str, Any], expected: dict[str, Any], roundin
 
 @pytest.mark.parametrize("packed", [False, True])
 @pytest.mark.parametrize("tied", [True, False])
-@pytest.mark.parametrize(("rows_per_batch", "accumulation"), [(2, 2), (1, 4)])
+@pytest.mark.parametrize(("rows_per_batch", "accumulation"), [(2, 2), pytest.param(1, 4, marks=pytest.mark.long)])
 def test_gradients_do_not_depend_on_the_shape_of_batches(
     rows_per_batch: int, accumulation: int, tied: bool, packed: bool, tmp_path: Path
 ) -> None:

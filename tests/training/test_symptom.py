@@ -95,7 +95,8 @@ def test_evaluation_loss_stays_flat(tmp_path: Path) -> None:
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("zero", [pytest.param(2, marks=pytest.mark.long), 3])
+@pytest.mark.long
+@pytest.mark.parametrize("zero", [2, 3])
 def test_evaluation_loss_stays_flat_on_two_ranks(zero: int, tmp_path: Path) -> None:
     run_ranks(__file__, str(tmp_path), str(zero), logs=tmp_path)
     losses = json.loads((tmp_path / "losses.json").read_text(encoding="utf-8"))
