@@ -43,7 +43,7 @@ def test_a_run_in_a_slow_format_is_warned_with_figures_and_measured_in_little_ti
     (tmp_path / "rows.jsonl").write_text("\n".join(rows), encoding="utf-8")
     words += ["--train_files", str(tmp_path / "rows.jsonl"), "--stop_check", "0"]
     words += ["--output_dir", str(tmp_path / "run"), "--eval_strategy", "no", "--eval_on_start", "False"]
-    words += ["--guards", "False", "--preflight", "False"]  # passes of their own, in the slow format
+    words += ["--guards", "False"]  # passes of their own, in the slow format
     done = subprocess.run(
         [sys.executable, "-c", SCRIPT, *words, "--per_device_train_batch_size", "1", "--logging_steps", "1"],
         cwd=ROOT, env=os.environ | AVX2 | {"PYTHONPATH": str(ROOT)},
