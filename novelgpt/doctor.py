@@ -28,6 +28,8 @@ from novelgpt.settings.paths import OUTPUT, TINY, from_home
 from novelgpt.settings.signals import importing
 from novelgpt.settings.terminal import counted, say
 
+# Beside --model: a file may do so, too.
+NAMING_A_MODEL = ("--config", "--config_name")
 PIPELINES = ("pretrain", "finetune", "finetune_lora")
 
 
@@ -36,7 +38,7 @@ def main(argv: list[str] | None = None) -> None:
     """Run the checks, print what they find, and exit with 2 if there is a problem."""
     start = time.perf_counter()
     options, args = _parser().parse_known_args(argv)
-    has_run = options.model is not None or any(word.split("=")[0] == "--config" for word in args)  # may name a model
+    has_run = options.model is not None or any(word.split("=")[0] in NAMING_A_MODEL for word in args)
     if args and not has_run:
         raise UserError(
             f"{args[0]} is an option of a run, and no model is named", f"add --model MODEL, or --model {TINY}"

@@ -32,6 +32,8 @@ def folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     (tmp_path / "books").mkdir()
     for name in ("my.yaml", "ours.yaml", "x.yaml", "books/a.txt"):
         (tmp_path / name).write_text(CONFIG, encoding="utf-8")
+    (tmp_path / "my_tokenizer").mkdir()
+    (tmp_path / "my_tokenizer" / "tokenizer.json").write_text("{}", encoding="utf-8")
     monkeypatch.chdir(tmp_path)
     parse_args = CommandParser.parse_args
 

@@ -14,10 +14,13 @@ from safetensors.torch import load_file
 import novelgpt.settings.random_weights as settings
 import pretrain.__main__
 from novelgpt.checks.arguments import make_random_base
+from novelgpt.checks.longest_batch import NAME
 from novelgpt.checks.scale import describe_scale, run_tokens
+from novelgpt.doctor import check_run
 from novelgpt.model.random_base import WeightCounts
 from novelgpt.settings.parser import parse_arguments
 from novelgpt.settings.runs import PretrainRun
+from tests.launched import PATIENCE
 from tests.model import random_base_of_rank
 from tests.model.reloaded import tensors_hash
 from tests.model.test_random_base import tiny_words
@@ -46,7 +49,7 @@ def weights_here(words: list[str], place: Path, monkeypatch: pytest.MonkeyPatch)
     return load_file(Path(run.model.model) / "model.safetensors")
 
 
-def check_run(words: list[str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch, processes: int, zero: int) -> None:
+def check_launch(words: list[str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch, processes: int, zero: int) -> None:
     """Train from random weights, which are bit for bit those of a single process."""
     folder = Path(parse_arguments(PretrainRun, words).model.model)
     assert not folder.exists()
@@ -66,7 +69,7 @@ def check_run(words: list[str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch,
 def test_two_ranks_train_the_weights_that_one_process_draws(
     words: list[str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    check_run(words, tmp_path, monkeypatch, processes=2, zero=0)
+    check_launch(words, tmp_path, monkeypatch, processes=2, zero=0)
 
 
 @pytest.mark.long
@@ -74,7 +77,7 @@ def test_two_ranks_train_the_weights_that_one_process_draws(
 def test_other_launches_train_the_same_weights(
     processes: int, zero: int, words: list[str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    check_run(words, tmp_path, monkeypatch, processes, zero)
+    check_launch(words, tmp_path, monkeypatch, processes, zero)
 
 
 def test_weights_in_parts_are_those_of_one_process(
@@ -86,6 +89,13 @@ def test_weights_in_parts_are_those_of_one_process(
     alone["lm_head.weight"] = alone["transformer.wte.weight"]  # tied, and stored once
     hashes = {(tmp_path / f"{rank}.txt").read_text(encoding="utf-8") for rank in range(2)}
     assert hashes == {tensors_hash(alone)}
+
+
+@pytest.mark.long
+def test_the_doctor_checks_a_run_from_random_weights(words: list[str]) -> None:
+    findings = list(check_run("pretrain", [*words, "--max_length", "64"], time_limit=PATIENCE))
+    assert [finding for finding in findings if finding.mark == "problem"] == []
+    assert findings[-1].check == NAME and findings[-1].mark == "ok"
 
 
 def test_the_scale_of_a_run() -> None:

@@ -6,6 +6,7 @@ import os
 import subprocess
 import sys
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -15,8 +16,9 @@ from transformers import CONFIG_MAPPING, MODEL_FOR_CAUSAL_LM_MAPPING, PreTrained
 
 import novelgpt.settings.random_weights as settings
 from novelgpt.checks.arguments import make_random_base
+from novelgpt.checks.scale import OPTIMAL_TOKENS_PER_WEIGHT
 from novelgpt.model.loading import load_model
-from novelgpt.model.random_base import build_random_model, count_weights
+from novelgpt.model.random_base import _write_elsewhere, build_random_model, count_weights
 from novelgpt.model.tokenizer import load_tokenizer
 from novelgpt.settings.parser import parse_arguments
 from novelgpt.settings.random_weights import ready_sizes
@@ -24,6 +26,7 @@ from novelgpt.settings.runs import PretrainRun
 from tests.launched import PATIENCE
 from tests.model.reloaded import NEW_TOKENS, PROMPT, weights_hash
 
+ROOT = Path(__file__).resolve().parents[2]
 SMALL = ["gpt2-10m", "qwen3-5m", "baichuan-10m-rope", "baichuan-10m-alibi"]
 MIDDLE = ["llama-43m", "glm-30m", "qwen3-26m"]
 UP_TO_50M = [*SMALL, *(pytest.param(name, marks=pytest.mark.long) for name in MIDDLE)]
@@ -100,6 +103,25 @@ def test_two_sizes_have_the_layers_and_heads_that_others_name_them_by() -> None:
     assert heads == (256, 12, 8)
     total = count_weights(on_meta(gpt2_124m)).total
     assert round((total - gpt2_124m.n_positions * gpt2_124m.n_embd) / 1e6, 2) == 123.65
+
+
+@pytest.mark.parametrize("page", ["docs/from_scratch.md", "docs/zh/from_scratch.md"])
+def test_the_page_has_the_numbers_of_each_size(page: str) -> None:
+    lines = (ROOT / page).read_text(encoding="utf-8").splitlines()
+    rows = {line.split("`")[1]: line.split(" | ")[1:] for line in lines if line.startswith("| `") and " x " in line}
+    assert rows.keys() == set(ready_sizes())
+    for size, row in rows.items():
+        config: Any = config_of(size)
+        counts = count_weights(on_meta(config))
+        described = config.to_dict()
+        groups = described.get("num_key_value_heads", config.num_attention_heads)
+        assert row[:2] == [
+            f"{config.num_hidden_layers} x {config.hidden_size}",
+            f"{config.num_attention_heads} / {groups}",
+        ]
+        numbers = (config.vocab_size, config.max_position_embeddings, counts.total, counts.inner)
+        assert row[2:6] == [f"{number:,}" for number in numbers]
+        assert row[6] == f"{OPTIMAL_TOKENS_PER_WEIGHT * counts.total / 1e6:,.0f} M |"
 
 
 @pytest.mark.parametrize("size", UP_TO_50M)
@@ -266,6 +288,20 @@ def test_the_tokenizer_decides_vocabulary_and_special_ids(
     assert model.generation_config.pad_token_id == tokenizer.pad_token_id
     wide = made([*words[:-1], f"{words[-1]},vocab_size=1200"])
     assert load_model(wide.model, tokenizer).config.vocab_size == 1200
+
+
+@pytest.mark.long
+def test_a_process_of_its_own_writes_the_same_base(
+    base_folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(settings, "OUTPUT", tmp_path)
+    run = made(tiny_words(base_folder, "glm-30m", "--make_vocab_size_divisible_by", "64"))
+    weights = run.model.random_weights
+    assert weights is not None
+    _write_elsewhere(replace(weights, folder=tmp_path / "elsewhere"), run.model)
+    here, elsewhere = ({path.name: path.read_bytes() for path in folder.iterdir()} for folder in
+                       (weights.folder, tmp_path / "elsewhere"))  # fmt: skip
+    assert here == elsewhere
 
 
 def test_settings_of_random_weights_apply_unless_the_user_sets_others(base_folder: Path) -> None:
