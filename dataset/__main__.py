@@ -1,6 +1,6 @@
 """Prepare data for training: python -m dataset COMMAND …
 
-COMMAND: novels, held_out, tokens, conversations, preferences or preview (`--help` for each).
+COMMAND: novels, held_out, tokenizer, tokens, conversations, preferences or preview (`--help` for each).
 """
 
 from __future__ import annotations
@@ -17,6 +17,7 @@ from novelgpt.settings.terminal import say
 MODULES = {
     "novels": "dataset.novels.command",
     "held_out": "dataset.novels.held_out.command",
+    "tokenizer": "dataset.tokenizers.command",
     "tokens": "dataset.tokens_command",
     "conversations": "dataset.conversation_rows.command",
     "preferences": "dataset.preferences",

@@ -24,15 +24,11 @@ from novelgpt.settings.errors import exit_on_user_error
 from novelgpt.settings.paths import EMBEDDED_BASE, ROOT, SAMPLES
 from novelgpt.settings.process import in_process_group, is_first_process
 from novelgpt.settings.terminal import say
+from novelgpt.text.pretokenization import QWEN_PRETOKENIZATION, QWEN_SPECIAL_TOKENS
 from novelgpt.text.templates import CHATML_TEMPLATE
 
 VOCABULARY = 1000
 SEED = 20
-SPECIAL_TOKENS = ["<|endoftext|>", "<|im_start|>", "<|im_end|>"]
-# Qwen's pre-tokenization (the pattern in its tokenizer.json).
-PRETOKENIZATION = (
-    r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}| ?[^\s\p{L}\p{N}]+[\r\n]*|\s*[\r\n]+|\s+(?!\S)|\s+"
-)
 
 
 def build_tokenizer(texts: list[str]) -> PreTrainedTokenizerFast:
@@ -40,18 +36,21 @@ def build_tokenizer(texts: list[str]) -> PreTrainedTokenizerFast:
     tokenizer = Tokenizer(models.BPE())
     tokenizer.normalizer = normalizers.NFC()
     tokenizer.pre_tokenizer = pre_tokenizers.Sequence(
-        [pre_tokenizers.Split(Regex(PRETOKENIZATION), "isolated"), pre_tokenizers.ByteLevel(False, use_regex=False)]
+        [
+            pre_tokenizers.Split(Regex(QWEN_PRETOKENIZATION), "isolated"),
+            pre_tokenizers.ByteLevel(False, use_regex=False),
+        ]
     )
     tokenizer.decoder = decoders.ByteLevel()
     trainer = trainers.BpeTrainer(
-        vocab_size=VOCABULARY - len(SPECIAL_TOKENS),
+        vocab_size=VOCABULARY - len(QWEN_SPECIAL_TOKENS),
         min_frequency=2,
         initial_alphabet=sorted(pre_tokenizers.ByteLevel.alphabet()),
         max_token_length=12,  # four Chinese characters: longer tokens of so small a text would be whole phrases
         show_progress=False,
     )
     tokenizer.train_from_iterator(texts, trainer)
-    tokenizer.add_special_tokens([AddedToken(token, special=True, normalized=False) for token in SPECIAL_TOKENS])
+    tokenizer.add_special_tokens([AddedToken(token, special=True, normalized=False) for token in QWEN_SPECIAL_TOKENS])
     return PreTrainedTokenizerFast(
         tokenizer_object=tokenizer,
         eos_token="<|im_end|>",

@@ -31,6 +31,7 @@ SECTIONS: dict[str, tuple[Command, ...]] = {
         Command("data novels", "dataset novels",
                 "a folder of novels -> clean chapters, without repeats, split by book, and a report"),
         Command("data held-out", "dataset held_out", "a list of works to hold out wherever they occur"),
+        Command("data tokenizer", "dataset tokenizer", "text -> a tokenizer for models trained from scratch"),
         Command("data tokens", "dataset tokens", "text -> tokens that training maps into memory"),
         Command("data conversations", "dataset conversations",
                 "papers or prepared novels -> question and answer rows from varied templates"),

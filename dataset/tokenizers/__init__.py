@@ -1,0 +1,1 @@
+"""Tokenizers trained on a corpus: `python -m dataset tokenizer`."""

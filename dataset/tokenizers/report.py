@@ -1,0 +1,105 @@
+"""What a tokenizer makes of text, beside other tokenizers."""
+
+from __future__ import annotations
+
+import time
+from collections import Counter
+from collections.abc import Mapping
+from typing import Any
+
+from rich.text import Text
+from transformers import PreTrainedTokenizerBase, PreTrainedTokenizerFast
+
+from novelgpt.settings.console import make_console, number_table
+from novelgpt.settings.terminal import visible
+from novelgpt.text.chunks import encode_texts
+from novelgpt.text.encoding import encode
+
+LONGEST, MOST_FREQUENT = 10, 20
+
+
+def report_of(tokenizers: Mapping[str, PreTrainedTokenizerBase], pieces: list[str]) -> dict[str, Any]:
+    """Measure tokenizers on the same pieces of text.
+
+    Args:
+        tokenizers: by the name to show.
+        pieces: lines with their ends.
+    """
+    measured = [{"name": name, **measure(tokenizer, pieces)} for name, tokenizer in tokenizers.items()]
+    return {"characters": sum(map(len, pieces)), "lines": len(pieces), "tokenizers": measured}
+
+
+def measure(tokenizer: PreTrainedTokenizerBase, pieces: list[str]) -> dict[str, Any]:
+    """The figures of a tokenizer.
+
+    Returns:
+        vocabulary; characters_a_token and bytes_a_token; unknown_characters and round_trip (shares of the characters,
+        and of the pieces that decode to what they were); used (share of the vocabulary); longest and most_frequent
+        tokens, as text, the latter with their share of all tokens; characters_a_second (of encoding, on all cores).
+    """
+    encode("字", tokenizer)  # clears any truncation and padding that the tokenizer's file sets
+    start = time.perf_counter()
+    encoded = encode_texts(pieces, tokenizer)
+    seconds = time.perf_counter() - start
+    counts = Counter(token for ids in encoded for token in ids)
+    tokens, characters = counts.total(), sum(map(len, pieces))
+    decoded = (str(tokenizer.decode(ids, skip_special_tokens=False)) for ids in encoded)
+    equal = sum(text == piece for text, piece in zip(decoded, pieces, strict=True))
+    texts = {
+        token: str(tokenizer.decode([token], skip_special_tokens=False))
+        for token in set(tokenizer.get_vocab().values()).difference(tokenizer.added_tokens_decoder)
+    }
+    longest = sorted(texts.values(), key=lambda text: (-len(text), text))[:LONGEST]
+    shares = [[texts.get(token) or str(tokenizer.decode([token])), round(number / max(1, tokens), 6)]
+              for token, number in counts.most_common(MOST_FREQUENT)]  # fmt: skip
+    return {
+        "vocabulary": len(tokenizer),
+        "characters_a_token": characters / max(1, tokens),
+        "bytes_a_token": sum(len(piece.encode()) for piece in pieces) / max(1, tokens),
+        "unknown_characters": _unknown(tokenizer, pieces, counts) / max(1, characters),
+        "round_trip": equal / max(1, len(pieces)),
+        "used": len(counts) / len(tokenizer),
+        "longest": longest,
+        "most_frequent": shares,
+        "characters_a_second": round(characters / seconds),
+    }
+
+
+def show_report(report: dict[str, Any]) -> None:
+    """Print the figures of all tokenizers, and the tokens of the first."""
+    console = make_console()
+    title = f"On {report['characters']:,} characters that no tokenizer here was trained on 未用于训练的文本"
+    table = number_table(title, "", *(entry["name"] for entry in report["tokenizers"]))
+    rows = {
+        "tokens in the vocabulary 词表大小": ("vocabulary", "{:,}"),
+        "characters a token 每 token 字数": ("characters_a_token", "{:.3f}"),
+        "bytes a token 每 token 字节数": ("bytes_a_token", "{:.3f}"),
+        "unknown characters 未知字": ("unknown_characters", "{:.3%}"),
+        "lines that decode exactly 可还原的行": ("round_trip", "{:.2%}"),
+        "tokens of the vocabulary in use 用到的词表": ("used", "{:.1%}"),
+        "characters encoded a second 每秒编码字数": ("characters_a_second", "{:,}"),
+    }
+    for label, (name, form) in rows.items():
+        table.add_row(label, *(form.format(entry[name]) for entry in report["tokenizers"]))
+    console.print(table)
+    own = report["tokenizers"][0]
+    for label, tokens in (
+        ("longest tokens 最长", own["longest"]),
+        ("most frequent 最常见", [token for token, _ in own["most_frequent"]]),
+    ):
+        shown = " ".join(visible(repr(token)[1:-1]) if token.strip() != token else visible(token) for token in tokens)
+        console.print(Text.assemble((f"{label}: ", "bold"), shown))
+
+
+def _unknown(tokenizer: PreTrainedTokenizerBase, pieces: list[str], counts: Counter[int]) -> int:
+    """Number of characters of which only the unknown token is left."""
+    unknown = tokenizer.unk_token_id
+    if unknown is None or not counts[unknown]:
+        return 0
+    if not isinstance(tokenizer, PreTrainedTokenizerFast):
+        return counts[unknown]
+    total = 0
+    for encoding in tokenizer.backend_tokenizer.encode_batch(pieces, add_special_tokens=False):
+        total += sum(end - begin for token, (begin, end) in zip(encoding.ids, encoding.offsets, strict=True)
+                     if token == unknown)  # fmt: skip
+    return total
