@@ -25,6 +25,7 @@ PIPELINES = {run.pipeline: run for run in (PretrainRun, FinetuneRun, LoraRun, Pr
 SCRIPTS = {"pretrain": "pretrain", "finetune": "finetune", "lora": "finetune_lora", "predict": "predict"}
 COMMANDS = {
     "dataset novels": "dataset/novels/command.py",
+    "dataset tokenizer": "dataset/tokenizers/command.py",
     "dataset tokens": "dataset/tokens_command.py",
     "dataset conversations": "dataset/conversation_rows/command.py",
     "dataset preferences": "dataset/preferences.py",

@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import shlex
 from argparse import Namespace
+from collections import Counter
 from importlib.metadata import version
 from pathlib import Path
 from typing import Any
@@ -57,7 +58,9 @@ def make_parser() -> CommandParser:
     parser.add_argument(
         "--vocab_size", required=True, type=int, help="number of tokens, special ones included: exactly so many"
     )
-    parser.add_argument("--text_column", default="text", help="column or key of the text [default: text]")
+    parser.add_argument("--text_column", default="text",
+                        help="column or key of the text in files; several are joined by line ends: title,abstract "
+                        "[default: text]")  # fmt: skip
     parser.add_argument("--sample_characters", type=int, default=SAMPLE_CHARACTERS,
                         help="most characters to train on, drawn from all [default: 30000000]")  # fmt: skip
     parser.add_argument("--seed", type=int, default=42, help="of that draw [default: 42]")
@@ -84,7 +87,11 @@ def main(argv: list[str] | None = None) -> None:
             f"{sum(map(len, sample.report)):,} others reported on"
         )
         tokenizer = as_pretrained(train(args, sample.pieces, segmenter), args.kind)
-        report = report_of({args.out.name: tokenizer, **compared}, sample.report)
+        # By the last part of a path, as long as that says which one is meant.
+        names = Counter(Path(name).name for name in (args.out, *compared))
+        shown = {name: Path(name).name if names[Path(name).name] == 1 else name for name in compared}
+        others = {shown[name]: other for name, other in compared.items()}
+        report = report_of({args.out.name: tokenizer, **others}, sample.report)
         write_folder(folder, tokenizer, _record(args, sources, sample), report)
     show_report(report)
     say(f"train a model with it: --tokenizer_name {shlex.quote(str(args.out))}")
@@ -110,6 +117,10 @@ def _parse(argv: list[str] | None) -> Namespace:
     for name in ("vocab_size", "sample_characters", "max_token_length"):
         if vars(args)[name] is not None and vars(args)[name] < 1:
             raise UserError(f"--{name} {vars(args)[name]} is too small", "take at least 1")
+    if args.sample_characters > SAMPLE_CHARACTERS:
+        raise UserError(
+            f"--sample_characters {args.sample_characters} is too large", f"take at most {SAMPLE_CHARACTERS}"
+        )
     for name, kinds in (("segmenter", ("words",)), ("max_token_length", tuple(MAX_TOKEN_LENGTH))):
         if vars(args)[name] is not None and args.kind not in kinds:
             raise UserError(f"--{name} means nothing for --kind {args.kind}", "leave it out")

@@ -45,12 +45,11 @@ def measure(tokenizer: PreTrainedTokenizerBase, pieces: list[str]) -> dict[str, 
     tokens, characters = counts.total(), sum(map(len, pieces))
     decoded = (str(tokenizer.decode(ids, skip_special_tokens=False)) for ids in encoded)
     equal = sum(text == piece for text, piece in zip(decoded, pieces, strict=True))
-    texts = {
-        token: str(tokenizer.decode([token], skip_special_tokens=False))
-        for token in set(tokenizer.get_vocab().values()).difference(tokenizer.added_tokens_decoder)
-    }
-    longest = sorted(texts.values(), key=lambda text: (-len(text), text))[:LONGEST]
-    shares = [[texts.get(token) or str(tokenizer.decode([token])), round(number / max(1, tokens), 6)]
+    own = set(tokenizer.get_vocab().values()).difference(tokenizer.added_tokens_decoder)
+    texts = (str(tokenizer.decode([token], skip_special_tokens=False)) for token in own)
+    whole = (text for text in texts if "\ufffd" not in text)  # others are parts of characters
+    longest = sorted(whole, key=lambda text: (-len(text), text))[:LONGEST]
+    shares = [[_text_of(token, tokenizer), round(number / max(1, tokens), 6)]
               for token, number in counts.most_common(MOST_FREQUENT)]  # fmt: skip
     return {
         "vocabulary": len(tokenizer),
@@ -89,6 +88,12 @@ def show_report(report: dict[str, Any]) -> None:
     ):
         shown = " ".join(visible(repr(token)[1:-1]) if token.strip() != token else visible(token) for token in tokens)
         console.print(Text.assemble((f"{label}: ", "bold"), shown))
+
+
+def _text_of(token: int, tokenizer: PreTrainedTokenizerBase) -> str:
+    """What a token stands for; where that is a part of a character, how the vocabulary writes it."""
+    text = str(tokenizer.decode([token], skip_special_tokens=False))
+    return str(tokenizer.convert_ids_to_tokens(token)) if "\ufffd" in text else text
 
 
 def _unknown(tokenizer: PreTrainedTokenizerBase, pieces: list[str], counts: Counter[int]) -> int:

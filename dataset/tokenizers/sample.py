@@ -87,14 +87,9 @@ def draw_sample(
             bound = -negated
             size -= len(dropped)
     kept.sort(reverse=True)
-    left = min(report_characters, size * report_characters // wanted)
-    count = 0
-    for _, _, piece in kept:
-        left -= len(piece)
-        if left < 0:
-            break
-        count += 1
-    report, pieces = kept[:count], kept[count:]
+    first = _count_within(kept, 0, min(report_characters, size * report_characters // wanted))
+    last = _count_within(kept, first, characters)
+    report, pieces = kept[:first], kept[first:last]
     del kept
     return Sample(_in_order(pieces), _in_order(report), seen)
 
@@ -118,6 +113,15 @@ def cut_pieces(stretches: Iterable[str]) -> Iterator[str]:
     yield from (found[0] for found in _PIECE.finditer(rest))
 
 
+def _count_within(kept: list[tuple[float, int, str]], begin: int, characters: int) -> int:
+    """Where the pieces from `begin` on exceed a number of characters."""
+    for index in range(begin, len(kept)):
+        characters -= len(kept[index][2])
+        if characters < 0:
+            return index
+    return len(kept)
+
+
 def _in_order(pieces: list[tuple[float, int, str]]) -> list[str]:
     pieces.sort(key=lambda piece: piece[1])
     return [piece for _, _, piece in pieces]
@@ -127,12 +131,14 @@ def _read_pieces(sources: list[CorpusSource], text_column: str) -> Iterator[str]
     for source in sources:
         if source.manifest is not None:
             raise UserError(f"{source.folder} already holds tokens", "name the text that they were made from")
-    files = [path for source in sources if source.split == TRAIN for path in source.files]
-    if not files:
+    # Prepared folders have one form of rows; the column is that of other files.
+    columns = {path: text_column if source.folder is None else "text"
+               for source in sources if source.split == TRAIN for path in source.files}  # fmt: skip
+    if not columns:
         raise UserError("nothing to train a tokenizer on: all text is held out", "name text that is trained on")
-    with progress(sum(path.stat().st_size for path in files), "reading the corpus", "B") as advance:
-        for path in files:
-            for text in _read_texts(path, text_column):
+    with progress(sum(path.stat().st_size for path in columns), "reading the corpus", "B") as advance:
+        for path, column in columns.items():
+            for text in _read_texts(path, column):
                 yield from cut_pieces(text)
             advance(path.stat().st_size)
 

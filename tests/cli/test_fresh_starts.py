@@ -22,7 +22,7 @@ QUICK += ["--save_strategy", "no", "--stop_check", "0"]
 ELSEWHERE = {"pretrain", "data novels", "doctor"}
 HERE = {
     "score", "report", "continuations", "data conversations", "finetune", "lora", "merge", "predict", "chat",
-    "data tokens", "data preview", "export llama", "export qwen2", "export safetensors", "lm-eval", "convert-config",
+    "data tokens", "data tokenizer", "data preview", "export llama", "export qwen2", "export safetensors", "lm-eval", "convert-config",
     "demo", "data preferences",
 }  # fmt: skip
 
@@ -74,6 +74,8 @@ def test_settings_of_another_tool(tmp_path: Path) -> None:
 @pytest.mark.long
 def test_from_data_to_a_merged_adapter_that_talks(tmp_path: Path) -> None:
     ends_well(tmp_path, "data", "tokens", NOVEL, "tokens", "--model", "tiny")
+    ends_well(tmp_path, "data", "tokenizer", NOVEL, "tokenizer", "--kind", "byte_bpe", "--vocab_size", "400")
+    assert (tmp_path / "tokenizer" / "tokenizer.json").is_file()
     assert " trained, " in ends_well(tmp_path, "data", "preview", PAPERS, "--model", "tiny")
     ends_well(tmp_path, "finetune", *QUICK, "--output_dir", "full")
     ends_well(tmp_path, "lora", *QUICK, "--output_dir", "lora", MODEL="tiny")
