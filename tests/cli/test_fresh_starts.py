@@ -22,8 +22,8 @@ QUICK += ["--save_strategy", "no", "--stop_check", "0"]
 ELSEWHERE = {"pretrain", "data novels", "doctor"}
 HERE = {
     "score", "report", "continuations", "data conversations", "finetune", "lora", "merge", "predict", "chat",
-    "data tokens", "data tokenizer", "data preview", "export llama", "export qwen2", "export safetensors", "lm-eval", "convert-config",
-    "demo", "data preferences",
+    "data tokens", "data preview", "export llama", "export qwen2", "export safetensors", "lm-eval", "convert-config",
+    "demo", "data preferences", "data tokenizer",
 }  # fmt: skip
 
 

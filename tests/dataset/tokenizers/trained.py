@@ -7,7 +7,6 @@ from tokenizers import Tokenizer
 
 from dataset.tokenizers.byte_level import train_byte_level_bpe
 from dataset.tokenizers.characters import train_characters
-from dataset.tokenizers.sample import cut_pieces
 from dataset.tokenizers.subwords import train_subwords
 from dataset.tokenizers.words import load_segmenter, train_words
 from novelgpt.settings.paths import SAMPLES
@@ -17,12 +16,12 @@ EXACT = ("byte_bpe", "bpe", "unigram")  # those that promise decode(encode(text)
 
 
 def sample_pieces() -> list[str]:
-    """The sample novels and papers, in pieces."""
+    """The lines of the sample novels and papers. Without what draws pieces, which imports the model libraries."""
     texts = [path.read_text(encoding="utf-8") for path in sorted((SAMPLES / "novels").glob("*.txt"))]
     for name in ("train", "test"):
         rows = (SAMPLES / "papers" / f"{name}.jsonl").read_text(encoding="utf-8").splitlines()
         texts += [f"{row['title']}\n{row['abstract']}\n" for row in map(json.loads, rows)]
-    return list(cut_pieces(texts))
+    return [line for text in texts for line in text.splitlines(keepends=True)]
 
 
 def random_lines(count: int) -> list[str]:
