@@ -67,7 +67,7 @@ def measure(tokenizer: PreTrainedTokenizerBase, pieces: list[str]) -> dict[str, 
 def show_report(report: dict[str, Any]) -> None:
     """Print the figures of all tokenizers, and the tokens of the first."""
     console = make_console()
-    title = f"On {report['characters']:,} characters that no tokenizer here was trained on 未用于训练的文本"
+    title = f"On {report['characters']:,} characters outside the sample 样本以外的文本"
     table = number_table(title, "", *(entry["name"] for entry in report["tokenizers"]))
     rows = {
         "tokens in the vocabulary 词表大小": ("vocabulary", "{:,}"),
