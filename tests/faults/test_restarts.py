@@ -41,6 +41,7 @@ def restarts(folder: Path) -> list[tuple[str, str, int, str | None]]:
 
 
 @pytest.mark.slow
+@pytest.mark.long
 def test_a_rank_that_is_killed_twice_under_zero_2(runs: Runs, tmp_path: Path) -> None:
     """Before the first checkpoint and after it; what the run replaces goes once, not what it has made itself."""
     undisturbed, folder = runs.undisturbed("zero2"), tmp_path / "run"
@@ -93,7 +94,7 @@ def test_a_prediction_answers_no_row_twice(runs: Runs, tmp_path: Path) -> None:
     assert answers[0] == answers[1]
 
 
-@pytest.mark.long
+@pytest.mark.slow
 def test_the_script_heals_a_single_process(runs: Runs, tmp_path: Path) -> None:
     command, folder = runs.commands["finetune"], tmp_path / "run"
     variables = {"MAX_RESTARTS": "1", "ZERO": "0", "NPROC": "1", "MARK": str(tmp_path)}

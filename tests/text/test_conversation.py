@@ -244,7 +244,7 @@ def test_hard_answers(case: tuple[PreTrainedTokenizerBase, str]) -> None:
 
 def test_random_conversations(case: tuple[PreTrainedTokenizerBase, str]) -> None:
     draw = random.Random(7)
-    for _ in range(30):
+    for _ in range(12):
         messages = [SYSTEM] if draw.random() < 0.5 else []
         for _ in range(draw.randint(1, 4)):
             question, answer = ("".join(draw.choices(HARD_ANSWERS, k=draw.randint(1, 3))) for _ in range(2))
