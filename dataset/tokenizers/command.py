@@ -18,6 +18,7 @@ from typing import Any
 from tokenizers import Tokenizer
 
 from dataset.corpus import TRAIN, CorpusSource, find_sources
+from dataset.tokenizers.agreement import measure_agreement
 from dataset.tokenizers.byte_level import train_byte_level_bpe
 from dataset.tokenizers.characters import train_characters
 from dataset.tokenizers.folder import as_pretrained, write_folder
@@ -34,7 +35,8 @@ from novelgpt.settings.errors import UserError, exit_on_user_error
 from novelgpt.settings.paths import from_home
 from novelgpt.settings.terminal import say
 
-SAMPLE_CHARACTERS, REPORT_CHARACTERS = 30_000_000, 1_000_000
+# More than ten million hardly change a tokenizer, and cost time and memory in proportion.
+SAMPLE_CHARACTERS, MOST_SAMPLE_CHARACTERS, REPORT_CHARACTERS = 10_000_000, 30_000_000, 1_000_000
 # The most characters of a token, by kind. A hanzi counts as one; in byte-level BPE, so do three letters. Without it, a
 # small corpus spends its vocabulary on formulas such as 且听下回分解.
 MAX_TOKEN_LENGTH = {"byte_bpe": 4, "bpe": 8, "unigram": 8, "words": 16}
@@ -62,7 +64,8 @@ def make_parser() -> CommandParser:
                         help="column or key of the text in files; several are joined by line ends: title,abstract "
                         "[default: text]")  # fmt: skip
     parser.add_argument("--sample_characters", type=int, default=SAMPLE_CHARACTERS,
-                        help="most characters to train on, drawn from all [default: 30000000]")  # fmt: skip
+                        help="most characters to train on, drawn from all; up to 30000000 "
+                        "[default: 10000000]")  # fmt: skip
     parser.add_argument("--seed", type=int, default=42, help="of that draw [default: 42]")
     parser.add_argument("--max_token_length", type=int, metavar="CHARACTERS",
                         help="of a token; in byte_bpe, three letters count as one [default: 4 for byte_bpe, 8 for bpe "
@@ -92,6 +95,8 @@ def main(argv: list[str] | None = None) -> None:
         shown = {name: Path(name).name if names[Path(name).name] == 1 else name for name in compared}
         others = {shown[name]: other for name, other in compared.items()}
         report = report_of({args.out.name: tokenizer, **others}, sample.report)
+        if segmenter is not None:
+            report["word_ends_f1"] = measure_agreement(tokenizer.backend_tokenizer, sample.report, segmenter)
         write_folder(folder, tokenizer, _record(args, sources, sample), report)
     show_report(report)
     say(f"train a model with it: --tokenizer_name {shlex.quote(str(args.out))}")
@@ -117,9 +122,9 @@ def _parse(argv: list[str] | None) -> Namespace:
     for name in ("vocab_size", "sample_characters", "max_token_length"):
         if vars(args)[name] is not None and vars(args)[name] < 1:
             raise UserError(f"--{name} {vars(args)[name]} is too small", "take at least 1")
-    if args.sample_characters > SAMPLE_CHARACTERS:
+    if args.sample_characters > MOST_SAMPLE_CHARACTERS:
         raise UserError(
-            f"--sample_characters {args.sample_characters} is too large", f"take at most {SAMPLE_CHARACTERS}"
+            f"--sample_characters {args.sample_characters} is too large", f"take at most {MOST_SAMPLE_CHARACTERS}"
         )
     for name, kinds in (("segmenter", ("words",)), ("max_token_length", tuple(MAX_TOKEN_LENGTH))):
         if vars(args)[name] is not None and args.kind not in kinds:
@@ -130,8 +135,8 @@ def _parse(argv: list[str] | None) -> Namespace:
 
 
 def _report_share(args: Namespace) -> int:
-    """Characters to report on: a thirtieth of those to train on, and at most a million."""
-    return max(1, min(REPORT_CHARACTERS, args.sample_characters // 30))
+    """Characters to report on: a tenth of those to train on, and at most a million."""
+    return max(1, min(REPORT_CHARACTERS, args.sample_characters // 10))
 
 
 def _record(args: Namespace, sources: list[CorpusSource], sample: Sample) -> dict[str, Any]:

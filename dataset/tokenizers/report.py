@@ -11,7 +11,7 @@ from rich.text import Text
 from transformers import PreTrainedTokenizerBase, PreTrainedTokenizerFast
 
 from novelgpt.settings.console import make_console, number_table
-from novelgpt.settings.terminal import visible
+from novelgpt.settings.terminal import say, visible
 from novelgpt.text.chunks import encode_texts
 from novelgpt.text.encoding import encode
 
@@ -81,6 +81,12 @@ def show_report(report: dict[str, Any]) -> None:
     for label, (name, form) in rows.items():
         table.add_row(label, *(form.format(entry[name]) for entry in report["tokenizers"]))
     console.print(table)
+    if "word_ends_f1" in report:
+        agreement = report["word_ends_f1"]
+        say(
+            f"ends of words as the segmenter's 与切词工具一致的词尾: F1 {agreement['likeliest']:.3f} "
+            f"(longest match first 最长匹配: {agreement['longest_match']:.3f})"
+        )
     own = report["tokenizers"][0]
     for label, tokens in (
         ("longest tokens 最长", own["longest"]),

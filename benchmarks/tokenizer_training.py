@@ -1,0 +1,82 @@
+"""Memory of training a tokenizer on a corpus of any size: only its sample counts.
+
+    python benchmarks/tokenizer_training.py [--gigabytes 10] [--kinds byte_bpe words] [--json FILE]
+
+A corpus of that size, and one of a tenth, are written from the sample novels, line by line in random order. The same
+command trains on both; its private memory may not differ by more than a tenth.
+"""
+
+from __future__ import annotations
+
+import random
+import shutil
+import sys
+import tempfile
+from pathlib import Path
+
+# Processes that are started do not get the folder of this file by themselves.
+sys.path.insert(0, str(Path(__file__).resolve().parent))
+sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
+
+from private_memory import run_measured
+from results import make_console, make_parser, result, show_results, write_results
+
+from novelgpt.settings.paths import ROOT, SAMPLES
+
+TARGET = 1.1
+GIGABYTE = 10**9
+LINES_AT_ONCE = 20_000
+# Sizes that the sample novels, which repeat, are rich enough for.
+VOCABULARY = {"byte_bpe": 2_000, "bpe": 2_000, "unigram": 1_500, "char": 1_000, "words": 2_000}
+
+
+def write_corpus(path: Path, size: int) -> None:
+    """Write lines of the sample novels in random order until a file has `size` bytes.
+
+    Each line is put together from two, so that few are alike.
+    """
+    texts = [novel.read_text(encoding="utf-8") for novel in sorted((SAMPLES / "novels").glob("*.txt"))]
+    lines = [line for text in texts for line in text.splitlines() if line.strip()]
+    draw, written = random.Random(1), 0
+    with path.open("wb") as file:
+        while written < size:
+            pairs = zip(draw.choices(lines, k=LINES_AT_ONCE), draw.choices(lines, k=LINES_AT_ONCE), strict=True)
+            block = "".join(f"{first}{second}\n" for first, second in pairs).encode()
+            file.write(block[: size - written].rpartition(b"\n")[0] + b"\n")
+            written += len(block)
+
+
+def main() -> None:
+    """Train on both corpora with each kind; then the targets."""
+    parser = make_parser("Memory of training tokenizers on corpora of any size")
+    parser.add_argument("--gigabytes", type=float, default=10, help="of the larger corpus [default: 10]")
+    parser.add_argument("--sample_characters", type=int, default=3_000_000, help="[default: 3000000]")
+    parser.add_argument("--kinds", nargs="+", choices=VOCABULARY, default=list(VOCABULARY))
+    parser.add_argument("--folder", type=Path, help="where the corpora stay; default: a temporary one")
+    arguments = parser.parse_args()
+    console, results = make_console(), []
+    with tempfile.TemporaryDirectory() as temporary:
+        folder = (arguments.folder or Path(temporary)).absolute()
+        folder.mkdir(parents=True, exist_ok=True)
+        corpora = {}
+        for size in (arguments.gigabytes / 10, arguments.gigabytes):
+            corpora[size] = folder / f"corpus-{size:g}.txt"
+            write_corpus(corpora[size], int(size * GIGABYTE))
+        for kind in arguments.kinds:
+            peaks = []
+            for size, corpus in corpora.items():
+                out = folder / "tokenizer"
+                shutil.rmtree(out, ignore_errors=True)
+                command = [sys.executable, "-m", "dataset", "tokenizer", str(corpus), str(out), "--kind", kind]
+                command += ["--vocab_size", str(VOCABULARY[kind])]
+                command += ["--sample_characters", str(arguments.sample_characters)]
+                usage = run_measured(command, folder, folder / "log.txt", {"PYTHONPATH": str(ROOT)})
+                peaks.append(usage.own)
+                console.print(f"{kind}, {size:g} GB: {usage.own / 1e6:,.0f} MB private, {usage.seconds:,.0f} s")
+            results.append(result(f"private memory of {kind}, all / a tenth", peaks[1] / peaks[0], "ratio", TARGET))
+    show_results(results, console)
+    write_results(results, arguments.json)
+
+
+if __name__ == "__main__":
+    main()
