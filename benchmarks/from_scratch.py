@@ -35,13 +35,18 @@ from held_out_bits import bits_of_works, load, read_works, weights_of
 from matplotlib.figure import Figure
 from results import make_console, make_parser, write_results
 from tiny_base import DRAWN, openings, quietly
+from transformers import PreTrainedTokenizerBase
 
 from novelgpt.model.card import code, table
+from novelgpt.model.random_config import random_config
+from novelgpt.model.tokenizer import load_tokenizer
+from novelgpt.settings.arguments import ModelArguments
 from novelgpt.settings.atomic_files import atomic_write
 from novelgpt.settings.charts import COLOURS, LINES, figure_png
 from novelgpt.settings.hardware import usable_cores
+from novelgpt.settings.parsed_files import read_object
 from novelgpt.settings.paths import ROOT
-from novelgpt.settings.random_weights import SIZES
+from novelgpt.settings.random_weights import SIZES, RandomWeights
 from predict.__main__ import main as predict_main
 
 MOST_WEIGHTS = 10_500_000
@@ -70,13 +75,10 @@ def read_arguments() -> argparse.Namespace:
     return parser.parse_args()
 
 
-def weights_with(size: Path, vocabulary: int, work: Path) -> dict[str, int]:
-    """Weights of a ready size with another vocabulary."""
-    config = json.loads(size.read_text(encoding="utf-8")) | {"vocab_size": vocabulary}
-    folder = work / "configs" / size.stem
-    folder.mkdir(parents=True, exist_ok=True)
-    (folder / "config.json").write_text(json.dumps(config), encoding="utf-8")
-    return weights_of(folder)
+def weights_with(size: Path, tokenizer: PreTrainedTokenizerBase) -> dict[str, int]:
+    """Weights of a ready size with the vocabulary of a tokenizer, as `weights_of`."""
+    settings = read_object(size)
+    return weights_of(random_config(RandomWeights(size.stem, settings, {}, "", 1, 0, Path()), tokenizer))
 
 
 def run(module: str, *words: str) -> None:
@@ -137,8 +139,8 @@ def measure(size: Path, arguments: argparse.Namespace, train: Sequence[str], val
         found["parts"].append({"share": share, "steps": part, "tokens": part * STEP_TOKENS, "bits": bits["all"],
                                "loss": bits["loss"], "samples": written})  # fmt: skip
         if share == SHARES[-1]:
-            found |= curve_of(entries) | {"tokens_per_second": speed(entries), "weights": weights_of(out),
-                                          "characters_a_token": bits["characters_a_token"]}  # fmt: skip
+            found |= curve_of(entries) | {"tokens_per_second": speed(entries)}
+            found["weights"] = weights_of(loaded.model.config)
     return found
 
 
@@ -155,49 +157,20 @@ def curve_of(entries: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
     return {"losses": losses, "evaluations": evaluations}
 
 
-def flops_a_token(weights: Mapping[str, int], tied: bool) -> int:
-    """6 for each weight that a token is multiplied with: all but a table of embeddings that is only looked up."""
-    looked_up = 0 if tied else weights["embeddings"] // 2
-    return 6 * (weights["all"] - looked_up)
-
-
-def is_tied(size: Path) -> bool:
-    """Whether the head of a size is its table of embeddings."""
-    return bool(json.loads(size.read_text(encoding="utf-8")).get("tie_word_embeddings", False))
-
-
-def estimate_rows(
-    sizes: Sequence[Path], found: Sequence[Mapping[str, Any]], arguments: argparse.Namespace
-) -> list[list[str]]:
+def estimate_rows(larger: Mapping[str, Mapping[str, int]], found: Sequence[Mapping[str, Any]]) -> list[list[str]]:
     """A row a larger size: weights, tokens a second, tokens and hours of a compute-optimal run.
 
     Args:
-        sizes: the larger ones.
-        found: of small ones, whose FLOP/s are taken for all.
-        arguments: of the command line.
+        larger: weights of each.
+        found: of small ones, whose weights multiplied in a second are taken for all.
     """
-    reached = statistics.median(
-        flops_a_token(one["weights"], is_tied(SIZES / f"{one['name']}.json")) * one["tokens_per_second"]
-        for one in found
-    )
-    vocabulary = vocabulary_of(arguments.tokenizer)
+    reached = statistics.median(one["weights"]["multiplied"] * one["tokens_per_second"] for one in found)
     rows = []
-    for size in sizes:
-        weights = weights_with(size, vocabulary, arguments.folder)
-        rate = reached / flops_a_token(weights, is_tied(size))
-        tokens = OPTIMAL * weights["all"]
-        rows.append([code(size.stem), f"{weights['all'] / 1e6:,.1f} M", f"{rate:,.0f}", f"{tokens / 1e6:,.0f} M",
+    for name, weights in larger.items():
+        rate, tokens = reached / weights["multiplied"], OPTIMAL * weights["all"]
+        rows.append([code(name), f"{weights['all'] / 1e6:,.1f} M", f"{rate:,.0f}", f"{tokens / 1e6:,.0f} M",
                      f"{tokens / rate / 3600:,.0f} h"])  # fmt: skip
     return rows
-
-
-def vocabulary_of(tokenizer: Path) -> int:
-    """Its number of tokens."""
-    content = json.loads((tokenizer / "tokenizer.json").read_text(encoding="utf-8"))
-    added = {token["content"] for token in content["added_tokens"]}
-    vocabulary = content["model"]["vocab"]
-    words = set(vocabulary) if isinstance(vocabulary, dict) else {word for word, _ in vocabulary}
-    return len(words | added)
 
 
 WORDS: dict[str, dict[str, Any]] = {
@@ -295,13 +268,14 @@ def main() -> None:
     console = make_console()
     arguments.folder.mkdir(parents=True, exist_ok=True)
     os.environ["HF_HUB_OFFLINE"] = "1"
-    vocabulary = vocabulary_of(arguments.tokenizer)
+    tokenizer = load_tokenizer(ModelArguments(str(arguments.tokenizer)))
     tokens = arguments.folder / "tokens"
     run("dataset", "tokens", str(arguments.held_out), str(tokens), "--model", str(arguments.tokenizer))
-    weights = {size: weights_with(size, vocabulary, arguments.folder)["all"] for size in sorted(SIZES.glob("*.json"))}
-    small = [size for size in weights if weights[size] <= MOST_WEIGHTS and size.stem in (arguments.only or [size.stem])]
+    weights = {size: weights_with(size, tokenizer) for size in SIZES.glob("*.json")}
+    weights = dict(sorted(weights.items(), key=lambda entry: entry[1]["all"]))
+    small = [size for size in weights if weights[size]["all"] <= MOST_WEIGHTS]
     found = []
-    for size in sorted(small, key=lambda size: weights[size]):
+    for size in (size for size in small if size.stem in (arguments.only or [size.stem])):
         path = arguments.folder / f"{size.stem}.json"
         if not path.is_file():
             figures = measure(size, arguments, arguments.train_files or [str(tokens)], str(tokens))
@@ -309,9 +283,9 @@ def main() -> None:
         found.append(json.loads(path.read_text(encoding="utf-8")))
         parts = ", ".join(f"{part['tokens'] / 1e6:.2f} M tokens: {part['bits']:.3f}" for part in found[-1]["parts"])
         console.print(f"{size.stem}: {found[-1]['tokens_per_second']:,.0f} tokens/s; bits a character after {parts}")
-    larger = sorted((size for size in weights if weights[size] > MOST_WEIGHTS), key=lambda size: weights[size])
-    estimated = estimate_rows(larger, found, arguments) if found else []
-    facts = {"cores": usable_cores(), "minutes": arguments.minutes, "vocabulary": vocabulary,
+    larger = {size.stem: weights[size] for size in weights if size not in small}
+    estimated = estimate_rows(larger, found) if found else []
+    facts = {"cores": usable_cores(), "minutes": arguments.minutes, "vocabulary": len(tokenizer),
              "characters": EVALUATED_CHARACTERS}  # fmt: skip
     if arguments.docs:
         write_docs(arguments.docs, found, estimated, facts)

@@ -14,7 +14,7 @@ from typing import Any, NamedTuple
 
 import numpy
 import torch
-from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedModel, PreTrainedTokenizerBase
+from transformers import AutoModelForCausalLM, PreTrainedConfig, PreTrainedModel, PreTrainedTokenizerBase
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
@@ -23,6 +23,7 @@ from dataset.readers import read_text_rows
 from novelgpt.inference.loading import load_for_inference
 from novelgpt.model.forward_checks import head_is_last
 from novelgpt.model.loss import attach_chunked_loss
+from novelgpt.model.random_base import count_weights
 from novelgpt.model.tokenizer import load_tokenizer
 from novelgpt.scoring.perplexity import row_sums
 from novelgpt.settings.arguments import ModelArguments
@@ -120,15 +121,20 @@ def bits_of_works(loaded: LoadedModel, works: list[Work], context: int) -> dict[
     }
 
 
-def weights_of(place: Path) -> dict[str, int]:
-    """{"all", "embeddings"}: numbers of weights that a config.json, or its folder, describes.
+def weights_of(config: PreTrainedConfig) -> dict[str, int]:
+    """Numbers of weights that a configuration describes; tied ones count once.
 
-    Tied weights count once; embeddings are those of the input and, where it has its own, of the head.
+    Returns:
+        {"all", "embeddings", "multiplied"}: embeddings are all tables and the head; multiplied are all but tables
+        that a token is only looked up in.
     """
     with torch.device("meta"):
-        model = AutoModelForCausalLM.from_config(AutoConfig.from_pretrained(place))
-    tables = {table.weight for table in (model.get_input_embeddings(), model.get_output_embeddings())}
+        model = AutoModelForCausalLM.from_config(config)
+    counts, head = count_weights(model), model.get_output_embeddings().weight
+    tables = {part.weight for part in model.modules() if isinstance(part, torch.nn.Embedding)}
+    looked_up = sum(table.numel() for table in tables if table is not head)
     return {
-        "all": sum(weight.numel() for weight in model.parameters()),
-        "embeddings": sum(weight.numel() for weight in tables),
+        "all": counts.total,
+        "embeddings": counts.total - counts.inner,
+        "multiplied": counts.total - looked_up,
     }

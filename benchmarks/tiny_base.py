@@ -77,7 +77,11 @@ def study_bits(models: dict[str, Path], works: list[Work], console: Console) -> 
         tokens = len(loaded.tokenizer(sample, verbose=False)["input_ids"])
         context = max(2, round(BLOCK_CHARACTERS * tokens / len(sample)))
         found[name] = bits_of_works(loaded, works, context)
-        found[name] |= {"weights": weights_of(folder), "context": context, "seconds": time.perf_counter() - start}
+        found[name] |= {
+            "weights": weights_of(loaded.model.config),
+            "context": context,
+            "seconds": time.perf_counter() - start,
+        }
         console.print(f"{name}: {found[name]['all']:.4f} bits a character in {found[name]['seconds']:,.0f} s")
     return found
 

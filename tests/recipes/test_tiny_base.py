@@ -13,7 +13,7 @@ import torch
 from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedTokenizerBase
 
 from benchmarks import held_out_bits
-from benchmarks.from_scratch import curve_of, flops_a_token
+from benchmarks.from_scratch import curve_of, estimate_rows
 from benchmarks.tiny_base import continuations, openings
 from novelgpt.model.card import CARD, read_card
 from novelgpt.settings.errors import UserError
@@ -132,8 +132,13 @@ def test_works_are_read_as_training_joins_their_chapters(tmp_path: Path) -> None
 
 def test_weights_without_loading_them(base_folder: Path) -> None:
     model = AutoModelForCausalLM.from_pretrained(base_folder)
-    embeddings = model.get_input_embeddings().weight.numel()
-    assert held_out_bits.weights_of(base_folder) == {"all": model.num_parameters(), "embeddings": embeddings}
+    table, total = model.get_input_embeddings().weight.numel(), model.num_parameters()
+    counts = {"all": total, "embeddings": table, "multiplied": total}
+    assert held_out_bits.weights_of(model.config) == counts
+    model.config.tie_word_embeddings = False
+    assert held_out_bits.weights_of(model.config) == {
+        "all": total + table, "embeddings": 2 * table, "multiplied": total
+    }  # fmt: skip
 
 
 def test_continuations_are_of_one_length_and_counted(base_folder: Path, tmp_path: Path) -> None:
@@ -209,9 +214,11 @@ def test_the_card_says_what_was_recorded(tmp_path: Path) -> None:
         card.read_curve(tmp_path / "unfinished", 0)
 
 
-def test_estimates_follow_from_what_was_measured(base_folder: Path, tmp_path: Path) -> None:
-    assert flops_a_token({"all": 100, "embeddings": 40}, tied=True) == 600
-    assert flops_a_token({"all": 100, "embeddings": 40}, tied=False) == 480
+def test_estimates_follow_from_what_was_measured() -> None:
+    found = [{"weights": {"all": 9, "multiplied": 8}, "tokens_per_second": 36e6}]
+    larger = {"big": {"all": 300_000_000, "multiplied": 200_000_000}}
+    # 8 x 36e6 / 200e6 tokens/s; 20 tokens for each of 300 M weights, at this speed.
+    assert estimate_rows(larger, found) == [["`big`", "300.0 M", "1", "6,000 M", f"{6e9 / 1.44 / 3600:,.0f} h"]]
     entries = [{"step": 0, "eval_loss": 8.0, "eval_bits_per_character": 9.0}, {"step": 2, "loss": 7.0, "seconds": 3.0},
                {"step": 2, "eval_loss": 6.0, "eval_bits_per_character": 7.0}]  # fmt: skip
     assert curve_of(entries) == {
