@@ -9,7 +9,7 @@
 # Variables: STABLE_STEPS and DECAY_STEPS, optimizer steps of 4,096 and 8,192 tokens; NPROC, processes; PRECISION (bf16
 # where the processor is fast in it); MODERN and PAPER, how often modern works and papers are named for once that
 # earlier works are; VOCABULARY; HELD_OUT, the list of works, or options of `dataset novels` in its place;
-# EVALUATED, characters of each held-out work that figures are measured on, 0 for all.
+# EVALUATED, characters of each held-out work that figures are measured on, 0 for all; LICENSE, of the weights, for the card.
 # QWEN2_TOKENIZER=FOLDER also trains two models of 3 M weights on the first COMPARED characters of the same text, one
 # with the tokenizer made here and one with that of the folder (20 minutes), and has the card compare them.
 set -euo pipefail
@@ -107,5 +107,5 @@ if [ ! -e "$out/evaluation.json" ]; then
 fi
 
 step "7/7 The model card"
-"$python" "$recipe/card.py" "$out"
+"$python" "$recipe/card.py" "$out" "${LICENSE:-}"
 echo "done: $out/tiny"

@@ -196,18 +196,19 @@ def test_the_card_says_what_was_recorded(tmp_path: Path) -> None:
     evaluation = {"bits": {"tiny": figures, "tiny-random": figures | {"all": 9.99}}, "characters": {"丙_试卷": 321},
                   "continuations": {"drawn": drawn, "greedy": drawn, "greedy_loops": 0.9}}  # fmt: skip
     (tmp_path / "evaluation.json").write_text(json.dumps(evaluation), encoding="utf-8")
-    card.write(tmp_path)
+    card.write(tmp_path, "apache-2.0")
     text = (tmp_path / "tiny" / CARD).read_text(encoding="utf-8")
     # Tokens: 10 steps of 2 x 3 rows of 100 and of 1,000 tokens.
     curve = ["| 0.00 M | 8.300 | 9.500 |", "| 0.01 M | 4.500 | 6.250 |", "| 0.07 M | 4.000 | 5.125 |"]
     said = ["2.97 M weights (1.05 M of them embeddings)", "on 0.07 M tokens", "in 2\nminutes", "`c0ffee`",
             card.recipe_hash(), "| `丙_试卷` | 321 | 5.432 | 5.432 |", "| 5.432 | 9.990 |", "`旧` `丁` 1700.",
-            "5% of those drawn", "90% of the greedy", "every 4th", *curve]  # fmt: skip
+            "5% of those drawn", "`papers.jsonl`", "90% of the greedy", "one in 4", *curve]  # fmt: skip
     assert [words for words in said if words not in text] == []
     assert re.findall(r"→ 第(\d+)段'''", text) == [str(number) for number in range(0, 40, 4)]
     assert list(read_card(tmp_path / "tiny").sections)[1:] == [  # type: ignore[union-attr]
         "Use 使用", "What it cannot do 它做不到的", "Data 数据", "Training 训练", "Results 结果", "Samples 样例",
     ]  # fmt: skip
+    assert read_card(tmp_path / "tiny").metadata["license"] == "apache-2.0"  # type: ignore[union-attr]
     assert (tmp_path / "tiny" / "curve.png").read_bytes().startswith(b"\x89PNG")
     write_run(tmp_path / "unfinished", 100, [], status="running")
     with pytest.raises(UserError, match="not finished"):

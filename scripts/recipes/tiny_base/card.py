@@ -1,4 +1,4 @@
-"""The model card of a base that the recipe made, from recorded figures alone: python …/card.py OUT.
+"""The model card of a base that the recipe made, from recorded figures alone: python …/card.py OUT [LICENSE].
 
 Reads OUT/parts/books.json, the run folders OUT/stable and OUT/decay, and OUT/evaluation.json; writes README.md and
 curve.png into OUT/tiny.
@@ -132,13 +132,14 @@ def draw_curve(curves: Sequence[Curve]) -> bytes:
     return figure_png(figure)
 
 
-def render(out: Path, curves: Sequence[Curve], evaluation: dict[str, Any]) -> Card:
+def render(out: Path, curves: Sequence[Curve], evaluation: dict[str, Any], license_name: str) -> Card:
     """The card, from the template beside this file.
 
     Args:
         out: folder of the recipe, with the list of its books.
         curves: of its runs.
         evaluation: what benchmarks/tiny_base.py recorded.
+        license_name: of the weights, as hubs write it; "" where none is stated.
     """
     listed = read_object(out / "parts" / "books.json", max_bytes=MAX_BYTES)
     books = {part: [book for book in listed["books"] if book["part"] == part] for part in PARTS}
@@ -149,7 +150,8 @@ def render(out: Path, curves: Sequence[Curve], evaluation: dict[str, Any]) -> Ca
     text = template.render(
         own=next(iter(evaluation["bits"].values())), compared=len(evaluation["bits"]) > 2, curves=curves, drawn=drawn,
         books={part: sorted(of_part, key=itemgetter("title")) for part, of_part in books.items()},
-        parts=listed["parts"], papers=listed["papers"], use=use_section(False, "tiny", "qwen3", chat=False),
+        parts=listed["parts"], papers=listed["papers"],
+        papers_file=listed["papers_file"], use=use_section(False, "tiny", "qwen3", chat=False),
         tokens=sum(curve.tokens for curve in curves), seconds=sum(curve.seconds for curve in curves),
         recipe=recipe_hash(), curve_table=curve_table(curves), samples=sample_of(drawn),
         bits_table=bits_table(evaluation["bits"], evaluation["characters"]),
@@ -160,13 +162,14 @@ def render(out: Path, curves: Sequence[Curve], evaluation: dict[str, Any]) -> Ca
     lead, *parts = text.strip("\n").split("\n## ")
     named = (part.partition("\n") for part in parts)
     metadata = {
-        "library_name": "transformers", "pipeline_tag": "text-generation", "license": "apache-2.0", "language": ["zh"],
+        "library_name": "transformers", "pipeline_tag": "text-generation", "language": ["zh"],
         "tags": ["novelgpt", "from-scratch"], "metrics": ["perplexity"],
     }  # fmt: skip
+    metadata |= {"license": license_name} if license_name else {}
     return Card(metadata, "tiny", {"": lead} | {name: body.strip("\n") for name, _, body in named})
 
 
-def write(out: Path) -> None:
+def write(out: Path, license_name: str = "") -> None:
     """Write the card and its picture.
 
     Raises:
@@ -175,7 +178,7 @@ def write(out: Path) -> None:
     curves: list[Curve] = []
     for stage in STAGES:
         curves.append(read_curve(out / stage, sum(curve.tokens for curve in curves)))
-    card = render(out, curves, read_object(out / "evaluation.json", max_bytes=MAX_BYTES))
+    card = render(out, curves, read_object(out / "evaluation.json", max_bytes=MAX_BYTES), license_name)
     folder = out / "tiny"
     if not write_card(folder, card):
         raise UserError(f"{folder} has a README.md that somebody has edited", "move it away, and run this again")
@@ -186,8 +189,8 @@ def write(out: Path) -> None:
 @exit_on_user_error
 def main(argv: list[str] | None = None) -> None:
     """Write the card of the folder that the command line names."""
-    (out,) = sys.argv[1:] if argv is None else argv
-    write(Path(out))
+    out, *license_name = sys.argv[1:] if argv is None else argv
+    write(Path(out), *license_name)
 
 
 if __name__ == "__main__":

@@ -22,7 +22,7 @@ from typing import Any
 
 from dataset.readers import read_text_rows
 from dataset.records import Record, read_records
-from novelgpt.settings.atomic_files import atomic_folder
+from novelgpt.settings.atomic_files import atomic_folder, hash_file
 from novelgpt.settings.errors import UserError, exit_on_user_error
 from novelgpt.settings.terminal import say
 from predict.continuations import held_out_files
@@ -104,7 +104,9 @@ def main(argv: list[str] | None = None) -> None:
         if not parts[MODERN] + parts[EARLIER]:
             raise UserError(f"{args.prepared} holds no book to train on", "prepare more novels")
         parts |= {"papers": sum(len(row["text"]) for row in kept)}
-        text = json.dumps({"books": books, "parts": parts, "papers": len(kept)}, ensure_ascii=False, indent=1)
+        file = {"name": args.papers.name, "sha256": hash_file(args.papers)[0]}
+        listed = {"books": books, "parts": parts, "papers": len(kept), "papers_file": file}
+        text = json.dumps(listed, ensure_ascii=False, indent=1)
         (folder / "books.json").write_text(text + "\n", encoding="utf-8")
     say(*(f"{part}: {characters:,} characters" for part, characters in parts.items()))
 
