@@ -14,7 +14,7 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase, TrainerState
 
 from novelgpt.model.card import Card, base_identity, base_metadata, code, shown_name, table, use_section
 from novelgpt.settings.run_record import DataSource
-from novelgpt.settings.runs import TrainingRun
+from novelgpt.settings.runs import PretrainRun, TrainingRun
 from novelgpt.text.conversation import IGNORE_INDEX
 from novelgpt.text.sections import rows_per_epoch
 from novelgpt.training.run_identity import DECISIVE, PLACES
@@ -30,7 +30,7 @@ SHOWN = {
     "metric_for_best_model", "on_non_finite", "use_liger_kernel",
 }  # fmt: skip
 # Files, which have a table of their own, and names of places.
-LEFT_OUT = {"model", *PLACES, "hub"}
+LEFT_OUT = {"model", "config_name", "tokenizer_name", *PLACES, "hub"}
 FIGURES = {
     "eval_loss": "eval loss", "eval_perplexity": "eval perplexity", "eval_token_accuracy": "eval token accuracy",
     "eval_bits_per_character": "eval bits per character", "eval_tokens": "tokens of the evaluation",
@@ -80,9 +80,15 @@ class RunCard:
             "tags": ["novelgpt", *tags],
             "metrics": ["perplexity"],
         }
+        identity = base_identity(base, folder)
+        random = run.model.random_weights if isinstance(run, PretrainRun) else None
+        if random is not None:
+            kind, metadata["tags"] = "Pretraining, from random weights, of", ["novelgpt", "pretraining"]
+            tokenizer = code(shown_name(random.tokenizer))
+            identity = f"Random weights: {code(Path(random.source).name)}, seed {random.seed}, tokenizer {tokenizer}"
         lead = f"{kind} {code(shown_name(base))}, made by NovelGPT: step {step:,} of {state.max_steps:,}."
         sections = {
-            "": f"{lead}\n\n{base_identity(base, folder)}",
+            "": f"{lead}\n\n{identity}",
             "Use": use_section(adapter, base, self.architecture, chat),
             "Data": self._data(),
             "Settings": self._settings(),
