@@ -25,12 +25,13 @@ SIZES = ROOT / "pretrain" / "configs" / "models"
 # The settings of training that go with random weights, unless the user sets others.
 FROM_SCRATCH = "from_scratch"
 CONFIG_FILE = "config.json"
+TRAINS_A_TOKENIZER = "dataset tokenizer CORPUS FOLDER --kind byte_bpe --vocab_size N"
 # Another number wherever the same settings would give other weights than before.
 INITIALISATION = 1
-# What decides the tokens of a text, in the folder of a tokenizer.
+# What decides the tokens of a text, in the folder of a tokenizer: no reports on it, in which times stand.
 TOKENIZER_FILES = (
-    "tokenizer*", "vocab*", "merges.txt", "*.model", "*.tiktoken", "*.jinja", "special_tokens_map.json",
-    "added_tokens.json", "config.json", "*.py",
+    "tokenizer.*", "tokenizer_config.json", "vocab*", "merges.txt", "*.model", "*.tiktoken", "*.jinja",
+    "special_tokens_map.json", "added_tokens.json", "config.json", "*.py",
 )  # fmt: skip
 # Options that say more about random weights, and nothing without them.
 DETAILS = ("tokenizer_name", "config_overrides", "make_vocab_size_divisible_by")
@@ -103,7 +104,7 @@ class PretrainModelArguments(ModelArguments):
         elif self.tokenizer_name is None:
             raise UserError(
                 f"--config_name {self.config_name} needs a tokenizer, and none is named",
-                f"--tokenizer_name FOLDER names it; {python_module('dataset tokenizer CORPUS FOLDER')} trains one",
+                f"--tokenizer_name FOLDER names it; {python_module(TRAINS_A_TOKENIZER)} trains one",
             )
 
     def settle_random_weights(self, seed: int) -> None:
@@ -189,7 +190,7 @@ def _identity(tokenizer: str) -> Any:
         what = "holds no tokenizer" if folder.is_dir() else "is not a folder"
         raise UserError(
             f"--tokenizer_name {tokenizer} {what}",
-            f"name a folder with tokenizer.json; {python_module('dataset tokenizer CORPUS FOLDER')} trains one",
+            f"name a folder with tokenizer.json; {python_module(TRAINS_A_TOKENIZER)} trains one",
         )
     try:
         return {file.name: content_hash(file)[0] for file in files}

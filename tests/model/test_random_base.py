@@ -260,6 +260,10 @@ def test_the_folder_is_decided_by_all_that_decides_the_weights(
         encoding="utf-8",
     )
     (tmp_path / "config.json").write_text(json.dumps(settings.read_size("qwen3-5m")[1]), encoding="utf-8")
+    (tmp_path / "tokenizer").mkdir()
+    for name in ("tokenizer.json", "tokenizer_config.json", "chat_template.jinja"):
+        (tmp_path / "tokenizer" / name).write_bytes((base_folder / name).read_bytes())
+    (tmp_path / "tokenizer" / "tokenizer_report.json").write_text("{}", encoding="utf-8")
     same = [words, ["--config", str(tmp_path / "mine.yaml")], [*words, "--learning_rate", "1e-4"]]
     others = [
         [*words, "--seed", "7"],
@@ -267,6 +271,13 @@ def test_the_folder_is_decided_by_all_that_decides_the_weights(
         [*words, "--config_overrides", "hidden_size=64"],
         ["--config_name", "qwen3-26m", *words[2:]],
     ]
+    tokenizers = [parse_arguments(PretrainRun, tiny_words(tmp_path / "tokenizer", "qwen3-5m"))]
+    (tmp_path / "tokenizer" / "tokenizer_report.json").write_text("another", encoding="utf-8")
+    tokenizers.append(parse_arguments(PretrainRun, tiny_words(tmp_path / "tokenizer", "qwen3-5m")))
+    (tmp_path / "tokenizer" / "tokenizer.json").write_text("another", encoding="utf-8")
+    tokenizers.append(parse_arguments(PretrainRun, tiny_words(tmp_path / "tokenizer", "qwen3-5m")))
+    first, after_report, after_change = (run.model.model for run in tokenizers)
+    assert first == after_report != after_change
     folders = [parse_arguments(PretrainRun, each).model.model for each in (*same, *others)]
     assert len(set(folders[:3])) == 1 and len(set(folders)) == 1 + len(others)
     assert Path(folders[0]).name.startswith("qwen3-5m-")
