@@ -38,7 +38,7 @@ from rich.console import Console
 from rich.table import Table
 from transformers import AutoTokenizer, Qwen3Config, Qwen3ForCausalLM, TrainerCallback
 
-from novelgpt.model.embedded_base import build_embedded_base
+from novelgpt.model.tiny_random import build_tiny_random
 
 TINY, MEDIUM = "tiny", "medium"
 SHIPPED, PLAIN = "this toolkit", "libgomp's default"
@@ -148,7 +148,7 @@ def busy_program(wanted: bool) -> Iterator[None]:
 def make_medium_model(folder: Path) -> str:
     """A Qwen3 of 42 M random weights, with the tokenizer of the small base."""
     tokenizer_folder = folder / "tiny"
-    build_embedded_base(tokenizer_folder)
+    build_tiny_random(tokenizer_folder)
     torch.manual_seed(0)
     config = Qwen3Config(
         vocab_size=32_000, hidden_size=512, intermediate_size=1_536, num_hidden_layers=8, num_attention_heads=8,

@@ -48,7 +48,7 @@ from results import at_least, make_console, make_parser, result, show_results, w
 from rich.console import Console
 from safetensors import safe_open
 
-from novelgpt.model.embedded_base import build_embedded_base
+from novelgpt.model.tiny_random import build_tiny_random
 from novelgpt.model.tokenizer import load_tokenizer
 from novelgpt.settings.arguments import ModelArguments
 from novelgpt.settings.paths import ROOT
@@ -325,7 +325,7 @@ def main() -> None:
     with tempfile.TemporaryDirectory() as temporary:
         folder = (arguments.folder or Path(temporary)).absolute()
         if not (folder / "model").exists():
-            build_embedded_base(folder / "model")
+            build_tiny_random(folder / "model")
         tokenizer = load_tokenizer(ModelArguments(str(folder / "model")))
         maker = RowMaker(tokenizer, TOKENS)
         bench = Bench(folder, arguments.rows, maker, console, arguments)

@@ -47,8 +47,8 @@ from transformers import Qwen3Config, Qwen3ForCausalLM
 from dataset.conversations import read_conversations
 from dataset.corpus import read_corpus
 from novelgpt.model.attention import PACKED_ATTENTION
-from novelgpt.model.embedded_base import build_embedded_base
 from novelgpt.model.loss import attach_chunked_loss
+from novelgpt.model.tiny_random import build_tiny_random
 from novelgpt.model.tokenizer import load_tokenizer
 from novelgpt.settings.arguments import ConversationArguments, CorpusArguments, ModelArguments, TrainArguments
 from novelgpt.settings.paths import SAMPLES
@@ -308,7 +308,7 @@ def study_data(console: Console) -> list[dict[str, Any]]:
     with tempfile.TemporaryDirectory() as name:
         folder = Path(name)
         with contextlib.redirect_stdout(io.StringIO()):
-            build_embedded_base(folder / "base")
+            build_tiny_random(folder / "base")
         for kind, unit, once, write in (
             ("conversations", "rows", CONVERSATIONS, write_conversations),
             ("novel", "characters", NOVEL_CHARACTERS, write_novel),

@@ -9,7 +9,7 @@
 * start: seconds of `read_corpus` on prepared tokens, of any number, until training has its blocks.
 * memory: peak of the command's process over ten times the text.
 
-Without --tokenizer, that of the embedded base; without --text, a text drawn from the samples.
+Without --tokenizer, that of the tiny-random base; without --text, a text drawn from the samples.
 """
 
 from __future__ import annotations
@@ -41,7 +41,7 @@ from transformers import PreTrainedTokenizerBase
 from dataset.corpus import read_corpus
 from dataset.decode import decode_text
 from dataset.tokens_command import Tokenization
-from novelgpt.model.embedded_base import build_embedded_base
+from novelgpt.model.tiny_random import build_tiny_random
 from novelgpt.model.tokenizer import load_tokenizer
 from novelgpt.settings.arguments import CorpusArguments, ModelArguments
 from novelgpt.settings.paths import SAMPLES
@@ -217,7 +217,7 @@ def main() -> None:
     """Run the parts asked for, then show the targets."""
     parser = make_parser("Speed, start and memory of prepared tokens")
     parser.add_argument("--only", nargs="+", choices=PARTS, default=PARTS)
-    parser.add_argument("--tokenizer", type=Path, help="folder of a fast tokenizer [default: the embedded base's]")
+    parser.add_argument("--tokenizer", type=Path, help="folder of a fast tokenizer [default: the tiny-random base's]")
     parser.add_argument("--text", nargs="+", type=Path, help="files for the speed [default: drawn from the samples]")
     parser.add_argument("--megabytes", type=float, default=24, help="of the drawn text for the speed")
     parser.add_argument("--tokens", type=int, default=100_000_000, help="prepared tokens to start from")
@@ -229,7 +229,7 @@ def main() -> None:
         model = arguments.tokenizer or Path(name) / "base"
         if not arguments.tokenizer:
             with contextlib.redirect_stdout(io.StringIO()):
-                build_embedded_base(model)
+                build_tiny_random(model)
         if "speed" in arguments.only:
             paths = arguments.text or write_books(Path(name) / "books", arguments.megabytes, fresh=True)
             results += study_speed(model, paths, console)

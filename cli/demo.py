@@ -33,7 +33,7 @@ from novelgpt.settings.terminal import say
 from novelgpt.settings.third_party import process_defaults
 
 POLL_SECONDS = 0.1
-BASE = "tiny-qwen3"
+BASE = "tiny-random"
 RUNS = ("base", "pretrain", "finetune", "finetune_lora")
 MADE = (BASE, *RUNS, "report", "summary.json")
 ANSWERS = ("--max_new_tokens", "320")
@@ -62,7 +62,7 @@ def main(argv: list[str] | None = None) -> None:
             shutil.rmtree(path)
         else:
             path.unlink(missing_ok=True)
-    _run("novelgpt.model.embedded_base", str(demo / BASE))
+    _run("novelgpt.model.tiny_random", str(demo / BASE))
 
     say("", "== 1/5 The untouched base answers the held-out pairs")
     _predict(demo / BASE, "--output_dir", str(demo / "base"))

@@ -1,4 +1,4 @@
-"""What the tests share: the embedded base, built once, and its tokenizer."""
+"""What the tests share: the tiny-random base, built once, and its tokenizer."""
 
 import gc
 import os
@@ -10,7 +10,7 @@ from pathlib import Path
 import pytest
 from transformers import PreTrainedTokenizerBase
 
-from novelgpt.model.embedded_base import build_embedded_base
+from novelgpt.model.tiny_random import build_tiny_random
 from novelgpt.model.tokenizer import load_tokenizer
 from novelgpt.settings.arguments import ModelArguments
 from novelgpt.settings.signals import STOP_SIGNALS
@@ -83,13 +83,13 @@ def slow_files_first(items: list[pytest.Item], workers: int) -> list[pytest.Item
 
 @pytest.fixture(scope="session")
 def base_folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A freshly built embedded base."""
-    folder = tmp_path_factory.mktemp("bases") / "tiny-qwen3"
-    build_embedded_base(folder)
+    """A freshly built tiny-random base."""
+    folder = tmp_path_factory.mktemp("bases") / "tiny-random"
+    build_tiny_random(folder)
     return folder
 
 
 @pytest.fixture(scope="session")
 def tokenizer(base_folder: Path) -> PreTrainedTokenizerBase:
-    """The tokenizer of the embedded base."""
+    """The tokenizer of the tiny-random base."""
     return load_tokenizer(ModelArguments(str(base_folder)))

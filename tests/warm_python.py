@@ -38,7 +38,7 @@ from typing import Any
 ROOT = Path(__file__).resolve().parents[1]
 PRELOADED = (
     "pretrain.__main__", "finetune.__main__", "finetune_lora.__main__", "finetune_lora.merge", "predict.__main__",
-    "predict.chat", "predict.score", "novelgpt.doctor", "novelgpt.model.embedded_base", "deepspeed",
+    "predict.chat", "predict.score", "novelgpt.doctor", "novelgpt.model.tiny_random", "deepspeed",
     "matplotlib.pyplot", "tensorboard", "PIL.PngImagePlugin",
 )  # fmt: skip
 # Of a client, which its fork joins: its network, its file systems.

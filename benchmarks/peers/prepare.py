@@ -15,7 +15,7 @@ import torch
 from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedTokenizerBase
 
 from dataset.readers import read_conversation_rows
-from novelgpt.model.embedded_base import build_embedded_base
+from novelgpt.model.tiny_random import build_tiny_random
 from novelgpt.model.tokenizer import load_tokenizer
 from novelgpt.settings.arguments import ModelArguments
 from novelgpt.text.conversation import IGNORE_INDEX, EncodedRow, encode_conversation
@@ -58,8 +58,8 @@ def main() -> None:
 def shared_tokenizer(name: str | None, folder: Path) -> PreTrainedTokenizerBase:
     """The tokenizer with plain ChatML and padding on the right, which all contenders can render alike."""
     if name is None:
-        build_embedded_base(folder / "embedded_base")
-        name = str(folder / "embedded_base")
+        build_tiny_random(folder / "tiny-random")
+        name = str(folder / "tiny-random")
     tokenizer = load_tokenizer(ModelArguments(name))
     if not {"<|im_start|>", "<|im_end|>"} <= tokenizer.get_vocab().keys():
         sys.exit(f"{name} has no ChatML marks, and LLaMA-Factory renders fixed templates only")

@@ -28,7 +28,7 @@ from novelgpt.settings.arguments import (
     check_ranges,
 )
 from novelgpt.settings.errors import UserError
-from novelgpt.settings.paths import EMBEDDED_BASE, TINY
+from novelgpt.settings.paths import TINY, TINY_RANDOM_FOLDER
 from novelgpt.settings.process import is_first_process
 from novelgpt.settings.remedies import pip_install, python_module
 from novelgpt.settings.runs import PretrainRun, TrainingRun
@@ -88,7 +88,7 @@ def check_arguments(run: TrainingRun) -> None:
         if refused:
             raise UserError(cause, remedy)
     _check_optimizer(run.training)
-    if run.model.model == str(EMBEDDED_BASE) and is_first_process():
+    if run.model.model == str(TINY_RANDOM_FOLDER) and is_first_process():
         say(f"training the small base ({TINY}), with the settings of {run.pipeline}/configs/{TINY}.yaml")
     make_random_base(run)
     if adapter_base(run.model.model) is not None:

@@ -20,15 +20,15 @@ from novelgpt.budget.disk import bytes_in, describe, forecast_disk, lack_of_room
 from novelgpt.budget.memory_plan import FULL_SHARE, MemoryPlan, plan_memory
 from novelgpt.checks.arguments import check_arguments, make_random_base
 from novelgpt.checks.findings import Finding, first_case
-from novelgpt.model.embedded_base import ensure_embedded_base
 from novelgpt.model.hub import cached_folder, looks_like_path, runs_own_code
 from novelgpt.model.loading import frozen_dtype, read_config
 from novelgpt.model.lora import attach_lora
+from novelgpt.model.tiny_random import ensure_tiny_random
 from novelgpt.model.tokenizer import configured_ends
 from novelgpt.model.weight_files import DTYPE_NAMES, check_no_pickles, stored_tensors, weight_files
 from novelgpt.settings.errors import UserError
 from novelgpt.settings.parser import parse_arguments
-from novelgpt.settings.paths import EMBEDDED_BASE, OUTPUT, existing_folder
+from novelgpt.settings.paths import OUTPUT, TINY_RANDOM_FOLDER, existing_folder
 from novelgpt.settings.remedies import environment_program, pipeline_name, python_module
 from novelgpt.settings.runs import FinetuneRun, LoraRun, PretrainRun, TrainingRun
 from novelgpt.settings.terminal import counted, gigabytes
@@ -66,8 +66,8 @@ def local_model(model: str) -> str:
         UserError: it is not in the cache.
     """
     if looks_like_path(model):
-        if model == str(EMBEDDED_BASE):
-            ensure_embedded_base()
+        if model == str(TINY_RANDOM_FOLDER):
+            ensure_tiny_random()
         return model
     cached = cached_folder(model)
     if cached is None:

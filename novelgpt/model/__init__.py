@@ -1,4 +1,4 @@
-"""Loading a base through AutoModel, and the small embedded base.
+"""Loading a base through AutoModel, and the small bases.
 
 Importing it makes Baichuan and Qwen v1 known to transformers' Auto classes, and leaves DeepSpeed to those who need it.
 """

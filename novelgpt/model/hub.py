@@ -22,12 +22,12 @@ from transformers import MODEL_FOR_CAUSAL_LM_MAPPING, TOKENIZER_MAPPING, PreTrai
 from transformers.models.auto.configuration_auto import CONFIG_MAPPING
 from transformers.models.auto.tokenization_auto import get_tokenizer_config, tokenizer_class_from_name
 
-from novelgpt.model.embedded_base import ensure_embedded_base
 from novelgpt.model.folder_checks import ADAPTER_CONFIG, CONFIG, check_model_folder
+from novelgpt.model.tiny_random import ensure_tiny_random
 from novelgpt.settings.arguments import ModelArguments
 from novelgpt.settings.errors import UserError, reason_of
 from novelgpt.settings.locks import locked
-from novelgpt.settings.paths import EMBEDDED_BASE, TINY
+from novelgpt.settings.paths import TINY, TINY_RANDOM_FOLDER
 from novelgpt.settings.remedies import environment_program, pip_install
 from novelgpt.settings.terminal import say
 
@@ -50,8 +50,8 @@ def locate(model: ModelArguments) -> str:
     if not model.model.strip():
         raise UserError("--model names nothing", "name a folder with config.json, weights and tokenizer, or a hub name")
     folder = Path(model.model)
-    if folder == EMBEDDED_BASE:
-        ensure_embedded_base()
+    if folder == TINY_RANDOM_FOLDER:
+        ensure_tiny_random()
     if folder.is_dir():
         if not any(folder.iterdir()):
             raise UserError(f"model folder {model.model} is empty", "name one with config.json, weights and tokenizer")

@@ -26,7 +26,15 @@ from novelgpt.settings.console import make_console
 from novelgpt.settings.errors import UserError
 from novelgpt.settings.external_ranks import problem_of_rank
 from novelgpt.settings.parsed_files import read_yaml
-from novelgpt.settings.paths import EMBEDDED_BASE, ROOT, TINY, check_not_replaced, check_utf8, from_home, model_place
+from novelgpt.settings.paths import (
+    ROOT,
+    TINY,
+    TINY_RANDOM_FOLDER,
+    check_not_replaced,
+    check_utf8,
+    from_home,
+    model_place,
+)
 from novelgpt.settings.peer_names import MODEL_NAMES, OTHER_NAMES, explain, settle_model
 from novelgpt.settings.random_weights import FROM_SCRATCH
 from novelgpt.settings.refused_settings import refuse_settings_of_accelerate
@@ -165,7 +173,7 @@ def _settings_of_model(
             f"--{own[0]} names files of your own, and no model is named to train on them",
             f"name it: MODEL=NAME before the command, or --model NAME; the small base is --model {TINY}",
         )
-    if model_place(TINY if model is None else model) != str(EMBEDDED_BASE):
+    if model_place(TINY if model is None else model) != str(TINY_RANDOM_FOLDER):
         return {}
     return _read_yaml(settings, actions, kinds, pipeline)
 

@@ -18,7 +18,7 @@ from novelgpt.settings.atomic_files import hash_json
 from novelgpt.settings.errors import UserError
 from novelgpt.settings.file_hashes import content_hash
 from novelgpt.settings.parsed_files import read_object
-from novelgpt.settings.paths import EMBEDDED_BASE, OUTPUT, ROOT, model_place
+from novelgpt.settings.paths import OUTPUT, ROOT, TINY_RANDOM_FOLDER, model_place
 from novelgpt.settings.remedies import python_module
 
 SIZES = ROOT / "pretrain" / "configs" / "models"
@@ -183,8 +183,10 @@ def _identity(tokenizer: str) -> Any:
         UserError: the folder holds no tokenizer, or a file cannot be read.
     """
     folder = Path(tokenizer)
-    if folder == EMBEDDED_BASE or not (folder.exists() or tokenizer.startswith(("/", ".")) or tokenizer.count("/") > 1):
-        return folder.name if folder == EMBEDDED_BASE else tokenizer
+    if folder == TINY_RANDOM_FOLDER or not (
+        folder.exists() or tokenizer.startswith(("/", ".")) or tokenizer.count("/") > 1
+    ):
+        return folder.name if folder == TINY_RANDOM_FOLDER else tokenizer
     files = sorted({path for pattern in TOKENIZER_FILES for path in folder.glob(pattern) if path.is_file()})
     if not files:
         what = "holds no tokenizer" if folder.is_dir() else "is not a folder"

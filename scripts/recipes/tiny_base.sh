@@ -83,7 +83,7 @@ pretrain "$out/decay" "${DECAY_STEPS:-550}" 2 --config "$recipe/decay.yaml" --mo
 
 step "6/7 Weights in bf16, and how it does on works that no training has seen"
 if [ ! -e "$out/tiny/config.json" ]; then "$python" "$recipe/export.py" "$out/decay" "$out/tiny"; fi
-"$python" -m novelgpt.model.embedded_base "$out/tiny-random"
+"$python" -m novelgpt.model.tiny_random "$out/tiny-random"
 compare=("tiny-random=$out/tiny-random")
 if [ -n "${QWEN2_TOKENIZER:-}" ]; then
   make_tokens "$out/tokens-qwen2" "$QWEN2_TOKENIZER"

@@ -46,7 +46,7 @@ def problems(findings: list[Finding]) -> list[str]:
 
 @pytest.fixture
 def folder(base_folder: Path, tmp_path: Path) -> Path:
-    """A copy of the embedded base, to break."""
+    """A copy of the tiny-random base, to break."""
     return Path(shutil.copytree(base_folder, tmp_path / "base"))
 
 

@@ -20,7 +20,7 @@ from transformers import PreTrainedTokenizerBase
 
 from dataset.corpus import read_corpus
 from dataset.tokens_command import main
-from novelgpt.model.embedded_base import build_tokenizer
+from novelgpt.model.tiny_random import build_tokenizer
 from novelgpt.model.tokenizer import load_tokenizer
 from novelgpt.settings.arguments import CorpusArguments, ModelArguments
 from novelgpt.settings.errors import UserError

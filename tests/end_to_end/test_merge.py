@@ -31,9 +31,9 @@ from tests.model.original_qwen1 import write_original_qwen1
 from tests.text.test_templates import THINKING
 
 IDS = torch.tensor([[3, 17, 42, 5, 9, 60, 1, 33]])
-MARKS = [1, 2]  # ChatML's, in the embedded base
+MARKS = [1, 2]  # ChatML's, in the tiny-random base
 
-# name: settings of the adapter for the embedded base, whose head and embedding are one matrix
+# name: settings of the adapter for the tiny-random base, whose head and embedding are one matrix
 ADAPTERS: dict[str, dict[str, Any]] = {
     "all linear layers": {"target_modules": "all-linear"},
     "rows of the embedding": {"target_modules": ["q_proj"], "trainable_token_indices": {"embed_tokens": MARKS}},

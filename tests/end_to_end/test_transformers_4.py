@@ -108,5 +108,5 @@ def test_exports(older_python: Path, tmp_path: Path) -> None:
     check_equal(older_python, [llama, qwen2])
 
 
-def test_the_embedded_base(older_python: Path, base_folder: Path) -> None:
+def test_the_tiny_random(older_python: Path, base_folder: Path) -> None:
     check_equal(older_python, [base_folder])

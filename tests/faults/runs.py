@@ -39,7 +39,7 @@ class Command:
 
 
 def write_base(embedded: Path, folder: Path, dropout: float = 0.1) -> Path:
-    """A much smaller Qwen3 than the embedded base, with its tokenizer."""
+    """A much smaller Qwen3 than the tiny-random base, with its tokenizer."""
     shutil.copytree(embedded, folder)
     (folder / "model.safetensors").unlink()
     config = Qwen3Config(

@@ -51,7 +51,7 @@ class WeaverForCausalLM(Qwen3ForCausalLM):
 
 @pytest.fixture
 def copy(base_folder: Path, tmp_path: Path) -> Path:
-    """A copy of the embedded base."""
+    """A copy of the tiny-random base."""
     shutil.copytree(base_folder, tmp_path / "copy")
     return tmp_path / "copy"
 
@@ -192,7 +192,7 @@ def without_some_weights(folder: Path) -> None:
     save_file(weights, folder / "model.safetensors", metadata={"format": "pt"})
 
 
-# What is done to a copy of the embedded base, and the words of the cause.
+# What is done to a copy of the tiny-random base, and the words of the cause.
 DAMAGES: dict[str, tuple[Callable[[Path], object], tuple[str, ...]]] = {
     "no config.json": (lambda folder: (folder / "config.json").unlink(), ("config.json",)),
     "no JSON": (lambda folder: (folder / "config.json").write_text("{"), ("config.json", "is not JSON")),

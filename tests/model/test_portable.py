@@ -106,7 +106,7 @@ def test_a_tokenizer_keeps_its_tokens_under_names_that_both_versions_know(
         assert written["add_eos_token"] == (ids[-1] == before.eos_token_id)
 
 
-def test_the_embedded_base_has_a_tokenizer_class_that_both_versions_know(base_folder: Path) -> None:
+def test_the_tiny_random_has_a_tokenizer_class_that_both_versions_know(base_folder: Path) -> None:
     assert read(base_folder / "tokenizer_config.json")["tokenizer_class"] == "PreTrainedTokenizerFast"
     assert read(base_folder / "config.json")["rope_theta"] == 10_000.0
 

@@ -272,7 +272,7 @@ def test_a_smoothed_loss_is_a_mean_over_the_step_and_leaves_no_balancing_out(tmp
 
 @pytest.fixture(scope="module")
 def base(base_folder: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A mixture of experts with the embedded base's tokenizer."""
+    """A mixture of experts with the tiny-random base's tokenizer."""
     folder = write_base(base_folder, tmp_path_factory.mktemp("mixture") / "base")
     for path in folder.glob("*.safetensors"):
         path.unlink()

@@ -38,7 +38,7 @@ def write_tiny_base(family: str, embedded: Path, folder: Path, positions: int = 
 
     Args:
         family: one of FAMILIES.
-        embedded: the embedded base, whose byte-level vocabulary is taken.
+        embedded: the tiny-random base, whose byte-level vocabulary is taken.
         folder: where to.
         positions: that the model knows.
     """

@@ -26,7 +26,7 @@ from tests.text.test_templates import (
 )
 
 TEMPLATES = {"ChatML": CHATML_TEMPLATE, "default system": DEFAULT_SYSTEM, "Qwen3": THINKING, "plain": PLAIN_TEMPLATE}
-FAMILIES = ["embedded base", *TEMPLATES, "Baichuan", "Baichuan2"]
+FAMILIES = ["tiny-random base", *TEMPLATES, "Baichuan", "Baichuan2"]
 REAL = [name for name in ("qwen2", "baichuan1", "baichuan2", "baichuan2-fast") if (SHARED / name).is_dir()]
 
 
@@ -51,7 +51,7 @@ def family(
     request: pytest.FixtureRequest, tokenizer: PreTrainedTokenizerBase, tmp_path_factory: pytest.TempPathFactory
 ) -> PreTrainedTokenizerBase:
     name = request.param
-    if name == "embedded base":
+    if name == "tiny-random base":
         return tokenizer
     if name in TEMPLATES:
         return with_template(tokenizer, "own", TEMPLATES[name])

@@ -20,7 +20,7 @@ from novelgpt.model.hub import locate
 from novelgpt.settings.arguments import ModelArguments
 from novelgpt.settings.errors import UserError
 from novelgpt.settings.parser import parse_arguments
-from novelgpt.settings.paths import EMBEDDED_BASE
+from novelgpt.settings.paths import TINY_RANDOM_FOLDER
 from novelgpt.settings.runs import FinetuneRun, LoraRun, PredictRun, PretrainRun, TrainingRun
 from tests import script_words
 
@@ -59,10 +59,10 @@ def test_the_small_base_has_its_settings_however_it_is_named(pipeline: str, tmp_
     (tmp_path / "mine.yaml").write_text("model: tiny\n", encoding="utf-8")
     (tmp_path / "empty.yaml").write_text("model: \n", encoding="utf-8")
     expected = parse_arguments(run_type, [])
-    assert expected.model.model == str(EMBEDDED_BASE)
+    assert expected.model.model == str(TINY_RANDOM_FOLDER)
     assert tiny_settings(pipeline).items() <= flat(expected).items()
     config = str(tmp_path / "mine.yaml")
-    ways = [["--model", "tiny"], ["--model=tiny"], ["--config", config], ["--model", str(EMBEDDED_BASE)]]
+    ways = [["--model", "tiny"], ["--model=tiny"], ["--config", config], ["--model", str(TINY_RANDOM_FOLDER)]]
     scripts = [
         words_of(tmp_path, SCRIPTS[pipeline]),
         words_of(tmp_path, SCRIPTS[pipeline], MODEL="tiny"),
@@ -158,8 +158,8 @@ def test_rows_of_ones_own_to_answer_need_a_model_or_a_finetuning(
 def test_tiny_is_the_small_base_and_dot_tiny_a_folder(base_folder: Path, tmp_path: Path, monkeypatch: Any) -> None:
     monkeypatch.chdir(tmp_path)
     (tmp_path / "tiny").symlink_to(base_folder)
-    assert locate(ModelArguments("tiny")) == str(EMBEDDED_BASE)
-    assert (EMBEDDED_BASE / "config.json").is_file()  # built where it was not
+    assert locate(ModelArguments("tiny")) == str(TINY_RANDOM_FOLDER)
+    assert (TINY_RANDOM_FOLDER / "config.json").is_file()  # built where it was not
     run = parse_arguments(FinetuneRun, ["--model", "./tiny"])
     assert locate(run.model) == str(tmp_path / "tiny")
     assert run.training.learning_rate == 2e-5
@@ -183,8 +183,8 @@ def test_each_command_knows_tiny(
     assert (tmp_path / "answers" / "scores.json").is_file()
     monkeypatch.setattr(sys, "stdin", io.StringIO("/exit\n"))
     predict.chat.main(["--model", "tiny", *few])
-    assert "tiny-qwen3" in capsys.readouterr().out
-    assert parse_run("finetune_lora", ["--model", "tiny"]).model.model == str(EMBEDDED_BASE)
+    assert "tiny-random" in capsys.readouterr().out
+    assert parse_run("finetune_lora", ["--model", "tiny"]).model.model == str(TINY_RANDOM_FOLDER)
     with pytest.raises(SystemExit):
         merge.main([str(tmp_path), str(tmp_path / "merged"), "--base", "tiny"])
     assert f"{tmp_path} holds no adapter_config.json" in capsys.readouterr().err
@@ -229,7 +229,7 @@ def test_a_missing_model_is_told_as_that(
 
 
 def test_asdict_of_model_arguments_names_the_folder() -> None:
-    assert asdict(ModelArguments())["model"] == str(EMBEDDED_BASE)
+    assert asdict(ModelArguments())["model"] == str(TINY_RANDOM_FOLDER)
 
 
 @pytest.mark.parametrize("how", ["command line", "file"])

@@ -140,7 +140,7 @@ def test_trained_tokens_read_as_the_answers_and_their_ends(
     tokenizer, end = case
     (row,) = encode_conversation(conversation, tokenizer)
     answers = [conversation[turn]["content"] for turn in turns_of(conversation)]
-    # Qwen's tokenizers, and that of the embedded base, compose the characters of what they read (NFC).
+    # Qwen's tokenizers, and that of the tiny-random base, compose the characters of what they read (NFC).
     same = str if end == "</s>" else partial(unicodedata.normalize, "NFC")
     assert same(tokenizer.decode(trained(row))) == same("".join(answer + end for answer in answers))
 

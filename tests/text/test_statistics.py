@@ -16,7 +16,7 @@ from novelgpt.text.statistics import trained_characters, trained_runs
 
 SHARED = Path(__file__).resolve().parents[3] / "shared" / "tokenizers"
 TOKENIZERS = ["embedded"] + [name for name in ("qwen2", "baichuan2-fast") if (SHARED / name).is_dir()]
-# Of 1, 2, 3 and 4 bytes; the embedded base has tokens for the first ones only, the rest is cut into bytes.
+# Of 1, 2, 3 and 4 bytes; the tiny-random base has tokens for the first ones only, the rest is cut into bytes.
 CHARACTERS = "天地人，。\n a1é龘𠮷😀"
 
 

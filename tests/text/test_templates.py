@@ -129,7 +129,7 @@ def reload(folder: Path) -> PreTrainedTokenizerBase:
 
 @pytest.fixture(scope="module")
 def bare(tokenizer: PreTrainedTokenizerBase) -> PreTrainedTokenizerBase:
-    """The embedded base's tokenizer as a base model would bring it: no template, no record."""
+    """The tiny-random base's tokenizer as a base model would bring it: no template, no record."""
     own = copy.deepcopy(tokenizer)
     own.chat_template = None
     own.init_kwargs.pop(RECORD, None)

@@ -233,7 +233,7 @@ def test_a_step_without_trained_tokens_changes_nothing(tmp_path: Path) -> None:
     assert_equal(outcome["weights"], before, 0)
 
 
-# Of the embedded base on the sample papers, fp32 on a CPU.
+# Of the tiny-random base on the sample papers, fp32 on a CPU.
 RECORDED_LOSSES = [7.097151, 6.978096, 6.823236, 6.712947, 6.651709, 6.599518, 6.500546, 6.43372]
 
 

@@ -1,6 +1,6 @@
 """A small Qwen3 base built from the samples in seconds, so that everything runs without a download.
 
-    python -m novelgpt.model.embedded_base [FOLDER]
+    python -m novelgpt.model.tiny_random [FOLDER]
 
 About 2 M random weights and a byte-level BPE tokenizer with Qwen's special tokens and ChatML. The same samples give the
 same files, byte for byte.
@@ -21,7 +21,7 @@ from transformers import PreTrainedTokenizerFast, Qwen3Config, Qwen3ForCausalLM
 from novelgpt.model.portable import make_portable
 from novelgpt.settings.atomic_files import atomic_folder, follow_umask
 from novelgpt.settings.errors import exit_on_user_error
-from novelgpt.settings.paths import EMBEDDED_BASE, ROOT, SAMPLES
+from novelgpt.settings.paths import ROOT, SAMPLES, TINY_RANDOM_FOLDER
 from novelgpt.settings.process import in_process_group, is_first_process
 from novelgpt.settings.terminal import say
 from novelgpt.text.pretokenization import QWEN_PRETOKENIZATION, QWEN_SPECIAL_TOKENS
@@ -81,7 +81,7 @@ def build_model(vocabulary: int) -> Qwen3ForCausalLM:
         return Qwen3ForCausalLM(config)
 
 
-def build_embedded_base(folder: Path) -> None:
+def build_tiny_random(folder: Path) -> None:
     """Write the base into `folder` atomically. The held-out samples are not used."""
     book = (SAMPLES / "novels" / "deng_ta_xia_de_xin.txt").read_text(encoding="utf-8")
     lines = (SAMPLES / "papers" / "train.jsonl").read_text(encoding="utf-8").splitlines()
@@ -95,20 +95,20 @@ def build_embedded_base(folder: Path) -> None:
         tokenizer.save_pretrained(unfinished)
         make_portable(unfinished)
         follow_umask(unfinished)
-    say(f"embedded base: {model.num_parameters() / 1e6:.1f} M weights, {len(tokenizer)} tokens, in {folder}")
+    say(f"tiny-random base: {model.num_parameters() / 1e6:.1f} M weights, {len(tokenizer)} tokens, in {folder}")
 
 
-def ensure_embedded_base(folder: Path = EMBEDDED_BASE) -> None:
+def ensure_tiny_random(folder: Path = TINY_RANDOM_FOLDER) -> None:
     """Build the base unless it exists."""
     if (folder / "config.json").is_file():
         return
     if is_first_process() or not in_process_group():
-        build_embedded_base(folder)
+        build_tiny_random(folder)
         return
     # In a process of its own: transformers only writes weights in the first rank.
     path = os.pathsep.join(filter(None, [str(ROOT), os.environ.get("PYTHONPATH")]))
     kept = {name: value for name, value in os.environ.items() if name not in ("RANK", "LOCAL_RANK", "WORLD_SIZE")}
-    command = [sys.executable, "-m", "novelgpt.model.embedded_base", str(folder)]
+    command = [sys.executable, "-m", "novelgpt.model.tiny_random", str(folder)]
     done = subprocess.run(command, env=kept | {"PYTHONPATH": path})
     if done.returncode != 0:  # it has printed why
         raise SystemExit(done.returncode)
@@ -118,7 +118,7 @@ def ensure_embedded_base(folder: Path = EMBEDDED_BASE) -> None:
 def main(argv: list[str] | None = None) -> None:
     """Build the base unless it exists."""
     args = sys.argv[1:] if argv is None else argv
-    ensure_embedded_base(Path(args[0]) if args else EMBEDDED_BASE)
+    ensure_tiny_random(Path(args[0]) if args else TINY_RANDOM_FOLDER)
 
 
 if __name__ == "__main__":
