@@ -5,6 +5,7 @@ import os
 import random
 import signal
 import tempfile
+from collections.abc import Callable
 from pathlib import Path
 
 import pytest
@@ -79,6 +80,13 @@ def slow_files_first(items: list[pytest.Item], workers: int) -> list[pytest.Item
         share += quick[:count]
         del quick[:count]
     return [item for share in shares for item in share] + quick
+
+
+@pytest.fixture(scope="session")
+def few_or_all(request: pytest.FixtureRequest) -> Callable[[int, int], int]:
+    """How many cases a test draws: the first number, or the second with --all."""
+    wanted = bool(request.config.getoption("--all"))
+    return lambda few, many: many if wanted else few
 
 
 @pytest.fixture(scope="session")

@@ -3,6 +3,7 @@
 import json
 import subprocess
 import sys
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -129,8 +130,10 @@ def test_the_fast_tokenizer_gives_the_same_ids_and_the_text_back(tmp_path: Path)
 
 
 @pytest.mark.skipif(not (SHARED / "tokenizers" / "baichuan2").is_dir(), reason="the real tokenizer is not there")
-def test_the_fast_tokenizer_of_the_real_baichuan2_gives_the_same_ids() -> None:
-    compare_tokenizers(BaichuanTokenizer(str(SHARED / "tokenizers" / "baichuan2" / "tokenizer.model")), lines(800))
+def test_the_fast_tokenizer_of_the_real_baichuan2_gives_the_same_ids(few_or_all: Callable[[int, int], int]) -> None:
+    compare_tokenizers(
+        BaichuanTokenizer(str(SHARED / "tokenizers" / "baichuan2" / "tokenizer.model")), lines(few_or_all(800, 3000))
+    )
 
 
 def compare_tokenizers(slow: BaichuanTokenizer, texts: list[str]) -> None:

@@ -3,6 +3,7 @@
 import copy
 import json
 import random
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -242,9 +243,9 @@ def test_hard_answers(case: tuple[PreTrainedTokenizerBase, str]) -> None:
         assert case[0].decode(row.input_ids) == render_whole(messages, case[0])
 
 
-def test_random_conversations(case: tuple[PreTrainedTokenizerBase, str]) -> None:
+def test_random_conversations(case: tuple[PreTrainedTokenizerBase, str], few_or_all: Callable[[int, int], int]) -> None:
     draw = random.Random(7)
-    for _ in range(12):
+    for _ in range(few_or_all(12, 30)):
         messages = [SYSTEM] if draw.random() < 0.5 else []
         for _ in range(draw.randint(1, 4)):
             question, answer = ("".join(draw.choices(HARD_ANSWERS, k=draw.randint(1, 3))) for _ in range(2))

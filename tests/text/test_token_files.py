@@ -3,6 +3,7 @@
 import pickle
 import random
 import shutil
+from collections.abc import Callable
 from pathlib import Path
 
 import numpy
@@ -93,10 +94,12 @@ def test_chunks_of_real_novels_have_the_tokens_of_the_whole(any_tokenizer: PreTr
         assert_as_whole([[text], [text[:cut], text[cut : 2 * cut], text[2 * cut :]]], any_tokenizer)
 
 
-def test_chunks_of_odd_texts_have_the_tokens_of_the_whole(any_tokenizer: PreTrainedTokenizerBase) -> None:
+def test_chunks_of_odd_texts_have_the_tokens_of_the_whole(
+    any_tokenizer: PreTrainedTokenizerBase, few_or_all: Callable[[int, int], int]
+) -> None:
     draw = random.Random(1)
     parts = [*ODD, "。", "”\n", "\n\n", "\n　　", " \n", "\r\n", "\n ", "1", "ab", "—", "\t", "　", "<s>"]
-    for _ in range(4):
+    for _ in range(few_or_all(4, 8)):
         texts = ["".join(draw.choices(parts, k=draw.choice([1, 3, 3000]))) for _ in range(3)]
         assert_as_whole([texts[:2], texts[2:], texts[1:]], any_tokenizer)
 
