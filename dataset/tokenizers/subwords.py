@@ -31,8 +31,8 @@ COVERAGE, LARGEST_SHARE_OF_CHARACTERS = 0.9995, 0.5
 LEAST_SEEDS, SEEDS_A_TOKEN = 100_000, 10
 # The order in which numbers are added depends on it, so it is not that of the cores.
 THREADS = 8
-# A literal "<0x41>" in a text is no byte.
-_SPLITS = rf"[{QUOTATION_MARKS}\n]|\p{{N}}|<(?=0x[0-9A-F]{{2}}>)"
+# As each digit stands alone, no text can spell the token of a byte, which has the digit 0.
+_SPLITS = rf"[{QUOTATION_MARKS}\n]|\p{{N}}"
 _TOO_HIGH = re.compile(r"value <= (\d+)")
 
 

@@ -1,6 +1,7 @@
 """Tokenizers of every kind: what the libraries train, exact where they promise it, the same in every process."""
 
 import json
+import math
 import os
 import re
 import subprocess
@@ -20,7 +21,7 @@ from dataset.tokenizers.agreement import cut_greedily, measure_agreement
 from dataset.tokenizers.folder import as_pretrained, write_folder
 from dataset.tokenizers.report import measure
 from dataset.tokenizers.subwords import train_sentencepiece
-from dataset.tokenizers.words import choose_words, load_segmenter, train_words
+from dataset.tokenizers.words import choose_words, load_segmenter, raise_scores, train_words
 from novelgpt.model.tokenizer import load_tokenizer
 from novelgpt.settings.arguments import CorpusArguments, ModelArguments
 from novelgpt.settings.errors import UserError
@@ -138,6 +139,13 @@ def test_words_are_one_token_each_and_come_back(loaded: dict[str, PreTrainedToke
     assert len(words) == SIZES["words"] - 5
     for word, token in words.items():
         assert encode(word, tokenizer) == [token] and tokenizer.decode([token]) == word
+
+
+def test_a_rare_word_of_common_characters_is_one_token() -> None:
+    scores = raise_scores({"中": 1000, "国": 1000, "中国": 1, "中国人": 1, "人": 1000})
+    assert scores["中国"] > scores["中"] + scores["国"] > math.log(1 / 3002)
+    assert scores["中国人"] > scores["中国"] + scores["人"]
+    assert scores["中"] == math.log(1000 / 3002)
 
 
 def test_a_text_of_words_begins_with_mask_and_ends_with_cls(loaded: dict[str, PreTrainedTokenizerBase]) -> None:
