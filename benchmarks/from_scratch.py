@@ -47,6 +47,7 @@ from novelgpt.settings.hardware import usable_cores
 from novelgpt.settings.parsed_files import read_object
 from novelgpt.settings.paths import ROOT
 from novelgpt.settings.random_weights import SIZES, RandomWeights
+from novelgpt.settings.terminal import visible
 from predict.__main__ import main as predict_main
 
 MOST_WEIGHTS = 10_500_000
@@ -227,7 +228,7 @@ def section(
     for one in found:
         for part in one["parts"]:
             sample = part["samples"][0]
-            text = f"…{sample['opening']}\n→ {sample['text']}".replace("```", "'''")
+            text = visible(f"…{sample['opening']}\n→ {sample['text']}").replace("```", "'''")
             lines.append(f"{code(one['name'])}, {part['tokens'] / 1e6:.2f} M token\n\n```text\n{text}\n```")
     return "\n\n".join(lines) + "\n"
 

@@ -35,6 +35,7 @@ from rich.console import Console
 from rich.table import Table
 
 from novelgpt.scoring.repetition import first_loop
+from novelgpt.settings.terminal import visible
 from predict.__main__ import main as predict_main
 from predict.continuations import main as continuations_main
 
@@ -167,7 +168,7 @@ def study_continuations(arguments: argparse.Namespace, console: Console) -> tupl
         drawn = continuations(arguments.model, rows, folder / "drawn", arguments.seed, *DRAWN)
         greedy = continuations(arguments.model, rows, folder / "greedy", arguments.seed)
     for one in drawn[:: max(1, count // SHOWN)][:SHOWN]:
-        console.print(f"\n{one['id']}\n…{one['opening'][-60:]}→{one['text'][:200]}", markup=False)
+        console.print(visible(f"\n{one['id']}\n…{one['opening'][-60:]}→{one['text'][:200]}"), markup=False)
     console.print(
         f"\n{count} openings; greedy ones: {share(greedy, 'loops'):.0%} loop; ended before {CHARACTERS} characters: "
         f"{share(drawn, 'ended'):.0%} of the drawn, {share(greedy, 'ended'):.0%} of the greedy ones"

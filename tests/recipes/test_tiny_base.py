@@ -191,7 +191,7 @@ def test_the_card_says_what_was_recorded(tmp_path: Path) -> None:
     write_run(tmp_path / "decay", 1000, [{"step": 10, "eval_loss": 4.0, "eval_bits_per_character": 5.125}])
     figures = {"works": {"丙_试卷": 5.4321}, "all": 5.4321, "loss": 3.9, "characters_a_token": 1.5,
                "weights": {"all": 2_970_000, "embeddings": 1_048_576}}  # fmt: skip
-    drawn = [{"id": f"丙/{number}", "opening": "潮水", "text": f"第{number}段```", "loops": number < 2, "broken": 0,
+    drawn = [{"id": f"丙/{number}", "opening": "潮水", "text": f"第{number}段```\x1b", "loops": number < 2, "broken": 0,
               "ended": False} for number in range(40)]  # fmt: skip
     evaluation = {"bits": {"tiny": figures, "tiny-random": figures | {"all": 9.99}}, "characters": {"丙_试卷": 321},
                   "continuations": {"drawn": drawn, "greedy": drawn, "greedy_loops": 0.9}}  # fmt: skip
@@ -204,7 +204,7 @@ def test_the_card_says_what_was_recorded(tmp_path: Path) -> None:
             card.recipe_hash(), "| `丙_试卷` | 321 | 5.432 | 5.432 |", "| 5.432 | 9.990 |", "`旧` `丁` 1700.",
             "5% of those drawn", "`papers.jsonl`", "90% of the greedy", "one in 4", *curve]  # fmt: skip
     assert [words for words in said if words not in text] == []
-    assert re.findall(r"→ 第(\d+)段'''", text) == [str(number) for number in range(0, 40, 4)]
+    assert re.findall(r"→ 第(\d+)段'''<U\+001B>", text) == [str(number) for number in range(0, 40, 4)]
     assert list(read_card(tmp_path / "tiny").sections)[1:] == [  # type: ignore[union-attr]
         "Use 使用", "What it cannot do 它做不到的", "Data 数据", "Training 训练", "Results 结果", "Samples 样例",
     ]  # fmt: skip

@@ -22,7 +22,7 @@ from novelgpt.settings.atomic_files import atomic_write, hash_file
 from novelgpt.settings.charts import COLOURS, figure_png
 from novelgpt.settings.errors import UserError, exit_on_user_error
 from novelgpt.settings.parsed_files import read_object
-from novelgpt.settings.terminal import say
+from novelgpt.settings.terminal import say, visible
 
 STAGES = ("stable", "decay")
 PARTS = ("modern", "earlier", "held_out")
@@ -110,10 +110,10 @@ def bits_table(bits: Mapping[str, Any], characters: Mapping[str, int]) -> str:
 
 
 def sample_of(drawn: Sequence[Mapping[str, Any]]) -> list[dict[str, str]]:
-    """Continuations at equal distances, without what would end a block of Markdown."""
+    """Continuations at equal distances, without what would end a block of Markdown or control a terminal."""
     chosen = drawn[:: max(1, len(drawn) // SAMPLES)][:SAMPLES]
     texts = [{"id": one["id"], "opening": one["opening"].rstrip()[-80:], "text": one["text"]} for one in chosen]
-    return [{name: text.replace("```", "'''") for name, text in one.items()} for one in texts]
+    return [{name: visible(text).replace("```", "'''") for name, text in one.items()} for one in texts]
 
 
 def draw_curve(curves: Sequence[Curve]) -> bytes:
