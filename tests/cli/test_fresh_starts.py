@@ -23,7 +23,7 @@ ELSEWHERE = {"pretrain", "data novels", "doctor"}
 HERE = {
     "score", "report", "continuations", "data conversations", "finetune", "lora", "merge", "predict", "chat",
     "data tokens", "data preview", "export llama", "export qwen2", "export safetensors", "lm-eval", "convert-config",
-    "demo", "data preferences", "data tokenizer",
+    "demo", "data preferences", "data tokenizer", "data held-out",
 }  # fmt: skip
 
 
@@ -69,6 +69,16 @@ def test_settings_of_another_tool(tmp_path: Path) -> None:
     said = ends_well(tmp_path, "convert-config", "theirs.yaml", "-o", "ours.yaml")
     assert said.splitlines()[-1].endswith("python -m cli lora --config ours.yaml")
     assert (tmp_path / "ours.yaml").is_file()
+
+
+@pytest.mark.long
+def test_a_list_of_works_that_are_held_out(tmp_path: Path) -> None:
+    (tmp_path / "raw").mkdir()
+    (tmp_path / "raw" / "佚名_灯塔.txt").write_bytes(Path(NOVEL).read_bytes())
+    ends_well(tmp_path, "data", "novels", "raw", "prepared", "--held_out_share", "0")
+    (tmp_path / "choice.yaml").write_text("name: mine\nworks:\n  - {author: 佚名, title: 灯塔, era: modern}\n", "utf-8")
+    ends_well(tmp_path, "data", "held-out", "choice.yaml", "prepared", "list.json")
+    assert "佚名" in (tmp_path / "list.json").read_text(encoding="utf-8")
 
 
 @pytest.mark.long

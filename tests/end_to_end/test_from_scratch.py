@@ -62,7 +62,7 @@ def check_launch(words: list[str], tmp_path: Path, monkeypatch: pytest.MonkeyPat
     record: dict[str, Any] = json.loads((tmp_path / "run" / "run.json").read_text(encoding="utf-8"))
     assert (record["model"], record["arguments"]["model"]["config_name"]) == (str(folder), "qwen3-5m")
     card = (tmp_path / "run" / "README.md").read_text(encoding="utf-8")
-    assert f"Random weights: `qwen3-5m`, seed {words[-1]}, tokenizer `tiny-qwen3`" in card
+    assert f"Random weights: `qwen3-5m`, seed {words[-1]}, tokenizer `tiny-random`" in card
     assert "Continued" not in card and str(tmp_path.parent) not in card
     trained = load_file(tmp_path / "run" / "model.safetensors")
     assert trained.keys() == expected.keys()

@@ -22,6 +22,7 @@ from transformers.integrations.deepspeed import unset_hf_deepspeed_config
 from finetune.__main__ import main as finetune
 from novelgpt.model import attention as _attention  # noqa: F401  registers "packed"
 from novelgpt.settings.arguments import TrainArguments
+from novelgpt.settings.paths import SAMPLES
 from novelgpt.text.collator import Collator
 from novelgpt.text.conversation import IGNORE_INDEX, EncodedRow
 from novelgpt.text.packing import PackedRows
@@ -233,13 +234,16 @@ def test_a_step_without_trained_tokens_changes_nothing(tmp_path: Path) -> None:
     assert_equal(outcome["weights"], before, 0)
 
 
-# Of the tiny-random base on the sample papers, fp32 on a CPU.
+# Of the tiny-random base on the first sample papers, fp32 on a CPU.
 RECORDED_LOSSES = [7.097151, 6.978096, 6.823236, 6.712947, 6.651709, 6.599518, 6.500546, 6.43372]
 
 
 def test_the_loss_curve_of_the_command_line_is_the_recorded_one(base_folder: Path, tmp_path: Path) -> None:
+    papers = (SAMPLES / "papers" / "train.jsonl").read_text(encoding="utf-8").splitlines(keepends=True)
+    (tmp_path / "papers.jsonl").write_text("".join(papers[:130]), encoding="utf-8")
     words = ["--model", str(base_folder), "--output_dir", str(tmp_path / "run"), "--precision", "fp32", "--seed", "7"]
-    words += ["--max_length", "320", "--per_device_train_batch_size", "2", "--gradient_accumulation_steps", "2"]
+    words += ["--train_files", str(tmp_path / "papers.jsonl"), "--max_length", "320"]
+    words += ["--per_device_train_batch_size", "2", "--gradient_accumulation_steps", "2"]
     words += ["--max_steps", "8", "--learning_rate", "1e-3", "--lr_scheduler_type", "constant", "--logging_steps", "1"]
     finetune(
         [*words, "--eval_on_start", "False", "--eval_strategy", "no", "--save_strategy", "no", "--stop_check", "0"]
