@@ -110,7 +110,7 @@ def test_steps_read_as_many_characters_whatever_the_tokenizer(tmp_path: Path) ->
 
 def test_bits_are_the_nats_of_every_token_once(base_folder: Path, tokenizer: PreTrainedTokenizerBase) -> None:
     loaded = held_out_bits.load(base_folder)
-    work = held_out_bits.Work("书", "第一章\n\n" + "潮水退下去，滩上留着一道一道的白沫。\n" * 9)
+    work = held_out_bits.Work("书", "第一章\n\n" + "\n".join(["潮水退下去，滩上留着一道一道的白沫。"] * 9))
     ids = [*tokenizer(work.text)["input_ids"], document_end_id(tokenizer)]
     model = AutoModelForCausalLM.from_pretrained(base_folder)
     with torch.inference_mode():
