@@ -5,8 +5,6 @@ from __future__ import annotations
 import getpass
 import json
 import math
-import os
-import subprocess
 import sys
 import tempfile
 from dataclasses import asdict, dataclass, fields, replace
@@ -31,8 +29,13 @@ from novelgpt.settings.arguments import ModelArguments
 from novelgpt.settings.atomic_files import atomic_folder, follow_umask
 from novelgpt.settings.errors import UserError, exit_on_user_error, reason_of
 from novelgpt.settings.locks import locked
-from novelgpt.settings.paths import ROOT
-from novelgpt.settings.process import in_process_group, is_first_on_host, is_first_process, raise_on_all_ranks
+from novelgpt.settings.process import (
+    in_process_group,
+    is_first_on_host,
+    is_first_process,
+    raise_on_all_ranks,
+    run_outside_group,
+)
 from novelgpt.settings.random_weights import RandomWeights
 from novelgpt.settings.terminal import say
 
@@ -135,10 +138,7 @@ def _write_elsewhere(weights: RandomWeights, arguments: ModelArguments) -> None:
         UserError: it has failed; it has printed why.
     """
     task = {"weights": asdict(weights) | {"folder": str(weights.folder)}, "arguments": asdict(_plain(arguments))}
-    path = os.pathsep.join(filter(None, [str(ROOT), os.environ.get("PYTHONPATH")]))
-    kept = {name: value for name, value in os.environ.items() if name not in ("RANK", "LOCAL_RANK", "WORLD_SIZE")}
-    command = [sys.executable, "-m", "novelgpt.model.random_base", json.dumps(task)]
-    if subprocess.run(command, env=kept | {"PYTHONPATH": path}).returncode != 0:
+    if run_outside_group("novelgpt.model.random_base", json.dumps(task)) != 0:
         raise UserError(f"{weights.folder} could not be made on this host", "see above what it printed")
 
 

@@ -9,8 +9,6 @@ same files, byte for byte.
 from __future__ import annotations
 
 import json
-import os
-import subprocess
 import sys
 from pathlib import Path
 
@@ -21,8 +19,8 @@ from transformers import PreTrainedTokenizerFast, Qwen3Config, Qwen3ForCausalLM
 from novelgpt.model.portable import make_portable
 from novelgpt.settings.atomic_files import atomic_folder, follow_umask
 from novelgpt.settings.errors import exit_on_user_error
-from novelgpt.settings.paths import ROOT, SAMPLES, TINY_RANDOM_FOLDER
-from novelgpt.settings.process import in_process_group, is_first_process
+from novelgpt.settings.paths import SAMPLES, TINY_RANDOM_FOLDER
+from novelgpt.settings.process import in_process_group, is_first_process, run_outside_group
 from novelgpt.settings.terminal import say
 from novelgpt.text.pretokenization import QWEN_PRETOKENIZATION, QWEN_SPECIAL_TOKENS
 from novelgpt.text.templates import CHATML_TEMPLATE
@@ -108,12 +106,9 @@ def ensure_tiny_random(folder: Path = TINY_RANDOM_FOLDER) -> None:
         build_tiny_random(folder)
         return
     # In a process of its own: transformers only writes weights in the first rank.
-    path = os.pathsep.join(filter(None, [str(ROOT), os.environ.get("PYTHONPATH")]))
-    kept = {name: value for name, value in os.environ.items() if name not in ("RANK", "LOCAL_RANK", "WORLD_SIZE")}
-    command = [sys.executable, "-m", "novelgpt.model.tiny_random", str(folder)]
-    done = subprocess.run(command, env=kept | {"PYTHONPATH": path})
-    if done.returncode != 0:  # it has printed why
-        raise SystemExit(done.returncode)
+    status = run_outside_group("novelgpt.model.tiny_random", str(folder))
+    if status != 0:  # it has printed why
+        raise SystemExit(status)
 
 
 @exit_on_user_error

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import functools
 import os
+import subprocess
+import sys
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from typing import Any
@@ -11,6 +13,7 @@ from typing import Any
 import torch.distributed
 
 from novelgpt.settings.errors import UserError
+from novelgpt.settings.paths import ROOT
 
 
 def is_first_process() -> bool:
@@ -26,6 +29,16 @@ def is_first_on_host() -> bool:
 def in_process_group() -> bool:
     """Whether processes have met to work together; a launcher may start one alone, too."""
     return torch.distributed.is_available() and torch.distributed.is_initialized()
+
+
+def run_outside_group(module: str, *args: str) -> int:
+    """Run a module's `main` in a process of its own, which is no rank, and return its exit status.
+
+    For what transformers does in the first rank only, such as writing weights.
+    """
+    path = os.pathsep.join(filter(None, [str(ROOT), os.environ.get("PYTHONPATH")]))
+    kept = {name: value for name, value in os.environ.items() if name not in ("RANK", "LOCAL_RANK", "WORLD_SIZE")}
+    return subprocess.run([sys.executable, "-m", module, *args], env=kept | {"PYTHONPATH": path}).returncode
 
 
 def first_process_value(value: Any) -> Any:

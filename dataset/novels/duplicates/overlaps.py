@@ -14,6 +14,7 @@ import tempfile
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from itertools import pairwise
+from typing import TypeVar
 
 import numpy as np
 
@@ -22,6 +23,8 @@ from dataset.novels.duplicates.shingles import PERMUTATIONS, SHINGLE, Fingerprin
 PARTNERS = 4
 MIN_SHARED = 3
 """Sampled shingles that two texts must have in common before a share is computed from them."""
+RELIABLE = 8
+"""Shingles of a sample below which a text is too short to be judged by it: all may be changed ones."""
 
 _BANDS = 32  # of 4 rows: finds 99.99 % of the pairs with similarity 0.8, 87 % at 0.5, and 0.02 % at 0.05
 _BATCH = 1 << 20  # shingles that are sorted together, at 100 bytes each meanwhile
@@ -29,6 +32,7 @@ _PAIR_BATCH = 1 << 13
 _HALF = np.uint64(32)
 _LOW = np.uint64(0xFFFFFFFF)
 _ENTRY = np.dtype([("key", "<u8"), ("count", "<i4")])
+Found = TypeVar("Found")
 
 
 @dataclass(frozen=True)
@@ -48,6 +52,22 @@ class Collection:
     book_of: np.ndarray
     characters: np.ndarray
     sampled: np.ndarray
+
+
+def follow_neighbours(found: dict[int, Found], short: np.ndarray, book_of: np.ndarray) -> None:
+    """Let chapters that are too short to judge follow the one beside them: other divisions leave such fragments.
+
+    Args:
+        found: chapter -> what was found of it; those beside a chapter with an entry get the same one.
+        short: chapters that may follow, ascending.
+        book_of: (chapters,) index of the book of each, beyond which none follows.
+    """
+    chapters = short.tolist()
+    for ordered, step in ((chapters, -1), (chapters[::-1], 1)):
+        for chapter in ordered:
+            beside = chapter + step
+            if beside in found and chapter not in found and book_of[beside] == book_of[chapter]:
+                found[chapter] = found[beside]
 
 
 def collect(books: Sequence[Fingerprints]) -> Collection:

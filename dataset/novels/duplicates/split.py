@@ -31,9 +31,11 @@ from dataset.novels.duplicates.near_duplicates import (
 )
 from dataset.novels.duplicates.overlaps import (
     MIN_SHARED,
+    RELIABLE,
     Collection,
     Pairs,
     collect,
+    follow_neighbours,
     same_digests,
     shared_shingles,
     similar_signatures,
@@ -41,8 +43,6 @@ from dataset.novels.duplicates.overlaps import (
 from novelgpt.settings.errors import UserError
 
 Split = Literal["train", "held_out", "left_out"]
-
-_RELIABLE = 8  # sampled shingles, of some 250 characters: fewer may all be changed ones
 
 
 class Decision(NamedTuple):
@@ -210,13 +210,8 @@ def _find_leaks(
     for later, earlier, value in overlaps:
         if later not in leaks or value > leaks[later][2]:
             leaks[later] = ("leak", earlier, value)
-    # A chapter too short to judge by its sample follows the leak beside it: other divisions leave such fragments.
-    short = np.flatnonzero(~is_held & (collection.sampled < _RELIABLE)).tolist()
-    for chapters, step in ((short, -1), (short[::-1], 1)):
-        for chapter in chapters:
-            beside = chapter + step
-            if beside in leaks and chapter not in leaks and collection.book_of[beside] == collection.book_of[chapter]:
-                leaks[chapter] = leaks[beside]
+    short = np.flatnonzero(~is_held & (collection.sampled < RELIABLE))
+    follow_neighbours(leaks, short, collection.book_of)
     return leaks
 
 

@@ -15,15 +15,13 @@ from typing import NamedTuple
 import numpy as np
 
 from dataset.novels.duplicates.near_duplicates import DEFAULTS
-from dataset.novels.duplicates.overlaps import MIN_SHARED
+from dataset.novels.duplicates.overlaps import MIN_SHARED, RELIABLE, follow_neighbours
 from dataset.novels.duplicates.shingles import SAMPLED, Fingerprints
 
 SKETCHED = 64
 """One shingle in this many is in a sketch."""
 LIMIT = (1 << 32) * SAMPLED // SKETCHED
 """Sampled shingles below this are in a sketch."""
-RELIABLE = 8
-"""Shingles, of some 500 characters: fewer may all be changed ones."""
 _HALF = np.uint64(32)
 
 
@@ -104,7 +102,7 @@ class SketchIndex:
     def overlaps(self, book: Sketch, least: float = DEFAULTS.leak) -> dict[int, Overlap]:
         """Chapters of a book that share `least` or more with a work, by their number from 0.
 
-        A chapter that is too short to judge follows the one beside it: other divisions leave such fragments.
+        A chapter that is too short to judge follows the one beside it.
         """
         found: dict[int, Overlap] = {}
         places, theirs = self._matches(book)
@@ -125,11 +123,7 @@ class SketchIndex:
             share = count / int(book.sizes[chapter])
             if count >= MIN_SHARED and share >= least:
                 self._keep_larger(found, chapter, -most[chapter, number][1], share)
-        short = np.flatnonzero(book.sizes < RELIABLE).tolist()
-        for chapters, step in ((short, -1), (short[::-1], 1)):
-            for chapter in chapters:
-                if chapter + step in found and chapter not in found:
-                    found[chapter] = found[chapter + step]
+        follow_neighbours(found, np.flatnonzero(book.sizes < RELIABLE), np.zeros(len(book.sizes), np.int64))
         return found
 
     def _keep_larger(self, found: dict[int, Overlap], chapter: int, other: int, share: float) -> None:
