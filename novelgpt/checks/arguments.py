@@ -31,7 +31,7 @@ from novelgpt.settings.errors import UserError
 from novelgpt.settings.paths import TINY, TINY_RANDOM_FOLDER
 from novelgpt.settings.process import is_first_process
 from novelgpt.settings.remedies import pip_install, python_module
-from novelgpt.settings.runs import PretrainRun, TrainingRun
+from novelgpt.settings.runs import TrainingRun, random_weights_of
 from novelgpt.settings.terminal import say
 from novelgpt.text.data_names import find_data, find_text_files, split_part
 from novelgpt.text.dataset_info import find_datasets
@@ -111,8 +111,9 @@ def make_random_base(run: TrainingRun) -> None:
     Raises:
         UserError: as ensure_random_base.
     """
-    if isinstance(run, PretrainRun) and run.model.random_weights is not None:
-        ensure_random_base(run.model.random_weights, run.model)
+    weights = random_weights_of(run)
+    if weights is not None:
+        ensure_random_base(weights, run.model)
 
 
 def _check_numbers(training: TrainArguments) -> None:

@@ -31,7 +31,7 @@ from novelgpt.checks.stop_check import check_stops
 from novelgpt.model.weight_files import pickled_weights
 from novelgpt.settings.errors import UserError
 from novelgpt.settings.process import is_first_process, raise_on_all_ranks
-from novelgpt.settings.runs import PretrainRun, TrainingRun
+from novelgpt.settings.runs import TrainingRun, random_weights_of
 from novelgpt.settings.terminal import say
 from novelgpt.training.plan import Probe, TrainingPlan
 from novelgpt.training.run_folder import RunFolder
@@ -108,7 +108,7 @@ def check(
     """
     memory = plan_memory(folder.run, train, dtype, qlora, prepare)
     check_disk(memory, train, tokenizer)
-    if is_first_process() and isinstance(folder.run, PretrainRun) and folder.run.model.random_weights is not None:
+    if is_first_process() and random_weights_of(folder.run) is not None:
         say(scale_of(memory))
     training, probes = memory.training, []
     if training.guards:

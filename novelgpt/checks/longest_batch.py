@@ -36,7 +36,7 @@ from novelgpt.settings.arguments import TrainArguments
 from novelgpt.settings.errors import UserError
 from novelgpt.settings.paths import ROOT
 from novelgpt.settings.process import raise_on_all_ranks
-from novelgpt.settings.runs import LoraRun, PretrainRun, TrainingRun
+from novelgpt.settings.runs import LoraRun, TrainingRun, random_weights_of
 from novelgpt.settings.terminal import counted, gigabytes
 from novelgpt.text.encoding import encode
 from novelgpt.training.plan import Autocast
@@ -150,8 +150,8 @@ def check_trial(
         yield Finding(NAME, "note", "not tried under DeepSpeed", "leave --deepspeed out to try it with one process")
         return
     rows = run.training.per_device_train_batch_size if torch.cuda.is_available() else 1
-    random = isinstance(run, PretrainRun) and run.model.random_weights is not None  # which `args` name
-    settled = [] if random else ["--model", run.model.model]
+    # Random weights are named by `args`.
+    settled = ["--model", run.model.model] if random_weights_of(run) is None else []
     settled += ["--per_device_train_batch_size", str(rows)]
     settled += ["--activation_checkpointing", str(bool(run.training.activation_checkpointing))]
     command = [sys.executable, "-m", "novelgpt.checks.longest_batch", pipeline, *args, *settled]

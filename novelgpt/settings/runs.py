@@ -17,7 +17,7 @@ from novelgpt.settings.arguments import (
     TrainArguments,
     option,
 )
-from novelgpt.settings.random_weights import PretrainModelArguments
+from novelgpt.settings.random_weights import PretrainModelArguments, RandomWeights
 
 
 @dataclass
@@ -79,6 +79,11 @@ class PredictRun:
 TrainingRun = PretrainRun | FinetuneRun | LoraRun
 
 Run = TypeVar("Run", bound=TrainingRun)
+
+
+def random_weights_of(run: TrainingRun) -> RandomWeights | None:
+    """The random weights that a run starts from; None where it starts from a model's."""
+    return run.model.random_weights if isinstance(run, PretrainRun) else None
 
 
 def with_training(run: Run, **changes: Any) -> Run:

@@ -14,7 +14,7 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase, TrainerState
 
 from novelgpt.model.card import Card, base_identity, base_metadata, code, shown_name, table, use_section
 from novelgpt.settings.run_record import DataSource
-from novelgpt.settings.runs import PretrainRun, TrainingRun
+from novelgpt.settings.runs import TrainingRun, random_weights_of
 from novelgpt.text.conversation import IGNORE_INDEX
 from novelgpt.text.sections import rows_per_epoch
 from novelgpt.training.run_identity import DECISIVE, PLACES
@@ -81,7 +81,7 @@ class RunCard:
             "metrics": ["perplexity"],
         }
         identity = base_identity(base, folder)
-        random = run.model.random_weights if isinstance(run, PretrainRun) else None
+        random = random_weights_of(run)
         if random is not None:
             kind, metadata["tags"] = "Pretraining, from random weights, of", ["novelgpt", "pretraining"]
             tokenizer = code(shown_name(random.tokenizer))
