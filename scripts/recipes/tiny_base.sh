@@ -6,7 +6,7 @@
 # in bf16, tokenizer, model card. On 2 CPU cores about two hours. What is done stays done: stopped or killed, the same
 # command resumes. If CORPUS has a manifest.json, a list of {file, title, author, author_death_year}, the card names them.
 #
-# Variables: STABLE_STEPS and DECAY_STEPS, optimizer steps of 4,096 and 8,192 tokens; NPROC, processes; PRECISION (bf16
+# Variables: STABLE_STEPS and DECAY_STEPS, optimizer steps of 2,048 and 8,192 tokens; NPROC, processes; PRECISION (bf16
 # where the processor is fast in it); MODERN and PAPER, how often modern works and papers are named for once that
 # earlier works are; VOCABULARY; HELD_OUT, the list of works, or options of `dataset novels` in its place;
 # EVALUATED, characters of each held-out work that figures are measured on, 0 for all; LICENSE, of the weights, for the card.
@@ -75,11 +75,11 @@ pretrain() {
 
 step "4/7 Training on short blocks, at a constant learning rate"
 data=(--train_files "${train[@]}" --valid_files "$out/tokens/held_out")
-pretrain "$out/stable" "${STABLE_STEPS:-4800}" 8 --config "$recipe/stable.yaml" \
+pretrain "$out/stable" "${STABLE_STEPS:-14000}" 4 --config "$recipe/stable.yaml" \
   --config_name "$recipe/model.json" --tokenizer_name "$out/tokenizer" "${data[@]}"
 
 step "5/7 Training on long blocks, while the learning rate falls"
-pretrain "$out/decay" "${DECAY_STEPS:-550}" 2 --config "$recipe/decay.yaml" --model "$out/stable" "${data[@]}"
+pretrain "$out/decay" "${DECAY_STEPS:-700}" 2 --config "$recipe/decay.yaml" --model "$out/stable" "${data[@]}"
 
 step "6/7 Weights in bf16, and how it does on works that no training has seen"
 if [ ! -e "$out/tiny/config.json" ]; then "$python" "$recipe/export.py" "$out/decay" "$out/tiny"; fi
