@@ -7,7 +7,6 @@ from __future__ import annotations
 
 import copy
 import warnings
-from pathlib import Path
 from typing import Any, cast
 
 from peft import LoraConfig, PeftModel, get_peft_model, prepare_model_for_kbit_training
@@ -17,18 +16,16 @@ from peft.utils.transformers_weight_conversion import (
     get_model_conversion_mapping,
 )
 from torch import nn
-from transformers import GenerationConfig, PreTrainedModel, PreTrainedTokenizerBase
+from transformers import PreTrainedModel, PreTrainedTokenizerBase
 from transformers.integrations import is_deepspeed_zero3_enabled
 from transformers.pytorch_utils import Conv1D
-from transformers.utils import GENERATION_CONFIG_NAME
 
 from novelgpt.model.baichuan.modeling import NormHead
-from novelgpt.model.tokenizer import configured_ends
+from novelgpt.model.tokenizer import known_ends
 from novelgpt.settings.arguments import LoraArguments
 from novelgpt.settings.errors import UserError
 from novelgpt.settings.process import is_first_process
 from novelgpt.settings.remedies import pipeline_name
-from novelgpt.settings.run_record import pipeline_of
 from novelgpt.settings.terminal import say
 from novelgpt.text.conversation import IGNORE_INDEX, encode_conversation, encode_prompt
 from novelgpt.text.messages import Message
@@ -221,7 +218,8 @@ def _rows_to_train(
             trained.
     """
     end, written = _template_tokens(tokenizer)
-    known = _known_ends(model, tokenizer)
+    loaded = None if model.device.type == "meta" else model.generation_config  # not loaded for memory estimates
+    known = known_ends(model.name_or_path or "", tokenizer, loaded)
     tokens = sorted(written - known)
     unseen = end not in known
     if not tokens or not (unseen or lora.train_special_tokens == "always"):
@@ -253,19 +251,6 @@ def _template_tokens(tokenizer: PreTrainedTokenizerBase) -> tuple[int, set[int]]
     end = [label for label in row.labels if label != IGNORE_INDEX][-1]
     written = {*row.input_ids, *encode_prompt(question, tokenizer)}
     return end, {end} | (written & tokenizer.added_tokens_decoder.keys())
-
-
-def _known_ends(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase) -> set[int]:
-    """Tokens that the base has certainly been trained to end with."""
-    known = {int(tokenizer.eos_token_id)}
-    # Continued pretraining saves all end tokens for later use, but has shown the model none of a template's.
-    folder = Path(model.name_or_path or "")
-    if pipeline_of(folder) == "pretrain":
-        return known
-    known |= configured_ends(model.generation_config)
-    if model.device.type == "meta" and (folder / GENERATION_CONFIG_NAME).is_file():  # not loaded for memory estimates
-        known |= configured_ends(GenerationConfig.from_pretrained(folder))
-    return known
 
 
 def _rows_by_module(

@@ -1,13 +1,17 @@
-"""Loading a tokenizer, and the end tokens of a generation config."""
+"""Loading a tokenizer, and the tokens with which a base ends."""
 
 from __future__ import annotations
 
+from pathlib import Path
+
 from transformers import AutoTokenizer, GenerationConfig, PreTrainedTokenizerBase
+from transformers.utils import GENERATION_CONFIG_NAME
 
 from novelgpt.model.hub import locate, runs_own_code
 from novelgpt.settings.arguments import ModelArguments
 from novelgpt.settings.errors import RUST_PANICS, UserError, reason_of
-from novelgpt.text.encoding import encode
+from novelgpt.settings.run_record import has_read_documents_only, pipeline_of
+from novelgpt.text.encoding import document_end_id, encode
 from novelgpt.text.template_bounds import check_template_ends
 from novelgpt.text.templates import settle_template
 
@@ -53,3 +57,23 @@ def configured_ends(config: GenerationConfig | None) -> set[int]:
     """The ids of `eos_token_id`, which may be one id, a list or None."""
     ids = None if config is None else config.eos_token_id
     return set() if ids is None else set(ids) if isinstance(ids, (list, tuple)) else {ids}
+
+
+def known_ends(base: str, tokenizer: PreTrainedTokenizerBase, generation: GenerationConfig | None = None) -> set[int]:
+    """Tokens that a base has certainly been trained to end with.
+
+    Args:
+        base: its folder or name.
+        tokenizer: of the base.
+        generation: its generation settings; None: those in its folder.
+    """
+    folder = Path(base)
+    if has_read_documents_only(folder):  # whatever the tokenizer names as the end of an answer
+        return {document_end_id(tokenizer)}
+    known = {int(tokenizer.eos_token_id)}
+    # Continued pretraining saves all end tokens for later use, but has shown the model none of a template's.
+    if pipeline_of(folder) == "pretrain":
+        return known
+    if generation is None and (folder / GENERATION_CONFIG_NAME).is_file():
+        generation = GenerationConfig.from_pretrained(folder)
+    return known | configured_ends(generation)

@@ -160,8 +160,28 @@ def utc_now() -> str:
 
 def pipeline_of(folder: Path) -> str:
     """Return the pipeline that trained the model in a folder, or in a checkpoint inside its run; "" if unknown."""
+    return str((_run_of(folder) or {}).get("pipeline", ""))
+
+
+def has_read_documents_only(folder: Path) -> bool:
+    """Whether the model in a folder, or in a checkpoint, was pretrained from random weights, by one run or several."""
+    seen: set[Path] = set()
+    while folder not in seen:
+        seen.add(folder)
+        run = _run_of(folder)
+        if run is None or run.get("pipeline") != "pretrain":
+            return False
+        model = run.get("arguments", {}).get("model", {})
+        if model.get("config_name"):
+            return True
+        folder = Path(str(model.get("model", "")))
+    return False
+
+
+def _run_of(folder: Path) -> dict[str, Any] | None:
+    """The record of the run that made the model in a folder, or in a checkpoint inside it."""
     places = (folder, folder.parent) if folder.name.startswith("checkpoint-") else (folder,)
-    return next((str(run.get("pipeline", "")) for run in map(read_run_record, places) if run is not None), "")
+    return next((run for run in map(read_run_record, places) if run is not None), None)
 
 
 def newest_finetuning(root: Path = OUTPUT) -> Path | None:

@@ -17,7 +17,7 @@ from novelgpt.model.baichuan import BaichuanConfig, BaichuanForCausalLM
 from novelgpt.model.loading import load_model
 from novelgpt.model.lora import attach_lora
 from novelgpt.model.qwen1 import QWenConfig, QWenLMHeadModel
-from novelgpt.model.tokenizer import load_tokenizer
+from novelgpt.model.tokenizer import known_ends, load_tokenizer
 from novelgpt.settings.arguments import LoraArguments, ModelArguments, TrainArguments
 from novelgpt.settings.errors import UserError
 from novelgpt.text.collator import Collator
@@ -142,6 +142,27 @@ def test_a_base_that_knows_its_marks_trains_no_rows(base_folder: Path) -> None:
     assert len(rows) == 1  # <|im_end|> is this tokenizer's own end token: the base knows it
     base, _ = loaded(base_folder)
     assert not trained_rows(attach_lora(base, LoraArguments()))
+
+
+def test_weights_that_were_random_have_seen_the_end_of_documents_only(
+    base_folder: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """Whatever their tokenizer calls its end token: here that of answers, as chat models have it."""
+    first, second, continued = (tmp_path / name for name in ("first", "second", "continued"))
+    made_from = {first: {"config_name": "qwen3-5m", "model": str(base_folder)}, second: {"model": str(first)},
+                 continued: {"model": str(base_folder)}}  # fmt: skip
+    for folder, model in made_from.items():
+        shutil.copytree(base_folder, folder)
+        record = {"pipeline": "pretrain", "status": "finished", "arguments": {"model": model}}
+        (folder / "run.json").write_text(json.dumps(record), encoding="utf-8")
+    for folder in made_from:
+        base, tokenizer = loaded(folder)
+        end, document_end = tokenizer.convert_tokens_to_ids(["<|im_end|>", "<|endoftext|>"])
+        assert tokenizer.eos_token_id == end != document_end
+        assert known_ends(str(folder), tokenizer) == ({end} if folder == continued else {document_end})
+        rows = trained_rows(attach_lora(base, LoraArguments(), tokenizer))
+        assert [len(of_module) for of_module in rows.values()] == ([] if folder == continued else [2])
+        assert ("never ended an answer with <|im_end|>" in capsys.readouterr().out) == (folder != continued)
 
 
 def test_unseen_marks_are_refused_where_their_rows_may_not_be_trained(base_folder: Path, tmp_path: Path) -> None:
