@@ -39,6 +39,7 @@ from rich.table import Table
 from transformers import AutoTokenizer, Qwen3Config, Qwen3ForCausalLM, TrainerCallback
 
 from novelgpt.model.tiny_random import build_tiny_random
+from novelgpt.settings.small_bases import TINY_RANDOM
 
 TINY, MEDIUM = "tiny", "medium"
 SHIPPED, PLAIN = "this toolkit", "libgomp's default"
@@ -198,7 +199,7 @@ def main() -> None:
     with tempfile.TemporaryDirectory() as folder:
         for name in arguments.models:
             console.print(f"{name}:")
-            model = TINY if name == TINY else make_medium_model(Path(folder))
+            model = TINY_RANDOM if name == TINY else make_medium_model(Path(folder))
             rates = measure(model, arguments.rounds, arguments.seconds, console)
             shares = shares_of_quiet(rates)
             speed = statistics.median(rates[ALONE, PLAIN]) * BLOCK_TOKENS

@@ -61,7 +61,7 @@ def write_files(folder: Path, pipeline: str) -> list[str]:
         rows.write_text("第一章 江边\n" + "\n".join(SENTENCES), encoding="utf-8")
         special = ["--max_length", "128"]
     files = ["--train_files", str(rows), "--valid_files", str(rows)]
-    return ["--model", "tiny", *files, *special, "--max_steps", "1", "--output_dir", str(folder / "run")]
+    return ["--model", "tiny-random", *files, *special, "--max_steps", "1", "--output_dir", str(folder / "run")]
 
 
 @dataclass
@@ -156,7 +156,7 @@ def trace(pipeline: str, folder: Path) -> list[list[str]]:
 
     main = importlib.import_module(f"{pipeline}.__main__").main
     arguments = write_files(folder, pipeline)
-    tokens = load_tokenizer(ModelArguments(model="tiny"))(RARE, add_special_tokens=False)["input_ids"]
+    tokens = load_tokenizer(ModelArguments(model="tiny-random"))(RARE, add_special_tokens=False)["input_ids"]
     read = read_conversations if pipeline == "finetune" else read_corpus
     entries = {read.__code__, Collator.__call__.__code__, NovelTrainer.training_step.__code__}
     tracer = Tracer(tokens, entries, NovelTrainer.compute_loss.__code__, tokenizer_digest.__code__)

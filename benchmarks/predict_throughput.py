@@ -44,10 +44,9 @@ from transformers import AutoConfig, AutoModelForCausalLM, GenerationConfig, Pre
 from novelgpt.inference.generation import answer_continuously, answer_prompts
 from novelgpt.inference.packed_weights import pack_weights
 from novelgpt.model.lora import merge_adapter
-from novelgpt.model.tiny_random import build_tiny_random
 from novelgpt.model.tokenizer import load_tokenizer
 from novelgpt.settings.arguments import GenerationArguments, ModelArguments
-from novelgpt.settings.paths import TINY_RANDOM_FOLDER
+from novelgpt.settings.small_bases import TINY_RANDOM
 
 SPEED_TARGET = 12.0
 NEVER = [2**31 - 1]  # no token has this number: no answer ends before its last token
@@ -133,9 +132,7 @@ def main() -> None:
     if any(os.environ.get(name) != value for name, value in MALLOC.items()):
         os.execve(sys.executable, sys.orig_argv, os.environ | MALLOC)
     console = make_console()
-    if not TINY_RANDOM_FOLDER.is_dir():
-        build_tiny_random(TINY_RANDOM_FOLDER)
-    tokenizer = load_tokenizer(ModelArguments(str(TINY_RANDOM_FOLDER)))
+    tokenizer = load_tokenizer(ModelArguments(TINY_RANDOM))
     assert isinstance(tokenizer, PreTrainedTokenizerFast)
     plain, model = (make_model(arguments.model, len(tokenizer)) for _ in range(2))
     pack_weights(model)

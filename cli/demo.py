@@ -89,7 +89,7 @@ def main(argv: list[str] | None = None) -> None:
 
 
 def _train(pipeline: str, model: Path, output: Path, valid: Path, *further: str) -> None:
-    settings = ROOT / pipeline / "configs" / "tiny.yaml"
+    settings = ROOT / pipeline / "configs" / f"{BASE}.yaml"
     options = ["--model", str(model), "--config", str(settings), "--valid_files", str(valid)]
     _run("novelgpt.launch.start", pipeline, *options, "--output_dir", str(output), *further)
 

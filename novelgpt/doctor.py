@@ -24,8 +24,9 @@ from novelgpt.checks import machine
 from novelgpt.checks.findings import Check, Finding, any_problem, attempt, run_check, show, write_json
 from novelgpt.settings.command_parser import CommandParser
 from novelgpt.settings.errors import UserError, exit_on_user_error
-from novelgpt.settings.paths import OUTPUT, TINY, from_home
+from novelgpt.settings.paths import OUTPUT, from_home
 from novelgpt.settings.signals import importing
+from novelgpt.settings.small_bases import TINY
 from novelgpt.settings.terminal import counted, say
 
 # Beside --model: a file may do so, too.

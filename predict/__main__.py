@@ -29,10 +29,11 @@ from novelgpt.model.tokenizer import load_tokenizer
 from novelgpt.settings.arguments import InferenceModelArguments, PredictArguments
 from novelgpt.settings.errors import UserError, exit_on_user_error
 from novelgpt.settings.parser import parse_arguments
-from novelgpt.settings.paths import TINY, TINY_RANDOM_FOLDER, check_folder_can_be_made
+from novelgpt.settings.paths import check_folder_can_be_made
 from novelgpt.settings.process import leave_process_group
 from novelgpt.settings.run_record import this_attempt
 from novelgpt.settings.runs import PredictRun
+from novelgpt.settings.small_bases import TINY, small_base_name
 from novelgpt.settings.terminal import counted, progress, say
 from predict.generate import AnswerRows, continuously, in_batches, reference_sums, through_endpoint
 from predict.journal import Journal, unwritten
@@ -123,7 +124,7 @@ def _open_source(run: PredictRun, folder: Path) -> tuple[AnswerSource, PromptRow
 
 def _chosen_model(run: PredictRun) -> InferenceModelArguments:
     chosen = with_default_model(run.model)
-    fallback = not run.model.model and chosen.model == str(TINY_RANDOM_FOLDER)
+    fallback = not run.model.model and small_base_name(chosen.model) is not None
     if fallback and run.data.data_files != PredictArguments().data_files:
         raise UserError(
             "--data_files names rows of your own, and neither a model is named nor is there a finished fine-tuning",

@@ -30,8 +30,8 @@ from novelgpt.settings.atomic_files import exclusive_folder, hash_json
 from novelgpt.settings.command_parser import CommandParser
 from novelgpt.settings.errors import UserError, exit_on_user_error
 from novelgpt.settings.hardware import usable_cores
-from novelgpt.settings.paths import TINY
 from novelgpt.settings.remedies import python_module, run_pipeline
+from novelgpt.settings.small_bases import TINY
 from novelgpt.settings.terminal import say
 
 INTERRUPTED = 130

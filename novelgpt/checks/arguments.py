@@ -28,10 +28,10 @@ from novelgpt.settings.arguments import (
     check_ranges,
 )
 from novelgpt.settings.errors import UserError
-from novelgpt.settings.paths import TINY, TINY_RANDOM_FOLDER
 from novelgpt.settings.process import is_first_process
 from novelgpt.settings.remedies import pip_install, python_module
 from novelgpt.settings.runs import TrainingRun, random_weights_of
+from novelgpt.settings.small_bases import small_base_name
 from novelgpt.settings.terminal import say
 from novelgpt.text.data_names import find_data, find_text_files, split_part
 from novelgpt.text.dataset_info import find_datasets
@@ -88,8 +88,9 @@ def check_arguments(run: TrainingRun) -> None:
         if refused:
             raise UserError(cause, remedy)
     _check_optimizer(run.training)
-    if run.model.model == str(TINY_RANDOM_FOLDER) and is_first_process():
-        say(f"training the small base ({TINY}), with the settings of {run.pipeline}/configs/{TINY}.yaml")
+    small_base = small_base_name(run.model.model)
+    if small_base is not None and is_first_process():
+        say(f"training the small base {small_base}, with the settings of {run.pipeline}/configs/{small_base}.yaml")
     make_random_base(run)
     if adapter_base(run.model.model) is not None:
         raise UserError(

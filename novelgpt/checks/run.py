@@ -13,8 +13,7 @@ from typing import Any, cast
 import torch
 from torch import nn
 from torch.utils.data import Dataset
-from transformers import GenerationConfig, PreTrainedModel, PreTrainedTokenizerBase
-from transformers.utils import GENERATION_CONFIG_NAME
+from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from novelgpt.budget.disk import bytes_in, describe, forecast_disk, lack_of_room
 from novelgpt.budget.memory_plan import FULL_SHARE, MemoryPlan, plan_memory
@@ -23,12 +22,12 @@ from novelgpt.checks.findings import Finding, first_case
 from novelgpt.model.hub import cached_folder, looks_like_path, runs_own_code
 from novelgpt.model.loading import frozen_dtype, read_config
 from novelgpt.model.lora import attach_lora
-from novelgpt.model.tiny_random import ensure_tiny_random
-from novelgpt.model.tokenizer import configured_ends
+from novelgpt.model.small_bases import ensure_small_base
+from novelgpt.model.tokenizer import known_ends
 from novelgpt.model.weight_files import DTYPE_NAMES, check_no_pickles, stored_tensors, weight_files
 from novelgpt.settings.errors import UserError
 from novelgpt.settings.parser import parse_arguments
-from novelgpt.settings.paths import OUTPUT, TINY_RANDOM_FOLDER, existing_folder
+from novelgpt.settings.paths import OUTPUT, existing_folder
 from novelgpt.settings.remedies import environment_program, pipeline_name, python_module
 from novelgpt.settings.runs import FinetuneRun, LoraRun, PretrainRun, TrainingRun
 from novelgpt.settings.terminal import counted, gigabytes
@@ -66,8 +65,7 @@ def local_model(model: str) -> str:
         UserError: it is not in the cache.
     """
     if looks_like_path(model):
-        if model == str(TINY_RANDOM_FOLDER):
-            ensure_tiny_random()
+        ensure_small_base(model)
         return model
     cached = cached_folder(model)
     if cached is None:
@@ -140,10 +138,7 @@ def check_ends(run: TrainingRun, tokenizer: PreTrainedTokenizerBase) -> Iterator
     yield Finding("end and padding", "ok", f"end {end} ({tokenizer.eos_token_id}), padding {pad}{same}")
     if isinstance(run, PretrainRun):
         return
-    known = {int(tokenizer.eos_token_id)}
-    folder = Path(run.model.model)
-    if (folder / GENERATION_CONFIG_NAME).is_file():
-        known |= configured_ends(GenerationConfig.from_pretrained(folder))
+    known = known_ends(run.model.model, tokenizer)
     last = _trained_tokens(tokenizer)[-1]
     token = tokenizer.convert_ids_to_tokens(last)
     learned = f"{token}, {'known to the base' if last in known else 'which the base learns in training'}"

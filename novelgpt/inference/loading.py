@@ -17,8 +17,8 @@ from novelgpt.model.lora import merge_adapter
 from novelgpt.model.weight_files import check_adapter_files, check_no_pickles
 from novelgpt.settings.arguments import InferenceModelArguments, ModelArguments
 from novelgpt.settings.errors import UserError, reason_of
-from novelgpt.settings.paths import TINY
 from novelgpt.settings.run_record import newest_finetuning
+from novelgpt.settings.small_bases import TINY
 
 
 def with_default_model(model: InferenceModelArguments) -> InferenceModelArguments:

@@ -24,7 +24,7 @@ from novelgpt.model.fingerprint import BASE_RECORD
 from novelgpt.settings.atomic_files import atomic_write
 from novelgpt.settings.errors import UserError
 from novelgpt.settings.parsed_files import read_object
-from novelgpt.settings.paths import TINY, TINY_RANDOM_FOLDER
+from novelgpt.settings.small_bases import small_base_name
 from novelgpt.settings.terminal import one_line
 
 CARD = "README.md"
@@ -164,7 +164,7 @@ def hub_name(model: str) -> str | None:
 
 def shown_name(model: str) -> str:
     """The name of a model in a card, without paths of this machine."""
-    return TINY if model == str(TINY_RANDOM_FOLDER) else hub_name(model) or Path(model).name
+    return small_base_name(model) or hub_name(model) or Path(model).name
 
 
 def base_metadata(base: str, relation: str, hub: str | None = None) -> dict[str, Any]:

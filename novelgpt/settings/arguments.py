@@ -20,9 +20,10 @@ from novelgpt.settings.deepspeed_settings import (
 )
 from novelgpt.settings.errors import UserError
 from novelgpt.settings.mix import format_weight, parse_mix
-from novelgpt.settings.paths import SAMPLES, TINY, default_hub, model_place
+from novelgpt.settings.paths import SAMPLES, default_hub
 from novelgpt.settings.refused_settings import precision_of_accelerate, refuse_ignored
 from novelgpt.settings.remedies import pip_install
+from novelgpt.settings.small_bases import TINY, model_place
 
 # Metrics of an evaluation that can choose the best checkpoint, and whether greater is better; those of answers need
 # predict_during_eval.
@@ -93,7 +94,7 @@ class ModelArguments:
     model: str = option(
         TINY,
         "Folder or hub name of the base model, loaded through AutoModel; tiny is the small base, trained with the "
-        "settings in PIPELINE/configs/tiny.yaml. Required with training files of your own.",
+        "settings in PIPELINE/configs/tiny-random.yaml. Required with training files of your own.",
     )
     attention: Literal["packed", "sdpa", "eager", "flash_attention_2"] = option(
         "packed",

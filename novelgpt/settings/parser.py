@@ -26,18 +26,11 @@ from novelgpt.settings.console import make_console
 from novelgpt.settings.errors import UserError
 from novelgpt.settings.external_ranks import problem_of_rank
 from novelgpt.settings.parsed_files import read_yaml
-from novelgpt.settings.paths import (
-    ROOT,
-    TINY,
-    TINY_RANDOM_FOLDER,
-    check_not_replaced,
-    check_utf8,
-    from_home,
-    model_place,
-)
+from novelgpt.settings.paths import ROOT, check_not_replaced, check_utf8, from_home
 from novelgpt.settings.peer_names import MODEL_NAMES, OTHER_NAMES, explain, settle_model
 from novelgpt.settings.random_weights import FROM_SCRATCH
 from novelgpt.settings.refused_settings import refuse_settings_of_accelerate
+from novelgpt.settings.small_bases import TINY, TINY_RANDOM, model_place, small_base_name
 
 Run = TypeVar("Run")
 # Options that hold paths, in which `~` is the user's home.
@@ -164,8 +157,7 @@ def _settings_of_model(
                 "leave one of them out (the variable MODEL is --model, too)",
             )
         return _read_yaml(ROOT / pipeline / "configs" / f"{FROM_SCRATCH}.yaml", actions, kinds, pipeline)
-    settings = ROOT / pipeline / "configs" / f"{TINY}.yaml"
-    if not settings.is_file():
+    if not (ROOT / pipeline / "configs" / f"{TINY_RANDOM}.yaml").is_file():
         return {}
     own = [name for name in OWN_DATA if name in named]
     if model is None and own:
@@ -173,9 +165,10 @@ def _settings_of_model(
             f"--{own[0]} names files of your own, and no model is named to train on them",
             f"name it: MODEL=NAME before the command, or --model NAME; the small base is --model {TINY}",
         )
-    if model_place(TINY if model is None else model) != str(TINY_RANDOM_FOLDER):
+    name = small_base_name(model_place(TINY if model is None else model))
+    if name is None:
         return {}
-    return _read_yaml(settings, actions, kinds, pipeline)
+    return _read_yaml(ROOT / pipeline / "configs" / f"{name}.yaml", actions, kinds, pipeline)
 
 
 def mapping_of(name: str, text_too: bool) -> typing.Callable[[str], Any]:

@@ -25,16 +25,8 @@ def _output_folder() -> Path:
 
 
 OUTPUT = _output_folder()
-TINY_RANDOM_FOLDER = OUTPUT / "bases" / "tiny-random"
-# Names of the small bases in place of a model's. A folder of such a name is written ./tiny.
-TINY, TINY_RANDOM = "tiny", "tiny-random"
 # Read by LLaMA-Factory as well, whose users have it in their shells.
 HUB_VARIABLE = "USE_MODELSCOPE_HUB"
-
-
-def model_place(name: str) -> str:
-    """Resolve a model's name to a folder or hub name: `tiny` and `tiny-random` are small bases, `~` the user's home."""
-    return str(TINY_RANDOM_FOLDER) if name in (TINY, TINY_RANDOM) else from_home(name)
 
 
 def default_hub(environment: Mapping[str, str] = os.environ) -> Literal["huggingface", "modelscope"]:

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import difflib
 import json
+import os
 import re
 from dataclasses import dataclass
 from pathlib import Path
@@ -18,8 +19,9 @@ from novelgpt.settings.atomic_files import hash_json
 from novelgpt.settings.errors import UserError
 from novelgpt.settings.file_hashes import content_hash
 from novelgpt.settings.parsed_files import read_object
-from novelgpt.settings.paths import OUTPUT, ROOT, TINY_RANDOM_FOLDER, model_place
+from novelgpt.settings.paths import OUTPUT, ROOT
 from novelgpt.settings.remedies import python_module
+from novelgpt.settings.small_bases import model_place, small_base_name
 
 SIZES = ROOT / "pretrain" / "configs" / "models"
 # The settings of training that go with random weights, unless the user sets others.
@@ -118,13 +120,14 @@ class PretrainModelArguments(ModelArguments):
         """
         if self.config_name is None or self.tokenizer_name is None:
             return
-        source, settings = read_size(self.config_name)
+        _, settings = read_size(self.config_name)
         tokenizer = model_place(self.tokenizer_name)
         overrides = {name: _parsed(value) for name, value in (self.config_overrides or {}).items()}
         divisor = self.make_vocab_size_divisible_by
         decisive = [INITIALISATION, settings, overrides, _identity(tokenizer), divisor, seed]
-        name = source.parent.name if source.name == CONFIG_FILE else source.stem
-        folder = OUTPUT / "bases" / f"{re.sub(r'[^A-Za-z0-9._-]', '-', name)}-{hash_json(decisive)[:12]}"
+        # A name that begins with a hyphen would be read as an option.
+        name = re.sub(r"[^A-Za-z0-9._-]", "-", size_name(self.config_name)).lstrip("-.") or "model"
+        folder = OUTPUT / "bases" / f"{name}-{hash_json(decisive)[:12]}"
         self.random_weights = RandomWeights(self.config_name, settings, overrides, tokenizer, divisor, seed, folder)
         self.model = str(folder)
 
@@ -157,6 +160,20 @@ def read_size(name: str) -> tuple[Path, dict[str, Any]]:
     return path, read_object(path, "name a config.json in the shape of transformers, or a ready size")
 
 
+def size_name(size: str) -> str:
+    """The name of a ready size or of a file, and of config.json, that of its folder.
+
+    Args:
+        size: that `read_size` reads.
+    """
+    if size in ready_sizes():
+        return size
+    path = Path(os.path.abspath(size))  # noqa: PTH100 - of a link, its own name
+    if path.name == CONFIG_FILE:
+        path = path.parent
+    return path.stem if path.is_file() else path.name
+
+
 def _by_family_and_size(name: str) -> tuple[str, float, str]:
     """Sort key: gpt2-10m before gpt2-124m, and qwen3-104m before qwen3-0.6b."""
     family, size, kind = [*name.split("-", 2), ""][:3]
@@ -177,16 +194,16 @@ def _parsed(value: Any) -> Any:
 
 
 def _identity(tokenizer: str) -> Any:
-    """Hashes of a tokenizer's files; of a hub's, and of the small base's, which may not be there yet, the name.
+    """Hashes of a tokenizer's files; of a hub's, and of a small base's, which may not be there yet, the name.
 
     Raises:
         UserError: the folder holds no tokenizer, or a file cannot be read.
     """
-    folder = Path(tokenizer)
-    if folder == TINY_RANDOM_FOLDER or not (
-        folder.exists() or tokenizer.startswith(("/", ".")) or tokenizer.count("/") > 1
-    ):
-        return folder.name if folder == TINY_RANDOM_FOLDER else tokenizer
+    folder, small_base = Path(tokenizer), small_base_name(tokenizer)
+    if small_base is not None:
+        return folder.name
+    if not (folder.exists() or tokenizer.startswith(("/", ".")) or tokenizer.count("/") > 1):
+        return tokenizer
     files = sorted({path for pattern in TOKENIZER_FILES for path in folder.glob(pattern) if path.is_file()})
     if not files:
         what = "holds no tokenizer" if folder.is_dir() else "is not a folder"

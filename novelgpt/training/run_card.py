@@ -13,6 +13,7 @@ from torch.utils.data import Dataset
 from transformers import PreTrainedModel, PreTrainedTokenizerBase, TrainerState
 
 from novelgpt.model.card import Card, base_identity, base_metadata, code, shown_name, table, use_section
+from novelgpt.settings.random_weights import size_name
 from novelgpt.settings.run_record import DataSource
 from novelgpt.settings.runs import TrainingRun, random_weights_of
 from novelgpt.text.conversation import IGNORE_INDEX
@@ -85,7 +86,7 @@ class RunCard:
         if random is not None:
             kind, metadata["tags"] = "Pretraining, from random weights, of", ["novelgpt", "pretraining"]
             tokenizer = code(shown_name(random.tokenizer))
-            identity = f"Random weights: {code(Path(random.source).name)}, seed {random.seed}, tokenizer {tokenizer}"
+            identity = f"Random weights: {code(size_name(random.source))}, seed {random.seed}, tokenizer {tokenizer}"
         lead = f"{kind} {code(shown_name(base))}, made by NovelGPT: step {step:,} of {state.max_steps:,}."
         sections = {
             "": f"{lead}\n\n{identity}",

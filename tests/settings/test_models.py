@@ -20,8 +20,8 @@ from novelgpt.model.hub import locate
 from novelgpt.settings.arguments import ModelArguments
 from novelgpt.settings.errors import UserError
 from novelgpt.settings.parser import parse_arguments
-from novelgpt.settings.paths import TINY_RANDOM_FOLDER
 from novelgpt.settings.runs import FinetuneRun, LoraRun, PredictRun, PretrainRun, TrainingRun
+from novelgpt.settings.small_bases import SMALL_BASES, TINY, TINY_RANDOM
 from tests import script_words
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -48,28 +48,29 @@ def flat(run: TrainingRun) -> dict[str, Any]:
     return {name: value for group in settings_of(run).values() for name, value in group.items()}
 
 
-def tiny_settings(pipeline: str) -> dict[str, Any]:
-    settings: dict[str, Any] = yaml.safe_load((ROOT / pipeline / "configs" / "tiny.yaml").read_text(encoding="utf-8"))
+def small_base_settings(pipeline: str, name: str) -> dict[str, Any]:
+    path = ROOT / pipeline / "configs" / f"{name}.yaml"
+    settings: dict[str, Any] = yaml.safe_load(path.read_text(encoding="utf-8"))
     return settings
 
 
+@pytest.mark.parametrize("name", SMALL_BASES)
 @pytest.mark.parametrize("pipeline", TRAININGS)
-def test_the_small_base_has_its_settings_however_it_is_named(pipeline: str, tmp_path: Path) -> None:
+def test_a_small_base_has_its_settings_however_it_is_named(pipeline: str, name: str, tmp_path: Path) -> None:
     run_type = TRAININGS[pipeline]
-    (tmp_path / "mine.yaml").write_text("model: tiny\n", encoding="utf-8")
-    (tmp_path / "empty.yaml").write_text("model: \n", encoding="utf-8")
-    expected = parse_arguments(run_type, [])
-    assert expected.model.model == str(TINY_RANDOM_FOLDER)
-    assert tiny_settings(pipeline).items() <= flat(expected).items()
+    (tmp_path / "mine.yaml").write_text(f"model: {name}\n", encoding="utf-8")
+    expected = parse_arguments(run_type, ["--model", name])
+    assert expected.model.model == str(SMALL_BASES[name])
+    assert small_base_settings(pipeline, name).items() <= flat(expected).items()
     config = str(tmp_path / "mine.yaml")
-    ways = [["--model", "tiny"], ["--model=tiny"], ["--config", config], ["--model", str(TINY_RANDOM_FOLDER)]]
+    ways = [[f"--model={name}"], ["--config", config], ["--model", str(SMALL_BASES[name])]]
     scripts = [
-        words_of(tmp_path, SCRIPTS[pipeline]),
-        words_of(tmp_path, SCRIPTS[pipeline], MODEL="tiny"),
+        words_of(tmp_path, SCRIPTS[pipeline], MODEL=name),
         words_of(tmp_path, SCRIPTS[pipeline], "--config", config),
-        words_of(tmp_path, SCRIPTS[pipeline], "--model", "tiny", MODEL="another"),
+        words_of(tmp_path, SCRIPTS[pipeline], "--model", name, MODEL="another"),
     ]
-    for words in (*ways, *scripts):
+    unnamed = [[], words_of(tmp_path, SCRIPTS[pipeline]), ["--model", TINY]]
+    for words in (*ways, *scripts, *unnamed):
         assert settings_of(parse_arguments(run_type, words)) == settings_of(expected), words
 
 
@@ -158,8 +159,9 @@ def test_rows_of_ones_own_to_answer_need_a_model_or_a_finetuning(
 def test_tiny_is_the_small_base_and_dot_tiny_a_folder(base_folder: Path, tmp_path: Path, monkeypatch: Any) -> None:
     monkeypatch.chdir(tmp_path)
     (tmp_path / "tiny").symlink_to(base_folder)
-    assert locate(ModelArguments("tiny")) == str(TINY_RANDOM_FOLDER)
-    assert (TINY_RANDOM_FOLDER / "config.json").is_file()  # built where it was not
+    for name in (TINY, TINY_RANDOM):
+        assert locate(ModelArguments(name)) == str(SMALL_BASES[TINY_RANDOM])
+    assert (SMALL_BASES[TINY_RANDOM] / "config.json").is_file()  # built where it was not
     run = parse_arguments(FinetuneRun, ["--model", "./tiny"])
     assert locate(run.model) == str(tmp_path / "tiny")
     assert run.training.learning_rate == 2e-5
@@ -183,8 +185,8 @@ def test_each_command_knows_tiny(
     assert (tmp_path / "answers" / "scores.json").is_file()
     monkeypatch.setattr(sys, "stdin", io.StringIO("/exit\n"))
     predict.chat.main(["--model", "tiny", *few])
-    assert "tiny-random" in capsys.readouterr().out
-    assert parse_run("finetune_lora", ["--model", "tiny"]).model.model == str(TINY_RANDOM_FOLDER)
+    assert TINY_RANDOM in capsys.readouterr().out
+    assert parse_run("finetune_lora", ["--model", "tiny"]).model.model == str(SMALL_BASES[TINY_RANDOM])
     with pytest.raises(SystemExit):
         merge.main([str(tmp_path), str(tmp_path / "merged"), "--base", "tiny"])
     assert f"{tmp_path} holds no adapter_config.json" in capsys.readouterr().err
@@ -229,7 +231,7 @@ def test_a_missing_model_is_told_as_that(
 
 
 def test_asdict_of_model_arguments_names_the_folder() -> None:
-    assert asdict(ModelArguments())["model"] == str(TINY_RANDOM_FOLDER)
+    assert asdict(ModelArguments())["model"] == str(SMALL_BASES[TINY_RANDOM])
 
 
 @pytest.mark.parametrize("how", ["command line", "file"])
