@@ -25,7 +25,15 @@ from dataset.conversation_rows.sources import find_splits
 from dataset.encoded_rows import encode_rows
 from dataset.instructions import load_instructions
 from dataset.preferences import PreferenceRow, is_preference, read_preference
-from dataset.readers import messages_of, read_conversation, read_sourced_rows, read_text_rows
+from dataset.readers import (
+    TEXT_COLUMN,
+    SourceRow,
+    messages_of,
+    read_conversation,
+    read_sourced_rows,
+    read_text_rows,
+    text_fields,
+)
 from dataset.sources import RowSource, find_row_sources
 from novelgpt.model.tokenizer import load_tokenizer
 from novelgpt.settings.arguments import DATASET_DIR, ConversationArguments, ModelArguments
@@ -35,7 +43,8 @@ from novelgpt.settings.console import make_console
 from novelgpt.settings.errors import UserError, exit_on_user_error
 from novelgpt.settings.html_pages import page_templates
 from novelgpt.settings.parser import mapping_of
-from novelgpt.settings.paths import TINY, from_home
+from novelgpt.settings.paths import from_home
+from novelgpt.settings.small_bases import TINY
 from novelgpt.settings.terminal import counted, say, visible
 from novelgpt.text.conversation import IGNORE_INDEX, encode_conversation
 from novelgpt.text.data_names import TEXT, find_files, is_prepared
@@ -122,7 +131,8 @@ def _parse(argv: list[str] | None) -> Namespace:
     parser.add_argument("--instruction_seed", type=int, default=42, help="as in training")
     parser.add_argument("--wording", choices=("drawn", "first"), default="drawn", help="drawn: as in training; "
                         "first: as in evaluation")  # fmt: skip
-    parser.add_argument("--text_column", default="text", help="field of the text, in files of text rows")
+    parser.add_argument("--text_column", help="column or key of the text; several are joined by line ends: "
+                        "title,abstract [default: text]")  # fmt: skip
     parser.add_argument("--borders", action="store_true", help="show token boundaries")
     parser.add_argument("--color", choices=("auto", "always", "never"), default="auto", help="auto: on a terminal")
     parser.add_argument("--html", type=Path, help="write a self-contained page instead")
@@ -142,15 +152,24 @@ def _find_sources(args: Namespace) -> list[RowSource]:
         return []
     sources = find_row_sources([args.name] if args.name else [], args.dataset, args.dataset_dir, args.columns)
     first = next(itertools.chain.from_iterable(map(read_sourced_rows, sources)), None)
-    if first is None or args.text_column not in first.fields or first.fields.get("task"):
+    if first is None or not _is_text(first, args):
         return sources
+    if not in_folder and not Path(name).is_file():
+        raise UserError(f"{name} holds text, of which one file or folder is shown", "name one")
+    return []
+
+
+def _is_text(row: SourceRow, args: Namespace) -> bool:
+    """Whether a row is text; one that may be a conversation as well is one, unless a column of the text is named."""
+    if args.text_column is not None:
+        return all(field in row.fields for field in text_fields(row.fields, args.text_column))
+    if TEXT_COLUMN not in row.fields or row.fields.get("task"):
+        return False
     try:
-        messages_of(first.fields, first.source, load_instructions(args.instruction_templates))
+        messages_of(row.fields, row.source, load_instructions(args.instruction_templates))
     except UserError:
-        if not in_folder and not Path(name).is_file():
-            raise UserError(f"{name} holds text, of which one file or folder is shown", "name one") from None
-        return []
-    return sources
+        return True
+    return False
 
 
 def _conversations(
@@ -212,7 +231,8 @@ def _preference(row: PreferenceRow, tokenizer: PreTrainedTokenizerBase, borders:
 def _blocks(args: Namespace, tokenizer: PreTrainedTokenizerBase) -> Iterator[RowPreview]:
     """The first blocks of a text, with the boundaries of documents."""
     shards = find_splits(Path(args.name))
-    rows = (row for file in shards["train"] or shards["held_out"] for row in read_text_rows(file, args.text_column))
+    column = args.text_column or TEXT_COLUMN
+    rows = (row for file in shards["train"] or shards["held_out"] for row in read_text_rows(file, column))
     numbers = itertools.count()
     names: list[str] = []
     documents: list[TokenizedText] = []

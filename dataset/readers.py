@@ -4,7 +4,7 @@
 from __future__ import annotations
 
 import itertools
-from collections.abc import Collection, Iterator
+from collections.abc import Collection, Iterator, Mapping
 from operator import attrgetter
 from pathlib import Path
 from typing import Any, NamedTuple, TypedDict
@@ -39,6 +39,8 @@ from novelgpt.text.messages import (
     map_texts,
 )
 
+# Where no other is named.
+TEXT_COLUMN = "text"
 TITLE_TO_ABSTRACT = "请根据下面的论文标题，写出这篇论文的摘要。\n标题：{title}"
 _ROLES = {
     "system": "system", "user": "user", "human": "user", "assistant": "assistant", "gpt": "assistant",
@@ -81,7 +83,7 @@ class Conversation(_Conversation, total=False):
     enable_thinking: bool
 
 
-def read_text_rows(path: Path, text_column: str = "text") -> Iterator[Record]:
+def read_text_rows(path: Path, text_column: str = TEXT_COLUMN) -> Iterator[Record]:
     """Text rows of a .txt (the whole file is one row), .jsonl, .json, .csv or .parquet file.
 
     Args:
@@ -95,10 +97,9 @@ def read_text_rows(path: Path, text_column: str = "text") -> Iterator[Record]:
         yield {"text": decode_text(read_bytes(path), str(path)), "book": path.stem, "chapter": "", "title": "",
                "source": str(path)}  # fmt: skip
         return
-    fields = text_column.split(",")
     for where, record in read_records(path):
         texts = []
-        for field in fields if text_column not in record else [text_column]:
+        for field in text_fields(record, text_column):
             text = record.get(field)
             if not isinstance(text, str):
                 raise UserError(
@@ -109,6 +110,11 @@ def read_text_rows(path: Path, text_column: str = "text") -> Iterator[Record]:
             texts.append(_with_line_feeds(text))
         extra = {key: str(record.get(key) or "") for key in ("book", "chapter", "title")}
         yield {"text": "\n".join(texts), **extra, "source": where}
+
+
+def text_fields(record: Mapping[str, Any], text_column: str) -> list[str]:
+    """The fields that hold a row's text: a field of that name, or else those between its commas."""
+    return [text_column] if text_column in record else text_column.split(",")
 
 
 def read_conversation_rows(path: Path, instructions: Instructions | None = None) -> Iterator[Conversation]:

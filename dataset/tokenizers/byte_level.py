@@ -2,18 +2,19 @@
 
 from __future__ import annotations
 
-from tokenizers import AddedToken, Regex, Tokenizer, decoders, models, pre_tokenizers, trainers
+from tokenizers import Tokenizer
 
 from dataset.tokenizers.too_small import check_room, corpus_too_small
-from novelgpt.text.pretokenization import QUOTATION_MARKS, QWEN_PRETOKENIZATION, QWEN_SPECIAL_TOKENS
+from novelgpt.text.byte_level_bpe import ALPHABET, train_byte_level_bpe
+from novelgpt.text.pretokenization import QUOTATION_MARKS, QWEN_SPECIAL_TOKENS
 
 # Of UTF-8. The library counts a token's length in bytes.
 BYTES_OF_A_HANZI = 3
-MIN_FREQUENCY = 2
+LEAST = len(ALPHABET) + len(QWEN_SPECIAL_TOKENS)
 
 
-def train_byte_level_bpe(pieces: list[str], vocabulary_size: int, max_token_length: int) -> Tokenizer:
-    """Train a byte-level BPE with Qwen's pre-tokenization and special tokens.
+def train_bytes(pieces: list[str], vocabulary_size: int, max_token_length: int) -> Tokenizer:
+    """Train a byte-level BPE of exactly so many tokens, none of which merges a quotation mark.
 
     Nothing is normalised, so that decode(encode(text)) == text for every text; Qwen's own tokenizer composes characters
     (NFC), which most Chinese text never notices and a few rare hanzi do not survive.
@@ -26,26 +27,8 @@ def train_byte_level_bpe(pieces: list[str], vocabulary_size: int, max_token_leng
     Raises:
         UserError: the pieces give fewer tokens, or there is no room for all bytes.
     """
-    alphabet = sorted(pre_tokenizers.ByteLevel.alphabet())
-    check_room("byte_bpe", vocabulary_size, len(alphabet) + len(QWEN_SPECIAL_TOKENS))
-    tokenizer = Tokenizer(models.BPE())
-    tokenizer.pre_tokenizer = pre_tokenizers.Sequence(
-        [
-            pre_tokenizers.Split(Regex(f"[{QUOTATION_MARKS}]"), "isolated"),
-            pre_tokenizers.Split(Regex(QWEN_PRETOKENIZATION), "isolated"),
-            pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False),
-        ]
-    )
-    tokenizer.decoder = decoders.ByteLevel()
-    trainer = trainers.BpeTrainer(
-        vocab_size=vocabulary_size - len(QWEN_SPECIAL_TOKENS),
-        min_frequency=MIN_FREQUENCY,
-        initial_alphabet=alphabet,
-        max_token_length=BYTES_OF_A_HANZI * max_token_length,
-        show_progress=False,
-    )
-    tokenizer.train_from_iterator(pieces, trainer)
-    tokenizer.add_special_tokens([AddedToken(token, special=True, normalized=False) for token in QWEN_SPECIAL_TOKENS])
+    check_room("byte_bpe", vocabulary_size, LEAST)
+    tokenizer = train_byte_level_bpe(pieces, vocabulary_size, BYTES_OF_A_HANZI * max_token_length, QUOTATION_MARKS)
     if tokenizer.get_vocab_size() < vocabulary_size:
-        raise corpus_too_small("byte_bpe", vocabulary_size, tokenizer.get_vocab_size())
+        raise corpus_too_small("byte_bpe", vocabulary_size, tokenizer.get_vocab_size(), LEAST)
     return tokenizer

@@ -21,17 +21,18 @@ def train_characters(pieces: list[str], vocabulary_size: int) -> Tokenizer:
     Raises:
         UserError: the pieces have fewer characters, or there is no room.
     """
-    check_room("char", vocabulary_size, 1 + len(MARKS) + len(QWEN_SPECIAL_TOKENS))
+    least = 1 + len(MARKS) + len(QWEN_SPECIAL_TOKENS)
+    check_room("char", vocabulary_size, least)
     counts: Counter[str] = Counter()
     for piece in pieces:
         counts.update(piece)
     for mark in MARKS:
         counts.pop(mark, None)
-    room = vocabulary_size - 1 - len(MARKS) - len(QWEN_SPECIAL_TOKENS)
+    room = vocabulary_size - least
     ranked = sorted(counts, key=lambda character: (-counts[character], character))[:room]
     vocabulary = {token: index for index, token in enumerate([UNKNOWN, *MARKS, *ranked])}
     if len(ranked) < room:
-        raise corpus_too_small("char", vocabulary_size, len(vocabulary) + len(QWEN_SPECIAL_TOKENS))
+        raise corpus_too_small("char", vocabulary_size, least + len(ranked), least)
     # A BPE that merges nothing: it needs no pattern to cut a text into characters.
     tokenizer = Tokenizer(models.BPE(vocabulary, [], unk_token=UNKNOWN))
     tokenizer.decoder = decoders.Fuse()

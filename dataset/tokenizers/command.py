@@ -10,7 +10,6 @@ from __future__ import annotations
 
 import shlex
 from argparse import Namespace
-from collections import Counter
 from importlib.metadata import version
 from pathlib import Path
 from typing import Any
@@ -19,7 +18,7 @@ from tokenizers import Tokenizer
 
 from dataset.corpus import TRAIN, CorpusSource, find_sources
 from dataset.tokenizers.agreement import measure_agreement
-from dataset.tokenizers.byte_level import train_byte_level_bpe
+from dataset.tokenizers.byte_level import train_bytes
 from dataset.tokenizers.characters import train_characters
 from dataset.tokenizers.folder import as_pretrained, write_folder
 from dataset.tokenizers.report import report_of, show_report
@@ -56,20 +55,18 @@ def make_parser() -> CommandParser:
         "corpus", nargs="+", metavar="CORPUS", help="text files, or folders made by `dataset novels`", type=from_home
     )
     parser.add_argument("out", type=Path, metavar="OUT", help="new folder for the tokenizer")
-    parser.add_argument("--kind", required=True, choices=KINDS, help="byte_bpe where nothing else is asked for")
-    parser.add_argument(
-        "--vocab_size", required=True, type=int, help="number of tokens, special ones included: exactly so many"
-    )
+    parser.add_argument("--kind", required=True, choices=KINDS, help="byte_bpe is the usual choice")
+    parser.add_argument("--vocab_size", required=True, type=int, help="exact number of tokens, including special ones")
     parser.add_argument("--text_column", default="text",
-                        help="column or key of the text in files; several are joined by line ends: title,abstract "
+                        help="column or key of the text; several are joined by line ends: title,abstract "
                         "[default: text]")  # fmt: skip
     parser.add_argument("--sample_characters", type=int, default=SAMPLE_CHARACTERS,
-                        help="most characters to train on, drawn from all; up to 30000000 "
+                        help="maximum characters to train on, sampled from the whole corpus; up to 30000000 "
                         "[default: 10000000]")  # fmt: skip
-    parser.add_argument("--seed", type=int, default=42, help="of that draw [default: 42]")
+    parser.add_argument("--seed", type=int, default=42, help="of that sample [default: 42]")
     parser.add_argument("--max_token_length", type=int, metavar="CHARACTERS",
-                        help="of a token; in byte_bpe, three letters count as one [default: 4 for byte_bpe, 8 for bpe "
-                        "and unigram, 16 for words]")  # fmt: skip
+                        help="maximum characters per token; in byte_bpe, three letters count as one [default: 4 for "
+                        "byte_bpe, 8 for bpe and unigram, 16 for words]")  # fmt: skip
     parser.add_argument("--segmenter", choices=SEGMENTERS, help="of words [default: jieba]")
     parser.add_argument("--compare", nargs="+", default=[], metavar="MODEL",
                         help="tokenizers to report beside it: folders or hub names")  # fmt: skip
@@ -90,11 +87,8 @@ def main(argv: list[str] | None = None) -> None:
             f"{sum(map(len, sample.report)):,} others reported on"
         )
         tokenizer = as_pretrained(train(args, sample.pieces, segmenter), args.kind)
-        # By the last part of a path, as long as that says which one is meant.
-        names = Counter(Path(name).name for name in (args.out, *compared))
-        shown = {name: Path(name).name if names[Path(name).name] == 1 else name for name in compared}
-        others = {shown[name]: other for name, other in compared.items()}
-        report = report_of({args.out.name: tokenizer, **others}, sample.report)
+        names = shown_names(args.out, list(compared))
+        report = report_of(zip(names, (tokenizer, *compared.values()), strict=True), sample.report)
         if segmenter is not None:
             report["word_ends_f1"] = measure_agreement(tokenizer.backend_tokenizer, sample.report, segmenter)
         write_folder(folder, tokenizer, _record(args, sources, sample), report)
@@ -109,12 +103,25 @@ def train(args: Namespace, pieces: list[str], segmenter: Segmenter | None) -> To
         UserError: the pieces give too few tokens, or the vocabulary has no room.
     """
     if args.kind == "byte_bpe":
-        return train_byte_level_bpe(pieces, args.vocab_size, args.max_token_length)
+        return train_bytes(pieces, args.vocab_size, args.max_token_length)
     if args.kind == "char":
         return train_characters(pieces, args.vocab_size)
     if segmenter is not None:
         return train_words(pieces, args.vocab_size, args.max_token_length, segmenter)
     return train_subwords(args.kind, pieces, args.vocab_size, args.max_token_length)
+
+
+def shown_names(out: Path, compared: list[str]) -> list[str]:
+    """Names to show, no two alike: the last part of a path, as long as that says which one is meant.
+
+    Args:
+        out: the folder of the new tokenizer, whose name comes first.
+        compared: names of other tokenizers, no two alike.
+    """
+    names = [str(out), *compared]
+    last = [Path(name).name or name for name in names]
+    own, *others = (short if last.count(short) == 1 else name for short, name in zip(last, names, strict=True))
+    return [f"{own} (new)" if own in others else own, *others]
 
 
 def _parse(argv: list[str] | None) -> Namespace:

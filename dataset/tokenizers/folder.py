@@ -24,22 +24,22 @@ tags: [tokenizer]
 
 # A tokenizer of {size:,} tokens
 
-Kind `{kind}`, trained on {characters:,} characters, a sample (seed {seed}) of {corpus:,} of {files}.
+Kind `{kind}`, trained on {characters:,} characters, a sample (seed {seed}) of the {corpus:,} in {files}.
 
 | On {report:,} other characters of the same corpus | |
 | --- | --- |
-| characters a token | {characters_a_token:.3f} |
-| bytes a token | {bytes_a_token:.3f} |
-| characters that are unknown | {unknown:.4%} |
-| lines that decode to what they were | {round_trip:.2%} |
+| characters per token | {characters_per_token:.3f} |
+| bytes per token | {bytes_per_token:.3f} |
+| unknown characters | {unknown:.4%} |
+| lines that round-trip | {round_trip:.2%} |
 
 ```python
 from transformers import AutoTokenizer
 tokenizer = AutoTokenizer.from_pretrained("PATH_OF_THIS_FOLDER")
 ```
 
-`{record}` says how it was made, `{report_file}` how it compares. It belongs to models that are trained with it from
-their first step: a pretrained model knows the tokens of its own tokenizer only.
+`{record}` says how it was made, `{report_file}` how it compares. It is for models trained from scratch: the weights of
+a pretrained model are tied to its own tokenizer.
 """
 
 
@@ -55,7 +55,8 @@ def as_pretrained(tokenizer: Tokenizer, kind: str) -> PreTrainedTokenizerFast:
         options |= {"bos_token": words.BEGIN, "eos_token": words.END, "pad_token": words.PADDING,
                     "unk_token": words.UNKNOWN, "chat_template": words.WORDS_TEMPLATE}  # fmt: skip
     else:
-        options |= {"eos_token": "<|im_end|>", "pad_token": "<|endoftext|>", "chat_template": CHATML_TEMPLATE}
+        # As Qwen's bases have it: a model that reads documents learns their end, not that of answers.
+        options |= {"eos_token": "<|endoftext|>", "pad_token": "<|endoftext|>", "chat_template": CHATML_TEMPLATE}
         if kind != "byte_bpe":
             options["unk_token"] = subwords.UNKNOWN
     return PreTrainedTokenizerFast(tokenizer_object=tokenizer, **options)
@@ -85,8 +86,8 @@ def write_folder(
         corpus=record["corpus"]["characters"],
         files="1 file" if len(record["corpus"]["files"]) == 1 else f"{len(record['corpus']['files']):,} files",
         report=report["characters"],
-        characters_a_token=own["characters_a_token"],
-        bytes_a_token=own["bytes_a_token"],
+        characters_per_token=own["characters_per_token"],
+        bytes_per_token=own["bytes_per_token"],
         unknown=own["unknown_characters"],
         round_trip=own["round_trip"],
         record=RECORD,

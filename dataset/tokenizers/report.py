@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import time
 from collections import Counter
-from collections.abc import Mapping
+from collections.abc import Iterable
 from typing import Any
 
 from rich.text import Text
@@ -18,14 +18,14 @@ from novelgpt.text.encoding import encode
 LONGEST, MOST_FREQUENT = 10, 20
 
 
-def report_of(tokenizers: Mapping[str, PreTrainedTokenizerBase], pieces: list[str]) -> dict[str, Any]:
+def report_of(tokenizers: Iterable[tuple[str, PreTrainedTokenizerBase]], pieces: list[str]) -> dict[str, Any]:
     """Measure tokenizers on the same pieces of text.
 
     Args:
-        tokenizers: by the name to show.
+        tokenizers: (name to show, tokenizer).
         pieces: lines with their ends.
     """
-    measured = [{"name": name, **measure(tokenizer, pieces)} for name, tokenizer in tokenizers.items()]
+    measured = [{"name": name, **measure(tokenizer, pieces)} for name, tokenizer in tokenizers]
     return {"characters": sum(map(len, pieces)), "lines": len(pieces), "tokenizers": measured}
 
 
@@ -33,9 +33,10 @@ def measure(tokenizer: PreTrainedTokenizerBase, pieces: list[str]) -> dict[str, 
     """The figures of a tokenizer.
 
     Returns:
-        vocabulary; characters_a_token and bytes_a_token; unknown_characters and round_trip (shares of the characters,
-        and of the pieces that decode to what they were); used (share of the vocabulary); longest and most_frequent
-        tokens, as text, the latter with their share of all tokens; characters_a_second (of encoding, on all cores).
+        vocabulary; characters_per_token and bytes_per_token; unknown_characters and round_trip (shares of the
+        characters, and of the pieces that decode to what they were); used (share of the vocabulary); longest and
+        most_frequent tokens, as text, the latter with their share of all tokens; characters_per_second (of encoding,
+        on all cores).
     """
     encode("字", tokenizer)  # clears any truncation and padding that the tokenizer's file sets
     start = time.perf_counter()
@@ -53,14 +54,14 @@ def measure(tokenizer: PreTrainedTokenizerBase, pieces: list[str]) -> dict[str, 
               for token, number in counts.most_common(MOST_FREQUENT)]  # fmt: skip
     return {
         "vocabulary": len(tokenizer),
-        "characters_a_token": characters / max(1, tokens),
-        "bytes_a_token": sum(len(piece.encode()) for piece in pieces) / max(1, tokens),
+        "characters_per_token": characters / max(1, tokens),
+        "bytes_per_token": sum(len(piece.encode()) for piece in pieces) / max(1, tokens),
         "unknown_characters": _unknown(tokenizer, pieces, counts) / max(1, characters),
         "round_trip": equal / max(1, len(pieces)),
         "used": len(counts) / len(tokenizer),
         "longest": longest,
         "most_frequent": shares,
-        "characters_a_second": round(characters / seconds),
+        "characters_per_second": round(characters / seconds),
     }
 
 
@@ -70,13 +71,13 @@ def show_report(report: dict[str, Any]) -> None:
     title = f"On {report['characters']:,} characters outside the sample 样本以外的文本"
     table = number_table(title, "", *(entry["name"] for entry in report["tokenizers"]))
     rows = {
-        "tokens in the vocabulary 词表大小": ("vocabulary", "{:,}"),
-        "characters a token 每 token 字数": ("characters_a_token", "{:.3f}"),
-        "bytes a token 每 token 字节数": ("bytes_a_token", "{:.3f}"),
+        "vocabulary size 词表大小": ("vocabulary", "{:,}"),
+        "characters per token 每 token 字数": ("characters_per_token", "{:.3f}"),
+        "bytes per token 每 token 字节数": ("bytes_per_token", "{:.3f}"),
         "unknown characters 未知字": ("unknown_characters", "{:.3%}"),
-        "lines that decode exactly 可还原的行": ("round_trip", "{:.2%}"),
-        "tokens of the vocabulary in use 用到的词表": ("used", "{:.1%}"),
-        "characters encoded a second 每秒编码字数": ("characters_a_second", "{:,}"),
+        "lines that round-trip 可还原的行": ("round_trip", "{:.2%}"),
+        "vocabulary used 用到的词表": ("used", "{:.1%}"),
+        "characters encoded per second 每秒编码字数": ("characters_per_second", "{:,}"),
     }
     for label, (name, form) in rows.items():
         table.add_row(label, *(form.format(entry[name]) for entry in report["tokenizers"]))
@@ -84,8 +85,8 @@ def show_report(report: dict[str, Any]) -> None:
     if "word_ends_f1" in report:
         agreement = report["word_ends_f1"]
         say(
-            f"ends of words as the segmenter's 与切词工具一致的词尾: F1 {agreement['likeliest']:.3f} "
-            f"(longest match first 最长匹配: {agreement['longest_match']:.3f})"
+            f"word boundaries as the segmenter's 与切词工具一致的词边界: F1 {agreement['likeliest']:.3f} "
+            f"(longest match 最长匹配: {agreement['longest_match']:.3f})"
         )
     own = report["tokenizers"][0]
     for label, tokens in (

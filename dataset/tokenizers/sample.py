@@ -18,6 +18,7 @@ from novelgpt.settings.terminal import progress
 
 # In characters. A line that is longer, as in books of one line, is drawn in parts.
 LONGEST_PIECE = 4_000
+LARGE_ENOUGH = 10 * LONGEST_PIECE
 # A line with its end and the blank lines behind it: pretraining cuts documents there, and a tokenizer may merge
 # punctuation with line ends.
 _LINE_END = r"\n(?:[^\S\n]{0,99}\n){0,99}"
@@ -69,7 +70,8 @@ def draw_sample(
         seed: of the keys.
 
     Raises:
-        UserError: a source holds tokens, nothing is to be trained on, or what reading the files raises.
+        UserError: a source holds tokens, nothing is to be trained on, no piece is as short as the sample, or what
+            reading the files raises.
     """
     draw = random.Random(seed)
     wanted = characters + report_characters
@@ -90,6 +92,11 @@ def draw_sample(
     first = _count_within(kept, 0, min(report_characters, size * report_characters // wanted))
     last = _count_within(kept, first, characters)
     report, pieces = kept[:first], kept[first:last]
+    if not pieces:
+        raise UserError(
+            f"--sample_characters {characters} leaves nothing to train on: no line that is drawn is as short",
+            f"take more: {LARGE_ENOUGH} is enough for any corpus",
+        )
     del kept
     return Sample(_in_order(pieces), _in_order(report), seen)
 

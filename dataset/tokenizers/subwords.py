@@ -8,7 +8,7 @@ from __future__ import annotations
 import io
 import re
 from collections import Counter
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 
 import sentencepiece
 from tokenizers import AddedToken, Regex, Tokenizer, decoders, models, pre_tokenizers
@@ -26,9 +26,12 @@ RESERVED = ["\n", BLANK, "▅"]
 # The most frequent characters that make up so much of the text are tokens, but at most half of the vocabulary: they
 # would otherwise fill a small one. All others are written in bytes.
 COVERAGE, LARGEST_SHARE_OF_CHARACTERS = 0.9995, 0.5
+# In every vocabulary, with the token of what is unknown.
+OWN_TOKENS = 1 + len(MARKS) + len(BYTES)
+LEAST = OWN_TOKENS + len(QWEN_SPECIAL_TOKENS)
 # Candidates that a unigram model starts from. With sentencepiece's own million it takes nearly twice as long, for the
-# same number of characters a token.
-LEAST_SEEDS, SEEDS_A_TOKEN = 100_000, 10
+# same number of characters per token.
+LEAST_SEEDS, SEEDS_PER_TOKEN = 100_000, 10
 # The order in which numbers are added depends on it, so it is not that of the cores.
 THREADS = 8
 # As each digit stands alone, no text can spell the token of a byte, which has the digit 0.
@@ -48,8 +51,7 @@ def train_subwords(kind: str, pieces: list[str], vocabulary_size: int, max_token
     Raises:
         UserError: the pieces give fewer tokens, or there is no room for bytes and marks.
     """
-    least = 1 + len(MARKS) + len(BYTES) + len(QWEN_SPECIAL_TOKENS)
-    check_room(kind, vocabulary_size, least)
+    check_room(kind, vocabulary_size, LEAST)
     model = train_sentencepiece(kind, pieces, vocabulary_size, max_token_length)
     processor = sentencepiece.SentencePieceProcessor(model_proto=model)
     scored = [
@@ -74,10 +76,16 @@ def train_sentencepiece(kind: str, pieces: list[str], vocabulary_size: int, max_
         UserError: the pieces give fewer tokens.
     """
     size = vocabulary_size - len(QWEN_SPECIAL_TOKENS)
+    counts: Counter[str] = Counter()
+    for piece in pieces:
+        counts.update(piece)
+    covered = _covered(counts, size)
+    if covered.issubset(MARKS):
+        raise corpus_too_small(kind, vocabulary_size, LEAST, LEAST)
     model = io.BytesIO()
     try:
         sentencepiece.SentencePieceTrainer.train(
-            sentence_iterator=_lines_of_covered(pieces, size),
+            sentence_iterator=_lines_of_covered(pieces, counts, covered),
             model_writer=model,
             model_type=kind,
             vocab_size=size,
@@ -95,7 +103,7 @@ def train_sentencepiece(kind: str, pieces: list[str], vocabulary_size: int, max_
             bos_id=-1,
             eos_id=-1,
             pad_id=-1,
-            seed_sentencepiece_size=max(LEAST_SEEDS, SEEDS_A_TOKEN * size),
+            seed_sentencepiece_size=max(LEAST_SEEDS, SEEDS_PER_TOKEN * size),
             num_threads=THREADS,
             minloglevel=2,
         )
@@ -103,26 +111,29 @@ def train_sentencepiece(kind: str, pieces: list[str], vocabulary_size: int, max_
         found = _TOO_HIGH.search(str(error))
         if found is None:
             raise
-        raise corpus_too_small(kind, vocabulary_size, int(found[1]) + len(QWEN_SPECIAL_TOKENS)) from error
+        raise corpus_too_small(kind, vocabulary_size, int(found[1]) + len(QWEN_SPECIAL_TOKENS), LEAST) from error
     return model.getvalue()
 
 
-def _lines_of_covered(pieces: list[str], size: int) -> Iterator[str]:
-    """The lines, cut where a character stands that is no token of its own, as the trained model will be."""
-    counts: Counter[str] = Counter()
-    for piece in pieces:
-        counts.update(piece)
-    for reserved in RESERVED:
-        counts.pop(reserved, None)
+def _covered(counts: Counter[str], size: int) -> set[str]:
+    """The characters that are tokens, of which all but the marks take room that bytes and marks leave."""
+    counts = Counter({character: number for character, number in counts.items() if character not in RESERVED})
     ranked = sorted(counts, key=lambda character: (-counts[character], character))
-    room, needed = int(size * LARGEST_SHARE_OF_CHARACTERS), COVERAGE * counts.total()
+    most, needed = int(size * LARGEST_SHARE_OF_CHARACTERS), COVERAGE * counts.total()
+    room = size - OWN_TOKENS
     covered: set[str] = set()
-    for character in ranked[:room]:
-        if needed <= 0:
+    for character in ranked[:most]:
+        room -= character not in MARKS
+        if needed <= 0 or room < 0:
             break
         needed -= counts[character]
         covered.add(character)
-    cuts = dict.fromkeys(map(ord, {*counts, *RESERVED} - covered), "\n")
+    return covered
+
+
+def _lines_of_covered(pieces: list[str], characters: Iterable[str], covered: set[str]) -> Iterator[str]:
+    """The lines, cut where a character stands that is no token of its own, as the trained model will be."""
+    cuts = dict.fromkeys(map(ord, {*characters, *RESERVED} - covered), "\n")
     for piece in pieces:
         yield from filter(None, piece.translate(cuts).split("\n"))
 

@@ -5,18 +5,19 @@ from __future__ import annotations
 from novelgpt.settings.errors import UserError
 
 
-def corpus_too_small(kind: str, vocabulary_size: int, found: int) -> UserError:
+def corpus_too_small(kind: str, vocabulary_size: int, found: int, least: int) -> UserError:
     """The error of a corpus that gives fewer tokens than asked for.
 
     Args:
         kind: of tokenizer.
         vocabulary_size: that was asked for.
         found: the number of tokens, special ones included, that the corpus gives.
+        least: of `check_room`.
     """
     return UserError(
         f"the corpus is too small for --vocab_size {vocabulary_size}: a tokenizer of kind {kind} finds {found} tokens "
         "in it, special ones included",
-        f"take --vocab_size {found} or less, or bring more text",
+        f"take --vocab_size {found} or less, or bring more text" if found > least else "bring more text",
     )
 
 

@@ -72,12 +72,12 @@ def train_words(pieces: list[str], vocabulary_size: int, max_token_length: int, 
     Raises:
         UserError: the pieces have fewer words, or there is no room.
     """
-    check_room("words", vocabulary_size, len(BERT_MARKS) + len(MARKS))
+    least = len(BERT_MARKS) + len(MARKS)
+    check_room("words", vocabulary_size, least)
     counts = count_words(pieces, segmenter, max_token_length)
-    chosen = choose_words(counts, vocabulary_size - len(BERT_MARKS) - len(MARKS))
-    found = len(BERT_MARKS) + len(MARKS) + len(chosen)
-    if found < vocabulary_size:
-        raise corpus_too_small("words", vocabulary_size, found)
+    chosen = choose_words(counts, vocabulary_size - least)
+    if least + len(chosen) < vocabulary_size:
+        raise corpus_too_small("words", vocabulary_size, least + len(chosen), least)
     scores = raise_scores(chosen)
     scored = [(token, 0.0) for token in (*BERT_MARKS, *MARKS)] + list(scores.items())
     tokenizer = Tokenizer(models.Unigram(scored, unk_id=BERT_MARKS.index(UNKNOWN)))

@@ -32,7 +32,7 @@ def run_tokens(tokens: int, rows: int, training: TrainArguments) -> int:
 
 
 def describe_scale(counts: WeightCounts, tokens: int) -> str:
-    """One line: the weights, the run's tokens for each, and the tokens of a compute-optimal run.
+    """One line: the weights, the run's tokens per weight, and the tokens of a compute-optimal run.
 
     Args:
         counts: of the model.
@@ -41,8 +41,8 @@ def describe_scale(counts: WeightCounts, tokens: int) -> str:
     optimal = OPTIMAL_TOKENS_PER_WEIGHT * counts.total
     return (
         f"scale: {_millions(counts.total)} weights, {_millions(counts.inner)} without embeddings; this run trains on "
-        f"{counted(tokens, 'token')}, {tokens / counts.total:.2g} a weight; a compute-optimal one would take "
-        f"{_millions(optimal)} tokens, {OPTIMAL_TOKENS_PER_WEIGHT} a weight (arXiv:2203.15556)"
+        f"{counted(tokens, 'token')}, {tokens / counts.total:.2g} per weight; a compute-optimal one would take "
+        f"{_millions(optimal)} tokens, {OPTIMAL_TOKENS_PER_WEIGHT} per weight (arXiv:2203.15556)"
     )
 
 

@@ -23,11 +23,11 @@ from novelgpt.inference.generation import answer_end_ids
 from novelgpt.model.card import code, shown_name, write_derived_card
 from novelgpt.model.fingerprint import base_folder
 from novelgpt.model.loading import adapter_base, load_model, read_config
-from novelgpt.model.portable import make_portable
+from novelgpt.model.portable import save_portable
 from novelgpt.model.tokenizer import load_tokenizer
 from novelgpt.model.weight_files import stored_dtype
 from novelgpt.settings.arguments import ModelArguments
-from novelgpt.settings.atomic_files import follow_umask, new_output_folder
+from novelgpt.settings.atomic_files import new_output_folder
 from novelgpt.settings.command_parser import CommandParser
 from novelgpt.settings.console import make_console
 from novelgpt.settings.errors import UserError
@@ -170,10 +170,7 @@ def write_checkpoint(
             f"the checkpoint needs {needed / 1e9:.1f} GB, and {free / 1e9:.1f} GB are free on its disk",
             "free some space, or name a folder on another disk",
         )
-    made.save_pretrained(folder, max_shard_size=options.max_shard_size)
-    tokenizer.save_pretrained(folder)
-    make_portable(folder)
-    follow_umask(folder)
+    save_portable(folder, made, tokenizer, options.max_shard_size)
     if architectures is not None:
         config = read_object(folder / "config.json") | {"architectures": architectures}
         (folder / "config.json").write_text(json.dumps(config, indent=2) + "\n", encoding="utf-8")

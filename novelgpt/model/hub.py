@@ -3,10 +3,8 @@
 from __future__ import annotations
 
 import functools
-import getpass
 import os
 import shlex
-import tempfile
 from pathlib import Path
 from typing import Any
 
@@ -23,12 +21,12 @@ from transformers.models.auto.configuration_auto import CONFIG_MAPPING
 from transformers.models.auto.tokenization_auto import get_tokenizer_config, tokenizer_class_from_name
 
 from novelgpt.model.folder_checks import ADAPTER_CONFIG, CONFIG, check_model_folder
-from novelgpt.model.tiny_random import ensure_tiny_random
+from novelgpt.model.small_bases import ensure_small_base
 from novelgpt.settings.arguments import ModelArguments
 from novelgpt.settings.errors import UserError, reason_of
-from novelgpt.settings.locks import locked
-from novelgpt.settings.paths import TINY, TINY_RANDOM_FOLDER
+from novelgpt.settings.locks import host_lock, locked
 from novelgpt.settings.remedies import environment_program, pip_install
+from novelgpt.settings.small_bases import TINY
 from novelgpt.settings.terminal import say
 
 # Timeout of one request to the hub; the libraries below retry for minutes.
@@ -50,8 +48,7 @@ def locate(model: ModelArguments) -> str:
     if not model.model.strip():
         raise UserError("--model names nothing", "name a folder with config.json, weights and tokenizer, or a hub name")
     folder = Path(model.model)
-    if folder == TINY_RANDOM_FOLDER:
-        ensure_tiny_random()
+    ensure_small_base(model.model)
     if folder.is_dir():
         if not any(folder.iterdir()):
             raise UserError(f"model folder {model.model} is empty", "name one with config.json, weights and tokenizer")
@@ -235,9 +232,8 @@ def _download_from_modelscope(name: str, with_code: bool, with_pickles: bool) ->
     except ImportError as error:
         raise UserError("--hub modelscope needs the package modelscope", pip_install("modelscope")) from error
     patterns = DESCRIPTIONS + (CODE if with_code else [])
-    lock = Path(tempfile.gettempdir()) / f"novelgpt-modelscope-{getpass.getuser()}.lock"
     try:
-        with locked(lock, wait=True):
+        with locked(host_lock("modelscope"), wait=True):
             folder = Path(download(name, allow_file_pattern=patterns + SAFETENSORS))
             if not any(folder.glob(SAFETENSORS[0])) and with_pickles:
                 folder = Path(download(name, allow_file_pattern=patterns + PICKLES))

@@ -13,11 +13,11 @@ from pathlib import Path
 from typing import Any
 
 from tokenizers import Tokenizer
-from transformers import CONFIG_MAPPING, PreTrainedConfig
+from transformers import CONFIG_MAPPING, PreTrainedConfig, PreTrainedModel, PreTrainedTokenizerBase
 from transformers.tokenization_utils_base import FULL_TOKENIZER_FILE, TOKENIZER_CONFIG_FILE
 from transformers.utils import CONFIG_NAME
 
-from novelgpt.settings.atomic_files import atomic_write
+from novelgpt.settings.atomic_files import atomic_write, follow_umask
 
 # Name of a generic tokenizer class in version 5 -> its name in version 4, which version 5 accepts as well.
 TOKENIZER_CLASSES = {"TokenizersBackend": "PreTrainedTokenizerFast", "PythonBackend": "PreTrainedTokenizer"}
@@ -29,6 +29,23 @@ BY_SETTINGS = {f"{family}Tokenizer{fast}" for family in ("Llama", "CodeLlama", "
 SLIDING_THETA = "rope_local_base_freq"
 # Names in GPT-NeoX.
 NEOX_NAMES = {"rope_theta": "rotary_emb_base", "partial_rotary_factor": "rotary_pct"}
+
+
+def save_portable(
+    folder: Path, model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, max_shard_size: str = "50GB"
+) -> None:
+    """Write a model and its tokenizer into a folder that transformers 4 and 5 read, with the modes of the umask.
+
+    Args:
+        folder: exists.
+        model: with its generation settings.
+        tokenizer: of the model.
+        max_shard_size: of a file of weights.
+    """
+    model.save_pretrained(folder, max_shard_size=max_shard_size)
+    tokenizer.save_pretrained(folder)
+    make_portable(folder)
+    follow_umask(folder)
 
 
 def make_portable(folder: Path) -> None:

@@ -2,11 +2,9 @@
 
 from __future__ import annotations
 
-import getpass
 import json
 import math
 import sys
-import tempfile
 from dataclasses import asdict, dataclass, fields, replace
 from pathlib import Path
 from typing import Any
@@ -22,13 +20,12 @@ from transformers import (
 )
 
 from novelgpt.model.folder_checks import CONFIG
-from novelgpt.model.portable import make_portable
-from novelgpt.model.random_config import random_config
+from novelgpt.model.portable import save_portable
+from novelgpt.model.random_config import CORRECT, random_config
 from novelgpt.model.tokenizer import load_tokenizer
 from novelgpt.settings.arguments import ModelArguments
-from novelgpt.settings.atomic_files import atomic_folder, follow_umask
+from novelgpt.settings.atomic_files import atomic_folder
 from novelgpt.settings.errors import UserError, exit_on_user_error, reason_of
-from novelgpt.settings.locks import locked
 from novelgpt.settings.process import (
     in_process_group,
     is_first_on_host,
@@ -47,6 +44,9 @@ RESIDUAL_PROJECTIONS = {"glm": ("o_proj", "down_proj")}
 # GPT-2's positions have half the deviation of its tokens (src/model.py of openai/gpt-2).
 POSITIONS = {"gpt2": ("wpe", 0.5)}
 PROBED_TOKENS = 8
+POSITION_COUNT = "max_position_embeddings"
+# What models raise of sizes that do not fit together, when they are built or first used.
+UNFIT = (ValueError, TypeError, LookupError, AttributeError, AssertionError, RuntimeError, ArithmeticError)
 
 
 @dataclass(frozen=True)
@@ -121,14 +121,10 @@ def ensure_random_base(weights: RandomWeights, arguments: ModelArguments) -> Non
         return
     tokenizer = load_tokenizer(replace(_plain(arguments), model=weights.tokenizer))
     config = random_config(weights, tokenizer)
-    # Of other runs as well.
-    with locked(Path(tempfile.gettempdir()) / f"novelgpt-bases-{getpass.getuser()}.lock", wait=True):
-        if (weights.folder / CONFIG).is_file():
-            return
-        if is_first_process() or not in_process_group():
-            _write(weights, config, tokenizer)
-        else:
-            _write_elsewhere(weights, arguments)
+    if is_first_process() or not in_process_group():
+        _write(weights, config, tokenizer)
+    else:
+        _write_elsewhere(weights, arguments)
 
 
 def _write_elsewhere(weights: RandomWeights, arguments: ModelArguments) -> None:
@@ -148,7 +144,7 @@ def _plain(arguments: ModelArguments) -> ModelArguments:
 
 
 def _write(weights: RandomWeights, config: PreTrainedConfig, tokenizer: PreTrainedTokenizerBase) -> None:
-    """Write the base into its folder atomically.
+    """Write the base into its folder atomically; of several runs that do so at once, the first one's stays.
 
     Raises:
         UserError: the model cannot be built, or its tokens attend to later ones.
@@ -156,9 +152,11 @@ def _write(weights: RandomWeights, config: PreTrainedConfig, tokenizer: PreTrain
     where = f"--config_name {weights.source}"
     try:
         model = build_random_model(config, weights.seed).eval()
-    except (ValueError, TypeError, KeyError, AttributeError, AssertionError, RuntimeError) as error:
-        raise UserError(f"{where}: {reason_of(error)}", "correct --config_overrides, or the file") from error
-    if not _is_causal(model):
+        causal = _is_causal(model)
+    except UNFIT as error:
+        reason = f"{error} is unknown" if isinstance(error, KeyError) else reason_of(error)
+        raise UserError(f"{where}: {reason}", CORRECT) from error
+    if not causal:
         raise UserError(
             f"{where}: its tokens attend to those that follow, and there would be nothing to predict",
             "set is_decoder to true, or name a model that writes",
@@ -167,10 +165,7 @@ def _write(weights: RandomWeights, config: PreTrainedConfig, tokenizer: PreTrain
         bos_token_id=tokenizer.bos_token_id, eos_token_id=tokenizer.eos_token_id, pad_token_id=tokenizer.pad_token_id
     )
     with atomic_folder(weights.folder, keep_existing=True) as unfinished:
-        model.save_pretrained(unfinished)
-        tokenizer.save_pretrained(unfinished)
-        make_portable(unfinished)
-        follow_umask(unfinished)
+        save_portable(unfinished, model, tokenizer)
     counts = count_weights(model)
     say(
         f"random weights of {weights.source}, seed {weights.seed}: {counts.total / 1e6:.1f} M, vocabulary "
@@ -180,7 +175,9 @@ def _write(weights: RandomWeights, config: PreTrainedConfig, tokenizer: PreTrain
 
 def _is_causal(model: PreTrainedModel) -> bool:
     """Whether logits do not depend on what follows."""
-    ids = torch.arange(PROBED_TOKENS)[None] % model.config.get_text_config().vocab_size
+    text = model.config.get_text_config()
+    positions = text.to_dict().get(text.attribute_map.get(POSITION_COUNT, POSITION_COUNT)) or PROBED_TOKENS
+    ids = torch.arange(min(PROBED_TOKENS, positions))[None] % text.vocab_size
     other = ids.clone()
     other[0, -1] = 0
     with torch.no_grad():

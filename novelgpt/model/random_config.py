@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import dataclasses
 import difflib
 import re
@@ -11,6 +12,7 @@ from huggingface_hub.errors import StrictDataclassError
 from transformers import CONFIG_MAPPING, MODEL_FOR_CAUSAL_LM_MAPPING, PreTrainedConfig, PreTrainedTokenizerBase
 
 from novelgpt.model.folder_checks import CONFIGURATION
+from novelgpt.model.portable import SLIDING_THETA
 from novelgpt.settings.errors import UserError, reason_of
 from novelgpt.settings.parsed_files import check_fields
 from novelgpt.settings.random_weights import RandomWeights, ready_sizes
@@ -22,6 +24,23 @@ OF_VALIDATORS = re.compile(r"^Class validation error for validator '\w+': (\w+Er
 PER_LAYER = "layer_types"
 # What files say of the weights that they came with.
 OF_OTHER_WEIGHTS = ("_name_or_path", "auto_map", "transformers_version", "dtype", "torch_dtype", "quantization_config")
+# Settings that no override changes, and what decides them.
+DECIDED = {
+    **dict.fromkeys((*OF_OTHER_WEIGHTS, "architectures"), "it says nothing of random weights: leave it out"),
+    "model_type": "it is the family: name another --config_name",
+    **dict.fromkeys(("bos_token_id", "eos_token_id", "pad_token_id"), "the tokenizer decides it: leave it out"),
+    **dict.fromkeys(("dtype", "torch_dtype"), "weights are drawn in float32: leave it out, and train with --bf16"),
+}
+# Settings of rotary positions by version 4's names, and the layers that they are for where a file tells layers apart.
+# Version 5 puts them into ROPE, where what a file has already comes first.
+ROPE, ROPE_SCALING = "rope_parameters", "rope_scaling"
+ROTARY = {
+    "rope_theta": ("rope_theta", "full_attention"),
+    "rotary_emb_base": ("rope_theta", "full_attention"),
+    SLIDING_THETA: ("rope_theta", "sliding_attention"),
+    "partial_rotary_factor": ("partial_rotary_factor", "full_attention"),
+    "rotary_pct": ("partial_rotary_factor", "full_attention"),
+}
 
 
 def random_config(weights: RandomWeights, tokenizer: PreTrainedTokenizerBase) -> PreTrainedConfig:
@@ -35,13 +54,13 @@ def random_config(weights: RandomWeights, tokenizer: PreTrainedTokenizerBase) ->
         tokenizer: of the model.
 
     Raises:
-        UserError: the family is unknown or no causal language model, overrides that it does not have, of another type
-            or out of range, sizes that do not divide, or a tokenizer larger than the vocabulary.
+        UserError: the family is unknown or no causal language model, overrides that it does not have, of another type,
+            out of range or without effect, sizes that do not divide, or a tokenizer larger than the vocabulary.
     """
     where = f"--config_name {weights.source}"
     family = _family(weights.settings.get("model_type"), where)
     overrides = _check_overrides(weights, family)
-    settings = {name: value for name, value in weights.settings.items() if name not in OF_OTHER_WEIGHTS}
+    settings = {name: value for name, value in copy.deepcopy(weights.settings).items() if name not in OF_OTHER_WEIGHTS}
     if "num_hidden_layers" in overrides and len(set(settings.get(PER_LAYER) or [])) == 1:
         del settings[PER_LAYER]  # all alike
     rows = max(len(tokenizer), max(tokenizer.get_vocab().values()) + 1)
@@ -51,7 +70,9 @@ def random_config(weights: RandomWeights, tokenizer: PreTrainedTokenizerBase) ->
             f"the tokenizer {weights.tokenizer} has {rows:,} tokens, more than the vocab_size of {vocabulary:,}",
             f"leave vocab_size out, which is then the tokenizer's, or train a tokenizer of at most {vocabulary:,}",
         )
-    settings |= overrides | _token_ids(tokenizer) | {"vocab_size": vocabulary}
+    settings |= copy.deepcopy(overrides)
+    _place_positions(settings, overrides)
+    settings |= _token_ids(tokenizer) | {"vocab_size": vocabulary}
     check_fields(CONFIGURATION, settings, where, CORRECT)
     settings["vocab_size"] = -(-vocabulary // weights.divisor) * weights.divisor
     try:
@@ -59,6 +80,7 @@ def random_config(weights: RandomWeights, tokenizer: PreTrainedTokenizerBase) ->
     except (StrictDataclassError, ValueError, TypeError, KeyError) as error:
         raise UserError(f"{where}: {OF_VALIDATORS.sub('', reason_of(error))}", CORRECT) from error
     _check_sizes(config, settings, where)
+    _check_effects(config, overrides, where)
     return config
 
 
@@ -86,9 +108,14 @@ def _check_overrides(weights: RandomWeights, family: type[PreTrainedConfig]) -> 
     """
     names: dict[str, str] = family.attribute_map
     known = {field.name for field in dataclasses.fields(family)} | set(names) | set(weights.settings)
-    for name in weights.overrides:
-        if name == "model_type":
-            raise UserError("--config_overrides sets model_type, which is another family", "name another --config_name")
+    known |= {"rope_theta", ROPE_SCALING} if ROPE in known else set()
+    for name, value in weights.overrides.items():
+        if name in DECIDED:
+            raise UserError(f"--config_overrides sets {name}, which can have no effect", DECIDED[name])
+        if name == "vocab_size" and value is None:
+            raise UserError(
+                "--config_overrides sets vocab_size to nothing", "leave it out, which makes it the tokenizer's"
+            )
         if name not in known:
             nearest = difflib.get_close_matches(name, sorted(known), n=1, cutoff=0.0)[0]
             raise UserError(
@@ -96,6 +123,44 @@ def _check_overrides(weights: RandomWeights, family: type[PreTrainedConfig]) -> 
                 f"did you mean {nearest!r}?",
             )
     return {names.get(name, name): value for name, value in weights.overrides.items()}
+
+
+def _place_positions(settings: dict[str, Any], overrides: dict[str, Any]) -> None:
+    """Put overrides of rotary positions where version 5 reads them first, as files for versions 4 and 5 have both."""
+    rope, scaling = settings.get(ROPE), settings.get(ROPE_SCALING)
+    if ROPE in overrides and ROPE_SCALING not in overrides:
+        settings.pop(ROPE_SCALING, None)
+    elif ROPE_SCALING in overrides and isinstance(rope, dict):  # which it takes the place of
+        for name in ("rope_theta", "partial_rotary_factor"):
+            if name in rope:
+                settings.setdefault(name, rope[name])
+    for name, (key, layers) in ROTARY.items():
+        for stated in (rope, scaling) if name in overrides else ():
+            part = stated.get(layers, stated) if isinstance(stated, dict) else None
+            if isinstance(part, dict) and key in part:
+                part[key] = overrides[name]
+
+
+def _check_effects(config: PreTrainedConfig, overrides: dict[str, Any], where: str) -> None:
+    """Check that the configuration has the values that it was given; those that are None, or lists, it completes.
+
+    Raises:
+        UserError: it has another.
+    """
+    described = config.to_dict()
+    rope = described.get(ROPE) or {}
+    for name, value in overrides.items():
+        if name == "vocab_size" or not isinstance(value, bool | int | float | str):
+            continue
+        has = described.get(name, value)
+        if name in ROTARY:
+            key, layers = ROTARY[name]
+            has = (rope.get(layers) or rope).get(key, has)
+        if has != value:
+            raise UserError(
+                f"{where}: {name}={value} of --config_overrides has no effect: {config.model_type} has {has} there",
+                "leave it out",
+            )
 
 
 def _token_ids(tokenizer: PreTrainedTokenizerBase) -> dict[str, int | None]:
@@ -123,6 +188,8 @@ def _check_sizes(config: PreTrainedConfig, settings: dict[str, Any], where: str)
         raise UserError(f"{where}: {heads} attention heads do not divide a hidden_size of {width}", CORRECT)
     if isinstance(groups, int) and heads % groups:
         raise UserError(f"{where}: {groups} key and value heads do not divide {heads} attention heads", CORRECT)
-    head = sizes["head_dim"] or width // heads
-    if sizes["rope_parameters"] and head % 2:
+    head = width // heads if sizes["head_dim"] is None else sizes["head_dim"]
+    if head < 1:
+        raise UserError(f"{where}: heads of {head} hold nothing", CORRECT)
+    if (sizes["rope_parameters"] or vars(text).get("position_embedding") == "rope") and head % 2:
         raise UserError(f"{where}: heads of {head} have no pairs, which rotary positions turn", CORRECT)

@@ -1,4 +1,4 @@
-"""A small Qwen3 base built from the samples in seconds, so that everything runs without a download.
+"""A small Qwen3 base of random weights, built from the samples in seconds: what tests and first steps start from.
 
     python -m novelgpt.model.tiny_random [FOLDER]
 
@@ -13,16 +13,17 @@ import sys
 from pathlib import Path
 
 import torch
-from tokenizers import AddedToken, Regex, Tokenizer, decoders, models, normalizers, pre_tokenizers, trainers
+from tokenizers import normalizers
 from transformers import PreTrainedTokenizerFast, Qwen3Config, Qwen3ForCausalLM
 
-from novelgpt.model.portable import make_portable
-from novelgpt.settings.atomic_files import atomic_folder, follow_umask
+from novelgpt.model.portable import save_portable
+from novelgpt.settings.atomic_files import atomic_folder
 from novelgpt.settings.errors import exit_on_user_error
-from novelgpt.settings.paths import SAMPLES, TINY_RANDOM_FOLDER
+from novelgpt.settings.paths import SAMPLES
 from novelgpt.settings.process import in_process_group, is_first_process, run_outside_group
+from novelgpt.settings.small_bases import SMALL_BASES, TINY_RANDOM
 from novelgpt.settings.terminal import say
-from novelgpt.text.pretokenization import QWEN_PRETOKENIZATION, QWEN_SPECIAL_TOKENS
+from novelgpt.text.byte_level_bpe import train_byte_level_bpe
 from novelgpt.text.templates import CHATML_TEMPLATE
 
 VOCABULARY = 1000
@@ -33,24 +34,8 @@ PAPERS = 130
 
 def build_tokenizer(texts: list[str]) -> PreTrainedTokenizerFast:
     """Train a byte-level BPE tokenizer on `texts`."""
-    tokenizer = Tokenizer(models.BPE())
-    tokenizer.normalizer = normalizers.NFC()
-    tokenizer.pre_tokenizer = pre_tokenizers.Sequence(
-        [
-            pre_tokenizers.Split(Regex(QWEN_PRETOKENIZATION), "isolated"),
-            pre_tokenizers.ByteLevel(False, use_regex=False),
-        ]
-    )
-    tokenizer.decoder = decoders.ByteLevel()
-    trainer = trainers.BpeTrainer(
-        vocab_size=VOCABULARY - len(QWEN_SPECIAL_TOKENS),
-        min_frequency=2,
-        initial_alphabet=sorted(pre_tokenizers.ByteLevel.alphabet()),
-        max_token_length=12,  # four Chinese characters: longer tokens of so small a text would be whole phrases
-        show_progress=False,
-    )
-    tokenizer.train_from_iterator(texts, trainer)
-    tokenizer.add_special_tokens([AddedToken(token, special=True, normalized=False) for token in QWEN_SPECIAL_TOKENS])
+    # Four Chinese characters: longer tokens of so small a text would be whole phrases.
+    tokenizer = train_byte_level_bpe(texts, VOCABULARY, max_token_bytes=12, normalizer=normalizers.NFC())
     return PreTrainedTokenizerFast(
         tokenizer_object=tokenizer,
         eos_token="<|im_end|>",
@@ -91,14 +76,11 @@ def build_tiny_random(folder: Path) -> None:
     model.generation_config.eos_token_id = tokenizer.eos_token_id
     model.generation_config.pad_token_id = tokenizer.pad_token_id
     with atomic_folder(folder, keep_existing=True) as unfinished:
-        model.save_pretrained(unfinished)
-        tokenizer.save_pretrained(unfinished)
-        make_portable(unfinished)
-        follow_umask(unfinished)
+        save_portable(unfinished, model, tokenizer)
     say(f"tiny-random base: {model.num_parameters() / 1e6:.1f} M weights, {len(tokenizer)} tokens, in {folder}")
 
 
-def ensure_tiny_random(folder: Path = TINY_RANDOM_FOLDER) -> None:
+def ensure_tiny_random(folder: Path) -> None:
     """Build the base unless it exists."""
     if (folder / "config.json").is_file():
         return
@@ -115,7 +97,7 @@ def ensure_tiny_random(folder: Path = TINY_RANDOM_FOLDER) -> None:
 def main(argv: list[str] | None = None) -> None:
     """Build the base unless it exists."""
     args = sys.argv[1:] if argv is None else argv
-    ensure_tiny_random(Path(args[0]) if args else TINY_RANDOM_FOLDER)
+    ensure_tiny_random(Path(args[0]) if args else SMALL_BASES[TINY_RANDOM])
 
 
 if __name__ == "__main__":

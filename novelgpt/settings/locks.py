@@ -11,6 +11,7 @@ import contextlib
 import errno
 import os
 import stat
+import tempfile
 import uuid
 from collections.abc import Iterator
 from contextlib import ExitStack, contextmanager
@@ -85,6 +86,18 @@ def locked(path: Path, wait: bool = False) -> Iterator[None]:
         yield
     finally:
         unlock(handle)
+
+
+def host_lock(name: str) -> Path:
+    """The file by which processes of one user on this host take turns.
+
+    By the number of the user, who may have no name, as in containers.
+
+    Args:
+        name: of what they take turns at.
+    """
+    user = f"-{os.getuid()}" if LOCKS else ""
+    return Path(tempfile.gettempdir()) / f"novelgpt-{name}{user}.lock"
 
 
 def is_locked(path: Path) -> bool:

@@ -8,11 +8,9 @@ Code of a data set never runs: `datasets` refuses scripts, and ModelScope's are 
 from __future__ import annotations
 
 import functools
-import getpass
 import os
 import re
 import shlex
-import tempfile
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal, cast
@@ -20,7 +18,7 @@ from typing import Literal, cast
 from novelgpt.settings.atomic_files import hash_json
 from novelgpt.settings.errors import UserError, reason_of
 from novelgpt.settings.file_hashes import content_hash
-from novelgpt.settings.locks import locked
+from novelgpt.settings.locks import host_lock, locked
 from novelgpt.settings.remedies import environment_program, pip_install
 from novelgpt.settings.terminal import say
 
@@ -181,9 +179,8 @@ def fetch_from_modelscope(data: HubData) -> Path:
         from modelscope import dataset_snapshot_download
     except ImportError as error:
         raise UserError(f"{data} needs the package modelscope", pip_install("modelscope")) from error
-    lock = Path(tempfile.gettempdir()) / f"novelgpt-modelscope-{getpass.getuser()}.lock"
     try:
-        with locked(lock, wait=True):
+        with locked(host_lock("modelscope"), wait=True):
             folder = dataset_snapshot_download(
                 data.repository, revision=data.revision or None, ignore_file_pattern=["*.py"]
             )

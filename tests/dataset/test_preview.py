@@ -231,6 +231,16 @@ def test_text_is_shown_in_blocks_with_the_borders_of_documents(
         assert "64 tokens: 62 trained, 2 context, 0 dropped" in first
 
 
+def test_text_in_several_columns_is_shown_as_training_reads_it(
+    tmp_path: Path, base_folder: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    file = write(tmp_path / "papers.jsonl", [{"title": "山中", "abstract": "夜里下雨。"}])
+    words = [file, "--model", base_folder, "--max_length", 64]
+    shown = show(capsys, *words, "--text_column", "title,abstract")
+    assert "document 1 begins" in shown and "山中\n夜里下雨。<|endoftext|>" in re.sub("[⟦⟧]", "", shown)
+    assert "document 1 begins" not in show(capsys, *words)  # a title and an abstract are a conversation
+
+
 @pytest.mark.parametrize(
     ("words", "cause"),
     [

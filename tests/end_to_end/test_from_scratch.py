@@ -105,7 +105,7 @@ def test_the_scale_of_a_run() -> None:
     counts = WeightCounts(total=5_000_000, embeddings=2_000_000)
     line = describe_scale(counts, 50_000_000)
     assert "5.0 M weights, 3.0 M without embeddings" in line
-    assert "50,000,000 tokens, 10 a weight" in line and "would take 100.0 M tokens, 20 a weight" in line
+    assert "50,000,000 tokens, 10 per weight" in line and "would take 100.0 M tokens, 20 per weight" in line
     training: Any = parse_arguments(PretrainRun, ["--num_train_epochs", "3"]).training
     assert run_tokens(1000, 10, training) == 3000
     training.max_steps, training.gradient_accumulation_steps = 7, 2
@@ -118,6 +118,8 @@ FILES = {
     "encoder.json": {"model_type": "clip"},
     "bert.json": CONFIG | {"model_type": "bert", "intermediate_size": 64},
     "no_family.json": {"hidden_size": 64},
+    "gptj.json": {"model_type": "gptj", "n_embd": 64, "n_layer": 1, "n_head": 4, "rotary_dim": 15},
+    "neox.json": CONFIG | {"model_type": "gpt_neox", "intermediate_size": 64},
     "good.json": CONFIG | {"num_key_value_heads": 4, "intermediate_size": 64},
 }
 SIZE, OVER = ["--config_name", "qwen3-5m"], "--config_overrides"
@@ -149,6 +151,22 @@ CASES: dict[str, tuple[list[str], str, str]] = {
     "odd heads": ([*GOOD, OVER, "hidden_size=60"], "even rotary dimension", "correct"),
     "another type": ([*GOOD, OVER, "attention_bias=often"], "'attention_bias'", "correct"),
     "vocabulary": ([*GOOD, OVER, "vocab_size=900"], "1,000 tokens, more than the vocab_size of 900", "at most 900"),
+    "no vocabulary": ([*GOOD, OVER, "vocab_size=None"], "sets vocab_size to nothing", "leave it out"),
+    "heads of no width": ([*SIZE, *GOOD[2:], OVER, "head_dim=0"], "heads of 0", "correct"),
+    "odd heads of Baichuan": (
+        ["--config_name", "baichuan-10m-rope", *GOOD[2:], OVER, "hidden_size=260"],
+        "heads of 65 have no pairs", "correct",
+    ),
+    "sizes that only the first use finds": (
+        ["--config_name", "gptj.json", *GOOD[2:]], "--config_name gptj.json: The size of tensor", "correct",
+    ),
+    "unknown activation": ([*GOOD, OVER, "hidden_act=foo"], "'foo' is unknown", "correct"),
+    "special id": ([*GOOD, OVER, "eos_token_id=5"], "sets eos_token_id, which can have no effect", "tokenizer decides"),
+    "precision": ([*GOOD, OVER, "dtype=bfloat16"], "sets dtype, which can have no effect", "--bf16"),
+    "theta by a name of another family": (
+        ["--config_name", "neox.json", *GOOD[2:], OVER, "rope_theta=5"], "rope_theta=5 of --config_overrides has no",
+        "leave it out",
+    ),
     "divisor": ([*GOOD, "--make_vocab_size_divisible_by", "0"], "0 is out of range", "64"),
 }  # fmt: skip
 

@@ -18,8 +18,10 @@ import novelgpt.settings.random_weights as settings
 from novelgpt.checks.arguments import make_random_base
 from novelgpt.checks.scale import OPTIMAL_TOKENS_PER_WEIGHT
 from novelgpt.model.loading import load_model
-from novelgpt.model.random_base import _write_elsewhere, build_random_model, count_weights
+from novelgpt.model.random_base import _write, _write_elsewhere, build_random_model, count_weights
+from novelgpt.model.random_config import random_config
 from novelgpt.model.tokenizer import load_tokenizer
+from novelgpt.settings.arguments import ModelArguments
 from novelgpt.settings.parser import parse_arguments
 from novelgpt.settings.random_weights import ready_sizes
 from novelgpt.settings.runs import PretrainRun
@@ -299,6 +301,75 @@ def test_the_tokenizer_decides_vocabulary_and_special_ids(
     assert model.generation_config.pad_token_id == tokenizer.pad_token_id
     wide = made([*words[:-1], f"{words[-1]},vocab_size=1200"])
     assert load_model(wide.model, tokenizer).config.vocab_size == 1200
+
+
+@pytest.mark.parametrize("kept", [("rope_theta", "rope_parameters"), ("rope_parameters",), ("rope_theta",)])
+def test_an_override_of_rotary_positions_wins_over_both_names_of_a_file(
+    kept: tuple[str, ...], base_folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(settings, "OUTPUT", tmp_path)
+    words = tiny_words(base_folder, "qwen3-5m")
+    folder = Path(made(words).model.model)  # of which config.json has the names of versions 4 and 5
+    content = json.loads((folder / "config.json").read_text(encoding="utf-8"))
+    assert content["rope_theta"] == content["rope_parameters"]["rope_theta"] == 1_000_000
+    (tmp_path / "mine.json").write_text(
+        json.dumps({name: value for name, value in content.items() if not name.startswith("rope_") or name in kept}),
+        encoding="utf-8",
+    )
+    words = ["--config_name", str(tmp_path / "mine.json"), *words[2:4], "--config", str(tmp_path / "overrides.yaml")]
+    for override, theta in (
+        ({"rope_theta": 5000}, 5000),
+        ({"rope_parameters": {"rope_type": "default"}}, 1_000_000 if "rope_theta" in kept else 10_000),
+        ({"rope_parameters": {"rope_type": "default", "rope_theta": 7000}}, 7000),
+        ({"rope_scaling": {"rope_type": "linear", "factor": 2.0}}, 1_000_000),
+    ):
+        (tmp_path / "overrides.yaml").write_text(json.dumps({"config_overrides": override}), encoding="utf-8")
+        weights = parse_arguments(PretrainRun, words).model.random_weights
+        assert weights is not None
+        config: Any = random_config(weights, load_tokenizer(ModelArguments(str(base_folder))))
+        assert config.rope_parameters["rope_theta"] == theta
+        assert config.rope_parameters["rope_type"] == ("linear" if "rope_scaling" in override else "default")
+
+
+def test_few_positions_suffice_for_the_checks(
+    base_folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(settings, "OUTPUT", tmp_path)
+    words = tiny_words(base_folder, "gpt2-10m")
+    run = made([*words[:-1], f"{words[-1]},n_positions=4"])
+    assert load_model(run.model, load_tokenizer(run.model)).config.n_positions == 4
+
+
+def test_a_base_that_another_run_has_made_in_the_meantime_stays(
+    base_folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(settings, "OUTPUT", tmp_path)
+    run = made(tiny_words(base_folder, "qwen3-5m"))
+    weights, tokenizer = run.model.random_weights, load_tokenizer(run.model)
+    assert weights is not None
+    before = {path.name: path.stat().st_ino for path in weights.folder.iterdir()}
+    _write(weights, random_config(weights, tokenizer), tokenizer)
+    assert {path.name: path.stat().st_ino for path in weights.folder.iterdir()} == before
+    assert [path.name for path in weights.folder.parent.iterdir()] == [weights.folder.name]
+
+
+def test_a_size_is_named_for_its_folder_wherever_it_is_named_from(
+    base_folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    folder = tmp_path / "v1.5"
+    folder.mkdir()
+    (folder / "config.json").write_text(json.dumps(settings.read_size("qwen3-5m")[1]), encoding="utf-8")
+    (folder / "small.json").write_bytes((folder / "config.json").read_bytes())
+    monkeypatch.chdir(folder)
+    names = {".": "v1.5", "config.json": "v1.5", "../v1.5": "v1.5", "small.json": "small", "qwen3-0.6b": "qwen3-0.6b"}
+    for given, name in names.items():
+        assert settings.size_name(given) == name
+        run = parse_arguments(PretrainRun, ["--config_name", given, "--tokenizer_name", str(base_folder)])
+        assert Path(run.model.model).name.rpartition("-")[0] == name
+    (tmp_path / "小说").mkdir()
+    (tmp_path / "小说" / "config.json").write_bytes((folder / "config.json").read_bytes())
+    run = parse_arguments(PretrainRun, ["--config_name", "../小说", "--tokenizer_name", str(base_folder)])
+    assert Path(run.model.model).name.startswith("model-")
 
 
 @pytest.mark.long

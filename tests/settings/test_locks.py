@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import errno
 import fcntl
+import pwd
 import threading
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
@@ -12,7 +13,7 @@ import pytest
 
 from novelgpt.settings.atomic_files import atomic_write, new_output_folder
 from novelgpt.settings.errors import UserError
-from novelgpt.settings.locks import is_locked, lock, make_and_lock, remove_empty, unlock
+from novelgpt.settings.locks import host_lock, is_locked, lock, locked, make_and_lock, remove_empty, unlock
 
 
 @pytest.mark.parametrize("file", ["lock", None])
@@ -119,3 +120,15 @@ def test_a_link_to_an_output_stays(tmp_path: Path) -> None:
     with new_output_folder(tmp_path / "link") as unfinished:
         (unfinished / "file").touch()
     assert (tmp_path / "link").is_symlink() and (tmp_path / "disk" / "target" / "file").exists()
+
+
+def test_users_without_a_name_take_turns_as_well(monkeypatch: pytest.MonkeyPatch) -> None:
+    def nobody(user: int) -> None:
+        raise KeyError(f"getpwuid(): uid not found: {user}")
+
+    monkeypatch.setattr(pwd, "getpwuid", nobody)  # as in a container that runs as any number
+    for name in ("LOGNAME", "USER", "LNAME", "USERNAME"):
+        monkeypatch.delenv(name, raising=False)
+    with locked(host_lock("test-of-locks")):
+        assert is_locked(host_lock("test-of-locks")) and not is_locked(host_lock("test-of-others"))
+    host_lock("test-of-locks").unlink()

@@ -20,7 +20,7 @@ from dataset.novels.artefacts import BOOKS, FINGERPRINTS, read_rows
 from dataset.novels.duplicates.near_duplicates import BookPrints
 from dataset.novels.duplicates.shingles import load_fingerprints
 from dataset.novels.held_out.sketches import EMPTY, Sketch, sketch_of
-from dataset.novels.held_out.works import MAX_WORDS, HeldOutWork, save_held_out_works, words_of
+from dataset.novels.held_out.works import MAX_WORDS, HeldOutWork, author_and_title, save_held_out_works, words_of
 from dataset.novels.manifest import MANIFEST
 from novelgpt.settings.command_parser import CommandParser
 from novelgpt.settings.errors import UserError, exit_on_user_error
@@ -62,7 +62,11 @@ def main(argv: list[str] | None = None) -> None:
     args = parser.parse_args(argv)
     name, chosen = read_choice(args.choice)
     works = list_works(chosen, args.prepared)
-    save_held_out_works(name, works, args.list)
+    try:
+        args.list.parent.mkdir(parents=True, exist_ok=True)
+        save_held_out_works(name, works, args.list)
+    except OSError as error:
+        raise UserError(f"{args.list}: {error.strerror}", "name a file that can be written") from error
     for work in works:
         link = f" ({work.role} of {work.of})" if work.of else ""
         say(f"{work.name}: {work.characters:,} characters{link}")
@@ -102,7 +106,7 @@ def list_works(chosen: Sequence[Mapping[str, str]], prepared: Path) -> list[Held
     Raises:
         UserError: not a prepared folder, or a work is not in it, or twice.
     """
-    books = _read_books(prepared)
+    books, alike = _read_prepared(prepared)
     tested: dict[str, HeldOutWork] = {}
     for work in chosen:
         wanted = HeldOutWork(**work, role="test", of="", characters=0, sha256="", sketch=EMPTY)
@@ -112,9 +116,9 @@ def list_works(chosen: Sequence[Mapping[str, str]], prepared: Path) -> list[Held
             raise UserError(f"{prepared}: {wanted.name} {what}", "name each work as its file does: AUTHOR_TITLE.txt")
         tested[found[0]] = books[found[0]].as_work(role="test", of="", **work)
     linked: dict[str, HeldOutWork] = {}
-    for pair in read_rows(prepared / "duplicates.jsonl"):
-        for here, there in ((pair["first"], pair["second"]), (pair["second"], pair["first"])):
-            if pair["level"] == "book" and here in tested and there not in tested:
+    for first, second in alike:
+        for here, there in ((first, second), (second, first)):
+            if here in tested and there not in tested:
                 linked.setdefault(there, _linked(books[there], tested[here], "near_duplicate"))
     for source, book in books.items():
         by = next((one for one in tested.values() if one.is_by(book.words)), None)
@@ -135,15 +139,13 @@ def _is_it(wanted: HeldOutWork, book: _Book) -> bool:
 
 
 def _linked(book: _Book, work: HeldOutWork, role: str) -> HeldOutWork:
-    """A book that may not be trained on for the sake of a work; 作者_书名.txt says its author."""
-    author, _, title = book.prints.name.partition("_")
-    if author.isascii() or not title:
-        author, title = "", book.prints.name
+    """A book that may not be trained on for the sake of a work."""
+    author, title = author_and_title(book.prints.name)
     return book.as_work(author[:MAX_WORDS], title[:MAX_WORDS], role, work.name, work.era)
 
 
-def _read_books(prepared: Path) -> dict[str, _Book]:
-    """source -> book, of the books of a prepared folder that can be used.
+def _read_prepared(prepared: Path) -> tuple[dict[str, _Book], list[tuple[str, str]]]:
+    """source -> book, of the books of a prepared folder that can be used; and the sources of those that are alike.
 
     Raises:
         UserError: it is none, or its cache is gone or of another version.
@@ -160,9 +162,11 @@ def _read_books(prepared: Path) -> dict[str, _Book]:
                 source = record["source"]
                 if not record["refused"]:
                     books[source] = _Book(BookPrints(record["name"], source, prints), hashes[_file_of(source, hashes)])
+        rows = [row for row in read_rows(prepared / "duplicates.jsonl") if row["level"] == "book"]
+        alike = [(row["first"], row["second"]) for row in rows if row["first"] in books and row["second"] in books]
     except (OSError, ValueError, KeyError, TypeError) as error:
         raise UserError(f"{prepared} is not a prepared folder: {error}", remedy) from None
-    return dict(sorted(books.items()))
+    return dict(sorted(books.items())), alike
 
 
 def _file_of(source: str, files: Mapping[str, str]) -> str:

@@ -103,6 +103,16 @@ def words_of(text: str) -> list[str]:
     return ["".join(map(chr, fold(word).tolist())) for word in re.split(r"[\W_]+", text) if word]
 
 
+def author_and_title(name: str) -> tuple[str, str]:
+    """Author and title of a book by its name; no author unless it is named AUTHOR_TITLE, with an author in Chinese.
+
+    >>> author_and_title("李伯元_官场现形记_上"), author_and_title("shan_zhong")
+    (('李伯元', '官场现形记_上'), ('', 'shan_zhong'))
+    """
+    author, _, title = name.partition("_")
+    return ("", name) if author.isascii() or not title else (author, title)
+
+
 def load_held_out_works(name: str) -> HeldOutWorks:
     """Read a list.
 

@@ -12,7 +12,7 @@ import pytest
 from transformers import AutoTokenizer
 
 from dataset.corpus import find_sources
-from dataset.tokenizers.command import main
+from dataset.tokenizers.command import main, shown_names
 from dataset.tokenizers.sample import Sample, cut_pieces, draw_sample
 from novelgpt.settings.errors import UserError
 from novelgpt.settings.paths import SAMPLES
@@ -70,13 +70,13 @@ def test_a_sample_is_drawn_from_all_of_a_large_corpus(tmp_path: Path) -> None:
 
 def test_memory_does_not_grow_with_the_corpus(tmp_path: Path) -> None:
     peaks = []
-    for characters in (300_000, 3_000_000):
+    for characters in (3_000, 300_000, 3_000_000):  # the first one for what is made once, such as the progress display
         file = write_lines(tmp_path / f"{characters}.txt", characters)
         tracemalloc.start()
         drawn([file], 50_000, 5_000)
         peaks.append(tracemalloc.get_traced_memory()[1])
         tracemalloc.stop()
-    assert peaks[1] < 1.1 * peaks[0], peaks
+    assert peaks[2] < 1.1 * peaks[1], peaks
 
 
 def test_held_out_books_are_never_read(tmp_path: Path) -> None:
@@ -116,12 +116,42 @@ def test_the_same_command_writes_the_same_files(tmp_path: Path, capsys: pytest.C
     own, other = report["tokenizers"]
     assert [own["name"], other["name"]] == ["two", "one"]
     for figures in (own, other):
-        del figures["name"], figures["characters_a_second"]
+        del figures["name"], figures["characters_per_second"]
     assert own == other and own["vocabulary"] == 600 and own["round_trip"] == 1
     assert AutoTokenizer.from_pretrained(outs[0]).decode(encode("雨", AutoTokenizer.from_pretrained(outs[0]))) == "雨"
     assert "--tokenizer_name" in capsys.readouterr().out
     with pytest.raises(UserError, match="is not empty"):
         run([papers, str(outs[0]), *words])
+
+
+def test_names_to_show_are_distinct_and_the_own_comes_first() -> None:
+    for out, compared, names in (
+        ("new/mine", ["Qwen/Qwen3-0.6B", "old/bpe"], ["mine", "Qwen3-0.6B", "bpe"]),
+        ("new/bpe", ["bpe"], ["new/bpe", "bpe"]),
+        ("new/bpe", ["old/bpe", "other/bpe", "tiny"], ["new/bpe", "old/bpe", "other/bpe", "tiny"]),
+        ("bpe", ["bpe"], ["bpe (new)", "bpe"]),
+        ("new/bpe", ["."], ["bpe", "."]),
+    ):
+        assert shown_names(Path(out), compared) == names
+
+
+def test_the_report_has_the_own_figures_beside_another_of_its_name(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    run([str(NOVEL), "bpe", "--kind", "char", "--vocab_size", "400"])
+    run([str(NOVEL), "new/bpe", "--kind", "char", "--vocab_size", "600", "--compare", "bpe"])
+    report = json.loads(Path("new/bpe/tokenizer_report.json").read_text(encoding="utf-8"))
+    found = [(figures["name"], figures["vocabulary"]) for figures in report["tokenizers"]]
+    assert found == [("new/bpe", 600), ("bpe", 400)]
+
+
+def test_a_sample_without_a_line_says_how_large_it_must_be(tmp_path: Path) -> None:
+    (tmp_path / "a.txt").write_text("山" * 9000, encoding="utf-8")
+    with pytest.raises(UserError, match="--sample_characters 1000 leaves nothing to train on") as refusal:
+        drawn([tmp_path / "a.txt"], 1000, 100)
+    enough = int(refusal.value.remedy.split()[2])
+    assert drawn([tmp_path / "a.txt"], enough, enough // 10).pieces
 
 
 def test_what_cannot_be_leaves_no_folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -55,7 +55,7 @@ def folders(pieces: list[str], tmp_path_factory: pytest.TempPathFactory) -> dict
         made[kind] = tmp_path_factory.mktemp(kind)
         record = {"kind": kind, "vocab_size": size, "seed": 1, "sample": {"characters": 1},
                   "corpus": {"files": ["a"], "characters": 1}}  # fmt: skip
-        own = {"characters_a_token": 1, "bytes_a_token": 1, "unknown_characters": 0, "round_trip": 1}
+        own = {"characters_per_token": 1, "bytes_per_token": 1, "unknown_characters": 0, "round_trip": 1}
         report = {"characters": 1, "tokenizers": [own]}
         write_folder(made[kind], as_pretrained(trained(kind, pieces), kind), record, report)
     return made
@@ -95,7 +95,7 @@ def test_vocabularies_have_the_size_asked_for(kind: str, loaded: dict[str, PreTr
     assert len(tokenizer) == len(set(tokenizer.get_vocab().values())) == SIZES[kind]
     assert max(tokenizer.get_vocab().values()) == SIZES[kind] - 1
     if kind != "words":
-        assert [tokenizer.eos_token, tokenizer.pad_token] == ["<|im_end|>", "<|endoftext|>"]
+        assert [tokenizer.eos_token, tokenizer.pad_token] == ["<|endoftext|>", "<|endoftext|>"]
         asked = tokenizer.apply_chat_template([{"role": "user", "content": "问"}], tokenize=False)
         assert asked == "<|im_start|>user\n问<|im_end|>\n"
 
@@ -194,8 +194,9 @@ def test_answers_are_trained_with_their_end(kind: str, folders: dict[str, Path])
     asked: list[Message] = [{"role": "user", "content": "雨夜"}, {"role": "assistant", "content": "他们在山里。"}]
     row = encode_conversation(asked, tokenizer)[0]
     trained_ids = [label for label in row.labels if label != IGNORE_INDEX]
-    assert trained_ids == [*encode("他们在山里。", tokenizer), tokenizer.eos_token_id]
-    assert tokenizer.eos_token_id in end_token_ids(tokenizer)
+    end = tokenizer.convert_tokens_to_ids("[CLS]" if kind == "words" else "<|im_end|>")  # that of documents is the eos
+    assert trained_ids == [*encode("他们在山里。", tokenizer), end]
+    assert {end, tokenizer.eos_token_id} <= set(end_token_ids(tokenizer))
 
 
 @pytest.mark.parametrize("model", ["gpt2", "llama", "glm", "qwen3"])
@@ -217,7 +218,8 @@ def test_the_share_of_unknown_counts_characters(loaded: dict[str, PreTrainedToke
         figures = measure(loaded[kind], [f"{known}龘𪚥", known])
         assert figures["unknown_characters"] == 2 / (2 + 2 * len(known)) and figures["round_trip"] == 1 / 2
     figures = measure(loaded["byte_bpe"], ["龘𪚥"])
-    assert (figures["unknown_characters"], figures["bytes_a_token"] * 2) == (0, 7 / figures["characters_a_token"] ** -1)
+    assert figures["unknown_characters"] == 0
+    assert figures["bytes_per_token"] * 2 == 7 / figures["characters_per_token"] ** -1
 
 
 def test_other_processes_and_cores_give_the_same() -> None:
@@ -244,6 +246,22 @@ def test_a_corpus_that_is_too_small_says_what_it_gives(kind: str, pieces: list[s
         trained(kind, few, 3)
 
 
+@pytest.mark.parametrize("size", [284, 300, 512])
+@pytest.mark.parametrize("kind", ["bpe", "unigram"])
+def test_a_small_vocabulary_has_room_for_its_characters(kind: str, size: int, pieces: list[str]) -> None:
+    tokenizer = as_pretrained(trained(kind, pieces, size), kind)
+    assert len(tokenizer) == size and "，" in tokenizer.get_vocab()
+    for text in NASTY:
+        assert tokenizer.decode(encode(text, tokenizer)) == text
+
+
+@pytest.mark.parametrize("kind", SIZES)
+def test_a_corpus_without_a_character_to_learn_asks_for_text(kind: str) -> None:
+    with pytest.raises(UserError, match="the corpus is too small for --vocab_size 600") as refusal:
+        trained(kind, ["“1”\n\n"] if kind != "byte_bpe" else [], 600)
+    assert refusal.value.remedy == "bring more text"
+
+
 def test_the_record_of_a_folder_is_json(folders: dict[str, Path]) -> None:
     for kind, folder in folders.items():
         assert json.loads((folder / "tokenizer_training.json").read_text(encoding="utf-8"))["kind"] == kind
@@ -253,4 +271,6 @@ def test_the_record_of_a_folder_is_json(folders: dict[str, Path]) -> None:
 def test_added_tokens_stay_where_they_are(loaded: dict[str, PreTrainedTokenizerBase]) -> None:
     tokenizer = loaded["byte_bpe"]
     assert isinstance(tokenizer.added_tokens_decoder[tokenizer.eos_token_id], AddedToken)
-    assert tokenizer.eos_token_id == SIZES["byte_bpe"] - 1
+    assert [tokenizer.eos_token_id, *tokenizer.convert_tokens_to_ids(["<|im_start|>", "<|im_end|>"])] == [
+        SIZES["byte_bpe"] - number for number in (3, 2, 1)
+    ]

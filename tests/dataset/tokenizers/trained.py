@@ -5,7 +5,7 @@ import random
 
 from tokenizers import Tokenizer
 
-from dataset.tokenizers.byte_level import train_byte_level_bpe
+from dataset.tokenizers.byte_level import train_bytes
 from dataset.tokenizers.characters import train_characters
 from dataset.tokenizers.subwords import train_subwords
 from dataset.tokenizers.words import load_segmenter, train_words
@@ -35,7 +35,7 @@ def trained(kind: str, pieces: list[str], size: int | None = None) -> Tokenizer:
     """A tokenizer of a kind."""
     size = size or SIZES[kind]
     if kind == "byte_bpe":
-        return train_byte_level_bpe(pieces, size, 4)
+        return train_bytes(pieces, size, 4)
     if kind == "char":
         return train_characters(pieces, size)
     if kind == "words":

@@ -198,6 +198,9 @@ def test_a_list_made_from_a_folder_binds_the_next_run(tmp_path: Path, capsys: py
                                              if row["book"] == "沈默_山中")  # fmt: skip
     sizes = [len(one.sketch.values) for one in listed.works]
     assert 10 * sizes[1] < sizes[0]  # it holds only what the first one lacks
+    words = [str(tmp_path / "choice.yaml"), str(first)]
+    list_main([*words, str(tmp_path / "new" / "list.json")])
+    assert (tmp_path / "new" / "list.json").read_bytes() == path.read_bytes()
     text = path.read_text(encoding="utf-8")
     assert not [body[i : i + 4] for body in HILLS for i in range(len(body)) if body[i : i + 4] in text]
 
@@ -216,6 +219,15 @@ def test_a_list_made_from_a_folder_binds_the_next_run(tmp_path: Path, capsys: py
     assert manifest["options"]["held_out_works"] == f"我的, sha256 {listed.digest}"
     assert manifest["options"]["held_out_share"] == 0
     assert "held_out_author" in (out / "report.html").read_text(encoding="utf-8")
+
+    for place, message in (("choice.yaml/list.json", "choice.yaml/list.json: "), ("raw", "raw: ")):
+        with pytest.raises(SystemExit, match="2"):
+            list_main([*words, str(tmp_path / place)])
+        assert message in capsys.readouterr().err
+    (first / "duplicates.jsonl").unlink()
+    with pytest.raises(SystemExit, match="2"):
+        list_main([*words, str(tmp_path / "list.json")])
+    assert "is not a prepared folder" in capsys.readouterr().err
 
 
 def test_a_list_is_read_as_it_was_written(tmp_path: Path) -> None:
