@@ -1,4 +1,4 @@
-"""What models of random weights reach in minutes: loss, bits a character and sample texts of every small ready size.
+"""What models of random weights reach in minutes: loss, bits per character and sample texts of each small ready size.
 
     python benchmarks/from_scratch.py --held_out PREPARED --tokenizer FOLDER --folder WORK
         [--minutes 10] [--only NAME …] [--docs docs] [--json FILE]
@@ -6,12 +6,13 @@
 PREPARED is a folder of `dataset novels` with held-out works. Every ready size of at most 10.5 M weights is trained with
 `python -m pretrain --config_name SIZE` and the settings of pretrain/configs/from_scratch.yaml: a few steps tell its
 speed, and so how many steps fill the minutes. A hundredth and a tenth of the steps are runs of their own, so that their
-learning rate has come down as well; all three write 200 characters after the openings of held-out chapters, drawn at
-temperature 0.8 and top-p 0.8, and are asked for bits a character on the held-out works.
+learning rate has come down as well; all three write 200 characters after the openings of held-out chapters, sampled at
+temperature 0.8 and top-p 0.8, and are evaluated in bits per character on the held-out works.
 
-Sizes that WORK/SIZE.json tells of are not trained again. --docs writes the figures, in both languages, between the
-`measured` marks of from_scratch.md and zh/from_scratch.md of that folder, and from_scratch.png beside. For larger sizes
-they hold an estimate, marked as such: 6 FLOPs a weight and token, at the FLOP/s that the small ones reached.
+Sizes that have a WORK/SIZE.json are not trained again. All that are there must have been measured alike: for as long,
+on as many cores, with one vocabulary. --docs writes them, in both languages, between the `measured` marks of
+from_scratch.md and zh/from_scratch.md of that folder, and from_scratch.png beside. For larger sizes the pages get an
+estimate, marked as such: the time to the compute-optimal point, at the FLOP/s that the small ones sustained.
 """
 
 from __future__ import annotations
@@ -24,7 +25,7 @@ import shutil
 import statistics
 import subprocess
 import sys
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -34,15 +35,17 @@ sys.path.insert(0, str(Path(__file__).resolve().parent))
 from held_out_bits import bits_of_works, load, read_works, weights_of
 from matplotlib.figure import Figure
 from results import make_console, make_parser, write_results
-from tiny_base import DRAWN, openings, quietly
-from transformers import PreTrainedTokenizerBase
+from tiny_base import SAMPLED, openings, quietly
+from transformers import AutoConfig, PreTrainedTokenizerBase
 
+from novelgpt.checks.scale import OPTIMAL_TOKENS_PER_WEIGHT
 from novelgpt.model.card import code, table
 from novelgpt.model.random_config import random_config
 from novelgpt.model.tokenizer import load_tokenizer
 from novelgpt.settings.arguments import ModelArguments
 from novelgpt.settings.atomic_files import atomic_write
 from novelgpt.settings.charts import COLOURS, LINES, figure_png
+from novelgpt.settings.errors import UserError, exit_on_user_error
 from novelgpt.settings.hardware import usable_cores
 from novelgpt.settings.parsed_files import read_object
 from novelgpt.settings.paths import ROOT
@@ -57,11 +60,13 @@ ROWS, LENGTH = 8, 512
 STEP_TOKENS = ROWS * LENGTH
 EVALUATED_CHARACTERS, EVALUATED_CONTEXT = 20_000, 512
 SAMPLES, SAMPLE_TOKENS, SAMPLE_CHARACTERS = 2, 300, 200
-OPTIMAL = 20  # tokens a weight, arXiv:2203.15556
+FLOP_PER_WEIGHT_AND_TOKEN = 6  # of training, arXiv:2001.08361
+# What figures have in common that stand in one table.
+FACTS = ("minutes", "cores", "vocabulary", "characters")
 SECTION = re.compile(r"(<!-- measured -->\n).*?(<!-- /measured -->)", re.DOTALL)
 
 
-def read_arguments() -> argparse.Namespace:
+def read_arguments(argv: list[str] | None) -> argparse.Namespace:
     """The command line."""
     parser = make_parser("What models of random weights reach in minutes")
     parser.add_argument("--held_out", type=Path, required=True, metavar="PREPARED", help="folder of `dataset novels`")
@@ -70,16 +75,21 @@ def read_arguments() -> argparse.Namespace:
     parser.add_argument("--train_files", nargs="+", default=[], metavar="FOLDER",
                         help="tokens to train on, in place of those made of PREPARED")  # fmt: skip
     parser.add_argument("--minutes", type=float, default=10.0, help="of training, of each size")
-    parser.add_argument("--only", nargs="+", default=[], metavar="NAME", help="some of the sizes")
+    parser.add_argument("--only", nargs="+", default=[], metavar="NAME", help="measure some of the sizes")
     parser.add_argument("--precision", default="auto", help="as in training")
     parser.add_argument("--docs", type=Path, metavar="FOLDER", help="pages to write the figures into")
-    return parser.parse_args()
+    return parser.parse_args(argv)
 
 
-def weights_with(size: Path, tokenizer: PreTrainedTokenizerBase) -> dict[str, int]:
-    """Weights of a ready size with the vocabulary of a tokenizer, as `weights_of`."""
+def weights_with(size: Path, tokenizer: PreTrainedTokenizerBase) -> int:
+    """Weights of a ready size with the vocabulary of a tokenizer."""
     settings = read_object(size)
-    return weights_of(random_config(RandomWeights(size.stem, settings, {}, "", 1, 0, Path()), tokenizer))
+    return weights_of(random_config(RandomWeights(size.stem, settings, {}, "", 1, 0, Path()), tokenizer))["all"]
+
+
+def listed_weights(size: Path) -> int:
+    """Weights of a ready size with its own vocabulary, as the pages list them."""
+    return weights_of(AutoConfig.for_model(**read_object(size) | {"pad_token_id": None}))["all"]
 
 
 def run(module: str, *words: str) -> None:
@@ -109,7 +119,7 @@ def sample_texts(model: Path, rows: Path, work: Path) -> list[str]:
     out = work / "samples"
     shutil.rmtree(out, ignore_errors=True)
     words = ["--model", str(model), "--data_files", str(rows), "--output_dir", str(out)]
-    quietly(predict_main, *words, "--max_new_tokens", str(SAMPLE_TOKENS), *DRAWN)
+    quietly(predict_main, *words, "--max_new_tokens", str(SAMPLE_TOKENS), *SAMPLED)
     lines = (out / "predictions.jsonl").read_text(encoding="utf-8").splitlines()
     return [json.loads(line)["prediction"][:SAMPLE_CHARACTERS] for line in lines]
 
@@ -125,7 +135,7 @@ def measure(size: Path, arguments: argparse.Namespace, train: Sequence[str], val
     steps = max(1, round(arguments.minutes * 60 * rate / STEP_TOKENS))
     rows = openings(arguments.held_out, SAMPLES, 42, work)
     works = read_works(arguments.held_out, EVALUATED_CHARACTERS)
-    found: dict[str, Any] = {"name": size.stem, "minutes": arguments.minutes, "cores": usable_cores(), "parts": []}
+    found: dict[str, Any] = {"name": size.stem, "parts": []}
     for share in SHARES:
         part = max(1, round(steps * share))
         out = work / f"{share:g}"
@@ -158,59 +168,74 @@ def curve_of(entries: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
     return {"losses": losses, "evaluations": evaluations}
 
 
-def estimate_rows(larger: Mapping[str, Mapping[str, int]], found: Sequence[Mapping[str, Any]]) -> list[list[str]]:
-    """A row a larger size: weights, tokens a second, tokens and hours of a compute-optimal run.
+def sustained(found: Sequence[Mapping[str, Any]]) -> float:
+    """FLOP/s of the sizes that were measured, their median."""
+    return statistics.median(
+        FLOP_PER_WEIGHT_AND_TOKEN * one["weights"]["all"] * one["tokens_per_second"] for one in found
+    )
+
+
+def hours_to_optimum(weights: int, speed: float) -> float:
+    """Hours to the compute-optimal point of so many weights, at a speed in FLOP/s."""
+    return FLOP_PER_WEIGHT_AND_TOKEN * weights * OPTIMAL_TOKENS_PER_WEIGHT * weights / speed / 3600
+
+
+def check_alike(described: Mapping[str, Mapping[str, Any]]) -> None:
+    """Whether figures may stand in one table.
 
     Args:
-        larger: weights of each.
-        found: of small ones, whose weights multiplied in a second are taken for all.
+        described: FACTS, by what they are of.
+
+    Raises:
+        UserError: they were not measured alike.
     """
-    reached = statistics.median(one["weights"]["multiplied"] * one["tokens_per_second"] for one in found)
-    rows = []
-    for name, weights in larger.items():
-        rate, tokens = reached / weights["multiplied"], OPTIMAL * weights["all"]
-        rows.append([code(name), f"{weights['all'] / 1e6:,.1f} M", f"{rate:,.0f}", f"{tokens / 1e6:,.0f} M",
-                     f"{tokens / rate / 3600:,.0f} h"])  # fmt: skip
-    return rows
+    (first, facts), *others = described.items()
+    for other, own in others:
+        pairs = {name: (facts.get(name), own.get(name)) for name in FACTS}
+        differing = ", ".join(f"{name} {one} and {two}" for name, (one, two) in pairs.items() if one != two)
+        if differing:
+            raise UserError(f"{first} and {other} differ: {differing}", "name another --folder")
 
 
 WORDS: dict[str, dict[str, Any]] = {
     "en": {
         "lead": "Measured by `python benchmarks/from_scratch.py`: {minutes:g} minutes of training each on {cores} CPU "
-        "cores, with a vocabulary of {vocabulary:,} tokens. Loss and bits a character are those on held-out works, of "
-        "each the first {characters:,} characters. A hundredth and a tenth of the steps are runs of their own.",
-        "measured": ["size", "weights", "tokens/s", "seconds", "tokens", "nats a token", "bits a character"],
+        "cores, with a vocabulary of {vocabulary:,} tokens. Loss and bits per character are those on the first "
+        "{characters:,} characters of each held-out work. A hundredth and a tenth of the steps are runs of their own.",
+        "measured": ["Size", "Weights", "Tokens/s", "Seconds", "Tokens", "Nats per token", "Bits per character"],
         "curve": "Evaluations of the longest runs",
-        "larger": "Larger sizes are **not measured here**: their speed is computed from the FLOP/s that the small ones "
-        "reached (median), at 6 FLOPs a weight and token. Large matrices do better.",
-        "estimated": ["size", "weights", "tokens/s", "20 tokens a weight", "time for them"],
-        "samples": "What they write after the opening of a held-out chapter, drawn at temperature 0.8 and top-p 0.8, "
-        "not selected:",
+        "larger": "These sizes sustained {speed:.1e} FLOP/s (median; 6 x weights x tokens/s). At that speed, larger "
+        "ones would reach the compute-optimal point after these times, **not measured here**. Larger matrices do "
+        "better.",
+        "estimated": ["Size", "Time at that speed"],
+        "hours": "{:,.0f} h",
+        "samples": "What they write after the opening of a held-out chapter, sampled at temperature 0.8 and top-p 0.8, "
+        "unselected:",
+        "trained": "{}, {:.2f} M tokens",
     },
     "zh": {
         "lead": "用 `python benchmarks/from_scratch.py` 实测：{cores} 个 CPU 核，每种规模训练 {minutes:g} 分钟，"
-        "词表 {vocabulary:,}。损失和每字比特数是在留出作品上测的，每部取开头 {characters:,} 字。"
+        "词表 {vocabulary:,}。loss 和每字比特是在留出作品上测的，每部取开头 {characters:,} 字。"
         "百分之一、十分之一的步数各自单独训练，跑完整个学习率计划。",
-        "measured": ["规模", "权重", "token/s", "秒", "token 数", "每 token 损失", "每字比特"],
+        "measured": ["规模", "参数", "token/s", "秒", "token 数", "每 token loss", "每字比特"],
         "curve": "各规模最长一次训练的评估",
-        "larger": "更大的规模**没有在这里实测**：速度按小模型达到的 FLOP/s（中位数）、每 token 每权重 6 FLOP 推算；"
-        "矩阵越大，实际越快。",
-        "estimated": ["规模", "权重", "token/s", "每权重 20 个 token", "所需时间"],
+        "larger": "以上规模实际达到 {speed:.1e} FLOP/s（中位数，按 6 x 参数 x token/s 计）。按这个速度，"
+        "更大的规模训练到计算最优需要下列时间，**未实测**；矩阵越大，实际越快。",
+        "estimated": ["规模", "按此速度所需时间"],
+        "hours": "{:,.0f} 小时",
         "samples": "接着留出章节的开头往下写，采样（温度 0.8，top-p 0.8），未经挑选：",
+        "trained": "{}，{:.2f} M token",
     },
 }
 
 
-def section(
-    language: str, found: Sequence[Mapping[str, Any]], estimated: list[list[str]], facts: Mapping[str, Any]
-) -> str:
+def section(language: str, found: Sequence[Mapping[str, Any]], estimated: Mapping[str, float]) -> str:
     """The Markdown of a page.
 
     Args:
         language: en or zh.
-        found: of every small size.
-        estimated: rows of larger ones.
-        facts: for the first sentence.
+        found: of every small size, measured alike.
+        estimated: hours to the compute-optimal point, by larger size.
     """
     words = WORDS[language]
     rows = []
@@ -221,20 +246,22 @@ def section(
                          f"{seconds:,.0f}", f"{part['tokens'] / 1e6:.2f} M", f"{part['loss']:.2f}",
                          f"{part['bits']:.2f}"])  # fmt: skip
     picture = "from_scratch.png" if language == "en" else "../from_scratch.png"
-    lines = [words["lead"].format(**facts), table(words["measured"], rows), f"![{words['curve']}]({picture})"]
+    lines = [words["lead"].format(**found[0]), table(words["measured"], rows), f"![{words['curve']}]({picture})"]
     if estimated:
-        lines += [words["larger"], table(words["estimated"], estimated)]
+        times = [[code(name), words["hours"].format(hours)] for name, hours in estimated.items()]
+        lines += [words["larger"].format(speed=sustained(found)), table(words["estimated"], times)]
     lines.append(words["samples"])
     for one in found:
         for part in one["parts"]:
             sample = part["samples"][0]
             text = visible(f"…{sample['opening']}\n→ {sample['text']}").replace("```", "'''")
-            lines.append(f"{code(one['name'])}, {part['tokens'] / 1e6:.2f} M token\n\n```text\n{text}\n```")
+            trained = words["trained"].format(code(one["name"]), part["tokens"] / 1e6)
+            lines.append(f"{trained}\n\n```text\n{text}\n```")
     return "\n\n".join(lines) + "\n"
 
 
 def draw(found: Sequence[Mapping[str, Any]]) -> bytes:
-    """Bits a character over seconds, as a PNG file."""
+    """Bits per character over seconds, as a PNG file."""
     figure = Figure(figsize=(6, 3.4), dpi=100, layout="constrained")
     axes = figure.add_subplot()
     for number, one in enumerate(found):
@@ -243,15 +270,13 @@ def draw(found: Sequence[Mapping[str, Any]]) -> bytes:
         axes.plot(seconds, [each["bits"] for each in evaluations], color=COLOURS[number % len(COLOURS)],
                   linestyle=LINES[number % len(LINES)], label=one["name"])  # fmt: skip
     axes.set_xlabel("seconds of training")
-    axes.set_ylabel("bits a character, held-out works")
+    axes.set_ylabel("bits per character, held-out works")
     axes.grid(alpha=0.4)
     axes.legend(frameon=False)
     return figure_png(figure)
 
 
-def write_docs(
-    folder: Path, found: Sequence[Mapping[str, Any]], estimated: list[list[str]], facts: dict[str, Any]
-) -> None:
+def write_docs(folder: Path, found: Sequence[Mapping[str, Any]], estimated: Mapping[str, float]) -> None:
     """Put the figures into both pages, and the picture beside them."""
     for language, path in (("en", folder / "from_scratch.md"), ("zh", folder / "zh" / "from_scratch.md")):
         page = path.read_text(encoding="utf-8")
@@ -259,38 +284,59 @@ def write_docs(
         if marks is None:
             sys.exit(f"{path} has no <!-- measured --> and <!-- /measured --> to write between")
         before, end = page[: marks.end(1)], page[marks.start(2) :]
-        atomic_write(path, f"{before}{section(language, found, estimated, facts)}{end}")
+        atomic_write(path, f"{before}{section(language, found, estimated)}{end}")
     atomic_write(folder / "from_scratch.png", draw(found))
 
 
-def main() -> None:
+def study(arguments: argparse.Namespace, small: Mapping[str, Path], vocabulary: int) -> Iterator[dict[str, Any]]:
+    """The figures of each size that is asked for or has been measured before, in the order of `small`.
+
+    Raises:
+        UserError: --only names another size, there is none, or figures were not measured alike.
+    """
+    if not small:
+        raise UserError(f"with {vocabulary:,} tokens, each ready size has more than {MOST_WEIGHTS / 1e6:g} M weights",
+                        "take a tokenizer with fewer tokens")  # fmt: skip
+    if unknown := [name for name in arguments.only if name not in small]:
+        raise UserError(f"--only {' '.join(unknown)}: no ready size of at most {MOST_WEIGHTS / 1e6:g} M weights",
+                        f"name some of {', '.join(small)}")  # fmt: skip
+    paths = {name: arguments.folder / f"{name}.json" for name in small}
+    stored = {name: read_object(path) for name, path in paths.items() if path.is_file()}
+    missing = [name for name in arguments.only or small if name not in stored]
+    facts = dict(zip(FACTS, (arguments.minutes, usable_cores(), vocabulary, EVALUATED_CHARACTERS), strict=True))
+    check_alike({str(paths[name]): one for name, one in stored.items()} | ({"this run": facts} if missing else {}))
+    if missing:
+        tokens = str(arguments.folder / "tokens")
+        run("dataset", "tokens", str(arguments.held_out), tokens, "--model", str(arguments.tokenizer))
+    for name, size in small.items():
+        if name in missing:
+            stored[name] = measure(size, arguments, arguments.train_files or [tokens], tokens) | facts
+            atomic_write(paths[name], json.dumps(stored[name], ensure_ascii=False, indent=1) + "\n")
+        if name in stored:
+            yield stored[name]
+
+
+@exit_on_user_error
+def main(argv: list[str] | None = None) -> None:
     """Measure what is not known yet, a size after the other; then the pages."""
-    arguments = read_arguments()
+    arguments = read_arguments(argv)
     console = make_console()
     arguments.folder.mkdir(parents=True, exist_ok=True)
     os.environ["HF_HUB_OFFLINE"] = "1"
     tokenizer = load_tokenizer(ModelArguments(str(arguments.tokenizer)))
-    tokens = arguments.folder / "tokens"
-    run("dataset", "tokens", str(arguments.held_out), str(tokens), "--model", str(arguments.tokenizer))
-    weights = {size: weights_with(size, tokenizer) for size in SIZES.glob("*.json")}
-    weights = dict(sorted(weights.items(), key=lambda entry: entry[1]["all"]))
-    small = [size for size in weights if weights[size]["all"] <= MOST_WEIGHTS]
+    sizes = sorted(SIZES.glob("*.json"), key=lambda size: (weights_with(size, tokenizer), size))
+    small = {size.stem: size for size in sizes if weights_with(size, tokenizer) <= MOST_WEIGHTS}
     found = []
-    for size in (size for size in small if size.stem in (arguments.only or [size.stem])):
-        path = arguments.folder / f"{size.stem}.json"
-        if not path.is_file():
-            figures = measure(size, arguments, arguments.train_files or [str(tokens)], str(tokens))
-            atomic_write(path, json.dumps(figures, ensure_ascii=False, indent=1) + "\n")
-        found.append(json.loads(path.read_text(encoding="utf-8")))
-        parts = ", ".join(f"{part['tokens'] / 1e6:.2f} M tokens: {part['bits']:.3f}" for part in found[-1]["parts"])
-        console.print(f"{size.stem}: {found[-1]['tokens_per_second']:,.0f} tokens/s; bits a character after {parts}")
-    larger = {size.stem: weights[size] for size in weights if size not in small}
-    estimated = estimate_rows(larger, found) if found else []
-    facts = {"cores": usable_cores(), "minutes": arguments.minutes, "vocabulary": len(tokenizer),
-             "characters": EVALUATED_CHARACTERS}  # fmt: skip
+    for one in study(arguments, small, len(tokenizer)):
+        found.append(one)
+        parts = ", ".join(f"{part['tokens'] / 1e6:.2f} M tokens: {part['bits']:.3f}" for part in one["parts"])
+        console.print(f"{one['name']}: {one['tokens_per_second']:,.0f} tokens/s; bits per character after {parts}")
+    speed = sustained(found)
+    larger = sorted((listed_weights(size), size.stem) for size in sizes if size.stem not in small)
+    estimated = {name: hours_to_optimum(weights, speed) for weights, name in larger}
     if arguments.docs:
-        write_docs(arguments.docs, found, estimated, facts)
-    write_results([], arguments.json, sizes=found, estimated=estimated)
+        write_docs(arguments.docs, found, estimated)
+    write_results([], arguments.json, sizes=found, estimated_hours=estimated)
 
 
 if __name__ == "__main__":

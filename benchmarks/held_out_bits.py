@@ -1,6 +1,6 @@
-"""Bits a character of models on held-out works, work by work: what compares models of different tokenizers.
+"""Bits per character of models on held-out works, work by work: what compares models of different tokenizers.
 
-Every character is predicted once, from the tokens before it in its block of its work.
+Every token but the first of a document is predicted once, from the tokens before it in its block of its document.
 """
 
 from __future__ import annotations
@@ -27,6 +27,7 @@ from novelgpt.model.random_base import count_weights
 from novelgpt.model.tokenizer import load_tokenizer
 from novelgpt.scoring.perplexity import row_sums
 from novelgpt.settings.arguments import ModelArguments
+from novelgpt.settings.errors import UserError
 from novelgpt.text.chunks import ChunkEncoder, DocumentCutter
 from novelgpt.text.collator import Collator
 from novelgpt.text.packing import PackedBlocks, TokenizedText
@@ -36,10 +37,20 @@ TOKENS_AT_ONCE = 8192
 
 
 class Work(NamedTuple):
-    """The text of a held-out work, or its first part."""
+    """A held-out work, or its first part.
+
+    Attributes:
+        name: of the work.
+        documents: its text, in one document; of a file of short texts, each of them.
+    """
 
     name: str
-    text: str
+    documents: tuple[str, ...]
+
+    @property
+    def characters(self) -> int:
+        """Of all documents."""
+        return sum(map(len, self.documents))
 
 
 class LoadedModel(NamedTuple):
@@ -62,7 +73,30 @@ def read_works(prepared: Path, characters: int = 0) -> list[Work]:
     """
     rows = (row for file in held_out_files([str(prepared)]) for row in read_text_rows(file))
     books = itertools.groupby(rows, key=itemgetter("book"))
-    return [Work(name, "\n\n".join(row["text"] for row in of_book)[: characters or None]) for name, of_book in books]
+    return [Work(name, ("\n\n".join(row["text"] for row in of_book)[: characters or None],)) for name, of_book in books]
+
+
+def read_documents(name: str, file: Path, characters: int = 0) -> Work:
+    """A file of held-out text rows, each a document of its own.
+
+    Args:
+        name: for the file.
+        file: of text rows.
+        characters: from its start; 0 for all of it.
+
+    Raises:
+        UserError: it cannot be read, or is empty.
+    """
+    texts = [row["text"] for row in read_text_rows(file)]
+    left = characters or sum(map(len, texts))
+    documents = []
+    for text in texts:
+        if left > 0:
+            documents.append(text[:left])
+        left -= len(text)
+    if not documents:
+        raise UserError(f"{file} holds no text", "name a file of text rows")
+    return Work(name, tuple(documents))
 
 
 def load(folder: Path) -> LoadedModel:
@@ -79,22 +113,23 @@ def load(folder: Path) -> LoadedModel:
 
 
 def text_sums(loaded: LoadedModel, work: Work, context: int) -> numpy.ndarray:
-    """Sums over a work as one document: [3], nats, tokens predicted, tokens predicted right; the end token counts.
+    """Sums over a work: [3], nats, tokens predicted, tokens predicted right; the end token of each document counts.
 
     Args:
         loaded: model and tokenizer.
         work: to read.
-        context: tokens of a block, within which a token sees those before it.
+        context: tokens per block, within which a token sees those before it.
     """
-    row = {"text": work.text, "book": work.name, "chapter": "", "title": "", "source": work.name}
-    chunks = DocumentCutter(loaded.encoder.in_chunks).cut([row], last=True)
-    tokens = numpy.concatenate([batch for batch, _ in loaded.encoder.encode(chunks, lambda *_: None)])
-    blocks = PackedBlocks([TokenizedText(tokens)], context, mixed=False)
+    rows = [{"text": text, "book": "", "chapter": "", "title": "", "source": work.name} for text in work.documents]
+    chunks = DocumentCutter(loaded.encoder.in_chunks).cut(rows, last=True)
+    batches, starts = zip(*loaded.encoder.encode(chunks, lambda *_: None), strict=True)
+    text = TokenizedText(numpy.concatenate(batches), numpy.array([*itertools.chain(*starts)], numpy.int64))
+    blocks = PackedBlocks([text], context, mixed=False)
     collate = Collator(int(loaded.tokenizer.pad_token_id))
-    rows = max(1, TOKENS_AT_ONCE // context)
+    count = max(1, TOKENS_AT_ONCE // context)
     sums = numpy.zeros(3)
-    for start in range(0, len(blocks), rows):
-        batch = collate([blocks[number] for number in range(start, min(start + rows, len(blocks)))])
+    for start in range(0, len(blocks), count):
+        batch = collate([blocks[number] for number in range(start, min(start + count, len(blocks)))])
         batch = {name: tensor.to(loaded.model.device) for name, tensor in batch.items()}
         with torch.inference_mode():
             outputs = loaded.model(**batch, use_cache=False)
@@ -103,16 +138,16 @@ def text_sums(loaded: LoadedModel, work: Work, context: int) -> numpy.ndarray:
 
 
 def bits_of_works(loaded: LoadedModel, works: list[Work], context: int) -> dict[str, Any]:
-    """Bits a character, all nats / ln 2 / characters.
+    """Bits per character: all nats / ln 2 / characters.
 
     Returns:
-        {"works": {name: bits a character}, "all": of all characters together, "loss": nats a token,
+        {"works": {name: bits per character}, "all": of all characters together, "loss": nats per token,
         "characters_a_token"}.
     """
     sums = [text_sums(loaded, work, context) for work in works]
     nats, tokens, _ = numpy.sum(sums, axis=0).tolist()
-    characters = sum(len(work.text) for work in works)
-    in_bits = [float(one[0]) / math.log(2) / len(work.text) for one, work in zip(sums, works, strict=True)]
+    characters = sum(work.characters for work in works)
+    in_bits = [float(one[0]) / math.log(2) / work.characters for one, work in zip(sums, works, strict=True)]
     return {
         "works": {work.name: each for work, each in zip(works, in_bits, strict=True)},
         "all": nats / math.log(2) / characters,

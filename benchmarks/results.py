@@ -10,6 +10,10 @@ from typing import Any
 
 from rich.console import Console
 
+sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
+
+from novelgpt.settings.atomic_files import atomic_write
+
 TABLE_WIDTH = 144
 
 
@@ -45,4 +49,4 @@ def show_results(results: list[dict[str, Any]], console: Console) -> None:
 def write_results(results: list[dict[str, Any]], path: Path | None, **more: Any) -> None:
     """The entries, and what else there is, as --json asks for them; nothing without a path."""
     if path is not None:
-        path.write_text(json.dumps({"results": results, **more}, indent=2) + "\n", encoding="utf-8")
+        atomic_write(path, json.dumps({"results": results, **more}, indent=2) + "\n")

@@ -119,7 +119,8 @@ def held_out_files(names: Sequence[str]) -> list[Path]:
             raise UserError(f"{name} has no manifest.json", f"prepare it: {python_module('dataset novels RAW OUT')}")
         found = sorted(file for file in path.glob("held_out-*") if file.suffix in (".parquet", ".jsonl"))
         if not found:
-            raise UserError(f"{name} holds no book out", "prepare it with --held_out or --held_out_share")
+            remedy = "prepare it with --held_out, --held_out_works or --held_out_share"
+            raise UserError(f"{name} holds no book out", remedy)
         files += found
     return files
 

@@ -1,31 +1,45 @@
 #!/usr/bin/env bash
 # A base of 3 M weights that writes Chinese, from a folder of novels and a file of title/abstract rows.
 #   bash scripts/recipes/tiny_base.sh CORPUS PAPERS OUT
-# Prepares the novels without the works that are held out, trains a tokenizer of 4,096 tokens and a Qwen3 of random
-# weights, first on short blocks, then on blocks of 4,096 tokens while the learning rate falls, and leaves OUT/tiny: weights
-# in bf16, tokenizer, model card. On 2 CPU cores about two hours. What is done stays done: stopped or killed, the same
-# command resumes. If CORPUS has a manifest.json, a list of {file, title, author, author_death_year}, the card names them.
+# Prepares the novels without the works that are held out, trains a tokenizer and a Qwen3 of random weights, first on
+# short blocks, then on blocks of 4,096 tokens while the learning rate falls, and leaves OUT/tiny: weights in bf16,
+# tokenizer, model card. On 2 CPU cores it takes about two hours. If it is stopped or killed, the same command resumes.
+# If CORPUS has a manifest.json, a list of {file, title, author, author_death_year}, the card names the works by it.
 #
-# Variables: STABLE_STEPS and DECAY_STEPS, optimizer steps of 2,048 and 8,192 tokens; NPROC, processes; PRECISION (bf16
-# where the processor is fast in it); MODERN and PAPER, how often modern works and papers are named for once that
-# earlier works are; VOCABULARY; HELD_OUT, the list of works, or options of `dataset novels` in its place;
-# EVALUATED, characters of each held-out work that figures are measured on, 0 for all; LICENSE, of the weights, for the card.
-# QWEN2_TOKENIZER=FOLDER also trains two models of 3 M weights on the first COMPARED characters of the same text, one
-# with the tokenizer made here and one with that of the folder (20 minutes), and has the card compare them.
+# Variables, with their defaults:
+#   STABLE_STEPS=14000 DECAY_STEPS=400  optimizer steps of 2,048 and of 8,192 tokens
+#   VOCABULARY=4096        tokens of the tokenizer
+#   MODERN=6 PAPER=10      how many times modern works and papers are repeated; earlier works are read once
+#   HELD_OUT=public_domain list of works to hold out: a name, or a file of `dataset held_out`
+#   HELD_OUT_SHARE=0       share of the other books to hold out as well
+#   NPROC=1                processes, 1 or 2
+#   PRECISION=…            default: bf16 on GPUs and on processors that are fast in it, else fp32
+#   EVALUATED=100000       characters of each held-out text that bits per character are measured on, 0 for all
+#   LICENSE=…              of the weights, for the card
+#   QWEN2_TOKENIZER=FOLDER also train two models of 3 M weights on about COMPARED=1000000 characters, one with the
+#                          tokenizer made here and one with that of the folder (20 minutes); the card compares them
 set -euo pipefail
 here="$(cd "$(dirname "${BASH_SOURCE[0]}")" && pwd)"
 root="$(cd "$here/../.." && pwd)"
-if [ "$#" -ne 3 ]; then
-  echo "error: $# words in place of three" >&2
-  echo "  fix: bash scripts/recipes/tiny_base.sh CORPUS PAPERS OUT" >&2
+refuse() { # CAUSE REMEDY
+  printf 'error: %s\n  fix: %s\n' "$1" "$2" >&2
   exit 2
+}
+if [ "$#" -ne 3 ]; then
+  refuse "expected 3 arguments, got $#" "bash scripts/recipes/tiny_base.sh CORPUS PAPERS OUT"
 fi
 corpus="$1" papers="$2" out="$3" recipe="$here/tiny_base"
-ranks="${NPROC:-1}"
+export NPROC="${NPROC:-${NPROC_PER_NODE:-1}}" # without it, the launcher would start one per GPU
+case "$NPROC" in
+  1 | 2) ;; # a step has 4, 2 or 8 rows
+  *) refuse "$NPROC processes cannot share the 2 rows of a step" "NPROC=1 or NPROC=2" ;;
+esac
 if [ -z "${PRECISION:-}" ]; then
   PRECISION=auto # bf16 on GPUs
   if grep -qsE 'avx512_bf16|amx_bf16' /proc/cpuinfo; then PRECISION=bf16; fi
 fi
+stable_steps="${STABLE_STEPS:-14000}" decay_steps="${DECAY_STEPS:-400}" vocabulary="${VOCABULARY:-4096}"
+modern="${MODERN:-6}" paper="${PAPER:-10}" held_out="${HELD_OUT:-public_domain}" share="${HELD_OUT_SHARE:-0}"
 bash "$root/scripts/setup.sh" requirements.txt
 export PYTHONPATH="$root${PYTHONPATH:+:$PYTHONPATH}" HF_HUB_OFFLINE=1
 python="${VENV:-$root/.venv}/bin/python"
@@ -33,77 +47,88 @@ step() { printf '\n== %s\n' "$*"; }
 finished() { grep -qs '"status": "finished"' "$1/run.json"; }
 
 step "1/7 The novels, without the works that are held out"
-read -ra held_out <<< "${HELD_OUT:---held_out_works public_domain}"
-"$python" -m dataset novels "$corpus" "$out/novels" "${held_out[@]}"
+"$python" "$recipe/origin.py" "$out" "$corpus" "$papers" "$held_out" "HELD_OUT_SHARE=$share" \
+  "VOCABULARY=$vocabulary" "MODERN=$modern" "PAPER=$paper" "STABLE_STEPS=$stable_steps" "DECAY_STEPS=$decay_steps"
 if [ ! -e "$out/parts/books.json" ]; then
+  "$python" -m dataset novels "$corpus" "$out/novels" --held_out_works "$held_out" --held_out_share "$share"
   books=()
   if [ -e "$corpus/manifest.json" ]; then books=(--books "$corpus/manifest.json"); fi
-  "$python" "$recipe/parts.py" "$out/novels" "$papers" "$out/parts" "${books[@]}"
+  "$python" "$recipe/parts.py" "$out/novels" "$papers" "$out/parts" ${books[@]+"${books[@]}"}
 fi
 
 step "2/7 The tokenizer"
-texts=("$out/parts/papers.jsonl")
-train=()
-for ((n = 0; n < ${PAPER:-10}; n++)); do train+=("$out/tokens/papers"); done
+parts=(papers) # that are trained on
+repeated=()    # each as often as it is read
+for ((n = 0; n < paper; n++)); do repeated+=(papers); done
 for part in modern earlier; do
   if [ ! -s "$out/parts/$part.jsonl" ]; then continue; fi
-  texts+=("$out/parts/$part.jsonl")
-  if [ "$part" = modern ]; then times="${MODERN:-6}"; else times=1; fi
-  for ((n = 0; n < times; n++)); do train+=("$out/tokens/$part"); done
+  parts+=("$part")
+  if [ "$part" = modern ]; then times="$modern"; else times=1; fi
+  for ((n = 0; n < times; n++)); do repeated+=("$part"); done
 done
 if [ ! -e "$out/tokenizer/tokenizer.json" ]; then
-  "$python" -m dataset tokenizer "${texts[@]}" "$out/tokenizer" --kind byte_bpe --vocab_size "${VOCABULARY:-4096}"
+  texts=()
+  for part in "${parts[@]}"; do texts+=("$out/parts/$part.jsonl"); done
+  "$python" -m dataset tokenizer "${texts[@]}" "$out/tokenizer" --kind byte_bpe --vocab_size "$vocabulary"
 fi
 
 step "3/7 Text to tokens"
 make_tokens() { # FOLDER TOKENIZER
   mkdir -p "$1"
-  for part in "${texts[@]}" "$out/parts/held_out.jsonl"; do
-    "$python" -m dataset tokens "$part" "$1/$(basename "$part" .jsonl)" --model "$2"
+  for part in "${parts[@]}" held_out; do
+    "$python" -m dataset tokens "$out/parts/$part.jsonl" "$1/$part" --model "$2"
   done
 }
 make_tokens "$out/tokens" "$out/tokenizer"
 
-# RUN STEPS ROWS_A_STEP WORD…: `pretrain` into the folder RUN, unless that is done.
+# FOLDER: `train` is what training reads of the tokens in it.
+read_from() {
+  train=()
+  for part in "${repeated[@]}"; do train+=("$1/$part"); done
+}
+
+# RUN STEPS ROWS_PER_STEP TOKENS WORD…: `pretrain` on the folder TOKENS into the folder RUN, unless that is done.
 pretrain() {
-  local run="$1" steps="$2" rows="$3"
-  shift 3
+  local run="$1" steps="$2" rows="$3" tokens="$4"
+  shift 4
   if finished "$run"; then return; fi
+  read_from "$tokens"
   bash "$root/scripts/run_pretrain.sh" --output_dir "$run" --max_steps "$steps" --precision "$PRECISION" \
-    --per_device_train_batch_size "$((rows / ranks))" "$@"
+    --per_device_train_batch_size "$((rows / NPROC))" "$@" --train_files "${train[@]}" --valid_files "$tokens/held_out"
 }
 
 step "4/7 Training on short blocks, at a constant learning rate"
-data=(--train_files "${train[@]}" --valid_files "$out/tokens/held_out")
-pretrain "$out/stable" "${STABLE_STEPS:-14000}" 4 --config "$recipe/stable.yaml" \
-  --config_name "$recipe/model.json" --tokenizer_name "$out/tokenizer" "${data[@]}"
+pretrain "$out/stable" "$stable_steps" 4 "$out/tokens" --config "$recipe/stable.yaml" \
+  --config_name "$recipe/model.json" --tokenizer_name "$out/tokenizer"
 
 step "5/7 Training on long blocks, while the learning rate falls"
-pretrain "$out/decay" "${DECAY_STEPS:-700}" 2 --config "$recipe/decay.yaml" --model "$out/stable" "${data[@]}"
+pretrain "$out/decay" "$decay_steps" 2 "$out/tokens" --config "$recipe/decay.yaml" --model "$out/stable"
 
-step "6/7 Weights in bf16, and how it does on works that no training has seen"
+step "6/7 Weights in bf16, and how it does on texts that no training has seen"
 if [ ! -e "$out/tiny/config.json" ]; then "$python" "$recipe/export.py" "$out/decay" "$out/tiny"; fi
 "$python" -m novelgpt.model.tiny_random "$out/tiny-random"
 compare=("tiny-random=$out/tiny-random")
 if [ -n "${QWEN2_TOKENIZER:-}" ]; then
   make_tokens "$out/tokens-qwen2" "$QWEN2_TOKENIZER"
+  characters="${COMPARED:-1000000}"
   for kind in own qwen2; do
     if [ "$kind" = own ]; then tokens="$out/tokens" model=model tokenizer="$out/tokenizer"
     else tokens="$out/tokens-qwen2" model=narrow tokenizer="$QWEN2_TOKENIZER"; fi
-    if [ ! -e "$out/compared/$kind-steps" ]; then
-      mkdir -p "$out/compared"
-      "$python" "$recipe/steps.py" "$out/parts" "$tokens" "${COMPARED:-1000000}" 4096 > "$out/compared/$kind-steps.unfinished"
-      mv "$out/compared/$kind-steps.unfinished" "$out/compared/$kind-steps"
-    fi
-    pretrain "$out/compared/$kind" "$(cat "$out/compared/$kind-steps")" 8 --config "$recipe/compared.yaml" \
-      --config_name "$recipe/$model.json" --tokenizer_name "$tokenizer" \
-      --train_files "${train[@]/#$out\/tokens/$tokens}" --valid_files "$tokens/held_out"
-    compare+=("compared-$kind=$out/compared/$kind")
+    read_from "$tokens"
+    steps="$("$python" "$recipe/steps.py" "$out/parts" "$characters" 4096 "${train[@]}")"
+    pretrain "$out/compared/$kind-$characters" "$steps" 8 "$tokens" --config "$recipe/compared.yaml" \
+      --config_name "$recipe/$model.json" --tokenizer_name "$tokenizer"
+    compare+=("compared-$kind=$out/compared/$kind-$characters")
   done
 fi
-if [ ! -e "$out/evaluation.json" ]; then
-  "$python" "$root/benchmarks/tiny_base.py" --model "$out/tiny" --held_out "$out/novels" \
-    --characters "${EVALUATED:-100000}" --compare "${compare[@]}" --json "$out/evaluation.json"
+evaluate=(--characters "${EVALUATED:-100000}" --compare "${compare[@]}"
+  --documents "titles and abstracts 标题与摘要=$out/parts/papers_held_out.jsonl")
+asked="${evaluate[*]//"$out/"/}" # of another evaluation, the figures are not those that are asked for now
+if [ ! -e "$out/evaluation.json" ] || [ "$(cat "$out/evaluation.txt" 2> /dev/null)" != "$asked" ]; then
+  rm -f "$out/evaluation.txt"
+  "$python" "$root/benchmarks/tiny_base.py" --model "$out/tiny" --held_out "$out/novels" "${evaluate[@]}" \
+    --json "$out/evaluation.json"
+  printf '%s\n' "$asked" > "$out/evaluation.txt"
 fi
 
 step "7/7 The model card"

@@ -1,12 +1,11 @@
 """The model card of a base that the recipe made, from recorded figures alone: python …/card.py OUT [LICENSE].
 
-Reads OUT/parts/books.json, the run folders OUT/stable and OUT/decay, and OUT/evaluation.json; writes README.md and
-curve.png into OUT/tiny.
+Reads made_from.json, parts/books.json, the run folders stable and decay, and evaluation.json of OUT; writes README.md
+and curve.png into OUT/tiny.
 """
 
 from __future__ import annotations
 
-import hashlib
 import json
 import sys
 from collections.abc import Mapping, Sequence
@@ -18,11 +17,12 @@ import jinja2
 from matplotlib.figure import Figure
 
 from novelgpt.model.card import Card, code, table, use_section, write_card
-from novelgpt.settings.atomic_files import atomic_write, hash_file
+from novelgpt.settings.atomic_files import atomic_write
 from novelgpt.settings.charts import COLOURS, figure_png
 from novelgpt.settings.errors import UserError, exit_on_user_error
 from novelgpt.settings.parsed_files import read_object
 from novelgpt.settings.terminal import say, visible
+from scripts.recipes.tiny_base.origin import recipe_hash, recorded_recipe
 
 STAGES = ("stable", "decay")
 PARTS = ("modern", "earlier", "held_out")
@@ -37,16 +37,13 @@ class Curve(NamedTuple):
     evaluations: list[dict[str, float]]
     tokens: int
     max_length: int
-    seconds: float
     tokens_per_second: float
     run: dict[str, Any]
 
-
-def recipe_hash() -> str:
-    """sha256 of the names and contents of the recipe's files: the script, and all beside this file."""
-    here = Path(__file__).resolve().parent
-    files = sorted([here.with_suffix(".sh"), *(path for path in here.iterdir() if path.is_file())])
-    return hashlib.sha256("".join(f"{path.name} {hash_file(path)[0]}\n" for path in files).encode()).hexdigest()
+    @property
+    def seconds(self) -> float:
+        """Of training on all tokens, in as many attempts as it took; without evaluations."""
+        return self.tokens / self.tokens_per_second
 
 
 def read_curve(folder: Path, before: int) -> Curve:
@@ -78,7 +75,7 @@ def read_curve(folder: Path, before: int) -> Curve:
     results = run["results"]
     return Curve(
         folder.name, [evaluations[step] for step in sorted(evaluations)], training["max_steps"] * step_tokens,
-        run["arguments"]["data"]["max_length"], results["train_runtime"], results["tokens_per_second"], run,
+        run["arguments"]["data"]["max_length"], results["tokens_per_second"], run,
     )  # fmt: skip
 
 
@@ -89,11 +86,11 @@ def curve_table(curves: Sequence[Curve]) -> str:
         for curve in curves
         for one in curve.evaluations
     ]
-    return table(["tokens read 已读", "nats a token", "bits a character 每字比特"], rows)
+    return table(["tokens 已训练 token 数", "nats per token 每 token loss", "bits per character 每字比特"], rows)
 
 
 def bits_table(bits: Mapping[str, Any], characters: Mapping[str, int]) -> str:
-    """A row a held-out work, a column a model.
+    """A row per held-out work, a column per model.
 
     Args:
         bits: of each model, as benchmarks/tiny_base.py records them.
@@ -103,21 +100,26 @@ def bits_table(bits: Mapping[str, Any], characters: Mapping[str, int]) -> str:
             for work, count in characters.items()]  # fmt: skip
     rows.append(["all 合计", f"{sum(characters.values()):,}", *(f"{one['all']:.3f}" for one in bits.values())])
     tokens = [f"{one['characters_a_token']:.2f}" for one in bits.values()]
-    rows.append(["characters a token 每 token 字数", "", *tokens])
-    for label, name in (("M weights 权重", "all"), ("of these embeddings 其中嵌入", "embeddings")):
+    rows.append(["characters per token 每 token 字数", "", *tokens])
+    for label, name in (("weights, M 参数", "all"), ("embeddings of these, M 其中嵌入", "embeddings")):
         rows.append([label, "", *(f"{one['weights'][name] / 1e6:.2f}" for one in bits.values())])
     return table(["work 作品", "characters 字数", *map(code, bits)], rows)
 
 
-def sample_of(drawn: Sequence[Mapping[str, Any]]) -> list[dict[str, str]]:
+def distance_of(sampled: Sequence[Mapping[str, Any]]) -> int:
+    """Of neighbouring samples."""
+    return max(1, len(sampled) // SAMPLES)
+
+
+def sample_of(sampled: Sequence[Mapping[str, Any]]) -> list[dict[str, str]]:
     """Continuations at equal distances, without what would end a block of Markdown or control a terminal."""
-    chosen = drawn[:: max(1, len(drawn) // SAMPLES)][:SAMPLES]
+    chosen = sampled[:: distance_of(sampled)][:SAMPLES]
     texts = [{"id": one["id"], "opening": one["opening"].rstrip()[-80:], "text": one["text"]} for one in chosen]
     return [{name: visible(text).replace("```", "'''") for name, text in one.items()} for one in texts]
 
 
 def draw_curve(curves: Sequence[Curve]) -> bytes:
-    """Bits a character against tokens, as a PNG file."""
+    """Bits per character against tokens, as a PNG file."""
     figure = Figure(figsize=(6, 3.2), dpi=100, layout="constrained")
     axes = figure.add_subplot()
     for curve, colour in zip(curves, COLOURS, strict=False):
@@ -125,8 +127,8 @@ def draw_curve(curves: Sequence[Curve]) -> bytes:
         tokens, bits = ([one[name] for one in evaluations] for name in ("tokens", "bits"))
         label = f"blocks of {curve.max_length:,} tokens"
         axes.plot([number / 1e6 for number in tokens], bits, "o-", color=colour, markersize=3, label=label)
-    axes.set_xlabel("million tokens read")
-    axes.set_ylabel("bits a character, held-out works")
+    axes.set_xlabel("million tokens")
+    axes.set_ylabel("bits per character, held-out works")
     axes.grid(alpha=0.4)
     axes.legend(frameon=False)
     return figure_png(figure)
@@ -144,20 +146,19 @@ def render(out: Path, curves: Sequence[Curve], evaluation: dict[str, Any], licen
     listed = read_object(out / "parts" / "books.json", max_bytes=MAX_BYTES)
     books = {part: [book for book in listed["books"] if book["part"] == part] for part in PARTS}
     written = evaluation["continuations"]
-    drawn = written.get("drawn", [])
+    sampled = written.get("sampled", [])
     environment = jinja2.Environment(undefined=jinja2.StrictUndefined, autoescape=False)
     template = environment.from_string(Path(__file__).with_suffix(".md").read_text(encoding="utf-8"))
     text = template.render(
-        own=next(iter(evaluation["bits"].values())), compared=len(evaluation["bits"]) > 2, curves=curves, drawn=drawn,
+        own=next(iter(evaluation["bits"].values())), compared=len(evaluation["bits"]) > 2, curves=curves,
         books={part: sorted(of_part, key=itemgetter("title")) for part, of_part in books.items()},
-        parts=listed["parts"], papers=listed["papers"],
-        papers_file=listed["papers_file"], use=use_section(False, "tiny", "qwen3", chat=False),
+        parts=listed["parts"], papers=listed["papers"], papers_file=listed["papers_file"],
+        use=use_section(False, "tiny", "qwen3", chat=False), recipe=recorded_recipe(out), recipe_now=recipe_hash(),
         tokens=sum(curve.tokens for curve in curves), seconds=sum(curve.seconds for curve in curves),
-        recipe=recipe_hash(), curve_table=curve_table(curves), samples=sample_of(drawn),
-        bits_table=bits_table(evaluation["bits"], evaluation["characters"]),
-        loops=sum(one["loops"] for one in drawn) / max(1, len(drawn)), broken=sum(one["broken"] for one in drawn),
-        greedy_loops=written.get("greedy_loops", 0.0), code=code, millions=lambda number: f"{number / 1e6:,.2f}",
-        percent=lambda share: f"{share:.0%}",
+        curve_table=curve_table(curves), bits_table=bits_table(evaluation["bits"], evaluation["characters"]),
+        sampled=sampled, samples=sample_of(sampled), nth=distance_of(sampled),
+        loops=sum(one["loops"] for one in sampled), greedy_loops=sum(one["loops"] for one in written.get("greedy", [])),
+        broken=sum(one["broken"] for one in sampled), code=code, millions=lambda number: f"{number / 1e6:,.2f}",
     )  # fmt: skip
     lead, *parts = text.strip("\n").split("\n## ")
     named = (part.partition("\n") for part in parts)

@@ -8,17 +8,16 @@ from pathlib import Path
 import torch
 from transformers import AutoModelForCausalLM, GenerationConfig
 
-from novelgpt.model.portable import make_portable
+from novelgpt.model.portable import save_portable
 from novelgpt.model.tokenizer import load_tokenizer
 from novelgpt.settings.arguments import ModelArguments
-from novelgpt.settings.atomic_files import atomic_folder, follow_umask
+from novelgpt.settings.atomic_files import atomic_folder
 from novelgpt.settings.errors import UserError, exit_on_user_error
 from novelgpt.settings.terminal import say
-from novelgpt.text.conversation import end_token_ids
 from novelgpt.text.encoding import document_end_id
 
 MAX_BYTES = 8_000_000
-# With which the samples of the card were drawn.
+# Those of the samples in the card.
 SAMPLING = {"do_sample": True, "temperature": 0.8, "top_p": 0.8, "top_k": 0}
 
 
@@ -30,15 +29,14 @@ def export(run: Path, out: Path) -> int:
     """
     tokenizer = load_tokenizer(ModelArguments(str(run)))
     model = AutoModelForCausalLM.from_pretrained(run, dtype=torch.bfloat16)
-    ends = sorted({*end_token_ids(tokenizer), document_end_id(tokenizer)})
-    model.generation_config = GenerationConfig(
-        eos_token_id=ends, pad_token_id=tokenizer.pad_token_id, bos_token_id=tokenizer.bos_token_id, **SAMPLING
-    )
+    # It has read documents only: whoever loads the folder learns of no other end, also without the run's record.
+    end = document_end_id(tokenizer)
+    tokenizer.eos_token = tokenizer.convert_ids_to_tokens(end)
+    model.config.eos_token_id = end
+    padding, begin = tokenizer.pad_token_id, tokenizer.bos_token_id
+    model.generation_config = GenerationConfig(eos_token_id=end, pad_token_id=padding, bos_token_id=begin, **SAMPLING)
     with atomic_folder(out) as folder:
-        model.save_pretrained(folder)
-        tokenizer.save_pretrained(folder)
-        make_portable(folder)
-        follow_umask(folder)
+        save_portable(folder, model, tokenizer)
         size = sum(path.stat().st_size for path in folder.iterdir())
         if size > MAX_BYTES:
             raise UserError(f"{out} would take {size:,} bytes, more than {MAX_BYTES:,}", "train a smaller model")

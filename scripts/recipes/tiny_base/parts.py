@@ -3,7 +3,8 @@
     python scripts/recipes/tiny_base/parts.py PREPARED PAPERS OUT [--books MANIFEST]
 
 From a folder of `dataset novels` come modern.jsonl, earlier.jsonl and held_out.jsonl, text rows of whole books; from
-title/abstract rows come papers.jsonl and, of every tenth row, papers_held_out.jsonl. books.json lists the books.
+title/abstract rows come papers.jsonl and, of every tenth row, papers_held_out.jsonl, which is only evaluated on.
+books.json lists the books.
 
 A book is modern where it is written as Chinese is now, told by two characters that have changed since: 的, which took
 the place of 之 and of much else, and 她, which is a word of its own only since about 1920.
@@ -20,6 +21,8 @@ from operator import itemgetter
 from pathlib import Path
 from typing import Any
 
+from dataset.corpus import TRAIN, find_sources
+from dataset.novels.held_out.works import author_and_title
 from dataset.readers import read_text_rows
 from dataset.records import Record, read_records
 from novelgpt.settings.atomic_files import atomic_folder, hash_file
@@ -51,7 +54,7 @@ def describe(name: str, source: str, known: Mapping[str, Record]) -> dict[str, A
     """{"title", "author", "died"} of a book: as its file is described, else as it is named: AUTHOR_TITLE.txt."""
     file = Path(re.split(r"[#!]", source)[0])
     entry = known.get(file.name, {})
-    author, _, title = file.stem.rpartition("_")
+    author, title = author_and_title(file.stem)
     return {
         "title": entry.get("title") or title or name,
         "author": entry.get("author") or author,
@@ -71,7 +74,7 @@ def write_books(prepared: Path, known: Mapping[str, Record], folder: Path) -> li
     Returns:
         {"name", "title", "author", "died", "part", "characters"} of each.
     """
-    train = sorted(file for file in prepared.glob("train-*") if file.suffix in (".parquet", ".jsonl"))
+    train = [file for source in find_sources([str(prepared)]) if source.split == TRAIN for file in source.files]
     listed = []
     for files, held_out in ((train, False), (held_out_files([str(prepared)]), True)):
         for name, rows in books_of(files):
