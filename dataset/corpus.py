@@ -88,6 +88,7 @@ def read_corpus(data: CorpusArguments, tokenizer: PreTrainedTokenizerBase) -> tu
     if len(whole) > limit:
         # Spread evenly: a part of every book, where there are many.
         valid = whole.subset(numpy.arange(limit) * len(whole) // limit)
+    train = train.with_repetitions(data.ditto)
     if is_first_process():
         counts = valid.counts()
         if len(whole) > len(valid):

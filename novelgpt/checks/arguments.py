@@ -81,6 +81,11 @@ def check_arguments(run: TrainingRun) -> None:
     if not 0 < run.data.valid_fraction < 1:
         raise UserError(f"--valid_fraction {run.data.valid_fraction} is not a share", "use a number between 0 and 1")
     _check_numbers(run.training)
+    if isinstance(run.data, CorpusArguments) and run.data.ditto and run.training.label_smoothing_factor:
+        raise UserError(
+            "--label_smoothing_factor makes the loss of logits alone, without that of --ditto",
+            "leave one of the two out",
+        )
     if isinstance(run.data, ConversationArguments) and run.data.streaming:
         _check_streaming(run.data, run.training)
     mixed = isinstance(run.data, ConversationArguments) and bool(run.data.mix)

@@ -20,6 +20,7 @@ from transformers import PreTrainedModel
 from transformers.utils import ModelOutput
 
 from novelgpt.model.baichuan.modeling import NormHead
+from novelgpt.model.repetition_weights import RepetitionWeights, repetition_weights
 from novelgpt.model.routers import RouterBalance
 from novelgpt.text.conversation import IGNORE_INDEX
 
@@ -58,7 +59,9 @@ def attach_chunked_loss(
     """Let `model(labels=…)` return a TokenLoss. Without labels, it returns logits as before.
 
     Beside labels it takes `num_items_in_batch`, by which the sum of losses is divided, and `loss_weights`, [rows,
-    tokens]: the weight of predicting the label at the same place, by default 1.
+    tokens]: the weight of predicting the label at the same place, by default 1; or, of pseudo-repetitions,
+    `repeat_periods`, [rows, tokens]: how far before a token its last copy is, or 0. Where gradients are computed, the
+    loss is then that of `repetition_weights`, after a pass without gradients.
 
     The forward methods of the model and of its head are replaced on the instance, so that wrappers (peft, DDP,
     DeepSpeed) and their hooks still work: ZeRO-3 gathers the head's weights when the head is called.
@@ -82,10 +85,17 @@ def attach_chunked_loss(
         loss_weights: torch.Tensor | None = None,
         num_items_in_batch: torch.Tensor | int | None = None,
         token_mask: torch.Tensor | None = None,
+        repeat_periods: torch.Tensor | None = None,
         **options: Any,
     ) -> Any:
         if labels is None:
             return full_forward(*arguments, **options)
+        repetition: RepetitionWeights | None = None
+        if repeat_periods is not None and torch.is_grad_enabled():
+            with torch.no_grad():
+                now = forward(model, *arguments, labels=labels, token_mask=token_mask, **options)
+            repetition = repetition_weights(now.token_losses, labels, repeat_periods)
+            loss_weights = repetition.weights
         options.pop("return_dict", None)
         if balance is not None:
             options["output_router_logits"] = torch.is_grad_enabled()
@@ -94,7 +104,7 @@ def attach_chunked_loss(
         trained = labels[:, 1:] != IGNORE_INDEX
         targets = labels[:, 1:][trained]
         weights = None if loss_weights is None else loss_weights[:, 1:][trained].float()
-        own_items = len(targets) if weights is None else weights.sum()
+        own_items = len(targets) if weights is None or repetition is not None else weights.sum()
         items = own_items if num_items_in_batch is None else num_items_in_batch
         # Where there are no items, the loss is that of none: 0.
         scale = 1.0 / (items + (items == 0))
@@ -102,6 +112,8 @@ def attach_chunked_loss(
             loss = head(outputs.last_hidden_state[:, :-1][trained], targets=targets, scale=scale, weights=weights)
         else:
             loss = _plain_loss(outputs.logits[:, :-1][trained], targets, scale, weights)
+        if repetition is not None:
+            loss.loss = loss.loss + repetition.difference * scale
         if balance is None or not torch.is_grad_enabled():
             return loss
         mask = token_mask if token_mask is not None else options.get("attention_mask")

@@ -167,6 +167,19 @@ class CorpusArguments:
     packing: bool = option(
         True, "Pack several documents into a block; none attends to another. False: each block holds one document."
     )
+    ditto: float = option(
+        0.0,
+        "Share of the blocks that become pseudo-repetitions, on which training lowers the probability of one more "
+        "repetition (DITTO, arXiv:2206.02369): against loops in generated text.",
+    )
+
+    def __post_init__(self) -> None:
+        """Check ranges.
+
+        Raises:
+            UserError: names the option.
+        """
+        check_ranges(self, {"ditto": (0, 1)})
 
 
 @dataclass

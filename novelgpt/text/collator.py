@@ -14,6 +14,8 @@ from novelgpt.text.conversation import IGNORE_INDEX
 ROW, NUMBER, NUMBERS = "row", "number", "numbers"
 # [rows, tokens] bool: what is not padding, in packed rows.
 TOKEN_MASK = "token_mask"
+# [rows, tokens] int64: how far before each token of a pseudo-repetition its last copy is; 0 elsewhere.
+PERIODS = "repeat_periods"
 
 
 @dataclass
@@ -32,7 +34,8 @@ class Collator:
     "max_length_q" and "max_length_k", tokens of the longest. Of rows that are {"row", "number"}, "numbers" lists the
     numbers, to be removed before the model gets the batch. With `mask_packs`, packed rows also have a "token_mask",
     [rows, tokens] bool, for the statistics of routers; attention does not need it. Where a row has "loss_weights",
-    the batch has them, [rows, tokens] float32: those of other rows are 1 where there is a label, else 0.
+    the batch has them, [rows, tokens] float32: those of other rows are 1 where there is a label, else 0. Where a row is
+    made of pseudo-repetitions, the batch has "repeat_periods", 0 elsewhere.
     """
 
     pad_token_id: int
@@ -57,6 +60,11 @@ class Collator:
             for line, weights in zip(batch["loss_weights"], given, strict=True):
                 if weights is not None:
                     line[: len(weights)] = torch.as_tensor(weights, dtype=torch.float32)
+        if any(PERIODS in row for row in rows):
+            batch[PERIODS] = torch.zeros_like(batch["labels"])
+            for line, row in zip(batch[PERIODS], rows, strict=True):
+                if PERIODS in row:
+                    line[: len(row[PERIODS])] = row[PERIODS]
         if numbers:
             batch[NUMBERS] = numbers
         if not all("position_ids" in row for row in rows):

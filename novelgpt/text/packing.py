@@ -14,6 +14,7 @@ import torch
 
 from novelgpt.text.conversation import IGNORE_INDEX
 from novelgpt.text.origins import SavedOrigins, TokenOrigins, TracedRows, unique
+from novelgpt.text.pseudo_repetitions import is_repetitive, repeat_pieces
 from novelgpt.text.statistics import TokenCounts
 
 
@@ -80,7 +81,10 @@ class PackedBlocks(TracedRows):
     Attributes:
         starts: [documents] int64, where documents start in the tokens.
         spans: [blocks, 2] int64, where blocks begin and end in the tokens.
+        repetitive_share: of the blocks, those that are pseudo-repetitions.
     """
+
+    repetitive_share = 0.0
 
     def __init__(self, texts: Sequence[TokenizedText], max_length: int, mixed: bool = True) -> None:
         self.mixed = mixed
@@ -109,16 +113,28 @@ class PackedBlocks(TracedRows):
         part.spans, part.lengths = self.spans[numbers], self.lengths[numbers]
         return part
 
+    def with_repetitions(self, share: float) -> PackedBlocks:
+        """The same blocks, of which a share, the same in each epoch, is pseudo-repetitions."""
+        part = copy.copy(self)
+        part.repetitive_share = share
+        return part
+
     def __getitem__(self, index: int) -> dict[str, torch.Tensor]:
-        """{"input_ids", "labels"} and, where blocks are mixed, "position_ids", each [at most max_length]."""
+        """{"input_ids", "labels"} and, where blocks are mixed, "position_ids", each [at most max_length].
+
+        Pseudo-repetitions have "repeat_periods" as well.
+        """
         begin, end = self.spans[index].tolist()
         ids = torch.from_numpy(self.tokens[begin:end].astype(numpy.int64))
         low, high = numpy.searchsorted(self.starts, [begin, end])
         document_starts = torch.from_numpy(self.starts[low:high] - begin)
-        labels = ids.clone()
-        labels[0] = IGNORE_INDEX
-        labels[document_starts] = IGNORE_INDEX  # nothing precedes a document that could predict its first token
-        row = {"input_ids": ids, "labels": labels}
+        if is_repetitive(self.repetitive_share, begin):
+            row, document_starts = repeat_pieces(ids, document_starts, begin, self.mixed)
+        else:
+            labels = ids.clone()
+            labels[0] = IGNORE_INDEX
+            labels[document_starts] = IGNORE_INDEX  # nothing precedes a document that could predict its first token
+            row = {"input_ids": ids, "labels": labels}
         if self.mixed:
             positions = torch.arange(len(ids))
             origin = torch.zeros_like(positions)

@@ -56,7 +56,7 @@ NAMES = ("dataset", "eval_dataset")
 # Data arguments that say where the data are, which are compared by their content.
 PLACES = {*ROLES, "dataset_dir"}
 # Data arguments that run.json of earlier versions lacks, and what these did.
-UNKNOWN_BEFORE: dict[str, Any] = {"mix": [], "streaming": False}
+UNKNOWN_BEFORE: dict[str, Any] = {"mix": [], "streaming": False, "ditto": 0.0}
 PREPARED = ("train-*", "held_out-*")
 PREPARED_SUFFIXES = (".parquet", ".jsonl")
 HASHING_THREADS = 8
