@@ -9,13 +9,12 @@ import torch
 from torch.nn.utils.rnn import pad_sequence
 
 from novelgpt.text.conversation import IGNORE_INDEX
+from novelgpt.text.pseudo_repetitions import PERIODS
 
 # Names of a numbered row: the row itself, and its number among the training rows; and the numbers of a batch.
 ROW, NUMBER, NUMBERS = "row", "number", "numbers"
 # [rows, tokens] bool: what is not padding, in packed rows.
 TOKEN_MASK = "token_mask"
-# [rows, tokens] int64: how far before each token of a pseudo-repetition its last copy is; 0 elsewhere.
-PERIODS = "repeat_periods"
 
 
 @dataclass

@@ -14,7 +14,7 @@ import torch
 
 from novelgpt.text.conversation import IGNORE_INDEX
 from novelgpt.text.origins import SavedOrigins, TokenOrigins, TracedRows, unique
-from novelgpt.text.pseudo_repetitions import is_repetitive, repeat_pieces
+from novelgpt.text.pseudo_repetitions import PERIODS, is_repetitive, repeat_pieces
 from novelgpt.text.statistics import TokenCounts
 
 
@@ -128,13 +128,13 @@ class PackedBlocks(TracedRows):
         ids = torch.from_numpy(self.tokens[begin:end].astype(numpy.int64))
         low, high = numpy.searchsorted(self.starts, [begin, end])
         document_starts = torch.from_numpy(self.starts[low:high] - begin)
+        row: dict[str, torch.Tensor] = {}
         if is_repetitive(self.repetitive_share, begin):
-            row, document_starts = repeat_pieces(ids, document_starts, begin, self.mixed)
-        else:
-            labels = ids.clone()
-            labels[0] = IGNORE_INDEX
-            labels[document_starts] = IGNORE_INDEX  # nothing precedes a document that could predict its first token
-            row = {"input_ids": ids, "labels": labels}
+            ids, row[PERIODS], document_starts = repeat_pieces(ids, document_starts, begin, self.mixed)
+        labels = ids.clone()
+        labels[0] = IGNORE_INDEX
+        labels[document_starts] = IGNORE_INDEX  # nothing precedes a document that could predict its first token
+        row |= {"input_ids": ids, "labels": labels}
         if self.mixed:
             positions = torch.arange(len(ids))
             origin = torch.zeros_like(positions)

@@ -9,8 +9,8 @@ from __future__ import annotations
 import numpy
 import torch
 
-from novelgpt.text.conversation import IGNORE_INDEX
-
+# [tokens] int64 in a row, [rows, tokens] in a batch: how far before each token its last copy is; 0 elsewhere.
+PERIODS = "repeat_periods"
 # Tokens of a piece: some text, then the last part of it again and again.
 PIECE = 512
 # Of real text before the repetition; shorter pieces stay as they are.
@@ -33,7 +33,7 @@ def is_repetitive(share: float, number: int) -> bool:
 
 def repeat_pieces(
     ids: torch.Tensor, document_starts: torch.Tensor, number: int, several: bool
-) -> tuple[dict[str, torch.Tensor], torch.Tensor]:
+) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
     """Cut a row into pieces, and let each go on with its own last tokens.
 
     Args:
@@ -44,9 +44,8 @@ def repeat_pieces(
             document starts inside.
 
     Returns:
-        {"input_ids", "labels", "repeat_periods"}, each [tokens] int64: repeat_periods is 0 except where a token repeats
-        the one so many places before; all tokens but the first of each piece have a label. And [pieces] where they
-        start.
+        The tokens, [tokens] int64; how far before each its last copy is, [tokens] int64, 0 where nothing is repeated;
+        and where the pieces start, [pieces] int64.
     """
     generator = numpy.random.default_rng([SEED, number, 1])
     length = len(ids)
@@ -64,7 +63,4 @@ def repeat_pieces(
         repeats = torch.arange(begin + context, end)
         ids[repeats] = ids[begin + context - period + (repeats - begin - context) % period]
         periods[repeats] = period
-    starts = torch.tensor(bounds[:-1])
-    labels = ids.clone()
-    labels[starts] = IGNORE_INDEX
-    return {"input_ids": ids, "labels": labels, "repeat_periods": periods}, starts
+    return ids, periods, torch.tensor(bounds[:-1])

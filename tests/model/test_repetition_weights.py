@@ -30,9 +30,12 @@ def published_loss(logits: torch.Tensor, labels: torch.Tensor, periods: torch.Te
 
 def test_weights_have_the_gradient_and_the_value_of_the_published_loss(base_folder) -> None:  # type: ignore[no-untyped-def]
     torch.manual_seed(0)
-    rows = [repeat_pieces(torch.randint(5, 900, (60,)), torch.tensor([], dtype=torch.int64), number, False)[0]
-            for number in (3, 8)]  # fmt: skip
-    batch = {name: torch.stack([row[name] for row in rows]) for name in rows[0]}
+    none = torch.tensor([], dtype=torch.int64)
+    rows = [repeat_pieces(torch.randint(5, 900, (60,)), none, number, False) for number in (3, 8)]
+    batch = {"input_ids": torch.stack([ids for ids, _, _ in rows])}
+    batch["labels"] = batch["input_ids"].clone()
+    batch["labels"][:, 0] = -100
+    batch["repeat_periods"] = torch.stack([periods for _, periods, _ in rows])
     assert (batch["repeat_periods"] > 0).sum() > 20
     model = AutoModelForCausalLM.from_pretrained(base_folder)
     with torch.no_grad():  # so that repeated tokens are likely, and some more so than their copies
