@@ -66,7 +66,7 @@ def measure(tokenizer: PreTrainedTokenizerBase, pieces: list[str]) -> dict[str, 
 
 
 def show_report(report: dict[str, Any]) -> None:
-    """Print the figures of all tokenizers, and the tokens of the first."""
+    """Print the figures of all tokenizers, then the tokens of each."""
     console = make_console()
     title = f"On {report['characters']:,} characters outside the sample 样本以外的文本"
     table = number_table(title, "", *(entry["name"] for entry in report["tokenizers"]))
@@ -88,13 +88,15 @@ def show_report(report: dict[str, Any]) -> None:
             f"word boundaries as the segmenter's 与切词工具一致的词边界: F1 {agreement['likeliest']:.3f} "
             f"(longest match 最长匹配: {agreement['longest_match']:.3f})"
         )
-    own = report["tokenizers"][0]
-    for label, tokens in (
-        ("longest tokens 最长", own["longest"]),
-        ("most frequent 最常见", [token for token, _ in own["most_frequent"]]),
-    ):
-        shown = " ".join(visible(repr(token)[1:-1]) if token.strip() != token else visible(token) for token in tokens)
-        console.print(Text.assemble((f"{label}: ", "bold"), shown))
+    for entry in report["tokenizers"]:
+        for label, tokens in (
+            ("longest tokens 最长", entry["longest"]),
+            ("most frequent 最常见", [token for token, _ in entry["most_frequent"]]),
+        ):
+            shown = " ".join(
+                visible(repr(token)[1:-1]) if token.strip() != token else visible(token) for token in tokens
+            )
+            console.print(Text.assemble((f"{entry['name']}, {label}: ", "bold"), shown))
 
 
 def _text_of(token: int, tokenizer: PreTrainedTokenizerBase) -> str:

@@ -33,12 +33,14 @@ MARGIN = 1e-3
 # A literal "[PAD]" that is to be text is none.
 _SPLITS = rf"[{QUOTATION_MARKS}]|\p{{N}}|\[(?=(?:PAD|UNK|CLS|MASK)\])"
 _MARK = re.compile(rf"([{QUOTATION_MARKS}\d\n])")
+# Of neighbouring blanks, all but the first.
+_MORE_BLANKS = re.compile("((?<=[ \u3000])[ \u3000]+)")
 
 Segmenter = Callable[[str], list[str]]
 
 
 def load_segmenter(name: str) -> Segmenter:
-    """A function that cuts a text into words.
+    """A function that cuts a text into words, whose concatenation is the text.
 
     Args:
         name: one of SEGMENTERS.
@@ -54,7 +56,14 @@ def load_segmenter(name: str) -> Segmenter:
         raise UserError("--segmenter thulac needs the package thulac", pip_install("thulac")) from error
     with contextlib.redirect_stdout(io.StringIO()):  # it prints that it is loaded
         model = thulac.thulac(seg_only=True)
-    return lambda text: [word for word, _ in model.cut(text)]
+
+    def cut_by_thulac(text: str) -> list[str]:
+        words: list[str] = []
+        for part in _MORE_BLANKS.split(text):  # thulac drops them
+            words += [part] if part.isspace() else [word for word, _ in model.cut(part)]
+        return words
+
+    return cut_by_thulac
 
 
 def train_words(pieces: list[str], vocabulary_size: int, max_token_length: int, segmenter: Segmenter) -> Tokenizer:

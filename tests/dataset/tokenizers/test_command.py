@@ -4,6 +4,7 @@ import json
 import random
 import sys
 import tracemalloc
+from collections.abc import Iterator
 from pathlib import Path
 
 import pyarrow
@@ -14,12 +15,39 @@ from transformers import AutoTokenizer
 from dataset.corpus import find_sources
 from dataset.tokenizers.command import main, shown_names
 from dataset.tokenizers.sample import Sample, cut_pieces, draw_sample
+from dataset.tokenizers.words import BERT_MARKS, MARKS, load_segmenter
 from novelgpt.settings.errors import UserError
 from novelgpt.settings.paths import SAMPLES
 from novelgpt.text.encoding import encode
 
 run = main.__wrapped__  # type: ignore[attr-defined]  # without the exit of a command
 NOVEL = SAMPLES / "novels" / "deng_ta_xia_de_xin.txt"
+# Stands in for the package, of 50 MB: it, too, says that it is loaded, and leaves one of neighbouring blanks.
+THULAC = """
+import re
+
+class thulac:
+    def __init__(self, seg_only=False):
+        self.seg_only = seg_only
+        print("Model loaded succeed")
+
+    def cut(self, text):
+        text = re.sub("([ \\u3000])[ \\u3000]+", r"\\1", text)
+        return [[word, "" if self.seg_only else "n"] for word in re.findall("春山|里下|雨天|(?s:.)", text)]
+"""
+
+
+@pytest.fixture
+def thulac(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
+    packages = tmp_path / "packages"
+    (packages / "thulac-0.0.7.dist-info").mkdir(parents=True)
+    metadata = "Metadata-Version: 2.1\nName: thulac\nVersion: 0.0.7\n"
+    (packages / "thulac-0.0.7.dist-info" / "METADATA").write_text(metadata, encoding="utf-8")
+    (packages / "thulac.py").write_text(THULAC, encoding="utf-8")
+    monkeypatch.syspath_prepend(packages)
+    sys.modules.pop("thulac", None)
+    yield
+    sys.modules.pop("thulac", None)
 
 
 def drawn(names: list[Path], characters: int, report: int = 0, seed: int = 1) -> Sample:
@@ -152,6 +180,24 @@ def test_a_sample_without_a_line_says_how_large_it_must_be(tmp_path: Path) -> No
         drawn([tmp_path / "a.txt"], 1000, 100)
     enough = int(refusal.value.remedy.split()[2])
     assert drawn([tmp_path / "a.txt"], enough, enough // 10).pieces
+
+
+@pytest.mark.usefixtures("thulac")
+def test_words_may_come_from_thulac(tmp_path: Path, capfd: pytest.CaptureFixture[str]) -> None:
+    line = "春山　　里下雨天\n"  # jieba finds 下雨天
+    assert load_segmenter("thulac")(line) == ["春山", "　", "　", "里下", "雨天", "\n"]
+    (tmp_path / "a.txt").write_text(line * 100, encoding="utf-8")
+    size = len(BERT_MARKS) + len(MARKS) + len({"春山", "　", "里下", "雨天"})
+    out = tmp_path / "out"
+    run([str(tmp_path / "a.txt"), str(out), "--kind", "words", "--vocab_size", str(size), "--segmenter", "thulac"])
+    assert "Model loaded" not in "".join(capfd.readouterr())
+    words = set(AutoTokenizer.from_pretrained(out).get_vocab()).difference(BERT_MARKS, MARKS)
+    assert words == {"春山", "　", "里下", "雨天"}
+    record, report = (
+        json.loads((out / f"tokenizer_{name}.json").read_text(encoding="utf-8")) for name in ("training", "report")
+    )
+    assert record["segmenter"] == "thulac" and record["versions"]["thulac"] == "0.0.7"
+    assert report["word_ends_f1"]["likeliest"] == 1
 
 
 def test_what_cannot_be_leaves_no_folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -6,6 +6,7 @@ import os
 import re
 import subprocess
 import sys
+import time
 from collections import Counter
 from pathlib import Path
 
@@ -19,7 +20,7 @@ from transformers import AutoConfig, AutoTokenizer, PreTrainedTokenizerBase
 from dataset.corpus import read_corpus
 from dataset.tokenizers.agreement import cut_greedily, measure_agreement
 from dataset.tokenizers.folder import as_pretrained, write_folder
-from dataset.tokenizers.report import measure
+from dataset.tokenizers.report import measure, report_of, show_report
 from dataset.tokenizers.subwords import train_sentencepiece
 from dataset.tokenizers.words import choose_words, load_segmenter, raise_scores, train_words
 from novelgpt.model.tokenizer import load_tokenizer
@@ -217,9 +218,44 @@ def test_the_share_of_unknown_counts_characters(loaded: dict[str, PreTrainedToke
         known = next(word for word, token in loaded[kind].get_vocab().items() if token > 50)
         figures = measure(loaded[kind], [f"{known}龘𪚥", known])
         assert figures["unknown_characters"] == 2 / (2 + 2 * len(known)) and figures["round_trip"] == 1 / 2
-    figures = measure(loaded["byte_bpe"], ["龘𪚥"])
+    rare = "龘𪚥"  # 2 characters, 3 + 4 bytes
+    figures, tokens = measure(loaded["byte_bpe"], [rare]), len(encode(rare, loaded["byte_bpe"]))
     assert figures["unknown_characters"] == 0
-    assert figures["bytes_per_token"] * 2 == 7 / figures["characters_per_token"] ** -1
+    assert (figures["characters_per_token"], figures["bytes_per_token"]) == (2 / tokens, 7 / tokens)
+
+
+def test_shares_of_tokens_and_of_the_vocabulary(loaded: dict[str, PreTrainedTokenizerBase]) -> None:
+    figures = measure(loaded["char"], ["山山山雨"])
+    assert figures["most_frequent"] == [["山", 0.75], ["雨", 0.25]]
+    assert figures["used"] == 2 / len(loaded["char"])
+    begin = time.perf_counter()
+    figures = measure(loaded["char"], ["山山山雨"] * 5000)
+    assert figures["characters_per_second"] >= 20_000 / (time.perf_counter() - begin)  # encoding is a part of it
+
+
+def test_the_longest_tokens_are_those_of_the_vocabulary(loaded: dict[str, PreTrainedTokenizerBase]) -> None:
+    marks = {"[PAD]", "[UNK]", "[CLS]", "[SEP]", "[MASK]"}
+    words = sorted(set(loaded["words"].get_vocab()) - marks, key=lambda word: (-len(word), word))
+    assert measure(loaded["words"], ["山"])["longest"] == words[:10]
+
+
+def test_the_report_shows_figures_and_tokens_of_every_tokenizer(
+    loaded: dict[str, PreTrainedTokenizerBase], capsys: pytest.CaptureFixture[str]
+) -> None:
+    report = report_of([("mine", loaded["words"]), ("other", loaded["bpe"])], ["山山山雨，龘"])
+    show_report(report)
+    shown = "".join(capsys.readouterr().out.split())  # lines are wrapped
+    own, other = report["tokenizers"]
+    assert "┃mine┃other┃" in shown and own["unknown_characters"] == 1 / 6
+    for form in ("{vocabulary:,}", "{characters_per_token:.3f}", "{bytes_per_token:.3f}", "{unknown_characters:.3%}",
+                 "{round_trip:.2%}", "{used:.1%}", "{characters_per_second:,}"):  # fmt: skip
+        assert f"│{form.format(**own)}│{form.format(**other)}│" in shown
+    for entry in (own, other):
+        for label, tokens in (
+            ("longest tokens 最长", entry["longest"]),
+            ("most frequent 最常见", [token for token, _ in entry["most_frequent"]]),
+        ):
+            assert "".join(f"{entry['name']}, {label}: {' '.join(tokens)}".split()) in shown
 
 
 def test_other_processes_and_cores_give_the_same() -> None:
