@@ -25,6 +25,7 @@ class Usage:
         reached: seconds until what it was watched for; None where that did not come.
         own: largest RssAnon of its first process, in bytes.
         child: that of the largest of the others. Pages that a fork shares with its parent count in both.
+        tree: largest sum over all processes, likewise.
         ranks: largest sum over the processes that train, which a launcher starts; 0 without one.
     """
 
@@ -32,6 +33,7 @@ class Usage:
     reached: float | None = None
     own: int = 0
     child: int = 0
+    tree: int = 0
     ranks: int = 0
 
 
@@ -79,17 +81,19 @@ def run_measured(
 
 
 def _sample(pid: int, usage: Usage) -> None:
-    usage.own = max(usage.own, private_bytes(pid))
-    ranks = 0
+    own = private_bytes(pid)
+    usage.own = max(usage.own, own)
+    tree, ranks = own, 0
     waiting = [(child, False) for child in _children(pid)]
     while waiting:
         child, is_of_rank = waiting.pop()
         size = private_bytes(child)
         usage.child = max(usage.child, size)
+        tree += size
         is_rank = not is_of_rank and _is_rank(child)
         ranks += size if is_rank else 0
         waiting += [(further, is_of_rank or is_rank) for further in _children(child)]
-    usage.ranks = max(usage.ranks, ranks)
+    usage.tree, usage.ranks = max(usage.tree, tree), max(usage.ranks, ranks)
 
 
 def private_bytes(pid: int) -> int:

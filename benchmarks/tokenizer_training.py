@@ -3,13 +3,16 @@
     python benchmarks/tokenizer_training.py [--gigabytes 10] [--kinds byte_bpe words] [--json FILE]
 
 A corpus of that size, and one of a tenth, are written from the sample novels, line by line in random order. The same
-command trains on both; its private memory may not differ by more than a tenth.
+command trains on both; the private memory of all its processes may be at most a tenth more on the larger one. The
+corpora are written to a temporary folder (under $TMPDIR), 11 GB by default, and removed at the end.
 """
 
 from __future__ import annotations
 
+import json
 import random
 import shutil
+import signal
 import sys
 import tempfile
 from pathlib import Path
@@ -26,6 +29,9 @@ from novelgpt.settings.paths import ROOT, SAMPLES
 TARGET = 1.1
 GIGABYTE = 10**9
 LINES_AT_ONCE = 20_000
+# The smaller corpus has so many times the characters of the sample: else samples of both would differ in size.
+LEAST_CORPUS = 2
+BYTES_PER_CHARACTER = 3
 # Sizes that the sample novels, which repeat, are rich enough for.
 VOCABULARY = {"byte_bpe": 2_000, "bpe": 2_000, "unigram": 1_500, "char": 1_000, "words": 2_000}
 
@@ -54,7 +60,11 @@ def main() -> None:
     parser.add_argument("--kinds", nargs="+", choices=VOCABULARY, default=list(VOCABULARY))
     parser.add_argument("--folder", type=Path, help="where the corpora stay; default: a temporary one")
     arguments = parser.parse_args()
-    console, results = make_console(), []
+    least = 10 * LEAST_CORPUS * BYTES_PER_CHARACTER * arguments.sample_characters / GIGABYTE
+    if arguments.gigabytes < least:
+        parser.error(f"--gigabytes {arguments.gigabytes:g} is too small for that sample: take at least {least:g}")
+    signal.signal(signal.SIGTERM, lambda *_: sys.exit("stopped"))  # leave no corpora and nothing running
+    console, results, measured = make_console(), [], []
     with tempfile.TemporaryDirectory() as temporary:
         folder = (arguments.folder or Path(temporary)).absolute()
         folder.mkdir(parents=True, exist_ok=True)
@@ -71,11 +81,18 @@ def main() -> None:
                 command += ["--vocab_size", str(VOCABULARY[kind])]
                 command += ["--sample_characters", str(arguments.sample_characters)]
                 usage = run_measured(command, folder, folder / "log.txt", {"PYTHONPATH": str(ROOT)})
-                peaks.append(usage.own)
-                console.print(f"{kind}, {size:g} GB: {usage.own / 1e6:,.0f} MB private, {usage.seconds:,.0f} s")
+                peaks.append(usage.tree)
+                record = json.loads((out / "tokenizer_training.json").read_text(encoding="utf-8"))
+                characters = record["sample"]["characters"]
+                measured.append({"kind": kind, "corpus_bytes": corpus.stat().st_size, "sample_characters": characters,
+                                 "private_bytes": usage.tree, "seconds": usage.seconds})  # fmt: skip
+                console.print(
+                    f"{kind}, {size:g} GB, {characters:,} characters drawn: {usage.tree / 1e6:,.0f} MB private, "
+                    f"{usage.seconds:,.0f} s"
+                )
             results.append(result(f"private memory of {kind}, all / a tenth", peaks[1] / peaks[0], "ratio", TARGET))
     show_results(results, console)
-    write_results(results, arguments.json)
+    write_results(results, arguments.json, measured=measured)
 
 
 if __name__ == "__main__":
