@@ -45,7 +45,7 @@ from novelgpt.model.tokenizer import load_tokenizer
 from novelgpt.settings.arguments import ModelArguments
 from novelgpt.settings.atomic_files import atomic_write
 from novelgpt.settings.charts import COLOURS, LINES, figure_png
-from novelgpt.settings.errors import UserError, exit_on_user_error
+from novelgpt.settings.errors import UserError, exit_on_user_error, reason_of
 from novelgpt.settings.hardware import usable_cores
 from novelgpt.settings.parsed_files import read_object
 from novelgpt.settings.paths import ROOT
@@ -276,15 +276,34 @@ def draw(found: Sequence[Mapping[str, Any]]) -> bytes:
     return figure_png(figure)
 
 
-def write_docs(folder: Path, found: Sequence[Mapping[str, Any]], estimated: Mapping[str, float]) -> None:
-    """Put the figures into both pages, and the picture beside them."""
+def split_pages(folder: Path) -> dict[str, tuple[Path, str, str]]:
+    """{language: (page, what stands before the figures, what stands after them)}.
+
+    Raises:
+        UserError: a page cannot be read, or has no place for the figures.
+    """
+    pages = {}
     for language, path in (("en", folder / "from_scratch.md"), ("zh", folder / "zh" / "from_scratch.md")):
-        page = path.read_text(encoding="utf-8")
+        try:
+            page = path.read_text(encoding="utf-8")
+        except (OSError, UnicodeDecodeError) as error:
+            raise UserError(f"{path}: {reason_of(error)}", "name a folder like docs after --docs") from error
         marks = SECTION.search(page)
         if marks is None:
-            sys.exit(f"{path} has no <!-- measured --> and <!-- /measured --> to write between")
-        before, end = page[: marks.end(1)], page[marks.start(2) :]
-        atomic_write(path, f"{before}{section(language, found, estimated)}{end}")
+            raise UserError(f"{path} has no <!-- measured --> and <!-- /measured --> to write the figures between",
+                            "add these two lines where the figures are to stand")  # fmt: skip
+        pages[language] = (path, page[: marks.end(1)], page[marks.start(2) :])
+    return pages
+
+
+def write_docs(folder: Path, found: Sequence[Mapping[str, Any]], estimated: Mapping[str, float]) -> None:
+    """Put the figures into both pages, and the picture beside them.
+
+    Raises:
+        UserError: as split_pages; nothing is written then.
+    """
+    for language, (path, before, after) in split_pages(folder).items():
+        atomic_write(path, f"{before}{section(language, found, estimated)}{after}")
     atomic_write(folder / "from_scratch.png", draw(found))
 
 
@@ -321,6 +340,8 @@ def main(argv: list[str] | None = None) -> None:
     """Measure what is not known yet, a size after the other; then the pages."""
     arguments = read_arguments(argv)
     console = make_console()
+    if arguments.docs:
+        split_pages(arguments.docs)  # before hours of training
     arguments.folder.mkdir(parents=True, exist_ok=True)
     os.environ["HF_HUB_OFFLINE"] = "1"
     tokenizer = load_tokenizer(ModelArguments(str(arguments.tokenizer)))

@@ -21,7 +21,7 @@ from transformers import (
 
 from novelgpt.model.folder_checks import CONFIG
 from novelgpt.model.portable import save_portable
-from novelgpt.model.random_config import CORRECT, random_config
+from novelgpt.model.random_config import place_of, random_config
 from novelgpt.model.tokenizer import load_tokenizer
 from novelgpt.settings.arguments import ModelArguments
 from novelgpt.settings.atomic_files import atomic_folder
@@ -155,7 +155,7 @@ def _write(weights: RandomWeights, config: PreTrainedConfig, tokenizer: PreTrain
         causal = _is_causal(model)
     except UNFIT as error:
         reason = f"{error} is unknown" if isinstance(error, KeyError) else reason_of(error)
-        raise UserError(f"{where}: {reason}", CORRECT) from error
+        raise UserError(f"{where}: {reason}", f"correct {place_of(weights)}") from error
     if not causal:
         raise UserError(
             f"{where}: its tokens attend to those that follow, and there would be nothing to predict",

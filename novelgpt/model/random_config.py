@@ -15,9 +15,9 @@ from novelgpt.model.folder_checks import CONFIGURATION
 from novelgpt.model.portable import SLIDING_THETA
 from novelgpt.settings.errors import UserError, reason_of
 from novelgpt.settings.parsed_files import check_fields
-from novelgpt.settings.random_weights import RandomWeights, ready_sizes
+from novelgpt.settings.random_weights import RandomWeights, ready_sizes, size_file
 
-CORRECT = "correct --config_overrides, or the file"
+OVERRIDES = "--config_overrides"
 # What huggingface_hub writes before the reason.
 OF_VALIDATORS = re.compile(r"^Class validation error for validator '\w+': (\w+Error: )?")
 # Kinds of the layers one by one, in files that list them.
@@ -31,6 +31,8 @@ DECIDED = {
     **dict.fromkeys(("bos_token_id", "eos_token_id", "pad_token_id"), "the tokenizer decides it: leave it out"),
     **dict.fromkeys(("dtype", "torch_dtype"), "weights are drawn in float32: leave it out, and train with --bf16"),
 }
+# What the heads of attention follow from, by the usual names.
+SIZES_OF_HEADS = ("hidden_size", "num_attention_heads", "num_key_value_heads", "head_dim")
 # Settings of rotary positions by version 4's names, and the layers that they are for where a file tells layers apart.
 # Version 5 puts them into ROPE, where what a file has already comes first.
 ROPE, ROPE_SCALING = "rope_parameters", "rope_scaling"
@@ -73,13 +75,21 @@ def random_config(weights: RandomWeights, tokenizer: PreTrainedTokenizerBase) ->
     settings |= copy.deepcopy(overrides)
     _place_positions(settings, overrides)
     settings |= _token_ids(tokenizer) | {"vocab_size": vocabulary}
-    check_fields(CONFIGURATION, settings, where, CORRECT)
-    settings["vocab_size"] = -(-vocabulary // weights.divisor) * weights.divisor
     try:
+        check_fields(CONFIGURATION, overrides, where, f"correct {OVERRIDES}")
+        check_fields(CONFIGURATION, settings, where, f"correct {size_file(weights.source)}")
+        settings["vocab_size"] = -(-vocabulary // weights.divisor) * weights.divisor
         config: PreTrainedConfig = family.from_dict(settings)
-    except (StrictDataclassError, ValueError, TypeError, KeyError) as error:
-        raise UserError(f"{where}: {OF_VALIDATORS.sub('', reason_of(error))}", CORRECT) from error
-    _check_sizes(config, settings, where)
+    except (UserError, StrictDataclassError, ValueError, TypeError, KeyError) as error:
+        named = {family.attribute_map.get(name, name): value for name, value in settings.items()}
+        _check_sizes(_defaults(family) | named, family, weights)  # says more than the error, if that is the reason
+        if isinstance(error, UserError):
+            raise
+        raise UserError(
+            f"{where}: {OF_VALIDATORS.sub('', reason_of(error))}", f"correct {place_of(weights)}"
+        ) from error
+    text = config.get_text_config()
+    _check_sizes(vars(text), type(text), weights)
     _check_effects(config, overrides, where)
     return config
 
@@ -172,24 +182,75 @@ def _token_ids(tokenizer: PreTrainedTokenizerBase) -> dict[str, int | None]:
     return {"bos_token_id": begin, "eos_token_id": end, "pad_token_id": None if pad in (begin, end) else pad}
 
 
-def _check_sizes(config: PreTrainedConfig, settings: dict[str, Any], where: str) -> None:
-    """Refuse sizes that do not divide where the family does not, and would make smaller heads without a word.
+def place_of(weights: RandomWeights, *names: str) -> str:
+    """Where settings are to be corrected: in the overrides if they set one of them, else in the file.
+
+    Args:
+        weights: settings and overrides.
+        names: of the settings; none where it could be any.
+    """
+    file = str(size_file(weights.source))
+    if not (weights.overrides.keys() & set(names) if names else weights.overrides):
+        return file
+    return OVERRIDES if names or weights.source in ready_sizes() else f"{OVERRIDES}, or {file}"
+
+
+def _check_sizes(sizes: dict[str, Any], family: type[PreTrainedConfig], weights: RandomWeights) -> None:
+    """Refuse sizes that do not divide; some families do not look, and would make smaller heads without a word.
+
+    Args:
+        sizes: settings of the model. What is missing or no number fits.
+        family: of the model, which may have other names for them.
+        weights: where the sizes come from.
 
     Raises:
-        UserError: names the two.
+        UserError: names the sizes, what would fit, and where to set it.
     """
-    text = config.get_text_config()
-    sizes = {name: vars(text).get(text.attribute_map.get(name, name)) for name in
-             ("hidden_size", "num_attention_heads", "num_key_value_heads", "head_dim", "rope_parameters")}  # fmt: skip
-    width, heads, groups = (sizes[name] for name in ("hidden_size", "num_attention_heads", "num_key_value_heads"))
-    if not isinstance(width, int) or not isinstance(heads, int):
+    native = {name: family.attribute_map.get(name, name) for name in SIZES_OF_HEADS}
+    values = (sizes.get(name) for name in native.values())
+    width, heads, groups, head = (value if isinstance(value, int) else None for value in values)
+    if width is None or heads is None or min(width, heads) < 1:
         return
-    if "head_dim" not in settings and width % heads:
-        raise UserError(f"{where}: {heads} attention heads do not divide a hidden_size of {width}", CORRECT)
-    if isinstance(groups, int) and heads % groups:
-        raise UserError(f"{where}: {groups} key and value heads do not divide {heads} attention heads", CORRECT)
-    head = width // heads if sizes["head_dim"] is None else sizes["head_dim"]
-    if head < 1:
-        raise UserError(f"{where}: heads of {head} hold nothing", CORRECT)
-    if (sizes["rope_parameters"] or vars(text).get("position_embedding") == "rope") and head % 2:
-        raise UserError(f"{where}: heads of {head} have no pairs, which rotary positions turn", CORRECT)
+    wide, many, grouped, deep = (_written(names, weights) for names in native.items())
+    derived = (weights.settings | weights.overrides).get(deep) is None
+    head = width // heads if head is None else head
+    rotary = sizes.get(ROPE, ROPE in family.__dataclass_fields__) or sizes.get("position_embedding") == "rope"
+    turned = 2 if rotary else 1  # numbers of a head at a time
+    wider = f"set {wide} to a multiple of {turned * heads}, or another {many},"
+    refusals: tuple[tuple[bool, str, str, tuple[str, ...]], ...] = (
+        (
+            derived and width % heads > 0,
+            f"{heads} attention heads do not divide {wide}={width}", wider, (wide, many),
+        ),
+        (
+            groups is not None and groups > 0 and heads % groups > 0,
+            f"{groups} key and value heads do not divide {heads} attention heads",
+            f"set {grouped} to a divisor of {heads}, or {many} to a multiple of {groups},", (grouped, many),
+        ),
+        (head < 1, f"heads of {deep}={head} hold nothing", f"set {deep} to {turned} or more", (deep,)),
+        (
+            derived and head % turned > 0,
+            f"{heads} heads of {wide}={width} hold {head} numbers each, and rotary positions turn pairs of them",
+            wider, (wide, many),
+        ),
+        (
+            head % turned > 0,
+            f"heads of {deep}={head} hold an odd number, and rotary positions turn pairs of them",
+            f"set {deep} to an even number", (deep,),
+        ),
+    )  # fmt: skip
+    for refused, cause, remedy, names in refusals:
+        if refused:
+            raise UserError(f"--config_name {weights.source}: {cause}", f"{remedy} in {place_of(weights, *names)}")
+
+
+def _defaults(family: type[PreTrainedConfig]) -> dict[str, Any]:
+    """The sizes and names that a family has where a file says nothing of them."""
+    fields = dataclasses.fields(family)
+    return {field.name: field.default for field in fields if isinstance(field.default, int | str)}
+
+
+def _written(names: tuple[str, str], weights: RandomWeights) -> str:
+    """Of two names of a setting, the one by which an override or the file sets it; else the first, the usual one."""
+    sources = (weights.overrides, weights.settings)
+    return next((name for source in sources for name in names if name in source), names[0])

@@ -137,26 +137,39 @@ def ready_sizes() -> list[str]:
     return sorted((path.stem for path in SIZES.glob("*.json")), key=_by_family_and_size)
 
 
-def read_size(name: str) -> tuple[Path, dict[str, Any]]:
-    """Find and read the settings of a model's size.
+def size_file(name: str) -> Path:
+    """Find the file with the settings of a model's size.
 
     Args:
         name: of a ready size, of a JSON file, or of a folder with config.json.
 
     Raises:
-        UserError: there is none, or it is not a mapping.
+        UserError: there is none.
     """
     path = Path(name)
     if name in ready_sizes():
-        path = SIZES / f"{name}.json"
-    elif path.is_dir():
-        path /= CONFIG_FILE
-    elif not path.is_file():
+        return SIZES / f"{name}.json"
+    if path.is_dir():
+        return path / CONFIG_FILE
+    if not path.is_file():
         nearest = difflib.get_close_matches(name.lower(), ready_sizes(), n=1, cutoff=0.0)[0]
         raise UserError(
             f"--config_name {name} is no ready size, no file and no folder",
             f"did you mean {nearest}? Ready sizes: {', '.join(ready_sizes())}",
         )
+    return path
+
+
+def read_size(name: str) -> tuple[Path, dict[str, Any]]:
+    """Find and read the settings of a model's size.
+
+    Args:
+        name: as for `size_file`.
+
+    Raises:
+        UserError: there is none, or it is not a mapping.
+    """
+    path = size_file(name)
     return path, read_object(path, "name a config.json in the shape of transformers, or a ready size")
 
 

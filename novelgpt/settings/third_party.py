@@ -41,6 +41,9 @@ DEPRECATIONS: tuple[tuple[type[Warning], str, str], ...] = (
     (FutureWarning, r"`torch\.distributed\.(all_gather_into_tensor|reduce_scatter_tensor)` is deprecated",
      r"torch\.distributed\.c10d_logger"),
 )  # fmt: skip
+# The same, of a logger. transformers warns where a row ends in padding and no attention mask comes with it: packed rows
+# say where their documents end instead, and padding is a document of its own.
+LOGGED = {"transformers.modeling_utils": "We strongly recommend passing in an `attention_mask`"}
 # Loggers that warn while a library is imported: peft imports bitsandbytes wherever it is installed, which asks for a
 # package to fetch code from a hub with, and has kernels of its own.
 ON_IMPORT = ("bitsandbytes.backends.cpu.ops",)
@@ -79,15 +82,21 @@ def silence_imports() -> None:
 
 
 def silence_libraries() -> None:
-    """Leave out DEPRECATIONS, and transformers' progress bars where no terminal shows them or there is little to do.
+    """Leave out DEPRECATIONS, LOGGED, and transformers' bars where no terminal shows them or there is little to do.
 
     For commands, not for programs that import the toolkit: the settings are those of the whole process.
     """
     for category, text, module in DEPRECATIONS:
         warnings.filterwarnings("ignore", message=text, category=category, module=module)
+    for name in LOGGED:
+        logging.getLogger(name).addFilter(_is_for_users)
     if "transformers" in sys.modules:  # a command that has not imported it by now shows no bars of it
         from transformers.utils import logging as transformers_logging
 
         transformers_logging.set_tqdm_hook(
             lambda factory, args, options: factory(*args, **{"disable": None, "delay": SECONDS_BEFORE_BARS, **options})
         )
+
+
+def _is_for_users(record: logging.LogRecord) -> bool:
+    return not record.getMessage().startswith(LOGGED[record.name])

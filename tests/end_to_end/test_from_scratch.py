@@ -10,34 +10,61 @@ from typing import Any
 import pytest
 import torch
 from safetensors.torch import load_file
+from transformers import AutoModelForCausalLM, AutoTokenizer
 
 import novelgpt.settings.random_weights as settings
 import pretrain.__main__
+from dataset.tokenizers.command import main as train_tokenizer
 from novelgpt.checks.arguments import make_random_base
 from novelgpt.checks.longest_batch import NAME
 from novelgpt.checks.scale import describe_scale, run_tokens
 from novelgpt.doctor import check_run
-from novelgpt.model.random_base import WeightCounts
+from novelgpt.model.random_base import WeightCounts, count_weights
 from novelgpt.settings.parser import parse_arguments
+from novelgpt.settings.paths import SAMPLES
 from novelgpt.settings.runs import PretrainRun
 from tests.launched import PATIENCE
 from tests.model import random_base_of_rank
-from tests.model.reloaded import tensors_hash
-from tests.model.test_random_base import tiny_words
+from tests.model.reloaded import NEW_TOKENS, PROMPT, tensors_hash
+from tests.model.test_random_base import MIDDLE, SMALL, tiny_words
 from tests.ranks import run_pipeline, run_ranks
 
 SHORT = [
     "--max_steps", "2", "--max_length", "64", "--per_device_train_batch_size", "1", "--eval_strategy", "no",
     "--save_strategy", "no",
 ]  # fmt: skip
+# Sizes up to 50 M, each shrunken and as it is.
+PARTS = [
+    pytest.param(size, whole, marks=() if (size, whole) == ("gpt2-10m", False) else pytest.mark.long)
+    for size in (*SMALL, *MIDDLE) for whole in (False, True)
+]  # fmt: skip
+VOCABULARIES = {"byte_bpe": 400, "bpe": 700, "unigram": 700, "char": 300, "words": 500}
+
+
+def with_new_seed(tokenizer: Path, size: str) -> Iterator[list[str]]:
+    """A run of a seed that no other had, whose base is removed in the end: processes have no other place for it."""
+    chosen = tiny_words(tokenizer, size, "--seed", str(random.SystemRandom().randrange(2**31)))
+    yield chosen
+    shutil.rmtree(parse_arguments(PretrainRun, chosen).model.model, ignore_errors=True)
 
 
 @pytest.fixture
 def words(base_folder: Path) -> Iterator[list[str]]:
-    """A run of a seed that no other had, whose base is removed in the end: processes have no other place for it."""
-    chosen = tiny_words(base_folder, "qwen3-5m", "--seed", str(random.SystemRandom().randrange(2**31)))
-    yield chosen
-    shutil.rmtree(parse_arguments(PretrainRun, chosen).model.model, ignore_errors=True)
+    yield from with_new_seed(base_folder, "qwen3-5m")
+
+
+def tokenizer_of(kind: str, folder: Path) -> Path:
+    """A tokenizer that the command has trained on the first lines of a novel."""
+    novel = (SAMPLES / "novels" / "deng_ta_xia_de_xin.txt").read_text(encoding="utf-8")
+    (folder / "lines.txt").write_text("\n".join(novel.splitlines()[:60]), encoding="utf-8")
+    out = folder / kind
+    train_tokenizer([str(folder / "lines.txt"), str(out), "--kind", kind, "--vocab_size", str(VOCABULARIES[kind])])
+    return out
+
+
+@pytest.fixture
+def words_of_words(tmp_path: Path) -> Iterator[list[str]]:
+    yield from with_new_seed(tokenizer_of("words", tmp_path), "gpt2-10m")
 
 
 def weights_here(words: list[str], place: Path, monkeypatch: pytest.MonkeyPatch) -> dict[str, torch.Tensor]:
@@ -55,7 +82,8 @@ def check_launch(words: list[str], tmp_path: Path, monkeypatch: pytest.MonkeyPat
     assert not folder.exists()
     printed = run_pipeline("pretrain", [*words, *SHORT, "--output_dir", str(tmp_path / "run")], processes, zero)
     assert printed.count("random weights of qwen3-5m") == 1 and printed.count("scale: ") == 1
-    assert f"this run trains on {2 * processes * 64} tokens" in printed
+    counts = count_weights(AutoModelForCausalLM.from_pretrained(folder))
+    assert describe_scale(counts, 2 * processes * 64) in printed.splitlines()
     made, expected = load_file(folder / "model.safetensors"), weights_here(words, tmp_path, monkeypatch)
     assert made.keys() == expected.keys()
     assert all(torch.equal(made[name], tensor) for name, tensor in expected.items())
@@ -83,15 +111,60 @@ def test_other_launches_train_the_same_weights(
     check_launch(words, tmp_path, monkeypatch, processes, zero)
 
 
+@pytest.mark.parametrize(("size", "whole"), PARTS)
 def test_weights_in_parts_are_those_of_one_process(
-    base_folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    size: str, whole: bool, base_folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    words = tiny_words(base_folder, "gpt2-10m")
+    words = tiny_words(base_folder, size)
+    words = words[:4] if whole else words
     run_ranks(random_base_of_rank.__file__, str(tmp_path), *words, logs=tmp_path)
     alone = weights_here(words, tmp_path / "alone", monkeypatch)
-    alone["lm_head.weight"] = alone["transformer.wte.weight"]  # tied, and stored once
+    (written,) = (tmp_path / "bases").glob("*/model.safetensors")
+    assert tensors_hash(load_file(written)) == tensors_hash(alone)
+    if settings.read_size(size)[1]["tie_word_embeddings"]:  # and stored once
+        (embeddings,) = (name for name in alone if name.endswith(("wte.weight", "embed_tokens.weight")))
+        alone["lm_head.weight"] = alone[embeddings]
     hashes = {(tmp_path / f"{rank}.txt").read_text(encoding="utf-8") for rank in range(2)}
     assert hashes == {tensors_hash(alone)}
+
+
+@pytest.mark.parametrize("kind", VOCABULARIES)
+def test_a_trained_tokenizer_decides_vocabulary_and_special_ids(
+    kind: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(settings, "OUTPUT", tmp_path / "output")
+    run = parse_arguments(PretrainRun, tiny_words(tokenizer_of(kind, tmp_path), "gpt2-10m"))
+    make_random_base(run)
+    tokenizer = AutoTokenizer.from_pretrained(run.model.model)
+    model = AutoModelForCausalLM.from_pretrained(run.model.model)
+    assert model.config.vocab_size == len(tokenizer) == VOCABULARIES[kind] == model.lm_head.weight.shape[0]
+    begin, end, pad = ("[MASK]", "[CLS]", "[PAD]") if kind == "words" else (None, "<|endoftext|>", "<|endoftext|>")
+    ids = [mark and tokenizer.convert_tokens_to_ids(mark) for mark in (begin, end, pad)]
+    assert [tokenizer.bos_token_id, tokenizer.eos_token_id, tokenizer.pad_token_id] == ids
+    assert None not in ids[1:] and tokenizer.unk_token_id not in ids[1:]
+    for found in (model.config, model.generation_config):
+        assert [found.bos_token_id, found.eos_token_id] == ids[:2]
+    assert model.generation_config.pad_token_id == ids[2]
+    # The row of a padding token gets no gradient, so one that ends texts is not named for it.
+    assert model.config.pad_token_id == (ids[2] if kind == "words" else None)
+    prompt = tokenizer(PROMPT, return_tensors="pt").input_ids
+    written = model.generate(prompt, max_new_tokens=NEW_TOKENS, min_new_tokens=NEW_TOKENS)
+    assert written.shape[1] == prompt.shape[1] + NEW_TOKENS and written.max() < VOCABULARIES[kind]
+
+
+def test_a_vocabulary_of_words_is_trained_on(words_of_words: list[str], tmp_path: Path) -> None:
+    out = tmp_path / "run"
+    printed = run_pipeline("pretrain", [*words_of_words, *SHORT, "--output_dir", str(out)])
+    base = AutoModelForCausalLM.from_pretrained(parse_arguments(PretrainRun, words_of_words).model.model)
+    assert describe_scale(count_weights(base), 2 * 64) in printed.splitlines()
+    trained, tokenizer = AutoModelForCausalLM.from_pretrained(out), AutoTokenizer.from_pretrained(out)
+    assert trained.config.vocab_size == len(tokenizer) == VOCABULARIES["words"]
+    marks = [trained.config.bos_token_id, trained.config.eos_token_id, trained.config.pad_token_id]
+    assert marks == tokenizer.convert_tokens_to_ids(["[MASK]", "[CLS]", "[PAD]"])
+    entries = [json.loads(line) for line in (out / "metrics.jsonl").read_text(encoding="utf-8").splitlines()]
+    assert max(entry["step"] for entry in entries) == 2
+    for name, weight in trained.state_dict().items():
+        assert weight.isfinite().all() and not torch.equal(weight, base.state_dict()[name]), name
 
 
 @pytest.mark.long
@@ -121,9 +194,17 @@ FILES = {
     "gptj.json": {"model_type": "gptj", "n_embd": 64, "n_layer": 1, "n_head": 4, "rotary_dim": 15},
     "neox.json": CONFIG | {"model_type": "gpt_neox", "intermediate_size": 64},
     "good.json": CONFIG | {"num_key_value_heads": 4, "intermediate_size": 64},
+    "heads.json": CONFIG | {"hidden_size": 66},
+    "folder/config.json": CONFIG | {"num_key_value_heads": 3},
+    "odd.json": CONFIG | {"hidden_size": 60},
+    "width.json": CONFIG | {"head_dim": 15},
+    "layers.json": CONFIG | {"num_hidden_layers": 0},
+    "gpt2.json": {"model_type": "gpt2", "n_embd": 66, "n_layer": 1, "n_head": 4},
 }
 SIZE, OVER = ["--config_name", "qwen3-5m"], "--config_overrides"
 GOOD = ["--config_name", "good.json", "--tokenizer_name", "{base}"]
+# Whole remedies, to the end of the line.
+OVERRIDES, EITHER = "fix: correct --config_overrides\n", "fix: correct --config_overrides, or good.json\n"
 CASES: dict[str, tuple[list[str], str, str]] = {
     "unknown size": (["--config_name", "qwen3-5", *GOOD[2:]], "qwen3-5 is no ready size", "did you mean qwen3-5m?"),
     "no tokenizer": (SIZE, "needs a tokenizer", "--tokenizer_name FOLDER"),
@@ -138,29 +219,75 @@ CASES: dict[str, tuple[list[str], str, str]] = {
     "reads what follows": ([*GOOD[2:], "--config_name", "bert.json"], "attend to those that follow", "is_decoder"),
     "unknown setting": ([*GOOD, OVER, "hiden_size=32"], "'hiden_size', which llama does not have", "'hidden_size'"),
     "another family": ([*GOOD, OVER, "model_type=gpt2"], "sets model_type", "another --config_name"),
-    "a word": ([*GOOD, OVER, "hidden_size=wide"], "hidden_size: input should be a valid integer", "correct"),
-    "a fraction": ([*GOOD, OVER, "num_hidden_layers=2.5"], "num_hidden_layers: input should be", "correct"),
-    "none": ([*GOOD, OVER, "num_hidden_layers=0"], "num_hidden_layers: input should be greater", "correct"),
+    "a word": ([*GOOD, OVER, "hidden_size=wide"], "hidden_size: input should be a valid integer", OVERRIDES),
+    "a fraction": ([*GOOD, OVER, "num_hidden_layers=2.5"], "num_hidden_layers: input should be", OVERRIDES),
+    "none": ([*GOOD, OVER, "num_hidden_layers=0"], "num_hidden_layers: input should be greater", OVERRIDES),
+    "none in the file": (
+        ["--config_name", "layers.json", *GOOD[2:], OVER, "hidden_size=32"], "num_hidden_layers: input should be",
+        "fix: correct layers.json\n",
+    ),
     "no pair": ([*GOOD, OVER, "hidden_size"], "is not written name=value", "--help"),
-    "heads": ([*GOOD, OVER, "hidden_size=66"], "(66) is not a multiple of the number of attention heads", "correct"),
+    "heads": (
+        [*GOOD, OVER, "hidden_size=66"], "4 attention heads do not divide hidden_size=66",
+        "set hidden_size to a multiple of 8, or another num_attention_heads, in --config_overrides\n",
+    ),
+    "another number of heads": (
+        [*GOOD, OVER, "num_attention_heads=5"], "5 attention heads do not divide hidden_size=64",
+        "set hidden_size to a multiple of 10, or another num_attention_heads, in --config_overrides\n",
+    ),
+    "heads in the file": (
+        ["--config_name", "heads.json", *GOOD[2:], OVER, "num_hidden_layers=1"],
+        "--config_name heads.json: 4 attention heads do not divide hidden_size=66",
+        "set hidden_size to a multiple of 8, or another num_attention_heads, in heads.json\n",
+    ),
+    "heads by the family's names, without rotary positions": (
+        ["--config_name", "gpt2.json", *GOOD[2:]], "4 attention heads do not divide n_embd=66",
+        "set n_embd to a multiple of 4, or another n_head, in gpt2.json\n",
+    ),
+    "heads by the usual names": (
+        ["--config_name", "gpt2-10m", *GOOD[2:], OVER, "hidden_size=66"],
+        "4 attention heads do not divide hidden_size=66",
+        "set hidden_size to a multiple of 4, or another n_head, in --config_overrides\n",
+    ),
     "heads of a family that does not look": (
         ["--config_name", "baichuan-10m-rope", *GOOD[2:], OVER, "hidden_size=66"],
-        "4 attention heads do not divide a hidden_size of 66", "correct",
+        "4 attention heads do not divide hidden_size=66", "set hidden_size to a multiple of 8,",
     ),
-    "groups": ([*GOOD, OVER, "num_key_value_heads=3"], "3 key and value heads do not divide 4", "correct"),
-    "odd heads": ([*GOOD, OVER, "hidden_size=60"], "even rotary dimension", "correct"),
-    "another type": ([*GOOD, OVER, "attention_bias=often"], "'attention_bias'", "correct"),
+    "groups": (
+        [*GOOD, OVER, "num_key_value_heads=3"], "3 key and value heads do not divide 4 attention heads",
+        "set num_key_value_heads to a divisor of 4, or num_attention_heads to a multiple of 3, in --config_overrides\n",
+    ),
+    "groups in the file": (
+        ["--config_name", "folder", *GOOD[2:]], "3 key and value heads do not divide 4 attention heads",
+        "or num_attention_heads to a multiple of 3, in folder/config.json\n",
+    ),
+    "odd heads": (
+        [*GOOD, OVER, "hidden_size=60"], "4 heads of hidden_size=60 hold 15 numbers each",
+        "set hidden_size to a multiple of 8, or another num_attention_heads, in --config_overrides\n",
+    ),
+    "odd heads in the file": (
+        ["--config_name", "odd.json", *GOOD[2:]], "4 heads of hidden_size=60 hold 15 numbers each", "in odd.json\n",
+    ),
+    "odd width of heads": (
+        ["--config_name", "width.json", *GOOD[2:]], "heads of head_dim=15 hold an odd number",
+        "set head_dim to an even number in width.json\n",
+    ),
+    "another type": ([*GOOD, OVER, "attention_bias=often"], "'attention_bias'", EITHER),
     "vocabulary": ([*GOOD, OVER, "vocab_size=900"], "1,000 tokens, more than the vocab_size of 900", "at most 900"),
     "no vocabulary": ([*GOOD, OVER, "vocab_size=None"], "sets vocab_size to nothing", "leave it out"),
-    "heads of no width": ([*SIZE, *GOOD[2:], OVER, "head_dim=0"], "heads of 0", "correct"),
+    "heads of no width": ([*SIZE, *GOOD[2:], OVER, "head_dim=0"], "heads of head_dim=0", "head_dim to 2 or more"),
     "odd heads of Baichuan": (
         ["--config_name", "baichuan-10m-rope", *GOOD[2:], OVER, "hidden_size=260"],
-        "heads of 65 have no pairs", "correct",
+        "4 heads of hidden_size=260 hold 65 numbers each", "set hidden_size to a multiple of 8,",
     ),
     "sizes that only the first use finds": (
-        ["--config_name", "gptj.json", *GOOD[2:]], "--config_name gptj.json: The size of tensor", "correct",
+        ["--config_name", "gptj.json", *GOOD[2:]], "--config_name gptj.json: The size of tensor",
+        "fix: correct gptj.json\n",
     ),
-    "unknown activation": ([*GOOD, OVER, "hidden_act=foo"], "'foo' is unknown", "correct"),
+    "unknown activation": ([*GOOD, OVER, "hidden_act=foo"], "'foo' is unknown", EITHER),
+    "unknown activation of a ready size": (
+        [*SIZE, *GOOD[2:], OVER, "hidden_act=foo"], "'foo' is unknown", OVERRIDES,
+    ),
     "special id": ([*GOOD, OVER, "eos_token_id=5"], "sets eos_token_id, which can have no effect", "tokenizer decides"),
     "precision": ([*GOOD, OVER, "dtype=bfloat16"], "sets dtype, which can have no effect", "--bf16"),
     "theta by a name of another family": (
@@ -176,7 +303,7 @@ def test_wrong_input_is_told_and_leaves_nothing(
     name: str, base_folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     given, cause, remedy = CASES[name]
-    (tmp_path / "typed").mkdir()
+    (tmp_path / "typed" / "folder").mkdir(parents=True)
     for file, content in FILES.items():
         (tmp_path / "typed" / file).write_text(json.dumps(content), encoding="utf-8")
     monkeypatch.chdir(tmp_path / "typed")
@@ -186,5 +313,5 @@ def test_wrong_input_is_told_and_leaves_nothing(
         pretrain.__main__.main([*words, "--output_dir", str(tmp_path / "run")])
     lines = [line for line in capsys.readouterr().err.splitlines() if line.startswith(("error:", "  fix:"))]
     assert refused.value.code == 2 and len(lines) == 2, lines
-    assert cause in lines[0] and remedy in lines[1], lines
+    assert cause in lines[0] and remedy in f"{lines[1]}\n", lines
     assert {path.name for path in tmp_path.iterdir()} == {"typed"}

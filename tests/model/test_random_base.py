@@ -160,22 +160,33 @@ def test_weights_depend_on_the_seed_alone() -> None:
     assert torch.equal(torch.rand(1), first)  # what others draw next is the same
 
 
-def deviation(model: PreTrainedModel, name: str) -> float:
-    return float(model.get_parameter(name).detach().std())
+# What is added to the residual stream, in families that draw it smaller the deeper the model.
+RESIDUAL = {"gpt2": ("c_proj",), "glm": ("o_proj", "down_proj")}
+ONE_OF_EACH_FAMILY = ["gpt2-10m", "glm-30m", "llama-43m", "qwen3-5m", "baichuan-10m-rope", "baichuan-10m-alibi"]
 
 
-def test_each_family_is_initialised_as_its_paper_or_code_says() -> None:
-    small = {"num_hidden_layers": 8, "vocab_size": 512}
-    gpt = build_random_model(config_of("gpt2-10m", n_layer=8, vocab_size=512), 1)
-    assert deviation(gpt, "transformer.h.3.mlp.c_fc.weight") == pytest.approx(0.02, rel=0.02)
-    for name in ("attn.c_proj", "mlp.c_proj"):
-        assert deviation(gpt, f"transformer.h.3.{name}.weight") == pytest.approx(0.02 / 4, rel=0.02)  # sqrt(2 * 8)
-    assert deviation(gpt, "transformer.wpe.weight") == pytest.approx(0.01, rel=0.02)
-    for size, share in (("glm-30m", 4), ("llama-43m", 1), ("qwen3-5m", 1)):
-        model = build_random_model(config_of(size, **small), 1)
-        assert deviation(model, "model.layers.3.self_attn.q_proj.weight") == pytest.approx(0.02, rel=0.02)
-        for name in ("self_attn.o_proj", "mlp.down_proj"):
-            assert deviation(model, f"model.layers.3.{name}.weight") == pytest.approx(0.02 / share, rel=0.02)
+@pytest.mark.parametrize("size", ONE_OF_EACH_FAMILY)
+def test_each_family_is_initialised_as_its_paper_or_code_says(size: str) -> None:
+    family = size.split("-")[0]
+    layers = {"n_layer" if family == "gpt2" else "num_hidden_layers": 8}
+    model = build_random_model(config_of(size, vocab_size=512, pad_token_id=7, **layers), 1)
+    weights = {name: weight.detach() for name, weight in model.named_parameters()}
+    for name, weight in weights.items():
+        part, kind = name.split(".")[-2:]
+        if kind == "bias":
+            assert not weight.any(), name
+        elif "norm" in part or part.startswith("ln_"):
+            assert (weight == 1).all(), name
+        elif size == "baichuan-10m-alibi" and part == "lm_head":
+            bound = 1 / math.sqrt(weight.shape[1])  # Kaiming-uniform, a = sqrt(5)
+            assert weight.abs().max() <= bound and float(weight.std()) == pytest.approx(bound / math.sqrt(3), rel=0.02)
+        else:
+            share = math.sqrt(2 * 8) if part in RESIDUAL.get(family, ()) else 2 if part == "wpe" else 1
+            assert float(weight.std()) == pytest.approx(0.02 / share, rel=0.02), name
+            assert abs(float(weight.mean())) < 0.02 / share * 0.05, name
+    assert any(name.endswith("bias") for name in weights) == (family in ("gpt2", "glm"))
+    # The row of the padding token; GPT-2's code has none.
+    assert bool(model.get_input_embeddings().weight[7].any()) == (family == "gpt2")
 
 
 def tiny_words(base: Path, size: str, *words: str) -> list[str]:
@@ -235,12 +246,14 @@ def test_transformers_alone_loads_each_size_up_to_50m(
     check_reloading([made(["--config_name", size, "--tokenizer_name", str(base_folder)]) for size in sizes])
 
 
+@pytest.mark.parametrize("whole", [False, pytest.param(True, marks=pytest.mark.long)])
 @pytest.mark.parametrize("kind", ["rope", "alibi"])
 def test_baichuan_loads_and_writes_here(
-    kind: str, base_folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    kind: str, whole: bool, base_folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(settings, "OUTPUT", tmp_path)
-    run = made(tiny_words(base_folder, f"baichuan-10m-{kind}"))
+    words = tiny_words(base_folder, f"baichuan-10m-{kind}")
+    run = made(words[:4] if whole else words)
     tokenizer = load_tokenizer(run.model)
     model = load_model(run.model, tokenizer).eval()
     assert (model.config.position_embedding, model.config.norm_head) == (kind, kind == "alibi")

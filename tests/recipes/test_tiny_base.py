@@ -291,7 +291,9 @@ def test_estimates_follow_from_what_was_measured() -> None:
     }  # fmt: skip
 
 
-def test_pages_tell_what_was_measured_wherever_they_are_written(base_folder: Path, tmp_path: Path) -> None:
+def test_pages_tell_what_was_measured_wherever_they_are_written(
+    base_folder: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
     work, docs = tmp_path / "work", tmp_path / "docs"
     (docs / "zh").mkdir(parents=True)
     work.mkdir()
@@ -328,6 +330,18 @@ def test_pages_tell_what_was_measured_wherever_they_are_written(base_folder: Pat
         from_scratch([*words, "--only", "gpt2-10m"])
     assert stop.value.code == 2
     assert [page.read_text(encoding="utf-8") for page in pages] == texts
+    measured("gpt2-10m")
+    capsys.readouterr()
+    for damage, cause, remedy in (
+        (lambda: pages[1].write_text("after", encoding="utf-8"), "has no <!-- measured -->", "add these two lines"),
+        (pages[1].unlink, "zh/from_scratch.md: [Errno 2] No such file", "--docs"),
+    ):
+        damage()
+        with pytest.raises(SystemExit) as stop:
+            from_scratch(words)
+        error, fix = capsys.readouterr().err.splitlines()
+        assert stop.value.code == 2 and cause in error and remedy in fix
+        assert pages[0].read_text(encoding="utf-8") == texts[0]  # neither, where one has no place for the figures
 
 
 def test_a_folder_goes_on_from_what_it_is_made_from_or_not_at_all(tmp_path: Path) -> None:
