@@ -40,7 +40,8 @@ class TokenLoss(ModelOutput):
 
     Attributes:
         loss: [] the sum (in nats) over trained tokens, each times its weight, divided by `num_items_in_batch` or,
-            without it, by the sum of the weights; where gradients are computed, with the balancing loss of routers.
+            without it, by the sum of the weights given, of pseudo-repetitions by the number of tokens; where gradients
+            are computed, with the balancing loss of routers.
         aux_loss: [] the balancing loss alone, times the share of `num_items_in_batch` that these rows have: over all
             micro-batches and processes of a step, a mean weighted as the tokens are. Without gradient and coefficient.
         token_losses: [trained tokens] fp32, row by row, without weights, where no gradients are computed.
@@ -61,7 +62,8 @@ def attach_chunked_loss(
     Beside labels it takes `num_items_in_batch`, by which the sum of losses is divided, and `loss_weights`, [rows,
     tokens]: the weight of predicting the label at the same place, by default 1; or, of pseudo-repetitions,
     `repeat_periods`, [rows, tokens]: how far before a token its last copy is, or 0. Where gradients are computed, the
-    loss is then that of `repetition_weights`, after a pass without gradients.
+    loss is then that of `repetition_weights`, after a pass without gradients; where all periods are 0, the usual loss,
+    after the same pass: where weights are sharded (ZeRO-3, FSDP), all processes must do as many.
 
     The forward methods of the model and of its head are replaced on the instance, so that wrappers (peft, DDP,
     DeepSpeed) and their hooks still work: ZeRO-3 gathers the head's weights when the head is called.
@@ -92,10 +94,14 @@ def attach_chunked_loss(
             return full_forward(*arguments, **options)
         repetition: RepetitionWeights | None = None
         if repeat_periods is not None and torch.is_grad_enabled():
-            with torch.no_grad():
+            if loss_weights is not None:
+                raise ValueError("loss_weights and repeat_periods exclude each other: both are weights of tokens")
+            # Both passes draw the same dropout and noise, and leave the generators where one pass does.
+            with torch.no_grad(), torch.random.fork_rng([labels.device] if labels.is_cuda else []):
                 now = forward(model, *arguments, labels=labels, token_mask=token_mask, **options)
-            repetition = repetition_weights(now.token_losses, labels, repeat_periods)
-            loss_weights = repetition.weights
+            if repeat_periods.any():
+                repetition = repetition_weights(now.token_losses, labels, repeat_periods)
+                loss_weights = repetition.weights
         options.pop("return_dict", None)
         if balance is not None:
             options["output_router_logits"] = torch.is_grad_enabled()
@@ -260,8 +266,9 @@ def _product_gradients(
     rows = max(1, PRODUCT_BYTES.get(device.type, PRODUCT_BYTES["cuda"]) // (dtype.itemsize * factor.shape[1]))
     early: Any = scale
     if dtype == torch.float16:
-        # It would underflow under the scale of thousands of tokens; there it comes last.
-        items = len(hidden) if weights is None else weights.sum()
+        # It would underflow under the scale of thousands of tokens; there it comes last. Weights of pseudo-repetitions
+        # have either sign, and their sum may be next to 0.
+        items = len(hidden) if weights is None else weights.abs().sum()
         early = 1.0 / (items + (items == 0))
     losses = torch.empty(len(targets), dtype=torch.float32, device=device)
     grad_hidden = torch.empty(hidden.shape, dtype=dtype, device=device)

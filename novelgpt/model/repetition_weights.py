@@ -10,8 +10,8 @@ from novelgpt.text.conversation import IGNORE_INDEX
 
 # A repeated token should be this much as likely as its copy before was.
 PENALTY = 0.5
-# The loss of a certain repetition that was impossible before is infinite.
-LEAST_DIFFERENCE = 1e-6
+# Of 1 - |p - PENALTY * q|, which is 0 where a repetition is certain that was impossible before: its loss is infinite.
+LEAST_REST = 1e-6
 
 
 class RepetitionWeights(NamedTuple):
@@ -44,7 +44,7 @@ def repetition_weights(token_losses: torch.Tensor, labels: torch.Tensor, periods
     rows, places = (periods > 0).nonzero(as_tuple=True)
     probability, before = (torch.exp(-costs[rows, at]) for at in (places, places - periods[rows, places]))
     excess = probability - PENALTY * before
-    rest = (1 - excess.abs()).clamp(min=LEAST_DIFFERENCE)
+    rest = (1 - excess.abs()).clamp(min=LEAST_REST)
     weights = torch.ones_like(costs)
     weights[rows, places] = -excess.sign() * probability / rest
     difference = -rest.log() - weights[rows, places] * costs[rows, places]

@@ -34,11 +34,12 @@ class Collator:
     numbers, to be removed before the model gets the batch. With `mask_packs`, packed rows also have a "token_mask",
     [rows, tokens] bool, for the statistics of routers; attention does not need it. Where a row has "loss_weights",
     the batch has them, [rows, tokens] float32: those of other rows are 1 where there is a label, else 0. Where a row is
-    made of pseudo-repetitions, the batch has "repeat_periods", 0 elsewhere.
+    made of pseudo-repetitions, or in any case with `always_periods`, the batch has "repeat_periods", 0 elsewhere.
     """
 
     pad_token_id: int
     mask_packs: bool = False
+    always_periods: bool = False
 
     def __call__(self, rows: list[dict[str, Any]]) -> dict[str, Any]:
         """Collate rows of {"input_ids", "labels"}, "loss_weights" if weighted, and "position_ids" if packed."""
@@ -59,7 +60,7 @@ class Collator:
             for line, weights in zip(batch["loss_weights"], given, strict=True):
                 if weights is not None:
                     line[: len(weights)] = torch.as_tensor(weights, dtype=torch.float32)
-        if any(PERIODS in row for row in rows):
+        if self.always_periods or any(PERIODS in row for row in rows):
             batch[PERIODS] = torch.zeros_like(batch["labels"])
             for line, row in zip(batch[PERIODS], rows, strict=True):
                 if PERIODS in row:

@@ -37,6 +37,7 @@ from novelgpt.settings.process import raise_on_all_ranks
 from novelgpt.settings.terminal import say, say_above_bars
 from novelgpt.text.collator import NUMBER, NUMBERS, ROW, Collator
 from novelgpt.text.conversation import IGNORE_INDEX
+from novelgpt.text.packing import PackedBlocks
 from novelgpt.text.sections import ROWS_STATE, SectionedRows, rows_per_epoch
 from novelgpt.text.statistics import row_lengths
 from novelgpt.training.checkpoints.folders import checkpoints, step_of
@@ -44,7 +45,7 @@ from novelgpt.training.checkpoints.trainer import CheckpointTrainer
 from novelgpt.training.evaluations import EvaluationPlan
 from novelgpt.training.numbers import DocumentLoss, MicroBatch, StepMonitor, document_losses
 from novelgpt.training.plan import Probe
-from novelgpt.training.sample_predictions import SamplePredictions
+from novelgpt.training.sample_predictions import SamplePredictions, weights_are_sharded
 from novelgpt.training.signals import EvaluationStopped
 from novelgpt.training.throughput import Throughput
 
@@ -136,6 +137,9 @@ class NovelTrainer(CheckpointTrainer):
         attach_chunked_loss(base, head_is_last(base), self.balance)
         if isinstance(self.data_collator, Collator):
             self.data_collator.mask_packs = self.balance is not None
+            # One more pass gathers sharded weights, in which all processes take part, whichever rows they have.
+            repeats = isinstance(train_dataset, PackedBlocks) and train_dataset.repetitive_share > 0
+            self.data_collator.always_periods = repeats and weights_are_sharded(self.accelerator)
         line = explain_balance(base, self.balance)
         if line and self.is_world_process_zero():
             say(line)

@@ -423,15 +423,24 @@ def test_weights_held_in_bf16() -> None:
         assert cosine(gradient, expected[name]) > 0.99, name
 
 
-@pytest.mark.parametrize("factor", [None, 1e-6, 1e6])
-def test_fp16_keeps_gradients_of_steps_with_many_tokens(factor: float | None) -> None:
-    """A loss divided by 100,000 tokens and multiplied again, as gradient scaling does; weights may be of any size."""
+@pytest.mark.parametrize("factor", [None, 1e-6, 1e6, "of either sign"])
+def test_fp16_keeps_gradients_of_steps_with_many_tokens(factor: float | str | None) -> None:
+    """A loss divided by 100,000 tokens and multiplied again, as gradient scaling does; weights may be of any size, and
+    sum up to next to nothing.
+    """
     model = HEADS["untied"]()
     reference = copy.deepcopy(model)
     batch, items = padded(), 100_000.0
-    if factor is not None:
+    if isinstance(factor, float):
         batch, items = weighted(batch), items * factor
         batch["loss_weights"] *= factor
+    elif factor is not None:
+        batch = weighted(batch)
+        weights, trained = batch["loss_weights"], batch["labels"][:, 1:] != IGNORE_INDEX
+        weights[:, 1::2] *= -1
+        first = trained.nonzero()[0] + torch.tensor([0, 1])
+        weights[tuple(first)] -= weights[:, 1:][trained].sum() - 1e-6
+        assert weights[:, 1:][trained].sum().abs() < 1e-4 < weights[:, 1:][trained].abs().sum()
     (2.0**14 * plain_loss(reference, batch, torch.tensor(items))).backward()
     attached(model)
     with torch.autocast("cpu", dtype=torch.float16):

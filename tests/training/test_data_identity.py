@@ -55,8 +55,8 @@ def sft(
     return parse_arguments(FinetuneRun, [*words, "--valid_files", *(str(own / name) for name in valid)])
 
 
-def corpus(base: Path, folder: Path, own: Path, train: list[str], valid: list[str]) -> TrainingRun:
-    words = ["--model", str(base), "--output_dir", str(folder)]
+def corpus(base: Path, folder: Path, own: Path, train: list[str], valid: list[str], ditto: str = "0") -> TrainingRun:
+    words = ["--model", str(base), "--output_dir", str(folder), "--ditto", ditto]
     words += ["--train_files", *(str(own / name) for name in train)]
     return parse_arguments(PretrainRun, [*words, "--valid_files", *(str(own / name) for name in valid)])
 
@@ -202,6 +202,21 @@ def test_a_mix_is_one_of_weights_wherever_its_files_lie(base_folder: Path, own: 
     preview_run_folder(sft(base_folder, tmp_path / "run", own, *SFT))
     with pytest.raises(UserError, match="other settings: mix"):
         preview_run_folder(sft(base_folder, tmp_path / "run", own, *SFT, "1/3"))
+
+
+def test_another_share_of_pseudo_repetitions_is_another_run(base_folder: Path, own: Path, tmp_path: Path) -> None:
+    begin(corpus(base_folder, tmp_path / "run", own, *CORPUS, "0.25"))
+    preview_run_folder(corpus(base_folder, tmp_path / "run", own, *CORPUS, "0.25"))
+    for share in ("0", "0.5"):
+        with pytest.raises(UserError, match="other settings: ditto"):
+            preview_run_folder(corpus(base_folder, tmp_path / "run", own, *CORPUS, share))
+    path = tmp_path / "run" / "run.json"
+    record = json.loads(path.read_text(encoding="utf-8"))
+    del record["arguments"]["data"]["ditto"]  # of a version that had none
+    path.write_text(json.dumps(record), encoding="utf-8")
+    preview_run_folder(corpus(base_folder, tmp_path / "run", own, *CORPUS))
+    with pytest.raises(UserError, match="other settings: ditto"):
+        preview_run_folder(corpus(base_folder, tmp_path / "run", own, *CORPUS, "0.25"))
 
 
 def test_another_vocabulary_is_another_model(base_folder: Path, own: Path, tmp_path: Path) -> None:

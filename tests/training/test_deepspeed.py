@@ -16,7 +16,7 @@ from novelgpt.settings.arguments import ConversationArguments, ModelArguments
 from novelgpt.settings.paths import SAMPLES
 from novelgpt.text.collator import Collator
 from tests.ranks import run_pipeline
-from tests.rounding import LOSS_TOLERANCE
+from tests.rounding import LOSS_TOLERANCE, assert_close
 
 ROOT = Path(__file__).resolve().parents[2]
 VALID = [str(SAMPLES / "papers" / "valid.jsonl")]
@@ -132,3 +132,28 @@ def test_lora_saves_a_whole_adapter(
     assert all(float(tensor.abs().max()) > 0 for name, tensor in weights.items() if "lora_B" in name)
     merged = load_for_inference(ModelArguments(str(folder)), tokenizer)
     assert evaluate(merged, tokenizer, train_file)[0] == pytest.approx(reported_loss(folder), rel=LOSS_TOLERANCE)
+
+
+@pytest.mark.slow
+@pytest.mark.long
+def test_pseudo_repetitions_on_two_ranks_equal_one_process(base_folder: Path, tmp_path: Path) -> None:
+    """Under ZeRO-3, where ranks whose rows repeat nothing gather the weights as often as the others."""
+    words = ["--model", str(base_folder), "--precision", "fp32", "--max_length", "64", "--ditto", "0.4"]
+    words += ["--max_steps", "4", "--gradient_accumulation_steps", "2", "--logging_steps", "1", "--optim", "sgd"]
+    words += ["--learning_rate", "0.5", "--lr_scheduler_type", "constant", "--eval_on_start", "False"]
+    words += ["--save_strategy", "no"]
+    losses, weights = [], []
+    for processes, zero in ((1, 0), (2, 3)):
+        folder = tmp_path / f"zero{zero}"
+        shape = ["--per_device_train_batch_size", str(2 // processes), "--output_dir", str(folder)]
+        printed = run_pipeline("pretrain", [*words, *shape], processes, zero)
+        assert "blocks are pseudo-repetitions (--ditto)" in printed
+        entries = [json.loads(line) for line in (folder / "metrics.jsonl").read_text(encoding="utf-8").splitlines()]
+        losses.append([entry["loss"] for entry in entries if "loss" in entry])
+        weights.append(load_file(folder / "model.safetensors"))
+    assert losses[1] == pytest.approx(losses[0], abs=1e-3)
+    before, moved = load_file(base_folder / "model.safetensors"), 0.0
+    for name, tensor in weights[0].items():
+        assert_close(weights[1][name], tensor, name)
+        moved = max(moved, float((tensor - before[name].float()).abs().max()))
+    assert len(losses[0]) == 4 and moved > 1e-3
