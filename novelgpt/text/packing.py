@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import bisect
 import copy
+from collections import Counter
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -14,7 +15,7 @@ import torch
 
 from novelgpt.text.conversation import IGNORE_INDEX
 from novelgpt.text.origins import SavedOrigins, TokenOrigins, TracedRows, unique
-from novelgpt.text.pseudo_repetitions import PERIODS, is_repetitive, repeat_pieces
+from novelgpt.text.pseudo_repetitions import PERIODS, Piece, draw_pieces, is_repetitive, repeat_pieces
 from novelgpt.text.statistics import TokenCounts
 
 
@@ -67,7 +68,8 @@ def map_tokens(path: Path, dtype: str) -> numpy.ndarray:
 
 
 class PackedBlocks(TracedRows):
-    """Blocks of `max_length` tokens cut from documents laid end to end. No token is lost, and none is read before use.
+    """Blocks of `max_length` tokens cut from documents laid end to end. No token is lost but those that
+    pseudo-repetitions replace, and none is read before use.
 
     Neighbouring blocks share one token, untrained in the later one, so that every token but the first of each document
     is predicted exactly once. Positions restart at each document; attention distinguishes documents by them.
@@ -84,10 +86,9 @@ class PackedBlocks(TracedRows):
         repetitive_share: of the blocks, those that are pseudo-repetitions.
     """
 
-    repetitive_share = 0.0
-
     def __init__(self, texts: Sequence[TokenizedText], max_length: int, mixed: bool = True) -> None:
         self.mixed = mixed
+        self.repetitive_share = 0.0
         self.tokens = TokenArray([text.tokens for text in texts])
         ends = numpy.cumsum([len(text.tokens) for text in texts], dtype=numpy.int64)
         begins = [0, *ends[:-1].tolist()]
@@ -130,7 +131,9 @@ class PackedBlocks(TracedRows):
         document_starts = torch.from_numpy(self.starts[low:high] - begin)
         row: dict[str, torch.Tensor] = {}
         if is_repetitive(self.repetitive_share, begin):
-            ids, row[PERIODS], document_starts = repeat_pieces(ids, document_starts, begin, self.mixed)
+            pieces = self._pieces(index)
+            ids, row[PERIODS] = repeat_pieces(ids, pieces)
+            document_starts = torch.tensor([piece.begin for piece in pieces])
         labels = ids.clone()
         labels[0] = IGNORE_INDEX
         labels[document_starts] = IGNORE_INDEX  # nothing precedes a document that could predict its first token
@@ -141,6 +144,12 @@ class PackedBlocks(TracedRows):
             origin[document_starts] = document_starts
             row["position_ids"] = positions - origin.cummax(0).values
         return row
+
+    def _pieces(self, index: int) -> list[Piece]:
+        """Of a block of pseudo-repetitions."""
+        begin, end = self.spans[index].tolist()
+        low, high = numpy.searchsorted(self.starts, [begin, end])
+        return draw_pieces(end - begin, (self.starts[low:high] - begin).tolist(), begin, self.mixed)
 
     def origins(self, index: int, begin: int = 0, end: int | None = None) -> list[str]:
         """Rows and lines, as exactly as the text was encoded: in chunks of about 4,000 characters."""
@@ -154,18 +163,36 @@ class PackedBlocks(TracedRows):
         )
 
     def counts(self) -> TokenCounts:
-        """Tokens of the text that these blocks span; the first of each document, and of all, has no prediction."""
+        """Tokens of the text that these blocks span; none is read for it.
+
+        The first of each document, of each piece of pseudo-repetitions, and of all, has no prediction. Those that
+        repetitions replace are dropped.
+        """
         begins, ends = self.spans.T
         inside = numpy.searchsorted(self.starts, ends) - numpy.searchsorted(self.starts, begins + 1)
         shared = numpy.concatenate([[False], begins[1:] == ends[:-1] - 1])
         context = int(inside.sum() + (~shared).sum())
         tokens_in = int((ends - begins - shared).sum())
+        repetitive = [
+            index for index, begin in enumerate(begins.tolist()) if is_repetitive(self.repetitive_share, begin)
+        ]
+        following = numpy.append(shared[1:], False)
+        dropped = 0
+        for index in repetitive:
+            pieces = self._pieces(index)
+            # The last token stays if the next block begins with it.
+            kept = int(pieces[-1].period > 0 and bool(following[index]))
+            dropped += sum(piece.end - piece.repeats for piece in pieces) - kept
+            context += len(pieces) - 1 - int(inside[index]) + kept
+        note = "blocks are pseudo-repetitions (--ditto); what they replace is dropped, the same in each epoch"
         return TokenCounts(
             rows=len(self),
             tokens_in=tokens_in,
-            trained=tokens_in - context,
+            trained=tokens_in - context - dropped,
             context=context,
+            dropped=dropped,
             lengths=self.lengths,
+            notes=Counter({note: len(repetitive)} if repetitive else {}),
         )
 
 

@@ -6,6 +6,8 @@ whatever made it write something twice makes it do so for ever.
 
 from __future__ import annotations
 
+from typing import NamedTuple
+
 import numpy
 import torch
 
@@ -15,10 +17,26 @@ PERIODS = "repeat_periods"
 PIECE = 512
 # Of real text before the repetition; shorter pieces stay as they are.
 LEAST_CONTEXT = 16
-# Tokens of what is repeated: from a single one to a sentence, each length as likely as its logarithm has room.
+# Tokens of what is repeated: from a single one to a sentence, log-uniform: short ones are likelier.
 LONGEST_PERIOD = 64
 LARGEST_CONTEXT_SHARE = 0.75
 SEED = 2022
+
+
+class Piece(NamedTuple):
+    """A part of a row that goes on with its own last tokens.
+
+    Attributes:
+        begin: its first token in the row.
+        repeats: the first token that is replaced by a repetition; `end` where none is.
+        end: behind its last token.
+        period: tokens of what is repeated; 0 where nothing is.
+    """
+
+    begin: int
+    repeats: int
+    end: int
+    period: int
 
 
 def is_repetitive(share: float, number: int) -> bool:
@@ -31,36 +49,47 @@ def is_repetitive(share: float, number: int) -> bool:
     return share > 0 and numpy.random.default_rng([SEED, number]).random() < share
 
 
-def repeat_pieces(
-    ids: torch.Tensor, document_starts: torch.Tensor, number: int, several: bool
-) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
-    """Cut a row into pieces, and let each go on with its own last tokens.
+def draw_pieces(length: int, document_starts: list[int], number: int, several: bool) -> list[Piece]:
+    """Cut a row into pieces, and draw where each begins to repeat itself.
 
     Args:
-        ids: [tokens] of the row.
-        document_starts: [documents] where documents start in it; no piece reaches across.
+        length: tokens of the row.
+        document_starts: where documents start in it; no piece reaches across.
         number: that identifies the row; the same number gives the same pieces.
-        several: whether a row may hold several documents; if not, it is one piece, and stays as it is where a
-            document starts inside.
-
-    Returns:
-        The tokens, [tokens] int64; how far before each its last copy is, [tokens] int64, 0 where nothing is repeated;
-        and where the pieces start, [pieces] int64.
+        several: whether a row may hold several documents, and several pieces of each; if not, only document starts cut
+            it.
     """
     generator = numpy.random.default_rng([SEED, number, 1])
-    length = len(ids)
-    cuts = {0, length, *document_starts.tolist(), *(range(0, length, PIECE) if several else ())}
-    bounds = sorted(cuts)
-    ids, periods = ids.clone(), torch.zeros_like(ids)
+    bounds = sorted({0, length, *document_starts, *(range(0, length, PIECE) if several else ())})
+    pieces = []
     for begin, end in zip(bounds[:-1], bounds[1:], strict=True):
         least, most = LEAST_CONTEXT, int((end - begin) * LARGEST_CONTEXT_SHARE)
         if least > most:
+            pieces.append(Piece(begin, end, end, 0))
             continue
         context = int(generator.integers(least, most + 1))
         # The first copy lies within the context, after its first token, which nothing predicts.
         longest = min(LONGEST_PERIOD, context - 1)
         period = min(longest, int(numpy.exp(generator.uniform(0, numpy.log(longest + 1)))))
-        repeats = torch.arange(begin + context, end)
-        ids[repeats] = ids[begin + context - period + (repeats - begin - context) % period]
-        periods[repeats] = period
-    return ids, periods, torch.tensor(bounds[:-1])
+        pieces.append(Piece(begin, begin + context, end, period))
+    return pieces
+
+
+def repeat_pieces(ids: torch.Tensor, pieces: list[Piece]) -> tuple[torch.Tensor, torch.Tensor]:
+    """Let each piece of a row go on with its own last tokens.
+
+    Args:
+        ids: [tokens] of the row.
+        pieces: of the whole row.
+
+    Returns:
+        The tokens, [tokens] int64; and how far before each its last copy is, [tokens] int64, 0 where nothing is
+        repeated.
+    """
+    ids, periods = ids.clone(), torch.zeros_like(ids)
+    for piece in pieces:
+        places = torch.arange(piece.repeats, piece.end)
+        if piece.period:
+            ids[places] = ids[piece.repeats - piece.period + (places - piece.repeats) % piece.period]
+        periods[places] = piece.period
+    return ids, periods

@@ -44,7 +44,7 @@ class TokenCounts:
         tokens_in: tokens of the source text, including those of the template and end tokens.
         trained: tokens with a label.
         context: tokens that are read and not trained: prompts, and the first token of each document.
-        dropped: tokens that training never sees.
+        dropped: tokens that training never sees, those that pseudo-repetitions replace among them.
         lengths: [rows] int64, tokens per row. Counts are equal whatever these are.
         notes: number of rows affected, by description.
     """

@@ -70,11 +70,46 @@ def test_without_packing_a_block_is_one_piece() -> None:
 
 def test_batches_hold_the_periods_of_all_their_rows() -> None:
     some = blocks().with_repetitions(0.5)
-    kinds = {"repeat_periods" in some[index]: index for index in range(20)}
-    batch = Collator(0)([some[kinds[False]], some[kinds[True]]])
+    kinds = {"repeat_periods" in some[index]: some[index] for index in range(20)}
+    shorter = {name: values[:-9] for name, values in kinds[True].items()}
+    batch = Collator(0)([kinds[False], kinds[True], shorter])
     assert not batch["repeat_periods"][0].any()
-    assert torch.equal(batch["repeat_periods"][1], some[kinds[True]]["repeat_periods"])
-    assert "repeat_periods" not in Collator(0)([some[kinds[False]]])
+    assert torch.equal(batch["repeat_periods"][1], kinds[True]["repeat_periods"])
+    assert torch.equal(batch["repeat_periods"][2, :-9], shorter["repeat_periods"])
+    assert not batch["repeat_periods"][2, -9:].any() and bool(batch["repeat_periods"][1, -9:].all())
+    assert "repeat_periods" not in Collator(0)([kinds[False]])
+    always = Collator(0, always_periods=True)([kinds[False]])["repeat_periods"]
+    assert always.shape == (1, BLOCK) and not always.any()
+
+
+@pytest.mark.parametrize("mixed", [True, False])
+def test_tokens_that_repetitions_replace_are_dropped(mixed: bool) -> None:
+    """Each token of the text is trained in one block or none; else it is read in one, or dropped."""
+    draw = numpy.random.default_rng(1)
+    dropped, replaced_and_read = 0, 0
+    for length in (513, 600, 1500):
+        ends = numpy.cumsum(draw.integers(1, 1500, 12))
+        text = TokenizedText(numpy.arange(1, ends[-1] + 1, dtype=numpy.uint32), numpy.array([0, *ends[:-1]]))
+        whole = PackedBlocks([text], length, mixed).with_repetitions(0.6)
+        cut = int(draw.integers(1, len(whole)))
+        for part in (whole, whole.subset(range(cut)), whole.subset(numpy.arange(cut, len(whole)))):
+            spanned, read, trained, replaced = set[int](), set[int](), list[int](), set[int]()
+            for (begin, end), row in zip(part.spans.tolist(), (part[index] for index in range(len(part))), strict=True):
+                own = torch.arange(begin + 1, end + 1)
+                kept = row.get("repeat_periods", torch.zeros_like(own)) == 0
+                assert torch.equal(row["input_ids"][kept], own[kept])  # so that tokens tell their places
+                spanned |= set(own.tolist())
+                read |= set(own[kept].tolist())
+                replaced |= set(own[~kept].tolist())
+                trained += own[kept & (row["labels"] >= 0)].tolist()
+            counts = part.counts()
+            assert len(set(trained)) == len(trained)
+            assert (counts.tokens_in, counts.trained) == (len(spanned), len(trained))
+            assert (counts.context, counts.dropped) == (len(read - set(trained)), len(spanned - read))
+            repetitive = sum("repeat_periods" in part[index] for index in range(len(part)))
+            assert list(counts.notes.values()) == [repetitive]
+            dropped, replaced_and_read = dropped + counts.dropped, replaced_and_read + len(replaced & read)
+    assert dropped > 1000 and replaced_and_read > 0  # the latter are last in a block, and first in the next
 
 
 @pytest.mark.parametrize(
