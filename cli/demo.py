@@ -1,4 +1,4 @@
-"""The whole workflow on the small base and the samples: pretrain, fine-tune, LoRA-fine-tune, predict, report and table.
+"""The whole workflow on the small base and the samples: pretrain, fine-tune, LoRA-fine-tune, predict, report, tables.
 
     novelgpt demo [FOLDER]
 
@@ -15,12 +15,17 @@ import signal
 import subprocess
 import sys
 from contextlib import suppress
+from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
 from rich.box import SIMPLE_HEAD
+from rich.table import Table
 
 from novelgpt.launch.start import SETTLED, own_paths
+from novelgpt.scoring.row_scores import RowScores
+from novelgpt.scoring.score_table import CHARACTERS, NATS, TOKENS
+from novelgpt.scoring.summary import Comparison, compare_rows
 from novelgpt.settings.atomic_files import atomic_write
 from novelgpt.settings.command_parser import CommandParser
 from novelgpt.settings.console import make_console, number_table
@@ -29,21 +34,25 @@ from novelgpt.settings.hardware import visible_gpus
 from novelgpt.settings.paths import OUTPUT, ROOT, SAMPLES, check_folder_can_be_made
 from novelgpt.settings.remedies import environment_program
 from novelgpt.settings.signals import STOP_SIGNALS
+from novelgpt.settings.small_bases import TINY, copy_tiny
 from novelgpt.settings.terminal import say
 from novelgpt.settings.third_party import process_defaults
 
 POLL_SECONDS = 0.1
-BASE = "tiny-random"
 RUNS = ("base", "pretrain", "finetune", "finetune_lora")
-MADE = (BASE, *RUNS, "report", "summary.json")
-ANSWERS = ("--max_new_tokens", "320")
-MODELS = {
-    "base": "base",
-    "pretrain": "pretrained",
-    "finetune": "full SFT",
-    "finetune_lora": "LoRA SFT",
-}
-SCORES = ("rouge-1", "rouge-2", "rouge-l")
+MADE = (TINY, *RUNS, "report", "summary.json")
+# The test rows are answered like this, by all models alike.
+ANSWERS = (
+    "--data_files", str(SAMPLES / "papers" / "test.jsonl"), "--batch_size", "128", "--max_new_tokens", "320",
+    "--do_sample", "--temperature", "0.9", "--top_p", "0.9", "--top_k", "0",
+)  # fmt: skip
+MODELS = {"base": "base", "pretrain": "pretrained", "finetune": "full SFT", "finetune_lora": "LoRA SFT"}
+ROUGE = ("rouge-1", "rouge-2", "rouge-l")
+SHARES = ("stopped", "looped")
+COMPARED = ("loss", "rouge-l")
+# What these are computed from, of a row.
+SCORED = ("rouge-l", NATS, TOKENS, CHARACTERS)
+BITS = "eval_bits_per_character"
 
 
 @exit_on_user_error
@@ -62,17 +71,16 @@ def main(argv: list[str] | None = None) -> None:
             shutil.rmtree(path)
         else:
             path.unlink(missing_ok=True)
-    _run("novelgpt.model.tiny_random", str(demo / BASE))
+    base = demo / TINY  # a copy of its own: scores go into a model's card
+    copy_tiny(base)
 
-    say("", "== 1/5 The untouched base answers the held-out pairs")
-    _predict(demo / BASE, "--output_dir", str(demo / "base"))
+    say("", "== 1/5 The untouched base answers the held-out titles")
+    _predict(base, "--output_dir", str(demo / "base"))
 
-    say("", "== 2/5 Continued pretraining on one novel and on abstracts, evaluated on another novel")
+    say("", "== 2/5 Continued pretraining on one novel, evaluated on another")
     novels, papers = SAMPLES / "novels", SAMPLES / "papers"
-    _train(
-        "pretrain", demo / BASE, demo / "pretrain", novels / "shan_zhong_yao_pu.txt", "--text_column", "abstract",
-        "--train_files", str(novels / "deng_ta_xia_de_xin.txt"), str(papers / "train.jsonl"),
-    )  # fmt: skip
+    train = ("--train_files", str(novels / "deng_ta_xia_de_xin.txt"))
+    _train("pretrain", base, demo / "pretrain", novels / "shan_zhong_yao_pu.txt", *train)
     _predict(demo / "pretrain")
 
     for step, (pipeline, title) in {
@@ -89,7 +97,7 @@ def main(argv: list[str] | None = None) -> None:
 
 
 def _train(pipeline: str, model: Path, output: Path, valid: Path, *further: str) -> None:
-    settings = ROOT / pipeline / "configs" / f"{BASE}.yaml"
+    settings = ROOT / pipeline / "configs" / f"{TINY}.yaml"
     options = ["--model", str(model), "--config", str(settings), "--valid_files", str(valid)]
     _run("novelgpt.launch.start", pipeline, *options, "--output_dir", str(output), *further)
 
@@ -130,45 +138,97 @@ def _run(*args: str) -> None:
 
 
 def write_summary(demo: Path) -> None:
-    """Write summary.json into the folder of a demo whose runs have ended, and print its table.
+    """Write summary.json into the folder of a demo whose runs have ended, and print its tables.
 
     The base is not trained: its seconds and tokens per second are those of answering.
     """
     runs = {name: _read_json(demo / name / "run.json")["results"] for name in MODELS if name != "base"}
-    summary: dict[str, dict[str, float]] = {}
+    summary: dict[str, Any] = {}
     for name in MODELS:
-        scores = _read_json(demo / name / ("scores.json" if name == "base" else "predict/scores.json"))
-        figures = {"eval_loss": scores["loss"], "perplexity": scores["perplexity"]}
-        figures |= {metric: scores[metric] for metric in SCORES}
+        scores = _read_json(_answers(demo, name) / "scores.json")
+        figures = {metric: scores[metric] for metric in ("loss", "perplexity", *ROUGE, *SHARES)}
         figures["seconds"] = scores["seconds"] if name == "base" else runs[name]["train_runtime"]
         figures["tokens_per_second"] = runs.get(name, scores)["tokens_per_second"]
         summary[name] = figures
-    before, after = (runs["pretrain"][name] for name in ("start_eval_perplexity", "eval_perplexity"))
-    summary["base"]["heldout_book_perplexity"] = before
-    summary["pretrain"]["heldout_book_perplexity"] = after
+    before, after = (runs["pretrain"][name] for name in (f"start_{BITS}", BITS))
+    summary["base"]["heldout_book_bits_per_character"] = before
+    summary["pretrain"]["heldout_book_bits_per_character"] = after
+    comparisons = compare_with_both(demo)
+    summary["comparisons"] = [
+        {"of": tuned, "with": other, **asdict(one)} for tuned, other, found in comparisons for one in found
+    ]
     atomic_write(demo / "summary.json", json.dumps(summary, indent=2) + "\n")
-    headings = ("model", "eval loss", "perplexity", *SCORES, "seconds", "tokens/s")
-    table = number_table("Held-out title -> abstract pairs", *headings)
-    table.box, table.show_edge, table.pad_edge, table.padding = SIMPLE_HEAD, False, False, (0, 1, 0, 0)
+    console = make_console(soft_wrap=True)
+    headings = ("model", "loss", *ROUGE, *SHARES, "seconds", "tokens/s")
+    table = _plain_table("Held-out title -> abstract pairs", *headings)
     for name, label in MODELS.items():
         figures = summary[name]
         table.add_row(
             label,
-            f"{figures['eval_loss']:.3f}",
-            f"{figures['perplexity']:.1f}",
-            *(f"{100 * figures[metric]:.2f}" for metric in SCORES),
+            f"{figures['loss']:.3f}",
+            *(f"{100 * figures[metric]:.2f}" for metric in ROUGE),
+            *(f"{figures[share]:.2f}" for share in SHARES),
             f"{figures['seconds']:.0f}",
             f"{figures['tokens_per_second']:,.0f}",
         )
-    make_console(soft_wrap=True).print(table)
+    console.print(table)
+    table = _plain_table("Paired differences, with 95 % intervals", "", *COMPARED)
+    for tuned, other, found in comparisons:
+        cells = (_difference(one) for one in found)
+        table.add_row(f"{MODELS[tuned]} - {MODELS[other]}", *cells)
+    console.print(table)
     say(
-        f"Held-out book: perplexity {before:.1f} -> {after:.1f} by pretraining, {before / after:.1f} times lower.",
-        "Loss in nats per token, ROUGE in %; seconds and tokens/s of training (base: of answering).",
+        f"Held-out book: {before:.3f} -> {after:.3f} bits per character by pretraining.",
+        "Loss in nats per token, ROUGE in %; stopped, looped: shares of the answers that the model ended by itself and "
+        f"that fell into a loop; answers drawn: {_settings()}.",
+        "seconds and tokens/s of training (base: of answering).",
         f"  curves        {demo}/*/loss.png",
         f"  predictions   {demo}/base/predictions.jsonl, {demo}/*/predict/predictions.jsonl",
         f"  figures       {demo}/summary.json",
         f"  all curves    {environment_program('tensorboard')} --logdir {shlex.quote(str(demo))}",
     )
+
+
+def compare_with_both(demo: Path) -> list[tuple[str, str, list[Comparison]]]:
+    """Compare each fine-tuned model of a demo with the base and with the pretrained one, row by row.
+
+    Returns:
+        Names of the two, and the scores `COMPARED`, of which `second` is the fine-tuned model's.
+    """
+    rows = {name: _rows_to_compare(_answers(demo, name) / "row_scores.jsonl") for name in MODELS}
+    found = []
+    for tuned in ("finetune", "finetune_lora"):
+        for other in ("base", "pretrain"):
+            scores = {one.name: one for one in compare_rows(rows[other], rows[tuned])}
+            found.append((tuned, other, [scores[name] for name in COMPARED]))
+    return found
+
+
+def _rows_to_compare(path: Path) -> list[RowScores]:
+    rows = map(json.loads, path.read_text("utf-8").splitlines())
+    return [{name: row[name] for name in SCORED} for row in rows]
+
+
+def _difference(one: Comparison) -> str:
+    scale, digits = (1, 3) if one.name == "loss" else (100, 2)
+    numbers = [f"{scale * number:+.{digits}f}" for number in (one.second - one.first, one.low, one.high)]
+    return f"{numbers[0]} [{numbers[1]}, {numbers[2]}]"
+
+
+def _settings() -> str:
+    """How answers are generated, as the command line says it."""
+    words = ANSWERS[ANSWERS.index("--max_new_tokens") :]
+    return " ".join(words)
+
+
+def _answers(demo: Path, name: str) -> Path:
+    return demo / name if name == "base" else demo / name / "predict"
+
+
+def _plain_table(title: str, *headings: str) -> Table:
+    table = number_table(title, *headings)
+    table.box, table.show_edge, table.pad_edge, table.padding = SIMPLE_HEAD, False, False, (0, 1, 0, 0)
+    return table
 
 
 def _read_json(path: Path) -> dict[str, Any]:

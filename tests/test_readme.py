@@ -10,6 +10,7 @@ from pathlib import Path
 
 import pytest
 
+from cli import demo
 from dataset.preferences import read_preference_rows
 from dataset.readers import messages_of, read_text_rows
 from novelgpt.settings import commands as novelgpt_commands
@@ -200,3 +201,16 @@ def test_the_errors_on_the_chinese_page_are_those_of_the_code() -> None:
     wrong = [part for part in parts if part and not any(part in string for string in strings)]
     assert len(messages) > 30
     assert wrong == []
+
+
+@pytest.mark.parametrize("page", PAGES)
+def test_no_figure_is_left_to_fill_in(page: str) -> None:
+    assert not re.search(r"@[A-Z]+@", text_of(page))
+
+
+@pytest.mark.parametrize("page", READMES)
+def test_the_readmes_state_how_the_answers_of_the_demo_are_drawn(page: str) -> None:
+    settings = dict(zip(demo.ANSWERS[:-1], demo.ANSWERS[1:], strict=True))
+    text = text_of(page)
+    assert re.search(rf"\w {settings['--temperature']}[,，] ?top-p {settings['--top_p']}", text)
+    assert settings["--top_k"] == "0" and ("no top-k" in text or "不限 top-k" in text)

@@ -12,7 +12,7 @@ import numpy
 from transformers import GenerationConfig, PreTrainedModel, PreTrainedTokenizerBase
 from transformers.generation.configuration_utils import ContinuousBatchingConfig
 
-from novelgpt.inference.preallocated_cache import left_padded, preallocated_cache, prefill
+from novelgpt.inference.preallocated_cache import GREEDY, left_padded, preallocated_cache, prefill
 from novelgpt.model.loading import longest_row
 from novelgpt.model.tokenizer import configured_ends
 from novelgpt.settings.arguments import GenerationArguments
@@ -206,7 +206,7 @@ def answer_end_ids(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase) -
 
 def generation_config(generation: GenerationArguments, ends: list[int], pad: int) -> GenerationConfig:
     """Settings for transformers, without the model's own defaults, which would silently change greedy answers."""
-    sampling: dict[str, Any] = {}
+    sampling: dict[str, Any] = GREEDY
     if generation.do_sample:
         sampling = {"temperature": generation.temperature, "top_p": generation.top_p, "top_k": generation.top_k}
     return GenerationConfig(

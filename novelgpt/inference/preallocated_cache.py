@@ -6,6 +6,7 @@ transformers' own layers concatenate old and new states, which copies all of the
 from __future__ import annotations
 
 import inspect
+from typing import Any
 
 import torch
 from torch.nn import functional
@@ -20,6 +21,9 @@ MIN_GROWTH_TOKENS = 32
 # Padded tokens per prefill step: the activations of a layer stay in the caches of a CPU, and saturate a GPU.
 CPU_STEP_TOKENS = 1024
 GPU_STEP_TOKENS = 16384
+# Settings of sampling where there is none, transformers' defaults: where they are not given, it takes those of the
+# model's folder, and warns that they have no effect.
+GREEDY: dict[str, Any] = {"temperature": 1.0, "top_p": 1.0, "top_k": 50}
 
 
 def preallocated_cache(model: PreTrainedModel, max_tokens: int) -> DynamicCache | None:
@@ -199,7 +203,9 @@ def _prefill_step(model: PreTrainedModel, prompts: list[list[int]], pad: int) ->
     """Compute keys and values of these prompts, padded on the left."""
     batch = {name: tensor.to(model.device) for name, tensor in left_padded(prompts, pad).items()}
     cache = preallocated_cache(model, batch["input_ids"].shape[1])
-    config = GenerationConfig(max_new_tokens=1, do_sample=False, num_beams=1, pad_token_id=pad, use_cache=True)
+    config = GenerationConfig(
+        max_new_tokens=1, do_sample=False, num_beams=1, pad_token_id=pad, use_cache=True, **GREEDY
+    )  # fmt: skip
     model.generate(**batch, generation_config=config, past_key_values=cache)  # type: ignore[operator]
     assert cache is not None
     return [layer for layer in cache.layers if isinstance(layer, PreallocatedLayer)]

@@ -94,7 +94,7 @@ class ModelArguments:
     model: str = option(
         TINY,
         "Folder or hub name of the base model, loaded through AutoModel; tiny is the small base, trained with the "
-        "settings in PIPELINE/configs/tiny-random.yaml. Required with training files of your own.",
+        "settings in PIPELINE/configs/tiny.yaml. Required with training files of your own.",
     )
     attention: Literal["packed", "sdpa", "eager", "flash_attention_2"] = option(
         "packed",

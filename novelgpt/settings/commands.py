@@ -57,7 +57,7 @@ SECTIONS: dict[str, tuple[Command, ...]] = {
         Command("convert-config", "cli.convert_config", "settings of LLaMA-Factory, ms-swift or TRL -> ours"),
     ),
     "Demo": (
-        Command("demo", "cli.demo", "the whole workflow on the small base and the samples, ending in one table"),
+        Command("demo", "cli.demo", "the whole workflow on the small base and the samples, ending in two tables"),
     ),
 }  # fmt: skip
 COMMANDS = {command.name: command for section in SECTIONS.values() for command in section}

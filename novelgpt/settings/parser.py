@@ -30,7 +30,7 @@ from novelgpt.settings.paths import ROOT, check_not_replaced, check_utf8, from_h
 from novelgpt.settings.peer_names import MODEL_NAMES, OTHER_NAMES, explain, settle_model
 from novelgpt.settings.random_weights import FROM_SCRATCH
 from novelgpt.settings.refused_settings import refuse_settings_of_accelerate
-from novelgpt.settings.small_bases import TINY, TINY_RANDOM, model_place, small_base_name
+from novelgpt.settings.small_bases import TINY, model_place, small_base_name
 
 Run = TypeVar("Run")
 # Options that hold paths, in which `~` is the user's home.
@@ -157,7 +157,7 @@ def _settings_of_model(
                 "leave one of them out (the variable MODEL is --model, too)",
             )
         return _read_yaml(ROOT / pipeline / "configs" / f"{FROM_SCRATCH}.yaml", actions, kinds, pipeline)
-    if not (ROOT / pipeline / "configs" / f"{TINY_RANDOM}.yaml").is_file():
+    if not (ROOT / pipeline / "configs" / f"{TINY}.yaml").is_file():
         return {}
     own = [name for name in OWN_DATA if name in named]
     if model is None and own:

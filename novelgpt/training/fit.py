@@ -198,7 +198,8 @@ def _set_end_tokens(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase) 
 
 def _results(history: list[dict[str, Any]], metrics: dict[str, Any]) -> dict[str, float]:
     evaluations = [entry for entry in history if "eval_loss" in entry]
-    names = ("eval_loss", "eval_perplexity", "eval_token_accuracy")
+    figures = ("eval_loss", "eval_perplexity", "eval_bits_per_character", "eval_token_accuracy")
+    names = [name for name in figures if name in evaluations[-1]]
     results = {name: evaluations[-1][name] for name in (*names, "eval_tokens")}
     if evaluations[0]["step"] == 0:
         results |= {f"start_{name}": evaluations[0][name] for name in names}

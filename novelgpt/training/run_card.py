@@ -36,6 +36,7 @@ FIGURES = {
     "eval_loss": "eval loss", "eval_perplexity": "eval perplexity", "eval_token_accuracy": "eval token accuracy",
     "eval_bits_per_character": "eval bits per character", "eval_tokens": "tokens of the evaluation",
     "start_eval_loss": "eval loss before training", "start_eval_perplexity": "eval perplexity before training",
+    "start_eval_bits_per_character": "eval bits per character before training",
     "train_loss": "train loss", "stopped": "share of training prompts whose answer ended",
     "train_runtime": "seconds of training", "tokens_per_second": "tokens per second",
 }  # fmt: skip

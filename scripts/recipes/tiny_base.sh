@@ -8,8 +8,9 @@
 #
 # Variables, with their defaults:
 #   STABLE_STEPS=14000 DECAY_STEPS=400  optimizer steps of 2,048 and of 8,192 tokens
-#   VOCABULARY=4096        tokens of the tokenizer
-#   MODERN=6 PAPER=10      how many times modern works and papers are repeated; earlier works are read once
+#   VOCABULARY=4096        tokens of the tokenizer, at most 7000: the weights may take 8 MB
+#   MODERN=6 PAPER=10      copies of modern works and of papers in the text, which holds earlier works once; the steps
+#                          decide how much of it is read
 #   HELD_OUT=public_domain list of works to hold out: a name, or a file of `dataset held_out`
 #   HELD_OUT_SHARE=0       share of the other books to hold out as well
 #   NPROC=1                processes, 1 or 2
@@ -38,8 +39,14 @@ if [ -z "${PRECISION:-}" ]; then
   PRECISION=auto # bf16 on GPUs
   if grep -qsE 'avx512_bf16|amx_bf16' /proc/cpuinfo; then PRECISION=bf16; fi
 fi
+if [ -n "${QWEN2_TOKENIZER:-}" ] && [ ! -e "$QWEN2_TOKENIZER/tokenizer_config.json" ]; then
+  refuse "QWEN2_TOKENIZER=$QWEN2_TOKENIZER has no tokenizer_config.json" "name the folder of a tokenizer"
+fi
 stable_steps="${STABLE_STEPS:-14000}" decay_steps="${DECAY_STEPS:-400}" vocabulary="${VOCABULARY:-4096}"
 modern="${MODERN:-6}" paper="${PAPER:-10}" held_out="${HELD_OUT:-public_domain}" share="${HELD_OUT_SHARE:-0}"
+if [ "$vocabulary" -gt 7000 ]; then
+  refuse "VOCABULARY=$vocabulary makes weights of more than 8 MB" "VOCABULARY=7000 or fewer"
+fi
 bash "$root/scripts/setup.sh" requirements.txt
 export PYTHONPATH="$root${PYTHONPATH:+:$PYTHONPATH}" HF_HUB_OFFLINE=1
 python="${VENV:-$root/.venv}/bin/python"
@@ -58,7 +65,7 @@ fi
 
 step "2/7 The tokenizer"
 parts=(papers) # that are trained on
-repeated=()    # each as often as it is read
+repeated=()    # each as often as it is in the text
 for ((n = 0; n < paper; n++)); do repeated+=(papers); done
 for part in modern earlier; do
   if [ ! -s "$out/parts/$part.jsonl" ]; then continue; fi

@@ -120,6 +120,6 @@ def test_the_demo(tmp_path: Path) -> None:
         tmp_path, "demo", "all of it", MODEL="none", NPROC="none", RANK="7", WORLD_SIZE="8", LOCAL_RANK="7"
     )
     assert list(json.loads((tmp_path / "all of it" / "summary.json").read_text())) == [
-        "base", "pretrain", "finetune", "finetune_lora",
+        "base", "pretrain", "finetune", "finetune_lora", "comparisons",
     ]  # fmt: skip
-    assert "Held-out book: perplexity" in said
+    assert "bits per character by pretraining" in said

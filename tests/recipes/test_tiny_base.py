@@ -2,32 +2,40 @@
 
 from __future__ import annotations
 
+import hashlib
 import json
 import math
 import re
+import shutil
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
-from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase
+from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase
 
 from benchmarks import held_out_bits
 from benchmarks.from_scratch import FACTS, curve_of, hours_to_optimum, listed_weights, sustained
 from benchmarks.from_scratch import main as from_scratch
 from benchmarks.tiny_base import continuations, openings, read_continuations
+from dataset.novels.command import main as prepare_novels
 from dataset.novels.held_out import works
+from dataset.novels.held_out.command import main as list_held_out
+from novelgpt.inference.chat import continues_text
 from novelgpt.model.card import CARD, read_card
-from novelgpt.model.tokenizer import known_ends
+from novelgpt.model.tokenizer import known_ends, load_tokenizer
+from novelgpt.settings.arguments import ModelArguments
 from novelgpt.settings.errors import UserError
 from novelgpt.settings.paths import SAMPLES
 from novelgpt.settings.random_weights import SIZES
 from novelgpt.text.encoding import document_end_id
+from novelgpt.text.templates import template_record
 from scripts.recipes.tiny_base import card, origin, parts, steps
 from scripts.recipes.tiny_base.export import export
 from tests.launched import Launched
 
 MODERN = "她说的话，我们的心里都记着的。" * 5
+NOT_SHARED = "cannot share the 2 rows of a step"
 EARLIER = "却说宋江当下听罢，大怒道：好厮，如何敢来！" * 5
 
 
@@ -222,13 +230,19 @@ def test_the_export_is_the_run_rounded_to_bf16(base_folder: Path, tmp_path: Path
     assert AutoTokenizer.from_pretrained(base_folder).eos_token_id != end  # it ends answers
     assert known_ends(str(tmp_path / "tiny"), tokenizer) == {end}
     assert {settings.eos_token_id, after.config.eos_token_id, tokenizer.eos_token_id} == {end}
+    assert after.config.use_cache and tokenizer.model_max_length == after.config.max_position_embeddings
+    assert "local_files_only" not in json.loads((tmp_path / "tiny" / "tokenizer_config.json").read_text())
+    loaded = load_tokenizer(ModelArguments(str(tmp_path / "tiny")))
+    assert (template_record(loaded)["name"], continues_text(tmp_path / "tiny", loaded)) == ("chatml", True)
 
 
-def write_run(folder: Path, max_length: int, entries: list[dict[str, Any]], status: str = "finished") -> None:
+def write_run(
+    folder: Path, max_length: int, entries: list[dict[str, Any]], status: str = "finished", ditto: float = 0.0
+) -> None:
     folder.mkdir(parents=True)
     training = {"per_device_train_batch_size": 2, "gradient_accumulation_steps": 3, "max_steps": 10}
     run = {"status": status, "seed": 5, "processes": 1, "git_commit": "c0ffee",
-           "arguments": {"training": training, "data": {"max_length": max_length}},
+           "arguments": {"training": training, "data": {"max_length": max_length, "ditto": ditto}},
            "results": {"train_runtime": 60.0, "tokens_per_second": 1234.0}}  # fmt: skip
     (folder / "run.json").write_text(json.dumps(run), encoding="utf-8")
     (folder / "metrics.jsonl").write_text("".join(json.dumps(entry) + "\n" for entry in entries), encoding="utf-8")
@@ -237,15 +251,16 @@ def write_run(folder: Path, max_length: int, entries: list[dict[str, Any]], stat
 def test_the_card_says_what_was_recorded(tmp_path: Path) -> None:
     make_parts(tmp_path)
     (tmp_path / "tiny").mkdir()
+    (tmp_path / "tiny" / "model.safetensors").write_bytes(b"weights")
     write_run(tmp_path / "stable", 100, [
         {"step": 0, "eval_loss": 8.3, "eval_bits_per_character": 9.5}, {"step": 5, "loss": 7.0},
         {"step": 10, "eval_loss": 4.5, "eval_bits_per_character": 6.25},
     ])  # fmt: skip
-    write_run(tmp_path / "decay", 1000, [{"step": 10, "eval_loss": 4.0, "eval_bits_per_character": 5.125}])
+    write_run(tmp_path / "decay", 1000, [{"step": 10, "eval_loss": 4.0, "eval_bits_per_character": 5.125}], ditto=0.25)
     figures = {"works": {"丙_试卷": 5.4321}, "all": 5.4321, "loss": 3.9, "characters_a_token": 1.5,
                "weights": {"all": 2_970_000, "embeddings": 1_048_576}}  # fmt: skip
     sampled = [{"id": f"丙/{number}", "opening": "潮水", "text": f"第{number}段```\x1b", "loops": number < 2,
-                "broken": number == 7, "ended": False} for number in range(40)]  # fmt: skip
+                "broken": number == 7, "ended": number > 36} for number in range(40)]  # fmt: skip
     greedy = [one | {"loops": True} for one in sampled]
     evaluation = {"bits": {"tiny": figures, "tiny-random": figures | {"all": 9.99}}, "characters": {"丙_试卷": 321},
                   "continuations": {"sampled": sampled, "greedy": greedy, "greedy_loops": 1.0}}  # fmt: skip
@@ -256,9 +271,10 @@ def test_the_card_says_what_was_recorded(tmp_path: Path) -> None:
     curve = ["| 0.00 M | 8.300 | 9.500 |", "| 0.01 M | 4.500 | 6.250 |", "| 0.07 M | 4.000 | 5.125 |"]
     said = ["2.97 M weights (1.05 M of them embeddings)", "on 0.07 M tokens", "in 1\nminutes", "`c0ffee`",
             f"`not recorded` (when this card was written: `{origin.recipe_hash()}`)", "每秒 1,234 个；再用 1,000 token",
+            "tokens/s, then", "1,234 tokens/s, 25% of the blocks made of", "其中 25% 的块",
             "| `丙_试卷` | 321 | 5.432 | 5.432 |", "| 5.432 | 9.990 |", "`旧` `丁` 1700.", "`papers.jsonl`",
-            "Of 40 continuations of held-out chapters (up to 500 characters each), 2 of the sampled",
-            "40 of the greedy",
+            "Of 40 continuations of held-out chapters (500 characters each; 3 of the sampled ones end before), 2 of",
+            "40 of the greedy", f"`model.safetensors` `{hashlib.sha256(b'weights').hexdigest()}`",
             "contain 1 undecodable", "every 4th continuation", "每 4 段取一段", *curve]  # fmt: skip
     assert [words for words in said if words not in text] == []
     assert re.findall(r"→ 第(\d+)段'''<U\+001B>", text) == [str(number) for number in range(0, 40, 4)]
@@ -380,37 +396,81 @@ def test_a_folder_goes_on_from_what_it_is_made_from_or_not_at_all(tmp_path: Path
         settle("no-such-list")
 
 
-@pytest.mark.parametrize("processes", ["0", "3", "4", "two"])
-def test_processes_that_cannot_share_a_step_are_refused_before_it(processes: str, tmp_path: Path) -> None:
-    words, variables = ["corpus", "papers.jsonl", str(tmp_path / "out")], {"NPROC": processes}
+@pytest.mark.parametrize(
+    ("variable", "value", "refusal"),
+    [
+        *(
+            ("NPROC", number, [f"error: {number} processes {NOT_SHARED}", "  fix: NPROC=1 or NPROC=2"])
+            for number in ("0", "3", "4", "two")
+        ),
+        ("VOCABULARY", "8000", ["error: VOCABULARY=8000 makes weights of more than 8 MB",
+                                "  fix: VOCABULARY=7000 or fewer"]),
+        ("QWEN2_TOKENIZER", "nowhere", ["error: QWEN2_TOKENIZER=nowhere has no tokenizer_config.json",
+                                        "  fix: name the folder of a tokenizer"]),
+    ],
+)  # fmt: skip
+def test_what_would_fail_hours_later_is_refused_at_once(
+    variable: str, value: str, refusal: list[str], tmp_path: Path
+) -> None:
+    words, variables = ["corpus", "papers.jsonl", str(tmp_path / "out")], {variable: value}
     with Launched(*words, log=tmp_path / "log", script="recipes/tiny_base.sh", variables=variables) as recipe:
         assert recipe.ends() == 2
-    assert recipe.text().splitlines() == [
-        f"error: {processes} processes cannot share the 2 rows of a step", "  fix: NPROC=1 or NPROC=2"
-    ]  # fmt: skip
+    assert recipe.text().splitlines() == refusal
     assert not (tmp_path / "out").exists()
+
+
+def test_models_whose_tokenizers_are_compared_are_of_one_size() -> None:
+    """One of 151,646 tokens, Qwen2's, has hardly any weights left."""
+    folder = Path(steps.__file__).parent
+    own, narrow = (AutoConfig.from_pretrained(folder / f"{name}.json") for name in ("model", "narrow"))
+    assert (own.vocab_size, narrow.vocab_size) == (4096, 151_646)
+    assert held_out_bits.weights_of(narrow)["all"] == pytest.approx(held_out_bits.weights_of(own)["all"], rel=0.05)
+
+
+def write_list(folder: Path, corpus: Path) -> Path:
+    """A list that holds out one of the books of `corpus`."""
+    choice = folder / "choice.yaml"
+    choice.write_text("name: mine\nworks:\n  - {author: 乙, title: 山中药铺, era: modern}\n", encoding="utf-8")
+    prepare_novels([str(corpus), str(folder / "all"), "--held_out_share", "0"])
+    list_held_out([str(choice), str(folder / "all"), str(folder / "list.json")])
+    return folder / "list.json"
 
 
 @pytest.mark.long
 def test_the_whole_recipe_on_the_samples(tmp_path: Path) -> None:
-    corpus, out = SAMPLES / "novels", tmp_path / "out of * [1]"
+    corpus, out = tmp_path / "corpus", tmp_path / "out of * [1]"
+    corpus.mkdir()
+    for name, sample in (("甲_灯塔下的信", "deng_ta_xia_de_xin"), ("乙_山中药铺", "shan_zhong_yao_pu")):
+        shutil.copy(SAMPLES / "novels" / f"{sample}.txt", corpus / f"{name}.txt")
     words = [str(corpus), str(SAMPLES / "papers" / "train.jsonl"), str(out)]
     variables = {"STABLE_STEPS": "6", "DECAY_STEPS": "2", "VOCABULARY": "900", "EVALUATED": "500",
-                 "HELD_OUT_SHARE": "0.5", "PRECISION": "fp32"}  # fmt: skip
-    for number in range(2):
-        log = tmp_path / f"log-{number}"
-        with Launched(*words, log=log, script="recipes/tiny_base.sh", variables=variables) as recipe:
+                 "HELD_OUT": str(write_list(tmp_path, corpus)), "PRECISION": "fp32"}  # fmt: skip
+
+    def start(**others: str) -> Launched:
+        return Launched(*words, log=tmp_path / "log", script="recipes/tiny_base.sh", variables=variables | others)
+
+    with start() as recipe:  # killed after its first training
+        recipe.until("== 5/7")
+    trained = (out / "stable" / "model.safetensors").stat()
+    for _ in range(2):
+        with start() as recipe:
             assert recipe.ends() == 0, recipe.text()[-3000:]
-    with Launched(*words, log=log, script="recipes/tiny_base.sh", variables=variables | {"PAPER": "3"}) as recipe:
+    assert (out / "stable" / "model.safetensors").stat() == trained
+    with start(PAPER="3") as recipe:
         assert recipe.ends() == 2 and "another PAPER\n" in recipe.text()
     tiny = AutoModelForCausalLM.from_pretrained(out / "tiny")
     assert tiny.dtype == torch.bfloat16 and tiny.config.vocab_size == 900
-    text = (out / "tiny" / CARD).read_text(encoding="utf-8")
-    held_out = [
-        book["title"]
-        for book in json.loads((out / "parts" / "books.json").read_text())["books"]
-        if book["part"] == "held_out"
-    ]
-    assert len(held_out) == 1 and f"`{held_out[0]}` `佚名`." in text.split("Held out")[1]
-    assert "`titles and abstracts 标题与摘要`" in text and "tiny-random" in text
+    books = json.loads((out / "parts" / "books.json").read_text(encoding="utf-8"))["books"]
+    assert {book["title"]: book["part"] for book in books} == {"灯塔下的信": "modern", "山中药铺": "held_out"}
+    trained_on, held_out = (out / "tiny" / CARD).read_text(encoding="utf-8").split("Held out")
+    assert "`灯塔下的信` `甲`." in trained_on and "`山中药铺`" not in trained_on and "`山中药铺` `乙`." in held_out
+    assert "`titles and abstracts 标题与摘要`" in held_out and "tiny-random" in held_out
     assert read(out / "stable" / "metrics.jsonl")[-1]["step"] == 6
+
+
+def test_a_folder_without_a_listed_work_is_told_how_to_hold_books_out(tmp_path: Path) -> None:
+    prepared = write_prepared(tmp_path / "prepared")
+    (prepared / "held_out-00000.jsonl").unlink()
+    with pytest.raises(UserError, match="holds no book out") as refusal:
+        parts.write_books(prepared, {}, tmp_path)
+    assert "HELD_OUT_SHARE=0.05" in refusal.value.remedy

@@ -17,7 +17,7 @@ import jinja2
 from matplotlib.figure import Figure
 
 from novelgpt.model.card import Card, code, table, use_section, write_card
-from novelgpt.settings.atomic_files import atomic_write
+from novelgpt.settings.atomic_files import atomic_write, hash_file
 from novelgpt.settings.charts import COLOURS, figure_png
 from novelgpt.settings.errors import UserError, exit_on_user_error
 from novelgpt.settings.parsed_files import read_object
@@ -31,13 +31,17 @@ MAX_BYTES = 50_000_000
 
 
 class Curve(NamedTuple):
-    """Figures of one run: its evaluations after so many tokens of the whole training."""
+    """Figures of one run: its evaluations after so many tokens of the whole training.
+
+    `ditto` is the share of its blocks that are pseudo-repetitions.
+    """
 
     name: str
     evaluations: list[dict[str, float]]
     tokens: int
     max_length: int
     tokens_per_second: float
+    ditto: float
     run: dict[str, Any]
 
     @property
@@ -75,7 +79,8 @@ def read_curve(folder: Path, before: int) -> Curve:
     results = run["results"]
     return Curve(
         folder.name, [evaluations[step] for step in sorted(evaluations)], training["max_steps"] * step_tokens,
-        run["arguments"]["data"]["max_length"], results["tokens_per_second"], run,
+        run["arguments"]["data"]["max_length"], results["tokens_per_second"],
+        run["arguments"]["data"].get("ditto", 0.0), run,
     )  # fmt: skip
 
 
@@ -154,11 +159,13 @@ def render(out: Path, curves: Sequence[Curve], evaluation: dict[str, Any], licen
         books={part: sorted(of_part, key=itemgetter("title")) for part, of_part in books.items()},
         parts=listed["parts"], papers=listed["papers"], papers_file=listed["papers_file"],
         use=use_section(False, "tiny", "qwen3", chat=False), recipe=recorded_recipe(out), recipe_now=recipe_hash(),
+        weights=hash_file(out / "tiny" / "model.safetensors")[0],
         tokens=sum(curve.tokens for curve in curves), seconds=sum(curve.seconds for curve in curves),
         curve_table=curve_table(curves), bits_table=bits_table(evaluation["bits"], evaluation["characters"]),
         sampled=sampled, samples=sample_of(sampled), nth=distance_of(sampled),
         loops=sum(one["loops"] for one in sampled), greedy_loops=sum(one["loops"] for one in written.get("greedy", [])),
-        broken=sum(one["broken"] for one in sampled), code=code, millions=lambda number: f"{number / 1e6:,.2f}",
+        broken=sum(one["broken"] for one in sampled), ended=sum(one["ended"] for one in sampled), code=code,
+        millions=lambda number: f"{number / 1e6:,.2f}",
     )  # fmt: skip
     lead, *parts = text.strip("\n").split("\n## ")
     named = (part.partition("\n") for part in parts)

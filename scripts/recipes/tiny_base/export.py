@@ -15,6 +15,7 @@ from novelgpt.settings.atomic_files import atomic_folder
 from novelgpt.settings.errors import UserError, exit_on_user_error
 from novelgpt.settings.terminal import say
 from novelgpt.text.encoding import document_end_id
+from novelgpt.text.templates import RECORD
 
 MAX_BYTES = 8_000_000
 # Those of the samples in the card.
@@ -29,7 +30,13 @@ def export(run: Path, out: Path) -> int:
     """
     tokenizer = load_tokenizer(ModelArguments(str(run)))
     model = AutoModelForCausalLM.from_pretrained(run, dtype=torch.bfloat16)
-    # It has read documents only: whoever loads the folder learns of no other end, also without the run's record.
+    # It has read documents only: whoever loads the folder, without the run's record, learns of no other end and of no
+    # template. Training on conversations gives it ChatML, whose tokens it has.
+    tokenizer.chat_template = None
+    for name in (RECORD, "is_local", "local_files_only"):
+        tokenizer.init_kwargs.pop(name, None)
+    tokenizer.model_max_length = model.config.max_position_embeddings
+    model.config.use_cache = True  # which training turned off
     end = document_end_id(tokenizer)
     tokenizer.eos_token = tokenizer.convert_ids_to_tokens(end)
     model.config.eos_token_id = end

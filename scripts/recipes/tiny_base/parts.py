@@ -76,7 +76,11 @@ def write_books(prepared: Path, known: Mapping[str, Record], folder: Path) -> li
     """
     train = [file for source in find_sources([str(prepared)]) if source.split == TRAIN for file in source.files]
     listed = []
-    for files, held_out in ((train, False), (held_out_files([str(prepared)]), True)):
+    try:
+        tested = held_out_files([str(prepared)])
+    except UserError as error:
+        raise UserError(error.cause, "HELD_OUT_SHARE=0.05 before the command holds some of your books out") from None
+    for files, held_out in ((train, False), (tested, True)):
         for name, rows in books_of(files):
             text = "".join(row["text"] for row in rows)
             part = HELD_OUT if held_out else MODERN if is_modern(text) else EARLIER
