@@ -31,8 +31,8 @@ from novelgpt.settings.terminal import counted
 from novelgpt.text.conversation import encode_prompt
 from novelgpt.text.encoding import decode_answer, document_begin_ids, document_end_id, encode_document
 from novelgpt.text.messages import Message
-from novelgpt.text.statistics import BROKEN
 from novelgpt.text.templates import template_record
+from novelgpt.text.token_bytes import BROKEN
 
 
 class _History:

@@ -2,9 +2,7 @@
 
 from __future__ import annotations
 
-import itertools
 import os
-import re
 from collections import Counter
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
@@ -14,7 +12,6 @@ from typing import Any, NamedTuple
 import numpy
 from rich.table import Table
 from rich.text import Text
-from tokenizers import pre_tokenizers
 from torch.utils.data import Dataset, Subset
 from transformers import PreTrainedTokenizerBase
 
@@ -22,17 +19,13 @@ from novelgpt.settings.console import VisibleConsole, make_console, number_table
 from novelgpt.settings.mix import format_weight
 from novelgpt.settings.terminal import one_line, visible
 from novelgpt.text.conversation import IGNORE_INDEX
-from novelgpt.text.encoding import encode
 from novelgpt.text.origins import TracedRows
+from novelgpt.text.token_bytes import BROKEN, CONTINUATIONS, token_bytes
 
-# How a decoder renders bytes that are not a whole character.
-BROKEN = "\ufffd"
 # So many tokens complete any character that has started, with a margin.
 LOOKAHEAD = 16
 # Rows whose labels are looked at together.
 ROWS_AT_ONCE = 256
-# How SentencePiece writes a token of one byte.
-BYTE_TOKEN = re.compile(r"<0x([0-9A-F]{2})>")
 
 
 @dataclass
@@ -239,25 +232,8 @@ def trained_characters(dataset: Dataset[Any], tokenizer: PreTrainedTokenizerBase
         dataset: rows with "labels", [tokens], as a list or on the CPU.
         tokenizer: that made the rows, byte-level or SentencePiece.
     """
-    # Byte-level tokenizers write a byte as itself where it is printable, else as the next letter (as GPT-2 does).
-    printable, others = pre_tokenizers.ByteLevel.alphabet(), itertools.count(256)
-    byte_letters = [chr(byte) if chr(byte) in printable else chr(next(others)) for byte in range(256)]
-    probe = "字é"
-    byte_level = "".join(tokenizer.convert_ids_to_tokens(encode(probe, tokenizer))) == "".join(
-        byte_letters[byte] for byte in probe.encode()
-    )
-    starts_character = [byte & 0b1100_0000 != 0b1000_0000 for byte in range(256)]  # of UTF-8
-    first_letters = {letter for letter, starts in zip(byte_letters, starts_character, strict=True) if starts}
-    vocabulary, added = tokenizer.get_vocab(), tokenizer.added_tokens_decoder
-    started = numpy.zeros(max(vocabulary.values()) + 1, dtype=numpy.int64)  # characters that start in each token
-    for token, number in vocabulary.items():
-        if number in added:
-            started[number] = 0 if added[number].special else len(added[number].content)
-        elif byte_level:
-            started[number] = sum(letter in first_letters for letter in token)
-        else:
-            byte_token = BYTE_TOKEN.fullmatch(token)
-            started[number] = starts_character[int(byte_token[1], 16)] if byte_token else len(token)
+    # Of UTF-8, all bytes but those that continue a character start one.
+    started = numpy.array([len((data or b"").translate(None, CONTINUATIONS)) for data in token_bytes(tokenizer)])
     characters, rows = 0, len(dataset)  # type: ignore[arg-type]
     for begin in range(0, rows, ROWS_AT_ONCE):
         block = range(begin, min(rows, begin + ROWS_AT_ONCE))

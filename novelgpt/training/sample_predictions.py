@@ -27,7 +27,8 @@ from novelgpt.settings.arguments import GenerationArguments, TrainArguments
 from novelgpt.text.conversation import end_token_ids
 from novelgpt.text.encoding import decode_answer, document_end_id
 from novelgpt.text.messages import PROMPT_END, opens_thought, split_thought
-from novelgpt.text.statistics import BROKEN, trained_runs
+from novelgpt.text.statistics import trained_runs
+from novelgpt.text.token_bytes import BROKEN
 
 PREDICTIONS_FILE = "predictions_during_eval.jsonl"
 # Where a row has no prompt of its own, its first half is one, up to this length.
