@@ -188,6 +188,14 @@ def test_the_same_data_elsewhere_are_the_same(
     preview_run_folder(corpus(base_folder, tmp_path / "corpus", moved, *CORPUS))
 
 
+def forget(run: Path, setting: str) -> None:
+    """Take a setting of the data out of the record of a run, as a version that had none wrote it."""
+    path = run / "run.json"
+    record = json.loads(path.read_text(encoding="utf-8"))
+    del record["arguments"]["data"][setting]
+    path.write_text(json.dumps(record), encoding="utf-8")
+
+
 def test_a_mix_is_one_of_weights_wherever_its_files_lie(base_folder: Path, own: Path, tmp_path: Path) -> None:
     begin(sft(base_folder, tmp_path / "run", own, *SFT, "1/3"))
     moved = Path(shutil.copytree(own, tmp_path / "moved"))
@@ -195,10 +203,7 @@ def test_a_mix_is_one_of_weights_wherever_its_files_lie(base_folder: Path, own: 
     for weight in ("0.3", None):
         with pytest.raises(UserError, match="other settings: mix"):
             preview_run_folder(sft(base_folder, tmp_path / "run", own, *SFT, weight))
-    path = tmp_path / "run" / "run.json"
-    record = json.loads(path.read_text(encoding="utf-8"))
-    del record["arguments"]["data"]["mix"]  # of a version that had none
-    path.write_text(json.dumps(record), encoding="utf-8")
+    forget(tmp_path / "run", "mix")
     preview_run_folder(sft(base_folder, tmp_path / "run", own, *SFT))
     with pytest.raises(UserError, match="other settings: mix"):
         preview_run_folder(sft(base_folder, tmp_path / "run", own, *SFT, "1/3"))
@@ -210,10 +215,7 @@ def test_another_share_of_pseudo_repetitions_is_another_run(base_folder: Path, o
     for share in ("0", "0.5"):
         with pytest.raises(UserError, match="other settings: ditto"):
             preview_run_folder(corpus(base_folder, tmp_path / "run", own, *CORPUS, share))
-    path = tmp_path / "run" / "run.json"
-    record = json.loads(path.read_text(encoding="utf-8"))
-    del record["arguments"]["data"]["ditto"]  # of a version that had none
-    path.write_text(json.dumps(record), encoding="utf-8")
+    forget(tmp_path / "run", "ditto")
     preview_run_folder(corpus(base_folder, tmp_path / "run", own, *CORPUS))
     with pytest.raises(UserError, match="other settings: ditto"):
         preview_run_folder(corpus(base_folder, tmp_path / "run", own, *CORPUS, "0.25"))
