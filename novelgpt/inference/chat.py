@@ -18,11 +18,18 @@ from pathlib import Path
 from queue import SimpleQueue
 
 import torch
-from transformers import DynamicCache, PreTrainedModel, PreTrainedTokenizerBase, StoppingCriteriaList
+from transformers import (
+    DynamicCache,
+    LogitsProcessorList,
+    PreTrainedModel,
+    PreTrainedTokenizerBase,
+    StoppingCriteriaList,
+)
 from transformers.generation.streamers import BaseStreamer
 
 from novelgpt.inference.generation import answer_end_ids, generation_config
 from novelgpt.inference.preallocated_cache import PreallocatedLayer, preallocated_cache
+from novelgpt.inference.valid_text import ValidText
 from novelgpt.model.loading import longest_row
 from novelgpt.settings.arguments import GenerationArguments
 from novelgpt.settings.errors import UserError
@@ -167,8 +174,9 @@ class StreamedText(BaseStreamer):
             self._emit(len(self.text.removesuffix("\r")))
 
     def end(self) -> None:
-        """Pass on the rest, including bytes that never became a character."""
+        """Pass on the rest, without the bytes of a character that a limit or the reader cut."""
         self._decode()
+        self.text = self.text.rstrip(BROKEN)
         self._emit(len(self.text))
 
     def _decode(self) -> None:
@@ -264,6 +272,7 @@ class Chat:
             input_ids=ids,
             attention_mask=torch.ones_like(ids),
             generation_config=generation_config(generation, self.ends, int(self.tokenizer.pad_token_id)),
+            logits_processor=LogitsProcessorList([ValidText(self.tokenizer)]),
             streamer=streamed,
             stopping_criteria=StoppingCriteriaList(
                 [lambda rows, *_, **__: torch.full((len(rows),), stopped.is_set(), device=rows.device)]  # type: ignore[list-item]

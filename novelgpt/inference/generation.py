@@ -9,10 +9,11 @@ from dataclasses import dataclass, replace
 from typing import Any
 
 import numpy
-from transformers import GenerationConfig, PreTrainedModel, PreTrainedTokenizerBase
+from transformers import GenerationConfig, LogitsProcessorList, PreTrainedModel, PreTrainedTokenizerBase
 from transformers.generation.configuration_utils import ContinuousBatchingConfig
 
 from novelgpt.inference.preallocated_cache import GREEDY, left_padded, preallocated_cache, prefill
+from novelgpt.inference.valid_text import WINDOW, ValidText
 from novelgpt.model.loading import longest_row
 from novelgpt.model.tokenizer import configured_ends
 from novelgpt.settings.arguments import GenerationArguments
@@ -20,6 +21,7 @@ from novelgpt.settings.errors import UserError
 from novelgpt.settings.terminal import counted
 from novelgpt.text.conversation import end_token_ids
 from novelgpt.text.encoding import decode_answer
+from novelgpt.text.token_bytes import BROKEN
 
 # That continuous batching is given at once: many more than it answers at once.
 MAX_REQUESTS = 4096
@@ -100,7 +102,10 @@ def answer_batch(
     if cache is not None:
         prefill(model, prompts, pad, cache, generation.num_beams)
     sequences = model.generate(  # type: ignore[operator]
-        **batch, generation_config=generation_config(generation, ends, pad), past_key_values=cache
+        **batch,
+        generation_config=generation_config(generation, ends, pad),
+        logits_processor=LogitsProcessorList([ValidText(tokenizer)]),
+        past_key_values=cache,
     )
     return [_answer(ids, ends, tokenizer) for ids in sequences[:, batch["input_ids"].shape[1] :].tolist()]
 
@@ -226,4 +231,8 @@ def _answer(ids: list[int], ends: list[int], tokenizer: PreTrainedTokenizerBase)
     end = next((position for position, token in enumerate(ids) if token in ends), None)
     kept = ids if end is None else ids[:end]
     text = decode_answer(kept, tokenizer, ends)
+    if end is None and text.endswith(BROKEN):
+        # The limit cut a character. SentencePiece decodes neighbouring byte tokens to characters all or none.
+        shorter = (decode_answer(kept[: len(kept) - cut], tokenizer, ends) for cut in range(WINDOW + 1))
+        text = max((one.rstrip(BROKEN) for one in shorter), key=len)
     return Answer(text, "length" if end is None else "stop", len(kept) + (end is not None))

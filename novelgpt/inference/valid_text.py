@@ -97,6 +97,7 @@ class ValidText(LogitsProcessor):
 
     def __init__(self, tokenizer: PreTrainedTokenizerBase) -> None:
         self.table = transitions(tokenizer, len(tokenizer))
+        self.forbidden: torch.Tensor | None = None
 
     def __call__(self, input_ids: torch.Tensor, scores: torch.Tensor) -> torch.Tensor:
         """Mask scores.
@@ -106,18 +107,22 @@ class ValidText(LogitsProcessor):
             scores: [rows, vocabulary] of the next token. The vocabulary may be larger than the tokenizer's.
 
         Returns:
-            Scores, -inf where a token cannot follow.
+            Scores, -inf where a token cannot follow. As they were in rows of which nothing would be left: other
+            processors have taken all that could, or the vocabulary has not every byte.
         """
         if self.table is None:
             return scores
-        if self.table.shape[1] != scores.shape[1] or self.table.device != scores.device:
+        if self.forbidden is None or self.forbidden.shape[1] != scores.shape[1]:
             self.table = _widened(self.table, scores.shape[1]).to(scores.device)
+            self.forbidden = self.table == INVALID
         state = torch.full((len(scores),), UNKNOWN, device=scores.device)
         for token in input_ids[:, -WINDOW:].T:
             after = self.table[state, token].long()
             state = torch.where(after == INVALID, self.table[UNKNOWN, token].long(), after)
         state[state == UNKNOWN] = STATES.index(BETWEEN)  # of four bytes, a whole character
-        return scores.masked_fill(self.table[state] == INVALID, -torch.inf)
+        masked = scores.masked_fill(self.forbidden[state], -torch.inf)
+        nothing_left = masked.amax(dim=1, keepdim=True) == -torch.inf
+        return torch.where(nothing_left, scores, masked)
 
 
 def _widened(table: torch.Tensor, width: int) -> torch.Tensor:

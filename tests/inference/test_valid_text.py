@@ -4,14 +4,24 @@ from __future__ import annotations
 
 import itertools
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
 from tokenizers import Tokenizer, decoders, models, normalizers
-from transformers import AutoTokenizer, PreTrainedTokenizerBase, PreTrainedTokenizerFast
+from transformers import (
+    AutoTokenizer,
+    PreTrainedTokenizerBase,
+    PreTrainedTokenizerFast,
+    Qwen2Config,
+    Qwen2ForCausalLM,
+)
 
+from novelgpt.inference.chat import Chat
+from novelgpt.inference.generation import answer_batch
 from novelgpt.inference.valid_text import BETWEEN, STATES, ValidText, follow
-from novelgpt.text.token_bytes import token_bytes
+from novelgpt.settings.arguments import GenerationArguments
+from novelgpt.text.token_bytes import BROKEN, token_bytes
 
 TEXTS = ["字", "é", "𪚥", "灯塔下有一封信，信里说：“等我。”", "a字b", "\U0010ffff\ud7ff\ue000\u0800\x7f\x80"]
 
@@ -25,7 +35,9 @@ def byte_fallback() -> PreTrainedTokenizerFast:
     tokenizer = Tokenizer(model)
     tokenizer.normalizer = normalizers.Replace(" ", "▁")
     tokenizer.decoder = decoders.Sequence([decoders.Replace("▁", " "), decoders.ByteFallback(), decoders.Fuse()])
-    return PreTrainedTokenizerFast(tokenizer_object=tokenizer, unk_token="<unk>", eos_token="</s>", pad_token="</s>")
+    made = PreTrainedTokenizerFast(tokenizer_object=tokenizer, unk_token="<unk>", eos_token="</s>", pad_token="</s>")
+    made.chat_template = "{% for message in messages %}{{ message['content'] }}</s>{% endfor %}"
+    return made
 
 
 def can_follow(data: bytes) -> bool:
@@ -100,3 +112,52 @@ def test_further_tokens_make_another_table(base_folder: Path) -> None:
     half = tokenizer("𪚥")["input_ids"][:1]
     scores = ValidText(tokenizer)(torch.tensor([half]), torch.zeros(1, len(tokenizer)))
     assert scores[0, place] == -torch.inf
+
+
+def likes_bytes(tokenizer: PreTrainedTokenizerBase) -> Qwen2ForCausalLM:
+    """A model of random weights that would nearly always take some part of a character next, whatever came before."""
+    torch.manual_seed(8)
+    config = Qwen2Config(
+        vocab_size=len(tokenizer), hidden_size=16, intermediate_size=16, num_hidden_layers=1, num_attention_heads=2,
+        num_key_value_heads=1, tie_word_embeddings=False,
+    )  # fmt: skip
+    model = Qwen2ForCausalLM(config).eval()
+    head = torch.nn.Linear(16, len(tokenizer))
+    torch.nn.init.normal_(head.weight)
+    vocabulary = token_bytes(tokenizer)
+    with torch.no_grad():
+        head.bias.copy_(torch.tensor([40.0 * (data is not None and data[:1] > b"\x7f") for data in vocabulary]))
+    model.lm_head = head
+    return model
+
+
+@pytest.mark.parametrize(
+    "settings", [{}, {"num_beams": 2}, {"do_sample": True, "top_k": 0}, {"no_repeat_ngram_size": 1}]
+)
+@pytest.mark.parametrize("kind", ["byte level", "byte fallback"])
+def test_a_model_that_likes_parts_of_characters_writes_characters(
+    kind: str, settings: dict[str, Any], tokenizer: PreTrainedTokenizerBase
+) -> None:
+    own = tokenizer if kind == "byte level" else byte_fallback()
+    model = likes_bytes(own)
+    prompts = [own(text)["input_ids"] for text in ("潮", "水", "雨夜")]
+    generation = GenerationArguments(max_new_tokens=30, **settings)
+    torch.manual_seed(1)
+    with torch.inference_mode():
+        answers = answer_batch(model, own, prompts, generation, [own.eos_token_id])
+        texts = [answer.text for answer in answers]
+        if not generation.do_sample and generation.num_beams == 1:
+            chat = Chat(model, own, generation, raw_text=True)
+            texts += ["".join(chat.reply(text)) for text in ("潮", "水", "雨夜")]
+    if settings != {"no_repeat_ngram_size": 1}:  # each byte once is not enough for text
+        assert BROKEN not in "".join(texts)
+    assert sum(map(len, texts)) > 15 and all(answer.completion_tokens == 30 for answer in answers)
+
+
+def test_scores_stay_where_nothing_could_follow(tokenizer: PreTrainedTokenizerBase) -> None:
+    """As where each next byte is one that may not come back."""
+    half = torch.tensor([tokenizer("𪚥")["input_ids"][:1]])
+    processor = ValidText(tokenizer)
+    scores = processor(half, torch.zeros(1, len(tokenizer)))
+    others = torch.where(scores == 0, -torch.inf, 0.0)
+    assert torch.equal(processor(half, others), others)
