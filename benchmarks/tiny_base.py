@@ -20,6 +20,8 @@ import contextlib
 import io
 import itertools
 import json
+import os
+import shutil
 import sys
 import tempfile
 import time
@@ -36,6 +38,7 @@ from rich.box import SIMPLE
 from rich.console import Console
 from rich.table import Table
 
+from novelgpt.model.card import CARD
 from novelgpt.scoring.repetition import first_loop
 from novelgpt.settings.terminal import visible
 from predict.__main__ import main as predict_main
@@ -179,8 +182,11 @@ def study_continuations(arguments: argparse.Namespace, console: Console) -> tupl
         folder = Path(name)
         count = len(openings(arguments.held_out, arguments.continuations, arguments.seed, folder))
         rows = folder / "openings.jsonl"
-        sampled = continuations(arguments.model, rows, folder / "sampled", arguments.seed, *SAMPLED)
-        greedy = continuations(arguments.model, rows, folder / "greedy", arguments.seed)
+        model = folder / "model"  # links: prediction writes its scores into a model's card
+        shutil.copytree(arguments.model.resolve(), model, copy_function=os.symlink)
+        (model / CARD).unlink(missing_ok=True)
+        sampled = continuations(model, rows, folder / "sampled", arguments.seed, *SAMPLED)
+        greedy = continuations(model, rows, folder / "greedy", arguments.seed)
     for one in sampled[:: max(1, count // SHOWN)][:SHOWN]:
         console.print(visible(f"\n{one['id']}\n…{one['opening'][-60:]}→{one['text'][:200]}"), markup=False)
     console.print(

@@ -109,4 +109,5 @@ def test_its_card_reports_how_it_does_on_the_works_that_are_held_out() -> None:
     assert all(f"`{work.author}_{work.title}`" in results for work in TESTED)
     continued, loops = re.search(r"Of (\d+) continuations [^,]*, (\d+) of the\s+sampled", results).groups()  # type: ignore[union-attr]
     assert (int(continued), int(loops) <= 5) == (100, True)
+    assert "contain 0 undecodable characters" in results
     assert card.sections["Samples 样例"].count("→") == 10
