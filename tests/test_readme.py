@@ -212,5 +212,5 @@ def test_no_figure_is_left_to_fill_in(page: str) -> None:
 def test_the_readmes_state_how_the_answers_of_the_demo_are_drawn(page: str) -> None:
     settings = dict(zip(demo.ANSWERS[:-1], demo.ANSWERS[1:], strict=True))
     text = text_of(page)
-    assert re.search(rf"\w {settings['--temperature']}[,，] ?top-p {settings['--top_p']}", text)
-    assert settings["--top_k"] == "0" and ("no top-k" in text or "不限 top-k" in text)
+    assert re.search(rf"\w {settings['--temperature']}[,，] ?top-k {settings['--top_k']}\b", text)
+    assert settings["--top_p"] == "1" and ("no top-p" in text or "不限 top-p" in text)
