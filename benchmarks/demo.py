@@ -17,6 +17,9 @@ import time
 from pathlib import Path
 from typing import Any
 
+# Tests import this file, and do not get its folder by themselves.
+sys.path.insert(0, str(Path(__file__).resolve().parent))
+
 from results import at_least, make_console, make_parser, result, show_results, write_results
 
 from novelgpt.settings.hardware import usable_cores
@@ -60,7 +63,7 @@ def main() -> None:
     parser.add_argument("--folder", type=Path, help="where the demo's results stay [default: nowhere]")
     arguments = parser.parse_args()
     with tempfile.TemporaryDirectory() as temporary:
-        folder = arguments.folder or Path(temporary) / "demo"
+        folder = (arguments.folder or Path(temporary) / "demo").absolute()
         seconds, gigabytes = run_demo(folder)
         summary = json.loads((folder / "summary.json").read_text(encoding="utf-8"))
     results = [result(f"seconds of the demo on {usable_cores()} cores", seconds, "s", SECONDS), *judge(summary)]

@@ -43,7 +43,7 @@ from novelgpt.model.card import code, table
 from novelgpt.model.random_config import random_config
 from novelgpt.model.tokenizer import load_tokenizer
 from novelgpt.settings.arguments import ModelArguments
-from novelgpt.settings.atomic_files import atomic_write
+from novelgpt.settings.atomic_files import atomic_write, hash_json
 from novelgpt.settings.charts import COLOURS, LINES, figure_png
 from novelgpt.settings.errors import UserError, exit_on_user_error, reason_of
 from novelgpt.settings.hardware import usable_cores
@@ -62,7 +62,7 @@ EVALUATED_CHARACTERS, EVALUATED_CONTEXT = 20_000, 512
 SAMPLES, SAMPLE_TOKENS, SAMPLE_CHARACTERS = 2, 300, 200
 FLOP_PER_WEIGHT_AND_TOKEN = 6  # of training, arXiv:2001.08361
 # What figures have in common that stand in one table.
-FACTS = ("minutes", "cores", "vocabulary", "characters")
+FACTS = ("minutes", "cores", "vocabulary", "characters", "precision", "tokenizer", "train_files")
 SECTION = re.compile(r"(<!-- measured -->\n).*?(<!-- /measured -->)", re.DOTALL)
 
 
@@ -307,12 +307,23 @@ def write_docs(folder: Path, found: Sequence[Mapping[str, Any]], estimated: Mapp
     atomic_write(folder / "from_scratch.png", draw(found))
 
 
-def study(arguments: argparse.Namespace, small: Mapping[str, Path], vocabulary: int) -> Iterator[dict[str, Any]]:
+def facts_of(arguments: argparse.Namespace, tokenizer: PreTrainedTokenizerBase) -> dict[str, Any]:
+    """FACTS of what is measured now."""
+    values = (arguments.minutes, usable_cores(), len(tokenizer), EVALUATED_CHARACTERS, arguments.precision,
+              hash_json(sorted(tokenizer.get_vocab().items())), arguments.train_files)  # fmt: skip
+    return dict(zip(FACTS, values, strict=True))
+
+
+def study(
+    arguments: argparse.Namespace, small: Mapping[str, Path], tokenizer: PreTrainedTokenizerBase
+) -> Iterator[dict[str, Any]]:
     """The figures of each size that is asked for or has been measured before, in the order of `small`.
 
     Raises:
-        UserError: --only names another size, there is none, or figures were not measured alike.
+        UserError: --only names another size, there is none, the pages would lack one, or figures were not measured
+            alike.
     """
+    vocabulary = len(tokenizer)
     if not small:
         raise UserError(f"with {vocabulary:,} tokens, each ready size has more than {MOST_WEIGHTS / 1e6:g} M weights",
                         "take a tokenizer with fewer tokens")  # fmt: skip
@@ -322,7 +333,12 @@ def study(arguments: argparse.Namespace, small: Mapping[str, Path], vocabulary: 
     paths = {name: arguments.folder / f"{name}.json" for name in small}
     stored = {name: read_object(path) for name, path in paths.items() if path.is_file()}
     missing = [name for name in arguments.only or small if name not in stored]
-    facts = dict(zip(FACTS, (arguments.minutes, usable_cores(), vocabulary, EVALUATED_CHARACTERS), strict=True))
+    lacking = [name for name in small if name not in stored and name not in missing]
+    if arguments.docs and lacking:
+        raise UserError(
+            f"--docs: the pages would lack {', '.join(lacking)}", "measure these as well, or leave --docs out"
+        )
+    facts = facts_of(arguments, tokenizer)
     check_alike({str(paths[name]): one for name, one in stored.items()} | ({"this run": facts} if missing else {}))
     if missing:
         tokens = str(arguments.folder / "tokens")
@@ -348,7 +364,7 @@ def main(argv: list[str] | None = None) -> None:
     sizes = sorted(SIZES.glob("*.json"), key=lambda size: (weights_with(size, tokenizer), size))
     small = {size.stem: size for size in sizes if weights_with(size, tokenizer) <= MOST_WEIGHTS}
     found = []
-    for one in study(arguments, small, len(tokenizer)):
+    for one in study(arguments, small, tokenizer):
         found.append(one)
         parts = ", ".join(f"{part['tokens'] / 1e6:.2f} M tokens: {part['bits']:.3f}" for part in one["parts"])
         console.print(f"{one['name']}: {one['tokens_per_second']:,.0f} tokens/s; bits per character after {parts}")

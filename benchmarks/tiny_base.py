@@ -39,15 +39,18 @@ from rich.console import Console
 from rich.table import Table
 
 from novelgpt.model.card import CARD
+from novelgpt.model.hub import locate
 from novelgpt.scoring.repetition import first_loop
+from novelgpt.settings.arguments import ModelArguments
+from novelgpt.settings.errors import exit_on_user_error
 from novelgpt.settings.terminal import visible
+from novelgpt.text.token_bytes import BROKEN
 from predict.__main__ import main as predict_main
 from predict.continuations import main as continuations_main
 
 CONTINUATIONS, CHARACTERS, PROMPT_CHARACTERS = 100, 500, 300
 SAMPLED = ("--do_sample", "--temperature", "0.8", "--top_p", "0.8", "--top_k", "0")
 LOOP_TARGET = 0.05
-BROKEN = "\ufffd"
 # In blocks of so many characters, every model sees as much of the text before, whatever its tokens.
 BLOCK_CHARACTERS = 700
 # Of a byte-level tokenizer, a character takes at most three tokens, and most take fewer than one.
@@ -55,7 +58,7 @@ TOKENS = 900
 SHOWN = 10
 
 
-def read_arguments() -> argparse.Namespace:
+def read_arguments(argv: list[str] | None) -> argparse.Namespace:
     """The command line."""
     parser = make_parser("Bits per character on held-out works, and continuations of their chapters")
     parser.add_argument("--model", type=Path, required=True, metavar="FOLDER")
@@ -67,7 +70,14 @@ def read_arguments() -> argparse.Namespace:
     parser.add_argument("--characters", type=int, default=0, help="of each work or file; default: all")
     parser.add_argument("--continuations", type=int, default=CONTINUATIONS, metavar="N", help="0 leaves them out")
     parser.add_argument("--seed", type=int, default=42, help="of the choice of openings, and of the sampling")
-    return parser.parse_args()
+    arguments = parser.parse_args(argv)
+    for option, names in (
+        ("--compare", [arguments.model.resolve().name, *(name for name, _ in arguments.compare)]),
+        ("--documents", [name for name, _ in arguments.documents]),
+    ):
+        if repeated := {name for name in names if names.count(name) > 1}:
+            parser.error(f"{option}: two are named {', '.join(sorted(repeated))}")
+    return arguments
 
 
 def named_path(entry: str) -> tuple[str, Path]:
@@ -159,12 +169,9 @@ def read_continuations(predictions: Path) -> list[dict[str, Any]]:
     found = []
     for line in predictions.read_text(encoding="utf-8").splitlines():
         row = json.loads(line)
-        at_limit = row["finish_reason"] == "length"
         text = row["prediction"][:CHARACTERS]
-        if at_limit and text == row["prediction"]:
-            text = text.removesuffix(BROKEN)  # the bytes of the last character may have been cut
         loops = first_loop(text) is not None
-        ended = not at_limit and len(text) < CHARACTERS
+        ended = row["finish_reason"] != "length" and len(text) < CHARACTERS
         opening = row["prompt"][-1]["content"] if isinstance(row["prompt"], list) else row["prompt"]
         found.append({"id": row["id"], "opening": opening, "text": text, "loops": loops, "broken": text.count(BROKEN),
                       "ended": ended})  # fmt: skip
@@ -176,14 +183,16 @@ def share(found: list[dict[str, Any]], name: str) -> float:
     return sum(bool(one[name]) for one in found) / len(found)
 
 
-def study_continuations(arguments: argparse.Namespace, console: Console) -> tuple[list[dict[str, Any]], dict[str, Any]]:
+def study_continuations(
+    arguments: argparse.Namespace, model_folder: Path, console: Console
+) -> tuple[list[dict[str, Any]], dict[str, Any]]:
     """The results of sampled continuations, and all that was written."""
     with tempfile.TemporaryDirectory() as name:
         folder = Path(name)
         count = len(openings(arguments.held_out, arguments.continuations, arguments.seed, folder))
         rows = folder / "openings.jsonl"
         model = folder / "model"  # links: prediction writes its scores into a model's card
-        shutil.copytree(arguments.model.resolve(), model, copy_function=os.symlink)
+        shutil.copytree(model_folder, model, copy_function=os.symlink)
         (model / CARD).unlink(missing_ok=True)
         sampled = continuations(model, rows, folder / "sampled", arguments.seed, *SAMPLED)
         greedy = continuations(model, rows, folder / "greedy", arguments.seed)
@@ -201,22 +210,25 @@ def study_continuations(arguments: argparse.Namespace, console: Console) -> tupl
     return results, {"sampled": sampled, "greedy": greedy, "greedy_loops": share(greedy, "loops")}
 
 
-def main() -> None:
+@exit_on_user_error
+def main(argv: list[str] | None = None) -> None:
     """Both studies, then the targets."""
-    arguments = read_arguments()
+    arguments = read_arguments(argv)
+    folder = Path(locate(ModelArguments(str(arguments.model)))).resolve()
     console = make_console()
     works = read_works(arguments.held_out, arguments.characters)
     works += [read_documents(name, file, arguments.characters) for name, file in arguments.documents]
-    models = {arguments.model.name: arguments.model} | dict(arguments.compare)
+    name = arguments.model.resolve().name
+    models = {name: folder} | dict(arguments.compare)
     found = study_bits(models, works, console)
     show_bits(found, works, console)
     results: list[dict[str, Any]] = []
     written: dict[str, Any] = {}
     if arguments.continuations:
-        results, written = study_continuations(arguments, console)
+        results, written = study_continuations(arguments, folder, console)
         show_results(results, console)
     characters = {work.name: work.characters for work in works}
-    write_results(results, arguments.json, model=arguments.model.name, characters=characters, bits=found,
+    write_results(results, arguments.json, model=name, characters=characters, bits=found,
                   continuations=written, seed=arguments.seed)  # fmt: skip
 
 

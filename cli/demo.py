@@ -29,7 +29,7 @@ from novelgpt.scoring.summary import Comparison, compare_rows
 from novelgpt.settings.atomic_files import atomic_write
 from novelgpt.settings.command_parser import CommandParser
 from novelgpt.settings.console import make_console, number_table
-from novelgpt.settings.errors import exit_on_user_error
+from novelgpt.settings.errors import UserError, exit_on_user_error
 from novelgpt.settings.hardware import visible_gpus
 from novelgpt.settings.paths import OUTPUT, ROOT, SAMPLES, check_folder_can_be_made
 from novelgpt.settings.remedies import environment_program
@@ -40,7 +40,8 @@ from novelgpt.settings.third_party import process_defaults
 
 POLL_SECONDS = 0.1
 RUNS = ("base", "pretrain", "finetune", "finetune_lora")
-MADE = (TINY, *RUNS, "report", "summary.json")
+SUMMARY = "summary.json"  # {} until the demo ends; a folder without it is no demo's
+MADE = (TINY, *RUNS, "report")
 # The test rows are answered like this, by all models alike.
 ANSWERS = (
     "--data_files", str(SAMPLES / "papers" / "test.jsonl"), "--batch_size", "128", "--max_new_tokens", "320",
@@ -65,12 +66,7 @@ def main(argv: list[str] | None = None) -> None:
     )  # fmt: skip
     demo = parser.parse_args(argv).folder.resolve()
     check_folder_can_be_made(demo, f"the folder {demo}")
-    for name in MADE:
-        path = demo / name
-        if path.is_dir() and not path.is_symlink():
-            shutil.rmtree(path)
-        else:
-            path.unlink(missing_ok=True)
+    _clear(demo)
     base = demo / TINY  # a copy of its own: scores go into a model's card
     copy_tiny(base)
 
@@ -94,6 +90,25 @@ def main(argv: list[str] | None = None) -> None:
     say("", "== 5/5 Results")
     _run("predict.report", *(str(demo / name) for name in RUNS), "--output", str(demo / "report"))
     write_summary(demo)
+
+
+def _clear(demo: Path) -> None:
+    """Remove what an earlier demo left.
+
+    Raises:
+        UserError: the folder has something of the same name that no demo made.
+    """
+    found = [path for path in (demo / name for name in MADE) if path.exists() or path.is_symlink()]
+    if found and not (demo / SUMMARY).is_file():
+        names = ", ".join(path.name for path in found)
+        raise UserError(f"{demo} has {names}, not of a demo, which would replace that", "name another folder")
+    demo.mkdir(parents=True, exist_ok=True)
+    atomic_write(demo / SUMMARY, "{}\n")
+    for path in found:
+        if path.is_dir() and not path.is_symlink():
+            shutil.rmtree(path)
+        else:
+            path.unlink()
 
 
 def _train(pipeline: str, model: Path, output: Path, valid: Path, *further: str) -> None:
@@ -157,7 +172,7 @@ def write_summary(demo: Path) -> None:
     summary["comparisons"] = [
         {"of": tuned, "with": other, **asdict(one)} for tuned, other, found in comparisons for one in found
     ]
-    atomic_write(demo / "summary.json", json.dumps(summary, indent=2) + "\n")
+    atomic_write(demo / SUMMARY, json.dumps(summary, indent=2) + "\n")
     console = make_console(soft_wrap=True)
     headings = ("model", "loss", *ROUGE, *SHARES, "seconds", "tokens/s")
     table = _plain_table("Held-out title -> abstract pairs", *headings)
@@ -184,7 +199,7 @@ def write_summary(demo: Path) -> None:
         "seconds and tokens/s of training (base: of answering).",
         f"  curves        {demo}/*/loss.png",
         f"  predictions   {demo}/base/predictions.jsonl, {demo}/*/predict/predictions.jsonl",
-        f"  figures       {demo}/summary.json",
+        f"  figures       {demo / SUMMARY}",
         f"  all curves    {environment_program('tensorboard')} --logdir {shlex.quote(str(demo))}",
     )
 

@@ -14,6 +14,7 @@ from novelgpt.settings.console import make_console, number_table
 from novelgpt.settings.terminal import say, visible
 from novelgpt.text.chunks import encode_texts
 from novelgpt.text.encoding import encode
+from novelgpt.text.token_bytes import BROKEN
 
 LONGEST, MOST_FREQUENT = 10, 20
 
@@ -48,7 +49,7 @@ def measure(tokenizer: PreTrainedTokenizerBase, pieces: list[str]) -> dict[str, 
     equal = sum(text == piece for text, piece in zip(decoded, pieces, strict=True))
     own = set(tokenizer.get_vocab().values()).difference(tokenizer.added_tokens_decoder)
     texts = (str(tokenizer.decode([token], skip_special_tokens=False)) for token in own)
-    whole = (text for text in texts if "\ufffd" not in text)  # others are parts of characters
+    whole = (text for text in texts if BROKEN not in text)  # others are parts of characters
     longest = sorted(whole, key=lambda text: (-len(text), text))[:LONGEST]
     shares = [[_text_of(token, tokenizer), round(number / max(1, tokens), 6)]
               for token, number in counts.most_common(MOST_FREQUENT)]  # fmt: skip
@@ -102,7 +103,7 @@ def show_report(report: dict[str, Any]) -> None:
 def _text_of(token: int, tokenizer: PreTrainedTokenizerBase) -> str:
     """What a token stands for; where that is a part of a character, how the vocabulary writes it."""
     text = str(tokenizer.decode([token], skip_special_tokens=False))
-    return str(tokenizer.convert_ids_to_tokens(token)) if "\ufffd" in text else text
+    return str(tokenizer.convert_ids_to_tokens(token)) if BROKEN in text else text
 
 
 def _unknown(tokenizer: PreTrainedTokenizerBase, pieces: list[str], counts: Counter[int]) -> int:

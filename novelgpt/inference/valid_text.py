@@ -93,7 +93,7 @@ def _is_whole(data: bytes) -> bool:
 
 
 class ValidText(LogitsProcessor):
-    """Takes the probability of tokens that would make the text invalid UTF-8."""
+    """Gives no probability to tokens that would make the text invalid UTF-8."""
 
     def __init__(self, tokenizer: PreTrainedTokenizerBase) -> None:
         self.table = transitions(tokenizer, len(tokenizer))

@@ -155,7 +155,9 @@ def _write(weights: RandomWeights, config: PreTrainedConfig, tokenizer: PreTrain
         causal = _is_causal(model)
     except UNFIT as error:
         reason = f"{error} is unknown" if isinstance(error, KeyError) else reason_of(error)
-        raise UserError(f"{where}: {reason}", f"correct {place_of(weights)}") from error
+        too_large = "allocate memory" in reason  # torch's allocator of CPUs has no exception of its own
+        remedy = "take a smaller size, or a host with more memory" if too_large else f"correct {place_of(weights)}"
+        raise UserError(f"{where}: {reason}", remedy) from error
     if not causal:
         raise UserError(
             f"{where}: its tokens attend to those that follow, and there would be nothing to predict",

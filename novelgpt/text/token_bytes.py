@@ -31,16 +31,17 @@ def token_bytes(tokenizer: PreTrainedTokenizerBase) -> tuple[bytes | None, ...]:
     letters = [chr(byte) if chr(byte) in printable else chr(next(others)) for byte in range(256)]
     bytes_of_letters = {ord(letter): chr(byte) for byte, letter in enumerate(letters)}
     probe = "字é"
-    byte_level = "".join(tokenizer.convert_ids_to_tokens(encode(probe, tokenizer))) == "".join(
-        letters[byte] for byte in probe.encode()
-    )
+    written = "".join(tokenizer.convert_ids_to_tokens(encode(probe, tokenizer)))
+    byte_level = written.removeprefix(letters[ord(" ")]) == "".join(letters[byte] for byte in probe.encode())
     vocabulary, added = tokenizer.get_vocab(), tokenizer.added_tokens_decoder
     found: list[bytes | None] = [None] * (max(vocabulary.values()) + 1)
     for token, number in vocabulary.items():
         if number in added:
             found[number] = None if added[number].special else added[number].content.encode()
-        elif byte_level:
+        elif byte_level and bytes_of_letters.keys() >= set(map(ord, token)):
             found[number] = token.translate(bytes_of_letters).encode("latin-1")
+        elif byte_level:  # an entry that somebody typed in; decoders take it as it is
+            found[number] = token.encode()
         else:
             byte_token = BYTE_TOKEN.fullmatch(token)
             found[number] = bytes([int(byte_token[1], 16)]) if byte_token else token.replace("▁", " ").encode()

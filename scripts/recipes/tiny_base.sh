@@ -10,7 +10,7 @@
 #   STABLE_STEPS=14000 DECAY_STEPS=400  optimizer steps of 2,048 and of 8,192 tokens
 #   VOCABULARY=4096        tokens of the tokenizer, at most 7000: the weights may take 8 MB
 #   MODERN=6 PAPER=10      copies of modern works and of papers in the text, which holds earlier works once; the steps
-#                          decide how much of it is read
+#                          decide how much of it is read; PAPER=0 trains on no paper
 #   HELD_OUT=public_domain list of works to hold out: a name, or a file of `dataset held_out`
 #   HELD_OUT_SHARE=0       share of the other books to hold out as well
 #   NPROC=1                processes, 1 or 2
@@ -44,6 +44,18 @@ if [ -n "${QWEN2_TOKENIZER:-}" ] && [ ! -e "$QWEN2_TOKENIZER/tokenizer_config.js
 fi
 stable_steps="${STABLE_STEPS:-14000}" decay_steps="${DECAY_STEPS:-400}" vocabulary="${VOCABULARY:-4096}"
 modern="${MODERN:-6}" paper="${PAPER:-10}" held_out="${HELD_OUT:-public_domain}" share="${HELD_OUT_SHARE:-0}"
+whole() { # NAME VALUE LEAST
+  if ! [[ "$2" =~ ^(0|[1-9][0-9]*)$ ]] || [ "$2" -lt "$3" ]; then
+    refuse "$1=$2 is not a whole number of at least $3" "$1=NUMBER, or leave it out"
+  fi
+}
+whole STABLE_STEPS "$stable_steps" 1
+whole DECAY_STEPS "$decay_steps" 1
+whole VOCABULARY "$vocabulary" 1
+whole MODERN "$modern" 1
+whole PAPER "$paper" 0
+whole EVALUATED "${EVALUATED:-100000}" 0
+whole COMPARED "${COMPARED:-1000000}" 1
 if [ "$vocabulary" -gt 7000 ]; then
   refuse "VOCABULARY=$vocabulary makes weights of more than 8 MB" "VOCABULARY=7000 or fewer"
 fi
@@ -64,15 +76,17 @@ if [ ! -e "$out/parts/books.json" ]; then
 fi
 
 step "2/7 The tokenizer"
-parts=(papers) # that are trained on
-repeated=()    # each as often as it is in the text
-for ((n = 0; n < paper; n++)); do repeated+=(papers); done
-for part in modern earlier; do
-  if [ ! -s "$out/parts/$part.jsonl" ]; then continue; fi
+parts=()    # that are trained on
+repeated=() # each as often as it is in the text
+for part in papers modern earlier; do
+  case "$part" in papers) times="$paper" ;; modern) times="$modern" ;; *) times=1 ;; esac
+  if [ "$times" -eq 0 ] || [ ! -s "$out/parts/$part.jsonl" ]; then continue; fi
   parts+=("$part")
-  if [ "$part" = modern ]; then times="$modern"; else times=1; fi
   for ((n = 0; n < times; n++)); do repeated+=("$part"); done
 done
+if [ "${#parts[@]}" -eq 0 ]; then
+  refuse "with PAPER=0, and without a novel, there is nothing to train on" "add novels to $corpus, or leave PAPER out"
+fi
 if [ ! -e "$out/tokenizer/tokenizer.json" ]; then
   texts=()
   for part in "${parts[@]}"; do texts+=("$out/parts/$part.jsonl"); done

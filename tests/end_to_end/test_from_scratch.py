@@ -294,6 +294,10 @@ CASES: dict[str, tuple[list[str], str, str]] = {
         ["--config_name", "neox.json", *GOOD[2:], OVER, "rope_theta=5"], "rope_theta=5 of --config_overrides has no",
         "leave it out",
     ),
+    "more than there is memory": (
+        [*GOOD, OVER, "hidden_size=65536,head_dim=1048576,num_attention_heads=65536,num_key_value_heads=65536"],
+        "allocate memory", "smaller size",
+    ),
     "divisor": ([*GOOD, "--make_vocab_size_divisible_by", "0"], "0 is out of range", "64"),
 }  # fmt: skip
 

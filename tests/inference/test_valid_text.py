@@ -8,7 +8,7 @@ from typing import Any
 
 import pytest
 import torch
-from tokenizers import Tokenizer, decoders, models, normalizers
+from tokenizers import Tokenizer, decoders, models, normalizers, pre_tokenizers
 from transformers import (
     AutoTokenizer,
     PreTrainedTokenizerBase,
@@ -102,6 +102,17 @@ def test_byte_tokens_of_sentencepiece_are_bytes() -> None:
     half = torch.tensor([ids[:2]])
     allowed = ValidText(tokenizer)(half, torch.zeros(1, len(tokenizer)))[0] == 0
     assert allowed[ids[2]] and not allowed[ids[0]] and not allowed[ids[1]]
+
+
+def test_a_byte_level_vocabulary_may_begin_texts_with_a_space_and_have_entries_typed_in() -> None:
+    """Which decoders take as they are, where not all of their letters stand for bytes."""
+    alphabet = sorted(pre_tokenizers.ByteLevel.alphabet())
+    entries = {entry: number for number, entry in enumerate([*alphabet, "旁白"])}
+    made = Tokenizer(models.BPE(entries, []))
+    made.pre_tokenizer, made.decoder = pre_tokenizers.ByteLevel(add_prefix_space=True), decoders.ByteLevel()
+    vocabulary = token_bytes(PreTrainedTokenizerFast(tokenizer_object=made))
+    assert sorted(vocabulary[:256]) == [bytes([byte]) for byte in range(256)]
+    assert vocabulary[256] == "旁白".encode() == made.decode([256]).encode()
 
 
 def test_further_tokens_make_another_table(base_folder: Path) -> None:

@@ -34,7 +34,7 @@ MIDDLE = ["llama-43m", "glm-30m", "qwen3-26m"]
 UP_TO_50M = [*SMALL, *(pytest.param(name, marks=pytest.mark.long) for name in MIDDLE)]
 # What the names say, and the published model, which is smaller than its name.
 STATED = {"qwen3-0.6b": 596_049_920, "gpt2-124m": 124_439_808}
-ROWS, TOKENS = 2, 64
+ROWS, TOKENS = 8, 256
 
 
 def config_of(size: str, **overrides: Any) -> PreTrainedConfig:
@@ -133,10 +133,13 @@ def test_the_loss_at_step_0_is_that_of_a_guess(size: str) -> None:
     generator = torch.Generator().manual_seed(2)
     ids = torch.randint(config.vocab_size, (ROWS, TOKENS), generator=generator)
     with torch.no_grad():
-        logits = model(input_ids=ids).logits.float()
-    # Over all tokens in place of the one that follows: the mean of the loss, without the chance of a small batch.
-    loss = float((logits.logsumexp(-1) - logits.mean(-1)).mean())
-    assert abs(loss - (math.log(config.vocab_size) + float(logits.var(-1).mean()) / 2)) < 0.05
+        result = model(input_ids=ids, labels=ids)
+    variance = float(result.logits.float().var(-1).mean())
+    assert abs(float(result.loss) - (math.log(config.vocab_size) + variance / 2)) < 0.05
+    # Of a normalised state times a row of the head; Baichuan's rows of the second kind have length 1.
+    width = config.hidden_size
+    expected = 1.0 if size == "baichuan-10m-alibi" else width * config.initializer_range**2
+    assert variance == pytest.approx(expected, rel=0.2)
 
 
 def test_weights_depend_on_the_seed_alone() -> None:

@@ -22,7 +22,7 @@ from novelgpt.settings.charts import COLOURS, figure_png
 from novelgpt.settings.errors import UserError, exit_on_user_error
 from novelgpt.settings.parsed_files import read_object
 from novelgpt.settings.terminal import say, visible
-from scripts.recipes.tiny_base.origin import recipe_hash, recorded_recipe
+from scripts.recipes.tiny_base.origin import recipe_hash, recorded
 
 STAGES = ("stable", "decay")
 PARTS = ("modern", "earlier", "held_out")
@@ -150,6 +150,7 @@ def render(out: Path, curves: Sequence[Curve], evaluation: dict[str, Any], licen
     """
     listed = read_object(out / "parts" / "books.json", max_bytes=MAX_BYTES)
     books = {part: [book for book in listed["books"] if book["part"] == part] for part in PARTS}
+    recipe, settings = recorded(out)
     written = evaluation["continuations"]
     sampled = written.get("sampled", [])
     environment = jinja2.Environment(undefined=jinja2.StrictUndefined, autoescape=False)
@@ -158,7 +159,8 @@ def render(out: Path, curves: Sequence[Curve], evaluation: dict[str, Any], licen
         own=next(iter(evaluation["bits"].values())), compared=len(evaluation["bits"]) > 2, curves=curves,
         books={part: sorted(of_part, key=itemgetter("title")) for part, of_part in books.items()},
         parts=listed["parts"], papers=listed["papers"], papers_file=listed["papers_file"],
-        use=use_section(False, "tiny", "qwen3", chat=False), recipe=recorded_recipe(out), recipe_now=recipe_hash(),
+        modern_copies=settings["MODERN"], paper_copies=int(settings["PAPER"]),
+        use=use_section(False, "tiny", "qwen3", chat=False), recipe=recipe, recipe_now=recipe_hash(),
         weights=hash_file(out / "tiny" / "model.safetensors")[0],
         tokens=sum(curve.tokens for curve in curves), seconds=sum(curve.seconds for curve in curves),
         curve_table=curve_table(curves), bits_table=bits_table(evaluation["bits"], evaluation["characters"]),

@@ -3,8 +3,8 @@
     python …/origin.py OUT CORPUS PAPERS HELD_OUT NAME=VALUE…
 
 Until OUT has its parts, nothing has been made that would not follow a change, and the record is written anew. From then
-on another corpus, other papers, another list of held-out works or other settings are refused. A folder that has parts
-and no record is from an earlier version of the recipe, and gets one.
+on another corpus, other papers, another list of held-out works or other settings are refused, and until the weights are
+there, another version of the recipe. A folder that has parts and no record is from an earlier version, and gets one.
 """
 
 from __future__ import annotations
@@ -35,10 +35,10 @@ def recipe_hash() -> str:
     return hashlib.sha256("".join(lines).encode()).hexdigest()
 
 
-def recorded_recipe(out: Path) -> str:
-    """`recipe_hash` at the first step of what is in `out`; "" where it was not recorded."""
-    path = out / RECORD
-    return str(read_object(path)["recipe"]) if path.is_file() else ""
+def recorded(out: Path) -> tuple[str, dict[str, str]]:
+    """`recipe_hash` at the first step of what is in `out`, "" where it was not recorded; and what it is made from."""
+    found = read_object(out / RECORD)
+    return str(found["recipe"]), found["made_from"]
 
 
 def describe(corpus: Path, papers: Path, held_out: str, settings: Sequence[str]) -> dict[str, Any]:
@@ -70,14 +70,22 @@ def settle(out: Path, made_from: dict[str, Any]) -> None:
     """
     path, has_parts = out / RECORD, (out / "parts" / "books.json").is_file()
     if has_parts and path.is_file():
-        stored = read_object(path)["made_from"]
+        recipe, stored = recorded(out)
         changed = [name for name, value in made_from.items() if stored.get(name) != value]
         if changed:
             raise UserError(f"{out} was made with another {', another '.join(changed)}", "name a new OUT")
+        if recipe not in ("", recipe_hash()) and not _is_trained(out):
+            raise UserError(f"{out} was begun by another version of the recipe", "name a new OUT")
         return
     out.mkdir(parents=True, exist_ok=True)
     recipe = "" if has_parts else recipe_hash()
     atomic_write(path, json.dumps({"made_from": made_from, "recipe": recipe}, ensure_ascii=False, indent=1) + "\n")
+
+
+def _is_trained(out: Path) -> bool:
+    """Whether the weights are there: what remains can be made again."""
+    run = out / "decay" / "run.json"
+    return run.is_file() and read_object(run).get("status") == "finished"
 
 
 @exit_on_user_error
