@@ -199,9 +199,10 @@ def check_alike(described: Mapping[str, Mapping[str, Any]]) -> None:
 
 WORDS: dict[str, dict[str, Any]] = {
     "en": {
-        "lead": "Measured by `python benchmarks/from_scratch.py`: {minutes:g} minutes of training each on {cores} CPU "
-        "cores, with a vocabulary of {vocabulary:,} tokens. Loss and bits per character are those on the first "
-        "{characters:,} characters of each held-out work. A hundredth and a tenth of the steps are runs of their own.",
+        "lead": "Measured by `python benchmarks/from_scratch.py`: about {minutes:g} minutes of training each, on "
+        "{cores} CPU cores, with a vocabulary of {vocabulary:,} tokens. Loss and bits per character are those on the "
+        "first {characters:,} characters of each held-out work. A hundredth and a tenth of the steps are runs of "
+        "their own.",
         "measured": ["Size", "Weights", "Tokens/s", "Seconds", "Tokens", "Nats per token", "Bits per character"],
         "curve": "Evaluations of the longest runs",
         "larger": "These sizes sustained {speed:.1e} FLOP/s (median; 6 x weights x tokens/s). At that speed, larger "
@@ -214,7 +215,7 @@ WORDS: dict[str, dict[str, Any]] = {
         "trained": "{}, {:.2f} M tokens",
     },
     "zh": {
-        "lead": "用 `python benchmarks/from_scratch.py` 实测：{cores} 个 CPU 核，每种规模训练 {minutes:g} 分钟，"
+        "lead": "用 `python benchmarks/from_scratch.py` 实测：{cores} 个 CPU 核，每种规模训练约 {minutes:g} 分钟，"
         "词表 {vocabulary:,}。loss 和每字比特是在留出作品上测的，每部取开头 {characters:,} 字。"
         "百分之一、十分之一的步数各自单独训练，跑完整个学习率计划。",
         "measured": ["规模", "参数", "token/s", "秒", "token 数", "每 token loss", "每字比特"],

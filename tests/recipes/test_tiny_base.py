@@ -15,7 +15,17 @@ import torch
 from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase
 
 from benchmarks import held_out_bits
-from benchmarks.from_scratch import FACTS, curve_of, hours_to_optimum, listed_weights, sustained
+from benchmarks.from_scratch import (
+    FACTS,
+    MOST_WEIGHTS,
+    SECTION,
+    SHARES,
+    curve_of,
+    hours_to_optimum,
+    listed_weights,
+    sustained,
+    weights_with,
+)
 from benchmarks.from_scratch import main as from_scratch
 from benchmarks.tiny_base import continuations, openings, read_continuations
 from dataset.novels.command import main as prepare_novels
@@ -26,8 +36,9 @@ from novelgpt.model.card import CARD, read_card
 from novelgpt.model.tokenizer import known_ends, load_tokenizer
 from novelgpt.settings.arguments import ModelArguments
 from novelgpt.settings.errors import UserError
-from novelgpt.settings.paths import SAMPLES
+from novelgpt.settings.paths import ROOT, SAMPLES
 from novelgpt.settings.random_weights import SIZES
+from novelgpt.settings.small_bases import SHIPPED_TINY
 from novelgpt.text.encoding import document_end_id
 from novelgpt.text.templates import template_record
 from scripts.recipes.tiny_base import card, origin, parts, steps
@@ -349,7 +360,7 @@ def test_pages_tell_what_was_measured_wherever_they_are_written(
         measured(name)
     from_scratch([*words, "--only", "gpt2-10m"])
     texts = [page.read_text(encoding="utf-8") for page in pages]
-    said = ("7 minutes of training each on 3 CPU cores", "3 个 CPU 核，每种规模训练 7 分钟")
+    said = ("about 7 minutes of training each, on 3 CPU cores", "3 个 CPU 核，每种规模训练约 7 分钟")
     for text, facts in zip(texts, said, strict=True):
         assert text.startswith("before\n") and text.endswith("\nafter\n") and "old" not in text
         assert facts in text and "| `qwen3-5m` | 5.00 M | 20,000 |" in text and "gpt2-10m写的" in text
@@ -379,6 +390,26 @@ def test_pages_tell_what_was_measured_wherever_they_are_written(
         error, fix = capsys.readouterr().err.splitlines()
         assert stop.value.code == 2 and cause in error and remedy in fix
         assert pages[0].read_text(encoding="utf-8") == texts[0]  # neither, where one has no place for the figures
+
+
+@pytest.mark.parametrize("page", ["from_scratch.md", "zh/from_scratch.md"])
+def test_the_page_has_figures_and_samples_of_each_small_size(page: str) -> None:
+    found = SECTION.search((ROOT / "docs" / page).read_text(encoding="utf-8"))
+    assert found is not None
+    tokenizer = load_tokenizer(ModelArguments(str(SHIPPED_TINY)))
+    weights = {size.stem: weights_with(size, tokenizer) for size in SIZES.glob("*.json")}
+    small = [name for name, number in weights.items() if number <= MOST_WEIGHTS]
+    assert len(small) == 4 and f"{len(tokenizer):,}" in found[0]
+    for name in small:
+        rows = re.findall(rf"^\| `{name}` \| {weights[name] / 1e6:.2f} M \| .* \| ([\d.]+) \|$", found[0], re.MULTILINE)
+        bits = list(map(float, rows))
+        assert len(bits) == len(SHARES) and bits == sorted(bits, reverse=True)
+        samples = re.findall(
+            rf"^`{name}`[,，] ?[\d.]+ M [a-z]+\n\n```text\n…[^`]+→ [^`]{{50,}}```$", found[0], re.MULTILINE
+        )
+        assert len(samples) == len(SHARES)
+    larger = [name for name in weights if name not in small]
+    assert all(re.search(rf"^\| `{name}` \| [\d,]+ (h|小时) \|$", found[0], re.MULTILINE) for name in larger)
 
 
 def test_a_folder_goes_on_from_what_it_is_made_from_or_not_at_all(tmp_path: Path) -> None:
