@@ -105,7 +105,7 @@ def pretrain(size: str, steps: int, out: Path, words: Sequence[str]) -> list[dic
     shutil.rmtree(out, ignore_errors=True)
     run("pretrain", "--config_name", size, "--output_dir", str(out), "--max_steps", str(steps), "--max_length",
         str(LENGTH), "--per_device_train_batch_size", str(ROWS), "--save_strategy", "no", *words)  # fmt: skip
-    return [json.loads(line) for line in (out / "metrics.jsonl").read_text(encoding="utf-8").splitlines()]
+    return [json.loads(line) for line in (out / "metrics.jsonl").read_bytes().splitlines()]
 
 
 def speed(entries: Sequence[Mapping[str, Any]]) -> float:
@@ -120,7 +120,7 @@ def sample_texts(model: Path, rows: Path, work: Path) -> list[str]:
     shutil.rmtree(out, ignore_errors=True)
     words = ["--model", str(model), "--data_files", str(rows), "--output_dir", str(out)]
     quietly(predict_main, *words, "--max_new_tokens", str(SAMPLE_TOKENS), *SAMPLED)
-    lines = (out / "predictions.jsonl").read_text(encoding="utf-8").splitlines()
+    lines = (out / "predictions.jsonl").read_bytes().splitlines()
     return [json.loads(line)["prediction"][:SAMPLE_CHARACTERS] for line in lines]
 
 

@@ -135,7 +135,7 @@ def openings(held_out: Path, count: int, seed: int, folder: Path) -> list[dict[s
     path = folder / "openings.jsonl"
     quietly(continuations_main, str(held_out), str(path), "--lengths", str(CHARACTERS), "--prompt_characters",
         str(PROMPT_CHARACTERS), "--per_book", str(count), "--seed", str(seed))  # fmt: skip
-    rows = [json.loads(line) for line in path.read_text(encoding="utf-8").splitlines()]
+    rows = [json.loads(line) for line in path.read_bytes().splitlines()]
     books = [list(of_book) for _, of_book in itertools.groupby(rows, key=lambda row: row["book"])]
     taken = [row for turn in itertools.zip_longest(*books) for row in turn if row is not None][:count]
     path.write_text("".join(json.dumps(row, ensure_ascii=False) + "\n" for row in taken), encoding="utf-8")
@@ -167,7 +167,7 @@ def read_continuations(predictions: Path) -> list[dict[str, Any]]:
     whether the model ended it before.
     """
     found = []
-    for line in predictions.read_text(encoding="utf-8").splitlines():
+    for line in predictions.read_bytes().splitlines():  # as text, U+2028 and others would end lines, too
         row = json.loads(line)
         text = row["prediction"][:CHARACTERS]
         loops = first_loop(text) is not None

@@ -220,7 +220,7 @@ def compare_with_both(demo: Path) -> list[tuple[str, str, list[Comparison]]]:
 
 
 def _rows_to_compare(path: Path) -> list[RowScores]:
-    rows = map(json.loads, path.read_text("utf-8").splitlines())
+    rows = map(json.loads, path.read_bytes().splitlines())
     return [{name: row[name] for name in SCORED} for row in rows]
 
 

@@ -30,7 +30,7 @@ def encode(row: dict[str, list[dict[str, str]]], tokenizer: PreTrainedTokenizerB
 
 task = json.loads(Path(sys.argv[1]).read_text(encoding="utf-8"))
 tokenizer = AutoTokenizer.from_pretrained(task["model"])
-rows = [json.loads(line) for line in Path(task["rows_file"]).read_text(encoding="utf-8").splitlines()]
+rows = [json.loads(line) for line in Path(task["rows_file"]).read_bytes().splitlines()]
 trainer = Trainer(
     model=AutoModelForCausalLM.from_pretrained(
         task["model"], dtype=torch.float32, attn_implementation=task["attention"]

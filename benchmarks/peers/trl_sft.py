@@ -11,7 +11,7 @@ from step_recorder import StepRecorder, training_options
 from trl import SFTConfig, SFTTrainer
 
 task = json.loads(Path(sys.argv[1]).read_text(encoding="utf-8"))
-rows = [json.loads(line) for line in Path(task["pairs_file"]).read_text(encoding="utf-8").splitlines()]
+rows = [json.loads(line) for line in Path(task["pairs_file"]).read_bytes().splitlines()]
 config = SFTConfig(
     **training_options(task),
     packing=task["packing"],

@@ -249,7 +249,7 @@ def test_every_saved_folder_names_all_end_tokens(pipeline: str, own_ends_base: P
     for saved in folders:
         assert_all_ends(saved, tokenizer)
     # What was logged is what the saved model does.
-    entries = [json.loads(line) for line in (folder / "metrics.jsonl").read_text(encoding="utf-8").splitlines()]
+    entries = [json.loads(line) for line in (folder / "metrics.jsonl").read_bytes().splitlines()]
     assert [entry["stopped"] for entry in entries if "stopped" in entry] == [results["stopped"]]
     (scalar,) = EventAccumulator(str(folder / "logs")).Reload().Scalars("train/stopped")
     assert scalar.value == pytest.approx(results["stopped"])

@@ -34,7 +34,7 @@ def ends_well(folder: Path, *words: str, read: str | None = None, **variables: s
 
 
 def rows_of(path: Path) -> list[dict[str, object]]:
-    return [json.loads(line) for line in path.read_text(encoding="utf-8").splitlines()]
+    return [json.loads(line) for line in path.read_bytes().splitlines()]
 
 
 def test_each_command_is_started_so_somewhere() -> None:

@@ -90,7 +90,7 @@ def test_the_row_for_trl_reads_as_the_same_row(tmp_path: Path) -> None:
     rows, again = list(read_preference_rows(file)), list(read_preference_rows(tmp_path / "pairs.jsonl"))
     assert rows[-1]["tools"] == tools and rows[-1]["margin"] == 2.0
     assert [{**row, "source": ""} for row in rows] == [{**row, "source": ""} for row in again]
-    written = [json.loads(line) for line in (tmp_path / "pairs.jsonl").read_text(encoding="utf-8").splitlines()]
+    written = [json.loads(line) for line in (tmp_path / "pairs.jsonl").read_bytes().splitlines()]
     assert written == [as_trl(row) for row in rows]
 
 

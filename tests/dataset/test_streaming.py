@@ -202,7 +202,7 @@ def test_origins_are_those_of_the_rows(sources: list[RowSource], tokenizer: PreT
         text = tokenizer.decode(rows[number]["input_ids"])
         for origin in rows.origins(number):
             path, _, line = origin.rpartition(":")
-            assert json.loads(Path(path).read_text(encoding="utf-8").splitlines()[int(line) - 1])["prompt"] in text
+            assert json.loads(Path(path).read_bytes().splitlines()[int(line) - 1])["prompt"] in text
 
 
 def test_a_row_that_cannot_be_read_stops_the_run_when_it_is_reached(

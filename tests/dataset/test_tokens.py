@@ -182,7 +182,7 @@ def test_a_changed_file_is_tokenised_alone_and_nothing_old_is_left(
     out = tmp_path / "out"
     tokenise(files, out, base_folder)
     made = shard_files(out)
-    rows = [json.loads(line) for line in files[1].read_text(encoding="utf-8").splitlines()]
+    rows = [json.loads(line) for line in files[1].read_bytes().splitlines()]
     rows[1]["text"] += "添一句。"
     write_rows(files[1], rows)
     manifest = tokenise(files, out, base_folder)

@@ -60,7 +60,7 @@ def tensor_names(folder: Path) -> set[str]:
 
 
 def predictions(folder: Path) -> list[dict[str, str]]:
-    return [json.loads(line) for line in (folder / "predictions.jsonl").read_text(encoding="utf-8").splitlines()]
+    return [json.loads(line) for line in (folder / "predictions.jsonl").read_bytes().splitlines()]
 
 
 # Both positions, the head of either generation, and each way in which weights lie on the disk but one.

@@ -48,7 +48,7 @@ def test_demo_improves_on_the_base(tmp_path: Path) -> None:
         run = tmp_path / name
         assert (run / "loss.png").read_bytes().startswith(b"\x89PNG")
         assert list((run / "logs").glob("events.out.tfevents.*"))
-        assert len((run / "predict" / "predictions.jsonl").read_text(encoding="utf-8").splitlines()) == 110
+        assert len((run / "predict" / "predictions.jsonl").read_bytes().splitlines()) == 110
     assert str(tmp_path) in done.stdout and "predictions.jsonl" in done.stdout
     assert (tmp_path / "report" / "report.html").stat().st_size > 100_000
 

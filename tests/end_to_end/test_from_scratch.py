@@ -161,7 +161,7 @@ def test_a_vocabulary_of_words_is_trained_on(words_of_words: list[str], tmp_path
     assert trained.config.vocab_size == len(tokenizer) == VOCABULARIES["words"]
     marks = [trained.config.bos_token_id, trained.config.eos_token_id, trained.config.pad_token_id]
     assert marks == tokenizer.convert_tokens_to_ids(["[MASK]", "[CLS]", "[PAD]"])
-    entries = [json.loads(line) for line in (out / "metrics.jsonl").read_text(encoding="utf-8").splitlines()]
+    entries = [json.loads(line) for line in (out / "metrics.jsonl").read_bytes().splitlines()]
     assert max(entry["step"] for entry in entries) == 2
     for name, weight in trained.state_dict().items():
         assert weight.isfinite().all() and not torch.equal(weight, base.state_dict()[name]), name

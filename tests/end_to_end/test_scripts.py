@@ -63,7 +63,7 @@ def test_lora_again_then_predict_then_merge(tmp_path: Path) -> None:
     assert losses(tmp_path / "lora") == losses(tmp_path / "again")
     words = ["--max_rows", "3", "--max_new_tokens", "8"]
     bash(str(SCRIPTS / "run_predict.sh"), *words, "--output_dir", "p1", cwd=tmp_path, MODEL=str(tmp_path / "lora"))
-    rows = [json.loads(line) for line in (tmp_path / "p1" / "predictions.jsonl").read_text("utf-8").splitlines()]
+    rows = [json.loads(line) for line in (tmp_path / "p1" / "predictions.jsonl").read_bytes().splitlines()]
     fields = ["id", "prompt", "reference", "prediction", "finish_reason", "prompt_tokens", "completion_tokens"]
     assert [list(row) for row in rows] == [fields] * 3
     scores = json.loads((tmp_path / "p1" / "scores.json").read_text(encoding="utf-8"))

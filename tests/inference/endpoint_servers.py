@@ -113,7 +113,7 @@ def predict(served: Served, rows: Path, *words: str, url: str = "") -> list[dict
     """Predict through the server into the folder of the rows; the predictions."""
     output = rows.parent / "out"
     main(["--endpoint", url or served.url, "--data_files", str(rows), "--output_dir", str(output), *words])
-    return [json.loads(line) for line in (output / "predictions.jsonl").read_text(encoding="utf-8").splitlines()]
+    return [json.loads(line) for line in (output / "predictions.jsonl").read_bytes().splitlines()]
 
 
 def refused(served: Served, rows: Path, capsys: pytest.CaptureFixture[str], *words: str, url: str = "") -> str:

@@ -175,7 +175,7 @@ def test_endings_and_thoughts(tmp_path: Path, capsys: pytest.CaptureFixture[str]
         predictions = predict(served, write_rows(tmp_path, *(["答"] * len(ENDINGS))))
     for line, (_, prediction, reasoning, reason) in zip(predictions, ENDINGS, strict=True):
         assert (line["prediction"], line.get("reasoning"), line["finish_reason"]) == (prediction, reasoning, reason)
-    lines = (tmp_path / "out" / "row_scores.jsonl").read_text(encoding="utf-8").splitlines()
+    lines = (tmp_path / "out" / "row_scores.jsonl").read_bytes().splitlines()
     for line, (_, prediction, _, reason) in zip(map(json.loads, lines), ENDINGS, strict=True):
         assert line["stopped"] == float(reason == "stop")
         assert line["rouge-1"] == pytest.approx(float(prediction.strip("　") == "答"))
@@ -208,7 +208,7 @@ def test_a_journal_that_an_earlier_version_poisoned_is_asked_again(tmp_path: Pat
         with pytest.raises(SystemExit):
             predict(served, rows, "--endpoint_concurrency", "1")
         journal = tmp_path / "out" / "predictions.partial" / "0.jsonl"
-        lines = [json.loads(line) for line in journal.read_text(encoding="utf-8").splitlines()]
+        lines = [json.loads(line) for line in journal.read_bytes().splitlines()]
         assert [line["row"] for line in lines[1:]] == [0, 1, 2, 3, 4, 5]
         for line in lines[1:]:
             line.pop("reasoning", None)  # earlier versions had none

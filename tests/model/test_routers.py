@@ -296,7 +296,7 @@ def words_of(base: Path, rows: Path, folder: Path, more: str = "") -> list[str]:
 
 
 def entries(folder: Path, name: str) -> list[tuple[int, float]]:
-    lines = map(json.loads, (folder / "metrics.jsonl").read_text(encoding="utf-8").splitlines())
+    lines = map(json.loads, (folder / "metrics.jsonl").read_bytes().splitlines())
     return [(line["step"], line[name]) for line in lines if name in line]
 
 

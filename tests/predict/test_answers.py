@@ -69,7 +69,7 @@ def test_a_users_own_special_tokens_stay_in_answers_which_are_shown(
     rows = [{"prompt": f"第{number}问\x1b[2J", "response": f"{MARK}答"} for number in range(3)]
     words = ["--model", str(one_word), "--data_files", str(write_rows(tmp_path / "rows.jsonl", *rows))]
     predict([*words, "--max_new_tokens", "4", "--output_dir", str(tmp_path / "out"), "--backend", backend])
-    lines = (tmp_path / "out" / "predictions.jsonl").read_text(encoding="utf-8").splitlines()
+    lines = (tmp_path / "out" / "predictions.jsonl").read_bytes().splitlines()
     assert [json.loads(line)["prediction"] for line in lines] == [MARK * 4] * 3
     shown = capsys.readouterr().out
     assert shown.count("prediction    ") == 2

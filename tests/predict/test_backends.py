@@ -36,7 +36,7 @@ QUICK = ["--max_rows", "9", "--max_new_tokens", "10"]
 
 
 def predictions(folder: Path) -> list[dict[str, object]]:
-    return [json.loads(line) for line in (folder / "predictions.jsonl").read_text(encoding="utf-8").splitlines()]
+    return [json.loads(line) for line in (folder / "predictions.jsonl").read_bytes().splitlines()]
 
 
 def stripped(folder: Path) -> list[dict[str, object]]:

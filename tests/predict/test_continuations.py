@@ -42,7 +42,7 @@ def make(tmp_path: Path, *words: str, name: str = "rows.jsonl") -> list[dict[str
 
 
 def read(path: Path) -> list[dict[str, Any]]:
-    return [json.loads(line) for line in path.read_text(encoding="utf-8").splitlines()]
+    return [json.loads(line) for line in path.read_bytes().splitlines()]
 
 
 def novel(chapters: int, paragraphs: int) -> list[BookChapter]:

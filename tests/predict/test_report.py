@@ -86,8 +86,7 @@ def test_the_best_run_is_marked(runs: list[Path], report: Path) -> None:
 
 def test_the_comparison_is_that_of_compare_rows(runs: list[Path], report: Path) -> None:
     sides = [
-        [json.loads(line) for line in (run / "predict" / "row_scores.jsonl").read_text(encoding="utf-8").splitlines()]
-        for run in runs
+        [json.loads(line) for line in (run / "predict" / "row_scores.jsonl").read_bytes().splitlines()] for run in runs
     ]
     page = report.read_text(encoding="utf-8").replace("\N{MINUS SIGN}", "-")
     tables = page.split('<table class="compared">')[1:]
@@ -137,7 +136,7 @@ def test_one_run_goes_beside_its_predictions(runs: list[Path], tmp_path: Path) -
 def test_examples_show_the_reference_and_every_run_with_marks(runs: list[Path], report: Path) -> None:
     page = report.read_text(encoding="utf-8").split('<section id="examples">')[1].split("</section>")[0]
     articles = page.split('<article class="example">')[1:]
-    files = [(run / "predict" / "predictions.jsonl").read_text(encoding="utf-8").splitlines() for run in runs]
+    files = [(run / "predict" / "predictions.jsonl").read_bytes().splitlines() for run in runs]
     by_id = [{entry["id"]: entry for entry in map(json.loads, lines)} for lines in files]
     assert 9 <= len(articles) <= 12
     for article in articles:

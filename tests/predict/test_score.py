@@ -47,7 +47,7 @@ def test_scores_of_the_file_are_means_of_its_rows(tmp_path: Path) -> None:
     made = rows(0.5)
     main([str(write(tmp_path / "predictions.jsonl", made))])
     scores = load(tmp_path / "scores.json")
-    lines = [json.loads(line) for line in (tmp_path / "row_scores.jsonl").read_text(encoding="utf-8").splitlines()]
+    lines = [json.loads(line) for line in (tmp_path / "row_scores.jsonl").read_bytes().splitlines()]
     assert [line["id"] for line in lines] == [row["id"] for row in made]
     for name in score_pair("一", "二"):
         assert scores[name] == pytest.approx(sum(line[name] for line in lines) / len(lines))
@@ -65,7 +65,7 @@ def test_no_row_is_dropped_whatever_it_holds(tmp_path: Path) -> None:
     main([str(tmp_path / "predictions.jsonl")])
     scores = load(tmp_path / "scores.json")
     assert (scores["rows"], scores["rows_without_reference"], scores["empty_predictions"]) == (81, 9, 9)
-    assert len((tmp_path / "row_scores.jsonl").read_text(encoding="utf-8").splitlines()) == 81
+    assert len((tmp_path / "row_scores.jsonl").read_bytes().splitlines()) == 81
 
 
 def test_what_is_written_row_by_row_is_what_the_rows_give_at_once(tmp_path: Path) -> None:
@@ -212,7 +212,7 @@ def test_rows_without_an_id_are_told_apart(tmp_path: Path) -> None:
     made = [{**row, "id": name} for row, name in zip(rows(0.5, 4), ["1", None, "", "a"], strict=True)]
     file = write(tmp_path / "predictions.jsonl", made)
     main([str(file)])
-    lines = [json.loads(line) for line in (tmp_path / "row_scores.jsonl").read_text(encoding="utf-8").splitlines()]
+    lines = [json.loads(line) for line in (tmp_path / "row_scores.jsonl").read_bytes().splitlines()]
     assert [line["id"] for line in lines] == ["1", "1~", "2", "a"]
     main([str(file), "--compare", str(file)])
     assert load(tmp_path / "comparison.json")["rows"] == 4

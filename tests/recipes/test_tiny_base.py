@@ -70,7 +70,7 @@ def write_prepared(folder: Path) -> Path:
 
 
 def read(path: Path) -> list[dict[str, Any]]:
-    return [json.loads(line) for line in path.read_text(encoding="utf-8").splitlines()]
+    return [json.loads(line) for line in path.read_bytes().splitlines()]
 
 
 def make_parts(tmp_path: Path) -> Path:
@@ -212,17 +212,17 @@ def test_what_is_counted_in_continuations(tmp_path: Path) -> None:
         ("潮" * 501, "stop"),
         ("山水" + "\ufffd" * 700, "length"),
         ("山水\ufffd", "stop"),
-        ("山水", "length"),
+        ("山\u2028水\x85", "length"),
     ]
     rows = [
         {"id": str(number), "prompt": "开头", "prediction": prediction, "finish_reason": reason}
         for number, (prediction, reason) in enumerate(predictions)
     ]
     file = tmp_path / "predictions.jsonl"
-    file.write_text("".join(json.dumps(row) + "\n" for row in rows), encoding="utf-8")
+    file.write_text("".join(json.dumps(row, ensure_ascii=False) + "\n" for row in rows), encoding="utf-8")
     found = read_continuations(file)
     assert [(len(one["text"]), one["broken"], one["ended"]) for one in found] == [
-        (500, 0, False), (500, 498, False), (3, 1, True), (2, 0, False),
+        (500, 0, False), (500, 498, False), (3, 1, True), (4, 0, False),
     ]  # fmt: skip
     assert [one["loops"] for one in found] == [True, True, False, False]
 
@@ -518,11 +518,11 @@ def test_the_whole_recipe_on_the_samples(tmp_path: Path) -> None:
 
     with start() as recipe:  # killed after its first training
         recipe.until("== 5/7")
-    trained = (out / "stable" / "model.safetensors").stat()
+    trained = (out / "stable" / "model.safetensors").stat().st_mtime_ns
     for _ in range(2):
         with start() as recipe:
             assert recipe.ends() == 0, recipe.text()[-3000:]
-    assert (out / "stable" / "model.safetensors").stat() == trained
+    assert (out / "stable" / "model.safetensors").stat().st_mtime_ns == trained
     with start(PAPER="3") as recipe:
         assert recipe.ends() == 2 and "another PAPER\n" in recipe.text()
     tiny = AutoModelForCausalLM.from_pretrained(out / "tiny")

@@ -69,7 +69,7 @@ def run(main: Any, base: Path, files: tuple[Path, Path], folder: Path, more: str
 
 
 def entries(folder: Path) -> list[dict[str, Any]]:
-    return [json.loads(line) for line in (folder / "metrics.jsonl").read_text(encoding="utf-8").splitlines()]
+    return [json.loads(line) for line in (folder / "metrics.jsonl").read_bytes().splitlines()]
 
 
 def recorded(folder: Path) -> dict[int, float]:
@@ -88,7 +88,7 @@ def figures(base: Path, folder: Path, rows: Path) -> tuple[float, float]:
     model: Any = AutoModelForCausalLM.from_pretrained(base if adapter else folder)
     model = (PeftModel.from_pretrained(model, folder) if adapter else model).eval()
     total, tokens, hits = 0.0, 0, 0
-    for row in map(json.loads, rows.read_text(encoding="utf-8").splitlines()):
+    for row in map(json.loads, rows.read_bytes().splitlines()):
         messages = [{"role": "user", "content": row["prompt"]}, {"role": "assistant", "content": row["response"]}]
         encoded = encode_conversation(messages, tokenizer)[0]
         labels = torch.tensor(encoded.labels[1:])

@@ -52,7 +52,7 @@ def train(pipeline: str, base: Path, train_file: Path, folder: Path, processes: 
     words += ["--eval_on_start", "False", "--save_strategy", "no", "--lr_scheduler_type", "constant"]
     words += ["--stop_check", "0"]
     run_pipeline(pipeline, words, processes, zero)
-    entries = [json.loads(line) for line in (folder / "metrics.jsonl").read_text(encoding="utf-8").splitlines()]
+    entries = [json.loads(line) for line in (folder / "metrics.jsonl").read_bytes().splitlines()]
     losses = [entry["loss"] for entry in entries if "loss" in entry]
     assert len(losses) == STEPS
     return losses
@@ -148,7 +148,7 @@ def test_pseudo_repetitions_on_two_ranks_equal_one_process(base_folder: Path, tm
         shape = ["--per_device_train_batch_size", str(2 // processes), "--output_dir", str(folder)]
         printed = run_pipeline("pretrain", [*words, *shape], processes, zero)
         assert "blocks are pseudo-repetitions (--ditto)" in printed
-        entries = [json.loads(line) for line in (folder / "metrics.jsonl").read_text(encoding="utf-8").splitlines()]
+        entries = [json.loads(line) for line in (folder / "metrics.jsonl").read_bytes().splitlines()]
         losses.append([entry["loss"] for entry in entries if "loss" in entry])
         weights.append(load_file(folder / "model.safetensors"))
     assert losses[1] == pytest.approx(losses[0], abs=1e-3)

@@ -130,7 +130,7 @@ def test_a_run_says_what_it_evaluates_on(
     printed = capsys.readouterr().out
     line = next(line for line in printed.splitlines() if line.startswith("evaluation: "))
     assert "3 times, on" in line and "of 20 rows" in line
-    entries = [json.loads(line) for line in (tmp_path / "capped" / "metrics.jsonl").read_text("utf-8").splitlines()]
+    entries = [json.loads(line) for line in (tmp_path / "capped" / "metrics.jsonl").read_bytes().splitlines()]
     tokens = {entry["eval_tokens"] for entry in entries if "eval_loss" in entry}
     assert tokens == {capped["eval_tokens"]}
     assert f"over {capped['eval_tokens']:,} tokens" in printed

@@ -153,7 +153,7 @@ def test_prepared_tokens_name_the_row_with_its_book(
     nan_base: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     rows = write_rows(tmp_path / "rows.jsonl", {9}, 12, pretraining=True)
-    lines = [json.loads(line) for line in rows.read_text(encoding="utf-8").splitlines()]
+    lines = [json.loads(line) for line in rows.read_bytes().splitlines()]
     named = [line | {"book": f"书{number}", "chapter": "第一回"} for number, line in enumerate(lines, 1)]
     rows.write_text("".join(json.dumps(line, ensure_ascii=False) + "\n" for line in named), encoding="utf-8")
     prepare_tokens([str(rows), str(tmp_path / "tokens"), "--model", str(nan_base)])

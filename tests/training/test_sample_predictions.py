@@ -178,7 +178,7 @@ def predictions(
 
 
 def lines(folder: Path) -> list[Row]:
-    return [json.loads(line) for line in (folder / PREDICTIONS_FILE).read_text(encoding="utf-8").splitlines()]
+    return [json.loads(line) for line in (folder / PREDICTIONS_FILE).read_bytes().splitlines()]
 
 
 def test_answers_are_those_of_prediction(
@@ -319,7 +319,7 @@ def train(pipeline: str, base: Path, folder: Path, count: int, *more: str) -> li
 
 
 def entries(folder: Path) -> list[Row]:
-    return [json.loads(line) for line in (folder / "metrics.jsonl").read_text(encoding="utf-8").splitlines()]
+    return [json.loads(line) for line in (folder / "metrics.jsonl").read_bytes().splitlines()]
 
 
 def losses(log: list[Row]) -> list[float]:

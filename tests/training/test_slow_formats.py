@@ -58,7 +58,7 @@ def test_a_run_in_a_slow_format_is_warned_with_figures_and_measured_in_little_ti
     sizes = json.loads(lines[-1])
     assert max(size for dtype, size in sizes if dtype == "torch.bfloat16") < 1024
     # The share of the peak is that of the machine's best products, which are in fp32.
-    entries = [json.loads(line) for line in (tmp_path / "run" / "metrics.jsonl").read_text().splitlines()]
+    entries = [json.loads(line) for line in (tmp_path / "run" / "metrics.jsonl").read_bytes().splitlines()]
     assert max(entry.get("utilisation", 0.0) for entry in entries) < 0.5
 
 

@@ -66,7 +66,7 @@ def read_curve(folder: Path, before: int) -> Curve:
     training = run["arguments"]["training"]
     rows = training["per_device_train_batch_size"] * training["gradient_accumulation_steps"] * run["processes"]
     step_tokens = rows * run["arguments"]["data"]["max_length"]
-    entries = map(json.loads, (folder / "metrics.jsonl").read_text(encoding="utf-8").splitlines())
+    entries = map(json.loads, (folder / "metrics.jsonl").read_bytes().splitlines())
     evaluations = {
         entry["step"]: {
             "tokens": before + entry["step"] * step_tokens,

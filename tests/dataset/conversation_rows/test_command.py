@@ -35,7 +35,7 @@ def write(path: Path, rows: list[Row]) -> Path:
 
 
 def read(path: Path) -> list[Row]:
-    return [json.loads(line) for line in path.read_text(encoding="utf-8").splitlines()]
+    return [json.loads(line) for line in path.read_bytes().splitlines()]
 
 
 def plain(text: str) -> str:
