@@ -47,7 +47,7 @@ from novelgpt.model.lora import merge_adapter
 from novelgpt.model.tokenizer import load_tokenizer
 from novelgpt.settings.arguments import GenerationArguments, ModelArguments
 from novelgpt.settings.small_bases import TINY_RANDOM
-from novelgpt.text.token_bytes import BROKEN, token_bytes
+from novelgpt.text.token_bytes import is_whole, token_bytes
 
 SPEED_TARGET = 12.0
 NEVER = [2**31 - 1]  # no token has this number: no answer ends before its last token
@@ -84,7 +84,7 @@ def make_model(name: str, tokenizer: PreTrainedTokenizerFast) -> Model:
 def parts_of_characters(tokenizer: PreTrainedTokenizerFast) -> list[int]:
     """Tokens that hold some bytes of a character."""
     vocabulary = enumerate(token_bytes(tokenizer))
-    return [token for token, data in vocabulary if data is not None and BROKEN in data.decode(errors="replace")]
+    return [token for token, data in vocabulary if data is not None and not is_whole(data)]
 
 
 def make_prompts(count: int, tokenizer: PreTrainedTokenizerFast) -> list[list[int]]:

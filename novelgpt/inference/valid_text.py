@@ -12,7 +12,7 @@ import functools
 import torch
 from transformers import LogitsProcessor, PreTrainedTokenizerBase
 
-from novelgpt.text.token_bytes import CONTINUATIONS, token_bytes
+from novelgpt.text.token_bytes import CONTINUATIONS, is_whole, token_bytes
 
 # After each first byte of a character: the number of bytes that follow it, and the smallest and largest next byte. RFC
 # 3629, section 4: neither overlong forms nor surrogates nor anything behind U+10FFFF.
@@ -72,7 +72,7 @@ def transitions(tokenizer: PreTrainedTokenizerBase, size: int) -> torch.Tensor |
     vocabulary = token_bytes(tokenizer)
     table = torch.full((len(STATES) + 1, len(vocabulary)), INVALID, dtype=torch.int8)
     table[[numbers[BETWEEN], UNKNOWN]] = numbers[BETWEEN]
-    parts = [number for number, data in enumerate(vocabulary) if data is not None and not _is_whole(data)]
+    parts = [number for number, data in enumerate(vocabulary) if data is not None and not is_whole(data)]
     for number in parts:
         data = vocabulary[number] or b""
         begun = data.lstrip(CONTINUATIONS)
@@ -82,14 +82,6 @@ def transitions(tokenizer: PreTrainedTokenizerBase, size: int) -> torch.Tensor |
             after = follow(state, data)
             table[row, number] = INVALID if after is None else numbers[after]
     return table if parts else None
-
-
-def _is_whole(data: bytes) -> bool:
-    try:
-        data.decode()
-    except UnicodeDecodeError:
-        return False
-    return True
 
 
 class ValidText(LogitsProcessor):

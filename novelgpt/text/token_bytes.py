@@ -46,3 +46,12 @@ def token_bytes(tokenizer: PreTrainedTokenizerBase) -> tuple[bytes | None, ...]:
             byte_token = BYTE_TOKEN.fullmatch(token)
             found[number] = bytes([int(byte_token[1], 16)]) if byte_token else token.replace("▁", " ").encode()
     return tuple(found)
+
+
+def is_whole(data: bytes) -> bool:
+    """Whether bytes are whole characters: valid UTF-8."""
+    try:
+        data.decode()
+    except UnicodeDecodeError:
+        return False
+    return True

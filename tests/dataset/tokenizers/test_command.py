@@ -98,11 +98,8 @@ def test_a_sample_is_drawn_from_all_of_a_large_corpus(tmp_path: Path) -> None:
 
 def test_memory_does_not_grow_with_the_corpus(tmp_path: Path) -> None:
     peaks = []
-    for characters in (
-        3_000,
-        1_000_000,
-        4_000_000,
-    ):  # the first for what is made once, such as a display
+    # The first for what is made once, such as the progress display.
+    for characters in (3_000, 1_000_000, 4_000_000):
         file = write_lines(tmp_path / f"{characters}.txt", characters)
         tracemalloc.start()
         drawn([file], 50_000, 5_000)
